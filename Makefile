@@ -1,0 +1,31 @@
+.PHONY: demo test check format clean
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/installed
+	$(BIN)/cavmae demo
+
+test: check
+	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || { $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) \
+	    and "error: $(PYTHON) is %d.%d; name a Python 3.11 or 3.12, as in: make PYTHON=python3.11 $(MAKECMDGOALS)" \
+	    % sys.version_info[:2])' && $(PYTHON) -m venv --clear .venv; }
+	@echo "Installing into .venv: some gigabytes, a few minutes"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .grimp_cache .import_linter_cache

@@ -1,0 +1,67 @@
+"""The `cavmae` command. A subcommand's module is imported only once the command is known, so that
+`cavmae --help` answers at once and a missing optional part is missed only by those who use it."""
+
+import importlib
+import sys
+
+from cavmae import __version__
+from cavmae.command import exit_code
+
+COMMANDS = {
+    "pack": ("cavmae.dataloaders.pack", "Pack a folder of videos into shards."),
+    "verify": ("cavmae.dataloaders.verify", "Check a packed set against its index."),
+    "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
+    "train": ("cavmae.cluster.train", "Pretrain on a Ray cluster, restarted after failures."),
+    "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
+}
+BENCHMARKS = {
+    "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
+    "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
+    "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        arguments: Words after `cavmae`; the process's own where None.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
+    words = [word for word in words if not word.startswith("--local_rank=")]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage("cavmae", COMMANDS, {"bench": "Run a benchmark and write its record."}))
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"cavmae {__version__}")
+        return 0
+    if words[0] != "bench":
+        return _dispatch("cavmae", COMMANDS, words)
+    if len(words) == 1 or words[1] in ("-h", "--help"):
+        print(_usage("cavmae bench", BENCHMARKS, {}))
+        return 0 if len(words) > 1 else 2
+    return _dispatch("cavmae bench", BENCHMARKS, words[1:])
+
+
+def _dispatch(program: str, commands: dict[str, tuple[str, str]], words: list[str]) -> int:
+    if words[0] not in commands:
+        print(
+            f"error: `{program} {words[0]}` is not a command; see `{program} --help`",
+            file=sys.stderr,
+        )
+        return 2
+    return exit_code(importlib.import_module(commands[words[0]][0]).main, words[1:])
+
+
+def _usage(program: str, commands: dict[str, tuple[str, str]], more: dict[str, str]) -> str:
+    lines = {name: text for name, (_, text) in commands.items()} | more
+    width = max(map(len, lines))
+    return "\n".join(
+        [f"usage: {program} COMMAND [...]", ""]
+        + [f"  {name:<{width}}  {text}" for name, text in lines.items()]
+        + ["", f"`{program} COMMAND --help` lists a command's own options."]
+    )

@@ -1,0 +1,42 @@
+"""How every command of the package ends: an error that the user can mend is one line, not a
+traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command; CAVMAE_DEBUG=1 lets every error through with its traceback.
+
+    Args:
+        command: takes the words after its name and returns an exit code.
+        arguments: those words.
+
+    Returns:
+        The command's own code, 1 after an error that was told, 130 after an interrupt.
+    """
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("CAVMAE_DEBUG") == "1" or not _is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether the message alone tells the user what to mend.
+
+    True for the system's own errors (no such file, disk full) and for an error that our code
+    raised; one from inside a library is a fault to report, with its traceback.
+    """
+    if isinstance(error, OSError):
+        return True
+    last = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    module = last.f_globals.get("__spec__")
+    return getattr(module, "name", "").startswith("cavmae.")

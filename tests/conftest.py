@@ -1,0 +1,170 @@
+"""Options and fixtures that several folders of tests share.
+
+Golden tests are made from the index files of the folder that `--golden` names, so they run on any
+folder of that format; a part that a folder lacks is skipped by name.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cavmae.benchmarks.deviations import Deviation, worst
+from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.golden_forward import ForwardCase
+from cavmae.benchmarks.golden_recipe import read_json
+from cavmae.dataloaders.pack import PackConfig, pack
+from cavmae.dataloaders.synthetic import generate
+from cavmae.trainer.model.cavmae import CAVMAE
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared"
+EXCERPT = REPOSITORY / "tests" / "golden" / "data"
+
+# Parts of a golden folder that no test compares yet, and why; named in every summary.
+NOT_COMPARED = {
+    "finetune_forward": "fine-tuning is not built: only the features of its encoders are compared",
+    "classification_metrics.json": "fine-tuning is not built",
+    "published_curves": "transcribed logs, nothing to compute",
+    "deviations.json": "where the tolerances come from, nothing to compute",
+}
+
+_deviations = pytest.StashKey[dict[str, list[Deviation]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        metavar="DIR",
+        help="folder of reference numbers for -m golden (default: ../shared/golden where it "
+        "exists, else the excerpt in tests/golden/data)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.golden is None:
+        golden = SHARED / "golden"
+        config.option.golden = golden if golden.is_dir() else EXCERPT
+    elif not config.option.golden.is_dir():
+        raise pytest.UsageError(f"--golden: there is no folder {config.option.golden}")
+    config.stash[_deviations] = {}
+
+
+def _golden_parameters(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each parameter of the golden tests: the file it comes from, and values by test id."""
+    forward = {case.name: case for case in ForwardCase.all(folder)}
+    return {
+        "forward_case": ("pretrain_forward/index.json", forward),
+        "gradient_case": (
+            "pretrain_forward/*_grad.json",
+            {name: case for name, case in forward.items() if case.has_gradients},
+        ),
+        "weights_check": (
+            "pretrain_forward/weights_*_check.json",
+            _files(folder, "pretrain_forward/weights_*_check.json"),
+        ),
+        "tiny_run": ("tiny_train/*.json", {name: name for name in TinyTrain.names(folder)}),
+        "contrastive_entry": (
+            "contrastive.json",
+            {f"seed{e['seed']}_batch{e['batch']}": e for e in _list(folder / "contrastive.json")},
+        ),
+        "retrieval_entry": (
+            "retrieval_metrics.json",
+            {
+                e.get("matrix", f"{number}_seed{e.get('seed', '_none')}"): e
+                for number, e in enumerate(_list(folder / "retrieval_metrics.json"))
+            },
+        ),
+        "patchify_file": ("patchify*.npz", _files(folder, "patchify*.npz")),
+        "position_file": ("pos_embed_T*.npz", _files(folder, "pos_embed_T*.npz")),
+        "mapping_file": ("adapt_mae/mapping_*.json", _files(folder, "adapt_mae/mapping_*.json")),
+        "feature_entry": (
+            "finetune_forward/index.json",
+            {Path(e["file"]).stem: e for e in _list(folder / "finetune_forward" / "index.json")},
+        ),
+    }
+
+
+def _files(folder: Path, pattern: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.glob(pattern))}
+
+
+def _list(path: Path) -> list[dict[str, Any]]:
+    return read_json(path) if path.exists() else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder = metafunc.config.option.golden
+    for argument, (source, values) in _golden_parameters(folder).items():
+        if argument not in metafunc.fixturenames:
+            continue
+        absent = pytest.mark.skip(reason=f"{folder} has no {source}")
+        cases = [pytest.param(value, id=name) for name, value in values.items()]
+        metafunc.parametrize(argument, cases or [pytest.param(None, marks=absent, id="absent")])
+
+
+@pytest.fixture
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    """Folder of reference numbers."""
+    return request.config.option.golden
+
+
+@pytest.fixture
+def check_deviations_of(request: pytest.FixtureRequest) -> Callable[[list[Deviation]], None]:
+    """Note the deviations of this test for the summary, and fail if any is beyond its limit."""
+
+    def check(deviations: list[Deviation]) -> None:
+        noted = request.config.stash[_deviations].setdefault(request.node.nodeid, [])
+        noted.extend(deviations)
+        beyond = [str(deviation) for deviation in deviations if not deviation.within]
+        listed = "\n  ".join(beyond[:20])
+        assert not beyond, f"{len(beyond)} of {len(deviations)} beyond their limit:\n  {listed}"
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def golden_model() -> Iterator[Callable[[ForwardCase], CAVMAE]]:
+    """Builds the model of a case; cases that share weights share the model."""
+    models: dict[Any, CAVMAE] = {}
+
+    def model(case: ForwardCase) -> CAVMAE:
+        if case.weights not in models:
+            models.clear()  # a base model has 0.8 GB: keep one
+            models[case.weights] = case.build()
+        return models[case.weights]
+
+    yield model
+    models.clear()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    noted = config.stash[_deviations]
+    if not noted:
+        return
+    terminalreporter.section("golden deviations")
+    terminalreporter.line(f"folder {config.option.golden}; nearest to its limit in each case:")
+    equal = 0
+    for name, deviations in noted.items():
+        nearest = worst(deviations)
+        if nearest.value == 0:
+            equal += 1
+        else:
+            case = name.rpartition("/")[2]
+            terminalreporter.line(f"{case}: {nearest}; {len(deviations)} compared")
+    terminalreporter.line(f"{equal} more cases are equal in every value compared")
+    for part, reason in NOT_COMPARED.items():
+        if (config.option.golden / part).exists():
+            terminalreporter.line(f"not compared: {part} ({reason})")
+
+
+@pytest.fixture(scope="session")
+def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 synthetic clips (64 px, 2 s, 8 fps) in both tiers, 3 shards of 8: the OUT folder."""
+    folder = tmp_path_factory.mktemp("packed_synthetic")
+    listing = generate(folder / "videos", 24, seed=1, workers=1)
+    out = folder / "shards"
+    pack(PackConfig(str(listing), str(out), clips_per_shard=8, workers=1))
+    return out

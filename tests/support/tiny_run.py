@@ -1,0 +1,55 @@
+"""A training run that costs next to nothing, started in any way, and its losses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from cavmae.dataloaders.config import DataConfig
+from cavmae.trainer.config import (
+    CheckpointConfig,
+    EngineConfig,
+    LossConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrackingConfig,
+)
+from cavmae.trainer.model.config import ModelConfig
+
+MODEL = ModelConfig(
+    audio_frames=192,
+    mel_bins=32,
+    image_size=32,
+    width=32,
+    modality_depth=1,
+    heads=4,
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=4,
+)
+
+
+def tiny_run(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
+    """20 steps of 8 clips; `shards` is the packed set of `packed_synthetic`."""
+    config = PretrainConfig(
+        run_dir=str(run_dir),
+        steps=20,
+        global_batch=8,
+        micro_batch=4,
+        model=MODEL,
+        data=DataConfig(train=str(shards / "frames"), reader_workers=1, decode_threads=1),
+        loss=LossConfig(contrastive_weight=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        engine=EngineConfig(zero_stage=1, dtype="fp32"),
+        checkpoint=CheckpointConfig(every_steps=10),
+        tracking=TrackingConfig(every_steps=1),
+        threads_per_rank=1,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every step; a step that was run again counts once."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    by_step = {record["step"]: record["loss"] for record in records}
+    return [loss for _, loss in sorted(by_step.items())]
