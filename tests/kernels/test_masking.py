@@ -1,0 +1,84 @@
+"""Masks: which patches stay, how many, and that a sample's mask depends on its position alone."""
+
+import pytest
+import torch
+
+from cavmae.kernels import MaskIds, MaskMode, kept_count, mask_ids_from_shuffle, random_mask
+
+GRID = (8, 64)
+
+
+def draw(
+    count: int = 16,
+    grid: tuple[int, int] = GRID,
+    ratio: float = 0.75,
+    mode: MaskMode = "unstructured",
+) -> MaskIds:
+    return random_mask(
+        torch.arange(count), seed=0, stream="mask_audio", grid=grid, ratio=ratio, mode=mode
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "kept"),
+    [(196, 0.85, 29), (512, 0.65, 179), (512, 0.75, 128), (196, 0, 196)],
+)
+def test_kept_count_is_the_published_one(tokens: int, ratio: float, kept: int) -> None:
+    assert kept_count(tokens, ratio) == kept
+
+
+@pytest.mark.parametrize("mode", ["unstructured", "time", "freq", "tf"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.65, 0.75, 0.85])
+def test_kept_and_removed_patches_are_a_permutation_that_restore_inverts(mode, ratio) -> None:
+    mask = draw(mode=mode, ratio=ratio)
+    shuffled = torch.cat([mask.keep, mask.removed], 1)
+    every = torch.arange(512).expand(16, -1)
+    assert mask.keep.shape[1] == kept_count(512, ratio)
+    assert torch.equal(shuffled.sort(1).values, every)
+    assert torch.equal(shuffled.gather(1, mask.restore), every)
+
+
+@pytest.mark.parametrize("mode", ["unstructured", "time", "freq", "tf"])
+def test_a_sample_has_the_same_mask_in_any_batch(mode) -> None:
+    alone = random_mask(
+        torch.tensor([11]), seed=0, stream="mask_audio", grid=GRID, ratio=0.75, mode=mode
+    )
+    assert torch.equal(draw(mode=mode).keep[11:12], alone.keep)
+
+
+def test_time_masks_keep_whole_columns() -> None:
+    mask = draw(mode="time", ratio=0.75)
+    for row in mask.keep:
+        # 48 of 64 columns are marked, which is exactly what is removed.
+        assert len(set((row % 64).tolist())) == 16
+
+
+def test_frequency_masks_keep_whole_rows() -> None:
+    mask = draw(mode="freq", ratio=0.75)
+    for row in mask.keep:
+        assert len(set((row // 64).tolist())) == 2
+
+
+def test_time_frequency_masks_remove_marked_patches_first() -> None:
+    # int(64 * 0.35) = 22 columns and int(8 * 0.35) = 2 rows are marked: 42 x 6 = 252 patches are
+    # free of marks, and 256 are kept.
+    mask = draw(mode="tf", ratio=0.5)
+    for row in mask.keep:
+        columns, rows = row % 64, row // 64
+        full_columns = (columns.bincount(minlength=64) >= 6).sum()
+        full_rows = (rows.bincount(minlength=8) >= 42).sum()
+        assert full_columns >= 42 and full_rows >= 6
+
+
+def test_every_patch_is_kept_equally_often() -> None:
+    mask = draw(count=4000, grid=(4, 4), ratio=0.5)
+    share = mask.keep.flatten().bincount(minlength=16) / 4000
+    assert (share - 0.5).abs().max() < 0.04  # five standard errors
+
+
+def test_given_ids_are_taken_as_they_are() -> None:
+    shuffle = torch.tensor([[3, 1, 0, 2]], dtype=torch.int16)
+    mask = mask_ids_from_shuffle(shuffle, 0.5)
+    assert mask.keep.tolist() == [[3, 1]]
+    assert mask.removed.tolist() == [[0, 2]]
+    assert mask.restore.tolist() == [[2, 1, 3, 0]]

@@ -1,0 +1,133 @@
+"""The model beyond the published numbers: other sizes, losses left out, inputs that do not fit."""
+
+import pytest
+import torch
+
+from cavmae.kernels import mask_ids_from_shuffle
+from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
+from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.masking import random_masks
+
+SMALL = ModelConfig(
+    audio_frames=48,
+    mel_bins=32,
+    image_size=32,
+    width=32,
+    modality_depth=1,
+    heads=2,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=2,
+)
+
+
+def small_model() -> CAVMAE:
+    torch.manual_seed(0)
+    return CAVMAE(SMALL)
+
+
+def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, 48, 32, generator=generator),
+        torch.randn(batch, 3, 32, 32, generator=generator),
+    )
+
+
+def forward(model: CAVMAE, batch: int = 3, **options: bool) -> PretrainOutput:
+    masks = random_masks(
+        model.config, torch.arange(batch), seed=0, audio_ratio=0.5, video_ratio=0.25
+    )
+    return model(*inputs(batch), *masks, **options)
+
+
+def used_parameters(model: CAVMAE, output: PretrainOutput) -> set[str]:
+    losses = [
+        tensor.sum()
+        for tensor in (
+            output.audio_embedding,
+            output.video_embedding,
+            output.reconstruction_audio,
+            output.reconstruction_video,
+        )
+        if tensor is not None
+    ]
+    torch.stack(losses).sum().backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("reconstruct", "contrast"), [(True, True), (True, False), (False, True)], ids=str
+)
+def test_frozen_parameters_are_exactly_those_without_gradient(
+    reconstruct: bool, contrast: bool
+) -> None:
+    model = small_model()
+    frozen = set(model.freeze_unused(reconstruct=reconstruct, contrast=contrast))
+    positions = {name for name, _ in model.named_parameters() if "pos_embed" in name}
+    output = forward(model, reconstruct=reconstruct, contrast=contrast)
+    every = {name for name, _ in model.named_parameters()}
+    assert used_parameters(model, output) == every - frozen - positions
+
+
+def test_losses_that_are_left_out_are_not_computed() -> None:
+    assert forward(small_model(), contrast=False).audio_embedding is None
+    output = forward(small_model(), reconstruct=False)
+    assert output.reconstruction_audio is None and output.latent is None
+
+
+def test_unmasked_embeddings_are_those_of_a_mask_that_keeps_everything() -> None:
+    model = small_model()
+    log_mel, frame = inputs()
+    audio, video = (
+        mask_ids_from_shuffle(torch.arange(tokens).expand(3, -1), 0.0)
+        for tokens in (SMALL.audio_tokens, SMALL.video_tokens)
+    )
+    output = model(log_mel, frame, audio, video, reconstruct=False)
+    assert output.audio_embedding is not None and output.video_embedding is not None
+    torch.testing.assert_close(model.embed_audio(log_mel), output.audio_embedding)
+    torch.testing.assert_close(model.embed_video(frame), output.video_embedding)
+
+
+def test_the_order_of_kept_patches_does_not_change_embeddings() -> None:
+    model = small_model()
+    log_mel, frame = inputs()
+    shuffle = torch.randperm(SMALL.video_tokens).expand(3, -1)
+    plain = torch.arange(SMALL.video_tokens).expand(3, -1)
+    audio = mask_ids_from_shuffle(torch.arange(SMALL.audio_tokens).expand(3, -1), 0.0)
+    one, other = (
+        model(log_mel, frame, audio, mask_ids_from_shuffle(ids, 0.0), reconstruct=False)
+        for ids in (shuffle, plain)
+    )
+    torch.testing.assert_close(one.video_embedding, other.video_embedding)
+
+
+@pytest.mark.parametrize(
+    ("log_mel", "frame", "message"),
+    [
+        ((3, 64, 32), (3, 3, 32, 32), r"log_mel has shape \(3, 64, 32\).*model.audio_frames"),
+        ((3, 48, 32), (3, 3, 48, 48), r"frame has shape \(3, 3, 48, 48\).*model.image_size"),
+    ],
+)
+def test_inputs_of_another_size_are_refused(log_mel, frame, message: str) -> None:
+    model = small_model()
+    masks = random_masks(SMALL, torch.arange(3), seed=0, audio_ratio=0.5, video_ratio=0.5)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(log_mel), torch.zeros(frame), *masks)
+
+
+def test_learnable_positions_get_gradients() -> None:
+    torch.manual_seed(0)
+    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
+    model = CAVMAE(ModelConfig(**fields | {"learnable_positions": True}))
+    assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses_and_names() -> None:
+    eager, compiled = small_model(), small_model()
+    compiled.compile_blocks()
+    assert eager.state_dict().keys() == compiled.state_dict().keys()
+    for ours, theirs in zip(forward(compiled), forward(eager), strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

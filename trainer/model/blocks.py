@@ -1,0 +1,102 @@
+"""The transformer block of CAV-MAE: one set of attention and MLP weights, three sets of norms.
+
+The joint encoder uses one block for three token sequences: audio alone, video alone and both. They
+are packed into one sequence, so that each weight is read once and each matrix product is large.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Stream = Literal["joint", "audio", "video"]
+_SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
+SHORT_SEQUENCE = 256
+"""Tokens up to which attention on a CPU holds its (tokens, tokens) scores."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; tokens attend within their own segment of a packed sequence."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """(batch, tokens, width) to the same; `lengths` are the tokens of each segment."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, tokens, head width)
+        segments = [attend(*segment.unbind(0)) for segment in qkv.split(lengths, dim=3)]
+        mixed = segments[0] if len(segments) == 1 else torch.cat(segments, dim=2)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Softmax attention; three (batch, heads, tokens, head width) to one.
+
+    Written out for short sequences on a CPU, where torch's fused attention was the slower one in
+    bf16 and no faster in fp32 (docs/dependencies.md).
+    """
+    if query.device.type != "cpu" or query.shape[-2] > SHORT_SEQUENCE:
+        return F.scaled_dot_product_attention(query, key, value)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (..., tokens, tokens)
+    return scores.softmax(dim=-1) @ value
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, width) to the same."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Every block owns all six norms, as the published weights do;
+    only the joint encoder uses those of `audio` and `video`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(width) for _ in range(3))
+        self.attn = Attention(width, heads)
+        self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(width) for _ in range(3))
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, x: torch.Tensor, segments: dict[Stream, int] | None = None) -> torch.Tensor:
+        """Attention and MLP with their norms and residuals.
+
+        Args:
+            x: (batch, tokens, width); with `segments`, the sequences of each sample end to end.
+            segments: tokens of each packed stream, in order; None: one sequence of the joint
+                stream.
+        """
+        segments = segments or {"joint": x.shape[1]}
+        lengths = list(segments.values())
+        x = x + self.attn(self._segment_norm("norm1", x, segments), lengths)
+        return x + self.mlp(self._segment_norm("norm2", x, segments))
+
+    def _segment_norm(
+        self, name: str, x: torch.Tensor, segments: dict[Stream, int]
+    ) -> torch.Tensor:
+        """Statistics once over the packed sequence, then each segment's own affine."""
+        norms = [getattr(self, name + _SUFFIX[stream]) for stream in segments]
+        if len(norms) == 1:
+            return norms[0](x)
+        normalized = F.layer_norm(x, x.shape[-1:], eps=norms[0].eps)
+        parts = normalized.split(list(segments.values()), dim=1)
+        return torch.cat(
+            [
+                torch.addcmul(norm.bias, part, norm.weight)
+                for norm, part in zip(norms, parts, strict=True)
+            ],
+            dim=1,
+        )

@@ -1,0 +1,78 @@
+"""Sizes of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model; the defaults are the published base model (paper section 4.1).
+
+    Raises:
+        ValueError: a size that does not divide as the architecture needs it to.
+    """
+
+    audio_frames: int = 1024
+    """Spectrogram length in frames of 10 ms, a multiple of 16."""
+    mel_bins: int = 128
+    """Spectrogram height in mel bins, a multiple of 16."""
+    image_size: int = 224
+    """Side of the square video frame in pixels, a multiple of 16."""
+    width: int = 768
+    """Channels of an encoder token."""
+    modality_depth: int = 11
+    """Transformer blocks of each modality's own encoder."""
+    joint_depth: int = 1
+    """Transformer blocks that both modalities share (published: 12 minus the modality depth).
+    A single modality passes only the last of them, as in the published code."""
+    heads: int = 12
+    """Attention heads of the encoders."""
+    decoder_width: int = 512
+    """Channels of a decoder token."""
+    decoder_depth: int = 8
+    """Transformer blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    learnable_positions: bool = False
+    """Train the position tables; otherwise they stay the fixed sine-cosine ones."""
+
+    def __post_init__(self) -> None:
+        for field in ("audio_frames", "mel_bins", "image_size"):
+            value = getattr(self, field)
+            if value < 16 or value % 16:
+                nearest = max(16, round(value / 16) * 16)
+                raise ValueError(
+                    f"model.{field} is {value}; patches are 16 x 16, so use a multiple of 16 "
+                    f"such as {nearest}"
+                )
+        for width, heads in (("width", "heads"), ("decoder_width", "decoder_heads")):
+            channels, count = getattr(self, width), getattr(self, heads)
+            if count < 1 or channels % count:
+                raise ValueError(
+                    f"model.{width} is {channels}, which {count} heads do not divide; "
+                    f"change model.{width} or model.{heads}"
+                )
+            if channels % 4:
+                raise ValueError(
+                    f"model.{width} is {channels}; sine-cosine positions need a multiple of 4"
+                )
+        for field in ("modality_depth", "joint_depth", "decoder_depth"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.{field} is {getattr(self, field)}; use 1 or more")
+
+    @property
+    def audio_grid(self) -> tuple[int, int]:
+        """Audio patches as (rows of frequency, columns of time)."""
+        return self.mel_bins // 16, self.audio_frames // 16
+
+    @property
+    def video_grid(self) -> tuple[int, int]:
+        """Image patches as (rows, columns)."""
+        return self.image_size // 16, self.image_size // 16
+
+    @property
+    def audio_tokens(self) -> int:
+        return self.audio_grid[0] * self.audio_grid[1]
+
+    @property
+    def video_tokens(self) -> int:
+        return self.video_grid[0] * self.video_grid[1]
