@@ -1,0 +1,83 @@
+"""Runs an iterator in a thread, a few items ahead of whoever wants them."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.1
+CLOSE_SECONDS = 10.0
+"""How long `close` waits for the item under way; a decoder that hangs is left behind."""
+
+
+class Ahead(Generic[T]):
+    """Items of an iterator, made in a background thread; exceptions come out where the item would.
+
+    Args:
+        items: used by the thread alone from now on.
+        depth: finished items kept.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int):
+        self._queue: queue.Queue[tuple[T | None, Exception | None]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+        self.wait_seconds = 0.0
+        # A daemon, because an interpreter that exits waits for all others before it runs the
+        # exit functions that would end them.
+        self._thread = threading.Thread(target=self._make, args=(items,), daemon=True)
+        self._thread.start()
+
+    def next(self) -> T:
+        """The next item.
+
+        Raises:
+            StopIteration: there is none.
+            Exception: what the iterator raised, here and whenever this is called again.
+            RuntimeError: `stop` was called.
+        """
+        if self._failure is None:
+            start = time.monotonic()
+            item, self._failure = self._get()
+            self.wait_seconds += time.monotonic() - start
+            if item is not None:
+                return item
+        assert self._failure is not None
+        raise self._failure
+
+    def stop(self) -> None:
+        """Ask the thread to end after the item that it is at."""
+        self._stop.set()
+
+    def join(self) -> None:
+        """Wait for the thread after `stop`."""
+        self._thread.join(CLOSE_SECONDS)
+
+    def _make(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+            self._put((None, StopIteration()))
+        except Exception as error:  # raised again in the thread that wants the item
+            self._put((None, error))
+
+    def _get(self) -> tuple[T | None, Exception | None]:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+        return None, RuntimeError("the loader is closed; make a new one")
+
+    def _put(self, entry: tuple[T | None, Exception | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(entry, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False

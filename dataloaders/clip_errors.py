@@ -1,0 +1,60 @@
+"""What is asked of a clip, and why one is refused."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import av
+
+MAXIMUM_CLIP_BYTES = 1 << 30
+"""Scaled frames, or sound, of one clip held in memory; a larger clip is refused as `too_large`."""
+
+Reason = Literal[
+    "missing_file",
+    "not_a_file",
+    "empty_file",
+    "open_failed",
+    "no_video",
+    "no_audio",
+    "window_outside",
+    "too_short",
+    "too_large",
+    "silent_audio",
+    "decode_error",
+    "short_read",
+]
+
+
+class ClipError(ValueError):
+    """A clip that is not packed; `reason` is for counting, `detail` for reading."""
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(reason, detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What is taken from a clip; the fields are those of `PackConfig`."""
+
+    short_side: int = 256
+    video_fps: float = 0.0
+    minimum_seconds: float = 0.5
+    keep_silent: bool = False
+    audio_channel: Literal["mix", "first"] = "mix"
+
+
+def within(packet: av.Packet, zero: float, length: float) -> bool:
+    """Whether a packet belongs to the window of `length` seconds from `zero`, if it says when."""
+    stamp = packet.dts if packet.pts is None else packet.pts
+    if stamp is None or packet.time_base is None:
+        return True
+    return 0 <= float(stamp * packet.time_base) - zero < length
+
+
+def error_text(error: Exception) -> str:
+    """The message of an FFmpeg error without its number and file name."""
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,133 @@
+"""From a listed clip to the members of its samples: what one packing worker does.
+
+Kept apart from `pack.py` so that a worker process imports neither torch nor the command line.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
+from cavmae.dataloaders.clip_list import ListedClip
+from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_jpegs, encode_video
+from cavmae.dataloaders.media import DecodedClip, decode_clip
+from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA
+
+PUBLISHED_SECONDS = 10
+"""The original code looks at the first ten seconds."""
+
+FrameChoice = Literal["by_time", "published"]
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """Everything that a worker needs to make the samples of one clip."""
+
+    number: int
+    clip: ListedClip
+    clip_seconds: float
+    tiers: tuple[str, ...]
+    video_codec: VideoCodec
+    frame_choice: FrameChoice
+    decode: DecodeSettings
+
+
+@dataclass(frozen=True)
+class PackedClip:
+    """Samples of one clip: tier, extension, bytes."""
+
+    key: str
+    members: dict[str, dict[str, bytes]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SkippedClip:
+    """A clip that was not packed, and why."""
+
+    reason: str
+    detail: str
+
+
+def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
+    """Decode one clip and encode its samples for all tiers."""
+    clip = task.clip
+    end = clip.start_seconds + task.clip_seconds if clip.end_seconds is None else clip.end_seconds
+    try:
+        decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode)
+    except ClipError as error:
+        return SkippedClip(error.reason, error.detail)
+    key = f"{task.number:09d}"
+    chosen = ten_frames(
+        decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
+    )
+    flac = encode_flac(decoded.audio)
+    description = describe(task, key, decoded, chosen)
+    members = {}
+    for tier in task.tiers:
+        if tier == "video":
+            video = encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
+            media = {"flac": flac, "mp4": video}
+        else:
+            distinct = sorted(set(chosen))
+            pictures = encode_jpegs([decoded.frames[index] for index in distinct])
+            jpegs = dict(zip(distinct, pictures, strict=True))
+            named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
+            media = {"flac": flac, **named}
+        crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
+        text = json.dumps({**description, "crc32": crc32}, separators=(",", ":"))
+        members[tier] = {"json": text.encode(), **media}
+    return PackedClip(key, members, len(decoded.audio) / AUDIO_HZ)
+
+
+def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
+    """The sample's JSON without the checksums, which differ between tiers."""
+    times = [round(time, 6) for time in decoded.times_seconds]
+    description: dict[str, Any] = {
+        "schema": SCHEMA,
+        "key": key,
+        "source": {
+            "path": task.clip.source,
+            "start_seconds": task.clip.start_seconds,
+            "end_seconds": task.clip.end_seconds,
+        },
+        "labels": list(task.clip.labels),
+        "audio": {"hz": AUDIO_HZ, "samples": len(decoded.audio)},
+        "video": {
+            "frames": len(decoded.frames),
+            "width": decoded.width,
+            "height": decoded.height,
+            "codec": task.video_codec if "video" in task.tiers else None,
+            "seconds": round(decoded.video_seconds, 6),
+            "times_seconds": times,
+        },
+        "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
+    }
+    if decoded.decode_errors:
+        description["decode_errors"] = decoded.decode_errors
+    return description
+
+
+def ten_frames(
+    times_seconds: list[float],
+    video_seconds: float,
+    frames_per_second: float,
+    choice: FrameChoice,
+) -> list[int]:
+    """Indexes of the ten frames of a clip; a frame may come more than once.
+
+    `by_time`: the frame shown at (i + 0.5) / 10 of the video. `published`: the index of the
+    original code, `int(i * (min(frames, int(10 * fps)) / 10))`, less one because of the way it
+    reads (the first stays 0).
+    """
+    frames = len(times_seconds)
+    if choice == "published":
+        span = min(frames, int(PUBLISHED_SECONDS * frames_per_second))
+        return [max(0, int(i * (span / FRAMES_PER_CLIP)) - 1) for i in range(FRAMES_PER_CLIP)]
+    chosen = []
+    for i in range(FRAMES_PER_CLIP):
+        moment = (i + 0.5) / FRAMES_PER_CLIP * video_seconds
+        shown = [index for index, time in enumerate(times_seconds) if time <= moment]
+        chosen.append(shown[-1] if shown else 0)
+    return chosen

@@ -1,0 +1,350 @@
+"""Packed clips as batches on the training device, the same ones every time.
+
+What a loader hands out depends on configuration, seed and position alone: one that is started at
+position k goes on exactly as one that came there by itself, whatever the number of readers. Clips
+that cannot be decoded are put in quarantine by name and reason; in training the plan names a
+substitute for their place, and nothing else changes.
+
+Work happens in a background thread, in reader processes and in DALI's threads. None of it outlives
+the loader, the interpreter or the process, however they end.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cavmae.dataloaders.ahead import Ahead
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.plan import SamplePlan, check_ranks, default_lanes, rank_positions
+from cavmae.dataloaders.quarantine import (
+    ClipTrial,
+    DataFaultError,
+    Journal,
+    Quarantine,
+    QuarantinedSample,
+    find_culprits,
+)
+from cavmae.dataloaders.reader import ReaderSettings, ReadTask, check_frame_choice
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.stream import ClipStream
+
+MAXIMUM_SUBSTITUTES = 100
+
+
+class TrainLoader:
+    """Endless micro-batches of one rank, in the order of the sample plan.
+
+    Args:
+        config: the set and how it is read.
+        shape: of the clips that come out.
+        seed: of the run: order of samples and choice of frames.
+        global_batch: clips of one optimizer step over all ranks and micro-batches.
+        micro_batch: clips of one batch that comes out.
+        lanes: of the plan; fixed for the run (`plan.default_lanes`).
+        rank: this process among `world_size`.
+        world_size: ranks that share the global batch.
+        device: where the tensors come out; a GPU also decodes the frames.
+        start_position: first position of the step to begin with, a multiple of `lanes`.
+        quarantine: ids, or ids with reasons, of clips that the run found damaged before.
+        journal: file of this rank that names what is being decoded, beside those of the other
+            ranks; where ranks died and left theirs, those clips are tried out before the start.
+
+    Attributes:
+        wait_seconds: time for which batches were waited for, in all.
+
+    Raises:
+        FileNotFoundError: no packed shards in `config.train`.
+        ValueError: numbers that do not divide each other, a set that is too small, or one that
+            was packed for another choice of frames.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        shape: ClipShape,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        lanes: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        start_position: int = 0,
+        quarantine: Iterable[str | tuple[str, str]] = (),
+        journal: Path | None = None,
+    ):
+        _check_batches(global_batch, micro_batch, lanes, world_size)
+        if start_position % lanes:
+            raise ValueError(
+                f"start_position is {start_position}, which is not the start of a step: it has to "
+                f"be a multiple of lanes = {lanes}"
+            )
+        shards = ShardSet(config.train)
+        check_frame_choice(shards, config.frame_choice)
+        device = _with_index(device)
+        settings = _settings(config, config.train, shape, seed, device, draw_frame=True)
+        plan = SamplePlan(shards.sizes, seed, lanes, config.shuffle_window)
+        self._quarantine = Quarantine(shards, quarantine, config.maximum_bad_share)
+        self._last_position = -1
+        self.wait_seconds = 0.0
+        notes = None if journal is None else Journal(journal)
+        if notes is not None:
+            suspects = [
+                task
+                for task in notes.left_behind(shards)
+                if task.position >= start_position
+                and task.position % lanes * world_size // lanes == rank
+            ]
+            for damage in find_culprits(ClipTrial(settings), shards, suspects):
+                self._quarantine.add(damage)
+        stream = ClipStream(
+            settings,
+            shards,
+            config,
+            shape,
+            device,
+            micro_batch,
+            self._quarantine,
+            partial(_planned, plan, self._quarantine),
+            notes,
+        )
+        offsets = rank_positions(0, rank, world_size, global_batch, lanes)
+        positions = (
+            start_position + step * global_batch + some
+            for step in itertools.count()
+            for some in np.split(offsets, len(offsets) // micro_batch)
+        )
+        self._ahead = Ahead(stream.batches(positions), config.prefetch_batches)
+        self._end = weakref.finalize(self, _end, self._ahead, stream)
+
+    def __iter__(self) -> Iterator[AudioVideoBatch]:
+        """Goes on where the last iterator stopped.
+
+        Raises:
+            OSError: a shard cannot be read.
+            DataFaultError: more clips are damaged than `config.maximum_bad_share` allows.
+        """
+        while True:
+            batch = _taken(self._ahead.next())
+            self.wait_seconds = self._ahead.wait_seconds
+            self._last_position = int(batch.positions[-1])
+            yield batch
+
+    @property
+    def quarantine(self) -> list[QuarantinedSample]:
+        """Clips left out, those found up to the last batch handed out included.
+
+        What the readers found ahead of it is not: a run that goes on from here finds it again.
+        """
+        return [
+            sample
+            for sample in list(self._quarantine.samples)
+            if sample.position <= self._last_position
+        ]
+
+    def close(self) -> None:
+        """End readers and decoders; does nothing the second time."""
+        self._end()
+
+
+class ValidationLoader:
+    """The first clips of a set in packing order, once per iteration, with their middle frame.
+
+    Each rank has a contiguous part, so the ranks' parts end to end are the whole in order. A clip
+    that cannot be decoded is left out and named in `quarantine`.
+
+    Args:
+        config: how the set is read.
+        shape: of the clips that come out.
+        folder: one tier of packed shards.
+        batch: clips per batch; the last one of a rank may be smaller.
+        rank: this process among `world_size`.
+        world_size: ranks that share the clips.
+        device: where the tensors come out.
+        limit: clips over all ranks at most; 0: all.
+
+    Raises:
+        FileNotFoundError: no packed shards in `folder`.
+        ValueError: a number out of range, or a set packed for another choice of frames.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        shape: ClipShape,
+        *,
+        folder: str,
+        batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        limit: int,
+    ):
+        if batch < 1 or limit < 0 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch is {batch}, limit {limit}, rank {rank} of {world_size}; use a batch of 1 "
+                f"or more, a limit of 0 (all) or more, and ranks from 0 below world_size"
+            )
+        self._config = config
+        self._shape = shape
+        self._device = _with_index(device)
+        self._batch = batch
+        self._shards = ShardSet(folder)
+        check_frame_choice(self._shards, config.frame_choice)
+        self._settings = _settings(config, folder, shape, 0, self._device, draw_frame=False)
+        self._quarantine = Quarantine(self._shards, (), config.maximum_bad_share)
+        self._count = min(limit, self._shards.samples) if limit else self._shards.samples
+        self._start = self._count * rank // world_size
+        self._stop = self._count * (rank + 1) // world_size
+        self._end: weakref.finalize | None = None
+
+    def __len__(self) -> int:
+        """Clips over all ranks."""
+        return self._count
+
+    def __iter__(self) -> Iterator[AudioVideoBatch]:
+        """Begins again from the first clip; an earlier iteration of this loader ends.
+
+        Raises:
+            OSError: a shard cannot be read.
+            DataFaultError: more clips are damaged than `config.maximum_bad_share` allows.
+        """
+        self.close()
+        stream = ClipStream(
+            self._settings,
+            self._shards,
+            self._config,
+            self._shape,
+            self._device,
+            self._batch,
+            self._quarantine,
+            partial(_in_packing_order, self._shards.sizes, self._quarantine),
+            None,
+        )
+        positions = (
+            np.arange(start, min(start + self._batch, self._stop), dtype=np.int64)
+            for start in range(self._start, self._stop, self._batch)
+        )
+        ahead = Ahead(stream.batches(positions), self._config.prefetch_batches)
+        self._end = weakref.finalize(self, _end, ahead, stream)
+        while True:
+            try:
+                batch = ahead.next()
+            except StopIteration:
+                self.close()
+                return
+            yield _taken(batch)
+
+    @property
+    def quarantine(self) -> list[QuarantinedSample]:
+        """Clips of this rank's part that were left out."""
+        return list(self._quarantine.samples)
+
+    def close(self) -> None:
+        """End readers and decoders of an iteration that was not finished."""
+        if self._end is not None:
+            self._end()
+
+
+# Not methods: a loader that its background thread refers to would never be given up.
+def _planned(plan: SamplePlan, quarantine: Quarantine, positions: np.ndarray) -> list[ReadTask]:
+    """What to read in training: the planned samples, with substitutes for those left out."""
+    tasks = []
+    for position, planned in zip(positions.tolist(), plan.at(positions), strict=True):
+        task = ReadTask(position, planned.epoch, planned.shard, planned.sample)
+        attempts = itertools.count()
+        while quarantine.leaves_out(task):
+            attempt = next(attempts)
+            if attempt == MAXIMUM_SUBSTITUTES:
+                raise DataFaultError(
+                    f"position {position}: {attempt} substitutes in a row are in quarantine"
+                )
+            substitute = plan.substitute(position, attempt)
+            task = ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
+        tasks.append(task)
+    return tasks
+
+
+def _in_packing_order(
+    shard_sizes: tuple[int, ...], quarantine: Quarantine, positions: np.ndarray
+) -> list[ReadTask]:
+    """What to read in validation: the samples themselves, less those left out."""
+    ends = np.cumsum(shard_sizes)
+    shards = np.searchsorted(ends, positions, side="right")
+    samples = positions - (ends[shards] - np.asarray(shard_sizes)[shards])
+    tasks = [
+        ReadTask(position, 0, shard, sample)
+        for position, shard, sample in zip(
+            positions.tolist(), shards.tolist(), samples.tolist(), strict=True
+        )
+    ]
+    return [task for task in tasks if not quarantine.leaves_out(task)]
+
+
+def _check_batches(global_batch: int, micro_batch: int, lanes: int, world_size: int) -> None:
+    check_ranks(lanes, world_size)
+    if global_batch % lanes:
+        raise ValueError(
+            f"lanes is {lanes}, which does not divide global_batch = {global_batch}; "
+            f"use {default_lanes(global_batch)}"
+        )
+    if micro_batch < 1 or (global_batch // world_size) % micro_batch:
+        fitting = max(
+            size
+            for size in range(1, max(1, min(micro_batch, global_batch // world_size)) + 1)
+            if (global_batch // world_size) % size == 0
+        )
+        raise ValueError(
+            f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
+            f"global_batch = {global_batch}; use micro_batch = {fitting}"
+        )
+
+
+def _settings(
+    config: DataConfig,
+    folder: str,
+    shape: ClipShape,
+    seed: int,
+    device: torch.device,
+    draw_frame: bool,
+) -> ReaderSettings:
+    return ReaderSettings(
+        folder=folder,
+        seed=seed,
+        frame_choice=config.frame_choice,
+        image_size=shape.image_size,
+        audio_samples=(shape.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES,
+        draw_frame=draw_frame,
+        gpu=device.index if device.type == "cuda" else None,
+    )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Threads have a current GPU each, so the loader's thread must be told which one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _taken(batch: AudioVideoBatch) -> AudioVideoBatch:
+    """Tell the allocator that the taker's stream uses memory of the loader's stream."""
+    if batch.log_mel.is_cuda:
+        stream = torch.cuda.current_stream(batch.log_mel.device)
+        batch.log_mel.record_stream(stream)
+        batch.frames.record_stream(stream)
+    return batch
+
+
+def _end(ahead: Ahead[AudioVideoBatch], stream: ClipStream) -> None:
+    ahead.stop()
+    stream.interrupt()
+    ahead.join()
+    stream.close()

@@ -1,0 +1,330 @@
+"""`cavmae pack`: from videos to the shards that training reads.
+
+Decoding whole videos costs far more than training on a clip of them, so it is done once. The
+packer takes whatever lies in a folder (or is listed in a CSV file), decodes it in worker processes
+that may hang or crash without harm, and writes shards in the order of the list. A shard is written
+whole or not at all; a run that was killed goes on at the first shard that is not finished, and
+ends with the same bytes as one that was not.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
+from cavmae.dataloaders.clip_list import ListedClip, list_clips, list_digest
+from cavmae.dataloaders.clip_sample import ClipTask, PackedClip, SkippedClip, pack_clip
+from cavmae.dataloaders.encode import VideoCodec
+from cavmae.dataloaders.media import media_seconds
+from cavmae.dataloaders.pack_display import PackProgress, PackSummary, summary_table
+from cavmae.dataloaders.packed_folder import (
+    claimed,
+    finished_report,
+    remove_unfinished,
+    write_report,
+)
+from cavmae.dataloaders.shard_writer import ShardWriter, write_atomically, write_index
+from cavmae.dataloaders.shards import TIERS, ShardEntry
+from cavmae.dataloaders.worker_pool import Failure, run_in_order
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Pack videos into shards for training.
+
+    A clip is the first `clip_seconds` of a file, or the window that a CSV file gives. What cannot
+    be used is skipped and named in OUT/report.jsonl with its reason. Run the same command again to
+    go on after an interruption.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    videos: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
+    """Folder, searched with its subfolders: every file is tried, whatever its name, but hidden
+    files, text, subtitles and pictures. Or a CSV file with the columns path,start,end,labels
+    (only path is required; start and end in seconds; labels separated by `;`)."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the shards; new, empty, or of an earlier run of the same command."""
+    tiers: str = "frames,video"
+    """What to pack: `frames` (ten JPEGs a clip), `video` (every frame), separated by a comma."""
+    video_codec: VideoCodec = "vp9"
+    """Codec of the video tier: vp9 decodes on CPU and GPU, h264 on GPU only, mjpeg on CPU only."""
+    video_fps: float = 0.0
+    """Frames per second kept at most; 0: all."""
+    short_side: int = 256
+    """Pixels of the shorter side; smaller videos keep their size."""
+    frame_choice: Literal["by_time", "published"] = "by_time"
+    """The ten frames: at the middle of each tenth of the clip, or as the original code chose."""
+    audio_channel: Literal["mix", "first"] = "mix"
+    """Mono sound from all channels, or from the first alone as published."""
+    clip_seconds: float = 10.0
+    """Length of a clip where the list gives no end; longer files give one clip, from the start."""
+    segment: bool = False
+    """Cut longer files into consecutive clips of `clip_seconds` instead."""
+    minimum_seconds: float = 0.5
+    """Shorter clips are skipped."""
+    keep_silent: bool = False
+    """Keep clips whose sound is silence."""
+    clips_per_shard: int = 1000
+    """Clips of the list in each shard, skipped ones included."""
+    maximum_seconds_per_clip: float = 120.0
+    """A clip that takes longer than this to decode and encode is skipped as `timeout`."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+
+    def __post_init__(self) -> None:
+        for tier in self.tier_names:
+            if tier not in TIERS:
+                raise ValueError(f"tiers is {self.tiers!r}; use frames, video or frames,video")
+        if len(set(self.tier_names)) != len(self.tier_names):
+            raise ValueError(f"tiers is {self.tiers!r}, which names one twice")
+        if self.short_side < 16 or self.short_side % 2:
+            raise ValueError(f"short_side is {self.short_side}; use an even number from 16")
+        for name in ("clip_seconds", "minimum_seconds", "maximum_seconds_per_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; use seconds above 0")
+        if self.clip_seconds < self.minimum_seconds:
+            raise ValueError(
+                f"clip_seconds is {self.clip_seconds}, less than minimum_seconds "
+                f"{self.minimum_seconds}"
+            )
+        if not 0 <= self.video_fps <= 1000:
+            raise ValueError(f"video_fps is {self.video_fps}; use 0 (all) up to 1000")
+        if self.clips_per_shard < 1 or self.workers < 0:
+            raise ValueError(
+                f"clips_per_shard is {self.clips_per_shard} and workers {self.workers}; "
+                f"use 1 or more and 0 or more"
+            )
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        return tuple(tier.strip() for tier in self.tiers.split(","))
+
+    def decode_settings(self) -> DecodeSettings:
+        return DecodeSettings(
+            short_side=self.short_side,
+            video_fps=self.video_fps,
+            minimum_seconds=self.minimum_seconds,
+            keep_silent=self.keep_silent,
+            audio_channel=self.audio_channel,
+        )
+
+    def lasting(self) -> dict[str, Any]:
+        """The options that decide what the shards hold; the others may change on a restart."""
+        free = ("videos", "out", "workers", "maximum_seconds_per_clip")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
+    """Pack all clips of `config.videos` into `config.out`.
+
+    Raises:
+        ValueError: the list or the options cannot be used, or no clip can.
+        OSError: something cannot be read or written.
+    """
+    console = console or Console(stderr=True)
+    videos, out = Path(config.videos), Path(config.out)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    clips = list_clips(videos, out)
+    if config.segment:
+        clips = _segments(clips, config, workers, console)
+    options, tiers = config.lasting(), config.tier_names
+    with claimed(out, options, tiers, len(clips), list_digest(clips)):
+        shards = range(-(-len(clips) // config.clips_per_shard))
+        reports = {shard: finished_report(out, shard) for shard in shards}
+        pending = [shard for shard in shards if reports[shard] is None]
+        remove_unfinished(out, tiers, pending)
+        resumed = len(shards) - len(pending)
+        if pending:
+            total = sum(len(_numbers(shard, clips, config)) for shard in pending)
+            console.print(f"Packing {total} clips in {len(pending)} shards, {workers} processes")
+            with (
+                PackProgress(console, total) as progress,
+                closing(_results(pending, clips, config, workers)) as results,
+            ):
+                for shard in pending:
+                    reports[shard] = _pack_shard(shard, clips, results, config, out, progress)
+        return _complete(out, config, [reports[shard] or {} for shard in shards], resumed)
+
+
+def _segments(
+    clips: list[ListedClip], config: PackConfig, workers: int, console: Console
+) -> list[ListedClip]:
+    """Cut clips without a stated end into consecutive ones; their files are read for it."""
+    console.print(f"Reading the lengths of {len(clips)} files")
+    lengths = run_in_order(
+        _length,
+        [clip.path if clip.end_seconds is None else None for clip in clips],
+        workers=workers,
+        limit_seconds=config.maximum_seconds_per_clip,
+    )
+    cut = []
+    for clip, length in zip(clips, lengths, strict=True):
+        if not isinstance(length, float):  # Listed as it is, it will be skipped with the reason.
+            cut.append(clip)
+            continue
+        start = clip.start_seconds
+        cut.append(replace(clip, end_seconds=start + config.clip_seconds))
+        start += config.clip_seconds
+        while length - start >= config.minimum_seconds:
+            end = start + config.clip_seconds
+            cut.append(replace(clip, start_seconds=start, end_seconds=end))
+            start = end
+    return cut
+
+
+def _length(path: str | None) -> float | None:
+    if path is None:
+        return None
+    try:
+        return media_seconds(path)
+    except ClipError:
+        return None
+
+
+def _numbers(shard: int, clips: list[ListedClip], config: PackConfig) -> range:
+    """Places in the list of the clips of a shard."""
+    first = shard * config.clips_per_shard
+    return range(first, min(first + config.clips_per_shard, len(clips)))
+
+
+def _results(
+    pending: list[int], clips: list[ListedClip], config: PackConfig, workers: int
+) -> Generator[PackedClip | SkippedClip | Failure]:
+    """Every clip of the shards that are not finished, packed or not, in order."""
+    tasks = (
+        ClipTask(
+            number=number,
+            clip=clips[number],
+            clip_seconds=config.clip_seconds,
+            tiers=config.tier_names,
+            video_codec=config.video_codec,
+            frame_choice=config.frame_choice,
+            decode=config.decode_settings(),
+        )
+        for shard in pending
+        for number in _numbers(shard, clips, config)
+    )
+    limit = config.maximum_seconds_per_clip
+    yield from run_in_order(pack_clip, tasks, workers=workers, limit_seconds=limit)
+
+
+def _pack_shard(
+    shard: int,
+    clips: list[ListedClip],
+    results: Iterator[PackedClip | SkippedClip | Failure],
+    config: PackConfig,
+    out: Path,
+    progress: PackProgress,
+) -> dict[str, Any]:
+    """Write one shard of every tier from the next results; returns its report."""
+    writers = {tier: ShardWriter(out / tier, f"{shard:06d}") for tier in config.tier_names}
+    skipped, seconds = [], 0.0
+    try:
+        for number in _numbers(shard, clips, config):
+            result = next(results)
+            if isinstance(result, PackedClip):
+                seconds += result.seconds
+                for tier, writer in writers.items():
+                    writer.add(result.key, result.members[tier])
+            else:
+                if result.reason == "missing_file":
+                    _check_still_there(config.videos)
+                skipped.append(_report_line(number, clips[number], result))
+            progress.count(packed=isinstance(result, PackedClip))
+        entries = {tier: writer.finish() for tier, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    report = {
+        "tiers": {tier: entry and asdict(entry) for tier, entry in entries.items()},
+        "seconds": seconds,
+        "skipped": skipped,
+    }
+    write_report(out, shard, report)
+    return report
+
+
+def _check_still_there(videos: str) -> None:
+    """A lost mount must not look like a set of missing clips."""
+    if not Path(videos).exists():
+        raise FileNotFoundError(f"{videos} has gone; bring it back and run the same command again")
+
+
+def _report_line(number: int, clip: ListedClip, result: SkippedClip | Failure) -> dict[str, Any]:
+    return {
+        "key": f"{number:09d}",
+        "source": clip.source,
+        "start_seconds": clip.start_seconds,
+        "end_seconds": clip.end_seconds,
+        "reason": result.reason,
+        "detail": result.detail,
+    }
+
+
+def _complete(
+    out: Path, config: PackConfig, reports: list[dict[str, Any]], resumed: int
+) -> PackSummary:
+    """Write the report of skipped clips and, last, the index of each tier."""
+    skipped = [line for report in reports for line in report["skipped"]]
+    text = "".join(json.dumps(line) + "\n" for line in skipped)
+    write_atomically(out / "report.jsonl", text.encode())
+    reasons = dict(Counter(line["reason"] for line in skipped).most_common())
+    totals: dict[str, int] = {}
+    samples = 0
+    for tier in config.tier_names:
+        entries = [
+            ShardEntry(**report["tiers"][tier]) for report in reports if report["tiers"][tier]
+        ]
+        if not entries:
+            counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+            raise ValueError(
+                f"none of the {len(skipped)} clips can be packed: {counts}; "
+                f"see {out / 'report.jsonl'}"
+            )
+        write_index(
+            out / tier,
+            tier=tier,
+            video_codec=config.video_codec if tier == "video" else None,
+            short_side=config.short_side,
+            frame_choice=config.frame_choice,
+            skipped=len(skipped),
+            shards=entries,
+        )
+        totals[tier] = sum(entry.bytes for entry in entries)
+        samples = sum(entry.samples for entry in entries)
+    seconds = sum(report["seconds"] for report in reports)
+    return PackSummary(samples, reasons, seconds, totals, resumed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        config = tyro.cli(PackConfig, prog="cavmae pack", args=argv)
+        summary = pack(config, errors)
+    except KeyboardInterrupt:
+        errors.print("stopped; run the same command again to go on")
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        errors.print(f"error: {error}")
+        return 1
+    Console().print(summary_table(summary, config.out))
+    if summary.skipped:
+        Console().print(f"Skipped clips are named in {Path(config.out) / 'report.jsonl'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""What a packing run shows: progress while it runs and a table at the end."""
+
+import time
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What a finished run has packed."""
+
+    clips: int
+    """Clips packed."""
+    skipped: dict[str, int]
+    """Reason: clips."""
+    seconds: float
+    """Sound packed."""
+    bytes: dict[str, int]
+    """Tier: bytes of its tars."""
+    resumed_shards: int
+    """Shards that an earlier run had finished."""
+
+
+class PackProgress:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, clips: int):
+        self.console = console
+        self.clips = clips
+        self.done = self.skipped = 0
+        self.started = self.printed = time.monotonic()
+        self.bar = Progress(
+            TextColumn("packing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[skipped]} skipped"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=clips, skipped=0)
+
+    def __enter__(self) -> "PackProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def count(self, *, packed: bool) -> None:
+        """Note one clip."""
+        self.done += 1
+        self.skipped += not packed
+        self.bar.update(self.task, advance=1, skipped=self.skipped)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.printed > PLAIN_PROGRESS_SECONDS:
+            self.printed = now
+            rate = self.done / (now - self.started)
+            self.console.print(
+                f"{self.done} of {self.clips} clips, {self.skipped} skipped, {rate:.1f} clips/s"
+            )
+
+
+def summary_table(summary: PackSummary, out: str) -> Table:
+    """What was packed, for people."""
+    table = Table(title=f"Packed into {out}", show_header=False)
+    table.add_row("clips packed", str(summary.clips))
+    table.add_row("sound", f"{summary.seconds:.0f} s")
+    for tier, size in summary.bytes.items():
+        each = size / summary.clips / 1000
+        table.add_row(f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip")
+    for reason, count in summary.skipped.items():
+        table.add_row(f"skipped: {reason}", str(count))
+    if summary.resumed_shards:
+        table.add_row("shards kept from an earlier run", str(summary.resumed_shards))
+    return table

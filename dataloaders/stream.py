@@ -1,0 +1,237 @@
+"""From positions to batches: ask the readers, decode, compute the log-mel; replace what is damaged.
+
+    tasks -> reader processes -> DALI -> log-mel -> AudioVideoBatch
+
+Three generators, one after the other, all driven by the loader's background thread; readers and
+DALI's threads work meanwhile.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.decode import ClipDecoder, DecodedClips, DecodeError
+from cavmae.dataloaders.log_mel import log_mel
+from cavmae.dataloaders.quarantine import ClipTrial, Journal, Quarantine, find_culprits
+from cavmae.dataloaders.reader import (
+    ClipReader,
+    Damage,
+    EncodedClip,
+    ReaderSettings,
+    ReadFailure,
+    ReadTask,
+)
+from cavmae.dataloaders.reader_pool import WorkerDied, WorkerPool
+from cavmae.dataloaders.shards import ShardSet
+
+MAXIMUM_DEATHS = 5
+"""Reader processes that may die at sound clips before the run stops."""
+
+log = logging.getLogger(__name__)
+
+
+class ClipStream:
+    """Reads and decodes batches of one set.
+
+    Args:
+        settings: what the readers need to know.
+        shards: the set.
+        config: readers, threads and normalisation.
+        shape: of the clips that come out.
+        device: where they come out.
+        maximum_batch: most clips in a batch.
+        quarantine: clips to leave out; clips found damaged are added.
+        choose: what to read at some positions, given the quarantine; may leave positions out.
+        journal: where to note what is being decoded.
+    """
+
+    def __init__(
+        self,
+        settings: ReaderSettings,
+        shards: ShardSet,
+        config: DataConfig,
+        shape: ClipShape,
+        device: torch.device,
+        maximum_batch: int,
+        quarantine: Quarantine,
+        choose: Callable[[np.ndarray], list[ReadTask]],
+        journal: Journal | None,
+    ):
+        self._shards = shards
+        self._config = config
+        self._shape = shape
+        self._device = device
+        self._gpu = settings.gpu
+        self._maximum_batch = maximum_batch
+        self._quarantine = quarantine
+        self._choose = choose
+        self._journal = journal
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._trial = ClipTrial(settings)
+        self._pool = WorkerPool(ClipReader(settings), config.reader_workers)
+        self._deaths = 0
+        self._decoder: ClipDecoder | None = None
+
+    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[AudioVideoBatch]:
+        """Batches at the given positions, in order; to be used once.
+
+        Raises:
+            OSError: a shard cannot be read.
+            DataFaultError: too many clips are damaged.
+            RuntimeError: readers die, or DALI refuses clips that are sound.
+        """
+        for clips, decoded in self._decode(self._read(positions)):
+            yield self._batch(clips, decoded)
+
+    def interrupt(self) -> None:
+        """Make `batches`, waiting for a reader in another thread, raise `PoolClosed`."""
+        self._pool.interrupt()
+
+    def close(self) -> None:
+        """End the readers; nothing may use the stream afterwards."""
+        self._pool.close()
+        self._decoder = None
+        if self._journal is not None:
+            self._journal.clear()
+
+    # ------------------------------------------------------------------------------- reading
+
+    def _read(self, positions: Iterable[np.ndarray]) -> Iterator[list[EncodedClip]]:
+        asked: deque[list[tuple[ReadTask, int]]] = deque()
+        for some in positions:
+            asked.append([(task, self._pool.submit(task)) for task in self._choose(some)])
+            if len(asked) > self._config.prefetch_batches:
+                yield from self._receive(asked.popleft())
+        while asked:
+            yield from self._receive(asked.popleft())
+
+    def _receive(self, asked: list[tuple[ReadTask, int]]) -> Iterator[list[EncodedClip]]:
+        clips = [clip for task, ticket in asked for clip in self._sound_clip(task, ticket)]
+        self._quarantine.count_seen(len(clips))
+        if clips:
+            yield clips
+
+    def _sound_clip(self, task: ReadTask, ticket: int) -> list[EncodedClip]:
+        """The clip for a position: the one asked for, its substitute, or none."""
+        while True:
+            answer = self._answer(task, ticket)
+            if isinstance(answer, ReadFailure):
+                raise OSError(answer.detail)
+            if isinstance(answer, Damage):
+                self._quarantine.add(answer)
+            if isinstance(answer, EncodedClip) and not self._quarantine.leaves_out(task):
+                return [answer]
+            replacement = self._choose(np.array([task.position]))
+            if not replacement:
+                return []
+            task = replacement[0]
+            ticket = self._pool.submit(task)
+
+    def _answer(self, task: ReadTask, ticket: int) -> EncodedClip | Damage | ReadFailure:
+        while True:
+            try:
+                return self._pool.result(ticket)
+            except WorkerDied as death:
+                culprits = find_culprits(self._trial, self._shards, [task])
+                if culprits:
+                    return culprits[0]
+                self._deaths += 1
+                log.warning("a reader died (%s) at a sound clip", death)
+                if self._deaths > MAXIMUM_DEATHS:
+                    raise RuntimeError(
+                        f"{self._deaths} reader processes died, the last one: {death}; is memory "
+                        f"short? data.reader_workers is {self._config.reader_workers}"
+                    ) from death
+                ticket = self._pool.submit(task)
+
+    # ------------------------------------------------------------------------------ decoding
+
+    def _decode(
+        self, batches: Iterator[list[EncodedClip]]
+    ) -> Iterator[tuple[list[EncodedClip], DecodedClips]]:
+        """One batch is in the decoder while the next is read and the last is finished."""
+        under_way: list[EncodedClip] = []
+        for clips in batches:
+            decoded = self._collect(under_way)
+            self._schedule(clips)
+            yield from decoded
+            under_way = clips
+        yield from self._collect(under_way)
+
+    def _schedule(self, clips: list[EncodedClip]) -> None:
+        if self._journal is not None:
+            self._journal.write(clips)
+        if self._decoder is None:
+            self._decoder = ClipDecoder(
+                self._shards.tier,
+                self._shape.image_size,
+                self._maximum_batch,
+                self._config.decode_threads,
+                self._gpu,
+            )
+        self._decoder.schedule(clips)
+
+    def _collect(self, clips: list[EncodedClip]) -> list[tuple[list[EncodedClip], DecodedClips]]:
+        """What the scheduled clips decode to, after replacing those that DALI refuses."""
+        unexplained: DecodeError | None = None
+        while clips and self._decoder is not None:
+            try:
+                with self._on_side_stream():
+                    return [(clips, self._decoder.collect())]
+            except DecodeError as error:
+                self._decoder = None
+                culprits = find_culprits(self._trial, self._shards, [clip.task for clip in clips])
+                if not culprits and unexplained is not None:
+                    raise RuntimeError(
+                        f"DALI refuses a batch twice whose clips it decodes one by one: {error}"
+                    ) from error
+                unexplained = None if culprits else error
+                for damage in culprits:
+                    self._quarantine.add(damage)
+                clips = [sound for clip in clips for sound in self._kept_or_replaced(clip)]
+                if clips:
+                    self._schedule(clips)
+        return []
+
+    def _kept_or_replaced(self, clip: EncodedClip) -> list[EncodedClip]:
+        if not self._quarantine.leaves_out(clip.task):
+            return [clip]
+        replacement = self._choose(np.array([clip.task.position]))
+        return [
+            sound
+            for task in replacement
+            for sound in self._sound_clip(task, self._pool.submit(task))
+        ]
+
+    # ----------------------------------------------------------------------------- finishing
+
+    def _on_side_stream(self) -> AbstractContextManager[object]:
+        """Work for the GPU that must not wait for the model's, nor hold it up."""
+        return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)
+
+    def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
+        with self._on_side_stream():
+            waveforms = [torch.from_numpy(waveform) for waveform in decoded.waveforms]
+            spectrogram = log_mel(
+                waveforms, self._shape.mel_bins, self._shape.audio_frames, self._device
+            )
+            spectrogram -= self._config.log_mel_mean
+            spectrogram /= self._config.log_mel_deviation
+        if self._side_stream is not None:
+            self._side_stream.synchronize()
+        return AudioVideoBatch(
+            log_mel=spectrogram,
+            frames=torch.as_tensor(decoded.frames),
+            positions=torch.tensor([clip.task.position for clip in clips]),
+            epochs=torch.tensor([clip.task.epoch for clip in clips]),
+            sample_ids=tuple(clip.sample_id for clip in clips),
+            labels=tuple(clip.labels for clip in clips),
+            frame_seconds=torch.tensor([[clip.frame_seconds] for clip in clips]),
+            audio_seconds=torch.tensor([clip.audio_seconds for clip in clips]),
+        )

@@ -1,0 +1,144 @@
+"""`cavmae verify` finds every kind of damage and names it."""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cavmae.dataloaders.shard_writer import ShardWriter, write_index
+from cavmae.dataloaders.shards import ShardSet, read_member_index
+from cavmae.dataloaders.verify import VerifyConfig, description_problem, main, verify
+
+
+@pytest.fixture
+def folder(packed_synthetic: Path, tmp_path: Path) -> Path:
+    """The video tier of the packed clips, to be damaged."""
+    shutil.copytree(packed_synthetic / "video", tmp_path / "video")
+    return tmp_path / "video"
+
+
+def problems(folder: Path, decode: bool = False) -> list[str]:
+    results = verify(VerifyConfig(str(folder), decode=decode))
+    return [f"{one.name}: {problem}" for one in results for problem in one.problems]
+
+
+def test_whole_shards_pass(packed_synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(packed_synthetic), "--decode"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.count("none") == 6
+
+
+def test_one_changed_byte_of_a_member_is_found_and_named(folder: Path) -> None:
+    path = folder / "000001.tar"
+    data = bytearray(path.read_bytes())
+    data[int(read_member_index(folder / "000001.idx").offset[2, 1]) + 100] ^= 1
+    path.write_bytes(data)
+    assert problems(folder) == [
+        "000001.tar: its SHA-256 is not that of index.json",
+        "000001.tar: 000000010: flac is damaged (CRC-32)",
+    ]
+
+
+def test_a_cut_off_shard_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "000002.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "video/000002.tar" in error and "bytes, index.json says" in error
+    assert "Traceback" not in error
+
+
+def _remove_shard(folder: Path) -> None:
+    (folder / "000000.tar").unlink()
+
+
+def _remove_idx(folder: Path) -> None:
+    (folder / "000000.idx").unlink()
+
+
+def _shift_idx(folder: Path) -> None:
+    path = folder / "000000.idx"
+    offset = int(read_member_index(path).offset[3, 0])
+    path.write_text(path.read_text().replace(f"json {offset} ", f"json {offset + 512} "))
+
+
+def _swap_shards(folder: Path) -> None:
+    shutil.copy(folder / "000001.tar", folder / "000000.tar")
+
+
+def _miscount(folder: Path) -> None:
+    path = folder / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "samples": 25}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove_shard, "000000.tar: [Errno 2] No such file"),
+        (_remove_idx, "000000.tar: [Errno 2] No such file"),
+        (_shift_idx, "000000.tar: the tar has 000000003.json where the .idx has 000000003.json"),
+        (_swap_shards, "000000.tar: the tar has 000000008.json where the .idx has 000000000.json"),
+        (_miscount, "index.json: states 25 samples, its shards have 24"),
+    ],
+)
+def test_what_does_not_fit_together_is_found(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(folder)
+    assert any(problem.startswith(message) for problem in problems(folder))
+
+
+def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synthetic: Path) -> None:
+    source = ShardSet(packed_synthetic / "video")
+    description = {**source.description(0, 0), "key": "000000000"}
+    media = {"flac": source.member(0, 0, "flac")[:9000], "mp4": b"no video"}
+    description["crc32"] = {name: zlib.crc32(data) for name, data in media.items()}
+    writer = ShardWriter(tmp_path, "000000")
+    writer.add("000000000", {"json": json.dumps(description).encode(), **media})
+    entry = writer.finish()
+    assert entry is not None
+    write_index(
+        tmp_path,
+        tier="video",
+        video_codec="vp9",
+        short_side=256,
+        frame_choice="by_time",
+        skipped=0,
+        shards=[entry],
+    )
+    assert problems(tmp_path) == []
+    sound, video = problems(tmp_path, decode=True)
+    assert "000000000: flac" in sound and "000000000: mp4 does not decode" in video
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"schema": 3}, "schema is 1"),
+        ({"key": "000000099"}, "key is 000000000"),
+        ({"labels": "dog"}, "labels are texts"),
+        ({"audio": {"hz": 44100, "samples": 1}}, "audio.hz is 16000"),
+        ({"ten_frames": []}, "there are 10 ten_frames"),
+        ({"crc32": {"flac": 1}}, "every member has a crc32"),
+        ({"source": {}}, "KeyError: 'path'"),
+    ],
+)
+def test_a_description_that_breaks_the_schema_is_found(
+    packed_synthetic: Path, change: dict, rule: str
+) -> None:
+    description = ShardSet(packed_synthetic / "video").description(0, 0)
+    assert description_problem(description, "000000000", "video") is None
+    assert rule in str(description_problem({**description, **change}, "000000000", "video"))
+
+
+def test_a_folder_that_was_not_packed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "cavmae pack" in error
+    assert "Traceback" not in error
