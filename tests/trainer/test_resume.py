@@ -1,0 +1,162 @@
+"""A run that is killed, stopped or given other ranks goes on exactly where it was."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from launch import ROOT, free_port, rank_environment
+from tiny_run import losses, tiny_run
+
+from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig
+from cavmae.trainer.run_folder import save_config
+
+pytestmark = pytest.mark.slow
+
+
+class Start:
+    """One start of a run on some ranks."""
+
+    def __init__(self, config: PretrainConfig, world_size: int, tmp_path: Path) -> None:
+        path = tmp_path / f"config-{time.monotonic_ns()}.json"
+        save_config(config, path)
+        port = free_port()
+        self.log = path.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "cavmae.trainer.pretrain", str(path)],
+                    cwd=ROOT,
+                    env=rank_environment(rank, world_size, port),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(world_size)
+            ]
+
+    def finish(self) -> str:
+        codes = [process.wait(timeout=300) for process in self.processes]
+        text = self.log.read_text()
+        assert codes == [0] * len(codes), text[-5000:]
+        return text
+
+    def signal_after(self, sign: signal.Signals, path: Path) -> None:
+        """Send a signal to all ranks as soon as `path` is there."""
+        deadline = time.monotonic() + 200
+        while not path.exists():
+            assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, f"{path} did not appear"
+            time.sleep(0.01)
+        for process in self.processes:
+            os.kill(process.pid, sign)
+
+
+@pytest.fixture(scope="module")
+def straight(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps on two ranks without a break."""
+    folder = tmp_path_factory.mktemp("straight")
+    Start(tiny_run(packed_synthetic, folder / "run"), 2, folder).finish()
+    assert len(losses(folder / "run")) == 20
+    return folder / "run"
+
+
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run")
+    killed = Start(config, 2, tmp_path)
+    killed.signal_after(signal.SIGKILL, tmp_path / "run/checkpoints/step-000000010")
+    for process in killed.processes:
+        process.wait(timeout=60)
+    text = Start(config, 2, tmp_path).finish()
+    assert "going on from" in text
+    assert losses(tmp_path / "run") == losses(straight)
+    ours, theirs = (torch.load(run / "weights.pt") for run in (tmp_path / "run", straight))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert len(run["git_commits"]) == 2, "both starts are on record, in one MLflow run"
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step-000000020"
+    torn = next(newest.glob("state/*optim_states.pt"))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    text = Start(tiny_run(packed_synthetic, tmp_path / "run"), 2, tmp_path).finish()
+    assert "step-000000020 is not whole" in text and torn.name in text
+    assert "going on from" in text and "step-000000010" in text
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run")
+    stopped = Start(config, 2, tmp_path)
+    stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010")
+    assert "the same command goes on" in stopped.finish()
+    assert len(losses(tmp_path / "run")) < 20
+    Start(config, 2, tmp_path).finish()
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "starts"),
+    [
+        (1, [(2, 5), (1, 10), (2, 20)]),
+        (0, [(2, 10), (1, 20)]),
+        (2, [(2, 10), (1, 20)]),
+        (3, [(1, 10), (2, 20)]),
+    ],
+)
+def test_other_rank_counts_go_on_with_the_same_losses(
+    packed_synthetic: Path,
+    straight: Path,
+    tmp_path: Path,
+    zero_stage: Literal[0, 1, 2, 3],
+    starts: list[tuple[int, int]],
+) -> None:
+    run = tiny_run(
+        packed_synthetic,
+        tmp_path / "run",
+        engine=EngineConfig(zero_stage=zero_stage, dtype="fp32"),
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
+    text = ""
+    for world_size, steps in starts:
+        text = Start(dataclasses.replace(run, steps=steps), world_size, tmp_path).finish()
+    assert "going on from" in text
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+
+
+def test_a_run_that_goes_on_refuses_another_seed(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    start = Start(tiny_run(packed_synthetic, tmp_path / "run", seed=5), 1, tmp_path)
+    assert start.processes[0].wait(timeout=120) != 0
+    assert "was started with seed 0 and this start has 5" in start.log.read_text()
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_scores(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    run = tiny_run(packed_synthetic, tmp_path / "run", steps=1)
+    data = dataclasses.replace(run.data, validation=run.data.train)
+    run = dataclasses.replace(run, data=data)
+    scores = []
+    for _ in range(2):
+        Start(run, 1, tmp_path).finish()
+        scores.append(json.loads((tmp_path / "run/summary.json").read_text())["scores"])
+    assert scores[0] and scores[0] == scores[1]

@@ -1,0 +1,320 @@
+"""Pretraining, start to end: `python -m cavmae.trainer.pretrain RECIPE [--field value ...]`.
+
+Started by plain python, `deepspeed --module`, `torchrun -m` or `cavmae.cluster.train`; each sets
+the same rank variables. A run folder that has checkpoints goes on from the newest whole one.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cavmae.command import exit_code
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.recipes import RECIPES
+from cavmae.trainer.run_folder import git_commit, load_config, read_json, save_config, write_json
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=PretrainConfig)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended, the same on every rank.
+
+    Attributes:
+        run_dir: the run folder.
+        step: optimizer steps done.
+        steps: optimizer steps asked for.
+        stopped: SIGTERM ended this start early; the same command goes on.
+        skipped_updates: updates of this start left out for a non-finite loss or gradient.
+        quarantined: unreadable clips found on this rank.
+        seconds: wall time of this start's training loop.
+        samples_per_second: over this start's training loop, everything included.
+        scores: held-out metrics of the last evaluation, by name; empty without held-out clips.
+        tracking_uri, mlflow_run: where MLflow has the run; empty on ranks above 0.
+    """
+
+    run_dir: str
+    step: int
+    steps: int
+    stopped: bool
+    skipped_updates: int
+    quarantined: int
+    seconds: float
+    samples_per_second: float
+    scores: dict[str, float]
+    tracking_uri: str = ""
+    mlflow_run: str = ""
+
+
+def parse(
+    arguments: list[str], kind: type[Config] = PretrainConfig, prog: str = "cavmae pretrain"
+) -> Config:
+    """The configuration of a command line.
+
+    Args:
+        arguments: a recipe's name or the path of a saved `config.json`, then `--field value`s.
+        kind: `PretrainConfig` or a dataclass that adds fields with defaults to it.
+        prog: how the command is called, for its help.
+
+    Raises:
+        ValueError: no such recipe, or a field that a dataclass refuses.
+        SystemExit: `--help`, or a field that does not exist (with a message that names it).
+    """
+    import tyro
+
+    names = ", ".join(RECIPES)
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise ValueError(f"name a recipe ({names}) or a saved config.json first")
+        base = kind()
+        description = f"First word: a recipe ({names}) or the path of a saved config.json."
+    else:
+        name, *arguments = arguments
+        if name in RECIPES:
+            recipe = RECIPES[name]()
+            description = RECIPES[name].__doc__ or ""
+        elif name.endswith(".json"):
+            recipe = load_config(name, PretrainConfig)
+            description = f"The run saved in {name}."
+        else:
+            raise ValueError(f"{name!r} is no recipe; use one of {names}, or a saved config.json")
+        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+        base = kind(**fields)
+    return tyro.cli(kind, prog=prog, default=base, args=arguments, description=description)
+
+
+def run(config: PretrainConfig) -> RunSummary:
+    """Train, evaluate and save; every rank calls it with the same configuration.
+
+    Raises:
+        ValueError: the data, the rank count or the run folder does not fit the configuration.
+        OSError: data can't be read or the run folder can't be written.
+        NonFiniteError: too many updates in a row were not finite.
+    """
+    ranks = ranks_from_environment()
+    threads = limit_threads(config.threads_per_rank, ranks)
+    # torch and what needs it come after the threads are set.
+    import torch
+    import torch.distributed as dist
+
+    from cavmae.dataloaders.batch import ClipShape
+    from cavmae.dataloaders.loader import TrainLoader
+    from cavmae.dataloaders.shards import ShardSet
+    from cavmae.trainer.checkpoint import RunState, load_checkpoint, save_checkpoint
+    from cavmae.trainer.engine import Engine, start_process_group
+    from cavmae.trainer.held_out import HeldOut
+    from cavmae.trainer.loop import train
+    from cavmae.trainer.model.cavmae import CAVMAE
+    from cavmae.trainer.model.weights import load_initial_weights
+    from cavmae.trainer.report import RunReport
+    from cavmae.trainer.resolve import resolve
+    from cavmae.trainer.schedule import learning_rate
+    from cavmae.trainer.task import PretrainTask
+
+    _log_to_stderr(ranks)
+    # Build.
+    if not config.data.train:
+        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    train_set = ShardSet(config.data.train)
+    config = resolve(
+        config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
+    )
+    device = start_process_group(ranks)
+    run_dir = Path(config.run_dir)
+    checkpoint = _open_run_folder(config, run_dir, ranks)
+
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    model = CAVMAE(config.model)
+    if config.initial_weights:
+        load_initial_weights(model, config.initial_weights)
+    model.freeze_unused(
+        reconstruct=config.loss.reconstruction_weight > 0,
+        contrast=config.loss.contrastive_weight > 0,
+    )
+    if config.engine.compile:
+        model.compile_blocks()
+    accumulation = config.global_batch // ranks.world_size // config.micro_batch
+    engine = Engine(
+        model,
+        config.engine,
+        config.optimizer,
+        micro_batch=config.micro_batch,
+        accumulation=accumulation,
+        device=device,
+    )
+    task = PretrainTask(config, world_size=ranks.world_size, device=device)
+    state = load_checkpoint(checkpoint, engine) if checkpoint else None
+    start_step = state.step if state else 0
+    if state and state.train_set != train_set.fingerprint:
+        raise ValueError(
+            f"the run in {run_dir} was trained on other clips than data.train "
+            f"{config.data.train} now holds; give the former set, or another --run-dir"
+        )
+    shape = ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size)
+    loader = TrainLoader(
+        config.data,
+        shape,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        lanes=config.lanes,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        start_position=state.position if state else 0,
+        quarantine=state.quarantine if state else (),
+        journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
+    )
+    report = RunReport(config, run_dir, ranks, start_step=start_step, device=device)
+    report.opened(task.layout, train_set, resumed_from=checkpoint)
+    held_out = HeldOut(config, shape, ranks, engine, report, device=device)
+
+    def save(step: int) -> None:
+        quarantine: list[list[tuple[str, str]] | None] = [None] * ranks.world_size
+        dist.all_gather_object(
+            quarantine, [(item.sample_id, item.reason) for item in loader.quarantine]
+        )
+        found = sorted({item for items in quarantine if items for item in items})
+        save_checkpoint(
+            run_dir,
+            engine,
+            RunState(
+                step=step,
+                position=step * config.global_batch,
+                quarantine=tuple(found),
+                train_set=train_set.fingerprint,
+                world_size=ranks.world_size,
+                zero_stage=config.engine.zero_stage,
+                dtype=config.engine.dtype,
+            ),
+            keep_last=config.checkpoint.keep_last,
+        )
+
+    # Loop.
+    began = time.monotonic()
+    steps_per_epoch = train_set.samples / config.global_batch
+    try:
+        outcome = train(
+            engine,
+            task,
+            loader,
+            start_step=start_step,
+            steps=config.steps,
+            accumulation=accumulation,
+            global_batch=config.global_batch,
+            learning_rate=lambda step: learning_rate(
+                config.schedule,
+                config.optimizer.learning_rate,
+                step=step,
+                steps=config.steps,
+                steps_per_epoch=steps_per_epoch,
+            ),
+            maximum_skipped_updates=config.engine.maximum_skipped_updates,
+            report_every=config.tracking.every_steps,
+            report=report.step,
+            evaluate_every=config.evaluation.every_steps,
+            evaluate=held_out.score,
+            save_every=config.checkpoint.every_steps,
+            save=save,
+            device=device,
+        )
+    except BaseException:
+        report.close("FAILED")
+        raise
+    finally:
+        loader.close()
+
+    # Save.
+    seconds = time.monotonic() - began
+    summary = RunSummary(
+        run_dir=str(run_dir),
+        step=outcome.step,
+        steps=config.steps,
+        stopped=outcome.stopped,
+        skipped_updates=outcome.skipped_updates,
+        quarantined=len(loader.quarantine),
+        seconds=seconds,
+        samples_per_second=(outcome.step - start_step) * config.global_batch / max(seconds, 1e-9),
+        scores=held_out.scores,
+        tracking_uri=report.tracking_uri,
+        mlflow_run=report.mlflow_run,
+    )
+    weights = engine.full_state_dict()
+    if ranks.rank == 0 and not outcome.stopped:
+        partial = run_dir / "weights.pt.partial"
+        torch.save(weights, partial)
+        partial.replace(run_dir / "weights.pt")
+        write_json(run_dir / "summary.json", dataclasses.asdict(summary))
+    report.close("KILLED" if outcome.stopped else "FINISHED")
+    dist.barrier()
+    return summary
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
+    words = [word for word in arguments if not word.startswith("--local_rank=")]
+    summary = run(parse(words))
+    if summary.stopped:
+        log.warning(
+            "stopped at step %d of %d; the same command goes on", summary.step, summary.steps
+        )
+    return 0
+
+
+def _open_run_folder(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Path | None:
+    """Make or check the folder on rank 0; returns the checkpoint to go on from, on every rank."""
+    import torch.distributed as dist
+
+    from cavmae.trainer.checkpoint import newest_checkpoint
+    from cavmae.trainer.resolve import check_same_run
+
+    answer: list[Path | Exception | None] = [None]
+    if ranks.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            saved = run_dir / "config.json"
+            answer = [newest_checkpoint(run_dir)]
+            if answer[0] is not None:
+                check_same_run(load_config(saved, PretrainConfig), config)
+            fields = {
+                field.name: getattr(config, field.name)
+                for field in dataclasses.fields(PretrainConfig)
+            }
+            save_config(PretrainConfig(**fields), saved)
+            run_file = run_dir / "run.json"
+            record = read_json(run_file) if run_file.exists() else {}
+            commits = [*record.get("git_commits", []), git_commit()]
+            write_json(run_file, record | {"git_commits": commits})
+        except (OSError, ValueError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def _log_to_stderr(ranks: Ranks) -> None:
+    """Everything from rank 0, warnings from the others."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if ranks.rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {ranks.rank} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("cavmae").setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

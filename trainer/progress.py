@@ -1,0 +1,93 @@
+"""How far a run is, for the person watching: a bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+
+class Progress:
+    """Shows step, loss, speed, the share of time spent waiting for data, and the time left.
+
+    Args:
+        total_steps: Steps of the whole run.
+        start_step: Steps done before this start; they don't count in the time left.
+        every_steps: Steps between plain lines; the last step always has one.
+        enabled: False on all ranks but one.
+        stream: Where to write, standard error by default; a terminal gets the bar.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        every_steps: int,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._every_steps = every_steps
+        self._enabled = enabled
+        self._stream = stream or sys.stderr
+        self._start_seconds = time.monotonic()
+        self._bar: Bar | None = None
+        console = Console(file=self._stream)
+        if enabled and console.is_terminal:
+            self._bar = Bar(
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                f"step {start_step}/{total_steps}", total=total_steps, completed=start_step
+            )
+            self._bar.start()
+
+    def update(
+        self, step: int, loss: float, samples_per_second: float, data_wait_share: float
+    ) -> None:
+        """Show one step.
+
+        Args:
+            step: Steps of the run that are done.
+            loss: Of this step.
+            samples_per_second: Over all ranks.
+            data_wait_share: Share of the time, 0 to 1, that was spent waiting for data.
+        """
+        if not self._enabled:
+            return
+        text = (
+            f"step {step}/{self._total_steps}  loss {loss:.4f}  "
+            f"{samples_per_second:.1f} samples/s  data wait {data_wait_share:.0%}  "
+            f"{self._time_left(step)} left"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % self._every_steps == 0 or step == self._total_steps:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, with the last numbers on it."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _time_left(self, step: int) -> str:
+        """From the mean speed since this start, evaluations and checkpoints included."""
+        done = step - self._start_step
+        if done <= 0:
+            return "-:--:--"
+        seconds_per_step = (time.monotonic() - self._start_seconds) / done
+        return clock((self._total_steps - step) * seconds_per_step)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, such as `1:02:03`; days are 24 more hours."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"

@@ -1,0 +1,75 @@
+"""From what the user asked for to what this run does: every open field filled in, once."""
+
+import dataclasses
+
+from cavmae.dataloaders.plan import check_ranks, default_lanes
+from cavmae.trainer.config import PretrainConfig
+
+# Fields that decide what a run computes. A run that goes on keeps them; the others may change.
+_FIXED = ("model", "mask", "loss", "seed", "global_batch", "lanes", "initial_weights")
+_FIXED_DATA = ("frame_choice", "log_mel_mean", "log_mel_deviation", "shuffle_window")
+
+
+def resolve(
+    config: PretrainConfig, *, world_size: int, samples: int, threads: int
+) -> PretrainConfig:
+    """Fill in lanes, steps, micro-batch and threads.
+
+    Args:
+        config: what the user asked for.
+        world_size: ranks of this start.
+        samples: clips of the training set.
+        threads: CPU threads per rank, as set.
+
+    Raises:
+        ValueError: the rank count does not divide the lanes, or the set is too small.
+    """
+    lanes = config.lanes or default_lanes(config.global_batch)
+    check_ranks(lanes, world_size)
+    if samples < lanes:
+        raise ValueError(
+            f"data.train {config.data.train} has {samples} clips, fewer than the {lanes} lanes; "
+            f"set lanes to {samples} or less (a divisor of global_batch {config.global_batch})"
+        )
+    per_rank = config.global_batch // world_size
+    steps = config.steps or max(1, round(config.epochs * samples / config.global_batch))
+    return dataclasses.replace(
+        config,
+        lanes=lanes,
+        steps=steps,
+        micro_batch=_largest_divisor(per_rank, config.micro_batch),
+        threads_per_rank=threads,
+    )
+
+
+def check_same_run(before: PretrainConfig, now: PretrainConfig) -> None:
+    """A run that goes on must compute what it began.
+
+    Raises:
+        ValueError: a field that decides what is computed differs; names it with both values.
+    """
+    differing = [
+        (name, getattr(before, name), getattr(now, name))
+        for name in _FIXED
+        if getattr(before, name) != getattr(now, name)
+    ] + [
+        (f"data.{name}", getattr(before.data, name), getattr(now.data, name))
+        for name in _FIXED_DATA
+        if getattr(before.data, name) != getattr(now.data, name)
+    ]
+    if differing:
+        name, was, is_now = differing[0]
+        if dataclasses.is_dataclass(was):
+            for field in dataclasses.fields(was):
+                old, new = getattr(was, field.name), getattr(is_now, field.name)
+                if old != new:
+                    name, was, is_now = f"{name}.{field.name}", old, new
+                    break
+        raise ValueError(
+            f"the run in {now.run_dir} was started with {name} {was} and this start has {is_now}; "
+            "give the former, or another --run-dir to start anew"
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)

@@ -1,0 +1,181 @@
+"""Retrieval between paired audio and video embeddings: how often the true partner ranks first.
+
+Recall and median rank as the published code computes them, with what a reader needs to judge them:
+the level of chance, an interval and a p-value.
+
+Ties follow the published code, which lists every place that a score equal to the true pair's takes
+in the sorted row. A row whose true score is tied t ways with b better scores therefore contributes
+the t places b+1 to b+t, and recall is the share of all listed places that are at most k. Embeddings
+that are all equal get exactly the recall of chance.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall at one k.
+
+    Attributes:
+        value: share of queries whose true partner is among the first k.
+        low, high: Wilson 95% interval of `value`.
+        chance: recall of a random order.
+        p_value: probability of at least this many hits by chance (exact binomial, one-sided).
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Retrieval in one direction.
+
+    Attributes:
+        queries: number of queries, each with as many candidates.
+        r1, r5, r10: recall among the first 1, 5 and 10.
+        median_rank: 1 is best.
+        chance_median_rank: median rank of a random order.
+    """
+
+    queries: int
+    r1: Recall
+    r5: Recall
+    r10: Recall
+    median_rank: float
+    chance_median_rank: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Flat numbers for a tracker: `r1`, `r1_low`, ..., `median_rank`, ..."""
+        metrics: dict[str, float] = {}
+        for name in ("r1", "r5", "r10"):
+            recall = asdict(getattr(self, name))
+            metrics[name] = recall.pop("value")
+            metrics |= {f"{name}_{key}": value for key, value in recall.items()}
+        metrics["median_rank"] = self.median_rank
+        metrics["chance_median_rank"] = self.chance_median_rank
+        return metrics
+
+
+def retrieval_scores(
+    audio: torch.Tensor, video: torch.Tensor, *, chunk: int = 1024
+) -> dict[str, RetrievalScores]:
+    """Scores of both directions by cosine similarity.
+
+    The similarity matrix is never held whole. Similarities are computed in float64 and rounded to
+    float32, so that equal pairs tie whatever the chunk they are computed in.
+
+    Args:
+        audio: (clips, width) any float dtype and device; row i belongs to row i of `video`.
+        video: (clips, width) on the same device.
+        chunk: rows and columns of the part of the similarity matrix held at a time.
+
+    Returns:
+        `audio_to_video` (each audio clip ranks the videos) and `video_to_audio`.
+
+    Raises:
+        ValueError: shapes that differ, no clips, or embeddings that are not finite.
+    """
+    if audio.ndim != 2 or audio.shape != video.shape or len(audio) == 0:
+        raise ValueError(
+            f"audio and video embeddings have shapes {tuple(audio.shape)} and "
+            f"{tuple(video.shape)}; retrieval needs one (clips, width) row a clip in both"
+        )
+    for name, embeddings in (("audio", audio), ("video", video)):
+        bad = (~embeddings.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{len(bad)} {name} embeddings are not finite (first rows {bad[:5]}); "
+                "look at the clips of these rows or at the weights"
+            )
+    audio, video = (F.normalize(x.detach().double(), dim=1) for x in (audio, video))
+    truth = (audio * video).sum(dim=1).float()  # (clips,)
+    better, equal = (torch.zeros(2, len(audio), dtype=torch.int64) for _ in range(2))
+    for row in range(0, len(audio), chunk):
+        rows = slice(row, row + chunk)
+        for column in range(0, len(video), chunk):
+            columns = slice(column, column + chunk)
+            similarity = (audio[rows] @ video[columns].T).float()  # (audio, video)
+            if row == column:
+                similarity.diagonal().copy_(truth[rows])
+            by_audio, by_video = truth[rows, None], truth[None, columns]
+            better[0, rows] += (similarity > by_audio).sum(dim=1).cpu()
+            equal[0, rows] += (similarity == by_audio).sum(dim=1).cpu()
+            better[1, columns] += (similarity > by_video).sum(dim=0).cpu()
+            equal[1, columns] += (similarity == by_video).sum(dim=0).cpu()
+    return {
+        "audio_to_video": _scores(better[0], equal[0]),
+        "video_to_audio": _scores(better[1], equal[1]),
+    }
+
+
+def similarity_scores(similarity: torch.Tensor) -> RetrievalScores:
+    """Scores of a whole similarity matrix, rows as queries.
+
+    Args:
+        similarity: (queries, queries), the true pairs on the diagonal.
+    """
+    truth = similarity.diagonal()[:, None]
+    return _scores((similarity > truth).sum(dim=1).cpu(), (similarity == truth).sum(dim=1).cpu())
+
+
+def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
+    """Scores from the candidates that beat and that equal (itself included) each true partner."""
+    queries = len(better)
+    # Places 0, 1, ... listed over all queries: +1 where a run of equal scores starts, -1 behind it.
+    steps = torch.zeros(queries + 1, dtype=torch.int64)
+    steps.index_add_(0, better, torch.ones_like(better))
+    steps.index_add_(0, better + equal, -torch.ones_like(better))
+    listed_up_to = steps.cumsum(0)[:queries].cumsum(0)  # listed places 0 to i
+    total = int(listed_up_to[-1])
+
+    def recall(k: int) -> Recall:
+        value = int(listed_up_to[min(k, queries) - 1]) / total
+        chance = min(k, queries) / queries
+        low, high = wilson_interval(value, queries)
+        # With ties `value * queries` need not be whole; rounding down never flatters.
+        hits = math.floor(value * queries + 1e-9)
+        return Recall(value, low, high, chance, binomial_tail(hits, queries, chance))
+
+    # The median of an even count is the mean of its two middle values.
+    middle = torch.tensor([(total + 1) // 2, total // 2 + 1])
+    places = torch.searchsorted(listed_up_to, middle)  # first place with that many listed
+    return RetrievalScores(
+        queries=queries,
+        r1=recall(1),
+        r5=recall(5),
+        r10=recall(10),
+        median_rank=float(places.double().mean()) + 1,
+        chance_median_rank=(queries + 1) / 2,
+    )
+
+
+def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Interval of a share (Wilson 1927); 95% by default."""
+    center = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def binomial_tail(hits: int, trials: int, chance: float) -> float:
+    """Probability of at least `hits` successes in `trials` at `chance` each, exactly."""
+    if hits <= 0 or chance >= 1:
+        return 1.0
+    logs = [
+        math.lgamma(trials + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(trials - k + 1)
+        + k * math.log(chance)
+        + (trials - k) * math.log1p(-chance)
+        for k in range(hits, trials + 1)
+    ]
+    # Terms far below the largest vanish in float64; summing from the small end keeps digits.
+    return min(1.0, math.fsum(sorted(math.exp(log) for log in logs)))
