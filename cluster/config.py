@@ -1,0 +1,54 @@
+"""Fields of a run that Ray places. Imports nothing heavy."""
+
+from dataclasses import dataclass, field
+
+from cavmae.trainer.config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where Ray puts the ranks, and how often it starts them again.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    workers: int = 2
+    """Ranks: one Ray worker each."""
+    gpus_per_worker: int = 0
+    """1: each rank has a GPU of its own; 0: train on CPUs."""
+    cpus_per_worker: int = 1
+    """CPU cores reserved for each rank; also its CPU threads where `threads_per_rank` is 0."""
+    address: str = ""
+    """Ray cluster to use, such as `auto` (the one on this machine) or HOST:6379; empty: the one
+    that RAY_ADDRESS names, else one that is started for this run and ends with it."""
+    maximum_failures: int = 3
+    """Times that dead or failed ranks are started again, from the run folder's newest checkpoint.
+    Errors that a repetition cannot mend end the run at once."""
+    collective_timeout_seconds: int = 1800
+    """A rank that waits longer than this for the others fails, and all are started again."""
+    storage: str = ""
+    """Folder that all nodes reach, for Ray Train's own notes; empty: `ray` in the run folder.
+    Nothing is resumed from it."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "cpus_per_worker", "collective_timeout_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cluster.{name} is {getattr(self, name)}; use 1 or more")
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"cluster.gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
+                "or 0 to train on CPUs, and set cluster.workers to the number of GPUs"
+            )
+        if self.maximum_failures < 0:
+            raise ValueError(
+                f"cluster.maximum_failures is {self.maximum_failures}; use 0 (never start again) "
+                "or more"
+            )
+
+
+@dataclass(frozen=True)
+class RayPretrainConfig(PretrainConfig):
+    """One pretraining run on a Ray cluster."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

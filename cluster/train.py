@@ -1,0 +1,236 @@
+"""Pretraining on a Ray cluster: `cavmae train RECIPE [--cluster.workers 8] [--field value ...]`.
+
+Ray places the ranks and starts them again when one dies; what a rank does is
+`cavmae.trainer.pretrain`, and what it goes on from is the run folder, never Ray's last report.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cavmae
+from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.command import exit_code
+from cavmae.dataloaders.plan import check_ranks, default_lanes
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.pretrain import RunSummary, parse
+
+# Ray reads these when it is imported or started.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # progress lines are alike
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it says every line twice
+}
+_OWN_CLUSTER_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # without it, whoever reaches a port of Ray runs any code
+    # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Nobody takes this machine away from a cluster that lives as long as the run.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_OBJECT_STORE_BYTES = 100_000_000
+"""Ray's shared memory on a cluster of our own: nothing but configurations passes through it."""
+
+
+class TrainingError(RuntimeError):
+    """The ranks failed more often than allowed, or in a way that Ray does not repeat."""
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    summary = train_on_ray(parse(arguments, RayPretrainConfig, prog="cavmae train"))
+    print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
+    return 0
+
+
+def train_on_ray(config: RayPretrainConfig) -> RunSummary:
+    """Run to the end, restarts included; returns how rank 0 ended.
+
+    Raises:
+        ValueError, OSError: what the user has to mend, from the driver or from any rank.
+        TrainingError: the ranks failed for good.
+    """
+    cluster = config.cluster
+    check_ranks(config.lanes or default_lanes(config.global_batch), cluster.workers)
+    if not config.data.train:
+        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    if not _address(cluster):
+        ShardSet(config.data.train)  # a wrong path is told now, not when Ray is up
+    threads = config.threads_per_rank or cluster.cpus_per_worker
+    with _ray(cluster, threads) as working_folder:
+        resolved = with_absolute_paths(config, working_folder)
+        return _fit(dataclasses.replace(resolved, threads_per_rank=threads))
+
+
+def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPretrainConfig:
+    """Paths as the ranks need them, whose current folder is another one.
+
+    Args:
+        config: paths relative to `folder`, or absolute.
+        folder: where the user stands; None in a Ray job, whose current folder is a copy that is
+            thrown away.
+
+    Raises:
+        ValueError: a relative path in a Ray job.
+    """
+
+    def absolute(name: str, path: str) -> str:
+        if not path or "://" in path or Path(path).is_absolute():
+            return path
+        if folder is None:
+            raise ValueError(
+                f"{name} is {path!r}, relative to the copy of the code that Ray made for this job "
+                "and throws away; give an absolute path"
+            )
+        return str(folder / path)
+
+    uri, sqlite = config.tracking.uri, "sqlite:///"
+    if uri.startswith(sqlite):
+        uri = sqlite + absolute("tracking.uri", uri.removeprefix(sqlite))
+    else:
+        uri = absolute("tracking.uri", uri)
+    return dataclasses.replace(
+        config,
+        run_dir=absolute("run_dir", config.run_dir),
+        initial_weights=absolute("initial_weights", config.initial_weights),
+        data=dataclasses.replace(
+            config.data,
+            train=absolute("data.train", config.data.train),
+            validation=absolute("data.validation", config.data.validation),
+        ),
+        tracking=dataclasses.replace(config.tracking, uri=uri),
+        cluster=dataclasses.replace(
+            config.cluster, storage=absolute("cluster.storage", config.cluster.storage)
+        ),
+    )
+
+
+def _address(cluster: ClusterConfig) -> str:
+    """Of the cluster to use; empty: one of our own is started."""
+    return cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+@contextmanager
+def _ray(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
+    """Connect to the cluster, or start one; yields the folder that relative paths start from."""
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = _address(cluster)
+    if not address:
+        for name, value in _OWN_CLUSTER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {
+            "address": "local",
+            "num_cpus": cluster.workers * cluster.cpus_per_worker,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    ray.init(
+        **options,
+        runtime_env={
+            "env_vars": _worker_environment(threads),
+            "worker_process_setup_hook": "cavmae.cluster.process_setup.setup",
+        },
+        logging_level=logging.WARNING,
+    )
+    try:
+        _tell_shortage(cluster, ray.cluster_resources())
+        in_job = "working_dir" in ray.get_runtime_context().runtime_env
+        yield None if in_job else Path.cwd()
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    """Variables of the workers; they are there before a worker imports anything."""
+    environment = _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    tree = Path(cavmae.__file__).resolve().parent.parent
+    if tree != Path(sysconfig.get_path("purelib")).resolve():
+        # Not an installed wheel: the workers must run this tree, whatever else is installed.
+        path = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def _tell_shortage(cluster: ClusterConfig, resources: Mapping[str, float]) -> None:
+    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
+    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    for name, each in needed.items():
+        total, there = each * cluster.workers, int(resources.get(name, 0))
+        if there < total:
+            print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
+    if resources.get("GPU", 0) and not cluster.gpus_per_worker:
+        print(
+            f"training on CPUs: cluster.gpus_per_worker is 0 (the cluster has "
+            f"{resources['GPU']:g} GPUs)",
+            file=sys.stderr,
+        )
+
+
+def _fit(config: RayPretrainConfig) -> RunSummary:
+    from ray.train import (
+        ControllerError,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+        TrainingFailedError,
+    )
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cavmae.cluster.worker import FailureReport, LastingError, train_rank
+
+    cluster = config.cluster
+    fields = [field.name for field in dataclasses.fields(PretrainConfig)]
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={
+            "config": PretrainConfig(**{name: getattr(config, name) for name in fields})
+        },
+        torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker}
+            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+        ),
+        run_config=RunConfig(
+            storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
+            failure_config=FailureConfig(max_failures=cluster.maximum_failures),
+            callbacks=[FailureReport(cluster.maximum_failures)],
+            # FailureReport and the exception of `fit` tell every failure once, and shorter.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+    try:
+        summary = trainer.fit().return_value
+    except ControllerError as error:
+        if isinstance(error.controller_failure, LastingError):
+            raise ValueError(str(error.controller_failure)) from None
+        raise TrainingError(str(error)) from error
+    except TrainingFailedError as error:
+        raise TrainingError(
+            f"the ranks failed more often than cluster.maximum_failures = "
+            f"{cluster.maximum_failures} allows (the same command goes on from the newest "
+            f"checkpoint); the last time: {error}"
+        ) from error
+    assert isinstance(summary, RunSummary)
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

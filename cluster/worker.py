@@ -1,0 +1,101 @@
+"""What runs in Ray's processes: the training of one rank, and what to do when a rank fails.
+
+Apart from the driver, which is often a `__main__` that other processes cannot import. Ray's torch
+backend has set the rank variables and joined the ranks before `train_rank` is called.
+"""
+
+import logging
+import sys
+from typing import Any
+
+from ray.train import UserCallback
+
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.pretrain import RunSummary, run
+
+log = logging.getLogger(__name__)
+
+_LASTING_OS_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class LastingError(Exception):
+    """An error that starting the ranks again cannot mend; its text is for the user."""
+
+
+def train_rank(settings: dict[str, Any]) -> RunSummary:
+    """Train as the rank that the environment names.
+
+    Args:
+        settings: `config`, the PretrainConfig with absolute paths.
+
+    Raises:
+        LastingError: what the user has to mend.
+        Exception: anything else, which Ray answers by starting all ranks again.
+    """
+    config: PretrainConfig = settings["config"]
+    try:
+        return run(config)
+    except Exception as error:
+        if is_lasting(error):
+            raise LastingError(str(error)) from error
+        if not _is_of_another_rank(error):
+            log.exception("this rank failed")
+        raise
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether a repetition would fail alike and the message alone tells the user what to mend."""
+    # They need torch, which the ranks have by now and `cavmae train --help` has not.
+    from cavmae.dataloaders.quarantine import DataFaultError
+    from cavmae.trainer.loop import NonFiniteError
+
+    if isinstance(error, (*_LASTING_OS_ERRORS, DataFaultError, NonFiniteError)):
+        return True
+    return isinstance(error, ValueError) and _raised_by_us(error)
+
+
+def _is_of_another_rank(error: Exception) -> bool:
+    """Whether it only says that another rank is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cavmae.")
+
+
+class FailureReport(UserCallback):
+    """Tells what failed, and ends the run where a repetition would be in vain.
+
+    Runs in Ray Train's controller, which takes an exception of a callback for its own and stops.
+    """
+
+    def __init__(self, maximum_failures: int) -> None:
+        self._maximum_failures = maximum_failures
+        self._failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, LastingError):
+                raise error
+        self._failures += 1
+        for rank, error in sorted(worker_exceptions.items()):
+            cause = getattr(error, "health_check_failure", error)  # a dead process
+            print(
+                f"rank {rank} failed: {type(cause).__name__}: {_last_line(cause)}", file=sys.stderr
+            )
+        if self._failures <= self._maximum_failures:
+            print(
+                f"starting all ranks again from the newest checkpoint "
+                f"({self._failures} of {self._maximum_failures})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2].strip()

@@ -1,0 +1,165 @@
+"""Training on Ray: what the command takes, what it says when it fails, and what it survives."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from launch import ROOT, free_port, rank_environment
+from tiny_run import losses, tiny_run
+
+from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.train import train_on_ray, with_absolute_paths
+from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
+from cavmae.trainer.pretrain import parse
+from cavmae.trainer.run_folder import save_config
+
+
+def test_cluster_fields_are_given_beside_those_of_the_run() -> None:
+    config = parse(
+        ["demo", "--cluster.workers", "4", "--cluster.gpus-per-worker", "1", "--steps", "7"],
+        RayPretrainConfig,
+    )
+    assert config.cluster == ClusterConfig(workers=4, gpus_per_worker=1)
+    assert config.steps == 7
+    assert config.model == parse(["demo"]).model
+
+
+def test_failed_ranks_are_started_again_unless_forbidden() -> None:
+    assert ClusterConfig().maximum_failures > 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("workers", 0), ("gpus_per_worker", 2), ("maximum_failures", -1)]
+)
+def test_a_cluster_field_out_of_range_is_named(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"cluster\.{field} is {value}"):
+        ClusterConfig(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_rank_count_that_does_not_fit_is_refused_before_ray_starts() -> None:
+    config = RayPretrainConfig(global_batch=8, cluster=ClusterConfig(workers=3))
+    with pytest.raises(ValueError, match="world_size is 3"):
+        train_on_ray(config)
+
+
+def test_data_that_are_not_there_are_missed_before_ray_starts(tmp_path: Path) -> None:
+    config = parse(["demo", "--data.train", str(tmp_path / "nowhere")], RayPretrainConfig)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_on_ray(config)
+
+
+def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
+    config = parse(
+        [
+            *("demo", "--run-dir", "runs/mine", "--data.train", "/shards/video"),
+            *("--data.validation", "held_out/video", "--tracking.uri", "sqlite:///runs/all.db"),
+        ],
+        RayPretrainConfig,
+    )
+    absolute = with_absolute_paths(config, tmp_path)
+    assert absolute.run_dir == f"{tmp_path}/runs/mine"
+    assert absolute.data.train == "/shards/video"
+    assert absolute.data.validation == f"{tmp_path}/held_out/video"
+    assert absolute.tracking.uri == f"sqlite:///{tmp_path}/runs/all.db"
+    assert absolute.initial_weights == "", "nothing was given, nothing is looked for"
+
+
+@pytest.mark.parametrize("uri", ["", "http://tracker:5000", "sqlite:////runs/all.db"])
+def test_tracking_uris_that_are_no_relative_paths_stay(uri: str, tmp_path: Path) -> None:
+    config = RayPretrainConfig(tracking=TrackingConfig(uri=uri))
+    assert with_absolute_paths(config, tmp_path).tracking.uri == uri
+
+
+def test_a_ray_job_refuses_paths_into_its_own_copy_of_the_code() -> None:
+    config = parse(["demo", "--run-dir", "runs/mine"], RayPretrainConfig)
+    with pytest.raises(ValueError, match="run_dir is 'runs/mine', relative to the copy"):
+        with_absolute_paths(config, None)
+
+
+def start_on_ray(config: PretrainConfig, folder: Path, *words: str) -> "subprocess.Popen[str]":
+    save_config(config, folder / "config.json")
+    return subprocess.Popen(
+        [sys.executable, "-m", "cavmae.cluster.train", str(folder / "config.json"), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_users_error_in_a_rank_is_one_line_and_not_repeated(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(
+        packed_synthetic, tmp_path / "run", initial_weights=str(tmp_path / "nowhere.pth")
+    )
+    start = start_on_ray(config, tmp_path)
+    text = start.communicate(timeout=300)[0]
+    assert start.returncode == 1
+    (line,) = text.splitlines()
+    assert line.startswith("error: ") and "nowhere.pth" in line
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happened(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(
+        packed_synthetic,
+        tmp_path / "run",
+        steps=60,
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
+    start = start_on_ray(config, tmp_path)
+    rank_to_kill = wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005")
+    os.kill(rank_to_kill.pid, signal.SIGKILL)
+    family = psutil.Process(start.pid).children(recursive=True)
+    text = start.communicate(timeout=500)[0]
+    assert start.returncode == 0, text[-5000:]
+    assert "starting all ranks again from the newest checkpoint (1 of 3)" in text
+    assert "going on from" in text
+    assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
+
+    (tmp_path / "straight").mkdir()
+    straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"))
+    save_config(straight, tmp_path / "straight/config.json")
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "cavmae.trainer.pretrain",
+                str(tmp_path / "straight/config.json"),
+            ],
+            cwd=ROOT,
+            env=rank_environment(rank, 2, port),
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight/run")
+
+
+def wait_for_rank(start: "subprocess.Popen[str]", sign: Path) -> psutil.Process:
+    """Process of a rank, as soon as `sign` is there."""
+    deadline = time.monotonic() + 300
+    while not sign.exists():
+        assert start.poll() is None, start.communicate()[0]
+        assert time.monotonic() < deadline, f"{sign} did not appear"
+        time.sleep(0.01)
+    ranks = [
+        process
+        for process in psutil.Process(start.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    assert len(ranks) == 2
+    return ranks[1]
