@@ -1,0 +1,303 @@
+"""`cavmae bench gpu-check`: correctness and speed of model and kernels on the device at hand.
+
+Runs where only torch, triton and numpy are installed, in under eight minutes, and writes one JSON
+record, so that a GPU that is lent for minutes tells as much as it can. What cannot run says why.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cavmae.benchmarks.deviations import Deviation, worst
+from cavmae.benchmarks.flops import training_flops
+from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.golden_forward import ForwardCase
+from cavmae.benchmarks.records import write_record
+from cavmae.benchmarks.step import SIZES, compare
+from cavmae.benchmarks.training_step import Precision, TrainingStep
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.config import ModelConfig
+
+# Other kernels and libraries than those the limits were observed with.
+CUDA_FACTOR = 10.0
+BF16_LOSS_LIMIT = 1e-2
+
+
+class Skip(Exception):
+    """A part that cannot run here; the message says why."""
+
+
+@dataclasses.dataclass
+class Check:
+    """Flags and clock that all parts share."""
+
+    device: torch.device
+    golden: Path | None
+    config: ModelConfig
+    batches: list[int]
+    repeats: int
+    deadline: float
+
+    @property
+    def factor(self) -> float:
+        return CUDA_FACTOR if self.device.type == "cuda" else 1.0
+
+    def require_time(self) -> None:
+        """Raises Skip once the time of this run is spent."""
+        if time.monotonic() > self.deadline:
+            raise Skip("the time given by --seconds was spent before")
+
+    def golden_folder(self) -> Path:
+        """Raises Skip without a folder."""
+        if self.golden is None:
+            raise Skip("no folder of reference numbers was given (--golden DIR)")
+        return self.golden
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench gpu-check", description="Check kernels and model on this device."
+    )
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    arguments.add_argument("--golden", type=Path, help="folder of reference numbers")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument(
+        "--model", choices=list(SIZES), default="base", help="sizes of the training steps"
+    )
+    arguments.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[32, 64, 128, 256, 512],
+        help="batch sizes of the throughput sweep (GPU only)",
+    )
+    arguments.add_argument("--repeats", type=int, default=5, help="timed steps at each batch size")
+    arguments.add_argument("--seconds", type=float, default=420, help="no part starts after this")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Run every part, write the record; returns 0 where none failed, else 1."""
+    flags = parser().parse_args(argv)
+    if flags.golden is not None and not flags.golden.is_dir():
+        raise ValueError(f"--golden is {flags.golden}, which is no folder")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    check = Check(
+        device=torch.device(flags.device),
+        golden=flags.golden,
+        config=SIZES[flags.model],
+        batches=flags.batches,
+        repeats=flags.repeats,
+        deadline=time.monotonic() + flags.seconds,
+    )
+    parts: dict[str, Callable[[Check], dict[str, Any]]] = {
+        "training": training_goes_down,
+        "tiny_train": tiny_train_repeats,
+        "golden_forward": golden_forward,
+        "golden_gradients": golden_gradients,
+        "step": step_against_baseline,
+        "throughput": throughput,
+    }
+    results = {name: _run(name, part, check) for name, part in parts.items()}
+    configuration = {key: str(value) for key, value in vars(flags).items()}
+    configuration |= {"sizes": asdict(check.config)}
+    path = write_record(flags.out, "gpu-check", check.device, configuration, results)
+    print(f"record: {path}")
+    return 1 if any(result["status"] == "failed" for result in results.values()) else 0
+
+
+def _run(name: str, part: Callable[[Check], dict[str, Any]], check: Check) -> dict[str, Any]:
+    """One part's status, reason, seconds and details; an error fails that part alone."""
+    start = time.monotonic()
+    reason, details = "", {}
+    try:
+        check.require_time()
+        details = part(check)
+        beyond = details.get("beyond", [])
+        status, reason = ("failed", "; ".join(beyond[:5])) if beyond else ("passed", "")
+    except Skip as skip:
+        status, reason = "skipped", str(skip)
+    except Exception as error:
+        # Whatever breaks on an unknown device is this run's finding, and the other parts go on.
+        traceback.print_exc()
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    print(f"{name}: {status} in {seconds:.1f} s{': ' + reason if reason else ''}", flush=True)
+    return {"status": status, "reason": reason, "seconds": seconds, "details": details}
+
+
+def _summary(deviations: list[Deviation], factor: float) -> dict[str, Any]:
+    """Nearest to its limit, and everything beyond `factor` times its limit."""
+    nearest = worst(deviations)
+    return {
+        "compared": len(deviations),
+        "nearest_to_limit": nearest.quantity,
+        "deviation": nearest.value,
+        "limit": nearest.limit * factor,
+        "beyond": [str(d) for d in deviations if not d.value <= d.limit * factor],
+    }
+
+
+def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
+    beyond = [f"{name} {line}" for name, case in cases.items() for line in case["beyond"]]
+    return {"cases": cases, "cases_without_time": asked - len(cases), "beyond": beyond}
+
+
+def _models(check: Check, cases: list[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
+    """Each case with its model on the device, while there is time; equal weights share a model."""
+    weights, model = None, None
+    for case in cases:
+        if time.monotonic() > check.deadline:
+            return
+        if weights != case.weights or model is None:
+            model = None  # freed before the next one is built
+            weights, model = case.weights, case.build().to(check.device)
+        yield case, model
+
+
+def golden_forward(check: Check) -> dict[str, Any]:
+    """Forward passes of the published model, in fp32 and (losses only) in bf16."""
+    cases = ForwardCase.all(check.golden_folder())
+    if not cases:
+        raise Skip(f"{check.golden} has no pretrain_forward/index.json")
+    results = {}
+    for case, model in _models(check, cases):
+        deviations = case.deviations(case.run(model, check.device))
+        results[f"{case.name} fp32"] = _summary(deviations, check.factor)
+    bf16 = [case for case in cases if case.weights == cases[-1].weights]
+    for case, model in _models(check, bf16):
+        numbers = case.run(model.to(torch.bfloat16), check.device)
+        losses = [
+            dataclasses.replace(deviation, limit=BF16_LOSS_LIMIT)
+            for deviation in case.deviations(numbers)
+            if deviation.quantity in ("loss", "loss_mae_a", "loss_mae_v")
+        ]
+        results[f"{case.name} bf16"] = _summary(losses, 1.0)
+    return _merged(results, len(cases) + len(bf16))
+
+
+def golden_gradients(check: Check) -> dict[str, Any]:
+    """Gradients of the published model in fp32."""
+    cases = [case for case in ForwardCase.all(check.golden_folder()) if case.has_gradients]
+    if not cases:
+        raise Skip(f"{check.golden} has no pretrain_forward/*_grad.json")
+    results = {}
+    for case, model in _models(check, cases):
+        case.backward(model, check.device)
+        results[case.name] = _summary(case.gradient_deviations(model), check.factor)
+        model.zero_grad(set_to_none=True)
+    return _merged(results, len(cases))
+
+
+def tiny_train_repeats(check: Check) -> dict[str, Any]:
+    """Training of the published model at a small size in fp32."""
+    folder = check.golden_folder()
+    names = TinyTrain.names(folder)
+    if not names:
+        raise Skip(f"{folder} has no tiny_train/*.json")
+    results = {}
+    for name in names:
+        run = TinyTrain.load(folder, name)
+        model = run.build()
+        history = run.train(model, check.device)
+        deviations = run.check_history(history) + run.check_final(model.state_dict())
+        results[name] = _summary(deviations, check.factor)
+    return _merged(results, len(names))
+
+
+def training_goes_down(check: Check) -> dict[str, Any]:
+    """Ten steps on one batch at a small size: losses finite and falling in both precisions."""
+    losses: dict[str, list[float]] = {}
+    beyond = []
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    for precision in precisions:
+        step = TrainingStep("cavmae", SIZES["tiny"], 8, precision, check.device)
+        losses[precision] = [float(step()) for _ in range(10)]
+        finite = all(map(math.isfinite, losses[precision]))
+        if not finite or losses[precision][-1] >= losses[precision][0]:
+            beyond.append(f"{precision} losses {losses[precision]}")
+    difference = abs(losses["bf16"][0] - losses["fp32"][0]) / losses["fp32"][0]
+    if not difference <= BF16_LOSS_LIMIT:
+        beyond.append(f"first loss in bf16 differs from fp32 by {difference:.1%}")
+    return {"losses": losses, "beyond": beyond}
+
+
+def step_against_baseline(check: Check) -> dict[str, Any]:
+    """A training step of ours and of the published operations, in turn."""
+    batch = check.batches[0] if check.device.type == "cuda" else 2
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    results = {}
+    for precision in precisions:
+        check.require_time()
+        results[precision] = compare(
+            check.config, batch, precision, check.device, repeats=check.repeats, warm_up=2
+        )
+    return {"batch": batch, "precisions": results}
+
+
+def throughput(check: Check) -> dict[str, Any]:
+    """Samples per second and memory of our bf16 step over batch sizes, eager and compiled."""
+    if check.device.type != "cuda":
+        raise Skip(f"throughput over batch sizes is measured on a GPU; this is {check.device}")
+    rows = []
+    for compile in (False, True):
+        for batch in check.batches:
+            if time.monotonic() > check.deadline:
+                rows.append({"batch": batch, "compile": compile, "skipped": "time is spent"})
+                continue
+            try:
+                rows.append(_throughput_of(check, batch, compile))
+            except torch.cuda.OutOfMemoryError as error:
+                rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
+                break
+            finally:
+                torch.cuda.empty_cache()
+    return {"rows": rows}
+
+
+def _throughput_of(check: Check, batch: int, compile: bool) -> dict[str, Any]:
+    torch.cuda.reset_peak_memory_stats(check.device)
+    step = TrainingStep("cavmae", check.config, batch, "bf16", check.device, compile=compile)
+    for _ in range(3):
+        step()
+    starts, ends = (
+        [torch.cuda.Event(enable_timing=True) for _ in range(check.repeats)] for _ in range(2)
+    )
+    for start, end in zip(starts, ends, strict=True):
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize(check.device)
+    seconds = sorted(
+        start.elapsed_time(end) / 1000 for start, end in zip(starts, ends, strict=True)
+    )
+    median = seconds[len(seconds) // 2]
+    row = {
+        "batch": batch,
+        "compile": compile,
+        "all_seconds": seconds,
+        "samples_per_second": batch / median,
+        "tflops": training_flops(check.config) * batch / median / 1e12,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(check.device),
+    }
+    print(
+        f"  batch {batch}{' compiled' if compile else ''}: {row['samples_per_second']:.0f} "
+        f"samples/s, {row['tflops']:.0f} TFLOP/s, {row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        flush=True,
+    )
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,127 @@
+"""One JSON record a benchmark run: what was measured, on what, with which code.
+
+A number without its hardware, versions and spread cannot be compared with the next one.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECORD_SCHEMA = 1
+_PACKAGES = ("torch", "triton", "numpy", "flash-attn", "deepspeed", "nvidia-dali-cuda130")
+
+
+def timing(seconds: list[float]) -> dict[str, Any]:
+    """Median, spread and every single time.
+
+    Args:
+        seconds: at least one time.
+    """
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {
+        "median_seconds": statistics.median(seconds),
+        "lower_quartile_seconds": quartiles[0],
+        "upper_quartile_seconds": quartiles[2],
+        "minimum_seconds": min(seconds),
+        "maximum_seconds": max(seconds),
+        "all_seconds": seconds,
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Processor, memory and, for a CUDA device, GPU and driver side."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": gpu.name,
+            "gpu_memory_bytes": gpu.total_memory,
+            "gpu_capability": f"{gpu.major}.{gpu.minor}",
+            "gpu_count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages that matter to a step; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str:
+    """Short git commit of this tree, `-dirty` if changed; `unknown` outside a repository."""
+    folder = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def write_record(
+    folder: str | Path,
+    suite: str,
+    device: torch.device,
+    configuration: dict[str, Any],
+    results: dict[str, Any],
+) -> Path:
+    """Write `<suite>-<date>-<commit>.json` and return its path.
+
+    A second record of one suite, second and commit replaces the first.
+
+    Args:
+        folder: made where it is missing.
+        suite: name of the benchmark.
+        configuration: every flag and size that the results depend on.
+        results: JSON values.
+    """
+    now, code = datetime.datetime.now(datetime.UTC), commit()
+    record = {
+        "schema": RECORD_SCHEMA,
+        "suite": suite,
+        "time": now.isoformat(timespec="seconds"),
+        "commit": code,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "configuration": configuration,
+        "results": results,
+    }
+    path = Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path

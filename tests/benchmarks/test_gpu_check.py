@@ -1,0 +1,108 @@
+"""`cavmae bench gpu-check` where little is installed, and what it makes of failures."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cavmae.benchmarks import gpu_check
+
+REPOSITORY = Path(__file__).parents[2]
+EXCERPT = REPOSITORY / "tests" / "golden" / "data"
+
+BLOCKED = ["deepspeed", "ray", "nvidia", "mlflow", "tyro", "rich", "av", "webdataset", "matplotlib"]
+BLOCKING = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from cavmae.benchmarks.gpu_check import main
+sys.exit(main({arguments}))
+"""
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("gpu-check-*.json")
+    return json.loads(path.read_text())["results"]
+
+
+@pytest.fixture
+def tiny_golden(tmp_path: Path) -> Path:
+    shutil.copytree(EXCERPT / "tiny_train", tmp_path / "golden" / "tiny_train")
+    return tmp_path / "golden"
+
+
+@pytest.mark.slow
+def test_runs_where_only_torch_triton_and_numpy_are_installed(
+    tmp_path: Path, tiny_golden: Path
+) -> None:
+    arguments = ["--model", "tiny", "--device", "cpu", "--repeats", "2"]
+    arguments += ["--golden", str(tiny_golden), "--out", str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKING.format(blocked=set(BLOCKED), arguments=arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = results_in(tmp_path / "out")
+    assert results["training"]["status"] == "passed"
+    assert results["tiny_train"]["status"] == "passed"
+    assert results["tiny_train"]["details"]["cases"]["seed0"]["compared"] > 100
+    assert results["step"]["details"]["precisions"]["bf16"]["speedup"]["median"] > 0
+    for part, reason in (
+        ("golden_forward", "has no pretrain_forward/index.json"),
+        ("throughput", "is measured on a GPU; this is cpu"),
+    ):
+        assert results[part]["status"] == "skipped"
+        assert reason in results[part]["reason"]
+
+
+@pytest.mark.slow
+def test_an_altered_reference_fails_its_part_and_the_run(tmp_path: Path, tiny_golden: Path) -> None:
+    path = tiny_golden / "tiny_train" / "seed0.json"
+    record = json.loads(path.read_text())
+    record["history"][2][0] += 1e-3
+    path.write_text(json.dumps(record))
+    small = ["--model", "tiny", "--device", "cpu", "--repeats", "1"]
+    code = gpu_check.main([*small, "--golden", str(tiny_golden), "--out", str(tmp_path / "out")])
+    assert code == 1
+    part = results_in(tmp_path / "out")["tiny_train"]
+    assert part["status"] == "failed"
+    assert "history step 2 loss" in part["reason"]
+
+
+def test_parts_that_would_start_too_late_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    small = ["--model", "tiny", "--device", "cpu", "--seconds", "-1", "--out", str(tmp_path)]
+    assert gpu_check.main(small) == 0
+    for part in results_in(tmp_path).values():
+        assert part["status"] == "skipped"
+        assert "--seconds" in part["reason"]
+
+
+def test_a_part_that_breaks_fails_alone(
+    tmp_path: Path, tiny_golden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_golden / "tiny_train" / "seed0_masks.npz").unlink()
+    small = ["--model", "tiny", "--device", "cpu", "--repeats", "1"]
+    code = gpu_check.main([*small, "--golden", str(tiny_golden), "--out", str(tmp_path / "out")])
+    assert code == 1
+    results = results_in(tmp_path / "out")
+    assert results["tiny_train"]["status"] == "failed"
+    assert "seed0_masks.npz" in results["tiny_train"]["reason"]
+    assert results["step"]["status"] == "passed"
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_golden_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--golden is .*absent, which is no folder"):
+        gpu_check.main(["--golden", str(tmp_path / "absent")])
