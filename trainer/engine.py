@@ -122,6 +122,17 @@ def start_process_group(ranks: Ranks) -> torch.device:
     return device
 
 
+def leave_process_group() -> None:
+    """Part from the other ranks; the last thing that a rank does before its process ends.
+
+    gloo's threads let go of a collective's tensors shortly after it is done. One that does so while
+    the interpreter ends aborts the process ("terminate called without an active exception"), and
+    the starter takes a run that is finished for one that failed: 3 of 80 processes, 0 of 200 with
+    this call.
+    """
+    dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def _no_chatter() -> Iterator[None]:
     """Leave out what DeepSpeed prints while all goes well: memory tables, names of operators, and

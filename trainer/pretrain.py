@@ -266,6 +266,9 @@ def main(arguments: list[str]) -> int:
     # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
     words = [word for word in arguments if not word.startswith("--local_rank=")]
     summary = run(parse(words))
+    from cavmae.trainer.engine import leave_process_group  # `--help` does without torch
+
+    leave_process_group()
     if summary.stopped:
         log.warning(
             "stopped at step %d of %d; the same command goes on", summary.step, summary.steps
