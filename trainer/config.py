@@ -101,8 +101,10 @@ class EngineConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards over ranks: nothing, optimizer, + gradients, + parameters."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Parameters and activations; the update always happens in fp32."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Parameters and activations; the update always happens in fp32. `auto`: bf16 where the
+    hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), fp32 elsewhere; a run that goes on
+    keeps what it began with."""
     clip_gradient_norm: float = 0.0
     """Gradients are scaled down to this norm; 0: never."""
     offload_optimizer: bool = False

@@ -182,6 +182,7 @@ class Engine:
         accumulation: int,
         device: torch.device,
     ) -> None:
+        assert engine.dtype != "auto"  # settled when the run folder was opened
         self.zero_stage = engine.zero_stage
         self.dtype = engine.dtype
         settings = _deepspeed_settings(engine, micro_batch, accumulation)

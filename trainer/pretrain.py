@@ -129,7 +129,7 @@ def run(config: PretrainConfig) -> RunSummary:
     )
     device = start_process_group(ranks)
     run_dir = Path(config.run_dir)
-    checkpoint = _open_run_folder(config, run_dir, ranks)
+    config, checkpoint = _open_run_folder(config, run_dir, ranks, device.type)
 
     torch.manual_seed(config.seed)
     if config.deterministic:
@@ -276,21 +276,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _open_run_folder(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Path | None:
-    """Make or check the folder on rank 0; returns the checkpoint to go on from, on every rank."""
+def _open_run_folder(
+    config: PretrainConfig, run_dir: Path, ranks: Ranks, device: str
+) -> tuple[PretrainConfig, Path | None]:
+    """Make or check the folder on rank 0; returns, on every rank, the configuration with rank 0's
+    dtype and the checkpoint to go on from."""
     import torch.distributed as dist
 
     from cavmae.trainer.checkpoint import newest_checkpoint
-    from cavmae.trainer.resolve import check_same_run
+    from cavmae.trainer.resolve import check_same_run, native_dtype
 
-    answer: list[Path | Exception | None] = [None]
+    answer: list[tuple[PretrainConfig, Path | None] | Exception | None] = [None]
     if ranks.rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             saved = run_dir / "config.json"
-            answer = [newest_checkpoint(run_dir)]
-            if answer[0] is not None:
-                check_same_run(load_config(saved, PretrainConfig), config)
+            checkpoint = newest_checkpoint(run_dir)
+            before = load_config(saved, PretrainConfig) if checkpoint else None
+            if config.engine.dtype == "auto":
+                dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
+                engine = dataclasses.replace(config.engine, dtype=dtype)
+                config = dataclasses.replace(config, engine=engine)
+            if before:
+                check_same_run(before, config)
             fields = {
                 field.name: getattr(config, field.name)
                 for field in dataclasses.fields(PretrainConfig)
@@ -300,12 +308,15 @@ def _open_run_folder(config: PretrainConfig, run_dir: Path, ranks: Ranks) -> Pat
             record = read_json(run_file) if run_file.exists() else {}
             commits = [*record.get("git_commits", []), git_commit()]
             write_json(run_file, record | {"git_commits": commits})
+            answer = [(config, checkpoint)]
         except (OSError, ValueError) as error:
             answer = [error]
     dist.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+    (outcome,) = answer
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    return outcome
 
 
 def _log_to_stderr(ranks: Ranks) -> None:

@@ -1,6 +1,8 @@
 """From what the user asked for to what this run does: every open field filled in, once."""
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 from cavmae.dataloaders.plan import check_ranks, default_lanes
 from cavmae.trainer.config import PretrainConfig
@@ -8,6 +10,8 @@ from cavmae.trainer.config import PretrainConfig
 # Fields that decide what a run computes. A run that goes on keeps them; the others may change.
 _FIXED = ("model", "mask", "loss", "seed", "global_batch", "lanes", "initial_weights")
 _FIXED_DATA = ("frame_choice", "log_mel_mean", "log_mel_deviation", "shuffle_window")
+# As Linux names them: x86's two ways of multiplying bf16, and ARM's.
+_BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve(
@@ -40,6 +44,21 @@ def resolve(
         micro_batch=_largest_divisor(per_rank, config.micro_batch),
         threads_per_rank=threads,
     )
+
+
+def native_dtype(*, gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
+    """bf16 where the hardware multiplies it, else fp32.
+
+    A CPU that has to convert takes ten times as long in bf16 as in fp32 (docs/dependencies.md).
+
+    Args:
+        gpu: whether the run trains on one.
+        cpuinfo: what the kernel says of the processor.
+    """
+    if gpu:
+        return "bf16"
+    features = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "bf16" if _BF16_FEATURES & set(features) else "fp32"
 
 
 def check_same_run(before: PretrainConfig, now: PretrainConfig) -> None:

@@ -1,5 +1,7 @@
 """Fields that cannot be: an error that names the field, its value and the way out."""
 
+from pathlib import Path
+
 import pytest
 
 from cavmae.trainer.config import (
@@ -12,7 +14,7 @@ from cavmae.trainer.config import (
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.pretrain import parse
 from cavmae.trainer.recipes import RECIPES
-from cavmae.trainer.resolve import check_same_run, resolve
+from cavmae.trainer.resolve import check_same_run, native_dtype, resolve
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,18 @@ def test_open_fields_are_resolved_once() -> None:
     assert (done.lanes, done.steps, done.micro_batch, done.threads_per_rank) == (48, 20, 8, 3)
     again = resolve(done, world_size=2, samples=480, threads=3)
     assert again == done
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fpu avx2 fma", "fp32"), ("avx512f avx512_bf16", "bf16"), ("amx_tile amx_bf16", "bf16")],
+)
+def test_bf16_is_chosen_where_the_processor_multiplies_it(
+    flags: str, dtype: str, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: some\nflags\t\t: {flags}\n")
+    assert native_dtype(gpu=False, cpuinfo=tmp_path / "cpuinfo") == dtype
+    assert native_dtype(gpu=True, cpuinfo=tmp_path / "cpuinfo") == "bf16"
 
 
 def test_a_rank_count_that_does_not_divide_the_lanes_is_answered_with_one_that_does() -> None:
