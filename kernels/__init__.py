@@ -1,6 +1,8 @@
 """Operations of masked audio-visual pretraining; needs torch and triton only."""
 
+from cavmae.kernels.backend import Backend, default_backend
 from cavmae.kernels.contrastive import ContrastiveResult, contrastive_loss
+from cavmae.kernels.gather import gather_tokens
 from cavmae.kernels.masking import (
     MaskIds,
     MaskMode,
@@ -8,20 +10,19 @@ from cavmae.kernels.masking import (
     mask_ids_from_shuffle,
     random_mask,
 )
+from cavmae.kernels.patches import gather_patches
 from cavmae.kernels.philox import STREAMS, philox4x32, random_words
-from cavmae.kernels.tokens import (
-    gather_patches,
-    gather_tokens,
-    masked_reconstruction_loss,
-    restore_tokens,
-)
+from cavmae.kernels.reconstruction import masked_reconstruction_loss
+from cavmae.kernels.restore import restore_tokens
 
 __all__ = [
     "STREAMS",
+    "Backend",
     "ContrastiveResult",
     "MaskIds",
     "MaskMode",
     "contrastive_loss",
+    "default_backend",
     "gather_patches",
     "gather_tokens",
     "kept_count",

@@ -4,11 +4,17 @@ Golden tests are made from the index files of the folder that `--golden` names, 
 folder of that format; a part that a folder lacks is skipped by name.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Without a GPU the interpreter runs the kernels; Triton looks when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from cavmae.benchmarks.deviations import Deviation, worst
 from cavmae.benchmarks.golden import TinyTrain
@@ -93,6 +99,14 @@ def _files(folder: Path, pattern: str) -> dict[str, Path]:
 
 def _list(path: Path) -> list[dict[str, Any]]:
     return read_json(path) if path.exists() else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

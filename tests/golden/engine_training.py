@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cavmae.benchmarks.golden import TinyTrain
 from cavmae.kernels import MaskIds
 from cavmae.trainer.config import EngineConfig, LossConfig, OptimizerConfig
-from cavmae.trainer.contrastive import Pairs, gather, group_loss, scale_gradient
+from cavmae.trainer.contrastive import Pairs, exchanged_loss, own_groups
 from cavmae.trainer.engine import Engine, leave_process_group, start_process_group
 from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
 
@@ -39,20 +39,27 @@ def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -
     own = torch.arange(run.batch).chunk(ranks.world_size)[ranks.rank]
     log_mel, image = (tensor[own] for tensor in run.inputs())
     weight = run.record["contrast_loss_weight"]
+    groups = own_groups(
+        group_size=run.batch,
+        global_batch=run.batch,
+        lanes=ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+    )
 
     def forward(step: int) -> tuple[torch.Tensor, list[float]]:
         masks = [MaskIds(*(ids[own] for ids in mask)) for mask in run.masks(step)]
         output = engine(log_mel, image, *masks, norm_pix=run.norm_pix)
-        pairs = gather(Pairs(output.audio_embedding, output.video_embedding, own))
-        contrast = group_loss(pairs, LossConfig(), run.batch)
+        pairs = Pairs(output.audio_embedding, output.video_embedding, own)
+        contrast = exchanged_loss(pairs, LossConfig(), groups)
         parts = [output.reconstruction_audio, output.reconstruction_video]
         reconstruction = run.record["mae_loss_weight"] * (parts[0] + parts[1])
         row = torch.stack([*parts, weight * contrast.loss, contrast.accuracy]).detach()
         dist.all_reduce(row)
         audio, video, weighted, accuracy = (row / ranks.world_size).tolist()
         total = run.record["mae_loss_weight"] * (audio + video) + weighted
-        loss = reconstruction + weight * scale_gradient(contrast.loss, ranks.world_size)
-        return loss, [total, audio, video, weighted, accuracy]
+        return reconstruction + weight * contrast.loss, [total, audio, video, weighted, accuracy]
 
     history: list[list[float | None]] = []
     for step in range(run.steps):

@@ -23,7 +23,8 @@ def test_patches_are_cut_and_ordered_as_published(
         pixels = torch.from_numpy(files[kind]).float()
         expected = torch.from_numpy(files[f"{kind}_patches"]).float()
         ids = torch.arange(expected.shape[1]).expand(len(pixels), -1)
-        patches = gather_patches(pixels, ids).permute(0, 1, 3, 4, 2).flatten(2)
+        patches = gather_patches(pixels, ids).unflatten(2, (pixels.shape[1], 16, 16))
+        patches = patches.permute(0, 1, 3, 4, 2).flatten(2)  # row, column, channel
         loss = masked_reconstruction_loss(expected, pixels, ids, norm_pix=False)
         deviations += [
             mismatches(f"{kind} patches", patches.numpy(), expected.numpy()),

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from three_way import DEVICE
 
 from cavmae.kernels import MaskIds, MaskMode, kept_count, mask_ids_from_shuffle, random_mask
 
@@ -15,7 +18,12 @@ def draw(
     mode: MaskMode = "unstructured",
 ) -> MaskIds:
     return random_mask(
-        torch.arange(count), seed=0, stream="mask_audio", grid=grid, ratio=ratio, mode=mode
+        torch.arange(count, device=DEVICE),
+        seed=0,
+        stream="mask_audio",
+        grid=grid,
+        ratio=ratio,
+        mode=mode,
     )
 
 
@@ -32,7 +40,7 @@ def test_kept_count_is_the_published_one(tokens: int, ratio: float, kept: int) -
 def test_kept_and_removed_patches_are_a_permutation_that_restore_inverts(mode, ratio) -> None:
     mask = draw(mode=mode, ratio=ratio)
     shuffled = torch.cat([mask.keep, mask.removed], 1)
-    every = torch.arange(512).expand(16, -1)
+    every = torch.arange(512, device=DEVICE).expand(16, -1)
     assert mask.keep.shape[1] == kept_count(512, ratio)
     assert torch.equal(shuffled.sort(1).values, every)
     assert torch.equal(shuffled.gather(1, mask.restore), every)
@@ -41,7 +49,12 @@ def test_kept_and_removed_patches_are_a_permutation_that_restore_inverts(mode, r
 @pytest.mark.parametrize("mode", ["unstructured", "time", "freq", "tf"])
 def test_a_sample_has_the_same_mask_in_any_batch(mode) -> None:
     alone = random_mask(
-        torch.tensor([11]), seed=0, stream="mask_audio", grid=GRID, ratio=0.75, mode=mode
+        torch.tensor([11], device=DEVICE),
+        seed=0,
+        stream="mask_audio",
+        grid=GRID,
+        ratio=0.75,
+        mode=mode,
     )
     assert torch.equal(draw(mode=mode).keep[11:12], alone.keep)
 
@@ -82,3 +95,71 @@ def test_given_ids_are_taken_as_they_are() -> None:
     assert mask.keep.tolist() == [[3, 1]]
     assert mask.removed.tolist() == [[0, 2]]
     assert mask.restore.tolist() == [[2, 1, 3, 0]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 11),
+    ratio=st.sampled_from([0.0, 0.3, 0.5, 0.75, 0.99]),
+    mode=st.sampled_from(["unstructured", "time", "freq", "tf"]),
+    seed=st.integers(0, 2**40),
+    position=st.integers(0, 2**62),
+)
+def test_the_kernel_draws_the_reference_s_bits(rows, columns, ratio, mode, seed, position) -> None:
+    positions = torch.tensor([position, 0, position // 3], device=DEVICE)
+    by_kernel, by_torch = (
+        random_mask(
+            positions,
+            seed=seed,
+            stream="mask_audio",
+            grid=(rows, columns),
+            ratio=ratio,
+            mode=mode,
+            backend=backend,
+        )
+        for backend in ("triton", "torch")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(by_kernel, by_torch, strict=True))
+
+
+def test_the_kernel_draws_the_reference_s_bits_over_several_blocks_of_patches() -> None:
+    by_kernel, by_torch = (
+        random_mask(
+            torch.tensor([2**33 + 1], device=DEVICE),
+            seed=3,
+            stream="mask_video",
+            grid=(7, 20),
+            ratio=0.75,
+            mode="tf",
+            backend=backend,
+        )
+        for backend in ("triton", "torch")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(by_kernel, by_torch, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"positions": torch.zeros(2, 2, dtype=torch.int64)},
+            r"positions are torch.int64 of shape",
+        ),
+        ({"positions": torch.zeros(2)}, r"positions are torch.float32"),
+        ({"stream": "mask"}, r"stream is 'mask'; use one of mask_audio"),
+        ({"mode": "columns"}, r"mode is 'columns'; use unstructured"),
+        ({"ratio": 1.0}, r"ratio is 1.0"),
+        ({"grid": (0, 4)}, r"grid is \(0, 4\)"),
+    ],
+)
+def test_bad_input_is_named(changes: dict, message: str) -> None:
+    arguments = {
+        "positions": torch.arange(2),
+        "seed": 0,
+        "stream": "mask_audio",
+        "grid": (2, 2),
+        "ratio": 0.5,
+    }
+    with pytest.raises(ValueError, match=message):
+        random_mask(**(arguments | changes))

@@ -63,7 +63,7 @@ def test_unpatchify_is_the_exact_inverse_of_patchify(
 def test_patch_vectors_are_ordered_as_the_loss_orders_them() -> None:
     pixels = torch.arange(2 * 3 * 32 * 48, dtype=torch.float32).reshape(2, 3, 32, 48)
     ids = torch.arange(6).expand(2, -1)
-    cut = gather_patches(pixels, ids)  # (batch, tokens, channels, row, column)
+    cut = gather_patches(pixels, ids).unflatten(2, (3, 16, 16))  # channels, row, column
     assert torch.equal(patchify(pixels), cut.permute(0, 1, 3, 4, 2).flatten(2))
 
 

@@ -58,10 +58,17 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, kernel_size=PATCH, stride=PATCH)
 
-    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """(batch, channels, height, width) and ids (batch, kept) to (batch, kept, width)."""
-        patches = gather_patches(pixels, ids, PATCH).flatten(2)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+    def forward(
+        self, pixels: torch.Tensor, ids: torch.Tensor, modality: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch, channels, height, width) and ids (batch, kept) to (batch, kept, width).
+
+        The modality vector is added to the bias, where it costs nothing.
+        """
+        weight = self.proj.weight
+        patches = gather_patches(pixels, ids, PATCH, dtype=weight.dtype)
+        assert self.proj.bias is not None
+        return F.linear(patches, weight.flatten(1), self.proj.bias + modality.flatten())
 
 
 class CAVMAE(nn.Module):
@@ -216,27 +223,24 @@ class CAVMAE(nn.Module):
             )
         if reconstruct:
             latent = self.norm(streams["joint"])
-            tokens_a, tokens_v = self._decode(latent, audio_mask, video_mask)
+            tokens = self._decode(latent, audio_mask, video_mask)
+            # Audio patches come before video patches, here and in what is predicted.
+            removed = [audio_mask.removed, video_mask.removed + self.config.audio_tokens]
+            predicted_audio, predicted_video = self._predict(
+                gather_tokens(tokens, torch.cat(removed, dim=1)), removed[0].shape[1]
+            )
             output = output._replace(
                 latent=latent,
                 reconstruction_audio=masked_reconstruction_loss(
-                    self._predict_audio(gather_tokens(tokens_a, audio_mask.removed)),
-                    spectrogram,
-                    audio_mask.removed,
-                    norm_pix,
+                    predicted_audio, spectrogram, audio_mask.removed, norm_pix
                 ),
                 reconstruction_video=masked_reconstruction_loss(
-                    self._predict_video(gather_tokens(tokens_v, video_mask.removed)),
-                    frame,
-                    video_mask.removed,
-                    norm_pix,
+                    predicted_video, frame, video_mask.removed, norm_pix
                 ),
             )
             if predict_all:
-                output = output._replace(
-                    predicted_audio=self._predict_audio(tokens_a),
-                    predicted_video=self._predict_video(tokens_v),
-                )
+                predicted = self._predict(tokens, self.config.audio_tokens)
+                output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
         return output
 
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
@@ -261,7 +265,7 @@ class CAVMAE(nn.Module):
                 f"{expected[1]}): change the input or model.audio_frames and model.mel_bins"
             )
         # Frequency becomes the height, so that patches run frequency-major as published.
-        return log_mel.transpose(1, 2)[:, None].to(self.modality_a.dtype)
+        return log_mel.transpose(1, 2)[:, None]
 
     def _checked_frame(self, frame: torch.Tensor) -> torch.Tensor:
         side = self.config.image_size
@@ -270,22 +274,22 @@ class CAVMAE(nn.Module):
                 f"frame has shape {tuple(frame.shape)}; the model takes (batch, 3, {side}, {side}):"
                 " change the input or model.image_size"
             )
-        return frame.to(self.modality_v.dtype)
+        return frame
 
     @staticmethod
     def _all_ids(tokens: int, like: torch.Tensor) -> torch.Tensor:
         return torch.arange(tokens, device=like.device).expand(like.shape[0], -1)
 
     def _encode_audio(self, spectrogram: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch_embed_a(spectrogram, ids)  # (batch, kept, width)
-        tokens = tokens + self.pos_embed_a[0][ids] + self.modality_a
+        tokens = self.patch_embed_a(spectrogram, ids, self.modality_a)  # (batch, kept, width)
+        tokens = tokens + self.pos_embed_a[0][ids]
         for block in self.blocks_a:
             tokens = block(tokens)
         return tokens
 
     def _encode_video(self, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch_embed_v(frame, ids)  # (batch, kept, width)
-        tokens = tokens + self.pos_embed_v[0][ids] + self.modality_v
+        tokens = self.patch_embed_v(frame, ids, self.modality_v)  # (batch, kept, width)
+        tokens = tokens + self.pos_embed_v[0][ids]
         for block in self.blocks_v:
             tokens = block(tokens)
         return tokens
@@ -310,32 +314,36 @@ class CAVMAE(nn.Module):
 
     def _decode(
         self, latent: torch.Tensor, audio_mask: MaskIds, video_mask: MaskIds
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Joint tokens to decoder tokens of every audio and video patch, before the last norm."""
+    ) -> torch.Tensor:
+        """Joint tokens to decoder tokens of every audio, then video patch, before the last norm."""
         x = self.decoder_embed(latent)  # (batch, kept, decoder_width)
-        audio, video = x.split([audio_mask.keep.shape[1], video_mask.keep.shape[1]], dim=1)
-        audio = restore_tokens(
-            audio,
-            audio_mask.restore,
-            self.mask_token,
-            self.decoder_pos_embed_a,
-            self.decoder_modality_a,
+        kept_audio, kept = audio_mask.keep.shape[1], x.shape[1]
+        # Where each patch's token is in `x`; `kept` for those that were removed.
+        audio, video = audio_mask.restore, video_mask.restore
+        kept_video = kept - kept_audio
+        places = torch.cat(
+            [
+                torch.where(audio < kept_audio, audio, kept),
+                torch.where(video < kept_video, video + kept_audio, kept),
+            ],
+            dim=1,
         )
-        video = restore_tokens(
-            video,
-            video_mask.restore,
+        grids = (self.config.audio_tokens, self.config.video_tokens)
+        modalities = (self.decoder_modality_a, self.decoder_modality_v)
+        x = restore_tokens(
+            x,
+            places,
             self.mask_token,
-            self.decoder_pos_embed_v,
-            self.decoder_modality_v,
-        )
-        x = torch.cat([audio, video], dim=1)  # (batch, all tokens, decoder_width)
+            torch.cat([self.decoder_pos_embed_a, self.decoder_pos_embed_v], dim=1),
+            torch.cat(
+                [m.expand(-1, count, -1) for m, count in zip(modalities, grids, strict=True)], dim=1
+            ),
+        )  # (batch, all tokens, decoder_width)
         for block in self.decoder_blocks:
             x = block(x)
-        tokens_a, tokens_v = x.split([audio.shape[1], video.shape[1]], dim=1)
-        return tokens_a, tokens_v
+        return x
 
-    def _predict_audio(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.decoder_pred_a(self.decoder_norm(tokens))
-
-    def _predict_video(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.decoder_pred_v(self.decoder_norm(tokens))
+    def _predict(self, tokens: torch.Tensor, audio: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels of the first `audio` tokens, which are audio patches, and of the others."""
+        tokens = self.decoder_norm(tokens)
+        return self.decoder_pred_a(tokens[:, :audio]), self.decoder_pred_v(tokens[:, audio:])

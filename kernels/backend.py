@@ -1,0 +1,89 @@
+"""Which implementation of an operation runs, and the checks that all of them share.
+
+`backend=None` means Triton for CUDA tensors and the torch reference for CPU ones. Nothing else is
+chosen silently: an explicit choice that can't be met is an error.
+"""
+
+from typing import Any, Literal
+
+import torch
+import triton
+from triton import knobs
+
+Backend = Literal["torch", "triton"]
+
+jit: Any = triton.jit
+"""Without a type, because the launch `kernel[grid](...)` has none that checkers know."""
+INTERPRETED: bool = knobs.runtime.interpret
+"""Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1 at import)."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute with; they accumulate in float32."""
+
+
+def default_backend(device: torch.device) -> Backend:
+    """What `backend=None` means for tensors on `device`."""
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def choose_backend(backend: Backend | None, **tensors: torch.Tensor) -> Backend:
+    """The implementation for these arguments.
+
+    Args:
+        backend: what the caller asked for.
+        tensors: the tensor arguments by name.
+
+    Raises:
+        ValueError: tensors on different devices, an unknown name, or Triton for CPU tensors.
+    """
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first} on {reference.device}; "
+                f"move {name} to {reference.device}"
+            )
+    if backend is None:
+        return default_backend(reference.device)
+    if backend not in ("torch", "triton"):
+        raise ValueError(f"backend is {backend!r}; use 'torch', 'triton' or None")
+    if backend == "triton" and reference.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"backend is 'triton' and {first} is on {reference.device}; move it to a GPU, or set "
+            "TRITON_INTERPRET=1 before cavmae.kernels is imported"
+        )
+    return backend
+
+
+def check_floats(**tensors: torch.Tensor) -> None:
+    """Refuse dtypes that the kernels don't compute with.
+
+    Raises:
+        ValueError: names the argument, its dtype and those that work.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} is {tensor.dtype}; the Triton kernels take float32, bfloat16 and float16 "
+                "(backend='torch' takes float64 as well)"
+            )
+
+
+def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:
+    """Refuse ids that can't be ids of `limit` patches.
+
+    Values are looked at on a CPU only: on a GPU that would stop the stream. There the kernels give
+    NaN for an id out of range, which no update gets past.
+
+    Raises:
+        ValueError: names the argument and what is wrong with it.
+    """
+    if ids.ndim != 2 or len(ids) != batch:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; it has to be ({batch}, count)")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} is {ids.dtype}; it has to be int64")
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"{name} holds {low if low < 0 else high}; ids go from 0 to {limit - 1}"
+            )

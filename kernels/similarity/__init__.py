@@ -1,0 +1,187 @@
+"""The two passes over a similarity matrix that is never stored: statistics, and gradients.
+
+Queries rank candidates by `s[q, c] = cosine(query q, candidate c) / temperature`; the partner of
+query `q` is candidate `q + shift`. The statistics of a query are the logarithm of its sum of
+`exp(s)` over all candidates, its largest similarity to a candidate that is not its partner (its
+rival), and the similarity to its partner. The same tiles give the candidates' own statistics over
+the queries, so both directions cost one matrix product.
+
+Nothing here knows of losses, ranks or autograd: `contrastive.py` and a distributed caller put these
+parts together. Statistics of several blocks of candidates are merged by `merge`, gradients are
+sums over blocks, so the candidates may come from other processes one block after the other.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from cavmae.kernels.backend import Backend
+from cavmae.kernels.similarity import reference
+from cavmae.kernels.similarity.gradient import launch_project, launch_weights, product
+from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Parts, Similarity, Statistics
+from cavmae.kernels.similarity.tile_statistics import (
+    launch_inverse_norms,
+    launch_merge,
+    launch_statistics,
+)
+
+__all__ = [
+    "LARGEST_WIDTH",
+    "SLAB_BYTES",
+    "Parts",
+    "Similarity",
+    "Statistics",
+    "direction_gradient",
+    "embedding_gradient",
+    "inverse_norms",
+    "merge",
+    "project",
+    "slabs",
+    "statistics",
+]
+
+LARGEST_WIDTH = 2048
+SLAB_BYTES = 32 << 20
+"""Of the weights that are stored at a time."""
+
+
+def inverse_norms(x: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """1 / norm of each row of (groups, count, width), float32 (float64 for float64)."""
+    if backend == "torch":
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return x.to(exact).norm(dim=-1).clamp(min=SMALLEST_NORM).reciprocal()
+    return launch_inverse_norms(x)
+
+
+def statistics(similarity: Similarity, *, reverse: bool) -> Parts:
+    """Statistics of every query over these candidates.
+
+    Args:
+        similarity: the matrix.
+        reverse: also those of every candidate over these queries.
+    """
+    if similarity.backend == "torch":
+        return reference.statistics(similarity, reverse)
+    return launch_statistics(similarity, reverse)
+
+
+def merge(
+    parts: Parts, *, shift: int, first_query: int, pairs: int, backend: Backend
+) -> Statistics:
+    """Statistics over all parts, and the loss of each pair.
+
+    Args:
+        parts: of the whole other side; join blocks along the dimension of parts.
+        shift: of the whole matrix.
+        first_query: the first query that has a partner.
+        pairs: queries from there on that have one.
+        backend: whose arithmetic.
+    """
+    if backend == "torch":
+        return reference.merge(parts, shift, first_query, pairs)
+    return launch_merge(parts, shift, first_query, pairs)
+
+
+def direction_gradient(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor | None,
+    candidate_log_sum: torch.Tensor | None,
+    queries: slice,
+    group: slice,
+) -> torch.Tensor:
+    """Gradient of the summed losses with respect to the normalised queries, times temperature.
+
+    Args:
+        similarity: the matrix.
+        query_log_sum: of the direction in which queries rank; None: it is no part of the loss.
+        candidate_log_sum: of the other direction, likewise.
+        queries: which of them.
+        group: which groups.
+
+    Returns:
+        (groups, queries, width) float32 (float64 for float64) of the slices.
+    """
+    if similarity.backend == "torch":
+        weights = reference.weights(similarity, query_log_sum, candidate_log_sum)[group, queries]
+        exact = weights.dtype
+        scaled = similarity.candidates.to(exact) * similarity.candidate_inverse[..., None]
+        return weights @ scaled[group]
+    weights = launch_weights(similarity, query_log_sum, candidate_log_sum, queries, group)
+    return product(weights, similarity.candidates[group])
+
+
+def project(
+    direction: torch.Tensor,
+    x: torch.Tensor,
+    inverse: torch.Tensor,
+    factor: torch.Tensor,
+    out: torch.Tensor,
+    alignment: torch.Tensor,
+    backend: Backend,
+) -> None:
+    """From the gradient of a normalised embedding to that of the embedding.
+
+    Args:
+        direction: (groups, count, width) from `direction_gradient`.
+        x: (groups, count, width) embeddings.
+        inverse: (groups, count) 1 / norm.
+        factor: 0-dimensional; multiplies everything.
+        out: (groups, count, width) receives the gradient, dtype of `x`.
+        alignment: (groups, count) receives `factor * direction . normalised x`, whose sum over
+            queries is `-temperature` times the gradient of the temperature.
+        backend: whose arithmetic.
+    """
+    if backend == "torch":
+        unit = x.to(direction.dtype) * inverse[..., None]
+        aligned = (direction * unit).sum(-1, keepdim=True)
+        out.copy_((direction - unit * aligned) * inverse[..., None] * factor)
+        alignment.copy_(aligned[..., 0] * factor)
+        return
+    launch_project(direction, x, inverse, factor, out, alignment)
+
+
+def embedding_gradient(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor | None,
+    candidate_log_sum: torch.Tensor | None,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the queries, slab by slab, and its alignment (see `project`).
+
+    The workspace is one slab of weights: `SLAB_BYTES`, or 128 queries where those take more.
+    """
+    groups, count, _ = similarity.queries.shape
+    fit = _queries_in_a_slab(similarity)
+    together = max(1, fit // count)
+    out = torch.empty_like(similarity.queries, memory_format=torch.contiguous_format)
+    alignment = torch.empty_like(similarity.query_inverse)
+    for first_group in range(0, groups, together):
+        group = slice(first_group, first_group + together)
+        for slab in slabs(similarity):
+            direction = direction_gradient(
+                similarity, query_log_sum, candidate_log_sum, slab, group
+            )
+            project(
+                direction,
+                similarity.queries[group, slab],
+                similarity.query_inverse[group, slab],
+                factor,
+                out[group, slab],
+                alignment[group, slab],
+                similarity.backend,
+            )
+    return out, alignment
+
+
+def slabs(similarity: Similarity) -> Iterator[slice]:
+    """The queries in parts whose weights take `SLAB_BYTES`, or 128 queries where that is more."""
+    count = similarity.queries.shape[1]
+    fit = _queries_in_a_slab(similarity)
+    rows = count if fit >= count else max(128, fit // 128 * 128)
+    for first in range(0, count, rows):
+        yield slice(first, min(first + rows, count))
+
+
+def _queries_in_a_slab(similarity: Similarity) -> int:
+    weight_bytes = 4 if similarity.queries.dtype == torch.float32 else 2
+    return max(1, SLAB_BYTES // (weight_bytes * similarity.candidates.shape[1]))

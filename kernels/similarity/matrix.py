@@ -1,0 +1,85 @@
+"""A similarity matrix by its factors, and what is known of it without storing it."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from cavmae.kernels.backend import Backend
+
+SMALLEST_NORM = 1e-12
+"""Shorter embeddings are divided by this, as `torch.nn.functional.normalize` does."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A similarity matrix by its factors.
+
+    Attributes:
+        queries: (groups, queries, width), last dimension contiguous.
+        candidates: (groups, candidates, width), same dtype.
+        query_inverse, candidate_inverse: (groups, count) 1 / norm, from `inverse_norms`.
+        inverse_temperature: 0-dimensional tensor.
+        shift: the partner of query q is candidate q + shift, where there is one.
+        backend: whose arithmetic.
+    """
+
+    queries: torch.Tensor
+    candidates: torch.Tensor
+    query_inverse: torch.Tensor
+    candidate_inverse: torch.Tensor
+    inverse_temperature: torch.Tensor
+    shift: int
+    backend: Backend
+
+    @cached_property
+    def dense(self) -> torch.Tensor:
+        """(groups, queries, candidates) float32 or float64: for the torch reference, which keeps it
+        from the forward to the backward pass."""
+        exact = self.query_inverse.dtype
+        queries = self.queries.to(exact) * self.query_inverse[..., None]
+        candidates = self.candidates.to(exact) * self.candidate_inverse[..., None]
+        return queries @ (candidates * self.inverse_temperature).transpose(1, 2)
+
+    def transposed(self) -> "Similarity":
+        """Candidates rank the queries."""
+        turned = replace(
+            self,
+            queries=self.candidates,
+            candidates=self.queries,
+            query_inverse=self.candidate_inverse,
+            candidate_inverse=self.query_inverse,
+            shift=-self.shift,
+        )
+        if "dense" in self.__dict__:
+            turned.__dict__["dense"] = self.dense.transpose(1, 2)
+        return turned
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Statistics over parts of the other side, to be merged; natural logarithms, float32.
+
+    Attributes:
+        query: (3, parts, groups, queries): log of the sum, rival, partner; -inf for none.
+        candidate: (2, parts, groups, candidates): log of the sum, rival; None if not asked for.
+    """
+
+    query: torch.Tensor
+    candidate: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `merge` makes of all parts.
+
+    Attributes:
+        query_log_sum: (groups, queries); +inf where a query has no partner, hence no loss.
+        candidate_log_sum: (groups, candidates) likewise; None if not asked for.
+        terms: (directions, 2, groups * pairs): loss of each pair, and 1 where its similarity is
+            larger than that of every rival. Direction 0: queries rank candidates.
+    """
+
+    query_log_sum: torch.Tensor
+    candidate_log_sum: torch.Tensor | None
+    terms: torch.Tensor

@@ -1,0 +1,62 @@
+"""The torch reference: the whole matrix at once, in float32 or float64."""
+
+import torch
+
+from cavmae.kernels.similarity.matrix import Parts, Similarity, Statistics
+
+
+def _partners(matrix: torch.Tensor, shift: int) -> torch.Tensor:
+    """(groups, pairs) view of the entries of queries and their partners."""
+    return matrix.diagonal(shift, 1, 2)
+
+
+def statistics(similarity: Similarity, reverse: bool) -> Parts:
+    """As `statistics` of the package."""
+    dense, shift = similarity.dense, similarity.shift
+    rivals = dense.clone()
+    _partners(rivals, shift).fill_(-torch.inf)
+    partner = torch.full_like(dense[:, :, 0], -torch.inf)
+    first, pairs = max(0, -shift), _partners(dense, shift).shape[1]
+    partner[:, first : first + pairs] = _partners(dense, shift)
+    query = torch.stack([dense.logsumexp(2), rivals.amax(2), partner])[:, None]
+    if not reverse:
+        return Parts(query, None)
+    return Parts(query, torch.stack([dense.logsumexp(1), rivals.amax(1)])[:, None])
+
+
+def merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
+    """As `merge` of the package."""
+
+    def direction(log_sum: torch.Tensor, rival: torch.Tensor, first: int) -> torch.Tensor:
+        """(2, groups * pairs) loss and hit of each pair, and +inf where there is no pair."""
+        paired = slice(first, first + pairs)
+        loss, hit = log_sum[:, paired] - partner, partner > rival[:, paired]
+        log_sum[:, :first] = log_sum[:, first + pairs :] = torch.inf
+        return torch.stack([loss.flatten(), hit.to(loss.dtype).flatten()])
+
+    query_log_sum, rival = parts.query[0].logsumexp(0), parts.query[1].amax(0)
+    partner = parts.query[2].amax(0)[:, first_query : first_query + pairs]
+    terms = [direction(query_log_sum, rival, first_query)]
+    candidate_log_sum = None
+    if parts.candidate is not None:
+        candidate_log_sum = parts.candidate[0].logsumexp(0)
+        candidate_rival = parts.candidate[1].amax(0)
+        terms.append(direction(candidate_log_sum, candidate_rival, first_query + shift))
+    return Statistics(query_log_sum, candidate_log_sum, torch.stack(terms))
+
+
+def weights(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor | None,
+    candidate_log_sum: torch.Tensor | None,
+) -> torch.Tensor:
+    """(groups, queries, candidates) `dL/ds`."""
+    total = torch.zeros_like(similarity.dense)
+    for log_sum in (
+        None if query_log_sum is None else query_log_sum[..., None],
+        None if candidate_log_sum is None else candidate_log_sum[:, None],
+    ):
+        if log_sum is not None:
+            total += (similarity.dense - log_sum).exp_()
+            _partners(total, similarity.shift).sub_(1)
+    return total

@@ -1,0 +1,68 @@
+"""Every kernel compiles for GPUs that are not here, within what their multiprocessors have."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import ROOT
+
+pytestmark = pytest.mark.slow
+
+ARCHITECTURES = ("80", "90", "100")
+SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # a block's largest share
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, dict[str, Any]]]:
+    """By architecture and kernel: registers, spilled and shared bytes, whether wgmma is used."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))],
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
+def kernels_in_the_tree() -> set[str]:
+    return {
+        node.name
+        for path in (ROOT / "kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any(isinstance(d, ast.Name) and d.id == "jit" for d in node.decorator_list)
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_is_left_out(compiled, architecture: str) -> None:
+    assert {name.partition("[")[0] for name in compiled[architecture]} == kernels_in_the_tree()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_register_is_spilled(compiled, architecture: str) -> None:
+    spilled = {name: k["spilled_bytes"] for name, k in compiled[architecture].items()}
+    assert {name: count for name, count in spilled.items() if count} == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_memory_is_within_the_part_s_limit(compiled, architecture: str) -> None:
+    limit = SHARED_BYTES[architecture]
+    assert {n for n, k in compiled[architecture].items() if k["shared_bytes"] > limit} == set()
+
+
+def test_products_of_bf16_are_wgmma_on_sm_90(compiled) -> None:
+    products = {
+        name: kernel["wgmma"]
+        for name, kernel in compiled["90"].items()
+        if name.startswith(("_statistics_kernel[bf16", "_weights_kernel[bf16"))
+    }
+    assert len(products) == 4 and all(products.values()), products
