@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.contrastive import Pairs, concatenate, group_loss
+from cavmae.trainer.contrastive import Pairs, concatenate, local_loss
 from cavmae.trainer.engine import Engine
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
@@ -195,7 +195,7 @@ def _held_out_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
     whole = len(pairs.positions) // group * group
     pairs = _in_order(pairs)
     pairs = Pairs(pairs.audio[:whole], pairs.video[:whole], pairs.positions[:whole])
-    result = group_loss(pairs, config.loss, group)
+    result = local_loss(pairs, config.loss, group)
     return {
         "loss_contrastive": result.loss.item(),
         "contrastive_accuracy": result.accuracy.item(),

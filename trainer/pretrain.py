@@ -153,7 +153,7 @@ def run(config: PretrainConfig) -> RunSummary:
         accumulation=accumulation,
         device=device,
     )
-    task = PretrainTask(config, world_size=ranks.world_size, device=device)
+    task = PretrainTask(config, rank=ranks.rank, world_size=ranks.world_size, device=device)
     state = load_checkpoint(checkpoint, engine) if checkpoint else None
     start_step = state.step if state else 0
     if state and state.train_set != train_set.fingerprint:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from cavmae.kernels import default_backend
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.loop import StepReport
 from cavmae.trainer.progress import Progress
@@ -79,7 +80,7 @@ class RunReport:
         config = self._config
         log.info(
             "%s: %d clips (%s tier), %d steps of %d = %d ranks x %d x %d accumulated, %d lanes, "
-            "contrastive groups of %d (%s), ZeRO %d, %s on %s, %d threads a rank; kernels: torch",
+            "contrastive groups of %d (%s), ZeRO %d, %s on %s, %d threads a rank; kernels: %s",
             config.run_dir,
             train_set.samples,
             train_set.tier,
@@ -95,6 +96,7 @@ class RunReport:
             config.engine.dtype,
             self._device.type,
             config.threads_per_rank,
+            default_backend(self._device),
         )
         if resumed_from:
             log.info("going on from %s", resumed_from)

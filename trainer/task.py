@@ -3,14 +3,15 @@
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.kernels import ContrastiveResult
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.contrastive import (
     Pairs,
     concatenate,
     contrastive_layout,
-    gather,
-    group_loss,
-    scale_gradient,
+    exchanged_loss,
+    local_loss,
+    own_groups,
 )
 from cavmae.trainer.engine import Engine
 from cavmae.trainer.model.cavmae import PretrainOutput
@@ -20,15 +21,19 @@ from cavmae.trainer.model.masking import random_masks
 class PretrainTask:
     """Masked reconstruction and contrast of a step's samples.
 
+    In bf16 runs the similarities are those of embeddings rounded to bf16, which halves what ranks
+    exchange.
+
     Args:
         config: resolved: `lanes` is set.
-        world_size: ranks of the run.
+        rank, world_size: this process among the run's ranks.
         device: this rank's device.
     """
 
-    def __init__(self, config: PretrainConfig, *, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainConfig, *, rank: int, world_size: int, device: torch.device
+    ) -> None:
         self._config = config
-        self._world_size = world_size
         self._device = device
         self._reconstruct = config.loss.reconstruction_weight > 0
         self._contrast = config.loss.contrastive_weight > 0
@@ -40,6 +45,15 @@ class PretrainTask:
             lanes=config.lanes,
             world_size=world_size,
         )
+        self._groups = own_groups(
+            group_size=self.group_size,
+            global_batch=config.global_batch,
+            lanes=config.lanes,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+        self._alone = all(len(group.own) == self.group_size for group in self._groups)
         self._cached: dict[int, Pairs] = {}
 
     def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None:
@@ -97,12 +111,16 @@ class PretrainTask:
         own = self._pairs(output, positions)
         if self.layout == "cached":
             return self._cached_contrastive(own)
-        everyone = gather(own) if self.layout == "gathered" else own
-        result = group_loss(everyone, self._config.loss, self.group_size)
+        result = self._group_loss(own)
         self._add("loss_contrastive", result.loss)
         self._add("contrastive_accuracy", result.accuracy)
-        # Ranks hold the gradient of their own rows only, and the engine averages over ranks.
-        return scale_gradient(result.loss, self._world_size if self.layout == "gathered" else 1)
+        return result.loss
+
+    def _group_loss(self, own: Pairs) -> ContrastiveResult:
+        """Loss of whole groups: those of a micro-batch, or of the step."""
+        if self._alone:
+            return local_loss(own, self._config.loss, self.group_size)
+        return exchanged_loss(own, self._config.loss, self._groups)
 
     def _cached_contrastive(self, own: Pairs) -> torch.Tensor:
         """The step's loss as value, with this micro-batch's part of its gradient."""
@@ -121,12 +139,12 @@ class PretrainTask:
         own = concatenate(parts)
         own.audio.requires_grad_()
         own.video.requires_grad_()
-        result = group_loss(gather(own), self._config.loss, self.group_size)
+        result = self._group_loss(own)
         audio, video = torch.autograd.grad(result.loss, [own.audio, own.video])
         result.loss = result.loss.detach()
         self._step_contrastive = result
-        # The engine takes the mean over ranks and micro-batches; each sample is in one of them.
-        factor = self._world_size * len(batches)
+        # The engine takes the mean over micro-batches; each sample is in one of them.
+        factor = len(batches)
         lengths = [len(batch.positions) for batch in batches]
         for batch, of_audio, of_video in zip(
             batches, audio.split(lengths), video.split(lengths), strict=True
@@ -136,7 +154,12 @@ class PretrainTask:
 
     def _pairs(self, output: PretrainOutput, positions: torch.Tensor) -> Pairs:
         assert output.audio_embedding is not None and output.video_embedding is not None
-        return Pairs(output.audio_embedding, output.video_embedding, positions.to(self._device))
+        dtype = torch.bfloat16 if self._config.engine.dtype == "bf16" else torch.float32
+        return Pairs(
+            output.audio_embedding.to(dtype),
+            output.video_embedding.to(dtype),
+            positions.to(self._device),
+        )
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()

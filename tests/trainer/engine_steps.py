@@ -71,6 +71,7 @@ class Run:
                 contrastive_weight=case.get("contrastive_weight", 1.0),
                 contrastive_group=case.get("group", 0),
                 bidirectional=case.get("bidirectional", False),
+                exchange=case.get("exchange", "gather"),
             ),
             engine=EngineConfig(
                 zero_stage=case["zero_stage"],
@@ -82,7 +83,9 @@ class Run:
         torch.manual_seed(0)
         model = CAVMAE(MODEL)
         model.freeze_unused(reconstruct=True, contrast=True)
-        self.task = PretrainTask(self.config, world_size=ranks.world_size, device=device)
+        self.task = PretrainTask(
+            self.config, rank=ranks.rank, world_size=ranks.world_size, device=device
+        )
         self.accumulation = batch // ranks.world_size // self.config.micro_batch
         self.engine = Engine(
             model,
