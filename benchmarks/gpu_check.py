@@ -21,9 +21,12 @@ from cavmae.benchmarks.deviations import Deviation, worst
 from cavmae.benchmarks.flops import training_flops
 from cavmae.benchmarks.golden import TinyTrain
 from cavmae.benchmarks.golden_forward import ForwardCase
+from cavmae.benchmarks.kernel_agreement import disagreements
+from cavmae.benchmarks.kernels import measure
 from cavmae.benchmarks.records import write_record
 from cavmae.benchmarks.step import SIZES, compare
 from cavmae.benchmarks.training_step import Precision, TrainingStep
+from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 
@@ -103,11 +106,13 @@ def main(argv: list[str]) -> int:
     )
     parts: dict[str, Callable[[Check], dict[str, Any]]] = {
         "training": training_goes_down,
+        "kernels_agree": kernels_agree,
         "tiny_train": tiny_train_repeats,
         "golden_forward": golden_forward,
         "golden_gradients": golden_gradients,
         "step": step_against_baseline,
         "throughput": throughput,
+        "kernels": kernels_against_others,
     }
     results = {name: _run(name, part, check) for name, part in parts.items()}
     configuration = {key: str(value) for key, value in vars(flags).items()}
@@ -231,6 +236,27 @@ def training_goes_down(check: Check) -> dict[str, Any]:
     if not difference <= BF16_LOSS_LIMIT:
         beyond.append(f"first loss in bf16 differs from fp32 by {difference:.1%}")
     return {"losses": losses, "beyond": beyond}
+
+
+def kernels_agree(check: Check) -> dict[str, Any]:
+    """Every Triton kernel against its torch reference, and two runs of it, bit by bit."""
+    if check.device.type != "cuda" and not INTERPRETED:
+        raise Skip("the kernels run on a GPU, or on a CPU under TRITON_INTERPRET=1")
+    found, beyond = disagreements(check.device, 64 if check.device.type == "cuda" else 3)
+    return {"differences": found, "beyond": beyond}
+
+
+def kernels_against_others(check: Check) -> dict[str, Any]:
+    """`cavmae bench kernels` with the time that is left."""
+    gpu = check.device.type == "cuda"
+    return measure(
+        check.device,
+        batch=None if gpu else 2,
+        contrastive=None if gpu else [128],
+        repeats=check.repeats,
+        compile=gpu,
+        deadline=check.deadline,
+    )
 
 
 def step_against_baseline(check: Check) -> dict[str, Any]:

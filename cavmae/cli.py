@@ -16,6 +16,7 @@ COMMANDS = {
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
+    "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }

@@ -1,0 +1,243 @@
+"""What `cavmae bench kernels` times: each operation as we compute it and as others do.
+
+Contenders of a case compute the same thing from the same tensors; a test compares their results.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from cavmae.benchmarks.baselines.tiled_contrastive import tiled_contrastive_loss
+from cavmae.kernels import (
+    contrastive_loss,
+    gather_patches,
+    gather_tokens,
+    mask_ids_from_shuffle,
+    masked_reconstruction_loss,
+    random_mask,
+    restore_tokens,
+)
+
+TEMPERATURE = 0.05
+# Token counts of the published base model.
+AUDIO, VIDEO, KEPT_AUDIO, KEPT_VIDEO = 512, 196, 128, 49
+WIDTH, DECODER_WIDTH = 768, 512
+
+
+@dataclass
+class Case:
+    """One operation at one size.
+
+    Attributes:
+        name: such as `restore_tokens`.
+        contenders: `ours`, `eager` and others; each returns a tensor.
+        leaves: tensors whose gradients the backward pass makes; empty: forward only.
+        forward_bytes, both_bytes: what must move through memory, forward and with backward.
+        forward_flops: of matrix products; 0 where memory is the limit.
+        matrix_bytes: of the dense float32 similarity matrix; 0 where there is none.
+    """
+
+    name: str
+    contenders: dict[str, Callable[[], torch.Tensor]]
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    forward_bytes: int = 0
+    both_bytes: int = 0
+    forward_flops: int = 0
+    matrix_bytes: int = 0
+
+
+def cases(
+    device: torch.device, batch: int, dtype: torch.dtype, contrastive: list[int]
+) -> Iterator[Case]:
+    """All cases, built one at a time.
+
+    Args:
+        device: where the tensors are.
+        batch: samples of the masked operations.
+        dtype: of tokens, predictions and embeddings; pixels are float32, as the loader gives them.
+        contrastive: batch sizes of the contrastive loss.
+    """
+    torch.manual_seed(0)
+    options = {"device": device, "dtype": dtype}
+    yield _gather(batch, options)
+    yield _restore(batch, options)
+    for sound in (True, False):
+        yield _reconstruction(batch, options, sound)
+        yield _patches(batch, options, sound)
+    for sound in (True, False):
+        yield _mask(batch, device, sound)
+    for size in contrastive:
+        yield _contrastive(size, options)
+
+
+def _shuffle(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    return torch.rand(batch, tokens, device=device).argsort(1)
+
+
+def _leaf(*shape: int, options: dict) -> torch.Tensor:
+    return torch.randn(shape, **options).requires_grad_()
+
+
+def _gather(batch: int, options: dict) -> Case:
+    tokens, taken = AUDIO + VIDEO, AUDIO + VIDEO - KEPT_AUDIO - KEPT_VIDEO
+    x = _leaf(batch, tokens, DECODER_WIDTH, options=options)
+    ids = _shuffle(batch, tokens, x.device)[:, :taken].contiguous()
+    row = batch * DECODER_WIDTH * x.element_size()
+    return Case(
+        "gather_tokens",
+        {
+            "ours": lambda: gather_tokens(x, ids),
+            "eager": lambda: x.gather(1, ids[:, :, None].expand(-1, -1, DECODER_WIDTH)),
+        },
+        [x],
+        forward_bytes=2 * taken * row,
+        both_bytes=(3 * taken + tokens) * row,
+    )
+
+
+def _restore(batch: int, options: dict) -> Case:
+    kept, tokens = KEPT_AUDIO + KEPT_VIDEO, AUDIO + VIDEO
+    x = _leaf(batch, kept, DECODER_WIDTH, options=options)
+    mask_token = _leaf(1, 1, DECODER_WIDTH, options=options)
+    position = torch.randn(1, tokens, DECODER_WIDTH, **options)
+    modalities = [_leaf(1, 1, DECODER_WIDTH, options=options) for _ in range(2)]
+    audio, video = (_shuffle(batch, count, x.device) for count in (AUDIO, VIDEO))
+    places = torch.cat(
+        [
+            torch.where(audio < KEPT_AUDIO, audio, kept),
+            torch.where(video < KEPT_VIDEO, video + KEPT_AUDIO, kept),
+        ],
+        1,
+    )
+
+    def ours() -> torch.Tensor:
+        spread = [m.expand(-1, n, -1) for m, n in zip(modalities, (AUDIO, VIDEO), strict=True)]
+        return restore_tokens(x, places, mask_token, position, torch.cat(spread, 1))
+
+    def eager() -> torch.Tensor:
+        """Each modality by itself, as the published decoder does."""
+        parts = []
+        for tokens_of, restore in ((x[:, :KEPT_AUDIO], audio), (x[:, KEPT_AUDIO:], video)):
+            removed = mask_token.repeat(batch, restore.shape[1] - tokens_of.shape[1], 1)
+            full = torch.cat([tokens_of, removed], 1)
+            parts.append(full.gather(1, restore[:, :, None].expand(-1, -1, DECODER_WIDTH)))
+        whole = torch.cat(parts, 1) + position
+        return torch.cat([whole[:, :AUDIO] + modalities[0], whole[:, AUDIO:] + modalities[1]], 1)
+
+    moved = batch * (kept + tokens) * DECODER_WIDTH * x.element_size()
+    return Case(
+        "restore_tokens",
+        {"ours": ours, "eager": eager},
+        [x, mask_token, *modalities],
+        forward_bytes=moved,
+        both_bytes=2 * moved,
+    )
+
+
+def _pixels(batch: int, device: torch.device, sound: bool) -> torch.Tensor:
+    if sound:  # as the loader lays it out: time before frequency
+        return torch.randn(batch, 1024, 128, device=device).transpose(1, 2)[:, None]
+    return torch.randn(batch, 3, 224, 224, device=device)
+
+
+def _reconstruction(batch: int, options: dict, sound: bool) -> Case:
+    pixels = _pixels(batch, options["device"], sound)
+    tokens, kept = (AUDIO, KEPT_AUDIO) if sound else (VIDEO, KEPT_VIDEO)
+    values = 256 * pixels.shape[1]
+    ids = _shuffle(batch, tokens, pixels.device)[:, kept:].contiguous()
+    predicted = _leaf(batch, tokens - kept, values, options=options)
+
+    def eager() -> torch.Tensor:
+        """Targets of the whole grid, then those of the removed patches."""
+        channels, height, width = pixels.shape[1:]
+        target = pixels.reshape(batch, channels, height // 16, 16, width // 16, 16)
+        target = target.permute(0, 2, 4, 3, 5, 1).reshape(batch, tokens, values)
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+        target = target.gather(1, ids[:, :, None].expand(-1, -1, values))
+        return (predicted.float() - target).square().mean()
+
+    reads = predicted.numel() * (predicted.element_size() + 4)
+    return Case(
+        f"reconstruction_{'audio' if sound else 'video'}",
+        {"ours": lambda: masked_reconstruction_loss(predicted, pixels, ids, True), "eager": eager},
+        [predicted],
+        forward_bytes=reads,
+        both_bytes=2 * reads + predicted.numel() * predicted.element_size(),
+    )
+
+
+def _patches(batch: int, options: dict, sound: bool) -> Case:
+    pixels = _pixels(batch, options["device"], sound)
+    tokens, kept = (AUDIO, KEPT_AUDIO) if sound else (VIDEO, KEPT_VIDEO)
+    channels = pixels.shape[1]
+    values = 256 * channels
+    ids = _shuffle(batch, tokens, pixels.device)[:, :kept].contiguous()
+    weight = (torch.randn(WIDTH, channels, 16, 16, **options) * 0.02).requires_grad_()
+    bias = _leaf(WIDTH, options=options)
+
+    def ours() -> torch.Tensor:
+        patches = gather_patches(pixels, ids, 16, dtype=weight.dtype)
+        return F.linear(patches, weight.flatten(1), bias)
+
+    def eager() -> torch.Tensor:
+        """Everything embedded, then what stays, as the published encoder does."""
+        whole = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=16)
+        whole = whole.flatten(2).transpose(1, 2)
+        return whole.gather(1, ids[:, :, None].expand(-1, -1, WIDTH))
+
+    size = weight.element_size()
+    forward = batch * kept * (values * (4 + 2 * size) + WIDTH * size)
+    return Case(
+        f"patch_embedding_{'audio' if sound else 'video'}",
+        {"ours": ours, "eager": eager},
+        [weight, bias],
+        forward_bytes=forward,
+        both_bytes=forward + batch * kept * (values + WIDTH) * size,
+        forward_flops=2 * batch * kept * values * WIDTH,
+    )
+
+
+def _mask(batch: int, device: torch.device, sound: bool) -> Case:
+    grid = (8, 64) if sound else (14, 14)
+    stream = "mask_audio" if sound else "mask_video"
+    positions = torch.arange(batch, device=device)
+
+    def eager() -> torch.Tensor:
+        return mask_ids_from_shuffle(_shuffle(batch, grid[0] * grid[1], device), 0.75).restore
+
+    return Case(
+        f"random_{stream}",
+        {
+            "ours": lambda: (
+                random_mask(positions, seed=0, stream=stream, grid=grid, ratio=0.75).restore
+            ),
+            "eager": eager,
+        },
+    )
+
+
+def _contrastive(size: int, options: dict) -> Case:
+    audio, video = (_leaf(size, WIDTH, options=options) for _ in range(2))
+
+    def eager() -> torch.Tensor:
+        a, v = F.normalize(audio, dim=1), F.normalize(video, dim=1)
+        similarity = (a @ v.T).float() / TEMPERATURE
+        losses = [-similarity.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
+        return (losses[0] + losses[1]) / 2
+
+    contenders: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": lambda: contrastive_loss(audio, video, TEMPERATURE, True).loss,
+        "eager": eager,
+    }
+    if audio.is_cuda:
+        contenders["tiled"] = lambda: tiled_contrastive_loss(audio, video, TEMPERATURE)
+    return Case(
+        f"contrastive_{size}",
+        contenders,
+        [audio, video],
+        forward_flops=2 * size * size * WIDTH,
+        matrix_bytes=4 * size * size,
+    )
