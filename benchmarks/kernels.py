@@ -6,7 +6,9 @@ Triton kernels, on a CPU the torch references, which is what runs there.
 """
 
 import argparse
+import itertools
 import math
+import os
 import statistics
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from cavmae.benchmarks.kernel_cases import Case, cases
 from cavmae.benchmarks.records import timing, write_record
@@ -136,7 +139,7 @@ def measured(
     result: dict[str, Any] = {"failed": {}}
     for name, do in passes.items():
         seconds: dict[str, list[float]] = {}
-        peaks: dict[str, int | None] = {}
+        peaks: dict[str, int] = {}
         for contender, run in contenders.items():
             try:
                 do(run)  # compiles, and fills caches
@@ -165,7 +168,7 @@ def measured(
                     flops / median / ceiling["flops_per_second"] if flops else None
                 ),
             }
-            if case.matrix_bytes and peaks["ours"] is not None:
+            if case.matrix_bytes:
                 kept = sum(leaf.nbytes for leaf in case.leaves) if name == "both" else 0
                 result[name]["ours"]["workspace_share_of_matrix"] = (
                     max(0, peaks["ours"] - kept) / case.matrix_bytes
@@ -210,15 +213,26 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Most memory in use beyond what was in use before; None on a CPU."""
+def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most memory in use beyond what was in use before."""
     if device.type != "cuda":
-        return None
+        return _peak_bytes_on_cpu(run)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_bytes_on_cpu(run: Callable[[], Any]) -> int:
+    """From the allocations that torch's profiler notes; they are summed in the order of time."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces its start and end
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as noted:
+        run()
+    assert noted.profiler is not None and noted.profiler.kineto_results is not None
+    events: list[Any] = noted.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(change for _, change in sorted(changes)), default=0)
 
 
 def line(name: str, result: dict[str, Any]) -> str:
@@ -229,7 +243,8 @@ def line(name: str, result: dict[str, Any]) -> str:
             continue
         ours = result[kind]["ours"]
         ratios = ", ".join(
-            f"{contender} {entry['times_ours']['median']:.2f}x"
+            f"{contender} {entry['times_ours']['median']:.2f}x the time and "
+            f"{entry['peak_bytes'] / max(1, ours['peak_bytes']):.2f}x the memory"
             for contender, entry in result[kind].items()
             if contender != "ours"
         )

@@ -7,6 +7,7 @@ token was not taken. One kernel does both, and every row is written once.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from cavmae.kernels.backend import Backend, check_floats, check_ids, choose_backend, jit
 
@@ -123,6 +124,7 @@ class _GatherTokens(torch.autograd.Function):
         return _launch(x, ids, float("nan"))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (ids,) = ctx.saved_tensors
         return _launch(grad, inverse_ids(ids, ctx.tokens), 0.0), None

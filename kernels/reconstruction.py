@@ -7,6 +7,7 @@ per program, the backward pass reads them again and writes the gradient.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from cavmae.kernels.backend import Backend, check_floats, check_ids, choose_backend, jit
 from cavmae.kernels.patches import check_pixels, patches_of
@@ -78,12 +79,13 @@ def _reference(
 
 
 @jit
-def _difference(
+def _reconstruction_kernel(
     predicted,
     pixels,
     ids,
-    row,
-    inside,
+    out,
+    scale,
+    rows,
     removed,
     patches,
     columns,
@@ -96,11 +98,18 @@ def _difference(
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
     VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
     NORM_PIX: tl.constexpr,
     EPSILON_: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):
-    """(ROWS, VALUES) prediction minus target in float32, 0 beyond the patch."""
+    """Prediction minus target of ROWS patches: the sum of its squares, or `scale` times itself.
+
+    VALUES is a power of two from the values of a patch on.
+    """
     count: tl.constexpr = PATCH * PATCH * CHANNELS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    inside = row < rows
     batch, place = row // removed, row % removed
     token = tl.load(ids + row, mask=inside, other=-1)
     there = (token >= 0) & (token < patches)
@@ -121,105 +130,54 @@ def _difference(
     target = tl.where(there[:, None], target, float("nan"))
     source = predicted + batch * predicted_batch_stride + place * predicted_row_stride
     guess = tl.load(source[:, None] + value[None, :], mask=wanted, other=0.0).to(tl.float32)
-    return tl.where(wanted, guess - target, 0.0), wanted
+    difference = tl.where(wanted, guess - target, 0.0)
+    if GRADIENT:
+        place = row[:, None] * count + value[None, :]
+        tl.store(out + place, difference * tl.load(scale), mask=wanted)
+    else:
+        tl.store(out + tl.program_id(0), tl.sum(tl.sum(difference * difference, 1), 0))
 
 
-@jit
-def _loss_kernel(
-    predicted,
-    pixels,
-    ids,
-    sums,
-    rows,
-    removed,
-    patches,
-    columns,
-    predicted_batch_stride,
-    predicted_row_stride,
-    batch_stride,
-    channel_stride,
-    height_stride,
-    width_stride,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    VALUES: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM_PIX: tl.constexpr,
-    EPSILON_: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    difference, _ = _difference(
+def _launch(
+    predicted: torch.Tensor,
+    pixels: torch.Tensor,
+    ids: torch.Tensor,
+    norm_pix: bool,
+    patch: int,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """The gradient for a `scale`; without one, a sum of squares of each program."""
+    channels, height, width = pixels.shape[1:]
+    values = triton.next_power_of_2(patch * patch * channels)
+    rows, rows_each = ids.numel(), max(1, 2048 // values)
+    programs = triton.cdiv(rows, rows_each)
+    if scale is None:
+        out = predicted.new_empty(programs, dtype=torch.float32)
+    else:
+        out = predicted.new_empty(predicted.shape)
+    _reconstruction_kernel[(programs,)](
         predicted,
         pixels,
         ids,
-        row,
-        row < rows,
-        removed,
-        patches,
-        columns,
-        predicted_batch_stride,
-        predicted_row_stride,
-        batch_stride,
-        channel_stride,
-        height_stride,
-        width_stride,
-        CHANNELS,
-        PATCH,
-        VALUES,
-        NORM_PIX,
-        EPSILON_,
+        out,
+        out if scale is None else scale,
+        rows,
+        ids.shape[1],
+        (height // patch) * (width // patch),
+        width // patch,
+        predicted.stride(0),
+        predicted.stride(1),
+        *pixels.stride(),
+        CHANNELS=channels,
+        PATCH=patch,
+        VALUES=values,
+        ROWS=rows_each,
+        NORM_PIX=norm_pix,
+        EPSILON_=EPSILON,
+        GRADIENT=scale is not None,
+        num_warps=4,
     )
-    tl.store(sums + tl.program_id(0), tl.sum(tl.sum(difference * difference, 1), 0))
-
-
-@jit
-def _loss_backward_kernel(
-    predicted,
-    pixels,
-    ids,
-    scale,
-    grad,
-    rows,
-    removed,
-    patches,
-    columns,
-    predicted_batch_stride,
-    predicted_row_stride,
-    batch_stride,
-    channel_stride,
-    height_stride,
-    width_stride,
-    CHANNELS: tl.constexpr,
-    PATCH: tl.constexpr,
-    VALUES: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM_PIX: tl.constexpr,
-    EPSILON_: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    difference, wanted = _difference(
-        predicted,
-        pixels,
-        ids,
-        row,
-        row < rows,
-        removed,
-        patches,
-        columns,
-        predicted_batch_stride,
-        predicted_row_stride,
-        batch_stride,
-        channel_stride,
-        height_stride,
-        width_stride,
-        CHANNELS,
-        PATCH,
-        VALUES,
-        NORM_PIX,
-        EPSILON_,
-    )
-    target = row[:, None] * (PATCH * PATCH * CHANNELS) + tl.arange(0, VALUES)[None, :]
-    tl.store(grad + target, difference * tl.load(scale), mask=wanted)
+    return out
 
 
 class _MaskedReconstruction(torch.autograd.Function):
@@ -235,47 +193,16 @@ class _MaskedReconstruction(torch.autograd.Function):
         predicted = predicted if predicted.stride(2) == 1 else predicted.contiguous()
         ids = ids.contiguous()
         ctx.save_for_backward(predicted, pixels, ids)
-        ctx.options = _options(pixels, norm_pix, patch)
-        rows = ids.numel()
-        programs = triton.cdiv(rows, int(ctx.options["ROWS"]))
-        sums = predicted.new_empty(programs, dtype=torch.float32)
-        _loss_kernel[(programs,)](
-            predicted, pixels, ids, sums, *_sizes(predicted, pixels, ids, patch), **ctx.options
-        )
+        ctx.norm_pix, ctx.patch = norm_pix, patch
+        sums = _launch(predicted, pixels, ids, norm_pix, patch, None)
         return sums.sum() / predicted.numel()
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None, None]:
         predicted, pixels, ids = ctx.saved_tensors
         scale = grad_loss.float() * (2 / predicted.numel())
-        grad = predicted.new_empty(predicted.shape)
-        programs = triton.cdiv(ids.numel(), int(ctx.options["ROWS"]))
-        sizes = _sizes(predicted, pixels, ids, ctx.options["PATCH"])
-        _loss_backward_kernel[(programs,)](
-            predicted, pixels, ids, scale, grad, *sizes, **ctx.options
-        )
+        grad = _launch(predicted, pixels, ids, ctx.norm_pix, ctx.patch, scale)
         return grad, None, None, None, None
-
-
-def _sizes(
-    predicted: torch.Tensor, pixels: torch.Tensor, ids: torch.Tensor, patch: int
-) -> tuple[int, ...]:
-    height, width = pixels.shape[2:]
-    patches, columns = (height // patch) * (width // patch), width // patch
-    strides = (predicted.stride(0), predicted.stride(1), *pixels.stride())
-    return (ids.numel(), ids.shape[1], patches, columns, *strides)
-
-
-def _options(pixels: torch.Tensor, norm_pix: bool, patch: int) -> dict[str, int | bool | float]:
-    values = triton.next_power_of_2(patch * patch * pixels.shape[1])
-    return {
-        "CHANNELS": pixels.shape[1],
-        "PATCH": patch,
-        "VALUES": values,
-        "ROWS": max(1, 2048 // values),
-        "NORM_PIX": norm_pix,
-        "EPSILON_": EPSILON,
-        "num_warps": 4,
-    }

@@ -8,6 +8,7 @@ the samples of a part of the batch send to its position; the parts are added in 
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from cavmae.kernels.backend import Backend, check_floats, choose_backend, jit
 from cavmae.kernels.gather import row_tile
@@ -212,6 +213,7 @@ class _RestoreTokens(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx, grad: torch.Tensor
     ) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor]:

@@ -183,5 +183,7 @@ def slabs(similarity: Similarity) -> Iterator[slice]:
 
 
 def _queries_in_a_slab(similarity: Similarity) -> int:
+    if similarity.backend == "torch":
+        return similarity.queries.shape[1]  # the reference has the whole matrix anyway
     weight_bytes = 4 if similarity.queries.dtype == torch.float32 else 2
     return max(1, SLAB_BYTES // (weight_bytes * similarity.candidates.shape[1]))

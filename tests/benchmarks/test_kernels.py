@@ -65,6 +65,8 @@ def test_the_record_has_ratios_ceilings_and_shares(tmp_path: Path) -> None:
     assert len(gather["both"]["eager"]["all_seconds"]) == 2
     assert gather["forward"]["eager"]["times_ours"]["median"] > 0
     assert 0 < gather["forward"]["ours"]["share_of_copy"] < 2
+    # The gathered tokens in float32, and nothing else.
+    assert gather["forward"]["ours"]["peak_bytes"] == 531 * 512 * 4
     assert "both" not in results["cases"]["random_mask_audio"]
 
 
