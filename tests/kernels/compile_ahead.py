@@ -95,6 +95,22 @@ def contrast() -> None:
         contrastive_loss(audio, video, temperature, True, backend="triton").loss.backward()
 
 
+def ones() -> None:
+    """Sizes of 1, which Triton turns into constants: another program."""
+    one = tensor(1, 1, dtype=torch.int64)
+    options = {"seed": 0, "stream": "mask_audio", "grid": (1, 1), "ratio": 0.0, "mode": "tf"}
+    random_mask(one[0], **options, backend="triton")
+    x = tensor(1, 1, 1, grad=True)
+    gather_tokens(x, one, backend="triton").sum().backward()
+    restore_tokens(x, one, x, x, x, backend="triton").sum().backward()
+    pixels = tensor(1, 1, 16, 16)
+    gather_patches(pixels, one, backend="triton")
+    predicted = tensor(1, 1, 256, grad=True)
+    masked_reconstruction_loss(predicted, pixels, one, True, backend="triton").backward()
+    audio, video = (tensor(1, 1, grad=True) for _ in range(2))
+    contrastive_loss(audio, video, 0.05, True, backend="triton").loss.backward()
+
+
 def launches(operation: Callable[[], None]) -> dict[str, ASTSource]:
     """What an operation launches, by kernel and dtypes."""
     found: dict[str, ASTSource] = {}
@@ -190,6 +206,8 @@ def main() -> None:
         tiles.major_capability = lambda _, major=architecture // 10: major
         for operation in (masks, tokens, patches, reconstruction, contrast):
             found |= launches(operation)
+        if architecture == 90:
+            found |= launches(ones)
         results[str(architecture)] = {
             name: resources(source, architecture) for name, source in found.items()
         }

@@ -64,5 +64,6 @@ def test_products_of_bf16_are_wgmma_on_sm_90(compiled) -> None:
         name: kernel["wgmma"]
         for name, kernel in compiled["90"].items()
         if name.startswith(("_statistics_kernel[bf16", "_weights_kernel[bf16"))
+        and ("x64x64x64x" in name or "x128x128x64x" in name)  # tiles of 16 are too small for it
     }
     assert len(products) == 4 and all(products.values()), products
