@@ -45,7 +45,7 @@ def restore_tokens(
         (batch, tokens, width), dtype of `x`; the Triton kernel adds in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit.
+        ValueError: shapes, dtypes or devices that don't fit; a place below 0 (on a GPU: NaN).
     """
     tensors = {"x": x, "restore_ids": restore_ids, "mask_token": mask_token}
     chosen = choose_backend(backend, **tensors, position=position, modality=modality)
@@ -121,7 +121,7 @@ def _restore_kernel(
     inside = row < rows
     batch, token = row // tokens, row % tokens
     place = tl.load(restore_ids + row, mask=inside, other=0)
-    seen = place < kept
+    seen = (place >= 0) & (place < kept)
     source = x + batch * x_batch_stride + place * x_token_stride
     for first in range(0, width, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -131,6 +131,7 @@ def _restore_kernel(
         missing = tl.load(mask_token + column[None, :], mask=there, other=0.0).to(tl.float32)
         added = tl.load(table + token[:, None] * width + column[None, :], mask=wanted, other=0.0)
         value = tl.where(seen[:, None], value.to(tl.float32), missing) + added
+        value = tl.where((place >= 0)[:, None], value, float("nan"))
         tl.store(out + row[:, None] * width + column[None, :], value, mask=wanted)
 
 
@@ -164,7 +165,7 @@ def _restore_backward_kernel(
         place = tl.load(restore_ids + sample * tokens + token, mask=inside, other=0)
         source = grad + sample * grad_batch_stride + token * grad_token_stride
         value = tl.load(source[:, None] + column[None, :], mask=wanted, other=0.0)
-        seen = place < kept
+        seen = (place >= 0) & (place < kept)
         target = grad_x + (sample * kept + place) * width
         tl.store(target[:, None] + column[None, :], value, mask=wanted & seen[:, None])
         exact = value.to(tl.float32)

@@ -2,9 +2,21 @@
 
 import pytest
 import torch
+from three_way import DEVICE, normal
 
 from cavmae.kernels import backend as backends
-from cavmae.kernels import contrastive_loss, default_backend, gather_tokens
+from cavmae.kernels import (
+    contrastive_loss,
+    default_backend,
+    gather,
+    gather_patches,
+    gather_tokens,
+    masked_reconstruction_loss,
+    patches,
+    reconstruction,
+    restore,
+    restore_tokens,
+)
 from cavmae.kernels.backend import choose_backend
 
 
@@ -35,3 +47,34 @@ def test_the_kernels_refuse_float64_by_name() -> None:
     x = torch.zeros(2, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"audio is torch.float64; .*backend='torch'"):
         contrastive_loss(x, x, 0.05, True, backend="triton")
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids reach the kernels unseen, as they do on a GPU."""
+    for module in (gather, patches, reconstruction):
+        monkeypatch.setattr(module, "check_ids", lambda *_: None)
+    monkeypatch.setattr(restore, "_check_shapes", lambda *_: None)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 10**6])
+def test_a_row_whose_id_is_out_of_range_is_nan(unchecked: None, wrong: int) -> None:
+    ids = torch.tensor([[2, wrong, 0]], device=DEVICE)
+    tokens, pixels = normal(1, 4, 8).float(), normal(1, 1, 32, 32).float()
+    for found in (
+        gather_tokens(tokens, ids, backend="triton"),
+        gather_patches(pixels, ids, 16, backend="triton"),
+    ):
+        assert found[0, 1].isnan().all() and found[0, [0, 2]].isfinite().all()
+    predicted = normal(1, 3, 256).float()
+    assert masked_reconstruction_loss(predicted, pixels, ids, True, backend="triton").isnan()
+
+
+def test_a_row_whose_place_is_below_zero_is_nan_and_writes_no_gradient(unchecked: None) -> None:
+    places = torch.tensor([[0, -1, 1]], device=DEVICE)
+    x = normal(1, 2, 8).float().requires_grad_()
+    table = torch.zeros(1, 3, 8, device=DEVICE)
+    out = restore_tokens(x, places, table[:, :1], table, table[:, :1], backend="triton")
+    assert out[0, 1].isnan().all() and torch.equal(out[0, [0, 2]], x[0])
+    (gradient,) = torch.autograd.grad(out[0, [0, 2]].sum(), [x])
+    assert torch.equal(gradient, torch.ones_like(x))
