@@ -81,7 +81,7 @@ def _operations(device: torch.device, batch: int, dtype: torch.dtype) -> dict[st
     ids, pixels = shuffle(24), torch.randn(batch, 3, 64, 96, device=device)
     kept, removed = ids[:, :6], ids[:, 6:]
     positions = torch.arange(batch, device=device)
-    embeddings = [normal(8 * batch, 192) for _ in range(2)]
+    temperature = torch.full((), 0.05, device=device, dtype=dtype)
     operations: dict[str, Operation] = {
         "gather_tokens": _with_gradients(
             lambda backend, x: gather_tokens(x, kept, backend=backend), [normal(batch, 24, 192)]
@@ -98,14 +98,18 @@ def _operations(device: torch.device, batch: int, dtype: torch.dtype) -> dict[st
             ),
             [normal(batch, 18, 768)],
         ),
-        "contrastive_loss": _with_gradients(
-            lambda backend, a, v: contrastive_loss(a, v, 0.05, True, backend=backend).loss,
-            embeddings,
-        ),
         "gather_patches": lambda backend: [
             gather_patches(pixels, kept, 16, dtype=dtype, backend=backend)
         ],
     }
+    sizes = {"": (8 * batch, 192)}
+    if device.type == "cuda":
+        sizes[" large"] = (5000, 768)  # the larger tiles, several slabs, neither a whole number
+    for name, shape in sizes.items():
+        operations[f"contrastive_loss{name}"] = _with_gradients(
+            lambda backend, a, v, t: contrastive_loss(a, v, t, True, backend=backend).loss,
+            [normal(*shape), normal(*shape), temperature],
+        )
     for mode in ("unstructured", "tf"):
         operations[f"random_mask {mode}"] = lambda backend, mode=mode: list(
             random_mask(

@@ -1,6 +1,7 @@
 """What `cavmae bench kernels` times: each operation as we compute it and as others do.
 
-Contenders of a case compute the same thing from the same tensors; a test compares their results.
+Contenders of a case compute the same thing from the same values; a test compares their results,
+and a run notes how far they are apart. `eager` is the published model's operations in plain torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,25 +28,42 @@ WIDTH, DECODER_WIDTH = 768, 512
 
 
 @dataclass
+class Contender:
+    """One way to compute an operation.
+
+    Attributes:
+        run: the forward pass.
+        leaves: tensors whose gradients the backward pass makes; empty: forward only.
+        as_ours: of the gradients, the values that those of `ours` are.
+    """
+
+    run: Callable[[], torch.Tensor]
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    as_ours: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient
+
+
+@dataclass
 class Case:
     """One operation at one size.
 
     Attributes:
         name: such as `restore_tokens`.
-        contenders: `ours`, `eager` and others; each returns a tensor.
-        leaves: tensors whose gradients the backward pass makes; empty: forward only.
-        forward_bytes, both_bytes: what must move through memory, forward and with backward.
-        forward_flops: of matrix products; 0 where memory is the limit.
+        contenders: `ours`, `eager` and others.
+        forward_bytes, both_bytes: what must move through memory, forward and with backward, by the
+            formula in the operation's docstring; 0 where products are the limit.
+        forward_flops, both_flops: of the matrix products; 0 where memory is the limit.
         matrix_bytes: of the dense float32 similarity matrix; 0 where there is none.
+        drawn: outputs are random, so that contenders differ.
     """
 
     name: str
-    contenders: dict[str, Callable[[], torch.Tensor]]
-    leaves: list[torch.Tensor] = field(default_factory=list)
+    contenders: dict[str, Contender]
     forward_bytes: int = 0
     both_bytes: int = 0
     forward_flops: int = 0
+    both_flops: int = 0
     matrix_bytes: int = 0
+    drawn: bool = False
 
 
 def cases(
@@ -88,10 +106,11 @@ def _gather(batch: int, options: dict) -> Case:
     return Case(
         "gather_tokens",
         {
-            "ours": lambda: gather_tokens(x, ids),
-            "eager": lambda: x.gather(1, ids[:, :, None].expand(-1, -1, DECODER_WIDTH)),
+            "ours": Contender(lambda: gather_tokens(x, ids), [x]),
+            "eager": Contender(
+                lambda: x.gather(1, ids[:, :, None].expand(-1, -1, DECODER_WIDTH)), [x]
+            ),
         },
-        [x],
         forward_bytes=2 * taken * row,
         both_bytes=(3 * taken + tokens) * row,
     )
@@ -126,11 +145,11 @@ def _restore(batch: int, options: dict) -> Case:
         whole = torch.cat(parts, 1) + position
         return torch.cat([whole[:, :AUDIO] + modalities[0], whole[:, AUDIO:] + modalities[1]], 1)
 
+    leaves = [x, mask_token, *modalities]
     moved = batch * (kept + tokens) * DECODER_WIDTH * x.element_size()
     return Case(
         "restore_tokens",
-        {"ours": ours, "eager": eager},
-        [x, mask_token, *modalities],
+        {"ours": Contender(ours, leaves), "eager": Contender(eager, leaves)},
         forward_bytes=moved,
         both_bytes=2 * moved,
     )
@@ -147,25 +166,35 @@ def _reconstruction(batch: int, options: dict, sound: bool) -> Case:
     tokens, kept = (AUDIO, KEPT_AUDIO) if sound else (VIDEO, KEPT_VIDEO)
     values = 256 * pixels.shape[1]
     ids = _shuffle(batch, tokens, pixels.device)[:, kept:].contiguous()
-    predicted = _leaf(batch, tokens - kept, values, options=options)
+    whole = _leaf(batch, tokens, values, options=options)
+    mask = torch.zeros(batch, tokens, device=pixels.device).scatter_(1, ids, 1.0)
+
+    def of_removed(x: torch.Tensor) -> torch.Tensor:
+        return x.gather(1, ids[:, :, None].expand(-1, -1, values))
+
+    predicted = of_removed(whole.detach()).requires_grad_()
 
     def eager() -> torch.Tensor:
-        """Targets of the whole grid, then those of the removed patches."""
+        """Every patch predicted and compared, then those that were seen masked out."""
         channels, height, width = pixels.shape[1:]
         target = pixels.reshape(batch, channels, height // 16, 16, width // 16, 16)
         target = target.permute(0, 2, 4, 3, 5, 1).reshape(batch, tokens, values)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
-        target = target.gather(1, ids[:, :, None].expand(-1, -1, values))
-        return (predicted.float() - target).square().mean()
+        per_patch = (whole.float() - target).square().mean(2)
+        return (per_patch * mask).sum() / mask.sum()
 
-    reads = predicted.numel() * (predicted.element_size() + 4)
+    reads = predicted.numel() * (predicted.element_size() + pixels.element_size())
     return Case(
         f"reconstruction_{'audio' if sound else 'video'}",
-        {"ours": lambda: masked_reconstruction_loss(predicted, pixels, ids, True), "eager": eager},
-        [predicted],
+        {
+            "ours": Contender(
+                lambda: masked_reconstruction_loss(predicted, pixels, ids, True), [predicted]
+            ),
+            "eager": Contender(eager, [whole], of_removed),
+        },
         forward_bytes=reads,
-        both_bytes=2 * reads + predicted.numel() * predicted.element_size(),
+        both_bytes=2 * reads + predicted.nbytes,
     )
 
 
@@ -189,14 +218,17 @@ def _patches(batch: int, options: dict, sound: bool) -> Case:
         return whole.gather(1, ids[:, :, None].expand(-1, -1, WIDTH))
 
     size = weight.element_size()
-    forward = batch * kept * (values * (4 + 2 * size) + WIDTH * size)
+    # Pixels to patches, patches to tokens; backward reads patches and gradient of the tokens.
+    forward = batch * kept * (values * (pixels.element_size() + 2 * size) + WIDTH * size)
+    product = 2 * batch * kept * values * WIDTH
+    leaves = [weight, bias]
     return Case(
         f"patch_embedding_{'audio' if sound else 'video'}",
-        {"ours": ours, "eager": eager},
-        [weight, bias],
+        {"ours": Contender(ours, leaves), "eager": Contender(eager, leaves)},
         forward_bytes=forward,
         both_bytes=forward + batch * kept * (values + WIDTH) * size,
-        forward_flops=2 * batch * kept * values * WIDTH,
+        forward_flops=product,
+        both_flops=2 * product,
     )
 
 
@@ -211,11 +243,12 @@ def _mask(batch: int, device: torch.device, sound: bool) -> Case:
     return Case(
         f"random_{stream}",
         {
-            "ours": lambda: (
-                random_mask(positions, seed=0, stream=stream, grid=grid, ratio=0.75).restore
+            "ours": Contender(
+                lambda: random_mask(positions, seed=0, stream=stream, grid=grid, ratio=0.75).restore
             ),
-            "eager": eager,
+            "eager": Contender(eager),
         },
+        drawn=True,
     )
 
 
@@ -228,16 +261,20 @@ def _contrastive(size: int, options: dict) -> Case:
         losses = [-similarity.log_softmax(dim).diagonal().mean() for dim in (0, 1)]
         return (losses[0] + losses[1]) / 2
 
-    contenders: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: contrastive_loss(audio, video, TEMPERATURE, True).loss,
-        "eager": eager,
-    }
-    if audio.is_cuda:
-        contenders["tiled"] = lambda: tiled_contrastive_loss(audio, video, TEMPERATURE)
+    leaves, product = [audio, video], 2 * size * size * WIDTH
     return Case(
         f"contrastive_{size}",
-        contenders,
-        [audio, video],
-        forward_flops=2 * size * size * WIDTH,
+        {
+            "ours": Contender(
+                lambda: contrastive_loss(audio, video, TEMPERATURE, True).loss, leaves
+            ),
+            "eager": Contender(eager, leaves),
+            # TF32 is what the published code computes with; IEEE products would take far longer.
+            "tiled": Contender(
+                lambda: tiled_contrastive_loss(audio, video, TEMPERATURE, precision="tf32"), leaves
+            ),
+        },
+        forward_flops=product,
+        both_flops=5 * product,
         matrix_bytes=4 * size * size,
     )

@@ -1,57 +1,144 @@
-"""The public tiled method for a contrastive loss whose similarity matrix doesn't fit: the baseline.
+"""The public tiled method for a contrastive loss whose similarity matrix doesn't fit: a baseline.
 
-Our own rendering in Triton of the method of Inf-CL (Cheng et al., "Breaking the Memory Barrier",
-2024); its code was consulted, none of it copied. As there: tiles in float32, one pass over the
-tiles for each direction, and for the gradients two further passes for each direction, one for
-either side, that add into float32 gradients in memory.
+Our own rendering of the method of Inf-CL (Cheng et al., "Breaking the Memory Barrier", 2024); its
+code was consulted, none of it copied. As there: embeddings are copied to float32 and normalised, a
+tile is 64 x 64, each direction has a forward pass of its own with an online log-sum-exp, and two
+backward passes, one for either side, that add into float32 gradients in memory. There, as Triton
+does unless told otherwise, products of float32 are computed in TF32: `precision="tf32"`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from cavmae.kernels.backend import jit
+from cavmae.kernels.backend import Backend, choose_backend, jit
 
 BLOCK = 64
-STEP = 32
+STEP = 64
+"""Of the width, at a time."""
+
+Precision = Literal["ieee", "tf32"]
+
+
+def tiled_contrastive_loss(
+    audio: torch.Tensor,
+    video: torch.Tensor,
+    temperature: float,
+    *,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """Bidirectional contrastive loss: two passes forward, four backward, of two products each.
+
+    Args:
+        audio: (batch, width) float.
+        video: (batch, width), same dtype; its row i is the partner of row i of `audio`.
+        temperature: divides the cosine similarities.
+        precision: of the products in Triton; None: TF32 where
+            `torch.backends.cuda.matmul.allow_tf32`, which also rules the torch rendering.
+        backend: Triton for CUDA tensors, a plain torch rendering of the same tiles for CPU ones.
+
+    Returns:
+        Scalar float32 (float64 for float64 input, torch only).
+
+    Raises:
+        ValueError: a backend that can't be met.
+    """
+    chosen = choose_backend(backend, audio=audio, video=video)
+    if precision is None:
+        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    exact = torch.promote_types(audio.dtype, torch.float32)
+    audio, video = (F.normalize(x.to(exact), dim=1).contiguous() for x in (audio, video))
+    method = chosen, precision
+    by_video = _TiledDirection.apply(video, audio, 1 / temperature, method)
+    by_audio = _TiledDirection.apply(audio, video, 1 / temperature, method)
+    return (by_video + by_audio) / 2
+
+
+class _TiledDirection(torch.autograd.Function):
+    """Mean over rows of `logsumexp over columns - partner`, for unit vectors."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        scale: float,
+        method: tuple[Backend, Precision],
+    ) -> torch.Tensor:
+        backend, precision = method
+        if backend == "triton":
+            log_sums = _launch_log_sums(rows, columns, scale, precision)
+        else:
+            log_sums = _torch_log_sums(rows, columns, scale)
+        ctx.save_for_backward(rows, columns, log_sums)
+        ctx.scale, ctx.method = scale, method
+        return (log_sums - (rows * columns).sum(1) * scale).mean()
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, columns, log_sums = ctx.saved_tensors
+        backend, precision = ctx.method
+        gradients = []
+        for by_row, (first, second) in ((True, (rows, columns)), (False, (columns, rows))):
+            if backend == "triton":
+                grad = _launch_gradient(first, second, log_sums, ctx.scale, by_row, precision)
+            else:
+                grad = _torch_gradient(first, second, log_sums, ctx.scale, by_row)
+            # The partner's part is a vector's business and no tile's.
+            gradients.append((grad - second) * (grad_loss * ctx.scale / len(rows)))
+        return gradients[0], gradients[1], None, None
 
 
 @jit
 def _scores(
-    rows, columns, row, column, count, width, scale, BLOCK: tl.constexpr, STEP: tl.constexpr
+    rows,
+    columns,
+    row,
+    column,
+    count,
+    width,
+    scale,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """(BLOCK, BLOCK) similarities of unit vectors, -inf beyond the last column."""
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for first in range(0, width, STEP):
         place = first + tl.arange(0, STEP)
-        inside = place < width
-        a = tl.load(
-            rows + row[:, None] * width + place[None, :],
-            mask=(row < count)[:, None] & inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        b = tl.load(
-            columns + column[None, :] * width + place[:, None],
-            mask=(column < count)[None, :] & inside[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        inside = (place < width)[None, :]
+        source = rows + row.to(tl.int64)[:, None] * width + place[None, :]
+        a = tl.load(source, mask=(row < count)[:, None] & inside, other=0.0)
+        source = columns + column.to(tl.int64)[:, None] * width + place[None, :]
+        b = tl.load(source, mask=(column < count)[:, None] & inside, other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return tl.where((column < count)[None, :], total * scale, float("-inf"))
 
 
 @jit
-def _forward_kernel(
-    rows, columns, log_sums, count, width, scale, BLOCK: tl.constexpr, STEP: tl.constexpr
+def _log_sum_kernel(
+    rows,
+    columns,
+    log_sums,
+    count,
+    width,
+    scale,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, count, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP)
+        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP, PRECISION)
         new_top = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
         top = new_top
@@ -59,11 +146,10 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _gradient_kernel(
     rows,
     columns,
-    row_log_sums,
-    column_log_sums,
+    log_sums,
     grad,
     count,
     width,
@@ -71,84 +157,101 @@ def _backward_kernel(
     BY_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Adds the gradient of the rows: of their own softmax, or of the columns'."""
+    """Adds softmax weights times columns; the softmax is over columns (BY_ROW) or over rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    log_sum = tl.load(row_log_sums + row, mask=row < count, other=0.0)
+    log_sum = tl.load(log_sums + row, mask=row < count, other=0.0)
     for first in range(0, count, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP)
-        if not BY_ROW:
-            log_sum = tl.load(column_log_sums + column, mask=column < count, other=0.0)
-        shift = log_sum[:, None] if BY_ROW else log_sum[None, :]
-        weight = tl.exp(s - shift) - (row[:, None] == column[None, :]).to(tl.float32)
-        weight = tl.where((column < count)[None, :], weight, 0.0)
+        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP, PRECISION)
+        if BY_ROW:
+            weight = tl.exp(s - log_sum[:, None])
+        else:
+            of_column = tl.load(log_sums + column, mask=column < count, other=0.0)
+            weight = tl.exp(s - of_column[None, :])
         for start in range(0, width, STEP):
             place = start + tl.arange(0, STEP)
-            inside = place < width
-            b = tl.load(
-                columns + column[:, None] * width + place[None, :],
-                mask=(column < count)[:, None] & inside[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            target = grad + row[:, None] * width + place[None, :]
-            wanted = (row < count)[:, None] & inside[None, :]
-            sum_so_far = tl.load(target, mask=wanted, other=0.0)
-            part = tl.dot(weight, b, input_precision="ieee")
-            tl.store(target, sum_so_far + part, mask=wanted)
-        tl.debug_barrier()
+            inside = (place < width)[None, :]
+            source = columns + column.to(tl.int64)[:, None] * width + place[None, :]
+            b = tl.load(source, mask=(column < count)[:, None] & inside, other=0.0)
+            target = grad + row.to(tl.int64)[:, None] * width + place[None, :]
+            wanted = (row < count)[:, None] & inside
+            before = tl.load(target, mask=wanted, other=0.0)
+            part = tl.dot(weight, b, input_precision=PRECISION)
+            tl.store(target, before + part, mask=wanted)
+        tl.debug_barrier()  # the next tile adds to what this one stored
 
 
-class _TiledDirection(torch.autograd.Function):
-    """Mean over rows of `logsumexp over columns - partner`, for unit vectors."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, columns: torch.Tensor, scale: float) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        count, width = rows.shape
-        log_sums = rows.new_empty(count, dtype=torch.float32)
-        grid = (triton.cdiv(count, BLOCK),)
-        _forward_kernel[grid](rows, columns, log_sums, count, width, scale, BLOCK=BLOCK, STEP=STEP)
-        ctx.save_for_backward(rows, columns, log_sums)
-        ctx.scale = scale
-        partner = (rows.float() * columns.float()).sum(1) * scale
-        return (log_sums - partner).mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, columns, log_sums = ctx.saved_tensors
-        count, width = rows.shape
-        grid = (triton.cdiv(count, BLOCK),)
-        gradients = []
-        for by_row, (first, second) in ((True, (rows, columns)), (False, (columns, rows))):
-            grad = torch.zeros_like(first, dtype=torch.float32)
-            _backward_kernel[grid](
-                first,
-                second,
-                log_sums,
-                log_sums,
-                grad,
-                count,
-                width,
-                ctx.scale,
-                BY_ROW=by_row,
-                BLOCK=BLOCK,
-                STEP=STEP,
-            )
-            gradients.append((grad * (grad_loss * ctx.scale / count)).to(first.dtype))
-        return gradients[0], gradients[1], None
-
-
-def tiled_contrastive_loss(
-    audio: torch.Tensor, video: torch.Tensor, temperature: float
+def _launch_log_sums(
+    rows: torch.Tensor, columns: torch.Tensor, scale: float, precision: Precision
 ) -> torch.Tensor:
-    """Bidirectional contrastive loss; two passes forward, four backward.
+    count, width = rows.shape
+    log_sums = rows.new_empty(count)
+    _log_sum_kernel[(triton.cdiv(count, BLOCK),)](
+        rows,
+        columns,
+        log_sums,
+        count,
+        width,
+        scale,
+        BLOCK=BLOCK,
+        STEP=STEP,
+        PRECISION=precision,
+        num_warps=8,
+    )
+    return log_sums
 
-    Args:
-        audio: (batch, width) float on a CUDA device (or a CPU under Triton's interpreter).
-        video: (batch, width).
-        temperature: divides the cosine similarities.
-    """
-    audio, video = (F.normalize(x, dim=1).contiguous() for x in (audio, video))
-    by_video = _TiledDirection.apply(video, audio, 1 / temperature)
-    by_audio = _TiledDirection.apply(audio, video, 1 / temperature)
-    return (by_video + by_audio) / 2
+
+def _launch_gradient(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    log_sums: torch.Tensor,
+    scale: float,
+    by_row: bool,
+    precision: Precision,
+) -> torch.Tensor:
+    count, width = rows.shape
+    grad = torch.zeros_like(rows)
+    _gradient_kernel[(triton.cdiv(count, BLOCK),)](
+        rows,
+        columns,
+        log_sums,
+        grad,
+        count,
+        width,
+        scale,
+        BY_ROW=by_row,
+        BLOCK=BLOCK,
+        STEP=STEP,
+        PRECISION=precision,
+        num_warps=8,
+    )
+    return grad
+
+
+def _torch_log_sums(rows: torch.Tensor, columns: torch.Tensor, scale: float) -> torch.Tensor:
+    found = []
+    for block in rows.split(BLOCK):
+        top = torch.full_like(block[:, 0], -torch.inf)
+        total = torch.zeros_like(top)
+        for others in columns.split(BLOCK):
+            s = block @ others.T * scale
+            new_top = torch.maximum(top, s.amax(1))
+            total = total * (top - new_top).exp() + (s - new_top[:, None]).exp().sum(1)
+            top = new_top
+        found.append(top + total.log())
+    return torch.cat(found)
+
+
+def _torch_gradient(
+    rows: torch.Tensor, columns: torch.Tensor, log_sums: torch.Tensor, scale: float, by_row: bool
+) -> torch.Tensor:
+    grad = torch.zeros_like(rows)
+    for block, own, target in zip(
+        rows.split(BLOCK), log_sums.split(BLOCK), grad.split(BLOCK), strict=True
+    ):
+        for others, theirs in zip(columns.split(BLOCK), log_sums.split(BLOCK), strict=True):
+            shift = own[:, None] if by_row else theirs[None, :]
+            target += (block @ others.T * scale - shift).exp() @ others
+    return grad

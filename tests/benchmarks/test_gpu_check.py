@@ -1,6 +1,7 @@
 """`cavmae bench gpu-check` where little is installed, and what it makes of failures."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def test_runs_where_only_torch_triton_and_numpy_are_installed(
     result = subprocess.run(
         [sys.executable, "-c", BLOCKING.format(blocked=set(BLOCKED), arguments=arguments)],
         cwd=REPOSITORY,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
         check=False,
@@ -59,7 +61,10 @@ def test_runs_where_only_torch_triton_and_numpy_are_installed(
     assert results["tiny_train"]["status"] == "passed"
     assert results["tiny_train"]["details"]["cases"]["seed0"]["compared"] > 100
     assert results["step"]["details"]["precisions"]["bf16"]["speedup"]["median"] > 0
+    assert results["kernels"]["status"] == "passed"
+    assert results["kernels"]["details"]["cases"]["gather_tokens"]["both"]["ours"]
     for part, reason in (
+        ("kernels_agree", "on a CPU under TRITON_INTERPRET=1"),
         ("golden_forward", "has no pretrain_forward/index.json"),
         ("throughput", "is measured on a GPU; this is cpu"),
     ):
@@ -89,6 +94,7 @@ def test_parts_that_would_start_too_late_are_skipped_with_the_reason(tmp_path: P
         assert "--seconds" in part["reason"]
 
 
+@pytest.mark.slow
 def test_a_part_that_breaks_fails_alone(
     tmp_path: Path, tiny_golden: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
