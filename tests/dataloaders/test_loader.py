@@ -319,7 +319,10 @@ import torch
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loader import TrainLoader
-print("the script's body runs", flush=True)
+def say(line):
+    # One write: `print` of an unbuffered process makes two, and two processes mix theirs.
+    os.write(1, (line + "\\n").encode())
+say("the script's body runs")
 config = DataConfig(train=sys.argv[1], reader_workers=2, decode_threads=1)
 loader = TrainLoader(
     config, ClipShape(64, 32, 32), seed=0, global_batch=4, micro_batch=2, lanes=4,
@@ -327,7 +330,7 @@ loader = TrainLoader(
     device=torch.device("cpu"), journal=Path(sys.argv[2]) / f"{os.environ.get('RANK', 0)}.txt",
 )
 for batch in itertools.islice(loader, 3):
-    print(*batch.positions.tolist(), flush=True)
+    say(" ".join(map(str, batch.positions.tolist())))
 if "raise" in sys.argv:
     raise RuntimeError("something else went wrong")
 """
