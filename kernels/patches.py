@@ -169,8 +169,8 @@ def _launch(
     _patch_kernel[(triton.cdiv(rows, rows_each),)](
         pixels,
         ids,
-        out if mean is None else mean.to(pixels.device, torch.float32),
-        out if deviation is None else deviation.to(pixels.device, torch.float32),
+        out if mean is None else mean.to(pixels.device, torch.float32).contiguous(),
+        out if deviation is None else deviation.to(pixels.device, torch.float32).contiguous(),
         out,
         rows,
         kept,

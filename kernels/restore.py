@@ -53,7 +53,8 @@ def restore_tokens(
     if chosen == "torch":
         return _reference(x, restore_ids, mask_token, position, modality)
     check_floats(x=x, mask_token=mask_token, position=position, modality=modality)
-    table = position[0].float() + modality[0].float()  # (tokens, width)
+    # A sum of transposed tensors is transposed as well; the kernel reads rows.
+    table = (position[0].float() + modality[0].float()).contiguous()  # (tokens, width)
     return _RestoreTokens.apply(x, restore_ids, mask_token, table)
 
 

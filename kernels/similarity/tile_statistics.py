@@ -256,8 +256,8 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
     _statistics_kernel[(walkers, splits, groups)](
         queries,
         candidates,
-        similarity.query_inverse,
-        similarity.candidate_inverse,
+        similarity.query_inverse.contiguous(),  # a block's are a slice of every group's
+        similarity.candidate_inverse.contiguous(),
         similarity.inverse_temperature,
         query_parts,
         query_parts if candidate_parts is None else candidate_parts,
