@@ -26,8 +26,9 @@ def test_cpu_tensors_run_the_reference_and_cuda_tensors_the_kernels() -> None:
 
 
 def test_an_explicit_choice_is_kept() -> None:
-    assert choose_backend("torch", x=torch.zeros(1)) == "torch"
-    assert choose_backend("triton", x=torch.zeros(1)) == "triton", "the interpreter runs it"
+    x = torch.zeros(1, device=DEVICE)
+    assert choose_backend("torch", x=x) == "torch"
+    assert choose_backend("triton", x=x) == "triton", "without a GPU the interpreter runs it"
 
 
 def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,10 +44,22 @@ def test_an_unknown_backend_is_answered_with_the_known_ones() -> None:
         gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), backend="cuda")  # pyright: ignore[reportArgumentType]
 
 
-def test_the_kernels_refuse_float64_by_name() -> None:
-    x = torch.zeros(2, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"audio is torch.float64; .*backend='torch'"):
-        contrastive_loss(x, x, 0.05, True, backend="triton")
+X, IDS, TABLE = normal(1, 2, 4), torch.tensor([[0, 1]], device=DEVICE), normal(1, 1, 4).float()
+
+
+@pytest.mark.parametrize(
+    ("refused", "call"),
+    [
+        ("audio", lambda: contrastive_loss(X[0], X[0], 0.05, True, backend="triton")),
+        ("x", lambda: gather_tokens(X, IDS, backend="triton")),
+        ("x", lambda: restore_tokens(X, IDS, TABLE, X.float(), TABLE, backend="triton")),
+        ("position", lambda: restore_tokens(X.float(), IDS, TABLE, X, TABLE, backend="triton")),
+    ],
+    ids=["contrastive_loss", "gather_tokens", "restore_tokens", "restore_tokens-position"],
+)
+def test_the_kernels_refuse_float64_by_name(refused: str, call) -> None:
+    with pytest.raises(ValueError, match=rf"^{refused} is torch.float64; .*backend='torch'"):
+        call()
 
 
 @pytest.fixture

@@ -47,6 +47,32 @@ def test_views_are_read_through_their_strides(view) -> None:
     check_three_way(gather, [view(), shuffles(3, 9)[:, 2:7]], torch.float32, tolerance=0)
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda: shuffles(3, 9).T.contiguous().T,
+        lambda: shuffles(3, 9)[:, ::2],
+        lambda: shuffles(1, 9)[:, 1:5].expand(3, -1),
+    ],
+    ids=["transposed", "every-second", "expanded"],
+)
+def test_ids_are_read_through_their_strides(ids) -> None:
+    check_three_way(gather, [normal(3, 9, 20), ids()], torch.float32, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [lambda out: out.transpose(1, 2), lambda out: out.sum(2), lambda out: out[:, ::2, 3:17]],
+    ids=["transposed", "expanded", "sliced"],
+)
+def test_an_upstream_gradient_is_read_through_its_strides(turned) -> None:
+    def operation(backend, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return turned(gather_tokens(x, ids, backend=backend))
+
+    inputs = [normal(3, 9, 20), shuffles(3, 9)[:, 2:7]]
+    check_three_way(operation, inputs, torch.float32)
+
+
 @settings(max_examples=15, deadline=None)
 @given(batch=st.integers(1, 3), tokens=st.integers(1, 12), width=st.integers(1, 9), data=st.data())
 def test_the_gradient_is_the_upstream_where_taken_and_zero_elsewhere(
@@ -94,6 +120,16 @@ def test_offsets_beyond_two_to_the_31_are_right() -> None:
     x[599, tokens - 1] = 3
     ids = torch.full((600, 1), tokens - 1, device=DEVICE)
     assert (gather_tokens(x, ids)[599] == 3).all()
+
+
+@pytest.mark.gpu
+def test_gradients_beyond_two_to_the_31_are_right() -> None:
+    tokens, width = 1 << 12, 1 << 10
+    x = torch.zeros(600, tokens, width, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    ids = torch.full((600, 1), tokens - 1, device=DEVICE)
+    (gradient,) = torch.autograd.grad(gather_tokens(x, ids)[599].sum(), [x])
+    assert (gradient[599, tokens - 1] == 1).all()
+    assert gradient.count_nonzero() == width
 
 
 @pytest.mark.gpu

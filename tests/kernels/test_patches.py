@@ -54,6 +54,62 @@ def test_uint8_pixels_are_normalised_on_the_way(dtype) -> None:
     assert error(found, cut(truth, ids, "torch")) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("patch", [1, 4, 6, 16])
+def test_normalised_pixels_are_as_near_to_the_truth_as_torch(patch: int, dtype) -> None:
+    pixels = (normal(2, 3, 2 * patch, 3 * patch) * 50 + 100).to(dtype)
+    mean, deviation = (normal(3, seed=s).float().abs() * 40 + 20 for s in (1, 2))
+    ids = shuffles(2, 6)[:, :5]
+    statistics = {"mean": mean.double(), "deviation": deviation.double()}
+    truth = cut(pixels.double(), ids, "torch", patch, **statistics)
+    by_torch, by_kernel = (
+        cut(pixels, ids, backend, patch, mean=mean, deviation=deviation)
+        for backend in ("torch", "triton")
+    )
+    assert by_kernel.dtype == dtype
+    assert error(by_kernel, truth) <= error(by_torch, truth) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_uint8_pixels_without_statistics_keep_their_values(dtype) -> None:
+    pixels = torch.arange(256, device=DEVICE).to(torch.uint8).reshape(1, 1, 16, 16)
+    found = cut(pixels, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), "triton", dtype=dtype)
+    assert found.dtype == dtype and torch.equal(found.long().flatten(), pixels.long().flatten())
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: normal(1).float().abs().add(1).expand(3),
+        lambda: normal(3, 2).float().abs().add(1)[:, 0],
+        lambda: normal(3).abs().add(1),
+    ],
+    ids=["expanded", "every-second", "float64"],
+)
+def test_statistics_are_read_through_their_strides(view) -> None:
+    pixels, ids = normal(2, 3, 8, 12).float(), shuffles(2, 6)[:, :4]
+    by_kernel, by_torch = (
+        cut(pixels, ids, backend, 4, mean=view(), deviation=view())
+        for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(by_kernel, by_torch)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda: shuffles(3, 6).T.contiguous().T,
+        lambda: shuffles(3, 6)[:, ::2],
+        lambda: shuffles(1, 6)[:, 1:4].expand(3, -1),
+        lambda: shuffles(3, 6)[:, :1],
+    ],
+    ids=["transposed", "every-second", "expanded", "one"],
+)
+def test_ids_are_read_through_their_strides(ids) -> None:
+    pixels = normal(3, 2, 8, 12).float()
+    assert torch.equal(cut(pixels, ids(), "triton", 4), cut(pixels, ids(), "torch", 4))
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     patch=st.integers(1, 7),
@@ -75,6 +131,10 @@ def test_the_reference_passes_gradcheck_for_pixels() -> None:
     ids = shuffles(2, 6)[:, :4]
     pixels = normal(2, 2, 4, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cut(x, ids, "torch", 2), [pixels])
+    mean, deviation = normal(2, seed=1), normal(2, seed=2).abs() + 1
+    assert torch.autograd.gradcheck(
+        lambda x: cut(x, ids, "torch", 2, mean=mean, deviation=deviation), [pixels]
+    )
 
 
 def test_two_runs_give_the_same_bits() -> None:
@@ -88,7 +148,19 @@ def test_two_runs_give_the_same_bits() -> None:
         (torch.zeros(1, 3, 30, 32), [[0]], {}, r"pixels have shape .* and patch is 16"),
         (torch.zeros(3, 32, 32), [[0]], {}, r"pixels have shape \(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 32), [[4]], {}, r"ids holds 4; ids go from 0 to 3"),
+        (torch.zeros(1, 3, 32, 32), [[-1]], {}, r"ids holds -1; ids go from 0 to 3"),
+        (torch.zeros(1, 3, 32, 32), [[0.0]], {}, r"ids is torch.float32"),
+        (torch.zeros(1, 3, 32, 32), [[0], [0]], {}, r"ids has shape \(2, 1\)"),
+        (torch.zeros(1, 3, 32, 32), [[0]], {"patch": 0}, r"patch is 0"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), [[0]], {}, r"ids is on cpu and pixels on meta"),
         (torch.zeros(1, 3, 32, 32), [[0]], {"mean": torch.zeros(3)}, r"mean and deviation go"),
+        (torch.zeros(1, 3, 32, 32), [[0]], {"deviation": torch.ones(3)}, r"mean and deviation go"),
+        (
+            torch.zeros(1, 3, 32, 32),
+            [[0]],
+            {"mean": torch.zeros(3), "deviation": torch.ones(3, 1)},
+            r"deviation has shape \(3, 1\)",
+        ),
         (
             torch.zeros(1, 3, 32, 32),
             [[0]],
@@ -106,5 +178,26 @@ def test_the_kernel_refuses_what_it_has_not() -> None:
     pixels, ids = normal(1, 3, 32, 32), shuffles(1, 4)
     with pytest.raises(ValueError, match=r"pixels are torch.float64"):
         cut(pixels, ids, "triton")
+    with pytest.raises(ValueError, match=r"pixels are torch.int32"):
+        cut(pixels.int(), ids, "triton")
+    with pytest.raises(ValueError, match=r"dtype is torch.float64"):
+        cut(pixels.float(), ids, "triton", dtype=torch.float64)
     with pytest.raises(ValueError, match=r"pixels want a gradient"):
         cut(pixels.float().requires_grad_(), ids, "triton")
+
+
+@pytest.mark.gpu
+def test_published_shapes_of_images() -> None:
+    pixels = (normal(256, 3, 224, 224).abs() * 80).clamp(max=255).to(torch.uint8)
+    mean, deviation = (torch.tensor(x, device=DEVICE) for x in ([124.0, 116, 104], [58.0, 57, 56]))
+    options = {"mean": mean, "deviation": deviation, "dtype": torch.bfloat16}
+    ids = shuffles(256, 196)[:, :49]
+    by_torch = cut(pixels, ids, "torch", **options)
+    assert error(cut(pixels, ids, "triton", **options), by_torch.double()) < 2**-8  # one rounding
+
+
+@pytest.mark.gpu
+def test_published_shapes_of_spectrograms() -> None:
+    pixels = normal(256, 1024, 128).transpose(1, 2)[:, None].bfloat16()
+    ids = shuffles(256, 512)[:, :128]
+    assert torch.equal(cut(pixels, ids, "triton"), cut(pixels, ids, "torch"))

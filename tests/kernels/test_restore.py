@@ -48,9 +48,61 @@ def test_a_modality_vector_for_each_token_has_its_own_gradient() -> None:
     check_three_way(restore, arguments(3, 9, 4, 20, both=True), torch.float32)
 
 
-def test_transposed_tokens_are_read_through_their_strides() -> None:
-    _, *others = arguments(3, 9, 4, 20)
-    check_three_way(restore, [normal(3, 20, 4).transpose(1, 2), *others], torch.float32)
+@pytest.mark.parametrize(
+    ("place", "view"),
+    [
+        (0, lambda: normal(3, 20, 4).transpose(1, 2)),
+        (0, lambda: normal(3, 8, 20)[:, ::2]),
+        (0, lambda: normal(3, 4, 50)[:, :, 10:30]),
+        (0, lambda: normal(4, 20).expand(3, -1, -1)),
+        (1, lambda: shuffles(3, 9).T.contiguous().T),
+        (1, lambda: shuffles(1, 9).expand(3, -1)),
+        (2, lambda: normal(1, 1, 1, seed=1).expand(1, 1, 20)),
+        (2, lambda: normal(1, 1, 40, seed=1)[:, :, ::2]),
+        (3, lambda: normal(1, 20, 9, seed=2).transpose(1, 2)),
+        (3, lambda: normal(1, 1, 20, seed=2).expand(1, 9, 20)),
+        (4, lambda: normal(1, 20, 9, seed=3).transpose(1, 2)),
+    ],
+    ids=[
+        "x-transposed",
+        "x-every-second-token",
+        "x-columns",
+        "x-expanded",
+        "restore_ids-transposed",
+        "restore_ids-expanded",
+        "mask_token-expanded",
+        "mask_token-every-second",
+        "position-transposed",
+        "position-expanded",
+        "modality-transposed",
+    ],
+)
+def test_inputs_are_read_through_their_strides(place: int, view) -> None:
+    inputs = arguments(3, 9, 4, 20)
+    inputs[place] = view()
+    check_three_way(restore, inputs, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [lambda out: out.transpose(1, 2), lambda out: out.sum(2), lambda out: out[:, ::2, 3:17]],
+    ids=["transposed", "expanded", "sliced"],
+)
+def test_an_upstream_gradient_is_read_through_its_strides(turned) -> None:
+    def operation(*inputs) -> torch.Tensor:
+        return turned(restore(*inputs))
+
+    check_three_way(operation, arguments(3, 9, 4, 20), torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_each_gradient_has_the_dtype_of_its_input(backend) -> None:
+    x, ids, *tables = arguments(2, 6, 3, 8)
+    leaves = [t.requires_grad_() for t in (x.bfloat16(), *(t.float() for t in tables))]
+    out = restore(backend, leaves[0], ids, *leaves[1:])
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in gradients] == [torch.bfloat16, *[torch.float32] * 3]
 
 
 def test_places_from_kept_on_are_all_mask_tokens() -> None:
@@ -77,8 +129,9 @@ def test_restoring_undoes_the_gather(tokens: int, ratio: float, backend) -> None
     assert (gather_tokens(restored, mask.removed) == 7).all()
 
 
-def test_the_reference_passes_gradcheck_for_every_input() -> None:
-    x, ids, *tables = arguments(2, 5, 3, 3)
+@pytest.mark.parametrize("both", [False, True], ids=["one-modality", "both-modalities"])
+def test_the_reference_passes_gradcheck_for_every_input(both: bool) -> None:
+    x, ids, *tables = arguments(2, 5, 3, 3, both)
     inputs = [t.requires_grad_() for t in (x, *tables)]
     assert torch.autograd.gradcheck(lambda x, *tables: restore("torch", x, ids, *tables), inputs)
 
@@ -94,6 +147,11 @@ def test_two_runs_give_the_same_bits() -> None:
         (0, torch.zeros(2, 3), r"x has shape \(2, 3\)"),
         (0, torch.zeros(2, 7, 4), r"x has 7 kept tokens and restore_ids only 6"),
         (1, torch.zeros(2, 6), r"restore_ids are torch.float32"),
+        (1, torch.zeros(3, 6, dtype=torch.int64), r"restore_ids are .* of shape \(3, 6\)"),
+        (1, torch.zeros(2, 6, 1, dtype=torch.int64), r"restore_ids are .* of shape \(2, 6, 1\)"),
+        (1, torch.zeros(2, 6, dtype=torch.int64, device="meta"), r"restore_ids is on meta"),
+        (2, torch.zeros(1, 1, 4, device="meta"), r"mask_token is on meta"),
+        (4, torch.zeros(1, 1, 4, device="meta"), r"modality is on meta"),
         (1, torch.full((2, 6), -1), r"restore_ids holds -1"),
         (2, torch.zeros(1, 1, 5), r"mask_token has shape \(1, 1, 5\)"),
         (3, torch.zeros(1, 5, 4), r"position has shape \(1, 5, 4\)"),
