@@ -16,6 +16,8 @@ pytestmark = pytest.mark.slow
 ARCHITECTURES = ("80", "90", "100")
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # a block's largest share
 
+REGISTERS_OF_A_THREAD, REGISTERS = 255, 64 << 10  # the same on all three
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, dict[str, Any]]]:
@@ -57,6 +59,16 @@ def test_no_register_is_spilled(compiled, architecture: str) -> None:
 def test_shared_memory_is_within_the_part_s_limit(compiled, architecture: str) -> None:
     limit = SHARED_BYTES[architecture]
     assert {n for n, k in compiled[architecture].items() if k["shared_bytes"] > limit} == set()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_of_a_block_are_within_what_a_multiprocessor_has(
+    compiled, architecture: str
+) -> None:
+    kernels = compiled[architecture].items()
+    assert {name for name, k in kernels if k["registers"] > REGISTERS_OF_A_THREAD} == set()
+    blocks = {name: k["registers"] * k["warps"] * 32 for name, k in kernels}
+    assert {name: count for name, count in blocks.items() if count > REGISTERS} == {}
 
 
 def test_products_of_bf16_are_wgmma_on_sm_90(compiled) -> None:

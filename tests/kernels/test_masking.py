@@ -101,18 +101,21 @@ def test_given_ids_are_taken_as_they_are() -> None:
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 11),
-    ratio=st.sampled_from([0.0, 0.3, 0.5, 0.75, 0.99]),
+    ratio=st.floats(0, 1, exclude_max=True),
     mode=st.sampled_from(["unstructured", "time", "freq", "tf"]),
     seed=st.integers(0, 2**40),
+    stream=st.sampled_from(["mask_audio", "mask_video"]),
     position=st.integers(0, 2**62),
 )
-def test_the_kernel_draws_the_reference_s_bits(rows, columns, ratio, mode, seed, position) -> None:
+def test_the_kernel_draws_the_reference_s_bits(
+    rows, columns, ratio, mode, seed, stream, position
+) -> None:
     positions = torch.tensor([position, 0, position // 3], device=DEVICE)
     by_kernel, by_torch = (
         random_mask(
             positions,
             seed=seed,
-            stream="mask_audio",
+            stream=stream,
             grid=(rows, columns),
             ratio=ratio,
             mode=mode,
@@ -140,6 +143,43 @@ def test_the_kernel_draws_the_reference_s_bits_over_several_blocks_of_patches() 
 
 
 @pytest.mark.parametrize(
+    "positions",
+    [
+        lambda: torch.arange(6, device=DEVICE)[1::2],
+        lambda: torch.arange(5, 6, device=DEVICE).expand(3),
+    ],
+    ids=["every-second", "expanded"],
+)
+def test_positions_are_read_through_their_strides(positions) -> None:
+    by_kernel, by_torch = (
+        random_mask(
+            positions(), seed=0, stream="mask_audio", grid=(2, 3), ratio=0.5, backend=backend
+        )
+        for backend in ("triton", "torch")
+    )
+    assert torch.equal(by_kernel.restore, by_torch.restore)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["unstructured", "time", "freq", "tf"])
+def test_published_grids(mode: MaskMode) -> None:
+    for grid, stream in ((GRID, "mask_audio"), ((14, 14), "mask_video")):
+        by_kernel, by_torch = (
+            random_mask(
+                torch.arange(512, device=DEVICE) + 2**33,
+                seed=1,
+                stream=stream,
+                grid=grid,
+                ratio=0.75,
+                mode=mode,
+                backend=backend,
+            )
+            for backend in ("triton", "torch")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(by_kernel, by_torch, strict=True))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
@@ -150,7 +190,11 @@ def test_the_kernel_draws_the_reference_s_bits_over_several_blocks_of_patches() 
         ({"stream": "mask"}, r"stream is 'mask'; use one of mask_audio"),
         ({"mode": "columns"}, r"mode is 'columns'; use unstructured"),
         ({"ratio": 1.0}, r"ratio is 1.0"),
+        ({"ratio": -0.1}, r"ratio is -0.1"),
+        ({"ratio": float("nan")}, r"ratio is nan"),
         ({"grid": (0, 4)}, r"grid is \(0, 4\)"),
+        ({"grid": (4, -1)}, r"grid is \(4, -1\)"),
+        ({"backend": "cuda"}, r"backend is 'cuda'"),
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str) -> None:

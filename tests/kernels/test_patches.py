@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from three_way import DEVICE, DTYPES, ROUNDING, dtype_name, error, normal, shuffles
 
 from cavmae.kernels import gather_patches, gather_tokens
+from cavmae.kernels.backend import INTERPRETED
 
 
 def cut(pixels: torch.Tensor, ids: torch.Tensor, backend, patch: int = 16, **options):
@@ -67,7 +68,9 @@ def test_normalised_pixels_are_as_near_to_the_truth_as_torch(patch: int, dtype) 
         for backend in ("torch", "triton")
     )
     assert by_kernel.dtype == dtype
-    assert error(by_kernel, truth) <= error(by_torch, truth) + 1e-6
+    # The interpreter cuts float32 off at bf16; what is compiled rounds (cvt.rn.bf16).
+    cut_off = ROUNDING[dtype] if INTERPRETED and dtype == torch.bfloat16 else 1e-6
+    assert error(by_kernel, truth) <= error(by_torch, truth) + cut_off
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -63,25 +63,66 @@ def test_the_loss_is_the_masked_mean_over_the_whole_grid(norm_pix: bool, backend
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_transposed_spectrogram_is_read_through_its_strides() -> None:
-    pixels = normal(2, 48, 32).transpose(1, 2)[:, None].float()
-    ids, predicted = shuffles(2, 6)[:, 2:], normal(2, 4, 256, seed=1).float()
-    by_kernel, by_torch = (
-        masked_reconstruction_loss(predicted, pixels, ids, True, backend=b)
-        for b in ("triton", "torch")
-    )
-    torch.testing.assert_close(by_kernel, by_torch)
+@pytest.mark.parametrize(
+    ("predicted", "pixels", "ids"),
+    [
+        ("plain", "spectrogram", "plain"),
+        ("plain", "channels-last", "plain"),
+        ("plain", "cropped", "plain"),
+        ("plain", "expanded", "plain"),
+        ("transposed", "plain", "plain"),
+        ("rows", "plain", "plain"),
+        ("columns", "plain", "plain"),
+        ("expanded", "plain", "plain"),
+        ("plain", "plain", "transposed"),
+        ("plain", "plain", "expanded"),
+    ],
+)
+def test_inputs_are_read_through_their_strides(predicted: str, pixels: str, ids: str) -> None:
+    predictions = {
+        "plain": lambda: normal(3, 4, 32, seed=1),
+        "transposed": lambda: normal(3, 32, 4, seed=1).transpose(1, 2),
+        "rows": lambda: normal(3, 9, 32, seed=1)[:, 3:7],
+        "columns": lambda: normal(3, 4, 64, seed=1)[:, :, 16:48],
+        "expanded": lambda: normal(4, 32, seed=1).expand(3, -1, -1),
+    }
+    pictures = {
+        "plain": lambda: normal(3, 2, 8, 12),
+        "spectrogram": lambda: normal(3, 2, 12, 8).transpose(2, 3),
+        "channels-last": lambda: normal(3, 8, 12, 2).permute(0, 3, 1, 2),
+        "cropped": lambda: normal(3, 4, 14, 15)[:, 1:3, 5:13, 2:14],
+        "expanded": lambda: normal(1, 2, 8, 12).expand(3, -1, -1, -1),
+    }
+    numbers = {
+        "plain": lambda: shuffles(3, 6)[:, 2:],
+        "transposed": lambda: shuffles(3, 6)[:, 2:].T.contiguous().T,
+        "expanded": lambda: shuffles(1, 6)[:, 2:].expand(3, -1),
+    }
+    operation = loss_of(pictures[pixels](), numbers[ids](), True, 4)
+    check_three_way(operation, [predictions[predicted]()], torch.float32)
 
 
-def test_a_slice_of_predictions_is_read_through_its_strides() -> None:
-    pixels, ids = normal(2, 1, 32, 48).float(), shuffles(2, 6)[:, 2:]
-    everything = normal(2, 9, 256, seed=1).float()
-    by_kernel, by_torch = (
-        results(loss_of(pixels, ids, True), backend, [everything[:, 3:7]])
-        for backend in ("triton", "torch")
+@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "pixels"])
+def test_predictions_of_16_bits_meet_pixels_of_32(norm_pix: bool) -> None:
+    pixels, ids = (normal(2, 3, 12, 18) * 2 + 1).float(), shuffles(2, 6)[:, :5]
+
+    def operation(backend, predicted: torch.Tensor) -> torch.Tensor:
+        picture = pixels.to(torch.promote_types(torch.float32, predicted.dtype))
+        return masked_reconstruction_loss(predicted, picture, ids, norm_pix, 6, backend=backend)
+
+    check_three_way(operation, [normal(2, 5, 108, seed=1)], torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.0])
+def test_the_target_of_a_constant_patch_is_zero(value: float) -> None:
+    # What rounding leaves of a patch minus its mean is divided by the root of 1e-6.
+    pixels = torch.full((1, 3, 12, 18), value, device=DEVICE)
+    ids, predicted = shuffles(1, 6), normal(1, 6, 108, seed=1).float()
+    loss = masked_reconstruction_loss(predicted, pixels, ids, True, 6, backend="triton")
+    spacing = value * 2**-23
+    torch.testing.assert_close(
+        loss, predicted.square().mean(), rtol=1e-5 + 3 * spacing / 1e-3, atol=0
     )
-    for ours, theirs in zip(by_kernel, by_torch, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -133,6 +174,13 @@ def test_two_runs_give_the_same_bits() -> None:
         (torch.zeros(1, 2, 768), torch.zeros(1, 1, 32, 32), [[0, 1]], r"predicted has shape"),
         (torch.zeros(1, 2, 256), torch.zeros(1, 1, 32, 32), [[0, 4]], r"ids holds 4"),
         (torch.zeros(1, 0, 256), torch.zeros(1, 1, 32, 32), [[]], r"ids names no patch"),
+        (torch.zeros(1, 2, 256), torch.zeros(1, 1, 32, 32), [[0], [1]], r"ids has shape \(2, 1\)"),
+        (
+            torch.zeros(1, 2, 256),
+            torch.zeros(1, 1, 32, 32, device="meta"),
+            [[0, 1]],
+            r"pixels is on meta and predicted on cpu",
+        ),
     ],
 )
 def test_bad_input_is_named(predicted, pixels, ids, message: str) -> None:
@@ -145,6 +193,8 @@ def test_the_kernel_refuses_what_it_has_not() -> None:
     predicted = normal(1, 4, 256)
     with pytest.raises(ValueError, match=r"predicted is torch.float64"):
         masked_reconstruction_loss(predicted, pixels, ids, True, backend="triton")
+    with pytest.raises(ValueError, match=r"pixels is torch.uint8"):
+        masked_reconstruction_loss(predicted.float(), pixels.byte(), ids, True, backend="triton")
     with pytest.raises(ValueError, match=r"pixels want a gradient"):
         masked_reconstruction_loss(
             predicted.float(), pixels.float().requires_grad_(), ids, True, backend="triton"
