@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from three_way import DEVICE, DTYPES, check_repeats, dtype_name, error, normal, results
+from three_way import (
+    DEVICE,
+    DTYPES,
+    check_repeats,
+    check_three_way,
+    dtype_name,
+    error,
+    normal,
+    results,
+)
 
-from cavmae.kernels import contrastive_loss
+from cavmae.kernels import contrastive_loss, similarity
+from cavmae.kernels.similarity import tile_statistics
 
 # A probability is as exact as its exponent, which is up to 20 (100 at the sharpest temperature).
 # For inputs of 16 bits the gradient's weights are stored in bf16.
@@ -98,8 +108,9 @@ def test_loss_and_gradients_are_the_formula_s(
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
-def test_more_blocks_than_programs(bidirectional: bool) -> None:
-    # 10 blocks of 64 queries and candidates over the interpreter's 2 walkers and 4 splits.
+def test_more_blocks_than_programs(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 10 blocks of 64 queries and candidates over 2 walkers and 4 splits, on a GPU as well.
+    monkeypatch.setattr(tile_statistics, "_programs", lambda _: 8)
     check_against_truth(*pairs(600, 610, 16, 4), bidirectional, torch.float32, "triton", offset=4)
 
 
@@ -116,6 +127,56 @@ def test_sharp_and_flat_temperatures(temperature: float, backend) -> None:
     check_against_truth(audio, video, True, torch.float32, backend, temperature=temperature)
 
 
+def test_more_groups_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_statistics, "_programs", lambda _: 2)
+    audio, video = (x.float() for x in pairs(15, 15, 8))
+    by_kernel, by_torch = (
+        contrastive_loss(audio, video, 0.05, True, 5, backend=b).loss for b in ("triton", "torch")
+    )
+    torch.testing.assert_close(by_kernel, by_torch)
+
+
+@pytest.mark.parametrize(
+    ("group", "slab_bytes"),
+    [(None, 1), (70, 1), (70, 2 * 70 * 70 * 4)],
+    ids=["two-slabs", "one-group-at-a-time", "two-groups-at-a-time"],
+)
+def test_gradients_do_not_depend_on_the_slabs(
+    group: int | None, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio, video = (x.float() for x in pairs(210, 210, 8))
+
+    def loss(_, a, v, temperature) -> torch.Tensor:
+        return contrastive_loss(a, v, temperature, True, group, backend="triton").loss
+
+    inputs = [audio, video, torch.tensor(0.07, device=DEVICE)]
+    at_once = results(loss, "", inputs)
+    monkeypatch.setattr(similarity, "SLAB_BYTES", slab_bytes)
+    for ours, theirs in zip(results(loss, "", inputs), at_once, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-15, 1e-9, 1e9, 1e15])
+def test_gradients_are_as_much_larger_as_the_embeddings_are_shorter(
+    scale: float, backend, bidirectional: bool
+) -> None:
+    # Below 1e-12 a norm counts as 1e-12, in the loss as in torch.nn.functional.normalize.
+    audio, video = (F.normalize(x) for x in pairs(20, 20, 16))
+
+    def ours(_, a, v) -> torch.Tensor:
+        return contrastive_loss(a, v, 0.05, bidirectional, backend=backend).loss
+
+    def truth(_, a, v) -> torch.Tensor:
+        return written_out(a, v, 0.05, bidirectional)
+
+    inputs = [(audio * scale).float(), (video * scale).float()]
+    expected = results(truth, "", [x.double() for x in inputs])
+    for found, true in zip(results(ours, "", inputs), expected, strict=True):
+        assert error(found * scale, true * scale) < 2e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
 def test_huge_and_tiny_norms(scale: float, backend) -> None:
@@ -126,14 +187,33 @@ def test_huge_and_tiny_norms(scale: float, backend) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views_are_read_through_their_strides(backend) -> None:
-    audio, video = (x.float() for x in pairs(24, 24, 16))
-    plain = contrastive_loss(audio, video, 0.05, True, backend="torch").loss
-    turned = contrastive_loss(
-        audio.T.contiguous().T, torch.cat([video, video], 1)[:, :16], 0.05, True, backend=backend
-    ).loss
-    torch.testing.assert_close(turned, plain)
+@pytest.mark.parametrize("group", [None, 4], ids=["whole", "groups"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: normal(16, 24, seed=2).T,
+        lambda: normal(48, 16, seed=2)[::2],
+        lambda: normal(24, 40, seed=2)[:, 5:21],
+        lambda: normal(24, 32, seed=2)[:, ::2],
+        lambda: normal(1, 16, seed=2).expand(24, 16),
+        lambda: normal(24, 1, seed=2).expand(24, 16),
+    ],
+    ids=[
+        "transposed",
+        "every-second-row",
+        "columns",
+        "every-second-column",
+        "one-row",
+        "one-value",
+    ],
+)
+def test_embeddings_are_read_through_their_strides(view, group: int | None) -> None:
+    def operation(backend, audio, video) -> torch.Tensor:
+        return contrastive_loss(audio, video, 0.5, True, group, backend=backend).loss
+
+    plain = normal(24, 16)
+    for inputs in ([view(), plain], [plain, view()]):
+        check_three_way(operation, inputs, torch.float32, tolerance=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,10 +258,46 @@ def test_an_embedding_of_zeros_has_similarity_zero_and_harms_no_other(backend) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_embedding_that_is_not_finite_makes_the_loss_nan(value: float, backend) -> None:
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("group", [None, 50], ids=["whole", "groups"])
+def test_an_embedding_that_is_not_finite_makes_the_loss_nan(
+    group: int | None, bidirectional: bool, value: float, backend
+) -> None:
+    for side in (0, 1):
+        for row in (0, 99):  # the first and the last of two blocks
+            audio, video = (x.float() for x in pairs(100, 100, 16))
+            (audio, video)[side][row, 3] = value
+            result = contrastive_loss(audio, video, 0.05, bidirectional, group, backend=backend)
+            assert result.loss.isnan(), (side, row)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+def test_a_candidate_without_partner_that_is_not_finite_makes_the_loss_nan(
+    bidirectional: bool, backend
+) -> None:
+    audio, video = (x.float() for x in pairs(20, 8, 16, 3))
+    audio[19, 0] = float("nan")
+    assert contrastive_loss(
+        audio, video, 0.05, bidirectional, None, 3, backend=backend
+    ).loss.isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temperature_that_is_not_a_number_makes_the_loss_nan(backend) -> None:
     audio, video = (x.float() for x in pairs(8, 8, 16))
-    audio[2, 3] = value
-    assert contrastive_loss(audio, video, 0.05, True, backend=backend).loss.isnan()
+    temperature = torch.tensor(float("nan"), device=DEVICE)
+    assert contrastive_loss(audio, video, temperature, True, backend=backend).loss.isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_the_temperature_s_gradient_has_its_shape_and_dtype(shape, backend) -> None:
+    audio, video = (x.bfloat16() for x in pairs(8, 8, 16))
+    temperature = torch.full(shape, 0.07, device=DEVICE, requires_grad=True)
+    contrastive_loss(audio, video, temperature, True, backend=backend).loss.backward()
+    assert temperature.grad is not None
+    assert temperature.grad.shape == shape and temperature.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,7 +372,20 @@ def test_two_runs_give_the_same_bits(dtype) -> None:
         (torch.zeros(2, 4), torch.zeros(2, 5), {}, r"video has width 5 and audio 4"),
         (torch.zeros(2, 4), torch.zeros(2, 4).half(), {}, r"video is torch.float16 and audio"),
         (torch.zeros(2, 4), torch.zeros(2, 4, device="meta"), {}, r"video is on meta"),
+        (torch.ones(2, 4).int(), torch.ones(2, 4).int(), {}, r"use one float dtype"),
         (torch.zeros(2, 4), torch.zeros(2, 4), {"temperature": 0.0}, r"temperature is 0.0"),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(2, 4),
+            {"temperature": float("nan")},
+            r"temperature is nan",
+        ),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(2, 4),
+            {"temperature": torch.ones((), device="meta")},
+            r"temperature has shape \(\) on meta",
+        ),
         (
             torch.zeros(2, 4),
             torch.zeros(2, 4),
@@ -264,20 +393,23 @@ def test_two_runs_give_the_same_bits(dtype) -> None:
             r"temperature has shape \(2,\)",
         ),
         (torch.zeros(12, 4), torch.zeros(12, 4), {"group_size": 5}, r"group_size is 5.*12 pairs"),
+        (torch.zeros(4, 4), torch.zeros(4, 4), {"group_size": 0}, r"group_size is 0"),
         (torch.zeros(4, 4), torch.zeros(2, 4), {"group_size": 2}, r"video has 2 embeddings"),
+        (torch.zeros(4, 4), torch.zeros(4, 4), {"row_offset": 1}, r"row_offset is 1; .* 0 to 0"),
+        (torch.zeros(4, 4), torch.zeros(2, 4), {"row_offset": -1}, r"row_offset is -1"),
         (torch.zeros(4, 4), torch.zeros(2, 4), {"row_offset": 3}, r"row_offset is 3; .* 0 to 2"),
-        (
-            torch.zeros(2, 2049),
-            torch.zeros(2, 2049),
-            {"backend": "triton"},
-            r"audio has width 2049; .* up to 2048",
-        ),
     ],
 )
 def test_bad_input_is_named(audio, video, options: dict, message: str) -> None:
     options = {"temperature": 0.05, "bidirectional": True} | options
     with pytest.raises(ValueError, match=message):
         contrastive_loss(audio, video, **options)
+
+
+def test_the_kernel_refuses_what_is_wider_than_its_tiles() -> None:
+    x = torch.zeros(2, 2049, device=DEVICE)
+    with pytest.raises(ValueError, match=r"audio has width 2049; .* up to 2048"):
+        contrastive_loss(x, x, 0.05, True, backend="triton")
 
 
 @pytest.mark.gpu

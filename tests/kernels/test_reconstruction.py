@@ -11,7 +11,6 @@ from three_way import (
     check_three_way,
     dtype_name,
     normal,
-    results,
     shuffles,
 )
 

@@ -54,6 +54,58 @@ def test_statistics_of_blocks_joined_are_those_of_the_whole(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_several_groups_are_read_through_their_strides(backend) -> None:
+    queries, candidates = normal(3, 20, 8).float(), normal(3, 40, 8, seed=1).float()
+    candidates *= torch.linspace(0.1, 9, 40, device=DEVICE)[:, None]  # so that norms differ
+    inverses = inverse_norms(queries, backend), inverse_norms(candidates, backend)
+    temperature = torch.tensor(10.0, device=DEVICE)
+    whole = Similarity(queries, candidates, *inverses, temperature, 5, backend)
+    blocks = [block(whole, *cut) for cut in ((0, 15), (15, 40))]
+    joined = Parts(torch.cat([statistics(b, reverse=False).query for b in blocks], 1), None)
+    options = {"shift": 5, "first_query": 0, "pairs": 20, "backend": backend}
+    at_once = merge(statistics(whole, reverse=False), **options)
+    torch.testing.assert_close(merge(joined, **options).terms, at_once.terms)
+    everything = slice(0, 20), slice(0, 3)
+    gradients = [
+        direction_gradient(b, at_once.query_log_sum, None, *everything) for b in (*blocks, whole)
+    ]
+    torch.testing.assert_close(gradients[0] + gradients[1], gradients[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates_statistics_of_blocks_of_queries_joined_are_those_of_the_whole(backend) -> None:
+    whole = similarity(150, 30, -40, backend)  # candidate c's partner is query c + 40
+    parts = [
+        statistics(
+            replace(
+                whole,
+                queries=whole.queries[:, first:last],
+                query_inverse=whole.query_inverse[:, first:last],
+                shift=whole.shift + first,
+            ),
+            reverse=True,
+        )
+        for first, last in ((0, 50), (50, 150))
+    ]
+    candidates = [part.candidate for part in parts if part.candidate is not None]
+    joined = Parts(statistics(whole, reverse=False).query, torch.cat(candidates, dim=1))
+    options = {"shift": -40, "first_query": 40, "pairs": 30, "backend": backend}
+    by_blocks, at_once = (merge(p, **options) for p in (joined, statistics(whole, reverse=True)))
+    torch.testing.assert_close(by_blocks.candidate_log_sum, at_once.candidate_log_sum)
+    torch.testing.assert_close(by_blocks.terms, at_once.terms)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transposed_twice_is_the_same_matrix(backend) -> None:
+    whole = similarity(5, 9, 2, backend)
+    turned = whole.transposed()
+    assert turned.queries is whole.candidates and turned.candidate_inverse is whole.query_inverse
+    assert turned.shift == -2
+    torch.testing.assert_close(turned.dense, whole.dense.transpose(1, 2))
+    assert turned.transposed().queries is whole.queries and turned.transposed().shift == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_blocks_add_up_to_that_of_the_whole(backend) -> None:
     whole = similarity(30, 100, 20, backend)
     log_sums = [

@@ -88,9 +88,12 @@ def check_three_way(
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same strides in another dtype."""
-    storage = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
-    return storage.copy_(x) if 0 not in x.stride() else x.to(dtype)
+    """The same strides in another dtype; `Tensor.to` would make an expanded one dense."""
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    storage = torch.empty_strided(once.shape, x.stride(), dtype=dtype, device=x.device)
+    cast = storage.copy_(once).expand(x.shape)
+    assert cast.stride() == x.stride()
+    return cast
 
 
 def check_repeats(operation: Operation, inputs: Sequence[torch.Tensor]) -> None:
