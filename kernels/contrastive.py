@@ -58,7 +58,7 @@ def contrastive_loss(
     Raises:
         ValueError: shapes, dtypes or devices that don't fit; a group size that does not divide the
             batch, or unequal sides with groups; a row offset beyond the longer side; a temperature
-            that is not above 0.
+            that is a number and not above 0 (a tensor is not looked at).
     """
     chosen = choose_backend(backend, audio=audio, video=video)
     _check(audio, video, temperature, row_offset)

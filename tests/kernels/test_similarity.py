@@ -73,6 +73,32 @@ def test_blocks_of_several_groups_are_read_through_their_strides(backend) -> Non
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_some_queries_of_several_groups_have_the_statistics_that_they_have_among_all(
+    backend,
+) -> None:
+    queries, candidates = normal(3, 20, 8).float(), normal(3, 40, 8, seed=1).float()
+    queries *= torch.linspace(0.1, 9, 20, device=DEVICE)[:, None]  # so that norms differ
+    inverses = inverse_norms(queries, backend), inverse_norms(candidates, backend)
+    whole = Similarity(
+        queries, candidates, *inverses, torch.tensor(10.0, device=DEVICE), 5, backend
+    )
+    some = replace(
+        whole, queries=queries[:, 4:16], query_inverse=whole.query_inverse[:, 4:16], shift=9
+    )
+    found, expected = (
+        merge(
+            statistics(matrix, reverse=False),
+            shift=matrix.shift,
+            first_query=0,
+            pairs=matrix.queries.shape[1],
+            backend=backend,
+        ).query_log_sum
+        for matrix in (some, whole)
+    )
+    torch.testing.assert_close(found, expected[:, 4:16])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_statistics_of_blocks_of_queries_joined_are_those_of_the_whole(backend) -> None:
     whole = similarity(150, 30, -40, backend)  # candidate c's partner is query c + 40
     parts = [
