@@ -58,7 +58,8 @@ def contrastive_loss(
     Raises:
         ValueError: shapes, dtypes or devices that don't fit; a group size that does not divide the
             batch, or unequal sides with groups; a row offset beyond the longer side; a temperature
-            that is a number and not above 0 (a tensor is not looked at).
+            that is a number and not above 0 (a tensor, which training may move there, makes the
+            loss NaN).
     """
     chosen = choose_backend(backend, audio=audio, video=video)
     _check(audio, video, temperature, row_offset)
@@ -99,13 +100,14 @@ def _check(
         raise ValueError(f"video has width {video.shape[1]} and audio {audio.shape[1]}")
     if audio.dtype != video.dtype or not audio.is_floating_point():
         raise ValueError(f"video is {video.dtype} and audio {audio.dtype}; use one float dtype")
-    if isinstance(temperature, torch.Tensor):
-        if temperature.numel() != 1 or temperature.device != audio.device:
-            raise ValueError(
-                f"temperature has shape {tuple(temperature.shape)} on {temperature.device}; it has "
-                f"to be one number on {audio.device}"
-            )
-    elif not temperature > 0:
+    if isinstance(temperature, torch.Tensor) and (
+        temperature.numel() != 1 or temperature.device != audio.device
+    ):
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)} on {temperature.device}; it has "
+            f"to be one number on {audio.device}"
+        )
+    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; use a value above 0")
     spare = abs(len(audio) - len(video))
     if not 0 <= row_offset <= spare:
@@ -130,7 +132,9 @@ class _Contrastive(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         video, audio = (x if x.stride(2) == 1 else x.contiguous() for x in (video, audio))
         video_inverse, audio_inverse = (inverse_norms(x, backend) for x in (video, audio))
-        inverse_temperature = temperature.detach().to(video_inverse.dtype).reciprocal().reshape(())
+        temperature_now = temperature.detach().to(video_inverse.dtype).reshape(())
+        inverse_temperature = temperature_now.reciprocal()
+        inverse_temperature = inverse_temperature.masked_fill(~(temperature_now > 0), torch.nan)
         similarity = Similarity(
             video, audio, video_inverse, audio_inverse, inverse_temperature, shift, backend
         )

@@ -42,14 +42,16 @@ def gather_patches(
         ValueError: shapes, dtypes or devices that don't fit; an id out of range (on a GPU: NaN);
             pixels that want a gradient from the Triton kernel.
     """
-    chosen = choose_backend(backend, pixels=pixels, ids=ids)
+    statistics = {"mean": mean, "deviation": deviation}
+    given = {name: tensor for name, tensor in statistics.items() if tensor is not None}
+    chosen = choose_backend(backend, pixels=pixels, ids=ids, **given)
     check_pixels(pixels, patch)
     channels, height, width = pixels.shape[1:]
     check_ids("ids", ids, len(pixels), (height // patch) * (width // patch))
     if (mean is None) != (deviation is None):
         raise ValueError("mean and deviation go together; give both or neither")
-    for name, statistic in (("mean", mean), ("deviation", deviation)):
-        if statistic is not None and statistic.shape != (channels,):
+    for name, statistic in given.items():
+        if statistic.shape != (channels,):
             raise ValueError(
                 f"{name} has shape {tuple(statistic.shape)}; it has to be ({channels},), one for "
                 "each channel of pixels"
@@ -169,8 +171,8 @@ def _launch(
     _patch_kernel[(triton.cdiv(rows, rows_each),)](
         pixels,
         ids,
-        out if mean is None else mean.to(pixels.device, torch.float32).contiguous(),
-        out if deviation is None else deviation.to(pixels.device, torch.float32).contiguous(),
+        out if mean is None else mean.to(torch.float32).contiguous(),
+        out if deviation is None else deviation.to(torch.float32).contiguous(),
         out,
         rows,
         kept,

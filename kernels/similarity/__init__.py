@@ -18,7 +18,13 @@ import torch
 from cavmae.kernels.backend import Backend
 from cavmae.kernels.similarity import reference
 from cavmae.kernels.similarity.gradient import launch_project, launch_weights, product
-from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Parts, Similarity, Statistics
+from cavmae.kernels.similarity.matrix import (
+    LARGEST_INVERSE,
+    SMALLEST_NORM,
+    Parts,
+    Similarity,
+    Statistics,
+)
 from cavmae.kernels.similarity.tile_statistics import (
     launch_inverse_norms,
     launch_merge,
@@ -46,10 +52,14 @@ SLAB_BYTES = 32 << 20
 
 
 def inverse_norms(x: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """1 / norm of each row of (groups, count, width), float32 (float64 for float64)."""
+    """1 / norm of each row of (groups, count, width), float32 (float64 for float64).
+
+    At most 1 / SMALLEST_NORM; NaN where the norm overflows, or is not a number.
+    """
     if backend == "torch":
         exact = torch.promote_types(x.dtype, torch.float32)
-        return x.to(exact).norm(dim=-1).clamp(min=SMALLEST_NORM).reciprocal()
+        norm = x.to(exact).norm(dim=-1)
+        return norm.clamp(min=SMALLEST_NORM).reciprocal().masked_fill(~norm.isfinite(), torch.nan)
     return launch_inverse_norms(x)
 
 
@@ -134,7 +144,8 @@ def project(
     if backend == "torch":
         unit = x.to(direction.dtype) * inverse[..., None]
         aligned = (direction * unit).sum(-1, keepdim=True)
-        out.copy_((direction - unit * aligned) * inverse[..., None] * factor)
+        along = (unit * aligned).masked_fill(inverse[..., None] > LARGEST_INVERSE, 0)
+        out.copy_((direction - along) * inverse[..., None] * factor)
         alignment.copy_(aligned[..., 0] * factor)
         return
     launch_project(direction, x, inverse, factor, out, alignment)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from cavmae.kernels.backend import jit
-from cavmae.kernels.similarity.matrix import Similarity
+from cavmae.kernels.similarity.matrix import LARGEST_INVERSE, Similarity
 from cavmae.kernels.similarity.tiles import LOG2_E, tile, tile_options
 
 
@@ -96,6 +96,7 @@ def _project_kernel(
     out_group_stride,
     out_stride,
     alignment_group_stride,
+    LARGEST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -112,6 +113,7 @@ def _project_kernel(
     aligned = tl.sum(toward * unit, 1)
     scale = tl.load(factor)
     along = unit * aligned[:, None]  # pyright: ignore[reportArgumentType]
+    along = tl.where((one_over_norm > LARGEST)[:, None], 0.0, along)
     result = (toward - along) * one_over_norm[:, None] * scale
     target = out + group * out_group_stride + row[:, None] * out_stride + column[None, :]
     tl.store(target, result, mask=wanted)
@@ -197,6 +199,7 @@ def launch_project(
         out.stride(0),
         out.stride(1),
         alignment.stride(0),
+        LARGEST=LARGEST_INVERSE,
         ROWS=rows_each,
         COLUMNS=columns,
         num_warps=4,

@@ -9,6 +9,8 @@ from cavmae.kernels.backend import Backend
 
 SMALLEST_NORM = 1e-12
 """Shorter embeddings are divided by this, as `torch.nn.functional.normalize` does."""
+LARGEST_INVERSE = (1 - 1e-6) / SMALLEST_NORM
+"""Above it an embedding was divided by a constant, whose gradient has no part along it."""
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,9 @@ def _inverse_norm_kernel(
         value = tl.load(source, mask=inside[:, None] & (column < width)[None, :], other=0.0)
         value = value.to(tl.float32)
         square += tl.sum(value * value, 1)
-    norm = tl.maximum(tl.sqrt(square), SMALLEST)
-    tl.store(out + group * count + row, 1.0 / norm, mask=inside)
+    norm = tl.sqrt(square)
+    inverse = tl.where(norm < float("inf"), 1.0 / tl.maximum(norm, SMALLEST), float("nan"))
+    tl.store(out + group * count + row, inverse, mask=inside)
 
 
 @jit

@@ -343,6 +343,34 @@ def test_order_and_length_of_the_embeddings_do_not_matter(
     torch.testing.assert_close(other.accuracy, plain.accuracy)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_that_overflows_makes_the_loss_nan(backend) -> None:
+    audio, video = (x.float() for x in pairs(8, 8, 16))
+    audio[3] *= 1e20  # its square is beyond float32
+    assert contrastive_loss(audio, video, 0.05, True, backend=backend).loss.isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [0.9e-12, 1e-14], ids=["just-below", "far-below"])
+def test_embeddings_below_the_smallest_norm_have_the_gradient_of_normalize(length, backend) -> None:
+    audio, video = (F.normalize(x, dim=1).float() * length for x in pairs(8, 8, 16))
+    inputs = [x.requires_grad_() for x in (audio, video)]
+    ours = contrastive_loss(audio, video, 0.5, True, backend=backend).loss
+    theirs = written_out(audio, video, 0.5, True)
+    for found, expected in zip(
+        torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True
+    ):
+        assert error(found, expected.double()) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_a_temperature_that_training_moves_to_zero_makes_the_loss_nan(value, backend) -> None:
+    audio, video = (x.float() for x in pairs(8, 8, 16))
+    temperature = torch.tensor(value, device=DEVICE)
+    assert contrastive_loss(audio, video, temperature, True, backend=backend).loss.isnan()
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(
     ("audio", "video", "group"), [(6, 6, None), (6, 6, 3), (4, 6, None), (6, 4, None)]

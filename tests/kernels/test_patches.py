@@ -167,6 +167,12 @@ def test_two_runs_give_the_same_bits() -> None:
         (
             torch.zeros(1, 3, 32, 32),
             [[0]],
+            {"mean": torch.zeros(3, device="meta"), "deviation": torch.ones(3)},
+            r"mean is on meta and pixels on cpu",
+        ),
+        (
+            torch.zeros(1, 3, 32, 32),
+            [[0]],
             {"mean": torch.zeros(1), "deviation": torch.ones(3)},
             r"mean has shape \(1,\)",
         ),
