@@ -33,7 +33,8 @@ def choose_backend(backend: Backend | None, **tensors: torch.Tensor) -> Backend:
         tensors: the tensor arguments by name.
 
     Raises:
-        ValueError: tensors on different devices, an unknown name, or Triton for CPU tensors.
+        ValueError: tensors on different devices, an unknown name, Triton for CPU tensors or for a
+            GPU that is not the current one.
     """
     (first, reference), *others = tensors.items()
     for name, tensor in others:
@@ -43,15 +44,27 @@ def choose_backend(backend: Backend | None, **tensors: torch.Tensor) -> Backend:
                 f"move {name} to {reference.device}"
             )
     if backend is None:
-        return default_backend(reference.device)
+        backend = default_backend(reference.device)
     if backend not in ("torch", "triton"):
         raise ValueError(f"backend is {backend!r}; use 'torch', 'triton' or None")
+    if backend == "triton" and reference.device.type == "cuda":
+        _check_current(first, reference.device)
     if backend == "triton" and reference.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"backend is 'triton' and {first} is on {reference.device}; move it to a GPU, or set "
             "TRITON_INTERPRET=1 before cavmae.kernels is imported"
         )
     return backend
+
+
+def _check_current(name: str, device: torch.device) -> None:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    current = torch.cuda.current_device()
+    if device.index != current:
+        raise ValueError(
+            f"{name} is on {device} and the current device is cuda:{current}; call "
+            f"torch.cuda.set_device({device.index}), or use `with torch.cuda.device(...)`"
+        )
 
 
 def check_floats(**tensors: torch.Tensor) -> None:

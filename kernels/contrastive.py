@@ -9,7 +9,7 @@ from cavmae.kernels.backend import Backend, check_floats, choose_backend
 from cavmae.kernels.similarity import (
     LARGEST_WIDTH,
     Similarity,
-    embedding_gradient,
+    embedding_gradients,
     inverse_norms,
     merge,
     statistics,
@@ -160,8 +160,7 @@ class _Contrastive(torch.autograd.Function):
         of_video, of_audio = found.query_log_sum, found.candidate_log_sum
         directions, _, pairs = found.terms.shape
         factor = grad_loss * similarity.inverse_temperature / (directions * pairs)
-        video, alignment = embedding_gradient(similarity, of_video, of_audio, factor)
-        audio, _ = embedding_gradient(similarity.transposed(), of_audio, of_video, factor)
+        video, audio, alignment = embedding_gradients(similarity, of_video, of_audio, factor)
         temperature = None
         if ctx.needs_input_grad[2]:
             gradient = -alignment.sum() * similarity.inverse_temperature

@@ -83,7 +83,7 @@ def _launch(x: torch.Tensor, ids: torch.Tensor, missing: float) -> torch.Tensor:
     rows = batch * ids.shape[1]
     if rows == 0 or width == 0:
         return out
-    columns, rows_each = row_tile(width)
+    columns, rows_each = row_tile(x)
     _gather_kernel[(triton.cdiv(rows, rows_each),)](
         x,
         ids,
@@ -103,11 +103,11 @@ def _launch(x: torch.Tensor, ids: torch.Tensor, missing: float) -> torch.Tensor:
     return out
 
 
-def row_tile(width: int) -> tuple[int, int]:
-    """Columns and rows of a tile for kernels that move rows: about 4,096 values, so that each of
-    128 threads has several loads of 16 bytes under way."""
-    columns = min(triton.next_power_of_2(width), 1024)
-    return columns, max(1, 4096 // columns)
+def row_tile(x: torch.Tensor) -> tuple[int, int]:
+    """Columns and rows of a tile for kernels that move rows of `x`: about 8 KiB, so that each of
+    128 threads has four loads of 16 bytes under way."""
+    columns = min(triton.next_power_of_2(x.shape[-1]), 1024)
+    return columns, max(1, 8192 // (columns * x.element_size()))
 
 
 def inverse_ids(ids: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -47,10 +47,14 @@ def mask_ids_from_shuffle(ids_shuffle: torch.Tensor, ratio: float) -> MaskIds:
     ids_shuffle = ids_shuffle.long()
     kept = kept_count(ids_shuffle.shape[1], ratio)
     return MaskIds(
-        keep=ids_shuffle[:, :kept],
-        removed=ids_shuffle[:, kept:],
-        restore=torch.argsort(ids_shuffle, dim=1),
+        keep=ids_shuffle[:, :kept], removed=ids_shuffle[:, kept:], restore=_inverse(ids_shuffle)
     )
+
+
+def _inverse(permutation: torch.Tensor) -> torch.Tensor:
+    """(batch, n) the inverse of each row's permutation."""
+    place = torch.arange(permutation.shape[1], device=permutation.device)
+    return torch.empty_like(permutation).scatter_(1, permutation, place.expand_as(permutation))
 
 
 def random_mask(
@@ -118,13 +122,13 @@ def _reference(
     rows, columns = grid
     tokens = rows * columns
     patch = torch.arange(tokens, device=positions.device)
-    marked = torch.zeros(len(positions), tokens, dtype=torch.bool, device=positions.device)
+    marked = patch[None] < 0
     if marked_columns:
         words = random_words(positions, columns, seed=seed, stream=stream, part=1)
-        marked |= (_ranks(words) < marked_columns)[:, patch % columns]
+        marked = marked | (_ranks(words) < marked_columns)[:, patch % columns]
     if marked_rows:
         words = random_words(positions, rows, seed=seed, stream=stream, part=2)
-        marked |= (_ranks(words) < marked_rows)[:, patch // columns]
+        marked = marked | (_ranks(words) < marked_rows)[:, patch // columns]
     words = random_words(positions, tokens, seed=seed, stream=stream)
     # Unique keys of 63 bits: marked patches last, then by random word, then by patch.
     keys = (marked.long() << 62) | (words << 30) | patch
@@ -134,7 +138,7 @@ def _reference(
 def _ranks(words: torch.Tensor) -> torch.Tensor:
     """(batch, n) the rank of each word in its row; equal words are ranked by their place."""
     place = torch.arange(words.shape[1], device=words.device)
-    return torch.argsort(torch.argsort((words << 30) | place, dim=1), dim=1)
+    return _inverse(torch.argsort((words << 30) | place, dim=1))
 
 
 @jit

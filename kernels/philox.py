@@ -17,8 +17,8 @@ STREAMS = {
     "substitute": 7,
 }
 
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
@@ -32,16 +32,25 @@ def philox4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., 4) int64, each in [0, 2**32).
     """
-    counter_0, counter_1, counter_2, counter_3 = counter.unbind(-1)
-    key_0, key_1 = key.unbind(-1)
-    for _ in range(10):
+    # Words 0 and 2 are multiplied, words 1 and 3 are not: both pairs lie along a first dimension.
+    dimensions = max(counter.ndim, key.ndim)
+    counter, key = (
+        x.reshape((1,) * (dimensions - x.ndim) + x.shape).movedim(-1, 0) for x in (counter, key)
+    )
+
+    def pair(first: int, second: int) -> torch.Tensor:
+        return counter.new_tensor([first, second]).reshape(2, *(1,) * (dimensions - 1))
+
+    multipliers, weyl = pair(*_MULTIPLIERS), pair(*_WEYL)
+    word, half = counter.new_tensor(_WORD), counter.new_tensor(32)
+    even, odd = counter[0::2].contiguous(), counter[1::2]
+    for step in range(10):
         # int64 products wrap modulo 2**64, which keeps all bits of a 32 x 32 bit product.
-        product_0, product_1 = counter_0 * _MULTIPLIER_0, counter_2 * _MULTIPLIER_1
-        counter_0 = ((product_1 >> 32) & _WORD) ^ counter_1 ^ key_0
-        counter_2 = ((product_0 >> 32) & _WORD) ^ counter_3 ^ key_1
-        counter_1, counter_3 = product_1 & _WORD, product_0 & _WORD
-        key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
-    return torch.stack(torch.broadcast_tensors(counter_0, counter_1, counter_2, counter_3), -1)
+        product = (even * multipliers).flip(0)
+        even = ((product >> half) ^ odd ^ (key + weyl * step)) & word
+        odd = product
+    odd = odd & word
+    return torch.stack(torch.broadcast_tensors(even[0], odd[0], even[1], odd[1]), -1)
 
 
 def random_words(

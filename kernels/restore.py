@@ -194,7 +194,7 @@ class _RestoreTokens(torch.autograd.Function):
         batch, kept, width = x.shape
         tokens = restore_ids.shape[1]
         out = x.new_empty(batch, tokens, width)
-        columns, rows_each = row_tile(width)
+        columns, rows_each = row_tile(x)
         if out.numel():
             _restore_kernel[(triton.cdiv(batch * tokens, rows_each),)](
                 x,
@@ -222,7 +222,7 @@ class _RestoreTokens(torch.autograd.Function):
         (restore_ids,) = ctx.saved_tensors
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
         batch, tokens, width = grad.shape
-        columns, rows_each = row_tile(width)
+        columns, rows_each = row_tile(grad)
         rows_each = max(1, rows_each // 2)  # two sums of a tile are held in registers
         blocks = triton.cdiv(tokens, rows_each)
         grad_x = grad.new_empty(batch, ctx.kept, width)

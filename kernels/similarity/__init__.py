@@ -19,7 +19,6 @@ from cavmae.kernels.backend import Backend
 from cavmae.kernels.similarity import reference
 from cavmae.kernels.similarity.gradient import launch_project, launch_weights, product
 from cavmae.kernels.similarity.matrix import (
-    LARGEST_INVERSE,
     SMALLEST_NORM,
     Parts,
     Similarity,
@@ -38,7 +37,7 @@ __all__ = [
     "Similarity",
     "Statistics",
     "direction_gradient",
-    "embedding_gradient",
+    "embedding_gradients",
     "inverse_norms",
     "merge",
     "project",
@@ -112,10 +111,8 @@ def direction_gradient(
         (groups, queries, width) float32 (float64 for float64) of the slices.
     """
     if similarity.backend == "torch":
-        weights = reference.weights(similarity, query_log_sum, candidate_log_sum)[group, queries]
-        exact = weights.dtype
-        scaled = similarity.candidates.to(exact) * similarity.candidate_inverse[..., None]
-        return weights @ scaled[group]
+        weights = reference.weights(similarity, query_log_sum, candidate_log_sum)
+        return weights[group, queries] @ similarity.units[1][group]
     weights = launch_weights(similarity, query_log_sum, candidate_log_sum, queries, group)
     return product(weights, similarity.candidates[group])
 
@@ -143,24 +140,38 @@ def project(
     """
     if backend == "torch":
         unit = x.to(direction.dtype) * inverse[..., None]
-        aligned = (direction * unit).sum(-1, keepdim=True)
-        along = (unit * aligned).masked_fill(inverse[..., None] > LARGEST_INVERSE, 0)
-        out.copy_((direction - along) * inverse[..., None] * factor)
-        alignment.copy_(aligned[..., 0] * factor)
+        gradient, aligned = reference.project(direction, unit, inverse, factor)
+        out.copy_(gradient)
+        alignment.copy_(aligned)
         return
     launch_project(direction, x, inverse, factor, out, alignment)
 
 
-def embedding_gradient(
+def embedding_gradients(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor,
+    candidate_log_sum: torch.Tensor | None,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the queries and of the candidates, and the queries' alignment (see `project`).
+
+    The workspace is one slab of weights: `SLAB_BYTES`, or 128 queries where those take more. The
+    reference stores all weights, but computes them once for both sides.
+    """
+    if similarity.backend == "torch":
+        return reference.embedding_gradients(similarity, query_log_sum, candidate_log_sum, factor)
+    queries, alignment = _by_slabs(similarity, query_log_sum, candidate_log_sum, factor)
+    turned = similarity.transposed()
+    candidates, _ = _by_slabs(turned, candidate_log_sum, query_log_sum, factor)
+    return queries, candidates, alignment
+
+
+def _by_slabs(
     similarity: Similarity,
     query_log_sum: torch.Tensor | None,
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the queries, slab by slab, and its alignment (see `project`).
-
-    The workspace is one slab of weights: `SLAB_BYTES`, or 128 queries where those take more.
-    """
     groups, count, _ = similarity.queries.shape
     fit = _queries_in_a_slab(similarity)
     together = max(1, fit // count)
@@ -169,17 +180,14 @@ def embedding_gradient(
     for first_group in range(0, groups, together):
         group = slice(first_group, first_group + together)
         for slab in slabs(similarity):
-            direction = direction_gradient(
-                similarity, query_log_sum, candidate_log_sum, slab, group
-            )
-            project(
-                direction,
+            weights = launch_weights(similarity, query_log_sum, candidate_log_sum, slab, group)
+            launch_project(
+                product(weights, similarity.candidates[group]),
                 similarity.queries[group, slab],
                 similarity.query_inverse[group, slab],
                 factor,
                 out[group, slab],
                 alignment[group, slab],
-                similarity.backend,
             )
     return out, alignment
 

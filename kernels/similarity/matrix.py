@@ -38,14 +38,19 @@ class Similarity:
     def dense(self) -> torch.Tensor:
         """(groups, queries, candidates) float32 or float64: for the torch reference, which keeps it
         from the forward to the backward pass."""
+        queries, candidates = self.units
+        return queries @ (candidates * self.inverse_temperature).transpose(1, 2)
+
+    @cached_property
+    def units(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised queries and candidates, likewise."""
         exact = self.query_inverse.dtype
         queries = self.queries.to(exact) * self.query_inverse[..., None]
-        candidates = self.candidates.to(exact) * self.candidate_inverse[..., None]
-        return queries @ (candidates * self.inverse_temperature).transpose(1, 2)
+        return queries, self.candidates.to(exact) * self.candidate_inverse[..., None]
 
     def transposed(self) -> "Similarity":
         """Candidates rank the queries."""
-        turned = replace(
+        return replace(
             self,
             queries=self.candidates,
             candidates=self.queries,
@@ -53,9 +58,6 @@ class Similarity:
             candidate_inverse=self.query_inverse,
             shift=-self.shift,
         )
-        if "dense" in self.__dict__:
-            turned.__dict__["dense"] = self.dense.transpose(1, 2)
-        return turned
 
 
 @dataclass(frozen=True)

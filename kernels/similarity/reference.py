@@ -2,7 +2,7 @@
 
 import torch
 
-from cavmae.kernels.similarity.matrix import Parts, Similarity, Statistics
+from cavmae.kernels.similarity.matrix import LARGEST_INVERSE, Parts, Similarity, Statistics
 
 
 def _partners(matrix: torch.Tensor, shift: int) -> torch.Tensor:
@@ -34,12 +34,15 @@ def merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
         log_sum[:, :first] = log_sum[:, first + pairs :] = torch.inf
         return torch.stack([loss.flatten(), hit.to(loss.dtype).flatten()])
 
-    query_log_sum, rival = parts.query[0].logsumexp(0), parts.query[1].amax(0)
+    def total(log_sums: torch.Tensor) -> torch.Tensor:
+        return log_sums[0] if len(log_sums) == 1 else log_sums.logsumexp(0)
+
+    query_log_sum, rival = total(parts.query[0]), parts.query[1].amax(0)
     partner = parts.query[2].amax(0)[:, first_query : first_query + pairs]
     terms = [direction(query_log_sum, rival, first_query)]
     candidate_log_sum = None
     if parts.candidate is not None:
-        candidate_log_sum = parts.candidate[0].logsumexp(0)
+        candidate_log_sum = total(parts.candidate[0])
         candidate_rival = parts.candidate[1].amax(0)
         terms.append(direction(candidate_log_sum, candidate_rival, first_query + shift))
     return Statistics(query_log_sum, candidate_log_sum, torch.stack(terms))
@@ -60,3 +63,31 @@ def weights(
             total += (similarity.dense - log_sum).exp_()
             _partners(total, similarity.shift).sub_(1)
     return total
+
+
+def project(
+    direction: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of the embeddings and their alignment; arguments as `project` of the package,
+    `unit` being the normalised embeddings."""
+    aligned = (direction * unit).sum(-1)
+    along = aligned.masked_fill(inverse > LARGEST_INVERSE, 0)
+    gradient = (direction - unit * along[..., None]) * (inverse * factor)[..., None]
+    return gradient, aligned * factor
+
+
+def embedding_gradients(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor,
+    candidate_log_sum: torch.Tensor | None,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `embedding_gradients` of the package."""
+    weight = weights(similarity, query_log_sum, candidate_log_sum)
+    queries, candidates = similarity.units
+    of_queries, alignment = project(weight @ candidates, queries, similarity.query_inverse, factor)
+    of_candidates, _ = project(
+        weight.transpose(1, 2) @ queries, candidates, similarity.candidate_inverse, factor
+    )
+    dtype = similarity.queries.dtype
+    return of_queries.to(dtype), of_candidates.to(dtype), alignment

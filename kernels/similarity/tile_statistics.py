@@ -224,7 +224,7 @@ def launch_inverse_norms(x: torch.Tensor) -> torch.Tensor:
     """As `inverse_norms`."""
     groups, count, width = x.shape
     out = x.new_empty(groups, count, dtype=torch.float32)
-    columns, rows_each = row_tile(width)
+    columns, rows_each = row_tile(x)
     _inverse_norm_kernel[(triton.cdiv(count, rows_each), groups)](
         x,
         out,

@@ -53,13 +53,15 @@ def tile_options(similarity: Similarity) -> dict[str, int | bool]:
     block = min(64 if full or longest <= 1024 else 128, max(16, triton.next_power_of_2(longest)))
     width = similarity.queries.shape[2]
     step = min(32 if full else 64, max(16, triton.next_power_of_2(width)))
-    # From sm_100 on a product is read from tensor memory all at once: 128 x 128 would spill.
-    narrow = block >= 64 and major_capability(similarity.queries.device) >= 10
+    even = width % step == 0
+    # Square tiles of these would spill: from sm_100 on a product is read from tensor memory all at
+    # once, products of float32 are made in registers, and masks of uneven widths take some as well.
+    narrow = block >= 64 and (full or not even or major_capability(similarity.queries.device) >= 10)
     return {
         "BLOCK_Q": block,
         "BLOCK_C": block // 2 if narrow else block,
         "BLOCK_W": step,
-        "EVEN": width % step == 0,
+        "EVEN": even,
         # The interpreter's product of bf16 is garbage (triton issue 11584).
         "UPCAST": INTERPRETED and not full,
         "num_warps": 8 if block == 128 else 4,

@@ -59,11 +59,12 @@ def masks() -> None:
 
 
 def tokens() -> None:
-    x = tensor(BATCH, 708, 512, grad=True)
-    gather_tokens(x, ids(531), backend="triton").sum().backward()
-    x = tensor(BATCH, 177, 512, grad=True)
-    tables = [tensor(1, length, 512, grad=True) for length in (1, 708, 708)]
-    restore_tokens(x, ids(708), *tables, backend="triton").sum().backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        x = tensor(BATCH, 708, 512, dtype=dtype, grad=True)
+        gather_tokens(x, ids(531), backend="triton").sum().backward()
+        x = tensor(BATCH, 177, 512, dtype=dtype, grad=True)
+        tables = [tensor(1, length, 512, dtype=dtype, grad=True) for length in (1, 708, 708)]
+        restore_tokens(x, ids(708), *tables, backend="triton").sum().backward()
 
 
 def patches() -> None:
@@ -89,10 +90,22 @@ def reconstruction() -> None:
 
 
 def contrast() -> None:
-    for batch, dtype in ((512, torch.bfloat16), (32768, torch.bfloat16), (512, torch.float32)):
-        audio, video = (tensor(batch, 768, dtype=dtype, grad=True) for _ in range(2))
+    """The model's width and one that no block divides; small and large tiles; both losses."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for batch, width, dtype, bidirectional in (
+        (512, 768, bf16, True),
+        (32768, 768, bf16, True),
+        (32768, 768, bf16, False),
+        (32768, 1000, bf16, True),
+        (32768, 1000, fp16, False),
+        (512, 768, fp32, True),
+        (512, 768, fp32, False),
+        (512, 1000, fp32, True),
+        (512, 1000, fp32, False),
+    ):
+        audio, video = (tensor(batch, width, dtype=dtype, grad=True) for _ in range(2))
         temperature = tensor(dtype=torch.float32, grad=True)
-        contrastive_loss(audio, video, temperature, True, backend="triton").loss.backward()
+        contrastive_loss(audio, video, temperature, bidirectional, backend="triton").loss.backward()
 
 
 def ones() -> None:

@@ -39,6 +39,24 @@ def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPat
         gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), backend="triton")
 
 
+def test_a_gpu_that_is_not_the_current_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    backends._check_current("x", torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"x is on cuda:1 and the current device is cuda:0; call"):
+        backends._check_current("x", torch.device("cuda", 1))
+
+
+@pytest.mark.gpu
+def test_tensors_of_another_gpu_are_refused() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x, ids = torch.zeros(1, 2, 4, device="cuda:1"), torch.tensor([[0]], device="cuda:1")
+    with torch.cuda.device(0), pytest.raises(ValueError, match="x is on cuda:1"):
+        gather_tokens(x, ids)
+    with torch.cuda.device(1):
+        assert gather_tokens(x, ids).shape == (1, 1, 4)
+
+
 def test_an_unknown_backend_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="backend is 'cuda'; use 'torch', 'triton' or None"):
         gather_tokens(torch.zeros(1, 2, 3), torch.tensor([[0]]), backend="cuda")  # pyright: ignore[reportArgumentType]
