@@ -1,7 +1,11 @@
 """Fields of the data plane. Imports nothing heavy, so that `--help` answers at once."""
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Literal
+
+from cavmae.dataloaders.storage import CacheSettings
 
 
 @dataclass(frozen=True)
@@ -13,9 +17,19 @@ class DataConfig:
     """
 
     train: str = ""
-    """Folder of one tier of packed shards to train on, such as `shards/video`."""
+    """Folder of one tier of packed shards to train on, such as `shards/video`, or a URL of it
+    (s3://, gs://, https://); several of them, separated by commas, are trained on together."""
+    mixture: tuple[float, ...] = ()
+    """Share of each of several training sets, in any unit; empty: every clip as often as any."""
+    sampling: Literal["uniform", "weighted"] = "uniform"
+    """`weighted`: clips of rare classes come more often, by the `weights.npy` that packing writes;
+    an epoch is as long as before."""
     validation: str = ""
-    """Folder of packed shards that are never trained on; empty: no held-out scores."""
+    """Folder or URL of packed shards that are never trained on; empty: no held-out scores."""
+    cache_folder: str = "~/.cache/cavmae/shards"
+    """Where a node keeps pieces of remote shards; all its ranks share it."""
+    cache_gigabytes: float = 100.0
+    """Of those pieces at most; 0: nothing is kept, and each clip is fetched by itself."""
     frame_choice: Literal["by_time", "published"] = "by_time"
     """`by_time`: the frame shown at a time drawn from the clip. `published`: one of the ten frame
     indexes of the original code, which takes the frame before the index that it computes."""
@@ -39,6 +53,15 @@ class DataConfig:
         for field in ("shuffle_window", "reader_workers", "decode_threads", "prefetch_batches"):
             if getattr(self, field) < 1:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; use 1 or more")
+        if self.mixture and len(self.mixture) != len(self.train_folders):
+            raise ValueError(
+                f"data.mixture has {len(self.mixture)} shares and data.train names "
+                f"{len(self.train_folders)} sets; give one share for each"
+            )
+        if not all(0 < share < math.inf for share in self.mixture):
+            raise ValueError(f"data.mixture is {self.mixture}; use shares above 0")
+        if not 0 <= self.cache_gigabytes < math.inf:
+            raise ValueError(f"data.cache_gigabytes is {self.cache_gigabytes}; use 0 or more")
         if not 0 <= self.maximum_bad_share <= 1:
             raise ValueError(
                 f"data.maximum_bad_share is {self.maximum_bad_share}; use a share from 0 to 1"
@@ -47,3 +70,13 @@ class DataConfig:
             raise ValueError(
                 f"data.log_mel_deviation is {self.log_mel_deviation}; use a value above 0"
             )
+
+    @property
+    def train_folders(self) -> list[str]:
+        """Folders or URLs of the training sets."""
+        return [folder.strip() for folder in self.train.split(",") if folder.strip()]
+
+    @property
+    def cache(self) -> CacheSettings:
+        folder = os.path.expanduser(self.cache_folder)
+        return CacheSettings(folder, int(self.cache_gigabytes * 1e9))

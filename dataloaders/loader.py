@@ -22,6 +22,7 @@ from cavmae.dataloaders.ahead import Ahead
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.mixture import MixturePlan, training_plan
 from cavmae.dataloaders.plan import SamplePlan, check_ranks, default_lanes, rank_positions
 from cavmae.dataloaders.quarantine import (
     ClipTrial,
@@ -87,11 +88,11 @@ class TrainLoader:
                 f"start_position is {start_position}, which is not the start of a step: it has to "
                 f"be a multiple of lanes = {lanes}"
             )
-        shards = ShardSet(config.train)
+        shards = ShardSet(config.train_folders, config.cache)
         check_frame_choice(shards, config.frame_choice)
         device = _with_index(device)
-        settings = _settings(config, config.train, shape, seed, device, draw_frame=True)
-        plan = SamplePlan(shards.sizes, seed, lanes, config.shuffle_window)
+        settings = _settings(config, shards, shape, seed, device, draw_frame=True)
+        plan = training_plan(config, shards, seed, lanes)
         self._quarantine = Quarantine(shards, quarantine, config.maximum_bad_share)
         self._last_position = -1
         self.wait_seconds = 0.0
@@ -197,9 +198,9 @@ class ValidationLoader:
         self._shape = shape
         self._device = _with_index(device)
         self._batch = batch
-        self._shards = ShardSet(folder)
+        self._shards = ShardSet(folder, config.cache)
         check_frame_choice(self._shards, config.frame_choice)
-        self._settings = _settings(config, folder, shape, 0, self._device, draw_frame=False)
+        self._settings = _settings(config, self._shards, shape, 0, self._device, draw_frame=False)
         self._quarantine = Quarantine(self._shards, (), config.maximum_bad_share)
         self._count = min(limit, self._shards.samples) if limit else self._shards.samples
         self._start = self._count * rank // world_size
@@ -255,7 +256,9 @@ class ValidationLoader:
 
 
 # Not methods: a loader that its background thread refers to would never be given up.
-def _planned(plan: SamplePlan, quarantine: Quarantine, positions: np.ndarray) -> list[ReadTask]:
+def _planned(
+    plan: SamplePlan | MixturePlan, quarantine: Quarantine, positions: np.ndarray
+) -> list[ReadTask]:
     """What to read in training: the planned samples, with substitutes for those left out."""
     tasks = []
     for position, planned in zip(positions.tolist(), plan.at(positions), strict=True):
@@ -310,14 +313,14 @@ def _check_batches(global_batch: int, micro_batch: int, lanes: int, world_size: 
 
 def _settings(
     config: DataConfig,
-    folder: str,
+    shards: ShardSet,
     shape: ClipShape,
     seed: int,
     device: torch.device,
     draw_frame: bool,
 ) -> ReaderSettings:
     return ReaderSettings(
-        folder=folder,
+        shards=shards,
         seed=seed,
         frame_choice=config.frame_choice,
         image_size=shape.image_size,

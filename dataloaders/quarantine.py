@@ -128,11 +128,11 @@ class Quarantine:
 
 def _places(shards: ShardSet, sample_ids: Iterable[str]) -> list[tuple[int, int]]:
     """Shard and sample of each id."""
-    shard_of = {Path(name).stem: shard for shard, name in enumerate(shards.names)}
+    shard_of = {shards.shard_id(shard): shard for shard in range(len(shards.sizes))}
     samples_of: dict[int, dict[str, int]] = {}
     places = []
     for sample_id in sample_ids:
-        shard = shard_of.get(sample_id.split("/")[0], -1)
+        shard = shard_of.get(sample_id.rpartition("/")[0], -1)
         if shard >= 0 and shard not in samples_of:
             numbers = range(shards.sizes[shard])
             samples_of[shard] = {shards.sample_id(shard, number): number for number in numbers}

@@ -17,6 +17,7 @@ STREAMS = {
     "noise": 5,
     "order": 6,
     "substitute": 7,
+    "mixture": 8,
 }
 
 _ROUNDS = 10

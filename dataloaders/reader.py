@@ -2,14 +2,12 @@
 
 Runs in worker processes, so it imports neither torch nor DALI. Everything random is drawn from the
 position in the plan (`random_streams`), hence does not depend on which worker reads when. Damaged
-samples are answers, not exceptions; a shard that cannot be read is an answer too, after retries,
-and ends the run.
+samples are answers, not exceptions; a shard that cannot be read, however often it was tried, is an
+answer too and ends the run.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,9 +15,6 @@ from cavmae.dataloaders.one_frame import FrameError, cut_frame, decode_frame
 from cavmae.dataloaders.random_streams import random_words
 from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, ShardError, ShardSet
 
-READ_TRIES = 3
-FIRST_WAIT_SECONDS = 0.5
-"""Wait before the second try; doubled before each further one."""
 SHORTEST_AUDIO_SAMPLES = 400
 """One window of the log-mel; less would make a constant input."""
 MIDDLE_FRAME = FRAMES_PER_CLIP // 2
@@ -30,14 +25,12 @@ CPU_VIDEO_CODECS = ("vp9", "mjpeg")
 NVDEC_SMALLEST_SIDE = {"vp9": 128, "h264": 48, "mjpeg": 64}
 """Pixels; NVDEC refuses smaller frames (NVDEC Video Decoder API Programming Guide, table 1)."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class ReaderSettings:
     """What all clips of one loader have in common."""
 
-    folder: str
+    shards: ShardSet
     seed: int
     frame_choice: Literal["by_time", "published"]
     image_size: int
@@ -105,11 +98,11 @@ class ClipReader:
 
     def __init__(self, settings: ReaderSettings):
         self.settings = settings
-        self.shards = ShardSet(settings.folder)
+        self.shards = settings.shards
 
     def __call__(self, task: ReadTask) -> EncodedClip | Damage | ReadFailure:
         try:
-            sample_id = self._retried(lambda: self.shards.sample_id(task.shard, task.sample))
+            sample_id = self.shards.sample_id(task.shard, task.sample)
             try:
                 return self._read(task, sample_id)
             except ShardError as error:
@@ -118,13 +111,11 @@ class ClipReader:
                 return Damage(task, sample_id, "video_unreadable", str(error))
         except OSError as error:
             return ReadFailure(
-                f"{self.shards.folder / self.shards.names[task.shard]} could not be read in "
-                f"{READ_TRIES} tries ({type(error).__name__}: {error}); check the storage and "
-                f"start again: the run goes on where it was"
+                f"{error}; check the storage and start again: the run goes on where it was"
             )
 
     def _read(self, task: ReadTask, sample_id: str) -> EncodedClip | Damage:
-        description = self._retried(lambda: self.shards.description(task.shard, task.sample))
+        description = self.shards.description(task.shard, task.sample)
         try:
             labels = tuple(str(label) for label in description["labels"])
             audio_samples = int(description["audio"]["samples"])
@@ -136,7 +127,7 @@ class ClipReader:
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return Damage(task, sample_id, "audio_too_short", f"{audio_samples} samples")
         extension = "mp4" if self.shards.tier == "video" else f"{chosen}.jpg"
-        picture = self._retried(lambda: self.shards.member(task.shard, task.sample, extension))
+        picture = self.shards.member(task.shard, task.sample, extension)
         pixels = None
         if self.shards.tier == "video" and self._dali_decodes(height, width):
             picture = cut_frame(picture, index)
@@ -148,7 +139,7 @@ class ClipReader:
             task,
             sample_id,
             labels,
-            self._retried(lambda: self.shards.member(task.shard, task.sample, "flac")),
+            self.shards.member(task.shard, task.sample, "flac"),
             picture,
             pixels,
             resized,
@@ -181,18 +172,6 @@ class ClipReader:
         if self.settings.gpu is not None:
             return min(height, width) >= NVDEC_SMALLEST_SIDE[codec]
         return codec in CPU_VIDEO_CODECS
-
-    def _retried(self, read: Callable[[], T]) -> T:
-        wait_seconds = FIRST_WAIT_SECONDS
-        for _ in range(READ_TRIES - 1):
-            try:
-                return read()
-            except OSError:
-                time.sleep(wait_seconds)
-                wait_seconds *= 2
-                # A network file system that came back wants its files opened again.
-                self.shards = ShardSet(self.settings.folder)
-        return read()
 
 
 def resize_and_crop(

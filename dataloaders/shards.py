@@ -5,20 +5,33 @@ DALI's `wds2idx`, v1.2) and one `index.json`, which is written last: a folder th
 complete. Training reads single members by offset, never whole tars, so any order of samples costs
 the bytes of the members it wants. Members are addressed by a list of known extensions and returned
 as bytes: nothing in a shard can make the reader run code or leave the folder.
+
+Several sets of one tier are read as one: their shards are numbered through.
 """
 
 import hashlib
+import io
 import json
-import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+from cavmae.dataloaders.storage import (
+    CacheSettings,
+    LocalFolder,
+    Storage,
+    StoredFile,
+    open_storage,
+)
+
+T = TypeVar("T")
 
 SCHEMA = 1
 AUDIO_HZ = 16000
@@ -30,9 +43,11 @@ EXTENSIONS = {
 }
 """Members of a sample in the order in which they lie in the tar."""
 
-OPEN_SHARDS = 384
-"""Shards whose index and file a `ShardSet` keeps open; 64 lanes with a window of 4,096 samples
-have about 320 in use at once, and processes may commonly hold 1,024 files."""
+_SUMS = ',"crc32":'
+
+KEPT_INDEXES = 384
+"""Shards whose index a `ShardSet` keeps in memory; 64 lanes with a window of 4,096 samples have
+about 320 in use at once."""
 
 
 class ShardError(ValueError):
@@ -70,24 +85,34 @@ class MemberIndex(NamedTuple):
     size: np.ndarray
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read and check `index.json` of one tier.
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """Read and check `index.json` of one tier, in a folder or at a URL.
 
     Raises:
         FileNotFoundError: the folder has no `index.json`.
+        OSError: it cannot be read.
         ValueError: it is damaged or of another schema.
     """
-    path = folder / "index.json"
-    if not path.is_file():
+    return _read_index(open_storage(folder, None))
+
+
+def _read_index(storage: Storage) -> dict[str, Any]:
+    place = storage.place("index.json")
+    try:
+        data = storage.read("index.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        folder = Path(place).parent
         tiers = [tier for tier in TIERS if (folder / tier / "index.json").is_file()]
         if tiers:
-            raise FileNotFoundError(f"{folder} holds several tiers; use {folder / tiers[0]}")
+            raise FileNotFoundError(
+                f"{folder} holds several tiers; use {folder / tiers[0]}"
+            ) from error
         raise FileNotFoundError(
-            f"{path} does not exist: not a folder of packed shards, or packing was not finished "
+            f"{place} does not exist: not a folder of packed shards, or packing was not finished "
             f"(run `cavmae pack` on it again)"
-        )
+        ) from error
     try:
-        index = json.loads(path.read_bytes())
+        index = json.loads(data)
         schema = index["schema"]
         if schema != SCHEMA:
             raise ValueError(f"its schema is {schema}, this version reads {SCHEMA}")
@@ -98,7 +123,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             if Path(entry.name).name != entry.name or Path(entry.name).suffix != ".tar":
                 raise ValueError(f"it lists {entry.name!r}, which is not the name of a tar")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be used ({error}); pack the videos again") from error
+        raise ValueError(f"{place} cannot be used ({error}); pack the videos again") from error
     return index
 
 
@@ -109,34 +134,58 @@ def read_member_index(path: Path) -> MemberIndex:
         OSError: the file cannot be read.
         ValueError: it is not such an index.
     """
-    lines = path.read_text().splitlines()
-    header = lines[0].split() if lines else []
-    if len(header) != 2 or header[0] != "v1.2" or header[1] != str(len(lines) - 1):
-        raise ValueError(f"{path} is damaged: {len(lines)} lines under the header {header}")
-    fields = [line.split(" ") for line in lines[1:]]
-    extensions = tuple(fields[0][0::4]) if fields else ()
-    for number, sample in enumerate(fields, start=2):
-        if len(sample) != 4 * len(extensions) or tuple(sample[0::4]) != extensions:
-            raise ValueError(f"{path}, line {number}: not the members {' '.join(extensions)}")
-    keys = np.array([sample[3].split(".")[0] for sample in fields])
-    offset = np.array([sample[1::4] for sample in fields], dtype=np.int64)
-    size = np.array([sample[2::4] for sample in fields], dtype=np.int64)
+    return _parse_member_index(path.read_bytes(), str(path))
+
+
+def _parse_member_index(data: bytes, place: str) -> MemberIndex:
+    try:
+        lines = data.decode().splitlines()
+        header = lines[0].split() if lines else []
+        if len(header) != 2 or header[0] != "v1.2" or header[1] != str(len(lines) - 1):
+            raise ValueError(f"{len(lines)} lines under the header {header}")
+        fields = [line.split(" ") for line in lines[1:]]
+        extensions = tuple(fields[0][0::4]) if fields else ()
+        for number, sample in enumerate(fields, start=2):
+            if len(sample) != 4 * len(extensions) or tuple(sample[0::4]) != extensions:
+                raise ValueError(f"line {number} has not the members {' '.join(extensions)}")
+        keys = np.array([sample[3].split(".")[0] for sample in fields])
+        offset = np.array([sample[1::4] for sample in fields], dtype=np.int64)
+        size = np.array([sample[2::4] for sample in fields], dtype=np.int64)
+        if min(offset.min(initial=0), size.min(initial=0)) < 0:
+            raise ValueError("an offset or a size below 0")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
     return MemberIndex(keys, extensions, offset, size)
 
 
-class _OpenShard:
-    def __init__(self, folder: Path, name: str, samples: int):
-        self.index = read_member_index(folder / f"{Path(name).stem}.idx")
-        if len(self.index.offset) != samples:
-            raise ValueError(
-                f"{folder / name}: its .idx lists {len(self.index.offset)} samples, "
-                f"index.json {samples}; pack the videos again"
-            )
-        self.descriptor = os.open(folder / name, os.O_RDONLY)
+def description_bytes(description: dict[str, Any], crc32: dict[str, int]) -> bytes:
+    """The JSON of a sample as it is stored: its last key has the CRC-32 of each member, and of the
+    text before that key."""
+    text = json.dumps(description, separators=(",", ":"))[:-1]
+    sums = {"json": zlib.crc32(text.encode()), **crc32}
+    return f"{text}{_SUMS}{json.dumps(sums, separators=(',', ':'))}}}".encode()
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+
+def _parsed_description(data: bytes) -> dict[str, Any]:
+    try:
+        description = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ShardError("bad_json", str(error)) from error
+    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
+        raise ShardError("bad_schema", f"not schema {SCHEMA}")
+    if not isinstance(description.get("crc32"), dict) or "key" not in description:
+        raise ShardError("bad_schema", "no key or crc32")
+    text, found, _ = data.rpartition(_SUMS.encode())
+    if found and description["crc32"].get("json", zlib.crc32(text)) != zlib.crc32(text):
+        raise ShardError("crc_mismatch", "")
+    return description
+
+
+class _Set(NamedTuple):
+    """Where a set lies, and its number in the ids of its samples where there are several."""
+
+    storage: Storage
+    prefix: str
 
 
 class ShardSet:
@@ -145,38 +194,66 @@ class ShardSet:
     Reading is safe from several threads. A copy in another process (pickled) opens its own files.
 
     Args:
-        folder: a folder with `index.json`, such as `shards/video`.
+        folders: a folder or URL with `index.json`, such as `shards/video`, or several of one tier.
+        cache: where pieces of remote shards are kept; None: nowhere.
 
     Raises:
         FileNotFoundError: no `index.json` there.
-        ValueError: `index.json` is damaged or of another schema.
+        OSError: it cannot be read.
+        ValueError: `index.json` is damaged or of another schema, or the sets do not go together.
     """
 
-    folder: Path
+    folder: str
+    """Where the shards are, for people."""
     tier: str
     video_codec: str | None
     frame_choice: str
+    set_shards: tuple[int, ...]
+    """Shards of each set; they are numbered through."""
     sizes: tuple[int, ...]
     """Samples of each shard."""
     samples: int
     fingerprint: str
     """Changes when the bytes of any shard do."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = read_index(self.folder)
-        self.tier = index["tier"]
-        self.video_codec = index["video_codec"]
-        self.frame_choice = index["frame_choice"]
-        self.names: tuple[str, ...] = tuple(entry.name for entry in index["shards"])
-        self.sizes = tuple(entry.samples for entry in index["shards"])
+    def __init__(
+        self, folders: str | Path | Sequence[str | Path], cache: CacheSettings | None = None
+    ):
+        listed = [folders] if isinstance(folders, str | Path) else list(folders)
+        self.folder = ", ".join(map(str, listed))
+        sets = [
+            _Set(open_storage(folder, cache), f"{number}/" if len(listed) > 1 else "")
+            for number, folder in enumerate(listed)
+        ]
+        indexes = [_read_index(one.storage) for one in sets]
+        if not all(index["shards"] for index in indexes):
+            raise ValueError(f"{self.folder}: a set without shards")
+        self.tier, self.video_codec, self.frame_choice = (
+            self._common(name, [index[name] for index in indexes])
+            for name in ("tier", "video_codec", "frame_choice")
+        )
+        self.set_shards = tuple(len(index["shards"]) for index in indexes)
+        self.sets = tuple(
+            one for one, count in zip(sets, self.set_shards, strict=True) for _ in range(count)
+        )
+        entries = [entry for index in indexes for entry in index["shards"]]
+        self.files = tuple(StoredFile(entry.name, entry.sha256, entry.bytes) for entry in entries)
+        self.sizes = tuple(entry.samples for entry in entries)
         self.samples = sum(self.sizes)
-        digests = "".join(entry.sha256 for entry in index["shards"])
+        digests = "".join(entry.sha256 for entry in entries)
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
         self._start_reading()
 
+    def _common(self, name: str, values: list[Any]) -> Any:
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{self.folder} do not go together: {name} is {' and '.join(map(str, values))}; "
+                f"pack them alike"
+            )
+        return values[0]
+
     def _start_reading(self) -> None:
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
         self._lock = threading.Lock()
         self._describe = lru_cache(maxsize=256)(self._read_description)
 
@@ -187,9 +264,42 @@ class ShardSet:
         vars(self).update(state)
         self._start_reading()
 
+    def weights(self, number: int) -> np.ndarray:
+        """Sampling weights of one set, `(samples,)` float32; mapped where the file is local.
+
+        Raises:
+            ValueError: the set has none, or they are damaged.
+        """
+        first = sum(self.set_shards[:number])
+        storage = self.sets[first].storage
+        place = storage.place("weights.npy")
+        try:
+            if isinstance(storage, LocalFolder):
+                weights = np.load(place, mmap_mode="r", allow_pickle=False)
+            else:
+                weights = np.load(io.BytesIO(storage.read("weights.npy")), allow_pickle=False)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{place} does not exist, and data.sampling is weighted: `cavmae pack` writes it "
+                f"where every clip has a label; use uniform, or pack with labels"
+            ) from error
+        samples = sum(self.sizes[first : first + self.set_shards[number]])
+        if weights.shape != (samples,):
+            raise ValueError(f"{place} has shape {weights.shape}; the set has {samples} samples")
+        return weights
+
+    def place(self, shard: int) -> str:
+        """Path or URL of a shard."""
+        return self.sets[shard].storage.place(self.files[shard].name)
+
+    def shard_id(self, shard: int) -> str:
+        """The part of its samples' ids that they share."""
+        return f"{self.sets[shard].prefix}{Path(self.files[shard].name).stem}"
+
     def sample_id(self, shard: int, sample: int) -> str:
-        """A name of the sample that stays the same in all runs, such as `000003/000003017`."""
-        return f"{Path(self.names[shard]).stem}/{self._shard(shard).index.keys[sample]}"
+        """A name of the sample that stays the same in all runs, such as `000003/000003017`; with
+        the set's number before it where there are several."""
+        return f"{self.shard_id(shard)}/{self._index(shard).keys[sample]}"
 
     def description(self, shard: int, sample: int) -> dict[str, Any]:
         """The sample's JSON, parsed; shared between calls, so not to be changed.
@@ -205,62 +315,74 @@ class ShardSet:
 
         Raises:
             OSError: the shard cannot be read.
-            ShardError: the bytes are damaged.
+            ShardError: the bytes are damaged, in the shard and not only on their way.
             ValueError: this tier has no such member.
         """
-        data = self._read(shard, sample, extension)
         if extension == "json":
-            return data
+            return self._checked(shard, sample, extension, _parsed_description)[0]
         expected = self.description(shard, sample)["crc32"].get(extension)
-        if expected is not None and zlib.crc32(data) != expected:
-            raise ShardError("crc_mismatch", f"{extension} of {self._place(shard, sample)}")
-        return data
 
-    def _place(self, shard: int, sample: int) -> str:
-        return f"sample {sample} of {self.folder / self.names[shard]}"
+        def check(data: bytes) -> None:
+            if expected is not None and zlib.crc32(data) != expected:
+                raise ShardError("crc_mismatch", "")
+
+        return self._checked(shard, sample, extension, check)[0]
 
     def _read_description(self, shard: int, sample: int) -> dict[str, Any]:
-        try:
-            description = json.loads(self._read(shard, sample, "json"))
-        except ValueError as error:
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError("bad_json", f"{self._place(shard, sample)}: {error}") from error
-        if not isinstance(description, dict) or description.get("schema") != SCHEMA:
-            raise ShardError("bad_schema", f"{self._place(shard, sample)}: not schema {SCHEMA}")
-        if not isinstance(description.get("crc32"), dict) or "key" not in description:
-            raise ShardError("bad_schema", f"{self._place(shard, sample)}: no key or crc32")
-        return description
+        return self._checked(shard, sample, "json", _parsed_description)[1]
 
-    def _read(self, shard: int, sample: int, extension: str) -> bytes:
-        opened = self._shard(shard)
+    def _checked(
+        self, shard: int, sample: int, extension: str, check: Callable[[bytes], T]
+    ) -> tuple[bytes, T]:
+        """A member, and what `check` says of it; read anew where a cache may be to blame."""
+        offset, size = self._range(shard, sample, extension)
+        file, storage = self.files[shard], self.sets[shard].storage
+
+        def read() -> tuple[bytes, T]:
+            data = storage.read_range(file, offset, size)
+            if len(data) != size:
+                raise ShardError("short_read", "")
+            return data, check(data)
+
+        try:
+            try:
+                return read()
+            except ShardError:
+                if not storage.forget(file, offset, size):
+                    raise
+            return read()
+        except ShardError as error:
+            place = f"{extension} of sample {sample} of {self.place(shard)}"
+            detail = f"{place}: {error.detail}" if error.detail else place
+            raise ShardError(error.reason, detail) from error
+
+    def _range(self, shard: int, sample: int, extension: str) -> tuple[int, int]:
+        """Offset and size of a member in bytes."""
+        index = self._index(shard)
         if extension not in EXTENSIONS[self.tier]:
             raise ValueError(
                 f"a sample of the {self.tier} tier has no {extension!r}; "
                 f"it has {', '.join(EXTENSIONS[self.tier])}"
             )
-        if extension not in opened.index.extensions:
-            raise ShardError("missing_member", f"{extension} in {self.folder / self.names[shard]}")
-        column = opened.index.extensions.index(extension)
-        offset = int(opened.index.offset[sample, column])
-        size = int(opened.index.size[sample, column])
-        parts = []
-        while size > 0:
-            part = os.pread(opened.descriptor, size, offset)
-            if not part:
-                raise ShardError("short_read", f"{extension} of {self._place(shard, sample)}")
-            parts.append(part)
-            offset += len(part)
-            size -= len(part)
-        return b"".join(parts)
+        if extension not in index.extensions:
+            raise ShardError("missing_member", f"{extension} in {self.place(shard)}")
+        column = index.extensions.index(extension)
+        return int(index.offset[sample, column]), int(index.size[sample, column])
 
-    def _shard(self, shard: int) -> _OpenShard:
+    def _index(self, shard: int) -> MemberIndex:
         with self._lock:
-            opened = self._open.get(shard)
-            if opened is None:
-                opened = _OpenShard(self.folder, self.names[shard], self.sizes[shard])
-                self._open[shard] = opened
-            self._open.move_to_end(shard)
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return opened
+            index = self._indexes.get(shard)
+            if index is None:
+                file, storage = self.files[shard], self.sets[shard].storage
+                name = f"{Path(file.name).stem}.idx"
+                index = _parse_member_index(storage.read_beside(name, file), storage.place(name))
+                if len(index.offset) != self.sizes[shard]:
+                    raise ValueError(
+                        f"{self.place(shard)}: its .idx lists {len(index.offset)} samples, "
+                        f"index.json {self.sizes[shard]}; pack the videos again"
+                    )
+                self._indexes[shard] = index
+            self._indexes.move_to_end(shard)
+            if len(self._indexes) > KEPT_INDEXES:
+                self._indexes.popitem(last=False)
+            return index

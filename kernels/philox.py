@@ -15,6 +15,7 @@ STREAMS = {
     "noise": 5,
     "order": 6,
     "substitute": 7,
+    "mixture": 8,
 }
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

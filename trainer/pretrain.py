@@ -121,9 +121,9 @@ def run(config: PretrainConfig) -> RunSummary:
 
     _log_to_stderr(ranks)
     # Build.
-    if not config.data.train:
+    if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
-    train_set = ShardSet(config.data.train)
+    train_set = ShardSet(config.data.train_folders, config.data.cache)
     config = resolve(
         config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
     )

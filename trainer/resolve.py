@@ -9,7 +9,14 @@ from cavmae.trainer.config import PretrainConfig
 
 # Fields that decide what a run computes. A run that goes on keeps them; the others may change.
 _FIXED = ("model", "mask", "loss", "seed", "global_batch", "lanes", "initial_weights")
-_FIXED_DATA = ("frame_choice", "log_mel_mean", "log_mel_deviation", "shuffle_window")
+_FIXED_DATA = (
+    "frame_choice",
+    "log_mel_mean",
+    "log_mel_deviation",
+    "shuffle_window",
+    "mixture",
+    "sampling",
+)
 # As Linux names them: x86's two ways of multiplying bf16, and ARM's.
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 

@@ -44,7 +44,7 @@ def packed_by_codec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
 def read(folder: Path, positions: list[int], **fields: object) -> list[EncodedClip]:
     """Clips read as for training: sample `position % CLIPS` of the first shard."""
     settings = ReaderSettings(
-        folder=str(folder),
+        shards=ShardSet(folder),
         seed=3,
         frame_choice="by_time",
         image_size=IMAGE_SIZE,
@@ -188,7 +188,8 @@ def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
     packed_by_codec: dict[str, Path],
 ) -> None:
     """NVDEC takes VP9 from 128 pixels; the clips here have 64."""
-    settings = ReaderSettings(str(packed_by_codec["vp9"]), 0, "by_time", 48, 32000, True, gpu=0)
+    shards = ShardSet(packed_by_codec["vp9"])
+    settings = ReaderSettings(shards, 0, "by_time", 48, 32000, True, gpu=0)
     clip = ClipReader(settings)(ReadTask(0, 0, 0, 0))
     assert isinstance(clip, EncodedClip)
     assert clip.pixels is not None

@@ -74,8 +74,8 @@ def damaged_copy(tier: Path, out: Path, damages: dict[tuple[int, int], Damage]) 
     whole = ShardSet(tier)
     out.mkdir()
     entries = []
-    for shard, name in enumerate(whole.names):
-        writer = ShardWriter(out, Path(name).stem)
+    for shard in range(len(whole.sizes)):
+        writer = ShardWriter(out, whole.shard_id(shard))
         for sample in range(whole.sizes[shard]):
             members = {
                 extension: whole.member(shard, sample, extension)

@@ -16,7 +16,7 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from cavmae.dataloaders import shards as shards_module
+from cavmae.dataloaders import storage
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
 from cavmae.dataloaders.shards import (
     EXTENSIONS,
@@ -139,14 +139,14 @@ def test_reading_costs_the_bytes_of_the_member(
     packed_synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    pread = shards_module.os.pread
+    pread = storage.os.pread
 
     def counted(descriptor: int, size: int, offset: int) -> bytes:
         data = pread(descriptor, size, offset)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(shards_module.os, "pread", counted)
+    monkeypatch.setattr(storage.os, "pread", counted)
     shards = ShardSet(packed_synthetic / "frames")
     jpeg = shards.member(1, 5, "3.jpg")
     description = sum(read) - len(jpeg)
@@ -167,10 +167,10 @@ def test_threads_can_share_a_set(packed_synthetic: Path) -> None:
     assert read[:24] == [shards.member(*place, "0.jpg") for place in places[:24]]
 
 
-def test_few_shards_are_open_at_once(
+def test_few_files_are_open_at_once(
     packed_synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage, "OPEN_FILES", 1)
     before = len(list(Path("/proc/self/fd").iterdir()))
     shards = ShardSet(packed_synthetic / "video")
     for number in range(30):
@@ -276,7 +276,7 @@ def test_an_absent_shard_is_no_fault_of_a_sample(packed_synthetic: Path, tmp_pat
     shutil.copytree(packed_synthetic / "video", folder)
     shards = ShardSet(folder)
     (folder / "000001.tar").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match=r"000001\.tar could not be read in 3 tries \(FileNotFound"):
         shards.member(1, 0, "flac")
 
 

@@ -1,0 +1,184 @@
+"""An S3-compatible store on loopback that fails on purpose: `with object_store() as store: ...`.
+
+A process of its own runs moto's S3 server behind a layer that counts what is sent and spoils
+answers to order: errors 500, connections reset, bodies cut short, bodies that trickle. Used by
+tests and by `cavmae bench data-day`; needs the `dev` extra.
+"""
+
+import itertools
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FAULTS = ("error", "reset", "truncated", "slow")
+SLOW_PARTS = 5
+SLOW_SECONDS = 0.05
+"""Between the parts of a body that trickles."""
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running store.
+
+    Attributes:
+        url: of the server, `http://127.0.0.1:PORT`.
+        environment: variables with which s3fs finds it.
+    """
+
+    url: str
+    environment: dict[str, str]
+
+    def upload(self, folder: Path, bucket: str) -> str:
+        """Put a folder's files there; returns its `s3://` URL."""
+        self._call("PUT", f"/{bucket}")
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                self._call("PUT", f"/{bucket}/{name}", path.read_bytes())
+        return f"s3://{bucket}"
+
+    def replace(self, bucket: str, name: str, data: bytes) -> None:
+        """Put other bytes in an object's place."""
+        self._call("PUT", f"/{bucket}/{name}", data)
+
+    def fail(self, every: int, kinds: Iterable[str] = FAULTS) -> None:
+        """Spoil each `every`-th answer with an object, by the kinds in turn; 0: none."""
+        self._call("POST", "/_faults", json.dumps([every, list(kinds)]).encode())
+
+    def counts(self) -> dict[str, int]:
+        """`bytes` of objects sent, `requests` for them, and how often each fault was made."""
+        return json.loads(self._call("GET", "/_counts"))
+
+    def _call(self, method: str, path: str, data: bytes | None = None) -> bytes:
+        # A form would be parsed; what is not public can't be read by plain HTTP or written again.
+        headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read-write"}
+        request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+
+@contextmanager
+def object_store() -> Iterator[ObjectStore]:
+    """Start a store; it ends with the block.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", __spec__.name if __spec__ else __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        if not port.isdigit():
+            raise RuntimeError("the object store did not start; is the `dev` extra installed?")
+        url = f"http://127.0.0.1:{port}"
+        keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+        yield ObjectStore(url, keys | {"AWS_ENDPOINT_URL_S3": url, "AWS_REGION": "us-east-1"})
+    finally:
+        process.kill()
+        process.wait()
+
+
+class _Spoiler:
+    """WSGI application that counts and spoils the answers of another one."""
+
+    def __init__(self, application: Callable[..., Iterable[bytes]]):
+        self._application = application
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._every = 0
+        self._kinds = itertools.cycle(FAULTS)
+
+    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if path == "/_counts":
+            start("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps(self._counts).encode()]
+        if path == "/_faults":
+            self._every, kinds = json.loads(
+                environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            )
+            self._kinds = itertools.cycle(kinds)
+            start("204 No Content", [])
+            return []
+        if method != "GET" or path.count("/") < 2:
+            return self._application(environ, start)
+        fault = self._fault()
+        if fault == "error":
+            start("500 Internal Server Error", [("Content-Length", "0")])
+            return []
+        if fault == "reset":
+            return _reset(environ)
+        body = b"".join(self._application(environ, start))
+        with self._lock:
+            self._counts["bytes"] += len(body)
+        if fault == "truncated":
+            return _cut(body, environ)
+        return _trickle(body) if fault == "slow" else [body]
+
+    def _fault(self) -> str | None:
+        with self._lock:
+            self._counts["requests"] += 1
+            if not self._every or self._counts["requests"] % self._every:
+                return None
+            fault = next(self._kinds)
+            self._counts[fault] += 1
+            return fault
+
+
+def _cut(body: bytes, environ: dict[str, Any]) -> Iterator[bytes]:
+    """Half of what was announced; then the connection ends."""
+    yield body[: len(body) // 2]
+    environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+
+
+def _trickle(body: bytes) -> Iterator[bytes]:
+    step = len(body) // SLOW_PARTS + 1
+    for start in range(0, len(body), step):
+        time.sleep(SLOW_SECONDS)
+        yield body[start : start + step]
+
+
+def _reset(environ: dict[str, Any]) -> Iterable[bytes]:
+    """Close the connection with an RST instead of an answer."""
+    connection = environ["werkzeug.socket"]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(connection.detach())
+    raise ConnectionResetError("on purpose")
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _serve() -> None:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    application = _Spoiler(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    _serve()
