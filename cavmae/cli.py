@@ -17,6 +17,8 @@ COMMANDS = {
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
     "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
+    "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
+    "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }

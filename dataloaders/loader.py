@@ -10,6 +10,8 @@ the loader, the interpreter or the process, however they end.
 """
 
 import itertools
+import logging
+import os
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -37,6 +39,8 @@ from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.stream import ClipStream
 
 MAXIMUM_SUBSTITUTES = 100
+
+log = logging.getLogger(__name__)
 
 
 class TrainLoader:
@@ -93,6 +97,7 @@ class TrainLoader:
         device = _with_index(device)
         settings = _settings(config, shards, shape, seed, device, draw_frame=True)
         plan = training_plan(config, shards, seed, lanes)
+        _check_cache(config, shards, lanes // world_size)
         self._quarantine = Quarantine(shards, quarantine, config.maximum_bad_share)
         self._last_position = -1
         self.wait_seconds = 0.0
@@ -308,6 +313,24 @@ def _check_batches(global_batch: int, micro_batch: int, lanes: int, world_size: 
         raise ValueError(
             f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
             f"global_batch = {global_batch}; use micro_batch = {fitting}"
+        )
+
+
+def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
+    """Say when pieces of remote shards will be thrown away before they are used up."""
+    remote = sum(
+        file.bytes for file, one in zip(shards.files, shards.sets, strict=True) if one.remote
+    )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    in_use = min(remote, ranks * lanes * config.shuffle_window * remote // shards.samples)
+    if in_use > config.cache.limit_bytes > 0:
+        log.warning(
+            "data.cache_gigabytes is %g, and the shuffle windows of %d ranks hold %.1f GB of %s: "
+            "much will be fetched again and again; raise it, or lower data.shuffle_window",
+            config.cache_gigabytes,
+            ranks,
+            in_use / 1e9,
+            shards.folder,
         )
 
 

@@ -187,6 +187,10 @@ class _Set(NamedTuple):
     storage: Storage
     prefix: str
 
+    @property
+    def remote(self) -> bool:
+        return not isinstance(self.storage, LocalFolder)
+
 
 class ShardSet:
     """The packed clips of one tier, read member by member.

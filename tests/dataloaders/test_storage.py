@@ -296,6 +296,28 @@ def test_a_loader_gives_the_same_batches_from_a_url(
         assert torch.equal(ours.log_mel, theirs.log_mel) and torch.equal(ours.frames, theirs.frames)
 
 
+def test_a_cache_smaller_than_the_windows_is_said(
+    store: ObjectStore, packed_synthetic: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = store.upload(packed_synthetic / "frames", "warned")
+    for gigabytes, warned in ((1.0, False), (1e-5, True)):
+        config = DataConfig(
+            train=url, cache_folder=str(tmp_path), cache_gigabytes=gigabytes, reader_workers=1
+        )
+        TrainLoader(
+            config,
+            ClipShape(audio_frames=208, mel_bins=32, image_size=48),
+            seed=1,
+            global_batch=8,
+            micro_batch=8,
+            lanes=4,
+            rank=0,
+            world_size=1,
+            device=torch.device("cpu"),
+        ).close()
+        assert ("data.cache_gigabytes is 1e-05" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("folder", ["pipe:cat /etc/passwd", "PIPE:cat x", "pipe://cat"])
 def test_commands_are_refused(folder: str) -> None:
     with pytest.raises(ValueError, match="would run a command"):
