@@ -17,6 +17,8 @@ from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, ShardError, Sha
 
 SHORTEST_AUDIO_SAMPLES = 400
 """One window of the log-mel; less would make a constant input."""
+LARGEST_SIDE = 1 << 14
+"""Pixels; packing writes far less, and decoders would want memory for what is stated."""
 MIDDLE_FRAME = FRAMES_PER_CLIP // 2
 """The one of the ten frames that is used where nothing is drawn."""
 
@@ -122,7 +124,9 @@ class ClipReader:
             height = int(description["video"]["height"])
             width = int(description["video"]["width"])
             chosen, index, frame_seconds = self._choose_frame(task.position, description)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
+                raise ValueError(f"a video of {width} x {height} pixels")
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return Damage(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return Damage(task, sample_id, "audio_too_short", f"{audio_samples} samples")

@@ -113,18 +113,30 @@ def _read_index(storage: Storage) -> dict[str, Any]:
         ) from error
     try:
         index = json.loads(data)
-        schema = index["schema"]
-        if schema != SCHEMA:
-            raise ValueError(f"its schema is {schema}, this version reads {SCHEMA}")
+        if index["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {index['schema']}, this version reads {SCHEMA}")
         if index["tier"] not in TIERS:
             raise ValueError(f"its tier is {index['tier']!r}, not one of {', '.join(TIERS)}")
-        index["shards"] = [ShardEntry(**entry) for entry in index["shards"]]
-        for entry in index["shards"]:
-            if Path(entry.name).name != entry.name or Path(entry.name).suffix != ".tar":
-                raise ValueError(f"it lists {entry.name!r}, which is not the name of a tar")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place} cannot be used ({error}); pack the videos again") from error
+        kinds = {"frame_choice": str, "video_codec": str | None, "samples": int}
+        wrong = [name for name, kind in kinds.items() if not isinstance(index[name], kind)]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is {index[wrong[0]]!r}")
+        index["shards"] = [_entry(**entry) for entry in index["shards"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{place} cannot be used ({type(error).__name__}: {error}); pack the videos again"
+        ) from error
     return index
+
+
+def _entry(name: Any, samples: Any, bytes: Any, sha256: Any) -> ShardEntry:
+    if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".tar":
+        raise ValueError(f"it lists {name!r}, which is not the name of a tar")
+    if not isinstance(sha256, str) or not all(
+        isinstance(number, int) and number > 0 for number in (samples, bytes)
+    ):
+        raise ValueError(f"it lists {name} with {samples!r} samples of {bytes!r} bytes")
+    return ShardEntry(name, samples, bytes, sha256)
 
 
 def read_member_index(path: Path) -> MemberIndex:
