@@ -9,6 +9,43 @@ from cavmae.dataloaders.storage import CacheSettings
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Changes of training clips, all drawn for a clip's place in the plan; published pretraining
+    has none.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    smallest_crop_area: float = 1.0
+    """Least share of a frame's area that a random crop takes; 1: the middle, as published."""
+    flip: bool = False
+    """Flip frames left to right, half of the time."""
+    frequency_mask: int = 0
+    """Bins of the log-mel at most that are masked (published fine-tuning: 48); 0: none."""
+    time_mask: int = 0
+    """Frames of the log-mel at most that are masked (published fine-tuning: 192); 0: none."""
+    noise: bool = False
+    """Add noise to the log-mel and shift it in time, as published fine-tuning does."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest_crop_area <= 1:
+            raise ValueError(
+                f"data.augmentation.smallest_crop_area is {self.smallest_crop_area}; "
+                f"use a share above 0 and up to 1"
+            )
+        for field in ("frequency_mask", "time_mask"):
+            if getattr(self, field) < 0:
+                raise ValueError(
+                    f"data.augmentation.{field} is {getattr(self, field)}; use 0 or more"
+                )
+
+    @property
+    def changes_sound(self) -> bool:
+        return bool(self.frequency_mask or self.time_mask or self.noise)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the clips come from and how they are read.
 
@@ -33,6 +70,12 @@ class DataConfig:
     frame_choice: Literal["by_time", "published"] = "by_time"
     """`by_time`: the frame shown at a time drawn from the clip. `published`: one of the ten frame
     indexes of the original code, which takes the frame before the index that it computes."""
+    frames_per_clip: int = 1
+    """Frames of a clip, each from its own equal part of what is heard. The models here take 1."""
+    window_seconds: float = 0.0
+    """Length of the part of a clip that is heard and seen, drawn anew each time (validation: the
+    middle one); 0: the clip's beginning, as published."""
+    augmentation: Augmentation = Augmentation()
     log_mel_mean: float = -5.081
     """Subtracted from the log-mel (natural log); the published AudioSet mean."""
     log_mel_deviation: float = 4.4849
@@ -43,6 +86,8 @@ class DataConfig:
     """Processes per rank that read shards."""
     decode_threads: int = 2
     """CPU threads per rank that decode."""
+    video_pipelines: int = 1
+    """DALI pipelines per rank that take turns; on a GPU each keeps about one NVDEC busy."""
     prefetch_batches: int = 2
     """Decoded micro-batches kept ready per rank."""
     maximum_bad_share: float = 0.01
@@ -50,7 +95,14 @@ class DataConfig:
     The first ten bad clips never stop it."""
 
     def __post_init__(self) -> None:
-        for field in ("shuffle_window", "reader_workers", "decode_threads", "prefetch_batches"):
+        for field in (
+            "shuffle_window",
+            "reader_workers",
+            "decode_threads",
+            "prefetch_batches",
+            "frames_per_clip",
+            "video_pipelines",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; use 1 or more")
         if self.mixture and len(self.mixture) != len(self.train_folders):
@@ -62,6 +114,8 @@ class DataConfig:
             raise ValueError(f"data.mixture is {self.mixture}; use shares above 0")
         if not 0 <= self.cache_gigabytes < math.inf:
             raise ValueError(f"data.cache_gigabytes is {self.cache_gigabytes}; use 0 or more")
+        if not 0 <= self.window_seconds < math.inf:
+            raise ValueError(f"data.window_seconds is {self.window_seconds}; use 0 or more")
         if not 0 <= self.maximum_bad_share <= 1:
             raise ValueError(
                 f"data.maximum_bad_share is {self.maximum_bad_share}; use a share from 0 to 1"

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, pipeline_def
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
 from cavmae.dataloaders.reader import EncodedClip
 
 IMAGE_MEAN = (0.4850, 0.4560, 0.4060)
 IMAGE_DEVIATION = (0.2290, 0.2240, 0.2250)
 
+_NOTHING = np.zeros(1, dtype=np.uint8)
 _NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
 
 
@@ -46,8 +47,8 @@ class DecodedClips:
     waveforms: list[np.ndarray]
     """`(samples,)` int16 each, as long as the clip's audio."""
     frames: Any
-    """`(batch, 1, 3, image_size, image_size)` float32, ImageNet-normalised: a numpy array, or a
-    torch tensor on the GPU."""
+    """`(batch, frames_per_clip, 3, image_size, image_size)` float32, ImageNet-normalised: a numpy
+    array, or a torch tensor on the GPU."""
 
 
 class ClipDecoder:
@@ -58,20 +59,28 @@ class ClipDecoder:
         image_size: height and width of the frames that come out.
         maximum_batch: most clips in a batch.
         threads: CPU threads that decode.
+        frames_per_clip: frames of every clip.
         gpu: number of the GPU that decodes the frames and where they are left; None: the CPU does.
             Audio is always decoded by the CPU.
     """
 
     def __init__(
-        self, tier: str, image_size: int, maximum_batch: int, threads: int, gpu: int | None
+        self,
+        tier: str,
+        image_size: int,
+        maximum_batch: int,
+        threads: int,
+        gpu: int | None,
+        frames_per_clip: int = 1,
     ):
         self.tier = tier
         self.gpu = gpu
+        self._frames_per_clip = frames_per_clip
         graph: Any = _video_graph if tier == "video" else _image_graph
         self._pipeline: Pipeline = graph(
             on_gpu=gpu is not None,
             image_size=image_size,
-            batch_size=maximum_batch,
+            batch_size=maximum_batch * frames_per_clip,
             num_threads=threads,
             device_id=gpu,
             prefetch_queue_depth=1,
@@ -81,14 +90,18 @@ class ClipDecoder:
     def schedule(self, clips: Sequence[EncodedClip]) -> None:
         """Begin to decode a batch; returns at once."""
         feed = self._pipeline.feed_input
-        feed("flac", [_bytes(clip.flac) for clip in clips])
+        frames = [(clip, place) for clip in clips for place in range(self._frames_per_clip)]
+        # A row of the pipeline is a frame; a clip's sound goes with its first one.
+        feed("has_sound", [np.bool_(place == 0) for _, place in frames])
+        feed("flac", [_bytes(clip.flac) if place == 0 else _NOTHING for clip, place in frames])
         if self.tier == "video":
-            pixels = [clip.pixels for clip in clips]
+            pixels = [clip.pixels[place] if clip.pixels else None for clip, place in frames]
             feed("has_pixels", [np.bool_(one is not None) for one in pixels])
             feed("pixels", [_NO_PIXELS if one is None else one[None] for one in pixels])
-        feed("encoded", [_bytes(clip.picture) for clip in clips])
-        feed("resized", [np.array(clip.resized, dtype=np.float32) for clip in clips])
-        feed("crop", [np.array(clip.crop, dtype=np.float32) for clip in clips])
+        feed("encoded", [_bytes(clip.pictures[place]) for clip, place in frames])
+        feed("box_start", [np.array(clip.box[:2], dtype=np.float32) for clip, _ in frames])
+        feed("box_end", [np.array(clip.box[2:], dtype=np.float32) for clip, _ in frames])
+        feed("mirrored", [np.array(clip.mirrored, dtype=np.int32) for clip, _ in frames])
         self._pipeline.schedule_run()
 
     def collect(self) -> DecodedClips:
@@ -102,9 +115,9 @@ class ClipDecoder:
         except RuntimeError as error:
             raise DecodeError(str(error)) from error
         # A later batch overwrites DALI's memory.
+        firsts = range(0, len(waveforms), self._frames_per_clip)
         return DecodedClips(
-            [np.array(waveforms.at(place)).reshape(-1) for place in range(len(waveforms))],
-            self._copied(frames),
+            [np.array(waveforms.at(place)).reshape(-1) for place in firsts], self._copied(frames)
         )
 
     def _copied(self, frames: Any) -> Any:
@@ -118,7 +131,7 @@ class ClipDecoder:
             device = torch.device("cuda", self.gpu)
             copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
             feed_ndarray(dense, copy, cuda_stream=torch.cuda.current_stream(device))
-        return copy if self.tier == "video" else copy[:, None]
+        return copy.reshape(-1, self._frames_per_clip, *copy.shape[-3:])
 
 
 def _bytes(data: bytes) -> np.ndarray:
@@ -130,25 +143,34 @@ def _source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -
 
 
 def _waveform() -> Any:
+    """Sound of the rows that have any; DALI's conditionals reach into this function."""
+    has_sound: Any = _source("has_sound", DALIDataType.BOOL, 0)
     flac = _source("flac", DALIDataType.UINT8, 1)
-    waveform, _ = fn.decoders.audio(flac, dtype=DALIDataType.INT16, downmix=False)
+    if has_sound:
+        waveform, _ = fn.decoders.audio(flac, dtype=DALIDataType.INT16, downmix=False)
+    else:
+        waveform = Constant(np.zeros((1, 1), dtype=np.int16), device="cpu")
     return waveform
 
 
 def _to_input(picture: Any, image_size: int, layout: str) -> Any:
-    """Resize as PIL does (antialiased triangle filter, uint8 result), crop, normalise."""
-    crop = _source("crop", DALIDataType.FLOAT, 1)
+    """Resize the box as PIL does (antialiased triangle filter, uint8 result), flip, normalise.
+
+    The filter looks beyond the edges of the box: the middle box gives what a resize of the whole
+    picture and a crop would.
+    """
     resized: Any = fn.resize(
         picture,
-        size=_source("resized", DALIDataType.FLOAT, 1),
+        size=(image_size, image_size),
+        roi_start=_source("box_start", DALIDataType.FLOAT, 1),
+        roi_end=_source("box_end", DALIDataType.FLOAT, 1),
+        roi_relative=True,
         interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
     return fn.crop_mirror_normalize(
         resized,
-        crop=(image_size, image_size),
-        crop_pos_y=crop[0],
-        crop_pos_x=crop[1],
+        mirror=_source("mirrored", DALIDataType.INT32, 0),
         dtype=DALIDataType.FLOAT,
         output_layout=layout,
         mean=[255 * mean for mean in IMAGE_MEAN],
@@ -170,7 +192,7 @@ def _video_graph(on_gpu: bool, image_size: int):
     return _waveform(), _to_input(picture, image_size, "FCHW")
 
 
-@pipeline_def
+@pipeline_def(enable_conditionals=True)
 def _image_graph(on_gpu: bool, image_size: int):
     encoded = _source("encoded", DALIDataType.UINT8, 1)
     picture = fn.decoders.image(

@@ -350,6 +350,9 @@ def _settings(
         audio_samples=(shape.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES,
         draw_frame=draw_frame,
         gpu=device.index if device.type == "cuda" else None,
+        frames_per_clip=config.frames_per_clip,
+        window_seconds=config.window_seconds,
+        augmentation=config.augmentation if draw_frame else None,
     )
 
 

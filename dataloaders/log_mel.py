@@ -6,7 +6,10 @@ DC removal are off by 4 to 8) give the published input; this file follows Kaldi'
 the published code calls through torchaudio: 25 ms windows every 10 ms, whole windows only.
 """
 
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -39,46 +42,92 @@ def log_mel(
         `(batch, frames, mel_bins)` float32.
     """
     result = torch.zeros(len(waveforms), frames, mel_bins, device=device)
-    # Cache misses cost more than batching gains on a CPU: one clip at a time is the fastest there.
-    chunk_clips = 1 if device.type == "cpu" else CHUNK_CLIPS
-    for start in range(0, len(waveforms), chunk_clips):
-        chunk = waveforms[start : start + chunk_clips]
-        lengths = torch.tensor([len(waveform) for waveform in chunk])
-        padded = torch.nn.utils.rnn.pad_sequence(list(chunk), batch_first=True)
-        result[start : start + len(chunk)] = _chunk(
-            padded.to(device), lengths.to(device), mel_bins, frames
-        )
+
+    def compute(chunk: slice) -> None:
+        some = list(waveforms[chunk])
+        lengths = torch.tensor([len(waveform) for waveform in some])
+        padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        result[chunk] = _chunk(padded.to(device), lengths, mel_bins, frames)
+
+    if device.type != "cpu":
+        for start in range(0, len(waveforms), CHUNK_CLIPS):
+            compute(slice(start, start + CHUNK_CLIPS))
+        return result
+    # Cache misses cost more than batching gains on a CPU: a clip at a time is the fastest there.
+    clips = [slice(number, number + 1) for number in range(len(waveforms))]
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for clip in clips:
+            compute(clip)
+    else:
+        list(_clip_threads(threads, os.getpid()).map(compute, clips))
     return result
+
+
+@lru_cache(maxsize=1)
+def _clip_threads(count: int, process: int) -> ThreadPoolExecutor:
+    """Threads of one process in which torch uses one thread each.
+
+    Operations this small gain nothing from torch's own threads, which wait for each other spinning.
+    torch keeps the number for each thread, and one for threads to come: that one is put back.
+    """
+    pool = ThreadPoolExecutor(count, "log-mel", initializer=torch.set_num_threads, initargs=(1,))
+    started = threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    restore = threading.Thread(target=torch.set_num_threads, args=(count,))
+    restore.start()
+    restore.join()
+    return pool
 
 
 def _chunk(
     waveforms: torch.Tensor, lengths: torch.Tensor, mel_bins: int, frames: int
 ) -> torch.Tensor:
-    """`(clips, samples)` padded waveforms and `(clips,)` lengths to `(clips, frames, mel_bins)`."""
+    """`(clips, samples)` padded waveforms and `(clips,)` lengths to `(clips, frames, mel_bins)`.
+
+    Kaldi removes each window's mean, then applies the pre-emphasis and the Hann window `h`. All are
+    linear: `h * (x[t] - c x[t-1]) - (1 - c) * mean * h`, so the pre-emphasis is applied once to the
+    waveform. (A window's first sample, which Kaldi takes as its own predecessor, has `h = 0`.)
+    """
     device = waveforms.device
     if waveforms.dtype == torch.int16:
         waveforms = waveforms.float() / 32768
-    inside = torch.arange(waveforms.shape[1], device=device) < lengths[:, None]
-    mean = waveforms.sum(1, dtype=torch.float64) / lengths.clamp(min=1)
-    waveforms = torch.where(inside, waveforms - mean.float()[:, None], 0.0)
+    whole = ((lengths - WINDOW_SAMPLES).div(HOP_SAMPLES, rounding_mode="floor") + 1).clamp(min=0)
+    mean = waveforms.sum(1, dtype=torch.float64) / lengths.clamp(min=1).to(device)
+    waveforms = waveforms - mean.float()[:, None]
+    if int(lengths.min()) < waveforms.shape[1]:
+        outside = torch.arange(waveforms.shape[1], device=device) >= lengths.to(device)[:, None]
+        waveforms.masked_fill_(outside, 0.0)
 
-    needed = (frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
-    waveforms = torch.nn.functional.pad(waveforms, (0, needed - waveforms.shape[1]))
-    windows = waveforms.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES)  # (clips, frames, 400)
-    windows = windows - windows.mean(2, keepdim=True)
-    earlier = torch.cat([windows[..., :1], windows[..., :-1]], 2)
-    windows = (windows - PREEMPHASIS * earlier) * _hann(device)
-    spectrum = torch.fft.rfft(windows, FFT_SAMPLES)  # (clips, frames, 257)
-    power = spectrum.real.square() + spectrum.imag.square()
+    result = torch.zeros(len(waveforms), frames, mel_bins, device=device)
+    computed = min(frames, int(whole.max()))
+    if computed == 0:
+        return result
+    waveforms = waveforms[:, : (computed - 1) * HOP_SAMPLES + WINDOW_SAMPLES]
+    emphasised = waveforms.clone()
+    emphasised[:, 1:].sub_(waveforms[:, :-1], alpha=PREEMPHASIS)
+    # A window is five blocks of 80 samples, the next one begins two blocks later.
+    blocks = waveforms.unflatten(1, (-1, HOP_SAMPLES // 2)).sum(2)
+    means = blocks.unfold(1, WINDOW_SAMPLES * 2 // HOP_SAMPLES, 2).sum(2) / WINDOW_SAMPLES
+    hann = _hann(device)
+    windows = torch.empty(len(waveforms), computed, FFT_SAMPLES, device=device)
+    inner = windows[..., :WINDOW_SAMPLES]
+    windows[..., WINDOW_SAMPLES:] = 0
+    torch.mul(emphasised.unfold(1, WINDOW_SAMPLES, HOP_SAMPLES), hann, out=inner)
+    inner.addcmul_(means[..., None], hann, value=PREEMPHASIS - 1)
+    spectrum = torch.fft.rfft(windows)  # (clips, computed, 257)
+    power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
     # TF32's ten bits would move the logarithm by 1e-3. Its switch belongs to the whole process,
     # and this runs beside the training thread: float64 keeps it out without touching the switch.
     exact = torch.float32 if device.type == "cpu" else torch.float64
-    mel = (power.to(exact) @ _mel_filters(mel_bins, device, exact)).float()  # (clips, frames, mel)
-    logarithm = mel.clamp(min=torch.finfo(torch.float32).eps).log()
-
-    whole_windows = (lengths - WINDOW_SAMPLES).div(HOP_SAMPLES, rounding_mode="floor") + 1
-    present = torch.arange(frames, device=device) < whole_windows[:, None]
-    return torch.where(present[..., None], logarithm, 0.0)
+    mel = (power.to(exact) @ _mel_filters(mel_bins, device, exact)).float()
+    result[:, :computed] = mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
+    if int(whole.min()) < computed:
+        absent = torch.arange(frames, device=device) >= whole.to(device)[:, None]
+        result.masked_fill_(absent[..., None], 0.0)
+    return result
 
 
 @lru_cache(maxsize=4)

@@ -209,6 +209,7 @@ class ClipTrial:
             maximum_batch=1,
             threads=1,
             gpu=self._reader.settings.gpu,
+            frames_per_clip=self._reader.settings.frames_per_clip,
         )
         try:
             decoder.schedule([clip])

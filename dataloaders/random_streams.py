@@ -18,6 +18,10 @@ STREAMS = {
     "order": 6,
     "substitute": 7,
     "mixture": 8,
+    "flip": 9,
+    "spec_augment": 10,
+    "shift": 11,
+    "window": 12,
 }
 
 _ROUNDS = 10

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cavmae.dataloaders.augment import Box, is_mirrored, middle_box, random_box
+from cavmae.dataloaders.config import Augmentation
 from cavmae.dataloaders.one_frame import FrameError, cut_frame, decode_frame
 from cavmae.dataloaders.random_streams import random_words
 from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, ShardError, ShardSet
@@ -42,6 +44,11 @@ class ReaderSettings:
     """Draw the frame for the position; otherwise take the middle one of the ten."""
     gpu: int | None
     """Number of the GPU on which DALI decodes frames; None: the CPU does."""
+    frames_per_clip: int = 1
+    window_seconds: float = 0.0
+    """Part of the clip that is heard and seen; 0: from the beginning."""
+    augmentation: Augmentation | None = None
+    """None: nothing is drawn for the position, as in validation."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +69,14 @@ class EncodedClip:
     sample_id: str
     labels: tuple[str, ...]
     flac: bytes
-    picture: bytes
-    """A JPEG or a one-frame video; one zero byte where `pixels` are given."""
-    pixels: np.ndarray | None
-    """`(height, width, 3)` uint8 where DALI has no decoder for the video."""
-    resized: tuple[int, int]
-    """Height and width before the crop."""
-    crop: tuple[float, float]
-    """Top and left of the crop, each as a share of what the crop leaves over."""
-    frame_seconds: float
+    pictures: tuple[bytes, ...]
+    """JPEGs or one-frame videos; one zero byte each where `pixels` are given."""
+    pixels: tuple[np.ndarray, ...] | None
+    """`(height, width, 3)` uint8 each, where DALI has no decoder for the video."""
+    box: Box
+    """Of the pictures, what the model sees."""
+    mirrored: bool
+    frame_seconds: tuple[float, ...]
     audio_seconds: tuple[float, float]
     """Start and length of the audio that is heard."""
 
@@ -123,78 +129,94 @@ class ClipReader:
             audio_samples = int(description["audio"]["samples"])
             height = int(description["video"]["height"])
             width = int(description["video"]["width"])
-            chosen, index, frame_seconds = self._choose_frame(task.position, description)
+            window = self._window(task.position, audio_samples / AUDIO_HZ)
+            frames = self._choose_frames(task.position, description, window)
             if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
                 raise ValueError(f"a video of {width} x {height} pixels")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return Damage(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return Damage(task, sample_id, "audio_too_short", f"{audio_samples} samples")
-        extension = "mp4" if self.shards.tier == "video" else f"{chosen}.jpg"
-        picture = self.shards.member(task.shard, task.sample, extension)
-        pixels = None
-        if self.shards.tier == "video" and self._dali_decodes(height, width):
-            picture = cut_frame(picture, index)
-        elif self.shards.tier == "video":
-            picture, pixels = b"\0", decode_frame(picture, index)
-        resized, crop = resize_and_crop(height, width, self.settings.image_size)
-        heard = min(audio_samples, self.settings.audio_samples)
+        pictures, pixels = self._pictures(task, [frame[:2] for frame in frames], height, width)
+        augmentation, size = self.settings.augmentation, self.settings.image_size
+        box, mirrored = middle_box(height, width, size), False
+        if augmentation is not None:
+            seed = self.settings.seed
+            box = random_box(height, width, size, augmentation, seed, task.position)
+            mirrored = is_mirrored(augmentation, seed, task.position)
+        longest = self.settings.audio_samples / AUDIO_HZ
+        start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
             task,
             sample_id,
             labels,
             self.shards.member(task.shard, task.sample, "flac"),
-            picture,
+            pictures,
             pixels,
-            resized,
-            crop,
-            frame_seconds,
-            (0.0, heard / AUDIO_HZ),
+            box,
+            mirrored,
+            tuple(seconds for _, _, seconds in frames),
+            (start, min(length, longest)),
         )
 
-    def _choose_frame(self, position: int, description: dict[str, Any]) -> tuple[int, int, float]:
-        """Which of the ten frames, its index in the video, and its time.
+    def _pictures(
+        self, task: ReadTask, frames: list[tuple[int, int]], height: int, width: int
+    ) -> tuple[tuple[bytes, ...], tuple[np.ndarray, ...] | None]:
+        """The frames, given by their place among the ten and in the video, and their pixels where
+        DALI has no decoder."""
+        if self.shards.tier != "video":
+            names = [f"{chosen}.jpg" for chosen, _ in frames]
+            return tuple(self.shards.member(task.shard, task.sample, name) for name in names), None
+        video = self.shards.member(task.shard, task.sample, "mp4")
+        if self._dali_decodes(height, width):
+            return tuple(cut_frame(video, index) for _, index in frames), None
+        return (b"\0",) * len(frames), tuple(decode_frame(video, index) for _, index in frames)
 
-        The `video` tier is not bound to the ten: `by_time` there draws any moment of the clip. The
-        first number has no meaning then.
-        """
-        ten_frames = description["ten_frames"]
-        chosen = MIDDLE_FRAME
+    def _window(self, position: int, clip_seconds: float) -> tuple[float, float] | None:
+        """Start and length of what is heard and seen; None: the clip from its beginning."""
+        if not self.settings.window_seconds:
+            return None
+        length = min(self.settings.window_seconds, clip_seconds)
+        share = 0.5
         if self.settings.draw_frame:
-            word = int(random_words(self.settings.seed, "frame", position, 1)[0])
-            if self.shards.tier == "video" and self.settings.frame_choice == "by_time":
-                times = np.asarray(description["video"]["times_seconds"], dtype=np.float64)
-                moment = word / 2**32 * float(description["video"]["seconds"])
-                index = max(0, int(np.searchsorted(times, moment, side="right")) - 1)
-                return chosen, index, float(times[index])
-            chosen = word * FRAMES_PER_CLIP >> 32
-        frame = ten_frames[chosen]
-        return chosen, int(frame["index"]), float(frame["seconds"])
+            share = int(random_words(self.settings.seed, "window", position, 1)[0]) / 2**32
+        start = int(share * (clip_seconds - length) * AUDIO_HZ) / AUDIO_HZ
+        return start, length
+
+    def _choose_frames(
+        self, position: int, description: dict[str, Any], window: tuple[float, float] | None
+    ) -> list[tuple[int, int, float]]:
+        """Of each frame: its place among the ten, its index in the video, and its time.
+
+        Each comes from its own equal part of the window. The `video` tier is not bound to the ten:
+        `by_time` there shows any moment; the first number has no meaning then.
+        """
+        count = self.settings.frames_per_clip
+        inside = [0.5] * count
+        if self.settings.draw_frame:
+            words = random_words(self.settings.seed, "frame", position, count)
+            inside = (words / 2.0**32).tolist()
+        shares = [(part + share) / count for part, share in enumerate(inside)]
+        ten = description["ten_frames"]
+        start, length = window or (0.0, float(description["video"]["seconds"]))
+        moments = [start + share * length for share in shares]
+        any_moment = self.shards.tier == "video" and self.settings.frame_choice == "by_time"
+        if any_moment and (window is not None or self.settings.draw_frame):
+            times = np.asarray(description["video"]["times_seconds"], dtype=np.float64)
+            shown = np.maximum(0, np.searchsorted(times, moments, side="right") - 1)
+            return [(MIDDLE_FRAME, int(index), float(times[index])) for index in shown]
+        if window is None:
+            places = [int(share * FRAMES_PER_CLIP) for share in shares]
+        else:
+            ten_seconds = np.array([float(frame["seconds"]) for frame in ten])
+            places = [int(np.abs(ten_seconds - moment).argmin()) for moment in moments]
+        return [(at, int(ten[at]["index"]), float(ten[at]["seconds"])) for at in places]
 
     def _dali_decodes(self, height: int, width: int) -> bool:
         codec = str(self.shards.video_codec)
         if self.settings.gpu is not None:
             return min(height, width) >= NVDEC_SMALLEST_SIDE[codec]
         return codec in CPU_VIDEO_CODECS
-
-
-def resize_and_crop(
-    height: int, width: int, size: int
-) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Short side to `size`, then the middle `size` x `size` pixels, rounded as torchvision does.
-
-    Returns:
-        Height and width after the resize; top and left of the crop, each as a share (0 to 1) of
-        the pixels that the crop leaves over.
-    """
-    short = min(height, width)
-    resized = (size * height // short, size * width // short)
-    left_over = [side - size for side in resized]
-    start = [round(pixels / 2) for pixels in left_over]
-    top, left = (
-        pixels / over if over else 0.0 for pixels, over in zip(start, left_over, strict=True)
-    )
-    return resized, (top, left)
 
 
 def check_frame_choice(shards: ShardSet, frame_choice: str) -> None:

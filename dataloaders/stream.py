@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
+from cavmae.dataloaders.augment import SpectrogramChange, spectrogram_change
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import ClipDecoder, DecodedClips, DecodeError
@@ -28,7 +29,7 @@ from cavmae.dataloaders.reader import (
     ReadTask,
 )
 from cavmae.dataloaders.reader_pool import WorkerDied, WorkerPool
-from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.shards import AUDIO_HZ, ShardSet
 
 MAXIMUM_DEATHS = 5
 """Reader processes that may die at sound clips before the run stops."""
@@ -67,7 +68,7 @@ class ClipStream:
         self._config = config
         self._shape = shape
         self._device = device
-        self._gpu = settings.gpu
+        self._settings = settings
         self._maximum_batch = maximum_batch
         self._quarantine = quarantine
         self._choose = choose
@@ -76,7 +77,9 @@ class ClipStream:
         self._trial = ClipTrial(settings)
         self._pool = WorkerPool(ClipReader(settings), config.reader_workers)
         self._deaths = 0
-        self._decoder: ClipDecoder | None = None
+        count = config.video_pipelines
+        self._decoders: list[ClipDecoder | None] = [None] * count
+        self._under_way: list[list[EncodedClip]] = [[] for _ in range(count)]
 
     def batches(self, positions: Iterable[np.ndarray]) -> Iterator[AudioVideoBatch]:
         """Batches at the given positions, in order; to be used once.
@@ -96,7 +99,7 @@ class ClipStream:
     def close(self) -> None:
         """End the readers; nothing may use the stream afterwards."""
         self._pool.close()
-        self._decoder = None
+        self._decoders.clear()
         if self._journal is not None:
             self._journal.clear()
 
@@ -155,37 +158,45 @@ class ClipStream:
     def _decode(
         self, batches: Iterator[list[EncodedClip]]
     ) -> Iterator[tuple[list[EncodedClip], DecodedClips]]:
-        """One batch is in the decoder while the next is read and the last is finished."""
-        under_way: list[EncodedClip] = []
-        for clips in batches:
-            decoded = self._collect(under_way)
-            self._schedule(clips)
+        """A batch is in each decoder while the next is read and the last is finished."""
+        number = -1
+        for number, clips in enumerate(batches):
+            slot = number % len(self._decoders)
+            decoded = self._collect(slot)
+            self._schedule(slot, clips)
             yield from decoded
-            under_way = clips
-        yield from self._collect(under_way)
+        for later in range(1, len(self._decoders) + 1):
+            yield from self._collect((number + later) % len(self._decoders))
 
-    def _schedule(self, clips: list[EncodedClip]) -> None:
+    def _schedule(self, slot: int, clips: list[EncodedClip]) -> None:
+        self._under_way[slot] = clips
         if self._journal is not None:
-            self._journal.write(clips)
-        if self._decoder is None:
-            self._decoder = ClipDecoder(
+            self._journal.write(clip for some in self._under_way for clip in some)
+        decoder = self._decoders[slot]
+        if decoder is None:
+            decoder = self._decoders[slot] = ClipDecoder(
                 self._shards.tier,
                 self._shape.image_size,
                 self._maximum_batch,
                 self._config.decode_threads,
-                self._gpu,
+                self._settings.gpu,
+                self._config.frames_per_clip,
             )
-        self._decoder.schedule(clips)
+        decoder.schedule(clips)
 
-    def _collect(self, clips: list[EncodedClip]) -> list[tuple[list[EncodedClip], DecodedClips]]:
-        """What the scheduled clips decode to, after replacing those that DALI refuses."""
+    def _collect(self, slot: int) -> list[tuple[list[EncodedClip], DecodedClips]]:
+        """What a decoder's clips decode to, after replacing those that DALI refuses."""
         unexplained: DecodeError | None = None
-        while clips and self._decoder is not None:
+        while self._under_way[slot]:
+            clips, decoder = self._under_way[slot], self._decoders[slot]
+            assert decoder is not None
             try:
                 with self._on_side_stream():
-                    return [(clips, self._decoder.collect())]
+                    decoded = decoder.collect()
+                self._under_way[slot] = []
+                return [(clips, decoded)]
             except DecodeError as error:
-                self._decoder = None
+                self._decoders[slot] = None
                 culprits = find_culprits(self._trial, self._shards, [clip.task for clip in clips])
                 if not culprits and unexplained is not None:
                     raise RuntimeError(
@@ -195,8 +206,9 @@ class ClipStream:
                 for damage in culprits:
                     self._quarantine.add(damage)
                 clips = [sound for clip in clips for sound in self._kept_or_replaced(clip)]
+                self._under_way[slot] = []
                 if clips:
-                    self._schedule(clips)
+                    self._schedule(slot, clips)
         return []
 
     def _kept_or_replaced(self, clip: EncodedClip) -> list[EncodedClip]:
@@ -217,12 +229,23 @@ class ClipStream:
 
     def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
         with self._on_side_stream():
-            waveforms = [torch.from_numpy(waveform) for waveform in decoded.waveforms]
+            waveforms = [
+                torch.from_numpy(self._heard(clip, waveform))
+                for clip, waveform in zip(clips, decoded.waveforms, strict=True)
+            ]
             spectrogram = log_mel(
                 waveforms, self._shape.mel_bins, self._shape.audio_frames, self._device
             )
+            changes = self._changes(clips)
+            for place, change in enumerate(changes):
+                spectrogram[place, slice(*change.frames)] = 0
+                spectrogram[place, :, slice(*change.bins)] = 0
             spectrogram -= self._config.log_mel_mean
             spectrogram /= self._config.log_mel_deviation
+            for place, change in enumerate(changes):
+                if change.noise is not None:
+                    noise = torch.from_numpy(change.noise).to(self._device)
+                    spectrogram[place] = (spectrogram[place] + noise).roll(change.shift, 0)
         if self._side_stream is not None:
             self._side_stream.synchronize()
         return AudioVideoBatch(
@@ -232,6 +255,29 @@ class ClipStream:
             epochs=torch.tensor([clip.task.epoch for clip in clips]),
             sample_ids=tuple(clip.sample_id for clip in clips),
             labels=tuple(clip.labels for clip in clips),
-            frame_seconds=torch.tensor([[clip.frame_seconds] for clip in clips]),
+            frame_seconds=torch.tensor([clip.frame_seconds for clip in clips]),
             audio_seconds=torch.tensor([clip.audio_seconds for clip in clips]),
         )
+
+    def _heard(self, clip: EncodedClip, waveform: np.ndarray) -> np.ndarray:
+        """The part of the sound that the clip's window has."""
+        if not self._config.window_seconds:
+            return waveform
+        start, length = (round(seconds * AUDIO_HZ) for seconds in clip.audio_seconds)
+        return waveform[start : start + length]
+
+    def _changes(self, clips: list[EncodedClip]) -> list[SpectrogramChange]:
+        """Masks, noise and shift of each clip's log-mel; none in validation."""
+        augmentation = self._settings.augmentation
+        if augmentation is None or not augmentation.changes_sound:
+            return []
+        return [
+            spectrogram_change(
+                augmentation,
+                self._shape.audio_frames,
+                self._shape.mel_bins,
+                self._settings.seed,
+                clip.task.position,
+            )
+            for clip in clips
+        ]

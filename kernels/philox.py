@@ -16,6 +16,10 @@ STREAMS = {
     "order": 6,
     "substitute": 7,
     "mixture": 8,
+    "flip": 9,
+    "spec_augment": 10,
+    "shift": 11,
+    "window": 12,
 }
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -237,6 +237,10 @@ class PretrainConfig:
             raise ValueError(
                 f"lanes is {self.lanes}, which does not divide global_batch {self.global_batch}"
             )
+        if self.data.frames_per_clip != 1:
+            raise ValueError(
+                f"data.frames_per_clip is {self.data.frames_per_clip}; this model sees 1 frame"
+            )
         group = self.loss.contrastive_group
         if group and self.global_batch % group:
             raise ValueError(

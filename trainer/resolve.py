@@ -16,6 +16,8 @@ _FIXED_DATA = (
     "shuffle_window",
     "mixture",
     "sampling",
+    "window_seconds",
+    "augmentation",
 )
 # As Linux names them: x86's two ways of multiplying bf16, and ARM's.
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}

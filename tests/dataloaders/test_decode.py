@@ -130,8 +130,8 @@ def test_frames_of_two_batches_do_not_mix(packed_by_codec: dict[str, Path]) -> N
 def test_the_frame_is_drawn_for_the_position(packed_by_codec: dict[str, Path], source: str) -> None:
     """All frames come about, each position has its own, and always the same."""
     positions = [CLIPS * number for number in range(200)]
-    times = [clip.frame_seconds for clip in read(packed_by_codec[source], positions)]
-    assert times == [clip.frame_seconds for clip in read(packed_by_codec[source], positions)]
+    times = [clip.frame_seconds[0] for clip in read(packed_by_codec[source], positions)]
+    assert times == [clip.frame_seconds[0] for clip in read(packed_by_codec[source], positions)]
     described = ShardSet(packed_by_codec[source]).description(0, 0)
     shown = described["video"]["times_seconds"]
     if source == "jpeg":
@@ -152,7 +152,7 @@ def test_a_drawn_frame_shows_what_the_video_shows_at_that_time(
     clips = [
         clip
         for clip in read(packed_by_codec["vp9"], [CLIPS * number for number in range(24)])
-        if clip.frame_seconds in ten
+        if clip.frame_seconds[0] in ten
     ][:6]
     assert len(clips) >= 3
     jpegs = ShardSet(packed_by_codec["jpeg"])
@@ -160,7 +160,7 @@ def test_a_drawn_frame_shows_what_the_video_shows_at_that_time(
         EncodedClip(
             **{
                 **vars(clip),
-                "picture": jpegs.member(0, 0, ten[clip.frame_seconds]),
+                "pictures": (jpegs.member(0, 0, ten[clip.frame_seconds[0]]),),
             }
         )
         for clip in clips
@@ -193,7 +193,7 @@ def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
     clip = ClipReader(settings)(ReadTask(0, 0, 0, 0))
     assert isinstance(clip, EncodedClip)
     assert clip.pixels is not None
-    assert clip.pixels.shape == (64, 64, 3)
+    assert clip.pixels[0].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("graph", [_video_graph, _image_graph])
@@ -214,7 +214,7 @@ Spoil = Callable[[EncodedClip], dict[str, object]]
             "audio_undecodable",
             id="half_a_flac",
         ),
-        pytest.param(lambda clip: {"picture": b"no video"}, "video_undecodable", id="video"),
+        pytest.param(lambda clip: {"pictures": (b"no video",)}, "video_undecodable", id="video"),
     ],
 )
 def test_one_bad_clip_is_an_error_of_the_batch_with_a_reason(

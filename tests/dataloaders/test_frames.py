@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cavmae.dataloaders.augment import middle_box, resize_and_crop
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
 from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_video
 from cavmae.dataloaders.one_frame import FrameError, cut_frame, decode_frame
-from cavmae.dataloaders.reader import EncodedClip, ReadTask, resize_and_crop
+from cavmae.dataloaders.reader import EncodedClip, ReadTask
 
 FLAC = encode_flac(np.zeros(1600, dtype=np.int16))
 
 
 def clip_of(picture: bytes, height: int, width: int, image_size: int) -> EncodedClip:
-    resized, crop = resize_and_crop(height, width, image_size)
+    box = middle_box(height, width, image_size)
     task = ReadTask(position=0, epoch=0, shard=0, sample=0)
-    return EncodedClip(task, "", (), FLAC, picture, None, resized, crop, 0.0, (0.0, 0.1))
+    return EncodedClip(task, "", (), FLAC, (picture,), None, box, False, (0.0,), (0.0, 0.1))
 
 
 def through_loader(picture: bytes, size: tuple[int, int], image_size: int) -> np.ndarray:

@@ -190,7 +190,7 @@ def test_a_reader_of_a_damaged_tar_answers(
         if isinstance(answer, EncodedClip):
             whole = truth[sample]
             assert isinstance(whole, EncodedClip)
-            assert (answer.flac, answer.picture) == (whole.flac, whole.picture)
+            assert (answer.flac, answer.pictures) == (whole.flac, whole.pictures)
         outcomes["clip" if isinstance(answer, EncodedClip) else "damage"] += 1
     assert min(outcomes.values()) > 0
     record_property("000000.tar", outcomes)

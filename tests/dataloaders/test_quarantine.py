@@ -260,6 +260,24 @@ def test_validation_leaves_bad_clips_out_and_names_them(
     }
 
 
+def test_a_damaged_clip_ends_one_of_several_pipelines(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """Sound by its checksum and refused by DALI: found, replaced, in the same order."""
+    damages = {(0, 1): packed_as("flac", b"x"), (2, 3): packed_as("flac", b"y")}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    found = []
+    for count in (1, 3):
+        loader = start(copy, config={"video_pipelines": count})
+        batches = take(loader, 8)
+        names = {one.sample_id: one.reason for one in loader.quarantine}
+        assert set(names.values()) == {"audio_undecodable"} and len(names) == 2
+        found.append([(batch.sample_ids, batch.log_mel, batch.frames) for batch in batches])
+    for (ids, log_mel, frames), (ids_3, log_mel_3, frames_3) in zip(*found, strict=True):
+        assert ids == ids_3
+        assert torch.equal(log_mel, log_mel_3) and torch.equal(frames, frames_3)
+
+
 def test_a_quarantine_of_another_set_is_refused(
     packed_synthetic: Path, start: Callable[..., TrainLoader]
 ) -> None:
