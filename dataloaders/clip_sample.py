@@ -3,7 +3,7 @@
 Kept apart from `pack.py` so that a worker process imports neither torch nor the command line.
 """
 
-import json
+import hashlib
 import zlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
 from cavmae.dataloaders.clip_list import ListedClip
 from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_jpegs, encode_video
 from cavmae.dataloaders.media import DecodedClip, decode_clip
-from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA
+from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA, description_bytes
 
 PUBLISHED_SECONDS = 10
 """The original code looks at the first ten seconds."""
@@ -40,6 +40,10 @@ class PackedClip:
     key: str
     members: dict[str, dict[str, bytes]]
     seconds: float
+    codec: str
+    """Of the source's video."""
+    content: str
+    """SHA-256 of the sound and the pictures of the first tier."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,13 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
             named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
             media = {"flac": flac, **named}
         crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
-        text = json.dumps({**description, "crc32": crc32}, separators=(",", ":"))
-        members[tier] = {"json": text.encode(), **media}
-    return PackedClip(key, members, len(decoded.audio) / AUDIO_HZ)
+        members[tier] = {"json": description_bytes(description, crc32), **media}
+    content = hashlib.sha256()
+    for name, data in members[task.tiers[0]].items():
+        if name != "json":
+            content.update(data)
+    seconds = len(decoded.audio) / AUDIO_HZ
+    return PackedClip(key, members, seconds, decoded.video_codec, content.hexdigest())
 
 
 def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:

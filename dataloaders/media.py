@@ -60,6 +60,8 @@ class DecodedClip:
     frames_per_second: float
     width: int
     height: int
+    video_codec: str
+    """Of the file, as ffmpeg calls it."""
     decode_errors: int
     """Packets or frames that failed, plus one if the file ends before its header says."""
 
@@ -257,6 +259,7 @@ def _checked_clip(
         frames_per_second=rate,
         width=frames.size[0],
         height=frames.size[1],
+        video_codec=frames.codec,
         decode_errors=len(errors),
     )
 

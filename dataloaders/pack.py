@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -25,7 +25,9 @@ from cavmae.dataloaders.clip_list import ListedClip, list_clips, list_digest
 from cavmae.dataloaders.clip_sample import ClipTask, PackedClip, SkippedClip, pack_clip
 from cavmae.dataloaders.encode import VideoCodec
 from cavmae.dataloaders.media import media_seconds
+from cavmae.dataloaders.pack_content import KnownContent, OtherSets
 from cavmae.dataloaders.pack_display import PackProgress, PackSummary, summary_table
+from cavmae.dataloaders.pack_statistics import write_statistics
 from cavmae.dataloaders.packed_folder import (
     claimed,
     finished_report,
@@ -75,6 +77,14 @@ class PackConfig:
     """Shorter clips are skipped."""
     keep_silent: bool = False
     """Keep clips whose sound is silence."""
+    deduplicate: bool = False
+    """Skip clips whose sound and pictures an earlier clip of the list has; they are named in
+    OUT/duplicates.jsonl in any case."""
+    not_in: tuple[str, ...] = ()
+    """Packed folders that must not share clips with this one, such as the test set's: by file name
+    or by content."""
+    allow_leakage: bool = False
+    """Only count the clips that are in `not_in` as well."""
     clips_per_shard: int = 1000
     """Clips of the list in each shard, skipped ones included."""
     maximum_seconds_per_clip: float = 120.0
@@ -121,7 +131,14 @@ class PackConfig:
 
     def lasting(self) -> dict[str, Any]:
         """The options that decide what the shards hold; the others may change on a restart."""
-        free = ("videos", "out", "workers", "maximum_seconds_per_clip")
+        free = (
+            "videos",
+            "out",
+            "workers",
+            "maximum_seconds_per_clip",
+            "not_in",
+            "allow_leakage",
+        )
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
@@ -138,6 +155,9 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
     clips = list_clips(videos, out)
     if config.segment:
         clips = _segments(clips, config, workers, console)
+    others = OtherSets(config.not_in) if config.not_in else None
+    if others and not config.allow_leakage:
+        others.check_names(clip.source for clip in clips)
     options, tiers = config.lasting(), config.tier_names
     with claimed(out, options, tiers, len(clips), list_digest(clips)):
         shards = range(-(-len(clips) // config.clips_per_shard))
@@ -145,6 +165,10 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
         pending = [shard for shard in shards if reports[shard] is None]
         remove_unfinished(out, tiers, pending)
         resumed = len(shards) - len(pending)
+        known = KnownContent()
+        for report in reports.values():
+            if report is not None and config.deduplicate:
+                known.add(report)
         if pending:
             total = sum(len(_numbers(shard, clips, config)) for shard in pending)
             console.print(f"Packing {total} clips in {len(pending)} shards, {workers} processes")
@@ -153,8 +177,11 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
                 closing(_results(pending, clips, config, workers)) as results,
             ):
                 for shard in pending:
-                    reports[shard] = _pack_shard(shard, clips, results, config, out, progress)
-        return _complete(out, config, [reports[shard] or {} for shard in shards], resumed)
+                    checks = _Checks(known, None if config.allow_leakage else others)
+                    reports[shard] = _pack_shard(
+                        shard, clips, results, config, out, progress, checks
+                    )
+        return _complete(out, config, [reports[shard] or {} for shard in shards], resumed, others)
 
 
 def _segments(
@@ -219,6 +246,13 @@ def _results(
     yield from run_in_order(pack_clip, tasks, workers=workers, limit_seconds=limit)
 
 
+class _Checks(NamedTuple):
+    """What the content of a clip is compared with."""
+
+    known: KnownContent
+    others: OtherSets | None
+
+
 def _pack_shard(
     shard: int,
     clips: list[ListedClip],
@@ -226,15 +260,19 @@ def _pack_shard(
     config: PackConfig,
     out: Path,
     progress: PackProgress,
+    checks: _Checks,
 ) -> dict[str, Any]:
     """Write one shard of every tier from the next results; returns its report."""
     writers = {tier: ShardWriter(out / tier, f"{shard:06d}") for tier in config.tier_names}
-    skipped, seconds = [], 0.0
+    skipped, packed, seconds = [], [], 0.0
     try:
         for number in _numbers(shard, clips, config):
             result = next(results)
             if isinstance(result, PackedClip):
+                result = _checked(result, number, clips[number], config, checks)
+            if isinstance(result, PackedClip):
                 seconds += result.seconds
+                packed.append(_packed_line(result, clips[number]))
                 for tier, writer in writers.items():
                     writer.add(result.key, result.members[tier])
             else:
@@ -251,9 +289,35 @@ def _pack_shard(
         "tiers": {tier: entry and asdict(entry) for tier, entry in entries.items()},
         "seconds": seconds,
         "skipped": skipped,
+        "packed": packed,
     }
     write_report(out, shard, report)
     return report
+
+
+def _checked(
+    clip: PackedClip, number: int, listed: ListedClip, config: PackConfig, checks: _Checks
+) -> PackedClip | SkippedClip:
+    """The clip, or that it comes twice."""
+    if checks.others:
+        checks.others.check_content(listed.source, clip.content)
+    if not config.deduplicate:
+        return clip
+    first = checks.known.earlier(clip.content, number)
+    if first is not None:
+        return SkippedClip("duplicate", f"the sound and pictures of {first:09d}")
+    checks.known.note(clip.content, number)
+    return clip
+
+
+def _packed_line(clip: PackedClip, listed: ListedClip) -> dict[str, Any]:
+    return {
+        "key": clip.key,
+        "source": listed.source,
+        "labels": list(listed.labels),
+        "codec": clip.codec,
+        "content": clip.content,
+    }
 
 
 def _check_still_there(videos: str) -> None:
@@ -274,7 +338,11 @@ def _report_line(number: int, clip: ListedClip, result: SkippedClip | Failure) -
 
 
 def _complete(
-    out: Path, config: PackConfig, reports: list[dict[str, Any]], resumed: int
+    out: Path,
+    config: PackConfig,
+    reports: list[dict[str, Any]],
+    resumed: int,
+    others: OtherSets | None,
 ) -> PackSummary:
     """Write the report of skipped clips and, last, the index of each tier."""
     skipped = [line for report in reports for line in report["skipped"]]
@@ -304,6 +372,8 @@ def _complete(
         )
         totals[tier] = sum(entry.bytes for entry in entries)
         samples = sum(entry.samples for entry in entries)
+    if resumed < len(reports) or not (out / "statistics.json").exists():
+        write_statistics(out, config.tier_names, others)
     seconds = sum(report["seconds"] for report in reports)
     return PackSummary(samples, reasons, seconds, totals, resumed)
 

@@ -2,7 +2,8 @@
 
 `pack.json` notes the options and a digest of the list, so that a restart cannot mix two runs.
 `finished/NNNNNN.json` is written after the files of a shard: a shard that has it is kept by a
-restart. `report.jsonl` names what was skipped, and `index.json` of each tier comes last.
+restart. `report.jsonl` names what was skipped, `duplicates.jsonl` what was packed twice,
+`statistics.json` tells the rest, and `index.json` of each tier declares it complete.
 """
 
 import fcntl
@@ -74,7 +75,13 @@ def _compare(out: Path, note: dict[str, Any]) -> None:
 
 
 def write_report(out: Path, shard: int, report: dict[str, Any]) -> None:
-    """Note that a shard is finished; `report` needs `tiers`: tier to index entry or None."""
+    """Note that a shard is finished.
+
+    Args:
+        report: `tiers` (tier to index entry or None), `seconds`, `skipped` (lines of
+            `report.jsonl`) and `packed`: `key`, `source`, `labels`, `codec` and `content` of each
+            clip.
+    """
     write_atomically(out / "finished" / f"{shard:06d}.json", json.dumps(report).encode())
 
 
@@ -93,6 +100,13 @@ def finished_report(out: Path, shard: int) -> dict[str, Any] | None:
         if tar.stat().st_size != entry["bytes"]:
             return None
     return report
+
+
+def finished_reports(out: Path) -> Iterator[dict[str, Any]]:
+    """The reports of finished shards, in order, read one at a time."""
+    folder = out / "finished"
+    for path in sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []:
+        yield json.loads(path.read_bytes())
 
 
 def remove_unfinished(out: Path, tiers: tuple[str, ...], pending: list[int]) -> None:

@@ -198,7 +198,7 @@ def description_problem(description: Any, key: str, tier: str) -> str | None:
                 0 <= one["index"] < len(times) and one["seconds"] == times[one["index"]]
                 for one in ten
             ),
-            "every member has a crc32": set(description["crc32"]) == set(EXTENSIONS[tier][1:]),
+            "every member has a crc32": set(description["crc32"]) == set(EXTENSIONS[tier]),
         }
     except (KeyError, TypeError, IndexError) as error:
         return f"{type(error).__name__}: {error}"

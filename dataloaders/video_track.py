@@ -35,6 +35,7 @@ class VideoTrack:
         self.zero = zero
         self.length = length
         self.settings = settings
+        self.codec = stream.codec_context.name
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)
         self.frames: list[np.ndarray] = []
         """Each (height * 3 / 2, width) uint8, as `scale_frame` returns them."""
