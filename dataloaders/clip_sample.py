@@ -12,6 +12,7 @@ from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
 from cavmae.dataloaders.clip_list import ListedClip
 from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_jpegs, encode_video
 from cavmae.dataloaders.media import DecodedClip, decode_clip
+from cavmae.dataloaders.published_clip import read_published
 from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA, description_bytes
 
 PUBLISHED_SECONDS = 10
@@ -58,11 +59,13 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
     """Decode one clip and encode its samples for all tiers."""
     clip = task.clip
     end = clip.start_seconds + task.clip_seconds if clip.end_seconds is None else clip.end_seconds
+    key = f"{task.number:09d}"
     try:
-        decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode)
+        if clip.frames is not None:
+            return _pack_published(task, key, end - clip.start_seconds)
+        decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
     except ClipError as error:
         return SkippedClip(error.reason, error.detail)
-    key = f"{task.number:09d}"
     chosen = ten_frames(
         decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
     )
@@ -79,20 +82,83 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
             jpegs = dict(zip(distinct, pictures, strict=True))
             named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
             media = {"flac": flac, **named}
-        crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
-        members[tier] = {"json": description_bytes(description, crc32), **media}
+        members[tier] = _members(description, media)
+    seconds = len(decoded.audio) / AUDIO_HZ
+    content = _content(members[task.tiers[0]])
+    return PackedClip(key, members, seconds, decoded.video_codec, content)
+
+
+def _members(description: dict[str, Any], media: dict[str, bytes]) -> dict[str, bytes]:
+    crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
+    return {"json": description_bytes(description, crc32), **media}
+
+
+def _content(members: dict[str, bytes]) -> str:
+    """SHA-256 of all but the JSON."""
     content = hashlib.sha256()
-    for name, data in members[task.tiers[0]].items():
+    for name, data in members.items():
         if name != "json":
             content.update(data)
-    seconds = len(decoded.audio) / AUDIO_HZ
-    return PackedClip(key, members, seconds, decoded.video_codec, content.hexdigest())
+    return content.hexdigest()
+
+
+def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
+    """The `frames` sample of sound and pictures that were prepared the published way.
+
+    When the pictures were shown is not known: each is given the middle of its tenth.
+    """
+    clip = task.clip
+    assert clip.frames is not None
+    audio, pictures, (width, height) = read_published(
+        clip.path, clip.frames, clip.source, seconds, task.decode
+    )
+    length = len(audio) / AUDIO_HZ
+    times = [round((place + 0.5) / FRAMES_PER_CLIP * length, 6) for place in range(FRAMES_PER_CLIP)]
+    description = _description(
+        task,
+        key,
+        audio_samples=len(audio),
+        video={
+            "frames": FRAMES_PER_CLIP,
+            "width": width,
+            "height": height,
+            "codec": None,
+            "seconds": round(length, 6),
+            "times_seconds": times,
+        },
+        chosen=list(range(FRAMES_PER_CLIP)),
+    )
+    named = {f"{place}.jpg": data for place, data in enumerate(pictures)}
+    members = {"frames": _members(description, {"flac": encode_flac(audio), **named})}
+    return PackedClip(key, members, length, "jpeg", _content(members["frames"]))
 
 
 def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
     """The sample's JSON without the checksums, which differ between tiers."""
-    times = [round(time, 6) for time in decoded.times_seconds]
-    description: dict[str, Any] = {
+    description = _description(
+        task,
+        key,
+        audio_samples=len(decoded.audio),
+        video={
+            "frames": len(decoded.frames),
+            "width": decoded.width,
+            "height": decoded.height,
+            "codec": task.video_codec if "video" in task.tiers else None,
+            "seconds": round(decoded.video_seconds, 6),
+            "times_seconds": [round(time, 6) for time in decoded.times_seconds],
+        },
+        chosen=chosen,
+    )
+    if decoded.decode_errors:
+        description["decode_errors"] = decoded.decode_errors
+    return description
+
+
+def _description(
+    task: ClipTask, key: str, audio_samples: int, video: dict[str, Any], chosen: list[int]
+) -> dict[str, Any]:
+    times = video["times_seconds"]
+    return {
         "schema": SCHEMA,
         "key": key,
         "source": {
@@ -101,20 +167,10 @@ def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) 
             "end_seconds": task.clip.end_seconds,
         },
         "labels": list(task.clip.labels),
-        "audio": {"hz": AUDIO_HZ, "samples": len(decoded.audio)},
-        "video": {
-            "frames": len(decoded.frames),
-            "width": decoded.width,
-            "height": decoded.height,
-            "codec": task.video_codec if "video" in task.tiers else None,
-            "seconds": round(decoded.video_seconds, 6),
-            "times_seconds": times,
-        },
+        "audio": {"hz": AUDIO_HZ, "samples": audio_samples},
+        "video": video,
         "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
     }
-    if decoded.decode_errors:
-        description["decode_errors"] = decoded.decode_errors
-    return description
 
 
 def ten_frames(

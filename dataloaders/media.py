@@ -19,7 +19,7 @@ Conventions:
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -42,6 +42,7 @@ MAXIMUM_SOURCE_PIXELS = 1 << 27
 """Largest frame that is decoded (16k x 8k); a header can claim any size."""
 
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,wtv,gxf,rm"
+SOUND_CONTAINERS = "wav,flac"
 """Formats that are opened. Playlists (HLS, concat) are not: they name other files and hosts."""
 
 
@@ -67,58 +68,92 @@ class DecodedClip:
 
 
 def decode_clip(
-    path: str, start_seconds: float, end_seconds: float, settings: DecodeSettings
+    path: str,
+    start_seconds: float,
+    end_seconds: float,
+    settings: DecodeSettings,
+    part: tuple[int, int] | None = None,
 ) -> DecodedClip:
     """Decode the part of a file from `start_seconds` up to `end_seconds` (may be infinite).
+
+    Args:
+        part: offset and size in bytes of the video in the file; None: it is the file.
 
     Raises:
         ClipError: the clip cannot be used; see `Reason`.
         OSError: the file is there and cannot be looked at.
     """
-    _check_file(path)
+    url = _url(path, part)
     tracks = None
     if start_seconds > PREROLL_SECONDS:
-        tracks = _read(path, start_seconds, end_seconds, settings, seek=True)
+        tracks = _read(url, start_seconds, end_seconds, settings, seek=True)
     if tracks is None:  # Nothing to skip, or the file cannot be sought in: read it through.
-        tracks = _read(path, start_seconds, end_seconds, settings, seek=False)
+        tracks = _read(url, start_seconds, end_seconds, settings, seek=False)
     assert tracks is not None
     return _checked_clip(*tracks, start_seconds, end_seconds, settings)
 
 
-def media_seconds(path: str) -> float:
+def decode_sound(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
+    """`(samples,)` int16 at 16 kHz: the first `seconds` of a file's sound.
+
+    Raises:
+        ClipError: the file cannot be used.
+        OSError: it is there and cannot be looked at.
+    """
+    with _open(_url(path, None), f"{SOUND_CONTAINERS},{CONTAINERS}") as container:
+        audio = next(iter(container.streams.audio), None)
+        if audio is None or audio.codec_context is None:
+            raise ClipError("no_audio", "no audio stream that can be decoded")
+        zero = float((audio.start_time or 0) * (audio.time_base or 0))
+        sound = SoundTrack(audio, zero, seconds, settings)
+        errors: list[str] = []
+        for packet in _packets(container, [audio], errors):
+            sound.decode(packet)
+            if sound.done:
+                break
+    errors = [*sound.errors, *errors]
+    if sound.samples == 0 or len(sound.errors) > sound.frames:
+        raise ClipError("decode_error", f"no sound decodes; {errors[0] if errors else ''}")
+    return _checked_sound(sound, settings)
+
+
+def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
     """Seconds from time zero to the last packet's end, from the packets and not the header.
 
     Raises:
         ClipError: the file has no sound or video, or cannot be opened.
     """
-    _check_file(path)
-    with _open(path) as container:
+    with _open(_url(path, part)) as container:
         video, audio = _choose_streams(container)
         origin = _origin_seconds(video, audio)
         end = 0.0
-        for packet in _packets(container, video, audio, []):
+        for packet in _packets(container, [video, audio], []):
             if packet.pts is not None and packet.time_base is not None:
                 last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 end = max(end, last - origin)
     return end
 
 
-def _check_file(path: str) -> None:
+def _url(path: str, part: tuple[int, int] | None) -> str:
+    """What libavformat is to open: a file that is there, or a part of it."""
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
         raise ClipError("missing_file", "no such file") from error
     if not stat.S_ISREG(status.st_mode):
         raise ClipError("not_a_file", "not a regular file")
-    if status.st_size == 0:
+    if (part[1] if part else status.st_size) == 0:
         raise ClipError("empty_file", "0 bytes")
+    if part is None:
+        return f"file:{path}"
+    return f"subfile,,start,{part[0]},end,{sum(part)},,:file:{path}"
 
 
-def _open(path: str) -> av.container.InputContainer:
-    # The file protocol alone: neither the content nor the name can make libavformat fetch a URL.
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+def _open(url: str, formats: str = CONTAINERS) -> av.container.InputContainer:
+    # Files alone: neither the content nor the name can make libavformat fetch a URL.
+    options = {"format_whitelist": formats, "protocol_whitelist": "file,subfile"}
     try:
-        return av.open(f"file:{path}", "r", options=options, metadata_errors="replace")
+        return av.open(url, "r", options=options, metadata_errors="replace")
     except (FFmpegError, UnicodeError) as error:
         raise ClipError("open_failed", error_text(error)) from error
 
@@ -157,12 +192,11 @@ def _origin_seconds(video: av.VideoStream, audio: av.AudioStream) -> float:
 
 def _packets(
     container: av.container.InputContainer,
-    video: av.VideoStream,
-    audio: av.AudioStream,
+    streams: Sequence[av.VideoStream | av.AudioStream],
     errors: list[str],
 ) -> Iterator[av.Packet]:
     """Packets until the end or until the container can't be read on, which is noted."""
-    packets = container.demux(video, audio)
+    packets = container.demux(*streams)
     while True:
         try:
             packet = next(packets)
@@ -175,10 +209,10 @@ def _packets(
 
 
 def _read(
-    path: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
+    url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
 ) -> tuple[VideoTrack, SoundTrack] | None:
     """Decode the window; None if seeking fails or skips a part of it."""
-    with _open(path) as container:
+    with _open(url) as container:
         video, audio = _choose_streams(container)
         zero = _origin_seconds(video, audio) + start
         length = end - start
@@ -190,7 +224,7 @@ def _read(
             except FFmpegError:
                 return None
         errors: list[str] = []
-        for packet in _packets(container, video, audio, errors):
+        for packet in _packets(container, [video, audio], errors):
             track = frames if packet.stream is video else sound
             if not track.done:
                 track.decode(packet)
@@ -241,14 +275,7 @@ def _checked_clip(
                 f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of sound decode; "
                 f"{detail}",
             )
-    if audio_seconds < settings.minimum_seconds:
-        raise ClipError(
-            "too_short", f"{audio_seconds:.3f} s of sound, {settings.minimum_seconds:g} s needed"
-        )
-    audio = sound.waveform()
-    peak = int(np.abs(audio.astype(np.int32)).max())
-    if peak <= SILENT_PEAK and not settings.keep_silent:
-        raise ClipError("silent_audio", f"the largest sample is {peak} of 32768")
+    audio = _checked_sound(sound, settings)
     assert frames.size is not None
     rate = min(frames.rate, settings.video_fps) if settings.video_fps > 0 else frames.rate
     return DecodedClip(
@@ -262,6 +289,19 @@ def _checked_clip(
         video_codec=frames.codec,
         decode_errors=len(errors),
     )
+
+
+def _checked_sound(sound: SoundTrack, settings: DecodeSettings) -> np.ndarray:
+    seconds = sound.samples / sound.hz
+    if seconds < settings.minimum_seconds:
+        raise ClipError(
+            "too_short", f"{seconds:.3f} s of sound, {settings.minimum_seconds:g} s needed"
+        )
+    audio = sound.waveform()
+    peak = int(np.abs(audio.astype(np.int32)).max())
+    if peak <= SILENT_PEAK and not settings.keep_silent:
+        raise ClipError("silent_audio", f"the largest sample is {peak} of 32768")
+    return audio
 
 
 def _last_frame_seconds(frames: VideoTrack) -> float:

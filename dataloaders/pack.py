@@ -54,7 +54,9 @@ class PackConfig:
     videos: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
     """Folder, searched with its subfolders: every file is tried, whatever its name, but hidden
     files, text, subtitles and pictures. Or a CSV file with the columns path,start,end,labels
-    (only path is required; start and end in seconds; labels separated by `;`)."""
+    (only path is required; start and end in seconds; labels separated by `;`). Or a tar of
+    KEY.mp4 with KEY.json (labels, start, end), or a folder of such tars. Or a JSON file as the
+    published code reads it (wav, video_id, video_path, labels)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the shards; new, empty, or of an earlier run of the same command."""
     tiers: str = "frames,video"
@@ -153,6 +155,11 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
     videos, out = Path(config.videos), Path(config.out)
     workers = config.workers or len(os.sched_getaffinity(0))
     clips = list_clips(videos, out)
+    if config.tier_names != ("frames",) and any(clip.frames is not None for clip in clips):
+        raise ValueError(
+            f"tiers is {config.tiers!r}, and {videos} lists sounds with ten pictures each, of "
+            f"which only the frames tier can be made; use --tiers frames"
+        )
     if config.segment:
         clips = _segments(clips, config, workers, console)
     others = OtherSets(config.not_in) if config.not_in else None
@@ -191,7 +198,7 @@ def _segments(
     console.print(f"Reading the lengths of {len(clips)} files")
     lengths = run_in_order(
         _length,
-        [clip.path if clip.end_seconds is None else None for clip in clips],
+        [clip if clip.end_seconds is None and clip.frames is None else None for clip in clips],
         workers=workers,
         limit_seconds=config.maximum_seconds_per_clip,
     )
@@ -210,11 +217,11 @@ def _segments(
     return cut
 
 
-def _length(path: str | None) -> float | None:
-    if path is None:
+def _length(clip: ListedClip | None) -> float | None:
+    if clip is None:
         return None
     try:
-        return media_seconds(path)
+        return media_seconds(clip.path, clip.part)
     except ClipError:
         return None
 
