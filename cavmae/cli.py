@@ -10,6 +10,7 @@ from cavmae.command import exit_code
 COMMANDS = {
     "pack": ("cavmae.dataloaders.pack", "Pack a folder of videos into shards."),
     "verify": ("cavmae.dataloaders.verify", "Check a packed set against its index."),
+    "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "train": ("cavmae.cluster.train", "Pretrain on a Ray cluster, restarted after failures."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
