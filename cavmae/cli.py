@@ -8,7 +8,7 @@ from cavmae import __version__
 from cavmae.command import exit_code
 
 COMMANDS = {
-    "pack": ("cavmae.dataloaders.pack", "Pack a folder of videos into shards."),
+    "pack": ("cavmae.cluster.pack", "Pack a folder of videos into shards."),
     "verify": ("cavmae.dataloaders.verify", "Check a packed set against its index."),
     "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),

@@ -5,41 +5,16 @@ Ray places the ranks and starts them again when one dies; what a rank does is
 """
 
 import dataclasses
-import logging
-import os
 import sys
-import sysconfig
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import cavmae
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.connection import address_of, connected
 from cavmae.command import exit_code
 from cavmae.dataloaders.plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.pretrain import RunSummary, parse
-
-# Ray reads these when it is imported or started.
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",  # progress lines are alike
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-    "RAY_COLOR_PREFIX": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it says every line twice
-}
-_OWN_CLUSTER_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # without it, whoever reaches a port of Ray runs any code
-    # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Nobody takes this machine away from a cluster that lives as long as the run.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-_OBJECT_STORE_BYTES = 100_000_000
-"""Ray's shared memory on a cluster of our own: nothing but configurations passes through it."""
 
 
 class TrainingError(RuntimeError):
@@ -64,10 +39,11 @@ def train_on_ray(config: RayPretrainConfig) -> RunSummary:
     check_ranks(config.lanes or default_lanes(config.global_batch), cluster.workers)
     if not config.data.train:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
-    if not _address(cluster):
+    if not address_of(cluster):
         ShardSet(config.data.train)  # a wrong path is told now, not when Ray is up
     threads = config.threads_per_rank or cluster.cpus_per_worker
-    with _ray(cluster, threads) as working_folder:
+    with connected(cluster, threads) as working_folder:
+        _tell_shortage(cluster)
         resolved = with_absolute_paths(config, working_folder)
         return _fit(dataclasses.replace(resolved, threads_per_rank=threads))
 
@@ -105,8 +81,9 @@ def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPr
         initial_weights=absolute("initial_weights", config.initial_weights),
         data=dataclasses.replace(
             config.data,
-            train=absolute("data.train", config.data.train),
+            train=",".join(absolute("data.train", one) for one in config.data.train_folders),
             validation=absolute("data.validation", config.data.validation),
+            cache_folder=absolute("data.cache_folder", config.data.cache.folder),
         ),
         tracking=dataclasses.replace(config.tracking, uri=uri),
         cluster=dataclasses.replace(
@@ -115,59 +92,11 @@ def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPr
     )
 
 
-def _address(cluster: ClusterConfig) -> str:
-    """Of the cluster to use; empty: one of our own is started."""
-    return cluster.address or os.environ.get("RAY_ADDRESS", "")
-
-
-@contextmanager
-def _ray(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
-    """Connect to the cluster, or start one; yields the folder that relative paths start from."""
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    address = _address(cluster)
-    if not address:
-        for name, value in _OWN_CLUSTER_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+def _tell_shortage(cluster: ClusterConfig) -> None:
+    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
     import ray
 
-    options: dict[str, Any] = {"address": address}
-    if not address:
-        options = {
-            "address": "local",
-            "num_cpus": cluster.workers * cluster.cpus_per_worker,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-        }
-    ray.init(
-        **options,
-        runtime_env={
-            "env_vars": _worker_environment(threads),
-            "worker_process_setup_hook": "cavmae.cluster.process_setup.setup",
-        },
-        logging_level=logging.WARNING,
-    )
-    try:
-        _tell_shortage(cluster, ray.cluster_resources())
-        in_job = "working_dir" in ray.get_runtime_context().runtime_env
-        yield None if in_job else Path.cwd()
-    finally:
-        ray.shutdown()
-
-
-def _worker_environment(threads: int) -> dict[str, str]:
-    """Variables of the workers; they are there before a worker imports anything."""
-    environment = _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-    tree = Path(cavmae.__file__).resolve().parent.parent
-    if tree != Path(sysconfig.get_path("purelib")).resolve():
-        # Not an installed wheel: the workers must run this tree, whatever else is installed.
-        path = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environment["PYTHONPATH"] = os.pathsep.join(path)
-    return environment
-
-
-def _tell_shortage(cluster: ClusterConfig, resources: Mapping[str, float]) -> None:
-    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
+    resources = ray.cluster_resources()
     needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     for name, each in needed.items():
         total, there = each * cluster.workers, int(resources.get(name, 0))

@@ -11,11 +11,11 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import tyro
 from rich.console import Console
@@ -93,6 +93,10 @@ class PackConfig:
     """A clip that takes longer than this to decode and encode is skipped as `timeout`."""
     workers: int = 0
     """Processes; 0: one per core."""
+    ray: bool = False
+    """Decode on a Ray cluster, whose nodes reach VIDEOS by the same path; this process writes."""
+    ray_address: str = ""
+    """Of the cluster, such as `auto`; empty: what RAY_ADDRESS names, else one started here."""
 
     def __post_init__(self) -> None:
         for tier in self.tier_names:
@@ -137,6 +141,8 @@ class PackConfig:
             "videos",
             "out",
             "workers",
+            "ray",
+            "ray_address",
             "maximum_seconds_per_clip",
             "not_in",
             "allow_leakage",
@@ -144,8 +150,28 @@ class PackConfig:
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
-def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
+class Executor(Protocol):
+    """Something like `run_in_order`: results in the order of the arguments, lost ones as such."""
+
+    def __call__(
+        self,
+        function: Callable[[Any], Any],
+        arguments: Iterable[Any],
+        *,
+        workers: int,
+        limit_seconds: float,
+    ) -> Generator[Any]: ...
+
+
+def pack(
+    config: PackConfig, console: Console | None = None, executor: Executor = run_in_order
+) -> PackSummary:
     """Pack all clips of `config.videos` into `config.out`.
+
+    Args:
+        config: what to pack, and how.
+        console: for progress; None: standard error.
+        executor: where clips are decoded; which one does not change what is packed.
 
     Raises:
         ValueError: the list or the options cannot be used, or no clip can.
@@ -161,7 +187,7 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
             f"which only the frames tier can be made; use --tiers frames"
         )
     if config.segment:
-        clips = _segments(clips, config, workers, console)
+        clips = _segments(clips, config, workers, console, executor)
     others = OtherSets(config.not_in) if config.not_in else None
     if others and not config.allow_leakage:
         others.check_names(clip.source for clip in clips)
@@ -181,7 +207,7 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
             console.print(f"Packing {total} clips in {len(pending)} shards, {workers} processes")
             with (
                 PackProgress(console, total) as progress,
-                closing(_results(pending, clips, config, workers)) as results,
+                closing(_results(pending, clips, config, workers, executor)) as results,
             ):
                 for shard in pending:
                     checks = _Checks(known, None if config.allow_leakage else others)
@@ -192,11 +218,15 @@ def pack(config: PackConfig, console: Console | None = None) -> PackSummary:
 
 
 def _segments(
-    clips: list[ListedClip], config: PackConfig, workers: int, console: Console
+    clips: list[ListedClip],
+    config: PackConfig,
+    workers: int,
+    console: Console,
+    executor: Executor,
 ) -> list[ListedClip]:
     """Cut clips without a stated end into consecutive ones; their files are read for it."""
     console.print(f"Reading the lengths of {len(clips)} files")
-    lengths = run_in_order(
+    lengths = executor(
         _length,
         [clip if clip.end_seconds is None and clip.frames is None else None for clip in clips],
         workers=workers,
@@ -233,7 +263,11 @@ def _numbers(shard: int, clips: list[ListedClip], config: PackConfig) -> range:
 
 
 def _results(
-    pending: list[int], clips: list[ListedClip], config: PackConfig, workers: int
+    pending: list[int],
+    clips: list[ListedClip],
+    config: PackConfig,
+    workers: int,
+    executor: Executor,
 ) -> Generator[PackedClip | SkippedClip | Failure]:
     """Every clip of the shards that are not finished, packed or not, in order."""
     tasks = (
@@ -250,7 +284,7 @@ def _results(
         for number in _numbers(shard, clips, config)
     )
     limit = config.maximum_seconds_per_clip
-    yield from run_in_order(pack_clip, tasks, workers=workers, limit_seconds=limit)
+    yield from executor(pack_clip, tasks, workers=workers, limit_seconds=limit)
 
 
 class _Checks(NamedTuple):
@@ -385,12 +419,20 @@ def _complete(
     return PackSummary(samples, reasons, seconds, totals, resumed)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: words after `cavmae pack`.
+        on_ray: makes the executor for `--ray` from an address; None: there is none.
+    """
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         config = tyro.cli(PackConfig, prog="cavmae pack", args=argv)
-        summary = pack(config, errors)
+        if config.ray and on_ray is None:
+            raise ValueError("ray is set, and this module knows no cluster; use `cavmae pack`")
+        executor = on_ray(config.ray_address) if config.ray and on_ray else run_in_order
+        summary = pack(config, errors, executor)
     except KeyboardInterrupt:
         errors.print("stopped; run the same command again to go on")
         return 130

@@ -1,0 +1,87 @@
+"""The Ray cluster of a command: one that is there, or one that is started and ends with it."""
+
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cavmae
+from cavmae.cluster.config import ClusterConfig
+
+# Ray reads these when it is imported or started.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # progress lines are alike
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it says every line twice
+}
+_OWN_CLUSTER_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",  # without it, whoever reaches a port of Ray runs any code
+    # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Nobody takes this machine away from a cluster that lives as long as the run.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+_OBJECT_STORE_BYTES = 100_000_000
+"""Ray's shared memory on a cluster of our own: nothing but configurations passes through it."""
+
+
+def address_of(cluster: ClusterConfig) -> str:
+    """Of the cluster to use; empty: one of our own is started."""
+    return cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+@contextmanager
+def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
+    """Connect to the cluster, or start one; yields the folder that relative paths start from, or
+    None in a Ray job, whose folder is a copy that is thrown away.
+
+    Args:
+        cluster: its address; workers and cores each where one is started.
+        threads: of torch and its like in each of Ray's processes.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = address_of(cluster)
+    if not address:
+        for name, value in _OWN_CLUSTER_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {
+            "address": "local",
+            "num_cpus": cluster.workers * cluster.cpus_per_worker,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    ray.init(
+        **options,
+        runtime_env={
+            "env_vars": _worker_environment(threads),
+            "worker_process_setup_hook": "cavmae.cluster.process_setup.setup",
+        },
+        logging_level=logging.WARNING,
+    )
+    try:
+        in_job = "working_dir" in ray.get_runtime_context().runtime_env
+        yield None if in_job else Path.cwd()
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    """Variables of the workers; they are there before a worker imports anything."""
+    environment = _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    tree = Path(cavmae.__file__).resolve().parent.parent
+    if tree != Path(sysconfig.get_path("purelib")).resolve():
+        # Not an installed wheel: the workers must run this tree, whatever else is installed.
+        path = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment

@@ -1,0 +1,66 @@
+"""`cavmae pack`, with `--ray` on a cluster.
+
+Clips are decoded in Ray tasks, some at a time, each in a worker process of its own that may be
+lost; this process writes the shards in the order of the list, as it does without Ray. So bytes,
+restarts, duplicates and reports are the same whatever the cluster. All that is packed passes
+through here: where that is more than this machine's network takes, pack the list in parts.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
+from typing import Any
+
+from cavmae.cluster.config import ClusterConfig
+from cavmae.cluster.connection import connected
+from cavmae.dataloaders import pack
+from cavmae.dataloaders.worker_pool import run_in_order
+
+CLIPS_TOGETHER = 16
+"""Clips of one Ray task: its worker process takes a second to start."""
+TASKS_PER_CORE = 2
+"""Under way at most: bounds what waits for an earlier task to be written."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit code."""
+    return pack.main(argv, on_ray=on_ray)
+
+
+def on_ray(address: str) -> pack.Executor:
+    """The executor of a cluster; empty: the one that RAY_ADDRESS names, or one of our own."""
+    return partial(_run_in_order, address)
+
+
+def _run_in_order(
+    address: str,
+    function: Callable[[Any], Any],
+    arguments: Iterable[Any],
+    *,
+    workers: int,
+    limit_seconds: float,
+) -> Generator[Any]:
+    """As `run_in_order`.
+
+    Args:
+        address: of the cluster.
+        workers: cores of a cluster that is started here; one that is there is used whole.
+    """
+    with connected(ClusterConfig(workers=workers, address=address), threads=1):
+        import ray  # Not before: it reads its environment when it is imported.
+
+        task = ray.remote(num_cpus=1, max_retries=3)(_run_some)
+        most = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        under_way: deque[Any] = deque()
+        tasks = iter(arguments)
+        while some := tuple(itertools.islice(tasks, CLIPS_TOGETHER)):
+            under_way.append(task.remote(function, some, limit_seconds))
+            if len(under_way) == most:
+                yield from ray.get(under_way.popleft())
+        while under_way:
+            yield from ray.get(under_way.popleft())
+
+
+def _run_some(function: Callable[[Any], Any], some: tuple[Any, ...], limit_seconds: float) -> Any:
+    return list(run_in_order(function, some, workers=1, limit_seconds=limit_seconds))
