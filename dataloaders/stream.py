@@ -193,8 +193,10 @@ class ClipStream:
             try:
                 with self._on_side_stream():
                     decoded = decoder.collect()
-                self._under_way[slot] = []
-                return [(clips, decoded)]
+                if not any(self._quarantine.leaves_out(clip.task) for clip in clips):
+                    self._under_way[slot] = []
+                    return [(clips, decoded)]
+                # An earlier batch has found a clip damaged that this one shows a whole frame of.
             except DecodeError as error:
                 self._decoders[slot] = None
                 culprits = find_culprits(self._trial, self._shards, [clip.task for clip in clips])
@@ -205,10 +207,10 @@ class ClipStream:
                 unexplained = None if culprits else error
                 for damage in culprits:
                     self._quarantine.add(damage)
-                clips = [sound for clip in clips for sound in self._kept_or_replaced(clip)]
-                self._under_way[slot] = []
-                if clips:
-                    self._schedule(slot, clips)
+            clips = [sound for clip in clips for sound in self._kept_or_replaced(clip)]
+            self._under_way[slot] = []
+            if clips:
+                self._schedule(slot, clips)
         return []
 
     def _kept_or_replaced(self, clip: EncodedClip) -> list[EncodedClip]:

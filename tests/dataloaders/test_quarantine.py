@@ -278,6 +278,27 @@ def test_a_damaged_clip_ends_one_of_several_pipelines(
         assert torch.equal(log_mel, log_mel_3) and torch.equal(frames, frames_3)
 
 
+def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """One picture of a clip is damaged. From there on the clip must not come, whole pictures of it
+    included, however many batches were being decoded."""
+    places = [(shard, sample) for shard in range(3) for sample in range(0, 8, 2)]
+    damages = {place: packed_as("4.jpg", b"no picture") for place in places}
+    copy = damaged_copy(packed_synthetic / "frames", tmp_path / "copy", damages)
+    found = []
+    for count in (1, 4):
+        loader = start(copy, config={"video_pipelines": count, "maximum_bad_share": 1.0})
+        batches = take(loader, 30)
+        left_out = {one.sample_id: one.position for one in loader.quarantine}
+        assert len(left_out) > 4
+        for batch in batches:
+            for position, sample_id in zip(batch.positions.tolist(), batch.sample_ids, strict=True):
+                assert position < left_out.get(sample_id, 10**9)
+        found.append([batch.sample_ids for batch in batches])
+    assert found[0] == found[1]
+
+
 def test_a_quarantine_of_another_set_is_refused(
     packed_synthetic: Path, start: Callable[..., TrainLoader]
 ) -> None:
