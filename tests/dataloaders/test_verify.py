@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
-from cavmae.dataloaders.shards import ShardSet, read_member_index
+from cavmae.dataloaders.shards import ShardSet, description_bytes, read_member_index
 from cavmae.dataloaders.verify import VerifyConfig, description_problem, main, verify
 
 
@@ -96,9 +96,10 @@ def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synth
     source = ShardSet(packed_synthetic / "video")
     description = {**source.description(0, 0), "key": "000000000"}
     media = {"flac": source.member(0, 0, "flac")[:9000], "mp4": b"no video"}
-    description["crc32"] = {name: zlib.crc32(data) for name, data in media.items()}
+    del description["crc32"]
+    crc32 = {name: zlib.crc32(data) for name, data in media.items()}
     writer = ShardWriter(tmp_path, "000000")
-    writer.add("000000000", {"json": json.dumps(description).encode(), **media})
+    writer.add("000000000", {"json": description_bytes(description, crc32), **media})
     entry = writer.finish()
     assert entry is not None
     write_index(
