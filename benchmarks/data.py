@@ -93,14 +93,14 @@ def main(argv: list[str]) -> int:
     make_clips(work, flags.clips)
     results: dict[str, Any] = {
         "contenders": _contest(work, flags.workers, flags.rounds, flags.batches),
-        "parts": {tier: _parts(work / "packed" / tier) for tier in ("frames", "video")},
-        "first_batch": _first_batches(work / "packed" / "frames"),
+        "parts": {tier: _parts(work / "wav" / tier) for tier in ("frames", "video")},
+        "first_batch": _first_batches(work / "wav" / "frames"),
         "plan": json.loads(
             subprocess.run(
                 [sys.executable, "-c", _PLAN], check=True, capture_output=True, text=True
             ).stdout
         ),
-        "memory": _memory(work / "packed" / "frames", flags.memory_samples),
+        "memory": _memory(work / "wav" / "frames", flags.memory_samples),
     }
     results["bars"] = bars(results)
     for line in report(results):
@@ -152,8 +152,9 @@ def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[st
     """Clips/s and CPU-seconds a clip of every contender."""
     videos = sorted((work / "raw").glob("*.mp4"))
     ways: dict[str, Callable[[int], Any]] = {
-        "cavmae frames": lambda n: _ours(work / "packed" / "frames", n),
-        "cavmae video": lambda n: _ours(work / "packed" / "video", n),
+        "cavmae frames": lambda n: _ours(work / "wav" / "frames", n),
+        "cavmae frames with FLAC": lambda n: _ours(work / "flac" / "frames", n),
+        "cavmae video": lambda n: _ours(work / "wav" / "video", n),
         "published": lambda n: _theirs(lambda k: PublishedDataset(work / "published", k), n),
         "PyAV, raw 720p": lambda n: _theirs(lambda k: RawVideoDataset(videos, k, "pyav"), n),
     }
@@ -325,11 +326,11 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     by = results["contenders"]
 
     def best(name: str) -> dict[str, Any]:
-        found = [value for key, value in by.items() if key.startswith(name)]
+        found = [value for key, value in by.items() if key.startswith(f"{name}, ")]
         return max(found, key=lambda one: one["clips_per_second"])
 
     frames, video, published = best("cavmae frames"), best("cavmae video"), best("published")
-    raw = best("PyAV")
+    raw = best("PyAV, raw 720p")
     parts = results["parts"]["frames"]
     log_mel_seconds = parts["log_mel_cpu_seconds_per_clip"]
     total = frames["cpu_seconds_per_clip"]

@@ -13,14 +13,15 @@ from cavmae.benchmarks.baselines.published_loader import write_published
 from cavmae.dataloaders.log_mel import AUDIO_HZ
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.shards import FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.stored_sound import decode_sound
 
 HEIGHT, WIDTH, FPS, SECONDS = 720, 1280, 25, 10
 GROUP = 250
 """Frames between key frames: x264's default."""
 
 
-def make_clips(work: Path, count: int) -> None:
-    """Leave `raw/*.mp4` (720p H.264 and AAC), `packed/{frames,video}` and `published/` in `work`.
+def make_videos(work: Path, count: int) -> Path:
+    """Leave `raw/*.mp4` (720p H.264 and AAC) in `work`, and return that folder.
 
     What is there already is used.
     """
@@ -30,13 +31,21 @@ def make_clips(work: Path, count: int) -> None:
         path = raw / f"{number:04d}.mp4"
         if not path.exists():
             _write_video(path, number)
-    packed = PackConfig(str(raw), str(work / "packed"), tiers="frames,video", clips_per_shard=16)
-    pack(packed, Console(quiet=True))
+    return raw
+
+
+def make_clips(work: Path, count: int) -> None:
+    """Leave the videos, `wav/{frames,video}`, `flac/frames` and `published/` in `work`."""
+    raw = str(make_videos(work, count))
+    wav = PackConfig(raw, str(work / "wav"), audio_codec="wav", clips_per_shard=16)
+    pack(wav, Console(quiet=True))
+    flac = PackConfig(raw, str(work / "flac"), tiers="frames", clips_per_shard=16)
+    pack(flac, Console(quiet=True))
     published = work / "published"
     if not published.exists():
         part = work / "published.part"
         part.mkdir(exist_ok=True)
-        _lay_out(ShardSet(work / "packed" / "frames"), part)
+        _lay_out(ShardSet(work / "wav" / "frames"), part)
         part.rename(published)
 
 
@@ -47,9 +56,7 @@ def _lay_out(shards: ShardSet, folder: Path) -> None:
                 Image.open(io.BytesIO(shards.member(shard, sample, f"{place}.jpg")))
                 for place in range(FRAMES_PER_CLIP)
             ]
-            with av.open(io.BytesIO(shards.member(shard, sample, "flac")), "r") as container:
-                sound = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-            samples = np.concatenate(sound).astype(np.int16)
+            samples = decode_sound(shards.member(shard, sample, shards.audio_codec))
             key = shards.description(shard, sample)["key"]
             write_published(folder, key, samples, frames)
 

@@ -32,7 +32,7 @@ from cavmae.dataloaders.loader import TrainLoader
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.plan import SamplePlan, rank_positions
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
-from cavmae.dataloaders.shards import EXTENSIONS, ShardSet, description_bytes
+from cavmae.dataloaders.shards import ShardSet, description_bytes
 from cavmae.dataloaders.synthetic import generate
 
 RANKS, LANES, GLOBAL_BATCH, WINDOW = 2, 8, 64, 256
@@ -143,7 +143,7 @@ def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
     pack(PackConfig(str(listing), str(out), tiers="frames"), Console(quiet=True))
     packed = ShardSet(out / "frames")
     members = [
-        {name: packed.member(shard, sample, name) for name in EXTENSIONS["frames"]}
+        {name: packed.member(shard, sample, name) for name in packed.members}
         for shard, size in enumerate(packed.sizes)
         for sample in range(size)
     ]
@@ -164,6 +164,7 @@ def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
     write_index(
         folder,
         tier="frames",
+        audio_codec=packed.audio_codec,
         video_codec=None,
         short_side=32,
         frame_choice="by_time",

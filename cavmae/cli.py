@@ -19,6 +19,7 @@ BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
     "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
     "data": ("cavmae.benchmarks.data", "The loader against the published one and raw video."),
+    "tiers": ("cavmae.benchmarks.tiers", "Size, cost and quality of each way to store a clip."),
     "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
     "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),

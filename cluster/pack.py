@@ -15,7 +15,7 @@ from typing import Any
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.dataloaders import pack
-from cavmae.dataloaders.worker_pool import run_in_order
+from cavmae.dataloaders.worker_pool import TaskLimits, run_in_order
 
 CLIPS_TOGETHER = 16
 """Clips of one Ray task: its worker process takes a second to start."""
@@ -39,7 +39,7 @@ def _run_in_order(
     arguments: Iterable[Any],
     *,
     workers: int,
-    limit_seconds: float,
+    limits: TaskLimits,
 ) -> Generator[Any]:
     """As `run_in_order`.
 
@@ -55,12 +55,12 @@ def _run_in_order(
         under_way: deque[Any] = deque()
         tasks = iter(arguments)
         while some := tuple(itertools.islice(tasks, CLIPS_TOGETHER)):
-            under_way.append(task.remote(function, some, limit_seconds))
+            under_way.append(task.remote(function, some, limits))
             if len(under_way) == most:
                 yield from ray.get(under_way.popleft())
         while under_way:
             yield from ray.get(under_way.popleft())
 
 
-def _run_some(function: Callable[[Any], Any], some: tuple[Any, ...], limit_seconds: float) -> Any:
-    return list(run_in_order(function, some, workers=1, limit_seconds=limit_seconds))
+def _run_some(function: Callable[[Any], Any], some: tuple[Any, ...], limits: TaskLimits) -> Any:
+    return list(run_in_order(function, some, workers=1, limits=limits))

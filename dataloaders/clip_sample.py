@@ -4,16 +4,24 @@ Kept apart from `pack.py` so that a worker process imports neither torch nor the
 """
 
 import hashlib
+import os
 import zlib
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
-from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
+from cavmae.dataloaders.clip_errors import MAXIMUM_CLIP_BYTES, ClipError, DecodeSettings
 from cavmae.dataloaders.clip_list import ListedClip
-from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_jpegs, encode_video
+from cavmae.dataloaders.encode import (
+    VideoCodec,
+    encode_jpegs,
+    encode_video,
+    fragment_sizes,
+)
 from cavmae.dataloaders.media import DecodedClip, decode_clip
 from cavmae.dataloaders.published_clip import read_published
 from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA, description_bytes
+from cavmae.dataloaders.stored_sound import AudioCodec, encode_sound
 
 PUBLISHED_SECONDS = 10
 """The original code looks at the first ten seconds."""
@@ -29,6 +37,7 @@ class ClipTask:
     clip: ListedClip
     clip_seconds: float
     tiers: tuple[str, ...]
+    audio_codec: AudioCodec
     video_codec: VideoCodec
     frame_choice: FrameChoice
     decode: DecodeSettings
@@ -64,28 +73,55 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
         if clip.frames is not None:
             return _pack_published(task, key, end - clip.start_seconds)
         decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
+        source = _source_bytes(clip) if "original" in task.tiers else b""
     except ClipError as error:
         return SkippedClip(error.reason, error.detail)
     chosen = ten_frames(
         decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
     )
-    flac = encode_flac(decoded.audio)
+    sound = {task.audio_codec: encode_sound(decoded.audio, task.audio_codec)}
     description = describe(task, key, decoded, chosen)
     members = {}
     for tier in task.tiers:
+        described, media = description, sound
         if tier == "video":
             video = encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
-            media = {"flac": flac, "mp4": video}
+            media = {**sound, "mp4": video}
+            described = {**description, "fragments": _fragments(video)}
+        elif tier == "original":
+            media = {**sound, "source": source}
         else:
             distinct = sorted(set(chosen))
             pictures = encode_jpegs([decoded.frames[index] for index in distinct])
             jpegs = dict(zip(distinct, pictures, strict=True))
             named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
-            media = {"flac": flac, **named}
-        members[tier] = _members(description, media)
+            media = {**sound, **named}
+        members[tier] = _members(described, media)
     seconds = len(decoded.audio) / AUDIO_HZ
     content = _content(members[task.tiers[0]])
     return PackedClip(key, members, seconds, decoded.video_codec, content)
+
+
+def _source_bytes(clip: ListedClip) -> bytes:
+    """The file, or its part of a tar, as it is."""
+    with open(clip.path, "rb") as file:
+        offset, size = clip.part or (0, os.fstat(file.fileno()).st_size)
+        if size > MAXIMUM_CLIP_BYTES:
+            raise ClipError(
+                "too_large",
+                f"{size} bytes, and the original tier keeps files up to {MAXIMUM_CLIP_BYTES}; "
+                f"cut it into clips first",
+            )
+        file.seek(offset)
+        return file.read(size)
+
+
+def _fragments(video: bytes) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of the header and of each frame: what reading one frame needs to know."""
+    sizes = fragment_sizes(video)
+    ends = list(accumulate(sizes))
+    parts = [video[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return {"bytes": sizes, "crc32": [zlib.crc32(part) for part in parts]}
 
 
 def _members(description: dict[str, Any], media: dict[str, bytes]) -> dict[str, bytes]:
@@ -129,7 +165,8 @@ def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
         chosen=list(range(FRAMES_PER_CLIP)),
     )
     named = {f"{place}.jpg": data for place, data in enumerate(pictures)}
-    members = {"frames": _members(description, {"flac": encode_flac(audio), **named})}
+    sound = {task.audio_codec: encode_sound(audio, task.audio_codec)}
+    members = {"frames": _members(description, {**sound, **named})}
     return PackedClip(key, members, length, "jpeg", _content(members["frames"]))
 
 

@@ -55,7 +55,7 @@ class ClipDecoder:
     """Decodes batches of clips of one tier; `schedule` and `collect` take turns.
 
     Args:
-        tier: `video` or `frames`.
+        tier: of the shards.
         image_size: height and width of the frames that come out.
         maximum_batch: most clips in a batch.
         threads: CPU threads that decode.
@@ -76,7 +76,7 @@ class ClipDecoder:
         self.tier = tier
         self.gpu = gpu
         self._frames_per_clip = frames_per_clip
-        graph: Any = _video_graph if tier == "video" else _image_graph
+        graph: Any = _image_graph if tier == "frames" else _video_graph
         self._pipeline: Pipeline = graph(
             on_gpu=gpu is not None,
             image_size=image_size,
@@ -93,8 +93,8 @@ class ClipDecoder:
         frames = [(clip, place) for clip in clips for place in range(self._frames_per_clip)]
         # A row of the pipeline is a frame; a clip's sound goes with its first one.
         feed("has_sound", [np.bool_(place == 0) for _, place in frames])
-        feed("flac", [_bytes(clip.flac) if place == 0 else _NOTHING for clip, place in frames])
-        if self.tier == "video":
+        feed("sound", [_bytes(clip.sound) if place == 0 else _NOTHING for clip, place in frames])
+        if self.tier != "frames":
             pixels = [clip.pixels[place] if clip.pixels else None for clip, place in frames]
             feed("has_pixels", [np.bool_(one is not None) for one in pixels])
             feed("pixels", [_NO_PIXELS if one is None else one[None] for one in pixels])
@@ -145,9 +145,9 @@ def _source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -
 def _waveform() -> Any:
     """Sound of the rows that have any; DALI's conditionals reach into this function."""
     has_sound: Any = _source("has_sound", DALIDataType.BOOL, 0)
-    flac = _source("flac", DALIDataType.UINT8, 1)
+    sound = _source("sound", DALIDataType.UINT8, 1)
     if has_sound:
-        waveform, _ = fn.decoders.audio(flac, dtype=DALIDataType.INT16, downmix=False)
+        waveform, _ = fn.decoders.audio(sound, dtype=DALIDataType.INT16, downmix=False)
     else:
         waveform = Constant(np.zeros((1, 1), dtype=np.int16), device="cpu")
     return waveform

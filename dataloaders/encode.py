@@ -1,6 +1,7 @@
-"""Encoding of a decoded clip into the members of a shard: FLAC, JPEG and key-frame-only video.
+"""Encoding of the frames of a clip into the members of a shard: JPEG and key-frame-only video.
 
-Every video frame is a key frame, so that any one of them is decoded alone. VP9 is the default
+Every video frame is a key frame in a fragment of its own, so that any one of them is read and
+decoded alone: the file's header and one fragment are a whole file. VP9 is the default
 because DALI decodes it on the CPU and on the GPU; H.264 decodes on the GPU only, MJPEG on the CPU
 only. Encoded video runs at a constant rate (frame i is at i / rate) whatever the source did:
 decoders that pick frames by number do not all agree on variable rates. The presentation times are
@@ -9,19 +10,21 @@ in the sample's JSON.
 
 import io
 from fractions import Fraction
+from itertools import pairwise
 from typing import Literal
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from cavmae.dataloaders.shards import AUDIO_HZ
-from cavmae.dataloaders.video_track import EXACT
+from cavmae.dataloaders.video_track import rgb_pixels
 
 VideoCodec = Literal["vp9", "h264", "mjpeg"]
 
 JPEG_QUALITY = 95
+FRAGMENTED = {"movflags": "+frag_every_frame+empty_moov+default_base_moof+skip_trailer"}
+"""Options of the MP4 muxer."""
 
 ENCODERS: dict[VideoCodec, tuple[str, str, dict[str, str]]] = {
     # 340 to 450 x 256 pixels: VP9 3 to 5 ms and 11 to 28 kB a frame at 41 to 44 dB; `good` instead
@@ -38,19 +41,6 @@ ENCODERS: dict[VideoCodec, tuple[str, str, dict[str, str]]] = {
 """Encoder, pixel format and options."""
 
 
-def encode_flac(audio: np.ndarray) -> bytes:
-    """(samples,) int16 mono 16 kHz to a FLAC file."""
-    stream_of_bytes = io.BytesIO()
-    with av.open(stream_of_bytes, "w", format="flac") as container:
-        stream = container.add_stream("flac", rate=AUDIO_HZ, layout="mono", format="s16")
-        frame = av.AudioFrame.from_ndarray(audio[np.newaxis], format="s16", layout="mono")
-        frame.sample_rate = AUDIO_HZ
-        frame.pts = 0
-        for piece in (frame, None):
-            container.mux(stream.encode(piece))
-    return stream_of_bytes.getvalue()
-
-
 def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
     """(height * 3 / 2, width) uint8 planes of 4:2:0 (BT.601, limited range) to a JPEG file each."""
     reformatter = VideoReformatter()
@@ -59,14 +49,7 @@ def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
 
 def _encode_jpeg(planes: np.ndarray, reformatter: VideoReformatter) -> bytes:
     frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-    picture = reformatter.reformat(
-        frame,
-        format="rgb24",
-        src_colorspace=Colorspace.ITU601,
-        src_color_range="MPEG",
-        dst_color_range="JPEG",
-        interpolation=EXACT | Interpolation.BILINEAR,
-    ).to_ndarray()
+    picture = rgb_pixels(frame, reformatter)
     stream_of_bytes = io.BytesIO()
     Image.fromarray(picture).save(stream_of_bytes, "JPEG", quality=JPEG_QUALITY)
     return stream_of_bytes.getvalue()
@@ -77,7 +60,7 @@ def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second:
     name, pixel_format, options = ENCODERS[codec]
     rate = Fraction(frames_per_second).limit_denominator(1001)
     stream_of_bytes = io.BytesIO()
-    with av.open(stream_of_bytes, "w", format="mp4") as container:
+    with av.open(stream_of_bytes, "w", format="mp4", options=FRAGMENTED) as container:
         stream = container.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height = frames[0].shape[0] * 2 // 3
@@ -93,3 +76,25 @@ def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return stream_of_bytes.getvalue()
+
+
+def fragment_sizes(video: bytes) -> list[int]:
+    """Bytes of the header and of each frame's fragment of what `encode_video` returns.
+
+    Source: ISO/IEC 14496-12, boxes `moof` and `mdat`.
+
+    Raises:
+        ValueError: the file is not made up so.
+    """
+    starts = []
+    place = 0
+    while place + 8 <= len(video):
+        size, kind = int.from_bytes(video[place : place + 4], "big"), video[place + 4 : place + 8]
+        if kind == b"moof":
+            starts.append(place)
+        if size < 8:
+            raise ValueError(f"a box of {size} bytes at {place}")
+        place += size
+    if place != len(video) or not starts:
+        raise ValueError(f"{len(video)} bytes of boxes with {len(starts)} fragments")
+    return [starts[0], *(end - start for start, end in pairwise([*starts, len(video)]))]

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.dataloaders.random_streams import random_permutation
-from cavmae.dataloaders.shards import FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.reader import MIDDLE_FRAME
+from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.storage import LocalFolder
 
 LARGEST_SURVEY = 2000
@@ -107,7 +108,7 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     table.add_row("sound", f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
     frames = np.array([one["video"]["frames"] for one in found])
     table.add_row("frames", _spread(frames))
-    table.add_row("codec", str(shards.video_codec or "JPEG"))
+    table.add_row("codec", f"{shards.video_codec or 'JPEG'}, {shards.audio_codec} sound")
     sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
     table.add_row("frame sizes", _most_common(sizes, 5))
     tables = [table, _histogram(seconds)]
@@ -182,25 +183,24 @@ def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
         ShardError: a clip is damaged.
         ValueError: a clip does not decode.
     """
-    import av
     import torch
     from av.error import FFmpegError
 
     from cavmae.dataloaders.log_mel import log_mel
+    from cavmae.dataloaders.one_frame import FrameError
+    from cavmae.dataloaders.stored_sound import decode_sound
 
     cards = []
     for shard, sample in _places(shards, count, seed):
         described = shards.description(shard, sample)
-        frame = described["ten_frames"][FRAMES_PER_CLIP // 2]
+        frame = described["ten_frames"][MIDDLE_FRAME]
         sample_id = shards.sample_id(shard, sample)
-        flac = shards.member(shard, sample, "flac")
+        sound = shards.member(shard, sample, shards.audio_codec)
         try:
-            with av.open(io.BytesIO(flac), "r") as container:
-                parts = [one.to_ndarray().reshape(-1) for one in container.decode(audio=0)]
-            pixels = _frame(shards, shard, sample, frame["index"])
-        except (FFmpegError, OSError) as error:
+            waveform = torch.from_numpy(decode_sound(sound))
+            pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
+        except (FFmpegError, FrameError, OSError) as error:
             raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
-        waveform = torch.from_numpy(np.concatenate(parts).astype(np.int16))
         spectrogram = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))[0]
         source = described["source"]
         facts = (
@@ -214,14 +214,27 @@ def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
     return cards
 
 
-def _frame(shards: ShardSet, shard: int, sample: int, index: int) -> np.ndarray:
+def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.ndarray:
+    """`(height, width, 3)` uint8: one of the ten frames of a clip.
+
+    Raises:
+        OSError: the shard cannot be read.
+        ShardError: the clip is damaged.
+        FrameError: it does not decode.
+    """
     from PIL import Image
 
-    from cavmae.dataloaders.one_frame import decode_frame
+    from cavmae.dataloaders.one_frame import decode_frame, decode_original
 
+    described = shards.description(shard, sample)
+    frame = described["ten_frames"][number]
     if shards.tier == "video":
-        return decode_frame(shards.member(shard, sample, "mp4"), index)
-    jpeg = shards.member(shard, sample, f"{FRAMES_PER_CLIP // 2}.jpg")
+        return decode_frame(shards.frame(shard, sample, frame["index"]))
+    if shards.tier == "original":
+        video = described["video"]
+        source = shards.member(shard, sample, "source")
+        return decode_original(source, frame["seconds"], video["width"], video["height"])
+    jpeg = shards.member(shard, sample, f"{number}.jpg")
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 

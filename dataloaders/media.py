@@ -17,6 +17,7 @@ Conventions:
   decode than fail, and `minimum_seconds` of both sound and video do.
 """
 
+import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ SILENT_PEAK = 3
 """Samples of int16 up to this (-80 dBFS) are silence: lossy codecs return zeros as such values."""
 PREROLL_SECONDS = 2.0
 """A seek aims this much early: codecs need some frames before the first that they decode well."""
+ONE_FRAME_SECONDS = 1e-3
+"""A window with one frame."""
 INTERLEAVING_SECONDS = 60.0
 """Sound and video of the same moment lie at most this far apart in a file."""
 MAXIMUM_SOURCE_PIXELS = 1 << 27
@@ -93,7 +96,7 @@ def decode_clip(
     return _checked_clip(*tracks, start_seconds, end_seconds, settings)
 
 
-def decode_sound(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
+def decode_sound_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
     """`(samples,)` int16 at 16 kHz: the first `seconds` of a file's sound.
 
     Raises:
@@ -115,6 +118,43 @@ def decode_sound(path: str, seconds: float, settings: DecodeSettings) -> np.ndar
     if sound.samples == 0 or len(sound.errors) > sound.frames:
         raise ClipError("decode_error", f"no sound decodes; {errors[0] if errors else ''}")
     return _checked_sound(sound, settings)
+
+
+def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> np.ndarray:
+    """The frame that a file shows at a moment of the timeline of `decode_clip`.
+
+    Args:
+        video: the file.
+        seconds: as `DecodedClip.times_seconds` of a clip from 0 has them.
+        size: width and height to scale to.
+
+    Returns:
+        `(height * 3 / 2, width)` uint8 planes as those of `DecodedClip.frames`.
+
+    Raises:
+        ClipError: it cannot be decoded.
+    """
+    errors: list[str] = []
+    for seek in (True, False) if seconds > PREROLL_SECONDS else (False,):
+        with _open(io.BytesIO(video)) as container:
+            stream, audio = _choose_streams(container)
+            zero = _origin_seconds(stream, audio) + seconds
+            track = VideoTrack(stream, zero, ONE_FRAME_SECONDS, DecodeSettings())
+            track.size = size
+            try:
+                if seek:
+                    container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
+            except FFmpegError:
+                continue
+            for packet in _packets(container, [stream], errors):
+                track.decode(packet)
+                if track.done or (seek and track.begins_late):
+                    break
+            track.finish()
+            if track.frames and not (seek and track.begins_late):
+                return track.frames[0]
+            errors.extend(track.errors)
+    raise ClipError("decode_error", f"no frame at {seconds:g} s; {errors[0] if errors else ''}")
 
 
 def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
@@ -149,7 +189,7 @@ def _url(path: str, part: tuple[int, int] | None) -> str:
     return f"subfile,,start,{part[0]},end,{sum(part)},,:file:{path}"
 
 
-def _open(url: str, formats: str = CONTAINERS) -> av.container.InputContainer:
+def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.InputContainer:
     # Files alone: neither the content nor the name can make libavformat fetch a URL.
     options = {"format_whitelist": formats, "protocol_whitelist": "file,subfile"}
     try:

@@ -36,7 +36,8 @@ from cavmae.dataloaders.packed_folder import (
 )
 from cavmae.dataloaders.shard_writer import ShardWriter, write_atomically, write_index
 from cavmae.dataloaders.shards import TIERS, ShardEntry
-from cavmae.dataloaders.worker_pool import Failure, run_in_order
+from cavmae.dataloaders.stored_sound import AudioCodec
+from cavmae.dataloaders.worker_pool import Failure, TaskLimits, run_in_order
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class PackConfig:
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the shards; new, empty, or of an earlier run of the same command."""
     tiers: str = "frames,video"
-    """What to pack: `frames` (ten JPEGs a clip), `video` (every frame), separated by a comma."""
+    """What to pack: `frames` (ten JPEGs a clip), `video` (every frame as a key frame), `original`
+    (the file as it is), separated by commas."""
+    audio_codec: AudioCodec = "flac"
+    """Of the sound: flac takes two thirds of the bytes, wav next to no time to decode."""
     video_codec: VideoCodec = "vp9"
     """Codec of the video tier: vp9 decodes on CPU and GPU, h264 on GPU only, mjpeg on CPU only."""
     video_fps: float = 0.0
@@ -89,8 +93,12 @@ class PackConfig:
     """Only count the clips that are in `not_in` as well."""
     clips_per_shard: int = 1000
     """Clips of the list in each shard, skipped ones included."""
-    maximum_seconds_per_clip: float = 120.0
+    maximum_seconds_per_clip: float = 300.0
     """A clip that takes longer than this to decode and encode is skipped as `timeout`."""
+    maximum_cpu_seconds_per_clip: float = 120.0
+    """The same for CPU time, which a busy machine does not stretch, as `cpu_limit`."""
+    maximum_memory_gb: float = 6.0
+    """Address space of a worker; a clip that wants more is skipped as `memory_limit`."""
     workers: int = 0
     """Processes; 0: one per core."""
     ray: bool = False
@@ -101,14 +109,26 @@ class PackConfig:
     def __post_init__(self) -> None:
         for tier in self.tier_names:
             if tier not in TIERS:
-                raise ValueError(f"tiers is {self.tiers!r}; use frames, video or frames,video")
+                raise ValueError(f"tiers is {self.tiers!r}; use some of {', '.join(TIERS)}")
         if len(set(self.tier_names)) != len(self.tier_names):
             raise ValueError(f"tiers is {self.tiers!r}, which names one twice")
+        if self.segment and "original" in self.tier_names:
+            raise ValueError(
+                "segment is set and tiers has original, which would keep the whole file for each "
+                "of its clips; cut the files first, or leave original out"
+            )
         if self.short_side < 16 or self.short_side % 2:
             raise ValueError(f"short_side is {self.short_side}; use an even number from 16")
-        for name in ("clip_seconds", "minimum_seconds", "maximum_seconds_per_clip"):
+        for name in (
+            "clip_seconds",
+            "minimum_seconds",
+            "maximum_seconds_per_clip",
+            "maximum_cpu_seconds_per_clip",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; use seconds above 0")
+        if not 1 <= self.maximum_memory_gb < 1 << 20:
+            raise ValueError(f"maximum_memory_gb is {self.maximum_memory_gb}; use 1 or more")
         if self.clip_seconds < self.minimum_seconds:
             raise ValueError(
                 f"clip_seconds is {self.clip_seconds}, less than minimum_seconds "
@@ -135,6 +155,13 @@ class PackConfig:
             audio_channel=self.audio_channel,
         )
 
+    def limits(self) -> TaskLimits:
+        return TaskLimits(
+            self.maximum_seconds_per_clip,
+            self.maximum_cpu_seconds_per_clip,
+            int(self.maximum_memory_gb * 1e9),
+        )
+
     def lasting(self) -> dict[str, Any]:
         """The options that decide what the shards hold; the others may change on a restart."""
         free = (
@@ -144,6 +171,8 @@ class PackConfig:
             "ray",
             "ray_address",
             "maximum_seconds_per_clip",
+            "maximum_cpu_seconds_per_clip",
+            "maximum_memory_gb",
             "not_in",
             "allow_leakage",
         )
@@ -159,7 +188,7 @@ class Executor(Protocol):
         arguments: Iterable[Any],
         *,
         workers: int,
-        limit_seconds: float,
+        limits: TaskLimits,
     ) -> Generator[Any]: ...
 
 
@@ -186,6 +215,7 @@ def pack(
             f"tiers is {config.tiers!r}, and {videos} lists sounds with ten pictures each, of "
             f"which only the frames tier can be made; use --tiers frames"
         )
+    _check_whole_files(config, clips)
     if config.segment:
         clips = _segments(clips, config, workers, console, executor)
     others = OtherSets(config.not_in) if config.not_in else None
@@ -217,6 +247,15 @@ def pack(
         return _complete(out, config, [reports[shard] or {} for shard in shards], resumed, others)
 
 
+def _check_whole_files(config: PackConfig, clips: list[ListedClip]) -> None:
+    late = next((clip for clip in clips if clip.start_seconds > 0), None)
+    if "original" in config.tier_names and late is not None:
+        raise ValueError(
+            f"tiers has original, which keeps whole files, and {late.source} is listed from "
+            f"{late.start_seconds:g} s on; cut the files first, or leave original out"
+        )
+
+
 def _segments(
     clips: list[ListedClip],
     config: PackConfig,
@@ -230,7 +269,7 @@ def _segments(
         _length,
         [clip if clip.end_seconds is None and clip.frames is None else None for clip in clips],
         workers=workers,
-        limit_seconds=config.maximum_seconds_per_clip,
+        limits=config.limits(),
     )
     cut = []
     for clip, length in zip(clips, lengths, strict=True):
@@ -276,6 +315,7 @@ def _results(
             clip=clips[number],
             clip_seconds=config.clip_seconds,
             tiers=config.tier_names,
+            audio_codec=config.audio_codec,
             video_codec=config.video_codec,
             frame_choice=config.frame_choice,
             decode=config.decode_settings(),
@@ -283,8 +323,7 @@ def _results(
         for shard in pending
         for number in _numbers(shard, clips, config)
     )
-    limit = config.maximum_seconds_per_clip
-    yield from executor(pack_clip, tasks, workers=workers, limit_seconds=limit)
+    yield from executor(pack_clip, tasks, workers=workers, limits=config.limits())
 
 
 class _Checks(NamedTuple):
@@ -405,6 +444,7 @@ def _complete(
         write_index(
             out / tier,
             tier=tier,
+            audio_codec=config.audio_codec,
             video_codec=config.video_codec if tier == "video" else None,
             short_side=config.short_side,
             frame_choice=config.frame_choice,

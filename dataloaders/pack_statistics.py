@@ -17,6 +17,7 @@ from cavmae.dataloaders.packed_folder import finished_reports
 from cavmae.dataloaders.random_streams import random_permutation
 from cavmae.dataloaders.shard_writer import write_atomically
 from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.stored_sound import decode_sound
 
 LOG_MEL_CLIPS = 500
 """Clips, drawn by counter, of which mean and deviation of the log-mel are computed."""
@@ -93,7 +94,6 @@ def _weights(out: Path, classes: Counter[str], clips: int) -> bytes:
 def _log_mel(shards: ShardSet) -> tuple[float, float, int]:
     """Mean and deviation over all values, as the published `get_norm_stats.py` averages them: of
     each clip's own, over the clips; and the number of clips."""
-    import av
     import torch
 
     from cavmae.dataloaders.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
@@ -103,10 +103,8 @@ def _log_mel(shards: ShardSet) -> tuple[float, float, int]:
     means, deviations = [], []
     for place in sorted(order.tolist()):
         shard = int(np.searchsorted(ends, place, side="right"))
-        flac = shards.member(shard, place - int(ends[shard] - shards.sizes[shard]), "flac")
-        with av.open(io.BytesIO(flac), "r") as container:
-            parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]
-        waveform = torch.from_numpy(np.concatenate(parts).astype(np.int16))
+        sample = place - int(ends[shard] - shards.sizes[shard])
+        waveform = torch.from_numpy(decode_sound(shards.member(shard, sample, shards.audio_codec)))
         frames = 1 + (len(waveform) - WINDOW_SAMPLES) // HOP_SAMPLES
         if frames > 0:
             values = log_mel([waveform], MEL_BINS, frames, torch.device("cpu"))

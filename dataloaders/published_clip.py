@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
-from cavmae.dataloaders.media import decode_sound
+from cavmae.dataloaders.media import decode_sound_file
 from cavmae.dataloaders.shards import FRAMES_PER_CLIP
 
 
@@ -32,7 +32,7 @@ def read_published(
     Raises:
         ClipError: the clip cannot be used.
     """
-    audio = decode_sound(wav, seconds, settings)
+    audio = decode_sound_file(wav, seconds, settings)
     pictures, sizes = [], set()
     for number in range(FRAMES_PER_CLIP):
         path = Path(frames) / f"frame_{number}" / f"{video_id}.jpg"

@@ -89,7 +89,8 @@ class Quarantine:
         return first is not None and task.position >= first
 
     def add(self, damage: Damage) -> None:
-        """Leave a clip out from the position of its damage on.
+        """Leave a clip out from the position of its damage on; it is listed once, with the first
+        position at which it was found.
 
         Raises:
             DataFaultError: that is one too many.
@@ -97,10 +98,12 @@ class Quarantine:
         task = damage.task
         if self.leaves_out(task):
             return
-        self._left_out_from[task.shard, task.sample] = task.position
-        self.samples.append(
-            QuarantinedSample(damage.sample_id, damage.reason, damage.detail, task.position)
-        )
+        place = (task.shard, task.sample)
+        found = QuarantinedSample(damage.sample_id, damage.reason, damage.detail, task.position)
+        if place in self._left_out_from:  # As a substitute, before its own place was read.
+            self.samples = [one for one in self.samples if one.sample_id != found.sample_id]
+        self._left_out_from[place] = task.position
+        self.samples.append(found)
         log.warning("left out %s: %s (%s)", damage.sample_id, damage.reason, damage.detail)
         self._check()
 

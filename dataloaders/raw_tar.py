@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".source")
+"""The last is what the `original` tier keeps, which can be packed again."""
 LARGEST_JSON = 1 << 20
 """Bytes; more is no description of a clip."""
 

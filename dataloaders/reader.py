@@ -13,7 +13,7 @@ import numpy as np
 
 from cavmae.dataloaders.augment import Box, is_mirrored, middle_box, random_box
 from cavmae.dataloaders.config import Augmentation
-from cavmae.dataloaders.one_frame import FrameError, cut_frame, decode_frame
+from cavmae.dataloaders.one_frame import FrameError, decode_frame, decode_original
 from cavmae.dataloaders.random_streams import random_words
 from cavmae.dataloaders.shards import AUDIO_HZ, FRAMES_PER_CLIP, ShardError, ShardSet
 
@@ -68,7 +68,8 @@ class EncodedClip:
     task: ReadTask
     sample_id: str
     labels: tuple[str, ...]
-    flac: bytes
+    sound: bytes
+    """FLAC or WAV."""
     pictures: tuple[bytes, ...]
     """JPEGs or one-frame videos; one zero byte each where `pixels` are given."""
     pixels: tuple[np.ndarray, ...] | None
@@ -137,7 +138,7 @@ class ClipReader:
             return Damage(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return Damage(task, sample_id, "audio_too_short", f"{audio_samples} samples")
-        pictures, pixels = self._pictures(task, [frame[:2] for frame in frames], height, width)
+        pictures, pixels = self._pictures(task, frames, height, width)
         augmentation, size = self.settings.augmentation, self.settings.image_size
         box, mirrored = middle_box(height, width, size), False
         if augmentation is not None:
@@ -150,7 +151,7 @@ class ClipReader:
             task,
             sample_id,
             labels,
-            self.shards.member(task.shard, task.sample, "flac"),
+            self.shards.member(task.shard, task.sample, self.shards.audio_codec),
             pictures,
             pixels,
             box,
@@ -160,17 +161,24 @@ class ClipReader:
         )
 
     def _pictures(
-        self, task: ReadTask, frames: list[tuple[int, int]], height: int, width: int
+        self, task: ReadTask, frames: list[tuple[int, int, float]], height: int, width: int
     ) -> tuple[tuple[bytes, ...], tuple[np.ndarray, ...] | None]:
-        """The frames, given by their place among the ten and in the video, and their pixels where
-        DALI has no decoder."""
-        if self.shards.tier != "video":
-            names = [f"{chosen}.jpg" for chosen, _ in frames]
-            return tuple(self.shards.member(task.shard, task.sample, name) for name in names), None
-        video = self.shards.member(task.shard, task.sample, "mp4")
+        """The frames, as `_choose_frames` gives them, and their pixels where DALI has no
+        decoder."""
+        shard, sample = task.shard, task.sample
+        nothing = (b"\0",) * len(frames)
+        if self.shards.tier == "frames":
+            names = [f"{chosen}.jpg" for chosen, _, _ in frames]
+            return tuple(self.shards.member(shard, sample, name) for name in names), None
+        if self.shards.tier == "original":
+            source = self.shards.member(shard, sample, "source")
+            return nothing, tuple(
+                decode_original(source, seconds, width, height) for _, _, seconds in frames
+            )
+        videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
         if self._dali_decodes(height, width):
-            return tuple(cut_frame(video, index) for _, index in frames), None
-        return (b"\0",) * len(frames), tuple(decode_frame(video, index) for _, index in frames)
+            return videos, None
+        return nothing, tuple(decode_frame(video) for video in videos)
 
     def _window(self, position: int, clip_seconds: float) -> tuple[float, float] | None:
         """Start and length of what is heard and seen; None: the clip from its beginning."""
@@ -188,8 +196,8 @@ class ClipReader:
     ) -> list[tuple[int, int, float]]:
         """Of each frame: its place among the ten, its index in the video, and its time.
 
-        Each comes from its own equal part of the window. The `video` tier is not bound to the ten:
-        `by_time` there shows any moment; the first number has no meaning then.
+        Each comes from its own equal part of the window. Only the `frames` tier is bound to the
+        ten: `by_time` shows any moment of the others; the first number has no meaning then.
         """
         count = self.settings.frames_per_clip
         inside = [0.5] * count
@@ -200,7 +208,7 @@ class ClipReader:
         ten = description["ten_frames"]
         start, length = window or (0.0, float(description["video"]["seconds"]))
         moments = [start + share * length for share in shares]
-        any_moment = self.shards.tier == "video" and self.settings.frame_choice == "by_time"
+        any_moment = self.shards.tier != "frames" and self.settings.frame_choice == "by_time"
         if any_moment and (window is not None or self.settings.draw_frame):
             times = np.asarray(description["video"]["times_seconds"], dtype=np.float64)
             shown = np.maximum(0, np.searchsorted(times, moments, side="right") - 1)

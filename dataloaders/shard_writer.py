@@ -131,6 +131,7 @@ def write_index(
     folder: Path,
     *,
     tier: str,
+    audio_codec: str,
     video_codec: str | None,
     short_side: int,
     frame_choice: str,
@@ -142,6 +143,7 @@ def write_index(
     index = {
         "schema": SCHEMA,
         "tier": tier,
+        "audio_codec": audio_codec,
         "video_codec": video_codec,
         "short_side": short_side,
         "audio_hz": AUDIO_HZ,

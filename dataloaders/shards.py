@@ -33,15 +33,11 @@ from cavmae.dataloaders.storage import (
 
 T = TypeVar("T")
 
-SCHEMA = 1
+SCHEMA = 2
 AUDIO_HZ = 16000
+AUDIO_CODECS = ("flac", "wav")
 FRAMES_PER_CLIP = 10
-TIERS = ("frames", "video")
-EXTENSIONS = {
-    "frames": ("json", "flac", *(f"{number}.jpg" for number in range(FRAMES_PER_CLIP))),
-    "video": ("json", "flac", "mp4"),
-}
-"""Members of a sample in the order in which they lie in the tar."""
+TIERS = ("frames", "video", "original")
 
 _SUMS = ',"crc32":'
 
@@ -85,6 +81,19 @@ class MemberIndex(NamedTuple):
     size: np.ndarray
 
 
+def member_names(tier: str, audio_codec: str) -> tuple[str, ...]:
+    """Extensions of the members of a sample in the order in which they lie in the tar.
+
+    The sound's is its codec. `source` is a file as it was packed, in whatever format.
+    """
+    pictures = {
+        "frames": tuple(f"{number}.jpg" for number in range(FRAMES_PER_CLIP)),
+        "video": ("mp4",),
+        "original": ("source",),
+    }
+    return ("json", audio_codec, *pictures[tier])
+
+
 def read_index(folder: str | Path) -> dict[str, Any]:
     """Read and check `index.json` of one tier, in a folder or at a URL.
 
@@ -117,6 +126,10 @@ def _read_index(storage: Storage) -> dict[str, Any]:
             raise ValueError(f"its schema is {index['schema']}, this version reads {SCHEMA}")
         if index["tier"] not in TIERS:
             raise ValueError(f"its tier is {index['tier']!r}, not one of {', '.join(TIERS)}")
+        if index["audio_codec"] not in AUDIO_CODECS:
+            raise ValueError(
+                f"its audio_codec is {index['audio_codec']!r}, not one of {', '.join(AUDIO_CODECS)}"
+            )
         kinds = {"frame_choice": str, "video_codec": str | None, "samples": int}
         wrong = [name for name, kind in kinds.items() if not isinstance(index[name], kind)]
         if wrong:
@@ -139,17 +152,16 @@ def _entry(name: Any, samples: Any, bytes: Any, sha256: Any) -> ShardEntry:
     return ShardEntry(name, samples, bytes, sha256)
 
 
-def read_member_index(path: Path) -> MemberIndex:
-    """Read a `.idx` file (DALI wds2idx v1.2) whose samples all have the same members.
+def parse_member_index(data: bytes, place: str) -> MemberIndex:
+    """Parse a `.idx` file (DALI wds2idx v1.2) whose samples all have the same members.
+
+    Args:
+        data: its content.
+        place: where it is, for the error.
 
     Raises:
-        OSError: the file cannot be read.
         ValueError: it is not such an index.
     """
-    return _parse_member_index(path.read_bytes(), str(path))
-
-
-def _parse_member_index(data: bytes, place: str) -> MemberIndex:
     try:
         lines = data.decode().splitlines()
         header = lines[0].split() if lines else []
@@ -178,7 +190,12 @@ def description_bytes(description: dict[str, Any], crc32: dict[str, int]) -> byt
     return f"{text}{_SUMS}{json.dumps(sums, separators=(',', ':'))}}}".encode()
 
 
-def _parsed_description(data: bytes) -> dict[str, Any]:
+def parse_description(data: bytes) -> dict[str, Any]:
+    """The JSON of a sample, checked against the checksum of its own text.
+
+    Raises:
+        ShardError: it is damaged or of another schema.
+    """
     try:
         description = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -191,6 +208,16 @@ def _parsed_description(data: bytes) -> dict[str, Any]:
     if found and description["crc32"].get("json", zlib.crc32(text)) != zlib.crc32(text):
         raise ShardError("crc_mismatch", "")
     return description
+
+
+def _has_crc32(expected: int | None) -> Callable[[bytes], None]:
+    """A check of bytes against a CRC-32; None: none was noted."""
+
+    def check(data: bytes) -> None:
+        if expected is not None and zlib.crc32(data) != expected:
+            raise ShardError("crc_mismatch", "")
+
+    return check
 
 
 class _Set(NamedTuple):
@@ -222,7 +249,10 @@ class ShardSet:
     folder: str
     """Where the shards are, for people."""
     tier: str
+    audio_codec: str
     video_codec: str | None
+    members: tuple[str, ...]
+    """Of every sample, as `member_names` says."""
     frame_choice: str
     set_shards: tuple[int, ...]
     """Shards of each set; they are numbered through."""
@@ -244,10 +274,11 @@ class ShardSet:
         indexes = [_read_index(one.storage) for one in sets]
         if not all(index["shards"] for index in indexes):
             raise ValueError(f"{self.folder}: a set without shards")
-        self.tier, self.video_codec, self.frame_choice = (
+        self.tier, self.audio_codec, self.video_codec, self.frame_choice = (
             self._common(name, [index[name] for index in indexes])
-            for name in ("tier", "video_codec", "frame_choice")
+            for name in ("tier", "audio_codec", "video_codec", "frame_choice")
         )
+        self.members = member_names(self.tier, self.audio_codec)
         self.set_shards = tuple(len(index["shards"]) for index in indexes)
         self.sets = tuple(
             one for one, count in zip(sets, self.set_shards, strict=True) for _ in range(count)
@@ -334,29 +365,68 @@ class ShardSet:
             ShardError: the bytes are damaged, in the shard and not only on their way.
             ValueError: this tier has no such member.
         """
+        whole = self._range(shard, sample, extension)
         if extension == "json":
-            return self._checked(shard, sample, extension, _parsed_description)[0]
+            return self._checked(shard, sample, extension, whole, parse_description)[0]
         expected = self.description(shard, sample)["crc32"].get(extension)
+        return self._checked(shard, sample, extension, whole, _has_crc32(expected))[0]
 
-        def check(data: bytes) -> None:
-            if expected is not None and zlib.crc32(data) != expected:
-                raise ShardError("crc_mismatch", "")
+    def member_size(self, shard: int, sample: int, extension: str) -> int:
+        """Bytes of a member as the index has it; raises as `member`."""
+        return self._range(shard, sample, extension)[1]
 
-        return self._checked(shard, sample, extension, check)[0]
+    def frame(self, shard: int, sample: int, index: int) -> bytes:
+        """A frame of the `video` tier as a video file of its own; only its bytes are read.
+
+        Args:
+            index: in presentation order, from 0.
+
+        Raises:
+            OSError: the shard cannot be read.
+            ShardError: its bytes are damaged, or the video has no such frame.
+            ValueError: this tier has no video.
+        """
+        offset, size = self._range(shard, sample, "mp4")
+        fragments = self.description(shard, sample).get("fragments")
+        place = f"sample {sample} of {self.place(shard)}"
+        try:
+            sizes, sums = fragments["bytes"], fragments["crc32"]
+            if {type(number) for number in (*sizes, *sums)} != {int} or min(sizes) <= 0:
+                raise ValueError("not all are whole numbers above 0")
+            if sum(sizes) != size:
+                raise ValueError(f"{sum(sizes)} bytes of fragments in a video of {size}")
+            if not 0 <= index < len(sizes) - 1:
+                raise ValueError(f"{len(sizes) - 1} frames, and frame {index} is wanted")
+            after = sum(sizes[: index + 1])
+            parts = [(0, sizes[0], sums[0]), (after, sizes[index + 1], sums[index + 1])]
+        except (TypeError, KeyError, IndexError, ValueError) as error:
+            detail = f"fragments of {place}: {type(error).__name__}: {error}"
+            raise ShardError("bad_schema", detail) from error
+        name = f"frame {index} in mp4"
+        return b"".join(
+            self._checked(shard, sample, name, (offset + start, length), _has_crc32(crc32))[0]
+            for start, length, crc32 in parts
+        )
 
     def _read_description(self, shard: int, sample: int) -> dict[str, Any]:
-        return self._checked(shard, sample, "json", _parsed_description)[1]
+        whole = self._range(shard, sample, "json")
+        return self._checked(shard, sample, "json", whole, parse_description)[1]
 
     def _checked(
-        self, shard: int, sample: int, extension: str, check: Callable[[bytes], T]
+        self,
+        shard: int,
+        sample: int,
+        name: str,
+        place: tuple[int, int],
+        check: Callable[[bytes], T],
     ) -> tuple[bytes, T]:
-        """A member, and what `check` says of it; read anew where a cache may be to blame."""
-        offset, size = self._range(shard, sample, extension)
+        """Bytes at an offset and of a size, and what `check` says of them; read anew where a cache
+        may be to blame."""
         file, storage = self.files[shard], self.sets[shard].storage
 
         def read() -> tuple[bytes, T]:
-            data = storage.read_range(file, offset, size)
-            if len(data) != size:
+            data = storage.read_range(file, *place)
+            if len(data) != place[1]:
                 raise ShardError("short_read", "")
             return data, check(data)
 
@@ -364,21 +434,21 @@ class ShardSet:
             try:
                 return read()
             except ShardError:
-                if not storage.forget(file, offset, size):
+                if not storage.forget(file, *place):
                     raise
             return read()
         except ShardError as error:
-            place = f"{extension} of sample {sample} of {self.place(shard)}"
-            detail = f"{place}: {error.detail}" if error.detail else place
+            where = f"{name} of sample {sample} of {self.place(shard)}"
+            detail = f"{where}: {error.detail}" if error.detail else where
             raise ShardError(error.reason, detail) from error
 
     def _range(self, shard: int, sample: int, extension: str) -> tuple[int, int]:
         """Offset and size of a member in bytes."""
         index = self._index(shard)
-        if extension not in EXTENSIONS[self.tier]:
+        if extension not in self.members:
             raise ValueError(
                 f"a sample of the {self.tier} tier has no {extension!r}; "
-                f"it has {', '.join(EXTENSIONS[self.tier])}"
+                f"it has {', '.join(self.members)}"
             )
         if extension not in index.extensions:
             raise ShardError("missing_member", f"{extension} in {self.place(shard)}")
@@ -391,7 +461,7 @@ class ShardSet:
             if index is None:
                 file, storage = self.files[shard], self.sets[shard].storage
                 name = f"{Path(file.name).stem}.idx"
-                index = _parse_member_index(storage.read_beside(name, file), storage.place(name))
+                index = parse_member_index(storage.read_beside(name, file), storage.place(name))
                 if len(index.offset) != self.sizes[shard]:
                     raise ValueError(
                         f"{self.place(shard)}: its .idx lists {len(index.offset)} samples, "

@@ -2,17 +2,18 @@
 
 Disks and transfers damage files without a word. This reads everything once and compares it with
 what the packer noted: sizes and SHA-256 of the shards, the index against the tar, the CRC-32 and
-the description of every sample, and on request whether every member still decodes.
+the description of every sample, and on request whether every member still decodes. Works on a
+folder and on a URL.
 """
 
 import hashlib
 import io
-import json
 import sys
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,19 +23,28 @@ from av.error import FFmpegError
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.dataloaders.encode import fragment_sizes
+from cavmae.dataloaders.one_frame import FrameError, decode_original
 from cavmae.dataloaders.shards import (
+    AUDIO_CODECS,
     AUDIO_HZ,
-    EXTENSIONS,
     FRAMES_PER_CLIP,
     SCHEMA,
     TIERS,
+    MemberIndex,
     ShardEntry,
+    ShardError,
+    member_names,
+    parse_description,
+    parse_member_index,
     read_index,
-    read_member_index,
 )
-from cavmae.dataloaders.worker_pool import Failure, run_in_order
+from cavmae.dataloaders.storage import Storage, StoredFile, open_storage
+from cavmae.dataloaders.stored_sound import decode_sound
+from cavmae.dataloaders.worker_pool import Failure, TaskLimits, run_in_order
 
-SHARD_LIMIT_SECONDS = 7200.0
+SHARD_LIMITS = TaskLimits(seconds=7200.0)
+READ_BYTES = 1 << 23
 LISTED_PROBLEMS = 50
 
 
@@ -43,7 +53,7 @@ class VerifyConfig:
     """Check packed shards: sizes, checksums, index, descriptions."""
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """Folder that `cavmae pack` made, or one tier of it."""
+    """What `cavmae pack` made, or one tier of it; a folder or a URL."""
     decode: bool = False
     """Decode every member as well."""
     workers: int = 1
@@ -56,10 +66,15 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class _Check:
-    folder: Path
+    folder: str
     tier: str
+    audio_codec: str
     entry: ShardEntry
     decode: bool
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return member_names(self.tier, self.audio_codec)
 
 
 @dataclass(frozen=True)
@@ -78,22 +93,20 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
 
     Raises:
         FileNotFoundError: no finished shards there.
+        OSError: `index.json` cannot be read.
         ValueError: `index.json` is damaged.
     """
-    folder = Path(config.shards)
-    tiers = [folder / tier for tier in TIERS if (folder / tier).is_dir()]
     checks, results = [], []
-    for tier_folder in tiers or [folder]:
-        index = read_index(tier_folder)
-        stated, found = index["samples"], sum(entry.samples for entry in index["shards"])
+    for folder in _tiers(config.shards):
+        index = read_index(folder)
+        tier, stated = index["tier"], index["samples"]
+        found = sum(entry.samples for entry in index["shards"])
         if stated != found:
             problem = f"states {stated} samples, its shards have {found}"
-            results.append(ShardResult(index["tier"], "index.json", found, 0, (problem,)))
+            results.append(ShardResult(tier, "index.json", found, 0, (problem,)))
         for entry in index["shards"]:
-            checks.append(_Check(tier_folder, index["tier"], entry, config.decode))
-    checked = run_in_order(
-        check_shard, checks, workers=config.workers, limit_seconds=SHARD_LIMIT_SECONDS
-    )
+            checks.append(_Check(folder, tier, index["audio_codec"], entry, config.decode))
+    checked = run_in_order(check_shard, checks, workers=config.workers, limits=SHARD_LIMITS)
     for check, result in zip(checks, checked, strict=True):
         if isinstance(result, Failure):  # A decoder crashed on damaged data.
             problems = (f"{result.reason}: {result.detail}",)
@@ -102,39 +115,86 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
     return results
 
 
+def _tiers(shards: str) -> list[str]:
+    """The tiers in a folder or at a URL; itself, where it is one."""
+    places = [f"{shards.rstrip('/')}/{tier}" for tier in TIERS]
+    if "://" in shards:
+        return [place for place in places if _has_index(place)] or [shards]
+    return [place for place in places if Path(place).is_dir()] or [shards]
+
+
+def _has_index(folder: str) -> bool:
+    try:
+        read_index(folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+class _HashedReader(io.RawIOBase):
+    """Reads a shard once from its start, and knows what it read."""
+
+    def __init__(self, storage: Storage, file: StoredFile):
+        self._storage = storage
+        self._file = file
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._storage.read_range(self._file, self.bytes, len(buffer))
+        self.bytes += len(data)
+        self.sha256.update(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def check_shard(check: _Check) -> ShardResult:
     """Check one shard; the problems name the sample."""
-    path = check.folder / check.entry.name
+    entry, storage = check.entry, open_storage(check.folder, None)
+    hashed = _HashedReader(storage, StoredFile(entry.name, entry.sha256, entry.bytes))
     problems: list[str] = []
-    samples = size = 0
-    try:
-        size = path.stat().st_size
-        if size != check.entry.bytes:
-            problems.append(f"{size} bytes, index.json says {check.entry.bytes}")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != check.entry.sha256:
-                problems.append("its SHA-256 is not that of index.json")
-        samples = _check_samples(check, path, problems)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        problems.append(str(error))
-    if samples != check.entry.samples:
-        problems.append(f"{samples} samples, index.json says {check.entry.samples}")
-    return ShardResult(check.tier, check.entry.name, samples, size, tuple(problems))
+    of_file: list[str] = []
+    samples = 0
+    with io.BufferedReader(hashed, READ_BYTES) as stream:
+        try:
+            name = f"{Path(entry.name).stem}.idx"
+            index = parse_member_index(storage.read(name), storage.place(name))
+            samples = _check_samples(check, index, stream, problems)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            problems.append(str(error))
+        try:
+            while stream.read(READ_BYTES):
+                pass
+        except OSError as error:
+            of_file.append(str(error))
+        else:
+            if hashed.bytes != entry.bytes:
+                of_file.append(f"{hashed.bytes} bytes, index.json says {entry.bytes}")
+            if hashed.sha256.hexdigest() != entry.sha256:
+                of_file.append("its SHA-256 is not that of index.json")
+    if samples != entry.samples:
+        problems.append(f"{samples} samples, index.json says {entry.samples}")
+    found = tuple(dict.fromkeys([*of_file, *problems]))
+    return ShardResult(check.tier, entry.name, samples, hashed.bytes, found)
 
 
-def _check_samples(check: _Check, path: Path, problems: list[str]) -> int:
+def _check_samples(
+    check: _Check, index: MemberIndex, stream: io.BufferedReader, problems: list[str]
+) -> int:
     """Read the tar through and compare it with its index; returns the number of samples."""
-    extensions = EXTENSIONS[check.tier]
-    index = read_member_index(path.with_suffix(".idx"))
-    if index.extensions != extensions:
-        problems.append(f"its .idx lists {' '.join(index.extensions)}, not {' '.join(extensions)}")
+    if index.extensions != check.members:
+        listed, due = " ".join(index.extensions), " ".join(check.members)
+        problems.append(f"its .idx lists {listed}, not {due}")
         return len(index.keys)
     samples = 0
-    with tarfile.open(path) as tar:
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES) as tar:
         members = iter(tar)
         for sample, key in enumerate(index.keys):
             data = {}
-            for column, extension in enumerate(extensions):
+            for column, extension in enumerate(check.members):
                 member = next(members, None)
                 name = f"{key}.{extension}"
                 if member is None:
@@ -156,24 +216,25 @@ def _check_samples(check: _Check, path: Path, problems: list[str]) -> int:
 
 def _check_sample(check: _Check, key: str, data: dict[str, bytes]) -> list[str]:
     try:
-        description = json.loads(data["json"])
-    except ValueError as error:
+        description = parse_description(data["json"])
+    except ShardError as error:
         return [f"its JSON is damaged: {error}"]
-    wrong = description_problem(description, key, check.tier)
+    wrong = description_problem(description, key, check.members)
     if wrong:
         return [f"its JSON is not as it should be: {wrong}"]
     damaged = [
         extension
-        for extension in EXTENSIONS[check.tier][1:]
+        for extension in check.members[1:]
         if zlib.crc32(data[extension]) != description["crc32"][extension]
     ]
     if damaged:
         return [f"{extension} is damaged (CRC-32)" for extension in damaged]
-    return _decode_problems(description, data) if check.decode else []
+    problems = _fragment_problems(description, data["mp4"]) if "mp4" in data else []
+    return problems + (_decode_problems(description, data) if check.decode else [])
 
 
-def description_problem(description: Any, key: str, tier: str) -> str | None:
-    """What is wrong with a sample's JSON (schema 1), or None."""
+def description_problem(description: Any, key: str, members: Iterable[str]) -> str | None:
+    """What is wrong with a sample's JSON (schema 2), or None."""
     try:
         audio, video = description["audio"], description["video"]
         times, ten = video["times_seconds"], description["ten_frames"]
@@ -198,30 +259,47 @@ def description_problem(description: Any, key: str, tier: str) -> str | None:
                 0 <= one["index"] < len(times) and one["seconds"] == times[one["index"]]
                 for one in ten
             ),
-            "every member has a crc32": set(description["crc32"]) == set(EXTENSIONS[tier]),
+            "every member has a crc32": set(description["crc32"]) == set(members),
         }
     except (KeyError, TypeError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return next((f"not true that {rule}" for rule, holds in rules.items() if not holds), None)
 
 
+def _fragment_problems(description: dict[str, Any], video: bytes) -> list[str]:
+    """Whether the frames lie where the JSON says, and are what it says."""
+    try:
+        sizes, sums = description["fragments"]["bytes"], description["fragments"]["crc32"]
+        if sizes != fragment_sizes(video) or len(sizes) != description["video"]["frames"] + 1:
+            raise ValueError(f"{len(sizes)} fragments that are not those of the mp4")
+        ends = list(accumulate(sizes))
+        found = [zlib.crc32(video[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        if sums != found:
+            raise ValueError("a CRC-32 that is not that of its fragment")
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"its JSON is not as it should be: fragments: {type(error).__name__}: {error}"]
+    return []
+
+
 def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> list[str]:
     problems = []
     video = description["video"]
+    size = (video["width"], video["height"])
     for extension, content in data.items():
         if extension == "json":
             continue
         try:
-            if extension == "flac":
-                with av.open(io.BytesIO(content), "r") as container:
-                    found: Any = sum(frame.samples for frame in container.decode(audio=0))
+            if extension in AUDIO_CODECS:
+                found: Any = len(decode_sound(content))
                 expected: Any = description["audio"]["samples"]
+            elif extension == "source":  # The last frame wanted takes the most of the file.
+                last = max(frame["seconds"] for frame in description["ten_frames"])
+                found, expected = decode_original(content, last, *size).shape[1::-1], size
             else:
-                count = video["frames"] if extension == "mp4" else 1
-                expected = [(video["width"], video["height"])] * count
+                expected = [size] * (video["frames"] if extension == "mp4" else 1)
                 with av.open(io.BytesIO(content), "r") as container:
                     found = [(frame.width, frame.height) for frame in container.decode(video=0)]
-        except FFmpegError as error:
+        except (FFmpegError, FrameError) as error:
             problems.append(f"{extension} does not decode: {error}")
             continue
         if found != expected:

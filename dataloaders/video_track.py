@@ -5,7 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from cavmae.dataloaders.clip_errors import (
     MAXIMUM_CLIP_BYTES,
@@ -192,6 +192,20 @@ def scale_frame(
     chroma = planes[rows:].reshape(2, rows // 2, columns // 2)
     turned = [np.rot90(plane, turns).reshape(-1) for plane in (planes[:rows], *chroma)]
     return np.concatenate(turned).reshape(height * 3 // 2, width)
+
+
+def rgb_pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """`(height, width, 3)` uint8 RGB, without gaps, of a frame of 4:2:0, BT.601, limited range
+    unless it states another."""
+    picture = reformatter.reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=Colorspace.ITU601,
+        src_color_range="JPEG" if frame.color_range == ColorRange.JPEG else "MPEG",
+        dst_color_range="JPEG",
+        interpolation=EXACT | Interpolation.BILINEAR,
+    )
+    return np.ascontiguousarray(picture.to_ndarray())
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

@@ -1,11 +1,12 @@
 """Worker processes that can be lost one by one.
 
 Decoding files of strangers can hang or crash a process. `concurrent.futures` gives up the whole
-pool then, so this one watches each worker by itself: a task that runs over its limit is killed, a
-crash is noticed, both become a `Failure` of that task alone, and a new worker takes the place.
+pool then, so this one watches each worker by itself: a task that runs over its limits is ended, a
+crash is noticed, all become a `Failure` of that task alone, and a new worker takes the place.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import resource
@@ -18,8 +19,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
-WORKER_MEMORY_BYTES = 6 << 30
-"""Address space of a worker: a hostile file ends its own worker, not the machine."""
 LOOKAHEAD_PER_WORKER = 8
 """Finished results kept while an earlier task still runs: bounds memory."""
 STARTS_WITHOUT_A_TASK = 3
@@ -30,8 +29,24 @@ STARTS_WITHOUT_A_TASK = 3
 class Failure:
     """A task without a result."""
 
-    reason: Literal["timeout", "worker_crashed"]
+    reason: Literal["timeout", "cpu_limit", "memory_limit", "worker_crashed"]
     detail: str
+
+
+@dataclass(frozen=True)
+class TaskLimits:
+    """What one task may use before it is given up.
+
+    Attributes:
+        seconds: of time.
+        cpu_seconds: of CPU time, whole seconds at least; independent of how busy the machine is.
+        memory_bytes: address space of the worker: a hostile file ends its own worker, not the
+            machine.
+    """
+
+    seconds: float
+    cpu_seconds: float = float("inf")
+    memory_bytes: int = 6 << 30
 
 
 def run_in_order(
@@ -39,7 +54,7 @@ def run_in_order(
     arguments: Iterable[Any],
     *,
     workers: int,
-    limit_seconds: float,
+    limits: TaskLimits,
 ) -> Generator[Any]:
     """Yield `function(argument)`, or a `Failure`, for each argument, in the order given.
 
@@ -49,7 +64,7 @@ def run_in_order(
     Raises:
         RuntimeError: the workers die before they take a task.
     """
-    pool = _Pool(function, limit_seconds)
+    pool = _Pool(function, limits)
     tasks = enumerate(arguments)
     results: dict[int, Any] = {}
     given = yielded = 0
@@ -80,10 +95,10 @@ def run_in_order(
 
 
 class _Worker:
-    def __init__(self, function: Callable[[Any], Any]):
+    def __init__(self, function: Callable[[Any], Any], limits: TaskLimits):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, function), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, function, limits), daemon=True)
         self.process.start()
         other.close()
         self.ready = False
@@ -92,21 +107,21 @@ class _Worker:
 
 
 class _Pool:
-    def __init__(self, function: Callable[[Any], Any], limit_seconds: float):
+    def __init__(self, function: Callable[[Any], Any], limits: TaskLimits):
         self.function = function
-        self.limit_seconds = limit_seconds
+        self.limits = limits
         self.workers: list[_Worker] = []
         self.failed_starts = 0
 
     def start(self) -> None:
-        self.workers.append(_Worker(self.function))
+        self.workers.append(_Worker(self.function, self.limits))
 
     def idle(self) -> _Worker | None:
         return next((one for one in self.workers if one.ready and one.task is None), None)
 
     def give(self, worker: _Worker, task: int, argument: Any) -> None:
         worker.task = task
-        worker.deadline = time.monotonic() + self.limit_seconds
+        worker.deadline = time.monotonic() + self.limits.seconds
         # One that died while idle is noticed by `collect`, at the end of its pipe.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             worker.connection.send(argument)
@@ -130,7 +145,7 @@ class _Pool:
                     results[worker.task] = message
                     worker.task, worker.deadline = None, float("inf")
             elif worker.task is not None and time.monotonic() > worker.deadline:
-                results[worker.task] = Failure("timeout", f"over {self.limit_seconds:g} s")
+                results[worker.task] = Failure("timeout", f"over {self.limits.seconds:g} s")
                 self._replace(worker)
 
     def _lost(self, worker: _Worker, results: dict[int, Any]) -> None:
@@ -139,7 +154,10 @@ class _Pool:
         how = f"exit code {code}"
         if code is not None and code < 0:
             how = f"signal {signal.Signals(-code).name}"
-        if worker.task is not None:
+        if worker.task is not None and code == -signal.SIGXCPU:
+            detail = f"over {self.limits.cpu_seconds:g} s of CPU time"
+            results[worker.task] = Failure("cpu_limit", detail)
+        elif worker.task is not None:
             results[worker.task] = Failure("worker_crashed", f"its process died with {how}")
         elif not worker.ready:
             self.failed_starts += 1
@@ -163,26 +181,34 @@ def _end(worker: _Worker) -> None:
     worker.connection.close()
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any], limits: TaskLimits) -> None:
     # Ctrl-C reaches the whole terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    if most == resource.RLIM_INFINITY or most > WORKER_MEMORY_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, most))
+    _limit(resource.RLIMIT_AS, limits.memory_bytes)
     connection.send("ready")
     while True:
         try:
             argument = connection.recv()
         except EOFError:
             return
+        if limits.cpu_seconds < float("inf"):  # SIGXCPU ends the process at the soft limit.
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + limits.cpu_seconds))
         try:
             result = function(argument)
+        except MemoryError:
+            result = Failure("memory_limit", f"over {limits.memory_bytes} bytes")
         except Exception as error:  # One file's surprise must not end a run over millions.
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
             result = Failure("worker_crashed", text)
         connection.send(result)
+
+
+def _limit(kind: int, value: int) -> None:
+    _, most = resource.getrlimit(kind)
+    if most == resource.RLIM_INFINITY or most > value:
+        resource.setrlimit(kind, (value, most))
 
 
 def _end_with_parent() -> None:

@@ -50,7 +50,7 @@ def test_a_short_run_fills_the_record(tmp_path: Path) -> None:
     # The same clip by the published way: the same spectrogram and picture as ours.
     work = tmp_path / "work" / "4-clips"
     published = PublishedDataset(work / "published", 4)
-    ours = next(iter(data._loader(work / "packed" / "frames")))
+    ours = next(iter(data._loader(work / "wav" / "frames")))
     number = int(ours.sample_ids[0].rpartition("/")[2])
     spectrogram, picture = published[number]
     assert (spectrogram - ours.log_mel[0]).abs().max() < 1e-2

@@ -22,10 +22,10 @@ from cavmae.dataloaders.augment import (
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
-from cavmae.dataloaders.encode import encode_flac
 from cavmae.dataloaders.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.stored_sound import encode_sound
 
 EVERYTHING = Augmentation(
     smallest_crop_area=0.2, flip=True, frequency_mask=12, time_mask=60, noise=True
@@ -109,10 +109,10 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
     picture.save(jpeg, "JPEG", quality=95)
     top, left, bottom, right = 40, 30, 200, 240
     box = (top / 256, left / 341, bottom / 256, right / 341)
-    flac = encode_flac(np.zeros(1600, dtype=np.int16))
+    sound = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
     task = ReadTask(0, 0, 0, 0)
     clip = EncodedClip(
-        task, "", (), flac, (jpeg.getvalue(),), None, box, mirrored, (0.0,), (0.0, 0.1)
+        task, "", (), sound, (jpeg.getvalue(),), None, box, mirrored, (0.0,), (0.0, 0.1)
     )
     decoder = ClipDecoder("frames", 96, maximum_batch=1, threads=1, gpu=None)
     decoder.schedule([clip])

@@ -22,6 +22,7 @@ from cavmae.dataloaders.reader import (
     check_frame_choice,
 )
 from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.stored_sound import decode_sound
 from cavmae.dataloaders.synthetic import generate
 
 IMAGE_SIZE = 48
@@ -30,7 +31,7 @@ CLIPS = 4
 
 @pytest.fixture(scope="module")
 def packed_by_codec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same few clips as JPEGs and as video of each codec: tier folders."""
+    """The same few clips as JPEGs, as video of each codec and as they were, with WAV: tiers."""
     folder = tmp_path_factory.mktemp("packed_by_codec")
     listing = str(generate(folder / "videos", CLIPS, seed=2, workers=1))
     tiers = {}
@@ -38,7 +39,15 @@ def packed_by_codec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         names = "frames,video" if codec == "vp9" else "video"
         pack(PackConfig(listing, str(folder / codec), tiers=names, video_codec=codec, workers=1))
         tiers[codec] = folder / codec / "video"
-    return tiers | {"jpeg": folder / "vp9" / "frames"}
+    wav = PackConfig(
+        listing, str(folder / "wav"), tiers="frames,original", audio_codec="wav", workers=1
+    )
+    pack(wav)
+    return tiers | {
+        "jpeg": folder / "vp9" / "frames",
+        "jpeg_wav": folder / "wav" / "frames",
+        "original": folder / "wav" / "original",
+    }
 
 
 def read(folder: Path, positions: list[int], **fields: object) -> list[EncodedClip]:
@@ -68,7 +77,7 @@ def decode(tier: str, clips: list[EncodedClip], threads: int = 1) -> DecodedClip
 
 
 def tier_of(source: str) -> str:
-    return "frames" if source == "jpeg" else "video"
+    return {"jpeg": "frames", "jpeg_wav": "frames", "original": "original"}.get(source, "video")
 
 
 def levels(decoded: DecodedClips) -> np.ndarray:
@@ -76,7 +85,7 @@ def levels(decoded: DecodedClips) -> np.ndarray:
     return decoded.frames * 255 * 0.225
 
 
-@pytest.mark.parametrize("source", ["h264", "mjpeg", "jpeg"])
+@pytest.mark.parametrize("source", ["h264", "mjpeg", "jpeg", "original"])
 def test_every_tier_and_codec_shows_nearly_the_same_frame(
     packed_by_codec: dict[str, Path], source: str
 ) -> None:
@@ -89,7 +98,7 @@ def test_every_tier_and_codec_shows_nearly_the_same_frame(
     assert np.abs(levels(vp9) - another_clip).mean() > 12
 
 
-@pytest.mark.parametrize("source", ["vp9", "h264", "mjpeg", "jpeg"])
+@pytest.mark.parametrize("source", ["vp9", "h264", "mjpeg", "jpeg", "jpeg_wav", "original"])
 def test_sound_is_the_packed_sound_sample_for_sample(
     packed_by_codec: dict[str, Path], source: str
 ) -> None:
@@ -99,6 +108,34 @@ def test_sound_is_the_packed_sound_sample_for_sample(
         assert waveform.dtype == np.int16
         assert len(waveform) == shards.description(0, number)["audio"]["samples"]
         assert np.abs(waveform.astype(np.int32)).max() > 1000
+        stored = ShardSet(packed_by_codec["jpeg"]).member(0, number, "flac")
+        assert np.array_equal(waveform, decode_sound(stored))
+
+
+def test_the_original_is_the_file_as_it_was(packed_by_codec: dict[str, Path]) -> None:
+    shards = ShardSet(packed_by_codec["original"])
+    for sample in range(CLIPS):
+        source = packed_by_codec["original"].parents[1] / "videos"
+        path = source / shards.description(0, sample)["source"]["path"]
+        assert shards.member(0, sample, "source") == path.read_bytes()
+
+
+def test_any_moment_of_the_original_is_what_the_video_tier_shows(
+    packed_by_codec: dict[str, Path],
+) -> None:
+    positions = [CLIPS * number + number % CLIPS for number in range(12)]
+    ours, theirs = (
+        read(packed_by_codec["original"], positions),
+        read(packed_by_codec["vp9"], positions),
+    )
+    assert [one.frame_seconds for one in ours] == [one.frame_seconds for one in theirs]
+    difference = np.concatenate(
+        [
+            levels(decode("original", ours[:8])) - levels(decode("video", theirs[:8])),
+            levels(decode("original", ours[8:])) - levels(decode("video", theirs[8:])),
+        ]
+    )
+    assert np.abs(difference).mean(axis=(1, 2, 3, 4)).max() < 4
 
 
 @pytest.mark.parametrize("source", ["vp9", "h264", "jpeg"])
@@ -126,7 +163,7 @@ def test_frames_of_two_batches_do_not_mix(packed_by_codec: dict[str, Path]) -> N
     assert np.array_equal(second.frames, decode("video", clips[4:]).frames)
 
 
-@pytest.mark.parametrize("source", ["vp9", "jpeg"])
+@pytest.mark.parametrize("source", ["vp9", "jpeg", "original"])
 def test_the_frame_is_drawn_for_the_position(packed_by_codec: dict[str, Path], source: str) -> None:
     """All frames come about, each position has its own, and always the same."""
     positions = [CLIPS * number for number in range(200)]
@@ -208,9 +245,9 @@ Spoil = Callable[[EncodedClip], dict[str, object]]
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        pytest.param(lambda clip: {"flac": b"RIFF"}, "audio_undecodable", id="flac"),
+        pytest.param(lambda clip: {"sound": b"RIFF"}, "audio_undecodable", id="sound"),
         pytest.param(
-            lambda clip: {"flac": clip.flac[: len(clip.flac) // 2]},
+            lambda clip: {"sound": clip.sound[: len(clip.sound) // 2]},
             "audio_undecodable",
             id="half_a_flac",
         ),

@@ -1,26 +1,29 @@
 """From a packed frame to the model's input: resize, crop, normalise as torchvision and PIL do."""
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cavmae.dataloaders.augment import middle_box, resize_and_crop
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
-from cavmae.dataloaders.encode import VideoCodec, encode_flac, encode_video
-from cavmae.dataloaders.one_frame import FrameError, cut_frame, decode_frame
+from cavmae.dataloaders.encode import VideoCodec, encode_video, fragment_sizes
+from cavmae.dataloaders.one_frame import FrameError, decode_frame
 from cavmae.dataloaders.reader import EncodedClip, ReadTask
+from cavmae.dataloaders.stored_sound import encode_sound
+from cavmae.dataloaders.video_track import rgb_pixels
 
-FLAC = encode_flac(np.zeros(1600, dtype=np.int16))
+SOUND = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
 
 
 def clip_of(picture: bytes, height: int, width: int, image_size: int) -> EncodedClip:
     box = middle_box(height, width, image_size)
     task = ReadTask(position=0, epoch=0, shard=0, sample=0)
-    return EncodedClip(task, "", (), FLAC, (picture,), None, box, False, (0.0,), (0.0, 0.1))
+    return EncodedClip(task, "", (), SOUND, (picture,), None, box, False, (0.0,), (0.0, 0.1))
 
 
 def through_loader(picture: bytes, size: tuple[int, int], image_size: int) -> np.ndarray:
@@ -116,46 +119,56 @@ def test_published_frames_come_out_as_published(
 
 
 def gray_video(codec: VideoCodec, levels: list[int]) -> bytes:
-    """A packed 96 x 64 video of gray frames."""
+    """A packed 90 x 64 video of gray frames."""
     frames = []
     for level in levels:
-        planes = np.full((96, 96), 128, dtype=np.uint8)
+        planes = np.full((96, 90), 128, dtype=np.uint8)
         planes[:64] = round(16 + level * 219 / 255)
         frames.append(planes)
     return encode_video(frames, codec, 8.0)
 
 
+def frame_of(video: bytes, index: int) -> bytes:
+    """The header and one fragment."""
+    sizes = fragment_sizes(video)
+    start = sum(sizes[: index + 1])
+    return video[: sizes[0]] + video[start : start + sizes[index + 1]]
+
+
 @pytest.mark.parametrize("codec", ["vp9", "h264", "mjpeg"])
-def test_any_frame_can_be_cut_out_of_a_packed_video(codec: VideoCodec) -> None:
+def test_any_frame_of_a_packed_video_is_a_file_of_its_own(codec: VideoCodec) -> None:
     levels = list(range(20, 250, 20))
     video = gray_video(codec, levels)
+    with av.open(io.BytesIO(video), "r") as container:
+        whole = [rgb_pixels(frame, VideoReformatter()) for frame in container.decode(video=0)]
+    assert len(whole) == len(levels) == len(fragment_sizes(video)) - 1
     for index in (0, 5, len(levels) - 1):
-        cut = cut_frame(video, index)
-        assert len(cut) < len(video)
-        assert abs(decode_frame(cut, 0).mean() - levels[index]) < 3
-        assert np.array_equal(decode_frame(cut, 0), decode_frame(video, index))
+        pixels = decode_frame(frame_of(video, index))
+        assert abs(pixels.mean() - levels[index]) < 3
+        assert np.array_equal(pixels, whole[index])
+        assert pixels.flags.c_contiguous, "DALI takes no rows with gaps between them"
 
 
 @pytest.mark.parametrize("codec", ["vp9", "mjpeg"])
-def test_dali_sees_the_same_in_the_cut_frame_as_in_the_whole_video(codec: VideoCodec) -> None:
+def test_dali_sees_the_same_in_one_frame_as_in_the_whole_video(codec: VideoCodec) -> None:
     video = gray_video(codec, [30, 90, 150])
-    decoder = ClipDecoder("video", 32, maximum_batch=2, threads=1, gpu=None)
-    first_of_whole = clip_of(video, 64, 96, 32)
-    decoder.schedule([first_of_whole, clip_of(cut_frame(video, 0), 64, 96, 32)])
-    whole, cut = decoder.collect().frames
-    assert np.array_equal(whole, cut)
+    decoder = ClipDecoder("video", 32, maximum_batch=3, threads=1, gpu=None)
+    clips = [video, frame_of(video, 0), frame_of(video, 2)]
+    decoder.schedule([clip_of(clip, 64, 90, 32) for clip in clips])
+    whole, first, last = decoder.collect().frames
+    assert np.array_equal(whole, first)
+    mean, deviation = np.mean(IMAGE_MEAN), np.mean(IMAGE_DEVIATION)
+    assert abs(255 * (float(last.mean()) * deviation + mean) - 150) < 3
 
 
-@pytest.mark.parametrize("take", [cut_frame, decode_frame])
-def test_a_frame_beyond_the_end_is_an_error_not_a_black_picture(
-    take: Callable[[bytes, int], object],
-) -> None:
-    with pytest.raises(FrameError, match="frame 3 is beyond the end"):
-        take(gray_video("vp9", [30, 90, 150]), 3)
+def test_a_damaged_frame_is_an_error() -> None:
+    frame = frame_of(gray_video("vp9", [30, 90, 150]), 0)
+    with pytest.raises(FrameError, match="the frame cannot be decoded"):
+        decode_frame(frame[: len(frame) // 3])
 
 
-@pytest.mark.parametrize("take", [cut_frame, decode_frame])
-def test_a_damaged_video_is_an_error(take: Callable[[bytes, int], object]) -> None:
+def test_what_is_no_packed_video_has_no_fragments() -> None:
     video = gray_video("vp9", [30, 90, 150])
-    with pytest.raises(FrameError, match="frame 0 cannot be"):
-        take(video[: len(video) // 3], 0)
+    for damaged in (video[:-1], video + b"\0", b"no video", video[: fragment_sizes(video)[0]]):
+        with pytest.raises(ValueError, match="box"):
+            fragment_sizes(damaged)

@@ -13,12 +13,14 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from cavmae.dataloaders import media, video_track
+from cavmae.dataloaders import media, stored_sound, video_track
 from cavmae.dataloaders.clip_errors import ClipError, DecodeSettings
 from cavmae.dataloaders.clip_sample import ten_frames
-from cavmae.dataloaders.encode import encode_flac, encode_jpegs, encode_video
+from cavmae.dataloaders.encode import encode_jpegs, encode_video
 from cavmae.dataloaders.media import DecodedClip, decode_clip, media_seconds
+from cavmae.dataloaders.one_frame import FrameError, decode_original
 from cavmae.dataloaders.sound_track import resample
+from cavmae.dataloaders.stored_sound import AudioCodec, encode_sound
 
 WriteVideo = Callable[..., Path]
 MP4 = {"codec": "libx264", "pixel_format": "yuv420p", "sound_codec": "aac"}
@@ -263,15 +265,52 @@ def test_silence_is_refused_unless_it_is_wanted(tmp_path: Path, write_video: Wri
     assert not decode(path, keep_silent=True).audio.any()
 
 
-def test_flac_returns_the_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["flac", "wav"])
+def test_stored_sound_returns_the_samples(codec: AudioCodec) -> None:
     audio = np.random.default_rng(0).integers(-32768, 32768, 30001).astype(np.int16)
-    with av.open(io.BytesIO(encode_flac(audio)), "r") as container:
-        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    stored = encode_sound(audio, codec)
+    np.testing.assert_array_equal(stored_sound.decode_sound(stored), audio)
+    with av.open(io.BytesIO(stored), "r") as container:
         assert container.streams.audio[0].rate == 16000
-    np.testing.assert_array_equal(np.concatenate(frames, axis=1)[0], audio)
 
 
 # ----------------------------------------------------------------------------------------- frames
+
+
+def assert_any_moment_is_what_the_whole_clip_shows(path: Path, clip: DecodedClip) -> None:
+    """Frames first, last and between, each decoded alone from the bytes of the file."""
+    video = path.read_bytes()
+    for index in sorted({0, 1, len(clip.frames) // 2, len(clip.frames) * 2 // 3, -1}):
+        index %= len(clip.frames)
+        alone = decode_original(video, clip.times_seconds[index], clip.width, clip.height)
+        (whole,) = as_rgb([clip.frames[index]])
+        np.testing.assert_array_equal(alone, whole)
+
+
+def as_rgb(frames: list[np.ndarray]) -> list[np.ndarray]:
+    pictures = (av.VideoFrame.from_ndarray(planes, format="yuv420p") for planes in frames)
+    return [video_track.rgb_pixels(picture, VideoReformatter()) for picture in pictures]
+
+
+@pytest.mark.parametrize("start", [0.0, 0.7])
+def test_any_moment_of_a_file_can_be_decoded_alone(
+    tmp_path: Path, write_video: WriteVideo, start: float
+) -> None:
+    """With frames that are reordered, seconds after the last key frame, and sound from later on."""
+    pictures = [np.full((48, 64, 3), 20 + 2 * i, np.uint8) for i in range(100)]
+    options = {"codec_options": {"g": "60", "preset": "veryfast", "bf": "3"}}
+    sound = tone(440, 9)
+    path = write_video(
+        tmp_path / "v.mp4", frames=pictures, sound=sound, sound_start=start, **MP4, **options
+    )
+    clip = decode(path)
+    assert len(clip.frames) == 100
+    assert_any_moment_is_what_the_whole_clip_shows(path, clip)
+
+
+def test_a_moment_of_no_video_is_an_error() -> None:
+    with pytest.raises(FrameError, match="the frame at 1 s cannot be decoded: open_failed"):
+        decode_original(b"no video" * 99, 1.0, 64, 48)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +473,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path, write_video: WriteVideo) ->
     path = tmp_path / "song.flac"
     cover = io.BytesIO()
     Image.new("RGB", (64, 48)).save(cover, "JPEG")
-    path.write_bytes(_with_picture(encode_flac(tone(440, 1)), cover.getvalue()))
+    path.write_bytes(_with_picture(encode_sound(tone(440, 1), "flac"), cover.getvalue()))
     with av.open(str(path)) as container:
         assert container.streams.video, "the cover is not seen at all"
     assert reason(path) in ("no_video", "open_failed")
@@ -606,3 +645,11 @@ def test_flash_and_beep_of_a_synchronisation_test_coincide(shared_clips: Path) -
     assert len(beeps) == 6
     for beep in beeps:
         assert np.abs(flashes - beep).min() < 0.034, f"no flash at {beep} s"
+
+
+@pytest.mark.slow
+def test_any_moment_of_real_clips_can_be_decoded_alone(shared_clips: Path) -> None:
+    for path in sorted((shared_clips / "clips").iterdir()):
+        if path.suffix != ".csv":
+            clip = decode(path, 0, 4, short_side=64)
+            assert_any_moment_is_what_the_whole_clip_shows(path, clip)

@@ -169,7 +169,7 @@ def test_skipped_clips_are_named_with_their_reason(packed: Path) -> None:
 def test_the_index_counts_what_is_there(packed: Path) -> None:
     index = json.loads((packed / "video" / "index.json").read_text())
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
-        "schema": 1,
+        "schema": 2,
         "tier": "video",
         "video_codec": "vp9",
         "audio_hz": 16000,
@@ -184,7 +184,7 @@ def test_the_index_counts_what_is_there(packed: Path) -> None:
 def test_a_sample_holds_what_its_description_says(packed: Path) -> None:
     video, frames = ShardSet(packed / "video"), ShardSet(packed / "frames")
     description = video.description(0, 0)
-    assert set(description) == set(frames.description(0, 0))
+    assert set(description) == {*frames.description(0, 0), "fragments"}
     assert description["audio"] == {"hz": 16000, "samples": 16000}
     with av.open(io.BytesIO(video.member(0, 0, "mp4")), "r") as container:
         assert container.streams.video[0].codec_context.name == "vp9"
@@ -249,6 +249,46 @@ def test_a_clip_over_the_time_limit_is_skipped_by_name(
     limit = ("--maximum-seconds-per-clip", "0.001", "--workers", "1")
     message = fails(capsys, tmp_path / "videos", tmp_path / "out", *limit)
     assert "none of the 1 clips can be packed: timeout 1" in message
+
+
+def test_a_clip_over_the_cpu_limit_is_skipped_by_name(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "videos").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (60, 480, 640, 3), np.uint8)
+    write_video(tmp_path / "videos" / "a.mkv", frames=list(noise))
+    options = ("--maximum-cpu-seconds-per-clip", "0.01", "--workers", "1")
+    message = fails(capsys, tmp_path / "videos", tmp_path / "out", *options)
+    assert "none of the 1 clips can be packed: cpu_limit 1" in message
+
+
+def test_what_the_original_tier_keeps_can_be_packed_again(
+    tmp_path: Path, write_video: WriteVideo
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mkv")
+    write_video(tmp_path / "videos" / "b.mkv", codec="libx264", pixel_format="yuv420p")
+    (tmp_path / "videos.csv").write_text("path,labels\nvideos/a.mkv,dog\nvideos/b.mkv,cat;bird\n")
+    listing, out, again = (str(tmp_path / name) for name in ("videos.csv", "out", "again"))
+    pack(PackConfig(listing, out, tiers="frames,original", audio_codec="wav", workers=1))
+    assert not [one for one in verify(VerifyConfig(out, decode=True)) if one.problems]
+    pack(PackConfig(f"{out}/original", again, tiers="frames", audio_codec="wav", workers=1))
+    first, second = ShardSet(f"{out}/frames"), ShardSet(f"{again}/frames")
+    for sample in range(2):
+        assert first.description(0, sample)["labels"] == second.description(0, sample)["labels"]
+        for name in first.members[1:]:
+            assert first.member(0, sample, name) == second.member(0, sample, name)
+
+
+def test_parts_of_a_file_have_no_original(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(tmp_path / "a.mkv")
+    (tmp_path / "list.csv").write_text("path,start,end\na.mkv,0.2,0.9\n")
+    message = fails(capsys, tmp_path / "list.csv", tmp_path / "out", "--tiers", "original")
+    assert "original, which keeps whole files, and a.mkv is listed from 0.2 s" in message
+    with pytest.raises(ValueError, match="segment is set and tiers has original"):
+        PackConfig("videos", "out", tiers="original", segment=True)
 
 
 # ----------------------------------------------------------------------------------- interruption

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from cavmae.dataloaders import reader
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.encode import fragment_sizes
 from cavmae.dataloaders.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.plan import SamplePlan
-from cavmae.dataloaders.quarantine import DataFaultError, find_culprits
+from cavmae.dataloaders.quarantine import DataFaultError, Quarantine, find_culprits
 from cavmae.dataloaders.reader import ReadTask
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
-from cavmae.dataloaders.shards import EXTENSIONS, ShardSet
+from cavmae.dataloaders.shards import ShardSet
 
 CPU = torch.device("cpu")
 SHAPE = ClipShape(audio_frames=64, mel_bins=32, image_size=32)
@@ -33,11 +35,13 @@ Damage = Callable[[dict[str, bytes]], None]
 
 
 def bits_flipped(extension: str) -> Damage:
-    """Bytes that are not those that were packed: the checksum tells."""
+    """Bytes that are not those that were packed, in all of a member's frames: the checksum
+    tells."""
 
     def damage(members: dict[str, bytes]) -> None:
         data = bytearray(members[extension])
-        data[len(data) // 2] ^= 0xFF
+        for place in range(0, len(data), 64):
+            data[place] ^= 0xFF
         members[extension] = bytes(data)
 
     return damage
@@ -48,18 +52,33 @@ def packed_as(extension: str, data: bytes | None = None) -> Damage:
     Without `data`, a video whose frames hold no picture."""
 
     def damage(members: dict[str, bytes]) -> None:
-        damaged = data
-        if damaged is None:
-            video = members[extension]
-            start = video.index(b"mdat") + 4
-            length = int.from_bytes(video[start - 8 : start - 4], "big") - 8
-            damaged = video[:start] + b"\xff" * length + video[start + length :]
-        members[extension] = damaged
         description = json.loads(members["json"])
+        damaged = _without_pictures(members[extension]) if data is None else data
+        members[extension] = damaged
+        if extension == "mp4":
+            frames = description["video"]["frames"]
+            piece = len(damaged) // (frames + 1)
+            sizes = [len(damaged) - frames * piece, *[piece] * frames]
+            if data is None:
+                sizes = fragment_sizes(damaged)
+            ends = list(itertools.accumulate(sizes))
+            parts = [damaged[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            sums = [zlib.crc32(part) for part in parts]
+            description["fragments"] = {"bytes": sizes, "crc32": sums}
         description["crc32"][extension] = zlib.crc32(damaged)
         members["json"] = json.dumps(description).encode()
 
     return damage
+
+
+def _without_pictures(video: bytes) -> bytes:
+    damaged = bytearray(video)
+    start = video.find(b"mdat")
+    while start >= 0:
+        end = start - 4 + int.from_bytes(video[start - 4 : start], "big")
+        damaged[start + 4 : end] = b"\xff" * (end - start - 4)
+        start = video.find(b"mdat", end)
+    return bytes(damaged)
 
 
 def described_as(**fields: object) -> Damage:
@@ -78,14 +97,13 @@ def damaged_copy(tier: Path, out: Path, damages: dict[tuple[int, int], Damage]) 
         writer = ShardWriter(out, whole.shard_id(shard))
         for sample in range(whole.sizes[shard]):
             members = {
-                extension: whole.member(shard, sample, extension)
-                for extension in EXTENSIONS[whole.tier]
+                extension: whole.member(shard, sample, extension) for extension in whole.members
             }
             damages.get((shard, sample), lambda members: None)(members)
             writer.add(whole.sample_id(shard, sample).split("/")[1], members)
         entries.append(writer.finish())
     index = json.loads((tier / "index.json").read_text())
-    kept = ("tier", "video_codec", "short_side", "frame_choice", "skipped")
+    kept = ("tier", "audio_codec", "video_codec", "short_side", "frame_choice", "skipped")
     write_index(out, **{field: index[field] for field in kept}, shards=entries)
     return str(out)
 
@@ -132,7 +150,7 @@ DAMAGES = {
     "flac_bits": (bits_flipped("flac"), "crc_mismatch"),
     "mp4_bits": (bits_flipped("mp4"), "crc_mismatch"),
     "flac_garbage": (packed_as("flac", b"not a flac file" * 100), "audio_undecodable"),
-    "mp4_garbage": (packed_as("mp4", b"not a video" * 100), "video_unreadable"),
+    "mp4_garbage": (packed_as("mp4", b"not a video" * 100), "video_undecodable"),
     "mp4_without_pictures": (packed_as("mp4"), "video_undecodable"),
     "no_sound": (described_as(audio={"hz": 16000, "samples": 3}), "audio_too_short"),
     "no_video_fields": (described_as(video=None), "bad_schema"),
@@ -218,17 +236,28 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     places = [(shard, sample) for shard in range(3) for sample in range(8)]
     damages = {place: bits_flipped("flac") for place in places[:7]}
     damages |= {place: bits_flipped("mp4") for place in places[7:10]}
-    damages |= {place: packed_as("mp4", b"no video") for place in places[10:15]}
+    damages |= {place: packed_as("mp4", b"no video" * 100) for place in places[10:15]}
     copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
     with pytest.raises(DataFaultError) as stopped:
         take(start(copy), 100)
     assert "11 clips of" in str(stopped.value)
     assert "data.maximum_bad_share = 0.01" in str(stopped.value)
     assert "crc_mismatch" in str(stopped.value)
-    assert "video_unreadable" in str(stopped.value)
+    assert "video_undecodable" in str(stopped.value)
     tolerant = start(copy, config={"maximum_bad_share": 1.0})
     take(tolerant, 6)
     assert len(tolerant.quarantine) == 15
+
+
+def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic: Path) -> None:
+    """Readers are ahead: a substitute may be found damaged before the batch that they have read."""
+    quarantine = Quarantine(ShardSet(packed_synthetic / "video"), (), 0.0)
+    for position, reason in ((20, "first"), (5, "second"), (30, "third")):
+        task = ReadTask(position, 0, 1, 2)
+        quarantine.add(reader.Damage(task, "000001/000000010", reason, ""))
+    assert [(one.position, one.reason) for one in quarantine.samples] == [(5, "second")]
+    assert quarantine.leaves_out(ReadTask(5, 0, 1, 2))
+    assert not quarantine.leaves_out(ReadTask(4, 0, 1, 2))
 
 
 def test_ten_bad_clips_never_stop_a_run(
@@ -322,8 +351,10 @@ ABORTED_RUN = """
 import itertools, os, sys
 from pathlib import Path
 import torch
+from cavmae.dataloaders import reader
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.encode import fragment_sizes
 from cavmae.dataloaders.loader import TrainLoader
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
 loader = TrainLoader(

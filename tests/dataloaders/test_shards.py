@@ -19,23 +19,26 @@ from PIL import Image
 from cavmae.dataloaders import storage
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
 from cavmae.dataloaders.shards import (
-    EXTENSIONS,
     ShardEntry,
     ShardError,
     ShardSet,
-    read_member_index,
+    member_names,
+    parse_member_index,
 )
 
 ENTRY = {"name": "000000.tar", "samples": 1, "bytes": 1, "sha256": ""}
 
 
-def make_set(folder: Path, samples: int = 3, damage_crc: bool = False) -> Path:
+def make_set(
+    folder: Path, samples: int = 3, damage_crc: bool = False, fragments: object = None
+) -> Path:
     """A hand-made video tier whose members are short texts."""
     writer = ShardWriter(folder, "000000")
     for number in range(samples):
         media = {"flac": b"sound %d" % number, "mp4": b"video %d" % number}
         crc32 = {name: zlib.crc32(data) + damage_crc for name, data in media.items()}
-        description = {"schema": 1, "key": f"{number:09d}", "crc32": crc32}
+        description: dict[str, Any] = {"schema": 2, "key": f"{number:09d}", "crc32": crc32}
+        description["fragments"] = fragments
         writer.add(f"{number:09d}", {"json": json.dumps(description).encode(), **media})
     entry = writer.finish()
     assert entry is not None
@@ -47,6 +50,7 @@ def _index(folder: Path, entries: list[ShardEntry]) -> None:
     write_index(
         folder,
         tier="video",
+        audio_codec="flac",
         video_codec="vp9",
         short_side=256,
         frame_choice="by_time",
@@ -63,7 +67,7 @@ def test_every_member_of_every_sample_can_be_read(packed_synthetic: Path) -> Non
             for sample in range(size):
                 assert shards.description(shard, sample)["audio"]["hz"] == 16000
                 assert shards.member(shard, sample, "flac")[:4] == b"fLaC"
-                assert shards.member(shard, sample, EXTENSIONS[tier][-1])
+                assert shards.member(shard, sample, shards.members[-1])
 
 
 def test_sample_names_tell_shard_and_key(packed_synthetic: Path) -> None:
@@ -76,12 +80,14 @@ def test_the_tar_holds_the_members_in_order(packed_synthetic: Path) -> None:
     for tier in ("frames", "video"):
         with tarfile.open(packed_synthetic / tier / "000001.tar") as tar:
             names = tar.getnames()
-        assert names == [f"{key:09d}.{one}" for key in range(8, 16) for one in EXTENSIONS[tier]]
+        assert names == [
+            f"{key:09d}.{one}" for key in range(8, 16) for one in member_names(tier, "flac")
+        ]
 
 
 def test_the_index_agrees_with_the_tar(packed_synthetic: Path) -> None:
     for tier in ("frames", "video"):
-        index = read_member_index(packed_synthetic / tier / "000000.idx")
+        index = parse_member_index((packed_synthetic / tier / "000000.idx").read_bytes(), "")
         with tarfile.open(packed_synthetic / tier / "000000.tar") as tar:
             members = tar.getmembers()
         assert index.offset.reshape(-1).tolist() == [member.offset_data for member in members]
@@ -214,7 +220,7 @@ def test_a_folder_without_an_index_is_refused_with_advice(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema is 2"),
+        ({"schema": 1}, "schema is 1"),
         ({"tier": "sound"}, "tier is 'sound'"),
         (
             {"shards": [{**ENTRY, "name": "../x.tar"}]},
@@ -241,7 +247,7 @@ def test_damaged_bytes_are_found_by_their_checksum(tmp_path: Path) -> None:
 def test_a_damaged_description_is_a_fault_of_the_sample(tmp_path: Path) -> None:
     path = make_set(tmp_path) / "000000.tar"
     data = path.read_bytes()
-    begin = b'{"schema": 1, "key": "000000001"'
+    begin = b'{"schema": 2, "key": "000000001"'
     path.write_bytes(data.replace(begin, b"[" + begin[1:]))
     shards = ShardSet(tmp_path)
     with pytest.raises(ShardError) as caught:
@@ -253,7 +259,7 @@ def test_a_damaged_description_is_a_fault_of_the_sample(tmp_path: Path) -> None:
 
 def test_another_schema_is_a_fault_of_the_sample(tmp_path: Path) -> None:
     path = make_set(tmp_path) / "000000.tar"
-    path.write_bytes(path.read_bytes().replace(b'"schema": 1', b'"schema": 7'))
+    path.write_bytes(path.read_bytes().replace(b'"schema": 2', b'"schema": 7'))
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path).member(0, 0, "mp4")
     assert caught.value.reason == "bad_schema"
@@ -261,7 +267,7 @@ def test_another_schema_is_a_fault_of_the_sample(tmp_path: Path) -> None:
 
 def test_a_cut_off_tar_is_a_fault_of_the_samples_behind_the_cut(tmp_path: Path) -> None:
     path = make_set(tmp_path) / "000000.tar"
-    offset = int(read_member_index(tmp_path / "000000.idx").offset[1, 2])
+    offset = int(parse_member_index((tmp_path / "000000.idx").read_bytes(), "").offset[1, 2])
     path.write_bytes(path.read_bytes()[: offset + 3])
     shards = ShardSet(tmp_path)
     assert shards.member(0, 0, "mp4") == b"video 0"
@@ -283,6 +289,55 @@ def test_an_absent_shard_is_no_fault_of_a_sample(packed_synthetic: Path, tmp_pat
 def test_a_member_that_the_tier_does_not_have_is_named(packed_synthetic: Path) -> None:
     with pytest.raises(ValueError, match=r"video tier has no '0\.jpg'; it has json, flac, mp4"):
         ShardSet(packed_synthetic / "video").member(0, 0, "0.jpg")
+
+
+def test_a_frame_is_the_header_and_its_own_fragment(packed_synthetic: Path) -> None:
+    shards = ShardSet(packed_synthetic / "video")
+    video = shards.member(1, 2, "mp4")
+    header, *sizes = shards.description(1, 2)["fragments"]["bytes"]
+    assert len(sizes) == shards.description(1, 2)["video"]["frames"]
+    start = header
+    for index, size in enumerate(sizes):
+        assert shards.frame(1, 2, index) == video[:header] + video[start : start + size]
+        start += size
+    assert start == len(video)
+    with pytest.raises(ShardError, match="16 frames, and frame 16 is wanted") as caught:
+        shards.frame(1, 2, len(sizes))
+    assert caught.value.reason == "bad_schema"
+    with pytest.raises(ValueError, match="frames tier has no 'mp4'"):
+        ShardSet(packed_synthetic / "frames").frame(0, 0, 0)
+
+
+FRAGMENTS: list[Any] = [
+    None,
+    {"bytes": [4, 3]},
+    {"bytes": [4, 4], "crc32": [0, 0]},
+    {"bytes": [7, 0], "crc32": [0, 0]},
+    {"bytes": [4, 3.0], "crc32": [0, 0]},
+    {"bytes": [4, 3], "crc32": [None, None]},
+    {"bytes": "ab", "crc32": "ab"},
+    [],
+]
+
+
+@pytest.mark.parametrize("fragments", FRAGMENTS, ids=str)
+def test_damaged_fragments_are_a_fault_of_the_sample(tmp_path: Path, fragments: object) -> None:
+    shards = ShardSet(make_set(tmp_path, fragments=fragments))
+    with pytest.raises(ShardError) as caught:
+        shards.frame(0, 0, 0)
+    assert caught.value.reason == "bad_schema"
+
+
+def test_a_damaged_frame_is_found_by_its_own_checksum(tmp_path: Path) -> None:
+    sums = [zlib.crc32(b"vide"), zlib.crc32(b"o"), zlib.crc32(b" 0")]
+    make_set(tmp_path, fragments={"bytes": [4, 1, 2], "crc32": sums})
+    assert ShardSet(tmp_path).frame(0, 0, 1) == b"vide 0"
+    path = tmp_path / "000000.tar"
+    path.write_bytes(path.read_bytes().replace(b"video 0", b"vide? 0"))
+    assert ShardSet(tmp_path).frame(0, 0, 1) == b"vide 0"
+    with pytest.raises(ShardError, match="frame 0 in mp4 of sample 0 of") as caught:
+        ShardSet(tmp_path).frame(0, 0, 0)
+    assert caught.value.reason == "crc_mismatch"
 
 
 def test_an_index_of_other_lengths_is_refused(tmp_path: Path) -> None:

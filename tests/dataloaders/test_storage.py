@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -16,17 +17,18 @@ import pytest
 import torch
 
 from cavmae.benchmarks.object_store import FAULTS, ObjectStore, object_store
+from cavmae.dataloaders import verify
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.chunk_cache import ChunkCache
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loader import TrainLoader
 from cavmae.dataloaders.plan import SamplePlan
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
-from cavmae.dataloaders.shards import EXTENSIONS, ShardError, ShardSet, description_bytes
+from cavmae.dataloaders.shards import ShardError, ShardSet, description_bytes, member_names
 from cavmae.dataloaders.storage import CacheSettings, open_storage
 
 SHARDS, SAMPLES = 12, 40
-MEMBERS = EXTENSIONS["video"]
+MEMBERS = member_names("video", "flac")
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,13 @@ def make_set(folder: Path, seed: int) -> Path:
             key = f"{shard * SAMPLES + number:09d}"
             flac, mp4 = rng.bytes(int(rng.integers(500, 3000))), rng.bytes(3000)
             crc32 = {"flac": zlib.crc32(flac), "mp4": zlib.crc32(mp4)}
-            description = description_bytes({"schema": 1, "key": key}, crc32)
+            description = description_bytes({"schema": 2, "key": key}, crc32)
             writer.add(key, {"json": description, "flac": flac, "mp4": mp4})
         entries.append(writer.finish())
     write_index(
         folder,
         tier="video",
+        audio_codec="flac",
         video_codec="vp9",
         short_side=256,
         frame_choice="by_time",
@@ -129,6 +132,35 @@ def test_without_a_cache_only_the_members_are_fetched(
     before = sent(store)
     data = [remote.member(0, 3, extension) for extension in MEMBERS]
     assert sent(store) - before == sum(map(len, data)) + len(data[0])  # JSON: and for its CRC-32s
+
+
+def test_verify_reads_a_url_once(
+    packed_synthetic: Path, store: ObjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = store.upload(packed_synthetic, "whole")
+    before = sent(store)
+    assert verify.main([url, "--decode"]) == 0
+    size = sum(path.stat().st_size for path in packed_synthetic.rglob("*.tar"))
+    assert size <= sent(store) - before < 1.05 * size
+    assert capsys.readouterr().out.count("none") == 6
+
+
+def test_verify_names_what_is_damaged_at_a_url(
+    packed_synthetic: Path,
+    store: ObjectStore,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "video"
+    shutil.copytree(packed_synthetic / "video", folder)
+    data = bytearray((folder / "000001.tar").read_bytes())
+    offset, _ = ShardSet(folder)._range(1, 5, "flac")
+    data[offset + 50] ^= 1
+    (folder / "000001.tar").write_bytes(data)
+    assert verify.main([store.upload(folder, "unsound")]) == 1
+    errors = capsys.readouterr().err
+    assert "000001.tar: its SHA-256 is not that of index.json" in errors
+    assert "000001.tar: 000000013: flac is damaged (CRC-32)" in errors
 
 
 def test_once_cached_the_store_is_not_needed(local: Path, tmp_path: Path) -> None:

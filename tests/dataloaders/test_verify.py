@@ -1,15 +1,17 @@
 """`cavmae verify` finds every kind of damage and names it."""
 
+import copy
 import json
 import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
-from cavmae.dataloaders.shards import ShardSet, description_bytes, read_member_index
+from cavmae.dataloaders.shards import ShardSet, description_bytes, member_names, parse_member_index
 from cavmae.dataloaders.verify import VerifyConfig, description_problem, main, verify
 
 
@@ -35,7 +37,7 @@ def test_whole_shards_pass(packed_synthetic: Path, capsys: pytest.CaptureFixture
 def test_one_changed_byte_of_a_member_is_found_and_named(folder: Path) -> None:
     path = folder / "000001.tar"
     data = bytearray(path.read_bytes())
-    data[int(read_member_index(folder / "000001.idx").offset[2, 1]) + 100] ^= 1
+    data[int(parse_member_index((folder / "000001.idx").read_bytes(), "").offset[2, 1]) + 100] ^= 1
     path.write_bytes(data)
     assert problems(folder) == [
         "000001.tar: its SHA-256 is not that of index.json",
@@ -62,7 +64,7 @@ def _remove_idx(folder: Path) -> None:
 
 def _shift_idx(folder: Path) -> None:
     path = folder / "000000.idx"
-    offset = int(read_member_index(path).offset[3, 0])
+    offset = int(parse_member_index(path.read_bytes(), "").offset[3, 0])
     path.write_text(path.read_text().replace(f"json {offset} ", f"json {offset + 512} "))
 
 
@@ -78,7 +80,10 @@ def _miscount(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove_shard, "000000.tar: [Errno 2] No such file"),
+        (
+            _remove_shard,
+            "000000.tar: {folder}/000000.tar could not be read in 3 tries (FileNotFound",
+        ),
         (_remove_idx, "000000.tar: [Errno 2] No such file"),
         (_shift_idx, "000000.tar: the tar has 000000003.json where the .idx has 000000003.json"),
         (_swap_shards, "000000.tar: the tar has 000000008.json where the .idx has 000000000.json"),
@@ -89,13 +94,19 @@ def test_what_does_not_fit_together_is_found(
     folder: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(folder)
-    assert any(problem.startswith(message) for problem in problems(folder))
+    expected = message.replace("{folder}", str(folder))
+    assert any(problem.startswith(expected) for problem in problems(folder))
 
 
 def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synthetic: Path) -> None:
     source = ShardSet(packed_synthetic / "video")
-    description = {**source.description(0, 0), "key": "000000000"}
-    media = {"flac": source.member(0, 0, "flac")[:9000], "mp4": b"no video"}
+    description = copy.deepcopy(source.description(0, 0))
+    video = bytearray(source.member(0, 0, "mp4"))
+    header = description["fragments"]["bytes"][0]
+    codec = video.index(b"vp09", 0, header)
+    video[codec : codec + 4] = b"none"
+    description["fragments"]["crc32"][0] = zlib.crc32(video[:header])
+    media = {"flac": source.member(0, 0, "flac")[:9000], "mp4": bytes(video)}
     del description["crc32"]
     crc32 = {name: zlib.crc32(data) for name, data in media.items()}
     writer = ShardWriter(tmp_path, "000000")
@@ -105,6 +116,7 @@ def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synth
     write_index(
         tmp_path,
         tier="video",
+        audio_codec="flac",
         video_codec="vp9",
         short_side=256,
         frame_choice="by_time",
@@ -116,10 +128,33 @@ def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synth
     assert "000000000: flac" in sound and "000000000: mp4 does not decode" in video
 
 
+def test_fragments_that_are_not_those_of_the_video_are_found(
+    tmp_path: Path, packed_synthetic: Path
+) -> None:
+    source = ShardSet(packed_synthetic / "video")
+    media = {name: source.member(0, 0, name) for name in ("flac", "mp4")}
+    crc32 = {name: zlib.crc32(data) for name, data in media.items()}
+    writer = ShardWriter(tmp_path, "000000")
+    for number, (field, change) in enumerate((("bytes", 1), ("crc32", 1), ("crc32", 0))):
+        description: dict[str, Any] = copy.deepcopy(source.description(0, 0))
+        description["key"] = f"{number:09d}"
+        description["fragments"][field][1] += change
+        del description["crc32"]
+        writer.add(f"{number:09d}", {"json": description_bytes(description, crc32), **media})
+    entry = writer.finish()
+    assert entry is not None
+    index = json.loads((packed_synthetic / "video" / "index.json").read_text())
+    kept = ("tier", "audio_codec", "video_codec", "short_side", "frame_choice", "skipped")
+    write_index(tmp_path, **{field: index[field] for field in kept}, shards=[entry])
+    first, second = problems(tmp_path)
+    assert "000000000" in first and "that are not those of the mp4" in first
+    assert "000000001" in second and "a CRC-32 that is not that of its fragment" in second
+
+
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"schema": 3}, "schema is 1"),
+        ({"schema": 3}, "schema is 2"),
         ({"key": "000000099"}, "key is 000000000"),
         ({"labels": "dog"}, "labels are texts"),
         ({"audio": {"hz": 44100, "samples": 1}}, "audio.hz is 16000"),
@@ -132,8 +167,9 @@ def test_a_description_that_breaks_the_schema_is_found(
     packed_synthetic: Path, change: dict, rule: str
 ) -> None:
     description = ShardSet(packed_synthetic / "video").description(0, 0)
-    assert description_problem(description, "000000000", "video") is None
-    assert rule in str(description_problem({**description, **change}, "000000000", "video"))
+    members = member_names("video", "flac")
+    assert description_problem(description, "000000000", members) is None
+    assert rule in str(description_problem({**description, **change}, "000000000", members))
 
 
 def test_a_folder_that_was_not_packed_is_one_line(
