@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--{name} is {getattr(flags, name)}; use 1 or more")
     work = Path(flags.work_dir)
     videos = Path(flags.videos) if flags.videos else make_videos(work, flags.clips)
-    sets = _packed(videos, work / videos.resolve().name)
+    sets = _packed(videos, work / "sets" / videos.resolve().name)
     gpu = 0 if torch.cuda.is_available() else None
     results: dict[str, Any] = {
         "clips": sets["frames"].samples,
