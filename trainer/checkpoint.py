@@ -1,16 +1,15 @@
-"""Checkpoints of a run: whole or absent, never half, and verified before they are trusted.
+"""Checkpoints of a run, verified before they are trusted.
 
-A checkpoint is written to a hidden folder, every file's size and checksum is listed in a manifest,
-and one rename makes it appear. A torn one (power cut, full disk, deleted file) fails its manifest
-and the one before is used, said aloud.
+`checkpoint_writer` makes them appear whole, with a manifest of every file's size and checksum. A
+torn one (power cut, deleted file, damaged disk) fails its manifest and the one before is used, said
+aloud.
 """
 
 import json
 import logging
-import os
 import shutil
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from cavmae.trainer.engine import Engine, convert_checkpoint
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -46,41 +45,13 @@ class RunState:
     schema: int = SCHEMA
 
 
-def save_checkpoint(run_dir: Path, engine: Engine, state: RunState, *, keep_last: int) -> Path:
-    """Write a checkpoint and remove old ones; all ranks call it.
-
-    Raises:
-        OSError: the disk refused; nothing that looks whole is left.
-    """
-    folder = run_dir / "checkpoints"
-    target = folder / f"step-{state.step:09d}"
-    writing = folder / f".writing-step-{state.step:09d}"
-    if dist.get_rank() == 0:
-        for torn in folder.glob(".writing-*"):  # of a start that was killed while it wrote
-            shutil.rmtree(torn)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    engine.save(writing)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (writing / "run_state.json").write_text(json.dumps(asdict(state)))
-        _write_manifest(writing)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(writing, target)
-        _sync(folder)
-        for old in _checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
-
-
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that passes its manifest; None where there is none at all.
 
     Raises:
         ValueError: checkpoints are there and none of them is whole.
     """
-    found = _checkpoints(run_dir)
+    found = checkpoints(run_dir)
     for checkpoint in reversed(found):
         problem = checkpoint_problem(checkpoint)
         if problem is None:
@@ -97,16 +68,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def checkpoint_problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where all is as written."""
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        return f"{_MANIFEST}: {error}"
+        return f"{MANIFEST}: {error}"
     for name, expected in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
+        if checksum(path) != expected["crc32"]:
             return f"{name} has changed since it was written"
     return None
 
@@ -147,35 +118,20 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> RunState:
     return state
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of the run's checkpoints, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _sync(path)
-            files[str(path.relative_to(folder))] = {
-                "bytes": path.stat().st_size,
-                "crc32": _checksum(path),
-            }
-    (folder / _MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=1))
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that had been done."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     value = 0
     with open(path, "rb") as handle:
         while block := handle.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -147,11 +147,18 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept as well; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} is {getattr(self, name)}; use 1 or more")
+        if self.keep_every % self.every_steps:
+            raise ValueError(
+                f"checkpoint.keep_every is {self.keep_every}; use a multiple of "
+                f"checkpoint.every_steps {self.every_steps}, or 0"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ by another.
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import logging
@@ -49,6 +50,10 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 
 import deepspeed  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (  # noqa: E402
+    CheckpointCommitInfo,
+    CheckpointEngine,
+)
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 deepspeed_logger.setLevel(logging.WARNING)
@@ -160,6 +165,48 @@ def _extension_lock() -> Iterator[None]:
         yield
 
 
+class _Collector(CheckpointEngine):
+    """Keeps a copy of what DeepSpeed would write to files."""
+
+    ROOT = "collected"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        pass
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[os.path.relpath(path, self.ROOT)] = _copied(state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> None:
+        raise NotImplementedError
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # Each tensor is copied by itself.
+
+
+def _copied(state: Any) -> Any:
+    """The same, with nothing shared and all tensors in host memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)
+        for key, value in state.items():
+            copied[key] = _copied(value)
+        return copied
+    if type(state) in (list, tuple):
+        return type(state)(map(_copied, state))
+    return copy.deepcopy(state)
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -204,6 +251,8 @@ class Engine:
                 model=model.to(device), optimizer=client, config=settings
             )
         self._engine, self._optimizer = initialized[:2]
+        # Into each checkpoint it would copy scripts, on whatever disk, in the midst of collectives.
+        self._engine._copy_recovery_script = lambda save_path: None
         self._client = client
         for state in client.state.values():
             if "step" in state:  # undo the counting of that first empty step
@@ -242,16 +291,23 @@ class Engine:
         norm = float(self._optimizer._global_grad_norm)
         return Update(applied=not self._optimizer.overflow, gradient_norm=norm)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer state; all ranks call it."""
-        with _no_chatter():
-            self._engine.save_checkpoint(str(folder), tag="state", save_latest=True)
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's part of weights and optimizer state, copied to host memory; all ranks call
+        it. By the names of the files that `load` looks for, to be written with `torch.save`."""
+        collector = _Collector()
+        reader, self._engine.checkpoint_engine = self._engine.checkpoint_engine, collector
+        try:
+            with _no_chatter():
+                self._engine.save_checkpoint(_Collector.ROOT, tag="state", save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = reader
+        return collector.files
 
     def load(self, folder: Path, *, converted: bool = False) -> None:
-        """Read what `save` wrote; all ranks call it.
+        """Read the files of a `snapshot`; all ranks call it.
 
         Args:
-            folder: what was given to `save`.
+            folder: where they are, of all ranks.
             converted: `folder` holds what `convert` made of another rank count's files.
         """
         if converted:

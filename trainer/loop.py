@@ -21,6 +21,9 @@ from cavmae.trainer.engine import Engine
 
 log = logging.getLogger(__name__)
 
+RETRIES_PER_INTERVAL = 10
+"""A checkpoint that failed is tried again after this part of the steps between two."""
+
 
 class Task(Protocol):
     """What a step computes."""
@@ -36,6 +39,20 @@ class Loader(Protocol):
     wait_seconds: float
 
     def __iter__(self) -> Iterator[AudioVideoBatch]: ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints beside the steps; `open` and what `commit` returns are the same on all
+    ranks."""
+
+    failures: int
+
+    @property
+    def open(self) -> bool: ...
+    @property
+    def writing(self) -> bool: ...
+    def begin(self, step: int) -> None: ...
+    def commit(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -77,22 +94,23 @@ def train(
     evaluate_every: int,
     evaluate: Callable[[int], None],
     save_every: int,
-    save: Callable[[int], None],
+    saver: Saver,
     device: torch.device,
 ) -> LoopOutcome:
     """Train from `start_step` to `steps`, or until SIGTERM; all ranks call it.
 
     The last step, and a step at which SIGTERM arrives, are always saved; the last step is always
-    evaluated.
+    evaluated. A checkpoint that could not be written is tried again soon.
 
     Raises:
+        OSError: the last checkpoint could not be written; those before it stay.
         NonFiniteError: `maximum_skipped_updates` updates in a row were left out. What was saved
             before stays.
     """
     batches = iter(loader)
     skipped = skipped_in_a_row = 0
     since, since_step, waited = time.monotonic(), start_step, loader.wait_seconds
-    step = start_step
+    step, save_again = start_step, -1
     if step >= steps:  # killed after its last checkpoint: the scores are still to be told
         evaluate(step)
     with _StopSignal() as stop_signal:
@@ -111,9 +129,13 @@ def train(
             skipped += not update.applied
             last = step == steps
             due = step % report_every == 0 or last
-            means, stop = _over_ranks(
-                task.metrics() if due or not update.applied else {}, stop_signal.received, device
+            means, (stops, writers) = _over_ranks(
+                task.metrics() if due or not update.applied else {},
+                (stop_signal.received, saver.writing),
+                device,
             )
+            if saver.open and not writers and not saver.commit():
+                save_again = step + max(1, save_every // RETRIES_PER_INTERVAL)
             if not update.applied:
                 log.warning(
                     "step %d: the loss (%s) or a gradient is not finite; the update is left out "
@@ -141,6 +163,7 @@ def train(
                             "learning_rate": rate,
                             "skipped_updates": float(skipped),
                             "samples_per_second": (step - since_step) * global_batch / seconds,
+                            "checkpoint_failures": float(saver.failures),
                             "data_wait_share": (loader.wait_seconds - waited) / seconds,
                         },
                     )
@@ -148,24 +171,32 @@ def train(
                 since, since_step, waited = now, step, loader.wait_seconds
             if step % evaluate_every == 0 or last:
                 evaluate(step)
-            if step % save_every == 0 or last or stop:
-                save(step)
-            if stop and not last:
+            if step % save_every == 0 or step == save_again or last or stops:
+                saver.begin(step)
+            if (last or stops) and not saver.commit():
+                raise OSError(
+                    f"the checkpoint of step {step}, the last of this start, could not be written "
+                    "(the log has the reason); make room and start again: the run goes on from "
+                    "the one before"
+                )
+            if stops and not last:
                 return LoopOutcome(step, stopped=True, skipped_updates=skipped)
     return LoopOutcome(step, stopped=False, skipped_updates=skipped)
 
 
 def _over_ranks(
-    metrics: dict[str, torch.Tensor], stop: bool, device: torch.device
-) -> tuple[dict[str, float], bool]:
-    """Means of the metrics, and whether any rank was told to stop, in one small reduction."""
+    metrics: dict[str, torch.Tensor], flags: tuple[bool, ...], device: torch.device
+) -> tuple[dict[str, float], list[int]]:
+    """Means of the metrics, and on how many ranks each flag is set, in one small reduction."""
     names = sorted(metrics)
     values = [metrics[name].double() for name in names]
-    total = torch.stack([*values, torch.tensor(float(stop), device=device, dtype=torch.float64)])
+    counts = torch.tensor(flags, device=device, dtype=torch.float64)
+    total = torch.cat([torch.stack(values), counts]) if values else counts
     dist.all_reduce(total)
-    *sums, stops = total.tolist()
+    sums = total.tolist()
     world_size = dist.get_world_size()
-    return {name: value / world_size for name, value in zip(names, sums, strict=True)}, stops > 0
+    means = {name: value / world_size for name, value in zip(names, sums, strict=False)}
+    return means, [int(count) for count in sums[len(names) :]]
 
 
 class _StopSignal:

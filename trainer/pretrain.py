@@ -108,7 +108,8 @@ def run(config: PretrainConfig) -> RunSummary:
     from cavmae.dataloaders.batch import ClipShape
     from cavmae.dataloaders.loader import TrainLoader
     from cavmae.dataloaders.shards import ShardSet
-    from cavmae.trainer.checkpoint import RunState, load_checkpoint, save_checkpoint
+    from cavmae.trainer.checkpoint import RunState, load_checkpoint
+    from cavmae.trainer.checkpoint_writer import CheckpointWriter
     from cavmae.trainer.engine import Engine, start_process_group
     from cavmae.trainer.held_out import HeldOut
     from cavmae.trainer.loop import train
@@ -180,26 +181,23 @@ def run(config: PretrainConfig) -> RunSummary:
     report.opened(task.layout, train_set, resumed_from=checkpoint)
     held_out = HeldOut(config, shape, ranks, engine, report, device=device)
 
-    def save(step: int) -> None:
+    def state_at(step: int) -> RunState:
         quarantine: list[list[tuple[str, str]] | None] = [None] * ranks.world_size
         dist.all_gather_object(
             quarantine, [(item.sample_id, item.reason) for item in loader.quarantine]
         )
         found = sorted({item for items in quarantine if items for item in items})
-        save_checkpoint(
-            run_dir,
-            engine,
-            RunState(
-                step=step,
-                position=step * config.global_batch,
-                quarantine=tuple(found),
-                train_set=train_set.fingerprint,
-                world_size=ranks.world_size,
-                zero_stage=config.engine.zero_stage,
-                dtype=config.engine.dtype,
-            ),
-            keep_last=config.checkpoint.keep_last,
+        return RunState(
+            step=step,
+            position=step * config.global_batch,
+            quarantine=tuple(found),
+            train_set=train_set.fingerprint,
+            world_size=ranks.world_size,
+            zero_stage=config.engine.zero_stage,
+            dtype=config.engine.dtype,
         )
+
+    saver = CheckpointWriter(run_dir, config.checkpoint, engine, state_at)
 
     # Loop.
     began = time.monotonic()
@@ -226,7 +224,7 @@ def run(config: PretrainConfig) -> RunSummary:
             evaluate_every=config.evaluation.every_steps,
             evaluate=held_out.score,
             save_every=config.checkpoint.every_steps,
-            save=save,
+            saver=saver,
             device=device,
         )
     except BaseException:

@@ -16,6 +16,7 @@ import torch
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
+from cavmae.trainer.checkpoint import checkpoint_problem, step_of
 from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.run_folder import save_config
 
@@ -48,13 +49,16 @@ class Start:
         assert codes == [0] * len(codes), text[-5000:]
         return text
 
-    def signal_after(self, sign: signal.Signals, path: Path) -> None:
-        """Send a signal to all ranks as soon as `path` is there."""
+    def wait_for(self, path: Path) -> None:
         deadline = time.monotonic() + 200
         while not path.exists():
             assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
             assert time.monotonic() < deadline, f"{path} did not appear"
             time.sleep(0.01)
+
+    def signal_after(self, sign: signal.Signals, path: Path) -> None:
+        """Send a signal to all ranks as soon as `path` is there."""
+        self.wait_for(path)
         for process in self.processes:
             os.kill(process.pid, sign)
 
@@ -97,6 +101,52 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
     assert "step-000000020 is not whole" in text and torn.name in text
     assert "going on from" in text and "step-000000010" in text
     assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    """A file of the second rank goes to /dev/full, which answers as a full disk does."""
+    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(4))
+    start = Start(config, 2, tmp_path)
+    folder = tmp_path / "run/checkpoints"
+    start.wait_for(folder / "step-000000004")
+    blocked = folder / ".writing-step-000000012/state"
+    blocked.mkdir(parents=True)
+    (blocked / "zero_pp_rank_1_mp_rank_00_optim_states.pt").symlink_to("/dev/full")
+    text = start.finish()
+    assert "ALARM: the checkpoint of step 12 could not be written (rank 1: " in text
+    assert "No space left on device" in text
+    assert losses(tmp_path / "run") == losses(straight)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000016", "step-000000020"]
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["checkpoint_failures"] == 1
+
+
+def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(10))
+    blocked = tmp_path / "run/checkpoints/.writing-step-000000020/state"
+    start = Start(config, 1, tmp_path)
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    blocked.mkdir(parents=True)
+    (blocked / "mp_rank_00_model_states.pt").symlink_to("/dev/full")
+    assert start.processes[0].wait(timeout=300) == 1
+    text = start.log.read_text()
+    assert "error: the checkpoint of step 20, the last of this start" in text
+    assert [one.name for one in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000010"]
+    text = Start(config, 1, tmp_path).finish()
+    assert "going on from" in text and "step-000000010" in text
+
+
+def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Path) -> None:
+    checkpoint = CheckpointConfig(every_steps=3, keep_last=1, keep_every=6)
+    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
+    Start(config, 2, tmp_path).finish()
+    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert [step_of(one) for one in kept] == [6, 12, 18, 20]
+    assert [checkpoint_problem(one) for one in kept] == [None] * 4
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
