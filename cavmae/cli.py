@@ -20,6 +20,7 @@ BENCHMARKS = {
     "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
     "data": ("cavmae.benchmarks.data", "The loader against the published one and raw video."),
     "tiers": ("cavmae.benchmarks.tiers", "Size, cost and quality of each way to store a clip."),
+    "faults": ("cavmae.benchmarks.faults", "What a run makes of each fault, done for real."),
     "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
     "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),

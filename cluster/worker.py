@@ -47,9 +47,8 @@ def is_lasting(error: Exception) -> bool:
     """Whether a repetition would fail alike and the message alone tells the user what to mend."""
     # They need torch, which the ranks have by now and `cavmae train --help` has not.
     from cavmae.dataloaders.quarantine import DataFaultError
-    from cavmae.trainer.loop import NonFiniteError
 
-    if isinstance(error, (*_LASTING_OS_ERRORS, DataFaultError, NonFiniteError)):
+    if isinstance(error, (*_LASTING_OS_ERRORS, DataFaultError)):
         return True
     return isinstance(error, ValueError) and _raised_by_us(error)
 
@@ -77,11 +76,20 @@ class FailureReport(UserCallback):
     def __init__(self, maximum_failures: int) -> None:
         self._maximum_failures = maximum_failures
         self._failures = 0
+        self._not_finite = ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        from cavmae.trainer.loop import NonFiniteError
+
         for error in worker_exceptions.values():
             if isinstance(error, LastingError):
                 raise error
+            # A fault of the hardware passes; what comes again is in the run.
+            if isinstance(error, NonFiniteError) and str(error) == self._not_finite:
+                raise LastingError(f"again, after the run had gone back to a checkpoint: {error}")
+        for error in worker_exceptions.values():
+            if isinstance(error, NonFiniteError):
+                self._not_finite = str(error)
         self._failures += 1
         for rank, error in sorted(worker_exceptions.items()):
             cause = getattr(error, "health_check_failure", error)  # a dead process

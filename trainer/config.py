@@ -162,6 +162,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """When a rank without progress is ended, so that the run can be started again."""
+
+    medians: float = 20.0
+    """A step that takes so many times the median of the steps before is a hang; 0: never."""
+    minimum_seconds: float = 300.0
+    """Nothing shorter is."""
+    longest_pause_seconds: float = 3600.0
+    """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.medians and self.medians < 2:
+            raise ValueError(f"watchdog.medians is {self.medians}; use 0 (never) or 2 or more")
+        for name in ("minimum_seconds", "longest_pause_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"watchdog.{name} is {getattr(self, name)}; use seconds above 0")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out scores during the run."""
 
@@ -231,6 +250,7 @@ class PretrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

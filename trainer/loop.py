@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.engine import Engine
+from cavmae.trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +97,14 @@ def train(
     evaluate: Callable[[int], None],
     save_every: int,
     saver: Saver,
+    watchdog: Watchdog,
     device: torch.device,
 ) -> LoopOutcome:
     """Train from `start_step` to `steps`, or until SIGTERM; all ranks call it.
 
     The last step, and a step at which SIGTERM arrives, are always saved; the last step is always
-    evaluated. A checkpoint that could not be written is tried again soon.
+    evaluated. A checkpoint that could not be written is tried again soon; none is begun in a row of
+    updates that were left out, so that a run can go on from before them.
 
     Raises:
         OSError: the last checkpoint could not be written; those before it stay.
@@ -113,8 +117,9 @@ def train(
     step, save_again = start_step, -1
     if step >= steps:  # killed after its last checkpoint: the scores are still to be told
         evaluate(step)
-    with _StopSignal() as stop_signal:
+    with _StopSignal() as stop_signal, closing(watchdog):
         while step < steps:
+            watchdog.step()
             parts = [next(batches).to(device) for _ in range(accumulation)]
             task.begin_step(engine, parts)
             for index, part in enumerate(parts):
@@ -170,18 +175,28 @@ def train(
                 )
                 since, since_step, waited = now, step, loader.wait_seconds
             if step % evaluate_every == 0 or last:
-                evaluate(step)
+                with watchdog.pause():
+                    evaluate(step)
             if step % save_every == 0 or step == save_again or last or stops:
-                saver.begin(step)
-            if (last or stops) and not saver.commit():
-                raise OSError(
-                    f"the checkpoint of step {step}, the last of this start, could not be written "
-                    "(the log has the reason); make room and start again: the run goes on from "
-                    "the one before"
-                )
+                if skipped_in_a_row and not (last or stops):
+                    save_again = step + 1
+                else:
+                    with watchdog.pause():
+                        saver.begin(step)
+            if last or stops:
+                with watchdog.pause():
+                    _commit_last(saver, step)
             if stops and not last:
                 return LoopOutcome(step, stopped=True, skipped_updates=skipped)
     return LoopOutcome(step, stopped=False, skipped_updates=skipped)
+
+
+def _commit_last(saver: Saver, step: int) -> None:
+    if not saver.commit():
+        raise OSError(
+            f"the checkpoint of step {step}, the last of this start, could not be written (the log "
+            "has the reason); make room and start again: the run goes on from the one before"
+        )
 
 
 def _over_ranks(

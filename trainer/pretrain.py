@@ -119,6 +119,7 @@ def run(config: PretrainConfig) -> RunSummary:
     from cavmae.trainer.resolve import resolve
     from cavmae.trainer.schedule import learning_rate
     from cavmae.trainer.task import PretrainTask
+    from cavmae.trainer.watchdog import Watchdog
 
     _log_to_stderr(ranks)
     # Build.
@@ -225,6 +226,7 @@ def run(config: PretrainConfig) -> RunSummary:
             evaluate=held_out.score,
             save_every=config.checkpoint.every_steps,
             saver=saver,
+            watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
             device=device,
         )
     except BaseException:

@@ -15,7 +15,9 @@ from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
+from cavmae.cluster.worker import FailureReport, LastingError
 from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
+from cavmae.trainer.loop import NonFiniteError
 from cavmae.trainer.pretrain import parse
 from cavmae.trainer.run_folder import save_config
 
@@ -91,6 +93,15 @@ def start_on_ray(config: PretrainConfig, folder: Path, *words: str) -> "subproce
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def test_updates_that_are_not_finite_send_the_run_back_once() -> None:
+    """To its newest checkpoint, as any failure does; the same again is the user's to mend."""
+    report = FailureReport(maximum_failures=3)
+    report.after_exception(None, {0: NonFiniteError("up to step 7"), 1: OSError("gone")})
+    report.after_exception(None, {1: NonFiniteError("up to step 9")})
+    with pytest.raises(LastingError, match=r"again, after .* up to step 9"):
+        report.after_exception(None, {0: NonFiniteError("up to step 9")})
 
 
 @pytest.mark.slow

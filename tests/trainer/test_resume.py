@@ -17,8 +17,9 @@ from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
 from cavmae.trainer.checkpoint import checkpoint_problem, step_of
-from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig
+from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig, WatchdogConfig
 from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +139,27 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     assert [one.name for one in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000010"]
     text = Start(config, 1, tmp_path).finish()
     assert "going on from" in text and "step-000000010" in text
+
+
+def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    watchdog = WatchdogConfig(medians=20, minimum_seconds=3)
+    config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
+    start = Start(config, 2, tmp_path)
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    stopped, waiting = start.processes
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        assert waiting.wait(timeout=60) == HANG_EXIT_CODE
+        text = start.log.read_text()
+        assert "HANG: no step for " in text and "hangs/rank-1.txt" in text
+        assert "in train\n" in (tmp_path / "run/hangs/rank-1.txt").read_text()
+    finally:
+        stopped.kill()
+        stopped.wait()
+    Start(config, 2, tmp_path).finish()
+    assert losses(tmp_path / "run") == losses(straight)
 
 
 def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Path) -> None:
