@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "train": ("cavmae.cluster.train", "Pretrain on a Ray cluster, restarted after failures."),
+    "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
 }
 BENCHMARKS = {

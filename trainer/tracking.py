@@ -2,8 +2,9 @@
 
 `metrics.jsonl` is the truth and is written before anything else. MLflow is fed by a thread of its
 own, because a tracking server that hangs must not hold up a training step, and one that is gone
-must not end the run. The only file that imports MLflow, and only once a Tracker is built: ranks
-other than the first never pay for it.
+must not end the run: what it missed waits for it, in memory and, over the end of the process, as a
+note of the last step that it has. The only file that imports MLflow, and only once a Tracker is
+built: ranks other than the first never pay for it.
 """
 
 import json
@@ -13,12 +14,14 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cavmae.trainer.config import TrackingConfig
-from cavmae.trainer.run_folder import git_commit
+from cavmae.trainer.run_folder import git_commit, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Tracker:
     Attributes:
         run_id: MLflow run.
         uri: MLflow tracking URI, for `mlflow ui --backend-store-uri URI`.
-        failures: Records that are not in MLflow.
+        failures: Times that MLflow did not take a record.
 
     Raises:
         ValueError: the store can't be reached, or doesn't have the run or the experiment.
@@ -94,7 +97,10 @@ class Tracker:
 
         self.failures = 0
         self._failures_lock = threading.Lock()
-        self._waiting: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._unsent_path = run_dir / "mlflow_unsent.json"
+        self._waiting: queue.SimpleQueue[_Record | None] = queue.SimpleQueue()
+        self._sent_step = start_step
+        self._send_what_was_missed(start_step)
         self._sender = threading.Thread(target=self._send_waiting, name="mlflow", daemon=True)
         self._sender.start()
         self._metrics_file = self._metrics_path.open("a")
@@ -105,8 +111,6 @@ class Tracker:
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Record numbers of one step: at once in `metrics.jsonl`, a little later in MLflow."""
-        from mlflow.entities import Metric
-
         now_seconds = time.time()
         values = {  # JSON has no NaN
             name: value if math.isfinite(value) else str(value) for name, value in metrics.items()
@@ -114,11 +118,16 @@ class Tracker:
         record = {"step": step, "unix_seconds": round(now_seconds, 3), **values}
         self._metrics_file.write(json.dumps(record) + "\n")
         self._metrics_file.flush()
+        self._send_metrics(metrics, step, now_seconds)
+
+    def _send_metrics(self, metrics: dict[str, float], step: int, unix_seconds: float) -> None:
+        from mlflow.entities import Metric
+
         entities = [
-            Metric(name, float(value), int(now_seconds * 1000), step)
+            Metric(name, float(value), int(unix_seconds * 1000), step)
             for name, value in metrics.items()
         ]
-        self._send(lambda: self._client.log_batch(self.run_id, metrics=entities))
+        self._send(lambda: self._client.log_batch(self.run_id, metrics=entities), step)
 
     def log_picture(self, path: Path) -> None:
         """Copy a picture of the run folder to MLflow's `pictures`; don't change the file after."""
@@ -135,11 +144,11 @@ class Tracker:
         self._send(lambda: self._client.set_terminated(self.run_id, status))
         self._waiting.put(None)
         self._sender.join(CLOSE_SECONDS)
-        unsent = self.failures + max(0, self._waiting.qsize() - 1)  # 1: the None above
-        if unsent:
+        if self._unsent_path.exists() or self._sender.is_alive():
             log.warning(
-                "%d records are not in MLflow (%s); %s has all metrics",
-                unsent,
+                "metrics after step %d are not in MLflow (%s); %s has them, and the next start of "
+                "this run sends them",
+                self._sent_step,
                 self.uri,
                 self._metrics_path,
             )
@@ -182,18 +191,50 @@ class Tracker:
         self._client.log_batch(self.run_id, params=new, tags=run_tags)
         self._client.log_dict(self.run_id, parameters, "config.json")
 
-    def _send(self, call: Callable[[], object]) -> None:
+    def _send(self, call: Callable[[], object], step: int | None = None) -> None:
         if self._waiting.qsize() < WAITING_RECORDS:
-            self._waiting.put(call)
+            self._waiting.put(_Record(call, step))
         else:
+            self._note_unsent()
             self._count_failure("too many records are waiting")
 
+    def _send_what_was_missed(self, start_step: int) -> None:
+        """Metrics that MLflow did not take from an earlier start of the run."""
+        if not self._unsent_path.exists():
+            return
+        after = read_json(self._unsent_path)["after_step"]
+        missed = [one for one in read_metrics(self._metrics_path) if after < one["step"]]
+        log.info("sending %d records that MLflow missed after step %d", len(missed), after)
+        self._sent_step = after
+        for record in missed:
+            step, unix_seconds = int(record.pop("step")), record.pop("unix_seconds")
+            self._send_metrics(record, step, unix_seconds)
+
     def _send_waiting(self) -> None:
-        while (call := self._waiting.get()) is not None:
-            try:
-                call()
-            except self._mlflow_errors as error:
-                self._count_failure(str(error))
+        """In the thread: records in their order; one that is not taken keeps the others waiting."""
+        unsent: deque[_Record] = deque()
+        refused = False
+        while (record := self._waiting.get()) is not None:
+            unsent.append(record)
+            while unsent:
+                try:
+                    unsent[0].call()
+                except self._mlflow_errors as error:
+                    self._count_failure(str(error))
+                    self._note_unsent()
+                    if _may_pass(error) and len(unsent) < WAITING_RECORDS:
+                        break
+                    refused = True
+                else:
+                    self._sent_step = unsent[0].step or self._sent_step
+                unsent.popleft()
+            if not unsent and not refused:
+                self._unsent_path.unlink(missing_ok=True)
+
+    def _note_unsent(self) -> None:
+        if not self._unsent_path.exists():
+            # A step's scores are a record of their own, so its last one may not be there.
+            write_json(self._unsent_path, {"after_step": self._sent_step - 1})
 
     def _count_failure(self, reason: str) -> None:
         with self._failures_lock:
@@ -207,6 +248,21 @@ class Tracker:
                     self._metrics_path,
                     reason,
                 )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Something to tell MLflow; of a step's metrics, the step."""
+
+    call: Callable[[], object]
+    step: int | None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the store is away, rather than refusing what it was told."""
+    # BAD_REQUEST is what MLflow makes of any error of its database.
+    passing = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST")
+    return getattr(error, "error_code", "INTERNAL_ERROR") in passing
 
 
 def flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:

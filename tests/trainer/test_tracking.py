@@ -241,7 +241,49 @@ def test_a_store_that_breaks_during_the_run_is_said_once_and_loses_no_metrics(
     )
     messages = [record.message for record in caplog.records if "did not take" in record.message]
     assert len(messages) == 1 and str(run_dir / "metrics.jsonl") in messages[0]
-    assert "records are not in MLflow" in caplog.text
+    assert "metrics after step 1 are not in MLflow" in caplog.text
+
+
+def test_what_a_store_missed_is_sent_when_it_is_back(runs: Path, tmp_path: Path) -> None:
+    shutil.copy(runs / "mlflow.db", tmp_path)
+    store = tmp_path / "mlflow.db"
+    tracker = Tracker(TrackingConfig(experiment="away"), tmp_path / "run", PARAMETERS)
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    wait_until(lambda: history(tracker, "loss") == [(1, 1.0)])
+    whole = store.read_bytes()
+    store.write_bytes(b"this is no database" * 1000)
+    for step in range(2, 5):
+        tracker.log_metrics({"loss": float(step)}, step)
+    wait_until(lambda: tracker.failures >= 3)
+    assert (tmp_path / "run/mlflow_unsent.json").exists()
+    store.write_bytes(whole)
+    tracker.log_metrics({"loss": 5.0}, 5)
+    tracker.close()
+    assert history(tracker, "loss") == [(step, float(step)) for step in range(1, 6)]
+    assert not (tmp_path / "run/mlflow_unsent.json").exists()
+
+
+def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(runs / "mlflow.db", tmp_path)
+    store, config = tmp_path / "mlflow.db", TrackingConfig(experiment="away")
+    tracker = Tracker(config, tmp_path / "run", PARAMETERS)
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    wait_until(lambda: history(tracker, "loss") == [(1, 1.0)])
+    whole = store.read_bytes()
+    store.write_bytes(b"this is no database" * 1000)
+    for step in range(2, 6):
+        tracker.log_metrics({"loss": float(step)}, step)
+    tracker.close()
+    assert "the next start of this run sends them" in caplog.text
+    store.write_bytes(whole)
+    later = Tracker(config, tmp_path / "run", PARAMETERS, tracker.run_id, start_step=4)
+    later.log_metrics({"loss": 50.0}, step=5)
+    later.close()
+    found = dict(history(later, "loss"))  # Step 1, whose scores might have been missing, twice.
+    assert found == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 50.0}
+    assert not (tmp_path / "run/mlflow_unsent.json").exists()
 
 
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
