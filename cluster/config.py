@@ -31,6 +31,11 @@ class ClusterConfig:
     """Folder that all nodes reach, for Ray Train's own notes; empty: `ray` in the run folder.
     Nothing is resumed from it."""
 
+    dry_run: bool = False
+    """Print what each rank would take, and start nothing; an error where that does not fit."""
+    memory_gb_per_worker: float = 0.0
+    """Memory of a rank's GPU (or of a rank, on CPUs) that `dry_run` compares with; 0: nothing."""
+
     def __post_init__(self) -> None:
         for name in ("workers", "cpus_per_worker", "collective_timeout_seconds"):
             if getattr(self, name) < 1:
@@ -39,6 +44,10 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
                 "or 0 to train on CPUs, and set cluster.workers to the number of GPUs"
+            )
+        if self.memory_gb_per_worker < 0:
+            raise ValueError(
+                f"cluster.memory_gb_per_worker is {self.memory_gb_per_worker}; use 0 or more"
             )
         if self.maximum_failures < 0:
             raise ValueError(

@@ -23,7 +23,12 @@ class TrainingError(RuntimeError):
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
-    summary = train_on_ray(parse(arguments, RayPretrainConfig, prog="cavmae train"))
+    config = parse(arguments, RayPretrainConfig, prog="cavmae train")
+    if config.cluster.dry_run:
+        from cavmae.cluster.dry_run import dry_run
+
+        return dry_run(config)
+    summary = train_on_ray(config)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
     return 0
 

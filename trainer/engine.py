@@ -32,6 +32,9 @@ from cavmae.trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+LARGEST_BUCKET_ELEMENTS = 500_000_000
+"""What is reduced at once at most: DeepSpeed's default."""
+
 # DeepSpeed chooses its accelerator when it is imported, and asks for one where there is no GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -232,9 +235,10 @@ class Engine:
         assert engine.dtype != "auto"  # settled when the run folder was opened
         self.zero_stage = engine.zero_stage
         self.dtype = engine.dtype
-        settings = _deepspeed_settings(engine, micro_batch, accumulation)
-        plain = engine.zero_stage == 0 and engine.dtype == "fp32"
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        elements = sum(parameter.numel() for parameter in trainable)
+        settings = _deepspeed_settings(engine, micro_batch, accumulation, elements)
+        plain = engine.zero_stage == 0 and engine.dtype == "fp32"
         client = _CheckedAdam(
             trainable,
             # Some wrappers run a step on zero gradients to make the state: a rate of 0 keeps the
@@ -369,10 +373,12 @@ def convert_checkpoint(folder: Path, target: Path) -> None:
 
 
 def _deepspeed_settings(
-    engine: EngineConfig, micro_batch: int, accumulation: int
+    engine: EngineConfig, micro_batch: int, accumulation: int, elements: int
 ) -> dict[str, Any]:
     bf16 = engine.dtype == "bf16"
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    # Some stages make the whole bucket at the start, however small the model is.
+    bucket = min(elements, LARGEST_BUCKET_ELEMENTS)
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": bucket}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # Stage 0 accumulates in the parameters' own gradients, so in their dtype.
