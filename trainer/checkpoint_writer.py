@@ -79,7 +79,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for torn in self._folder.glob(".writing-*"):  # of a start that was killed meanwhile
-                shutil.rmtree(torn)
+                shutil.rmtree(torn, ignore_errors=True)
 
     @property
     def open(self) -> bool:
