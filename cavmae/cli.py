@@ -7,12 +7,17 @@ import sys
 from cavmae import __version__
 from cavmae.command import exit_code
 
+# Module, or module:function where it is not `main`.
 COMMANDS = {
     "pack": ("cavmae.cluster.pack", "Pack a folder of videos into shards."),
     "verify": ("cavmae.dataloaders.verify", "Check a packed set against its index."),
     "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "train": ("cavmae.cluster.train", "Pretrain on a Ray cluster, restarted after failures."),
+    "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
+    "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
+    "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
+    "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
 }
@@ -62,7 +67,8 @@ def _dispatch(program: str, commands: dict[str, tuple[str, str]], words: list[st
             file=sys.stderr,
         )
         return 2
-    return exit_code(importlib.import_module(commands[words[0]][0]).main, words[1:])
+    module, _, function = commands[words[0]][0].partition(":")
+    return exit_code(getattr(importlib.import_module(module), function or "main"), words[1:])
 
 
 def _usage(program: str, commands: dict[str, tuple[str, str]], more: dict[str, str]) -> str:

@@ -1,6 +1,9 @@
 """Fields of a run that Ray places. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
 
 from cavmae.trainer.config import PretrainConfig
 
@@ -44,29 +47,26 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("workers", "cpus_per_worker", "collective_timeout_seconds"):
             if getattr(self, name) < 1:
-                raise ValueError(f"cluster.{name} is {getattr(self, name)}; use 1 or more")
+                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(
-                f"cluster.gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
-                "or 0 to train on CPUs, and set cluster.workers to the number of GPUs"
+                f"gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
+                "or 0 to train on CPUs, and set workers to the number of GPUs"
             )
         if not 0 <= self.minimum_workers <= self.workers:
             raise ValueError(
-                f"cluster.minimum_workers is {self.minimum_workers} and cluster.workers "
+                f"minimum_workers is {self.minimum_workers} and workers "
                 f"{self.workers}; use 0 (always all) or 1 to {self.workers}"
             )
         if self.resize_every_seconds <= 0:
             raise ValueError(
-                f"cluster.resize_every_seconds is {self.resize_every_seconds}; use seconds above 0"
+                f"resize_every_seconds is {self.resize_every_seconds}; use seconds above 0"
             )
         if self.memory_gb_per_worker < 0:
-            raise ValueError(
-                f"cluster.memory_gb_per_worker is {self.memory_gb_per_worker}; use 0 or more"
-            )
+            raise ValueError(f"memory_gb_per_worker is {self.memory_gb_per_worker}; use 0 or more")
         if self.maximum_failures < 0:
             raise ValueError(
-                f"cluster.maximum_failures is {self.maximum_failures}; use 0 (never start again) "
-                "or more"
+                f"maximum_failures is {self.maximum_failures}; use 0 (never start again) or more"
             )
 
 
@@ -74,4 +74,5 @@ class ClusterConfig:
 class RayPretrainConfig(PretrainConfig):
     """One pretraining run on a Ray cluster."""
 
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: Annotated[ClusterConfig, tyro.conf.arg(name="")] = field(default_factory=ClusterConfig)
+    """On the command line its fields stand alone: `--workers 8`."""

@@ -17,9 +17,12 @@ _RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",  # progress lines are alike
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_COLOR_PREFIX": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job has variables of its own, partly the same
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it says every line twice
 }
+_PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "DS_", "RAY_TRAIN_")
+"""How the variables begin that a user sets for the ranks, wherever they are."""
 _OWN_CLUSTER_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # without it, whoever reaches a port of Ray runs any code
     # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
@@ -76,9 +79,14 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
         ray.shutdown()
 
 
+def passed_on() -> dict[str, str]:
+    """Variables of this process that the ranks are to see: networks and timeouts, no secrets."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+
+
 def _worker_environment(threads: int) -> dict[str, str]:
     """Variables of the workers; they are there before a worker imports anything."""
-    environment = _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    environment = passed_on() | _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
     tree = Path(cavmae.__file__).resolve().parent.parent
     if tree != Path(sysconfig.get_path("purelib")).resolve():
         # Not an installed wheel: the workers must run this tree, whatever else is installed.

@@ -1,4 +1,4 @@
-"""`cavmae train RECIPE --cluster.dry-run`: what a run would take, before it is asked for."""
+"""`cavmae train RECIPE --dry-run`: what a run would take, before it is asked for."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def dry_run(config: RayPretrainConfig) -> int:
     if limit and needed.total > limit:
         changes = list(what_would_fit(config, sizes, cluster.workers, limit))
         raise ValueError(
-            f"a rank takes {needed.total / 1e9:.1f} GB and cluster.memory_gb_per_worker is "
+            f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "
             f"{cluster.memory_gb_per_worker:g}; "
             + (f"what fits: {' or '.join(changes)}" if changes else "no other split of it fits")
         )

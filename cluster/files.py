@@ -86,7 +86,7 @@ class ClusterFilesConfig:
             "cpus-per-worker": self.cpus_per_node // self.gpus_per_node,
             "address": "auto",
         }
-        fields = [f"--cluster.{name}={value}" for name, value in cluster.items()]
+        fields = [f"--{name}={value}" for name, value in cluster.items()]
         return ["cavmae", "train", *shlex.split(self.run), *fields]
 
 

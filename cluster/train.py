@@ -1,4 +1,4 @@
-"""Pretraining on a Ray cluster: `cavmae train RECIPE [--cluster.workers 8] [--field value ...]`.
+"""Pretraining on a Ray cluster: `cavmae train RECIPE [--workers 8] [--field value ...]`.
 
 Ray places the ranks and starts them again when one dies; what a rank does is
 `cavmae.trainer.pretrain`, and what it goes on from is the run folder, never Ray's last report.
@@ -175,8 +175,7 @@ def _tell_shortage(cluster: ClusterConfig) -> None:
             print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
     if resources.get("GPU", 0) and not cluster.gpus_per_worker:
         print(
-            f"training on CPUs: cluster.gpus_per_worker is 0 (the cluster has "
-            f"{resources['GPU']:g} GPUs)",
+            f"training on CPUs: gpus_per_worker is 0 (the cluster has {resources['GPU']:g} GPUs)",
             file=sys.stderr,
         )
 
@@ -230,7 +229,7 @@ def _fit(config: RayPretrainConfig) -> RunSummary:
         raise TrainingError(str(error)) from error
     except TrainingFailedError as error:
         raise TrainingError(
-            f"the ranks failed more often than cluster.maximum_failures = "
+            f"the ranks failed more often than maximum_failures = "
             f"{cluster.maximum_failures} allows (the same command goes on from the newest "
             f"checkpoint); the last time: {error}"
         ) from error

@@ -19,7 +19,14 @@ from cavmae.command import exit_code
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.recipes import RECIPES
-from cavmae.trainer.run_folder import git_commit, load_config, read_json, save_config, write_json
+from cavmae.trainer.run_folder import (
+    git_commit,
+    load_config,
+    read_json,
+    save_code,
+    save_config,
+    write_json,
+)
 
 log = logging.getLogger("cavmae.trainer.pretrain")  # it is often `__main__`
 
@@ -343,7 +350,8 @@ def _open_run_folder(
             run_file = run_dir / "run.json"
             record = read_json(run_file) if run_file.exists() else {}
             commits = [*record.get("git_commits", []), git_commit()]
-            write_json(run_file, record | {"git_commits": commits})
+            code = [*record.get("code", []), save_code(run_dir)]
+            write_json(run_file, record | {"git_commits": commits, "code": code})
             answer = [(config, checkpoint)]
         except (OSError, ValueError) as error:
             answer = [error]

@@ -5,15 +5,21 @@ default, is another run.
 """
 
 import dataclasses
+import gzip
+import hashlib
+import io
 import json
 import os
 import subprocess
+import tarfile
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+
+_PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 
 
 def save_config(config: object, path: str | Path) -> None:
@@ -73,12 +79,42 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return document
 
 
+def save_code(run_dir: Path) -> str:
+    """Keep the Python files that are running, in `code/HASH.tar.gz`; returns the hash.
+
+    Where the code is as in a former start, nothing is added.
+    """
+    root = Path(__file__).resolve().parents[1]  # of a checkout, or the package of a wheel
+    top = root / "cavmae" if (root / "cavmae").is_dir() else root
+    files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
+    for part in _PARTS:
+        for path in (root / part).rglob("*.py"):
+            files[f"cavmae/{path.relative_to(root)}"] = path
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, path in sorted(files.items()):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(name)  # no times and owners: the same files, the same bytes
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    code = hashlib.sha256(packed.getvalue()).hexdigest()[:16]
+    target = run_dir / "code" / f"{code}.tar.gz"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
+        partial.replace(target)
+    return code
+
+
 def git_commit() -> str | None:
     """Commit of the running code, with `-dirty` where tracked files differ from it.
 
-    None where the code is not part of a git checkout, as in an installed wheel or a Ray
-    `working_dir`.
+    In a Ray `working_dir`, which has no repository, that of the tree it was made from, which
+    `cavmae submit` tells. None where the code is of neither, as in an installed wheel.
     """
+    if told := os.environ.get("CAVMAE_COMMIT"):
+        return told
     file = Path(__file__).resolve()
     # An installed copy may lie inside somebody else's checkout: only a tracked file counts.
     tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)

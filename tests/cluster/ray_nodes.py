@@ -8,10 +8,10 @@ drain N S  node N is taken away in S seconds: the notice a cloud gives for a spo
 import logging
 import sys
 import time
+from typing import Any
 
 import ray
 from ray._private.state import state
-from ray._private.worker import global_worker
 from ray.cluster_utils import Cluster
 
 PREEMPTION = 2
@@ -38,9 +38,8 @@ def main() -> None:
             cluster.remove_node(node, allow_graceful=False)
         if word == "drain":
             deadline = int((time.time() + float(numbers[1])) * 1000)
-            accepted, why = global_worker.gcs_client.drain_node(
-                node.node_id, PREEMPTION, "spot notice", deadline
-            )
+            gcs: Any = ray._raylet.GcsClient(address=cluster.address)  # pyright: ignore
+            accepted, why = gcs.drain_node(node.node_id, PREEMPTION, "spot notice", deadline)
             assert accepted, why
             assert state.get_draining_nodes()
         print("=", len(nodes) - 1, flush=True)

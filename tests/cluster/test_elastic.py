@@ -1,5 +1,6 @@
 """Ranks that become fewer and more while nodes come and go, on real Ray nodes of this machine."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from launch import ROOT
 from starts import Start
-from tiny_run import tiny_run
+from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.dataloaders.plan import largest_rank_count
@@ -39,7 +40,7 @@ def test_the_largest_rank_count_divides_the_lanes(lanes: int, most: int, expecte
 
 
 def test_more_ranks_at_least_than_at_most_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"minimum_workers is 4 and cluster\.workers 2"):
+    with pytest.raises(ValueError, match=r"minimum_workers is 4 and workers 2"):
         ClusterConfig(workers=2, minimum_workers=4)
 
 
@@ -109,8 +110,8 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         start = subprocess.Popen(
             [
                 *(sys.executable, "-m", "cavmae.cluster.train", str(tmp_path / "config.json")),
-                *("--cluster.workers=2", "--cluster.minimum-workers=1"),
-                *("--cluster.resize-every-seconds=2", f"--cluster.address={nodes.address}"),
+                *("--workers=2", "--minimum-workers=1"),
+                *("--resize-every-seconds=2", f"--address={nodes.address}"),
             ],
             cwd=ROOT,
             env=os.environ | LOOPBACK | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},

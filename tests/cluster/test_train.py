@@ -24,7 +24,7 @@ from cavmae.trainer.run_folder import save_config
 
 def test_cluster_fields_are_given_beside_those_of_the_run() -> None:
     config = parse(
-        ["demo", "--cluster.workers", "4", "--cluster.gpus-per-worker", "1", "--steps", "7"],
+        ["demo", "--workers", "4", "--gpus-per-worker", "1", "--steps", "7"],
         RayPretrainConfig,
     )
     assert config.cluster == ClusterConfig(workers=4, gpus_per_worker=1)
@@ -40,7 +40,7 @@ def test_failed_ranks_are_started_again_unless_forbidden() -> None:
     ("field", "value"), [("workers", 0), ("gpus_per_worker", 2), ("maximum_failures", -1)]
 )
 def test_a_cluster_field_out_of_range_is_named(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"cluster\.{field} is {value}"):
+    with pytest.raises(ValueError, match=rf"^{field} is {value}"):
         ClusterConfig(**{field: value})  # pyright: ignore[reportArgumentType]
 
 

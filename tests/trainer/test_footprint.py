@@ -113,18 +113,18 @@ def test_the_command_prints_what_a_rank_takes_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["demo", "--cluster.workers", "4", "--cluster.dry-run"]
+    words = ["demo", "--workers", "4", "--dry-run"]
     assert train.main(words) == 0
     shown = capsys.readouterr().out
     assert "4 ranks" in shown and "activations" in shown and "sent in a step: gradients" in shown
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"a rank takes .* GB and cluster.memory_gb_per_worker"):
-        train.main([*words, "--cluster.memory-gb-per-worker", "0.1"])
+    with pytest.raises(ValueError, match=r"a rank takes .* GB and memory_gb_per_worker"):
+        train.main([*words, "--memory-gb-per-worker", "0.1"])
 
 
 @pytest.mark.parametrize("value", [-1.0])
 def test_a_memory_below_zero_is_refused(value: Any) -> None:
     from cavmae.cluster.config import ClusterConfig
 
-    with pytest.raises(ValueError, match=r"cluster.memory_gb_per_worker is -1"):
+    with pytest.raises(ValueError, match=r"memory_gb_per_worker is -1"):
         ClusterConfig(memory_gb_per_worker=value)

@@ -1,10 +1,13 @@
 """The same run is the same, whoever starts its two ranks."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ import pytest
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
-from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.run_folder import git_commit, save_config
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +123,8 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
                 *("--temp-dir", session),
             ],
             # A program of another test must not be told where this head is.
-            env={k: v for k, v in (os.environ | environment).items() if k != "RAY_ADDRESS"},
+            env={k: v for k, v in (os.environ | environment).items() if k != "RAY_ADDRESS"}
+            | {"PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -136,22 +140,54 @@ def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(session, ignore_errors=True)
 
 
-def test_a_job_on_a_ray_cluster_gives_the_same_losses(
+def cavmae(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "cavmae", *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
     packed_synthetic: Path, by_hand: list[float], tmp_path: Path, ray_head: dict[str, str]
 ) -> None:
-    config = saved_run(packed_synthetic, tmp_path)
-    submit = [
-        *(str(PROGRAMS / "ray"), "job", "submit", "--working-dir", "."),
-        *("--", sys.executable, "-m", "cavmae.cluster.train", str(config)),
-    ]
+    config, run_dir = str(saved_run(packed_synthetic, tmp_path)), tmp_path / "run"
+    submit = ("submit", config, "--workers", "2", "--steps", "100000")
     deadline = time.monotonic() + 120
-    while True:  # the head takes jobs a while after it has started
-        try:
-            text = start(submit, **ray_head)
-            break
-        except AssertionError as error:
-            if "Failed to connect" not in str(error) or time.monotonic() > deadline:
-                raise AssertionError(f"{error}\n{(tmp_path / 'head.log').read_text()}") from error
-            time.sleep(1)
-    assert "succeeded" in text
-    assert losses(tmp_path / "run") == by_hand
+    while (job := cavmae(*submit, **ray_head)).returncode:  # the head takes jobs a while later
+        assert time.monotonic() < deadline, job.stderr + (tmp_path / "head.log").read_text()
+        time.sleep(1)
+    name = job.stdout.strip()
+    while not (run_dir / "checkpoints/step-000000020").exists():
+        assert time.monotonic() < deadline, cavmae("logs", name, **ray_head).stdout
+        time.sleep(0.2)
+
+    again = cavmae(*submit, **ray_head)
+    assert again.returncode == 1 and f"job {name} already trains in run_dir" in again.stderr
+    listed = cavmae("status", **ray_head).stdout
+    assert re.search(rf"{name} .* running .* \d+/100000 ", listed), listed
+    assert "samples/s" in cavmae("logs", name, **ray_head).stdout
+    assert "clips (frames tier)" in cavmae("logs", name, "--rank", "1", **ray_head).stdout
+
+    stopped = cavmae("stop", name, **ray_head)
+    assert re.search(r"left \(cavmae stop\), step \d+/100000", stopped.stderr), stopped.stderr
+    step = len(losses(run_dir))
+    assert (run_dir / f"checkpoints/step-{step:09d}").exists(), "no step is lost"
+    run = json.loads((run_dir / "run.json").read_text())
+    assert run["git_commits"] == [git_commit()], "the job has no repository"
+    with tarfile.open(run_dir / f"code/{run['code'][0]}.tar.gz") as code:
+        kept = code.extractfile("cavmae/trainer/loop.py")
+        assert kept and kept.read() == (ROOT / "trainer/loop.py").read_bytes()
+
+    plain = [
+        *(str(PROGRAMS / "ray"), "job", "submit", "--working-dir", "."),
+        *("--", sys.executable, "-m", "cavmae.cluster.train", config, "--steps", str(step + 2)),
+    ]
+    assert "succeeded" in start(plain, **ray_head)
+    assert losses(run_dir)[:STEPS] == by_hand
+    assert len(losses(run_dir)) == step + 2
+    shown = cavmae("status", str(run_dir))
+    assert f"finished │ {step + 2}/{step + 2}" in shown.stdout, shown
