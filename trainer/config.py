@@ -141,7 +141,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved and what is kept."""
+    """When and where the run is saved and what is kept."""
 
     every_steps: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -149,6 +149,9 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of so many steps are kept as well; 0: none."""
+    folder: str = ""
+    """Folder that all ranks reach, or URL of an object store (s3://, gs://), of this run alone;
+    empty: `checkpoints` in the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):

@@ -16,6 +16,7 @@ from tiny_run import losses, tiny_run
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, LastingError
+from cavmae.trainer.checkpoint import MANIFEST
 from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.loop import NonFiniteError
 from cavmae.trainer.pretrain import parse
@@ -129,7 +130,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
         checkpoint=CheckpointConfig(every_steps=5),
     )
     start = start_on_ray(config, tmp_path)
-    rank_to_kill = wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005")
+    rank_to_kill = wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005" / MANIFEST)
     os.kill(rank_to_kill.pid, signal.SIGKILL)
     family = psutil.Process(start.pid).children(recursive=True)
     text = start.communicate(timeout=500)[0]

@@ -16,7 +16,8 @@ import torch
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
-from cavmae.trainer.checkpoint import checkpoint_problem, step_of
+from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, step_of
+from cavmae.trainer.checkpoint_store import open_store
 from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig, WatchdogConfig
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.watchdog import HANG_EXIT_CODE
@@ -78,7 +79,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run")
     killed = Start(config, 2, tmp_path)
-    killed.signal_after(signal.SIGKILL, tmp_path / "run/checkpoints/step-000000010")
+    killed.signal_after(signal.SIGKILL, tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     for process in killed.processes:
         process.wait(timeout=60)
     text = Start(config, 2, tmp_path).finish()
@@ -111,8 +112,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(4))
     start = Start(config, 2, tmp_path)
     folder = tmp_path / "run/checkpoints"
-    start.wait_for(folder / "step-000000004")
-    blocked = folder / ".writing-step-000000012/state"
+    start.wait_for(folder / "step-000000004" / MANIFEST)
+    blocked = folder / "step-000000012/state"
     blocked.mkdir(parents=True)
     (blocked / "zero_pp_rank_1_mp_rank_00_optim_states.pt").symlink_to("/dev/full")
     text = start.finish()
@@ -128,9 +129,9 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(10))
-    blocked = tmp_path / "run/checkpoints/.writing-step-000000020/state"
+    blocked = tmp_path / "run/checkpoints/step-000000020/state"
     start = Start(config, 1, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     blocked.mkdir(parents=True)
     (blocked / "mp_rank_00_model_states.pt").symlink_to("/dev/full")
     assert start.processes[0].wait(timeout=300) == 1
@@ -147,7 +148,7 @@ def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     watchdog = WatchdogConfig(medians=20, minimum_seconds=3)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     stopped, waiting = start.processes
     stopped.send_signal(signal.SIGSTOP)
     try:
@@ -166,9 +167,10 @@ def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Pa
     checkpoint = CheckpointConfig(every_steps=3, keep_last=1, keep_every=6)
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
     Start(config, 2, tmp_path).finish()
-    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
     assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    assert [checkpoint_problem(one) for one in kept] == [None] * 4
+    store = open_store(tmp_path / "run/checkpoints")
+    assert [checkpoint_problem(store, one) for one in kept] == [None] * 4
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
@@ -176,7 +178,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run")
     stopped = Start(config, 2, tmp_path)
-    stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010")
+    stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     assert "the same command goes on" in stopped.finish()
     assert len(losses(tmp_path / "run")) < 20
     # A start that leaves the dtype open takes the run's own, whatever this processor does best.
