@@ -27,8 +27,9 @@ from cavmae.dataloaders.storage import (
 
 BLOCK_BYTES = 64 << 20
 """Read or sent at once. S3 takes 10,000 parts a file: 640 GB."""
-WRITE_TRIES = 3
-"""Of a file at a store, above those of its library; a checkpoint that fails is tried again."""
+STORE_TRIES = 2
+"""Of a request to a store, each with the tries of its library; a checkpoint that fails is tried
+again as well."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +40,41 @@ class FileSum:
     crc32: int
 
 
-class SummedFile:
+class _SummedFile:
     """A file to write to, whose length and checksum are known without reading it.
 
     Args:
-        write: takes the bytes on.
+        send: takes the bytes on.
     """
 
-    def __init__(self, write: Callable[[memoryview], object]) -> None:
-        self._write = write
+    def __init__(self, send: Callable[[memoryview], object]) -> None:
+        self._send = send
         self._bytes = self._crc32 = 0
+        self._error: OSError | None = None
 
-    @property
-    def sum(self) -> FileSum:
+    def filled(self, save: "Save") -> FileSum:
+        """What `save` has written.
+
+        Raises:
+            OSError: `send` raised it; torch.save would tell of a position that it did not expect.
+        """
+        try:
+            save(cast(IO[bytes], self))
+        except RuntimeError:
+            if self._error is not None:
+                raise self._error from None
+            raise
         return FileSum(self._bytes, self._crc32)
-
-    @property
-    def file(self) -> IO[bytes]:
-        """This, for those who ask for a whole file and only write."""
-        return cast(IO[bytes], self)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), BLOCK_BYTES):
             block = view[start : start + BLOCK_BYTES]
-            self._write(block)
+            try:
+                self._send(block)
+            except OSError as error:
+                self._error = error
+                raise
             self._crc32 = zlib.crc32(block, self._crc32)
         self._bytes += len(view)
         return len(view)
@@ -89,7 +100,7 @@ class Store(Protocol):
         ...
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in it; none where it is not there.
+        """Names of the folders directly in it, sorted; none where it is not there.
 
         Raises:
             OSError: it could not be read.
@@ -178,7 +189,8 @@ def check_writable(store: Store) -> None:
         store.remove_file(name)
     except OSError as error:
         text = f"checkpoint.folder {store.place()} cannot be written, read and cleared: {error}"
-        if isinstance(error.__cause__ or error, FileNotFoundError | PermissionError):
+        lasting = (FileNotFoundError, PermissionError)
+        if isinstance(error, lasting) or isinstance(error.__cause__, lasting):
             raise ValueError(f"{text}; make the bucket or folder, and allow all three") from error
         raise OSError(text) from error
 
@@ -197,7 +209,7 @@ class LocalStore:
     def folders(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        return [path.name for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir())
 
     def files(self, folder: str) -> dict[str, int]:
         top = self.folder / folder
@@ -234,12 +246,11 @@ class LocalStore:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            summed = SummedFile(file.write)
-            save(summed.file)
+            written = _SummedFile(file.write).filled(save)
             file.flush()
             os.fsync(file.fileno())
         self._sync_folders(name)
-        return summed.sum
+        return written
 
     def remove_file(self, name: str) -> None:
         path = self.folder / name
@@ -278,7 +289,7 @@ class ObjectStore:
     def folders(self) -> list[str]:
         found = self._asked(lambda: self._files.ls(self._path, detail=True), [])
         folders = [one["name"] for one in found if one["type"] == "directory"]
-        return [name.rstrip("/").rpartition("/")[2] for name in folders]
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in folders)
 
     def files(self, folder: str) -> dict[str, int]:
         top = f"{self._path}/{folder}"
@@ -301,15 +312,14 @@ class ObjectStore:
             with as_os_errors():
                 self._files.pipe_file(f"{self._path}/{name}", data)
 
-        retried(once, self.place(name), WRITE_TRIES, may_be_missing=True, done="written")
+        retried(once, self.place(name), STORE_TRIES, may_be_missing=True, done="written")
 
     def write(self, name: str, save: Save) -> FileSum:
         def once() -> FileSum:
             with as_os_errors():
                 file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
             try:
-                summed = SummedFile(lambda block: self._sent(file, block))
-                save(summed.file)
+                written = _SummedFile(lambda block: self._send(file, block)).filled(save)
                 with as_os_errors():
                     file.close()
             except BaseException:
@@ -318,9 +328,9 @@ class ObjectStore:
                     file.discard()
                 file.closed = True
                 raise
-            return summed.sum
+            return written
 
-        return retried(once, self.place(name), WRITE_TRIES, may_be_missing=True, done="written")
+        return retried(once, self.place(name), STORE_TRIES, may_be_missing=True, done="written")
 
     def remove_file(self, name: str) -> None:
         with suppress(FileNotFoundError), as_os_errors():
@@ -331,7 +341,7 @@ class ObjectStore:
             self._files.invalidate_cache()
             self._files.rm(f"{self._path}/{folder}", recursive=True)
 
-    def _sent(self, file: Any, block: memoryview) -> None:
+    def _send(self, file: Any, block: memoryview) -> None:
         with as_os_errors():
             file.write(block)
 
@@ -344,6 +354,6 @@ class ObjectStore:
                 return question()
 
         try:
-            return retried(once, self.place(), WRITE_TRIES, may_be_missing=True)
+            return retried(once, self.place(), STORE_TRIES, may_be_missing=True)
         except FileNotFoundError:
             return missing

@@ -182,6 +182,8 @@ class CheckpointWriter:
         self._obsolete += [
             name for name in self._store.folders() if name.startswith(".converted-step-")
         ]
+        for name in self._obsolete:
+            log.info("removing %s, which is not whole", self._store.place(name))
         self._remove_obsolete()
 
     def _make_room(self, name: str, *, published: bool) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ import torch
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
-from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, step_of
+from cavmae.benchmarks.object_store import object_store
+from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, checkpoints, step_of
 from cavmae.trainer.checkpoint_store import open_store
 from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig, WatchdogConfig
 from cavmae.trainer.run_folder import save_config
@@ -52,10 +54,13 @@ class Start:
         return text
 
     def wait_for(self, path: Path) -> None:
+        self.wait_until(path.exists, str(path))
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 200
-        while not path.exists():
+        while not happened():
             assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, f"{path} did not appear"
+            assert time.monotonic() < deadline, f"{what} did not appear"
             time.sleep(0.01)
 
     def signal_after(self, sign: signal.Signals, path: Path) -> None:
@@ -90,6 +95,35 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert len(run["git_commits"]) == 2, "both starts are on record, in one MLflow run"
+
+
+def test_a_killed_run_goes_on_from_an_object_store(
+    packed_synthetic: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two ranks bit for bit, then with one; what was half uploaded is passed over."""
+    with object_store() as server:
+        for name, value in (server.environment | {"TMPDIR": str(tmp_path)}).items():
+            monkeypatch.setenv(name, value)
+        server.make_bucket("bucket")
+        store = open_store("s3://bucket/run")
+        checkpoint = CheckpointConfig(every_steps=5, folder=store.place())
+        config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
+        killed = Start(config, 2, tmp_path)
+        killed.wait_until(lambda: "step-000000010" in checkpoints(store), "checkpoint 10")
+        for process in killed.processes:
+            process.kill()
+            process.wait(timeout=60)
+        newest = checkpoints(store)[-1]
+        store.put("step-000000099/state/mp_rank_00_model_states.pt", b"half of it")
+        text = Start(dataclasses.replace(config, steps=15), 2, tmp_path).finish()
+        assert f"going on from s3://bucket/run/{newest}" in text
+        assert checkpoints(store) == ["step-000000010", "step-000000015"] == store.folders()
+        assert losses(tmp_path / "run")[:15] == losses(straight)[:15]
+        text = Start(config, 1, tmp_path).finish()
+        assert "going on from s3://bucket/run/step-000000015" in text
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not list(tmp_path.glob("cavmae-checkpoint-*")), "copies have gone"
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
