@@ -1,7 +1,7 @@
 """Where checkpoints lie: a folder that all ranks reach, or a URL of an object store.
 
 Both do the little that checkpoints need, and promise the same: a small file appears whole or not at
-all, and a large one is on the disk, or with the store, when its writing ends. Nothing is renamed,
+all, and a large one is on the disk, or with the store, when its writing ends. No folder is renamed,
 which object stores cannot do.
 """
 

@@ -62,6 +62,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
         [
             *("demo", "--run-dir", "runs/mine", "--data.train", "/shards/video"),
             *("--data.validation", "held_out/video", "--tracking.uri", "sqlite:///runs/all.db"),
+            *("--checkpoint.folder", "checkpoints/mine"),
         ],
         RayPretrainConfig,
     )
@@ -70,6 +71,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
     assert absolute.data.train == "/shards/video"
     assert absolute.data.validation == f"{tmp_path}/held_out/video"
     assert absolute.tracking.uri == f"sqlite:///{tmp_path}/runs/all.db"
+    assert absolute.checkpoint.folder == f"{tmp_path}/checkpoints/mine"
     assert absolute.initial_weights == "", "nothing was given, nothing is looked for"
 
 

@@ -1,5 +1,6 @@
 """Checkpoints in a folder and at an object store: whole or absent, and never lost from sight."""
 
+import dataclasses
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from cavmae.trainer.checkpoint import (
     MANIFEST,
     RunState,
     check_not_left_behind,
+    checkpoint_folder,
     checkpoint_name,
     checkpoint_problem,
     checkpoints,
@@ -23,8 +25,9 @@ from cavmae.trainer.checkpoint import (
 from cavmae.trainer.checkpoint_reader import load_newest
 from cavmae.trainer.checkpoint_store import LocalStore, Store, check_writable, open_store
 from cavmae.trainer.checkpoint_writer import CheckpointWriter
-from cavmae.trainer.config import CheckpointConfig
+from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.engine import Engine, files_of_rank
+from cavmae.trainer.pretrain import _open_run_folder
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
 MOMENTS = "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -142,6 +145,29 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
         check_not_left_behind(local(tmp_path), str(tmp_path / "gone"), tmp_path)
 
 
+def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
+    tmp_path: Path, remote: Store
+) -> None:
+    run_dir = tmp_path / "run"
+    engine = EngineConfig(dtype="fp32")
+    first = PretrainConfig(run_dir=str(run_dir), engine=engine)
+    moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.place()))
+    former = open_store(checkpoint_folder(first))
+    _open_run_folder(moved, run_dir, remote, "cpu")
+    _open_run_folder(first, run_dir, former, "cpu")  # there was none yet
+    former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
+            _open_run_folder(moved, run_dir, remote, "cpu")
+    remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    _open_run_folder(moved, run_dir, remote, "cpu")
+    former.remove_folder(checkpoint_name(10))
+    with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
+        _open_run_folder(first, run_dir, former, "cpu")
+    with pytest.raises(ValueError, match="they are of another run; give another folder"):
+        _open_run_folder(moved, tmp_path / "other", remote, "cpu")
+
+
 # --------------------------------------------------------------------- writing and going on
 
 
@@ -178,8 +204,10 @@ def state_at(step: int) -> RunState:
     return RunState(step, 8 * step, (("clip", "decode"),), "set", 1, 1, "fp32")
 
 
-def writer_of(store: Store, start_step: int = 0, **keep: int) -> CheckpointWriter:
-    config = CheckpointConfig(every_steps=10, **keep)
+def writer_of(
+    store: Store, start_step: int = 0, keep_last: int = 2, keep_every: int = 0
+) -> CheckpointWriter:
+    config = CheckpointConfig(every_steps=10, keep_last=keep_last, keep_every=keep_every)
     return CheckpointWriter(store, config, cast(Engine, OneRank()), state_at, start_step)
 
 
