@@ -10,9 +10,9 @@ from typing import IO, Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from launch import run_ranks
 
 from cavmae.benchmarks.object_store import ObjectStore, object_store
-from cavmae.trainer.agreement import on_all_ranks, on_first_rank
 from cavmae.trainer.checkpoint import (
     MANIFEST,
     RunState,
@@ -95,12 +95,29 @@ def test_what_was_half_written_is_not_at_a_store(remote: Store) -> None:
     assert remote.files("a") == {}
 
 
-def test_a_full_disk_is_told_by_its_name(tmp_path: Path) -> None:
-    """torch.save says `unexpected pos 64 vs 0` of a file that took less than it was given."""
-    (tmp_path / "full").symlink_to("/dev/full")
-    content = torch.zeros(1 << 20)
-    with pytest.raises(OSError, match="No space left on device"):
-        open_store(tmp_path).write("full", lambda file: torch.save(content, file))
+def test_what_went_wrong_is_told_by_its_name(
+    server: ObjectStore, remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save says `unexpected pos 64 vs 0` of a file that failed in its midst."""
+    monkeypatch.setattr("cavmae.trainer.checkpoint_store.BLOCK_BYTES", 5 << 20)
+    content = torch.zeros(3 << 20)
+    server.down(True)
+    try:
+        with pytest.raises(OSError, match=r"a/b could not be written in 2 tries .*Service Unavailable"):
+            remote.write("a/b", lambda file: torch.save(content, file))
+    finally:
+        server.down(False)
+    assert remote.files("a") == {}
+
+
+def test_what_others_did_at_a_store_is_seen(server: ObjectStore) -> None:
+    store = open_store("s3://checkpoints/others")
+    store.put("a/b", b"12")
+    assert store.files("a") == {"b": 2} and store.folders() == ["a"] and store.size("a/c") is None
+    server.replace("checkpoints", "others/a/c", b"123")
+    server.replace("checkpoints", "others/d/e", b"")
+    assert store.files("a") == {"b": 2, "c": 3} and store.folders() == ["a", "d"]
+    assert store.size("a/c") == 3
 
 
 @pytest.mark.parametrize(
@@ -346,11 +363,9 @@ def test_a_rank_copies_what_it_loads_and_no_more() -> None:
     assert files_of_rank(names, 2) == names[2:]
 
 
-def test_an_error_of_one_rank_reaches_all(alone: None) -> None:
-    def fail() -> None:
-        raise PermissionError(13, "no", "here")
-
-    for together in (on_first_rank, on_all_ranks):
-        with pytest.raises(PermissionError, match="no"):
-            together(fail)
-    assert on_first_rank(lambda: 1) == 1 and on_all_ranks(lambda: 2) == [2]
+def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    ranks = run_ranks(Path(__file__).with_name("checkpoint_ranks.py"), 2, str(tmp_path), tmp_path)
+    told = [["PermissionError", "[Errno 13] of rank 0"], ["ValueError", "of rank 1"]]
+    assert ranks["errors"] == [told, told]
+    assert ranks["saved"] == [[True, False, True]] * 2, "the second rank's disk is full at step 20"
+    assert ranks["loaded"] == [30, 30] and ranks["without the newest"] == [10, 10]
