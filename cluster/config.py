@@ -15,6 +15,11 @@ class ClusterConfig:
 
     workers: int = 2
     """Ranks: one Ray worker each."""
+    minimum_workers: int = 0
+    """Fewer ranks to go on with while nodes are missing: any number from here to `workers` that
+    divides the lanes. Nodes that come back are used again. 0: `workers` or none."""
+    resize_every_seconds: float = 60.0
+    """How often nodes that have come are looked for, where `minimum_workers` is set."""
     gpus_per_worker: int = 0
     """1: each rank has a GPU of its own; 0: train on CPUs."""
     cpus_per_worker: int = 1
@@ -44,6 +49,15 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
                 "or 0 to train on CPUs, and set cluster.workers to the number of GPUs"
+            )
+        if not 0 <= self.minimum_workers <= self.workers:
+            raise ValueError(
+                f"cluster.minimum_workers is {self.minimum_workers} and cluster.workers "
+                f"{self.workers}; use 0 (always all) or 1 to {self.workers}"
+            )
+        if self.resize_every_seconds <= 0:
+            raise ValueError(
+                f"cluster.resize_every_seconds is {self.resize_every_seconds}; use seconds above 0"
             )
         if self.memory_gb_per_worker < 0:
             raise ValueError(

@@ -5,8 +5,12 @@ Ray places the ranks and starts them again when one dies; what a rank does is
 """
 
 import dataclasses
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.connection import address_of, connected
@@ -15,6 +19,10 @@ from cavmae.dataloaders.plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.pretrain import RunSummary, parse
+from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, withdraw_request
+
+_SECONDS_TO_END = 10.0
+"""What the driver waits longer than the ranks, which may be starting."""
 
 
 class TrainingError(RuntimeError):
@@ -30,7 +38,7 @@ def main(arguments: list[str]) -> int:
         return dry_run(config)
     summary = train_on_ray(config)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
-    return 0
+    return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
 
 def train_on_ray(config: RayPretrainConfig) -> RunSummary:
@@ -50,7 +58,65 @@ def train_on_ray(config: RayPretrainConfig) -> RunSummary:
     with connected(cluster, threads) as working_folder:
         _tell_shortage(cluster)
         resolved = with_absolute_paths(config, working_folder)
-        return _fit(dataclasses.replace(resolved, threads_per_rank=threads))
+        resolved = dataclasses.replace(resolved, threads_per_rank=threads)
+        run_dir = Path(resolved.run_dir)
+        withdraw_request(run_dir)  # one of a start before
+        with _sigterm_asks_to_leave(run_dir, config.checkpoint.leave_within_seconds) as asked:
+            while True:
+                summary = _fit(resolved)
+                if asked or not _goes_on(summary):
+                    return summary
+                print(
+                    f"left at step {summary.step} ({summary.stopped}); starting again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def _goes_on(summary: RunSummary) -> bool:
+    """Whether the ranks left for others to take their place."""
+    if not summary.stopped:
+        return False
+    from cavmae.cluster.elastic import MORE_FIT
+    from cavmae.cluster.worker import NODE_GOES
+
+    return summary.stopped.startswith((MORE_FIT, NODE_GOES))
+
+
+@contextmanager
+def _sigterm_asks_to_leave(run_dir: Path, budget_seconds: float) -> Iterator[list[int]]:
+    """SIGTERM of the driver asks the ranks to save and leave, and ends the driver where they do
+    not within the budget. In another thread than the main one, nothing is done.
+
+    Yields the signals that came: ranks that were leaving for another reason forget this one.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        print("SIGTERM: the ranks are asked to save and leave", file=sys.stderr, flush=True)
+        if run_dir.is_dir():
+            request_stop(run_dir, "SIGTERM")
+        if budget_seconds:
+            signal.setitimer(signal.ITIMER_REAL, budget_seconds + _SECONDS_TO_END)
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        raise TrainingError(
+            f"SIGTERM, and the ranks did not leave within {budget_seconds + _SECONDS_TO_END:g} s; "
+            "the same command goes on from the newest checkpoint"
+        )
+
+    try:
+        before = [signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, end)]
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip((signal.SIGTERM, signal.SIGALRM), before, strict=True):
+            signal.signal(number, handler)
 
 
 def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPretrainConfig:
@@ -127,20 +193,26 @@ def _fit(config: RayPretrainConfig) -> RunSummary:
         ScalingConfig,
         TrainingFailedError,
     )
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
+    from cavmae.cluster.elastic import ElasticTorchTrainer
     from cavmae.cluster.worker import FailureReport, LastingError, train_rank
 
     cluster = config.cluster
     fields = [field.name for field in dataclasses.fields(PretrainConfig)]
-    trainer = TorchTrainer(
+    least = cluster.minimum_workers
+    trainer = ElasticTorchTrainer(
         train_rank,
+        lanes=config.lanes or default_lanes(config.global_batch),
+        run_dir=Path(config.run_dir),
         train_loop_config={
             "config": PretrainConfig(**{name: getattr(config, name) for name in fields})
         },
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=(least, cluster.workers) if least else cluster.workers,
+            elastic_resize_monitor_interval_s=cluster.resize_every_seconds,
+            placement_strategy="PACK",  # GPUs of one node first
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker}
             | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.pretrain import RunSummary, run
@@ -16,6 +17,10 @@ from cavmae.trainer.pretrain import RunSummary, run
 log = logging.getLogger(__name__)
 
 _LASTING_OS_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+NODE_GOES = "a node is taken away"
+"""How the reason begins for which ranks leave and others, elsewhere, go on."""
 
 
 class LastingError(Exception):
@@ -34,13 +39,27 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """
     config: PretrainConfig = settings["config"]
     try:
-        return run(config)
+        return run(config, notice=node_notice)
     except Exception as error:
         if is_lasting(error):
             raise LastingError(str(error)) from error
         if not _is_of_another_rank(error):
             log.exception("this rank failed")
         raise
+
+
+def node_notice() -> str:
+    """Why the ranks should leave: Ray has been told that a node of theirs will be taken away (a
+    spot notice, a drained node). Empty: it has not.
+
+    Reads what Ray Train has sent to this worker; its public `get_preemption_info` is a collective
+    of all workers, which a training step cannot afford.
+    """
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return ""
+    ranks = ", ".join(map(str, info.preempted_ranks))
+    return f"{NODE_GOES} (of rank {ranks})"
 
 
 def is_lasting(error: Exception) -> bool:

@@ -251,6 +251,11 @@ def check_ranks(lanes: int, world_size: int) -> None:
         )
 
 
+def largest_rank_count(lanes: int, most: int) -> int:
+    """The largest number of ranks, up to `most`, that divides the lanes; 0 where `most` is 0."""
+    return next((count for count in range(min(most, lanes), 0, -1) if lanes % count == 0), 0)
+
+
 def rank_positions(
     step: int, rank: int, world_size: int, global_batch: int, lanes: int
 ) -> np.ndarray:

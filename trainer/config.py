@@ -149,6 +149,9 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of so many steps are kept as well; 0: none."""
+    leave_within_seconds: float = 100.0
+    """A rank that is asked to leave (SIGTERM, a spot notice) ends after this, saved or not; 0: no
+    limit. A cloud takes a spot machine away after 120 s."""
     folder: str = ""
     """Folder that all ranks reach, or URL of an object store (s3://, gs://), of this run alone;
     empty: `checkpoints` in the run folder."""
@@ -157,6 +160,11 @@ class CheckpointConfig:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} is {getattr(self, name)}; use 1 or more")
+        if self.leave_within_seconds < 0:
+            raise ValueError(
+                f"checkpoint.leave_within_seconds is {self.leave_within_seconds}; use seconds, or "
+                "0 for no limit"
+            )
         if self.keep_every % self.every_steps:
             raise ValueError(
                 f"checkpoint.keep_every is {self.keep_every}; use a multiple of "
@@ -174,10 +182,17 @@ class WatchdogConfig:
     """Nothing shorter is."""
     longest_pause_seconds: float = 3600.0
     """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint."""
+    straggler_ratio: float = 1.5
+    """A rank that works so many times as long as the median rank before it meets the others is
+    named, where that costs a tenth of the step; 0: never."""
 
     def __post_init__(self) -> None:
         if self.medians and self.medians < 2:
             raise ValueError(f"watchdog.medians is {self.medians}; use 0 (never) or 2 or more")
+        if self.straggler_ratio and self.straggler_ratio <= 1:
+            raise ValueError(
+                f"watchdog.straggler_ratio is {self.straggler_ratio}; use 0 (never) or above 1"
+            )
         for name in ("minimum_seconds", "longest_pause_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"watchdog.{name} is {getattr(self, name)}; use seconds above 0")

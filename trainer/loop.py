@@ -5,13 +5,10 @@ then; pretraining and fine-tuning share it.
 """
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from types import FrameType
 from typing import Protocol
 
 import torch
@@ -19,6 +16,8 @@ import torch.distributed as dist
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.engine import Engine
+from cavmae.trainer.stopping import StopRequest
+from cavmae.trainer.stragglers import OwnTime, StragglerReport
 from cavmae.trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class LoopOutcome:
-    """Attributes: step, optimizer steps done; stopped, True where SIGTERM ended the run early;
-    skipped_updates, steps whose loss or gradient was not finite."""
+    """Attributes: step, optimizer steps done; stopped, why the run was asked to leave early, empty
+    where it was not; skipped_updates, steps whose loss or gradient was not finite."""
 
     step: int
-    stopped: bool
+    stopped: str
     skipped_updates: int
 
 
@@ -97,14 +96,17 @@ def train(
     evaluate: Callable[[int], None],
     save_every: int,
     saver: Saver,
+    stop: StopRequest,
+    own_time: OwnTime,
+    stragglers: StragglerReport,
     watchdog: Watchdog,
     device: torch.device,
 ) -> LoopOutcome:
-    """Train from `start_step` to `steps`, or until SIGTERM; all ranks call it.
+    """Train from `start_step` to `steps`, or until a rank is asked to leave; all ranks call it.
 
-    The last step, and a step at which SIGTERM arrives, are always saved; the last step is always
-    evaluated. A checkpoint that could not be written is tried again soon; none is begun in a row of
-    updates that were left out, so that a run can go on from before them.
+    The last step, and a step at which the ranks are asked to leave, are always saved; the last step
+    is always evaluated. A checkpoint that could not be written is tried again soon; none is begun
+    in a row of updates that were left out, so that a run can go on from before them.
 
     Raises:
         OSError: the last checkpoint could not be written; those before it stay.
@@ -117,13 +119,19 @@ def train(
     step, save_again = start_step, -1
     if step >= steps:  # killed after its last checkpoint: the scores are still to be told
         evaluate(step)
-    with _StopSignal() as stop_signal, closing(watchdog):
+    with stop, closing(watchdog):
         while step < steps:
             watchdog.step()
+            own_time.step()
             parts = [next(batches).to(device) for _ in range(accumulation)]
+            own_time.batch_is_there()
+            if engine.zero_stage == 3:
+                own_time.meets_others()
             task.begin_step(engine, parts)
             for index, part in enumerate(parts):
-                engine.backward(task.loss(engine, part))
+                loss = task.loss(engine, part)
+                own_time.meets_others()
+                engine.backward(loss)
                 if index + 1 < len(parts):
                     engine.count_micro_batch()
             rate = learning_rate(step)
@@ -134,11 +142,14 @@ def train(
             skipped += not update.applied
             last = step == steps
             due = step % report_every == 0 or last
-            means, (stops, writers) = _over_ranks(
+            means, (stops, writers), own_seconds = _over_ranks(
                 task.metrics() if due or not update.applied else {},
-                (stop_signal.received, saver.writing),
+                (bool(stop.reason), saver.writing),
+                own_time.take() if due else None,
                 device,
             )
+            if stops:
+                stop.start_budget()
             if saver.open and not writers and not saver.commit():
                 save_again = step + max(1, save_every // RETRIES_PER_INTERVAL)
             if not update.applied:
@@ -170,11 +181,14 @@ def train(
                             "samples_per_second": (step - since_step) * global_batch / seconds,
                             "checkpoint_failures": float(saver.failures),
                             "data_wait_share": (loader.wait_seconds - waited) / seconds,
-                        },
+                        }
+                        | stragglers.look(own_seconds, seconds / (step - since_step)),
                     )
                 )
                 since, since_step, waited = now, step, loader.wait_seconds
-            if step % evaluate_every == 0 or last:
+            if stops and not last and step % evaluate_every == 0:
+                log.warning("the evaluation of step %d is left out", step)
+            elif step % evaluate_every == 0 or last:
                 with watchdog.pause():
                     evaluate(step)
             if step % save_every == 0 or step == save_again or last or stops:
@@ -187,8 +201,8 @@ def train(
                 with watchdog.pause():
                     _commit_last(saver, step)
             if stops and not last:
-                return LoopOutcome(step, stopped=True, skipped_updates=skipped)
-    return LoopOutcome(step, stopped=False, skipped_updates=skipped)
+                return LoopOutcome(step, _first_reason(stop), skipped)
+    return LoopOutcome(step, "", skipped)
 
 
 def _commit_last(saver: Saver, step: int) -> None:
@@ -200,36 +214,30 @@ def _commit_last(saver: Saver, step: int) -> None:
 
 
 def _over_ranks(
-    metrics: dict[str, torch.Tensor], flags: tuple[bool, ...], device: torch.device
-) -> tuple[dict[str, float], list[int]]:
-    """Means of the metrics, and on how many ranks each flag is set, in one small reduction."""
+    metrics: dict[str, torch.Tensor],
+    flags: tuple[bool, ...],
+    own_seconds: float | None,
+    device: torch.device,
+) -> tuple[dict[str, float], list[int], list[float]]:
+    """Means of the metrics, on how many ranks each flag is set, and each rank's own seconds (none
+    where they are None), in one small reduction."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     names = sorted(metrics)
-    values = [metrics[name].double() for name in names]
-    counts = torch.tensor(flags, device=device, dtype=torch.float64)
-    total = torch.cat([torch.stack(values), counts]) if values else counts
+    seconds = torch.zeros(0 if own_seconds is None else world_size, dtype=torch.float64)
+    if own_seconds is not None:
+        seconds[rank] = own_seconds
+    values = [metrics[name].double().reshape(1) for name in names]
+    counts = torch.tensor(flags, dtype=torch.float64)
+    total = torch.cat([*values, counts.to(device), seconds.to(device)])
     dist.all_reduce(total)
     sums = total.tolist()
-    world_size = dist.get_world_size()
     means = {name: value / world_size for name, value in zip(names, sums, strict=False)}
-    return means, [int(count) for count in sums[len(names) :]]
+    after = len(names) + len(flags)
+    return means, [int(count) for count in sums[len(names) : after]], sums[after:]
 
 
-class _StopSignal:
-    """Notes SIGTERM instead of dying of it, in the main thread; the starter's elsewhere."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "_StopSignal":
-        self._installed = threading.current_thread() is threading.main_thread()
-        if self._installed:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        log.warning("SIGTERM: saving after this step")
-        self.received = True
+def _first_reason(stop: StopRequest) -> str:
+    """Of the first rank that has one; it may have reached the others later."""
+    reasons = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, stop.reason)
+    return next(filter(None, reasons))

@@ -7,8 +7,10 @@ the same rank variables. A run folder that has checkpoints goes on from the newe
 import dataclasses
 import logging
 import os
+import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,7 +24,7 @@ from cavmae.trainer.run_folder import git_commit, load_config, read_json, save_c
 if TYPE_CHECKING:
     from cavmae.trainer.checkpoint_store import Store
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cavmae.trainer.pretrain")  # it is often `__main__`
 
 Config = TypeVar("Config", bound=PretrainConfig)
 
@@ -35,7 +37,8 @@ class RunSummary:
         run_dir: the run folder.
         step: optimizer steps done.
         steps: optimizer steps asked for.
-        stopped: SIGTERM ended this start early; the same command goes on.
+        stopped: why this start was asked to leave early, empty where it was not; the same command
+            goes on.
         skipped_updates: updates of this start left out for a non-finite loss or gradient.
         quarantined: unreadable clips found on this rank.
         seconds: wall time of this start's training loop.
@@ -47,7 +50,7 @@ class RunSummary:
     run_dir: str
     step: int
     steps: int
-    stopped: bool
+    stopped: str
     skipped_updates: int
     quarantined: int
     seconds: float
@@ -94,8 +97,12 @@ def parse(
     return tyro.cli(kind, prog=prog, default=base, args=arguments, description=description)
 
 
-def run(config: PretrainConfig) -> RunSummary:
+def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSummary:
     """Train, evaluate and save; every rank calls it with the same configuration.
+
+    Args:
+        config: the run.
+        notice: of the starter: why to save and leave, or an empty text. Asked at each step.
 
     Raises:
         ValueError: the data, the rank count or the run folder does not fit the configuration.
@@ -124,6 +131,8 @@ def run(config: PretrainConfig) -> RunSummary:
     from cavmae.trainer.report import RunReport
     from cavmae.trainer.resolve import resolve
     from cavmae.trainer.schedule import learning_rate
+    from cavmae.trainer.stopping import StopRequest, withdraw_request
+    from cavmae.trainer.stragglers import OwnTime, StragglerReport
     from cavmae.trainer.task import PretrainTask
     from cavmae.trainer.watchdog import Watchdog
 
@@ -137,6 +146,7 @@ def run(config: PretrainConfig) -> RunSummary:
     device = start_process_group(ranks)
     run_dir = Path(asked.run_dir)
     config = on_first_rank(lambda: _open_run_folder(asked, run_dir, store, device.type))
+    _log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
 
     torch.manual_seed(config.seed)
     if config.deterministic:
@@ -160,7 +170,14 @@ def run(config: PretrainConfig) -> RunSummary:
         accumulation=accumulation,
         device=device,
     )
-    task = PretrainTask(config, rank=ranks.rank, world_size=ranks.world_size, device=device)
+    own_time = OwnTime(device)
+    task = PretrainTask(
+        config,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        before_exchange=own_time.meets_others,
+    )
     checkpoint, state = load_newest(store, engine) or (None, None)
     start_step = state.step if state else 0
     if state and state.train_set != train_set.fingerprint:
@@ -204,6 +221,8 @@ def run(config: PretrainConfig) -> RunSummary:
         )
 
     saver = CheckpointWriter(store, config.checkpoint, engine, state_at, start_step)
+    hosts = [""] * ranks.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
 
     # Loop.
     began = time.monotonic()
@@ -231,6 +250,13 @@ def run(config: PretrainConfig) -> RunSummary:
             evaluate=held_out.score,
             save_every=config.checkpoint.every_steps,
             saver=saver,
+            stop=StopRequest(
+                run_dir if ranks.rank == 0 else None,
+                config.checkpoint.leave_within_seconds,
+                notice,
+            ),
+            own_time=own_time,
+            stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
             device=device,
         )
@@ -241,6 +267,8 @@ def run(config: PretrainConfig) -> RunSummary:
         loader.close()
 
     # Save.
+    if outcome.stopped and ranks.rank == 0:
+        withdraw_request(run_dir)
     seconds = time.monotonic() - began
     summary = RunSummary(
         run_dir=str(run_dir),
@@ -255,13 +283,21 @@ def run(config: PretrainConfig) -> RunSummary:
         tracking_uri=report.tracking_uri,
         mlflow_run=report.mlflow_run,
     )
-    weights = engine.full_state_dict()
-    if ranks.rank == 0 and not outcome.stopped:
-        partial = run_dir / "weights.pt.partial"
-        torch.save(weights, partial)
-        partial.replace(run_dir / "weights.pt")
-        write_json(run_dir / "summary.json", dataclasses.asdict(summary))
+    if not outcome.stopped:
+        weights = engine.full_state_dict()
+        if ranks.rank == 0:
+            partial = run_dir / "weights.pt.partial"
+            torch.save(weights, partial)
+            partial.replace(run_dir / "weights.pt")
+            write_json(run_dir / "summary.json", dataclasses.asdict(summary))
     report.close("KILLED" if outcome.stopped else "FINISHED")
+    if outcome.stopped:
+        log.info(
+            "left at step %d of %d (%s); the same command goes on",
+            outcome.step,
+            config.steps,
+            outcome.stopped,
+        )
     dist.barrier()
     return summary
 
@@ -270,14 +306,14 @@ def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
     words = [word for word in arguments if not word.startswith("--local_rank=")]
-    summary = run(parse(words))
+    config = parse(words)
+    from cavmae.trainer.stopping import withdraw_request
+
+    withdraw_request(Path(config.run_dir))  # one of a start before
+    run(config)
     from cavmae.trainer.engine import leave_process_group  # `--help` does without torch
 
     leave_process_group()
-    if summary.stopped:
-        log.warning(
-            "stopped at step %d of %d; the same command goes on", summary.step, summary.steps
-        )
     return 0
 
 
@@ -329,7 +365,21 @@ def _log_to_stderr(ranks: Ranks) -> None:
         format=f"%(asctime)s rank {ranks.rank} %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
-    logging.getLogger("cavmae").setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+    logging.getLogger("cavmae").setLevel(logging.INFO)  # for the file
+    for handler in logging.getLogger().handlers:  # Ray has its own
+        handler.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
+
+
+def _log_to_file(path: Path) -> None:
+    """Everything, for whoever looks for what a rank said; starts follow each other in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("cavmae")
+    for former in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
+        logger.removeHandler(former)
+        former.close()
+    logger.addHandler(handler)
 
 
 if __name__ == "__main__":

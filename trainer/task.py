@@ -1,5 +1,7 @@
 """What pretraining computes on a step's micro-batches; the loop and engine know nothing of it."""
 
+from collections.abc import Callable
+
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
@@ -28,12 +30,20 @@ class PretrainTask:
         config: resolved: `lanes` is set.
         rank, world_size: this process among the run's ranks.
         device: this rank's device.
+        before_exchange: called when the ranks are about to exchange embeddings.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, rank: int, world_size: int, device: torch.device
+        self,
+        config: PretrainConfig,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        before_exchange: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
+        self._before_exchange = before_exchange
         self._device = device
         self._reconstruct = config.loss.reconstruction_weight > 0
         self._contrast = config.loss.contrastive_weight > 0
@@ -120,6 +130,7 @@ class PretrainTask:
         """Loss of whole groups: those of a micro-batch, or of the step."""
         if self._alone:
             return local_loss(own, self._config.loss, self.group_size)
+        self._before_exchange()
         return exchanged_loss(own, self._config.loss, self._groups)
 
     def _cached_contrastive(self, own: Pairs) -> torch.Tensor:

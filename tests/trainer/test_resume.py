@@ -3,71 +3,25 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from launch import ROOT, free_port, rank_environment
+from starts import Start
 from tiny_run import losses, tiny_run
 
 from cavmae.benchmarks.object_store import object_store
 from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, checkpoints, step_of
 from cavmae.trainer.checkpoint_store import open_store
-from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig, WatchdogConfig
-from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.config import CheckpointConfig, EngineConfig, WatchdogConfig
+from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, requested_stop
 from cavmae.trainer.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.slow
-
-
-class Start:
-    """One start of a run on some ranks."""
-
-    def __init__(self, config: PretrainConfig, world_size: int, tmp_path: Path) -> None:
-        path = tmp_path / f"config-{time.monotonic_ns()}.json"
-        save_config(config, path)
-        port = free_port()
-        self.log = path.with_suffix(".log")
-        with self.log.open("w") as log:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "cavmae.trainer.pretrain", str(path)],
-                    cwd=ROOT,
-                    env=rank_environment(rank, world_size, port),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                for rank in range(world_size)
-            ]
-
-    def finish(self) -> str:
-        codes = [process.wait(timeout=300) for process in self.processes]
-        text = self.log.read_text()
-        assert codes == [0] * len(codes), text[-5000:]
-        return text
-
-    def wait_for(self, path: Path) -> None:
-        self.wait_until(path.exists, str(path))
-
-    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 200
-        while not happened():
-            assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, f"{what} did not appear"
-            time.sleep(0.01)
-
-    def signal_after(self, sign: signal.Signals, path: Path) -> None:
-        """Send a signal to all ranks as soon as `path` is there."""
-        self.wait_for(path)
-        for process in self.processes:
-            os.kill(process.pid, sign)
 
 
 @pytest.fixture(scope="module")
@@ -270,3 +224,45 @@ def test_a_finished_run_that_is_started_again_keeps_its_scores(
         Start(run, 1, tmp_path).finish()
         scores.append(json.loads((tmp_path / "run/summary.json").read_text())["scores"])
     assert scores[0] and scores[0] == scores[1]
+
+
+def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run", steps=2000)
+    start = Start(config, 2, tmp_path)
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
+    request_stop(tmp_path / "run", "room for another run")
+    text = start.finish()
+    assert re.search(r"left at step \d+ of 2000 \(room for another run\)", text)
+    store = open_store(tmp_path / "run/checkpoints")
+    newest = checkpoints(store)[-1]
+    assert checkpoint_problem(store, newest) is None
+    assert step_of(newest) == len(losses(tmp_path / "run")), "no step is lost"
+    assert requested_stop(tmp_path / "run") == "", "the next start is not asked"
+    for rank in range(2):
+        lines = (tmp_path / f"run/logs/rank-{rank}.log").read_text()
+        assert f"left at step {step_of(newest)}" in lines
+    Start(dataclasses.replace(config, steps=step_of(newest) + 1), 2, tmp_path).finish()
+
+
+def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
+    packed_synthetic: Path, straight: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is written to a pipe that nobody reads."""
+    checkpoint = CheckpointConfig(every_steps=10, leave_within_seconds=1.5)
+    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
+    start = Start(config, 1, tmp_path)
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
+    for step in range(11, 20):
+        blocked = tmp_path / f"run/checkpoints/step-{step:09d}/state"
+        blocked.mkdir(parents=True)
+        os.mkfifo(blocked / "mp_rank_00_model_states.pt")
+    start.processes[0].send_signal(signal.SIGTERM)
+    assert start.processes[0].wait(timeout=60) == START_AGAIN_EXIT_CODE
+    text = start.log.read_text()
+    assert "SIGTERM: saving after this step" in text
+    assert "not saved within checkpoint.leave_within_seconds = 1.5" in text
+    text = Start(dataclasses.replace(config, steps=20), 2, tmp_path).finish()
+    assert "going on from" in text and "step-000000010" in text
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)

@@ -1,0 +1,116 @@
+"""How many ranks train while nodes come and go: Ray Train's elastic policy, with two rules of ours.
+
+The rank count divides the lanes, so that the global batch, the order of samples and the contrastive
+groups stay the same. And ranks that could be more are not ended where they are: they are asked to
+save and leave, so that no step is done twice.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from cavmae.dataloaders.plan import largest_rank_count
+from cavmae.trainer.stopping import request_stop
+
+MORE_FIT = "more ranks fit"
+"""How the reason begins for which ranks leave and more of them go on."""
+
+
+class LaneScalingPolicy(ElasticScalingPolicy):
+    """Runs in Ray Train's controller.
+
+    Args:
+        scaling_config: with the least and the most workers.
+        lanes: that the rank count divides.
+        run_dir: where the ranks are asked to leave.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, lanes: int, run_dir: Path) -> None:
+        super().__init__(scaling_config)
+        self._lanes = lanes
+        self._run_dir = run_dir
+        self._group_told = 0.0
+        self._asked = 0
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """The largest rank count that fits and divides the lanes."""
+        return largest_rank_count(self._lanes, super()._count_possible_workers(reserved_resources))
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Never resizes a group that works; asks it to leave where more ranks fit."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if worker_group_state.start_time != self._group_told:
+            self._group_told, self._asked = worker_group_state.start_time, 0
+            self._tell_idle(worker_group_state.workers)
+        now = worker_group_state.num_workers
+        if isinstance(decision, ResizeDecision) and decision.num_workers > max(now, self._asked):
+            self._asked = decision.num_workers
+            reason = f"{MORE_FIT}: {decision.num_workers} instead of {now}"
+            print(f"{reason}; the ranks save and start again", file=sys.stderr, flush=True)
+            request_stop(self._run_dir, reason)
+        return NoopDecision()
+
+    def _tell_idle(self, workers: list[Any]) -> None:
+        """Name what is reserved and no rank uses."""
+        each = self.scaling_config._resources_per_worker_not_none
+        kind = "GPU" if each.get("GPU") else "CPU"
+        free = {
+            node: resources.get(kind, 0.0)
+            for node, resources in (self._get_reserved_resources() or {}).items()
+        }
+        addresses = _node_addresses()
+        for worker in workers:
+            if worker.metadata.node_id in free:
+                free[worker.metadata.node_id] -= each[kind]
+        idle = {addresses.get(node, node): int(left) for node, left in free.items() if left >= 1}
+        most = self.scaling_config.max_workers
+        if len(workers) < most:
+            print(
+                f"training on {len(workers)} of {most} ranks; "
+                + (
+                    "idle: " + ", ".join(f"{left} {kind}s on {node}" for node, left in idle.items())
+                    if idle
+                    else f"no {kind} is idle"
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _node_addresses() -> dict[str, str]:
+    import ray
+
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+
+
+class ElasticTorchTrainer(TorchTrainer):
+    """A TorchTrainer with our policy.
+
+    Args:
+        lanes, run_dir: as for `LaneScalingPolicy`.
+        options: of the TorchTrainer.
+    """
+
+    def __init__(self, *arguments: Any, lanes: int, run_dir: Path, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lanes = lanes
+        self._run_dir = run_dir
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            policy = LaneScalingPolicy(self.scaling_config, self._lanes, self._run_dir)
+            options["scaling_policy"] = policy
+        return super()._initialize_and_run_controller(**options)

@@ -1,0 +1,151 @@
+"""Ranks that become fewer and more while nodes come and go, on real Ray nodes of this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from launch import ROOT
+from starts import Start
+from tiny_run import tiny_run
+
+from cavmae.cluster.config import ClusterConfig
+from cavmae.dataloaders.plan import largest_rank_count
+from cavmae.trainer.config import CheckpointConfig
+from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
+
+LOOPBACK = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("lanes", "most", "expected"), [(64, 8, 8), (64, 7, 4), (48, 5, 4), (3, 2, 1), (8, 0, 0)]
+)
+def test_the_largest_rank_count_divides_the_lanes(lanes: int, most: int, expected: int) -> None:
+    assert largest_rank_count(lanes, most) == expected
+
+
+def test_more_ranks_at_least_than_at_most_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"minimum_workers is 4 and cluster\.workers 2"):
+        ClusterConfig(workers=2, minimum_workers=4)
+
+
+class Nodes:
+    """Ray nodes on loopback: `ray_nodes.py` in a process of its own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("ray_nodes.py"))],
+            env=os.environ | LOOPBACK,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address = self._answer()
+
+    def order(self, line: str) -> int:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("= "):
+                return line.split()[1]
+        raise AssertionError("the nodes are gone")
+
+    def close(self) -> None:
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        for process in [*family, self._process]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    made = Nodes()
+    yield made
+    made.close()
+
+
+def wait_until(happened: Callable[[], Any], text: Callable[[], str]) -> Any:
+    deadline = time.monotonic() + 200
+    while not (answer := happened()):
+        assert time.monotonic() < deadline, text()[-5000:]
+        time.sleep(0.1)
+    return answer
+
+
+@pytest.mark.slow
+def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_left_in_time(
+    packed_synthetic: Path, tmp_path: Path, nodes: Nodes
+) -> None:
+    config = tiny_run(
+        packed_synthetic,
+        tmp_path / "run",
+        steps=100_000,
+        micro_batch=1,
+        checkpoint=CheckpointConfig(every_steps=10),
+    )
+    save_config(config, tmp_path / "config.json")
+    _, second = nodes.order("add"), nodes.order("add")
+    with (tmp_path / "log").open("w") as log:
+        start = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cavmae.cluster.train", str(tmp_path / "config.json")),
+                *("--cluster.workers=2", "--cluster.minimum-workers=1"),
+                *("--cluster.resize-every-seconds=2", f"--cluster.address={nodes.address}"),
+            ],
+            cwd=ROOT,
+            env=os.environ | LOOPBACK | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    text = (tmp_path / "log").read_text
+
+    def wait_until_said(pattern: str, times: int = 1) -> None:
+        def said() -> bool:
+            assert start.poll() is None, text()[-5000:]
+            return len(re.findall(pattern, text())) >= times
+
+        wait_until(said, text)
+
+    try:
+        wait_until(
+            lambda: next((tmp_path / "run/checkpoints").glob("step-*/manifest.json"), None), text
+        )
+        nodes.order(f"cut {second}")
+        wait_until_said("training on 1 of 2 ranks; no CPU is idle")
+        wait_until_said("going on from")
+        third = nodes.order("add")
+        wait_until_said("more ranks fit: 2 instead of 1")
+        wait_until_said("going on from", 2)
+        nodes.order(f"drain {third} 60")
+        wait_until_said(r"a node is taken away \(of rank .\): saving after this step")
+        wait_until_said("going on from", 3)
+        start.send_signal(signal.SIGTERM)
+        assert start.wait(timeout=120) == START_AGAIN_EXIT_CODE, text()[-5000:]
+    finally:
+        start.kill()
+        start.wait()
+    found = losses(tmp_path / "run")
+    (tmp_path / "straight").mkdir()
+    straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"), steps=len(found))
+    Start(straight, 1, tmp_path).finish()
+    assert found == pytest.approx(losses(tmp_path / "straight/run"), rel=1e-5)

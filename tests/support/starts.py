@@ -1,0 +1,57 @@
+"""A training run as its users start it: processes, their log, and signals to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch import ROOT, free_port, rank_environment
+
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.run_folder import save_config
+
+
+class Start:
+    """One start of a run on some ranks."""
+
+    def __init__(self, config: PretrainConfig, world_size: int, tmp_path: Path) -> None:
+        path = tmp_path / f"config-{time.monotonic_ns()}.json"
+        save_config(config, path)
+        port = free_port()
+        self.log = path.with_suffix(".log")
+        with self.log.open("w") as log:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "cavmae.trainer.pretrain", str(path)],
+                    cwd=ROOT,
+                    env=rank_environment(rank, world_size, port),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(world_size)
+            ]
+
+    def finish(self) -> str:
+        codes = [process.wait(timeout=300) for process in self.processes]
+        text = self.log.read_text()
+        assert codes == [0] * len(codes), text[-5000:]
+        return text
+
+    def wait_for(self, path: Path) -> None:
+        self.wait_until(path.exists, str(path))
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 200
+        while not happened():
+            assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
+            assert time.monotonic() < deadline, f"{what} did not appear"
+            time.sleep(0.01)
+
+    def signal_after(self, sign: signal.Signals, path: Path) -> None:
+        """Send a signal to all ranks as soon as `path` is there."""
+        self.wait_for(path)
+        for process in self.processes:
+            os.kill(process.pid, sign)
