@@ -33,7 +33,14 @@ from cavmae.benchmarks.records import write_record
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.synthetic import generate
-from cavmae.trainer.checkpoint import checkpoints, step_of
+from cavmae.trainer.checkpoint import (
+    MANIFEST,
+    checkpoint_name,
+    checkpoints,
+    step_folders,
+    step_of,
+)
+from cavmae.trainer.checkpoint_store import open_store
 from cavmae.trainer.config import (
     CheckpointConfig,
     EngineConfig,
@@ -353,7 +360,7 @@ def _resumed(start: _Start) -> int:
 
 
 def _checkpoint_at(start: _Start, config: PretrainConfig, step: int) -> None:
-    path = Path(config.run_dir) / "checkpoints" / f"step-{step:09d}"
+    path = Path(config.run_dir) / "checkpoints" / checkpoint_name(step) / MANIFEST
     start.wait_for(path.exists, f"checkpoint {step}")
 
 
@@ -423,8 +430,9 @@ def _damaged(damage: Callable[[Path], None]) -> Callable[[_Bench, str], Row]:
         _checkpoint_at(start, config, 2 * INTERVAL)
         start.kill()
         before, fault = _last_step(Path(config.run_dir)), time.time()
-        newest = checkpoints(Path(config.run_dir))[-1]
-        damage(next(newest.glob("state/*optim_states.pt")))
+        folder = Path(config.run_dir) / "checkpoints"
+        newest = checkpoints(open_store(folder))[-1]
+        damage(next((folder / newest).glob("state/*optim_states.pt")))
         start = bench.plain(config)
         said = start.wait_for(lambda: _line(start, "is not whole"), "the notice")
         noticed = time.time()
@@ -462,7 +470,8 @@ def _killed_while_writing(bench: _Bench, name: str) -> Row:
     start.kill()
     start = bench.plain(config)
     start.finish()
-    left = list((run_dir / "checkpoints").glob(".writing-*"))
+    store = open_store(run_dir / "checkpoints")
+    left = set(step_folders(store)) - set(checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")
     return bench.row(
@@ -478,7 +487,7 @@ def _killed_while_writing(bench: _Bench, name: str) -> Row:
 
 def _file_of(config: PretrainConfig, step: int) -> Path:
     """Where the second rank will write its part of a checkpoint."""
-    folder = Path(config.run_dir) / "checkpoints" / f".writing-step-{step:09d}" / "state"
+    folder = Path(config.run_dir) / "checkpoints" / checkpoint_name(step) / "state"
     folder.mkdir(parents=True)
     return folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 

@@ -1,8 +1,8 @@
 """An S3-compatible store on loopback that fails on purpose: `with object_store() as store: ...`.
 
 A process of its own runs moto's S3 server behind a layer that counts what is sent and spoils
-answers to order: errors 500, connections reset, bodies cut short, bodies that trickle. Used by
-tests and by `cavmae bench data-day`; needs the `dev` extra.
+answers to order: errors 500, connections reset, bodies cut short, bodies that trickle, or nothing
+but errors. Used by tests and by `cavmae bench data-day`; needs the `dev` extra.
 """
 
 import itertools
@@ -40,9 +40,13 @@ class ObjectStore:
     url: str
     environment: dict[str, str]
 
+    def make_bucket(self, bucket: str) -> None:
+        """Make an empty one."""
+        self._call("PUT", f"/{bucket}")
+
     def upload(self, folder: Path, bucket: str) -> str:
         """Put a folder's files there; returns its `s3://` URL."""
-        self._call("PUT", f"/{bucket}")
+        self.make_bucket(bucket)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
@@ -56,6 +60,10 @@ class ObjectStore:
     def fail(self, every: int, kinds: Iterable[str] = FAULTS) -> None:
         """Spoil each `every`-th answer with an object, by the kinds in turn; 0: none."""
         self._call("POST", "/_faults", json.dumps([every, list(kinds)]).encode())
+
+    def down(self, is_down: bool) -> None:
+        """Answer everything with an error 503 from now on, or no longer."""
+        self._call("POST", "/_down", json.dumps(is_down).encode())
 
     def counts(self) -> dict[str, int]:
         """`bytes` of objects sent, `requests` for them, and how often each fault was made."""
@@ -76,6 +84,8 @@ def object_store() -> Iterator[ObjectStore]:
     Raises:
         RuntimeError: it did not start.
     """
+    from s3fs import S3FileSystem
+
     process = subprocess.Popen(
         [sys.executable, "-m", __spec__.name if __spec__ else __name__],
         stdin=subprocess.PIPE,
@@ -89,9 +99,11 @@ def object_store() -> Iterator[ObjectStore]:
         if not port.isdigit():
             raise RuntimeError("the object store did not start; is the `dev` extra installed?")
         url = f"http://127.0.0.1:{port}"
+        S3FileSystem.clear_instance_cache()  # else it would go on asking the store before
         keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
         yield ObjectStore(url, keys | {"AWS_ENDPOINT_URL_S3": url, "AWS_REGION": "us-east-1"})
     finally:
+        S3FileSystem.clear_instance_cache()
         process.kill()
         process.wait()
 
@@ -104,6 +116,7 @@ class _Spoiler:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._every = 0
+        self._down = False
         self._kinds = itertools.cycle(FAULTS)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -117,6 +130,13 @@ class _Spoiler:
             )
             self._kinds = itertools.cycle(kinds)
             start("204 No Content", [])
+            return []
+        if path == "/_down":
+            self._down = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            start("204 No Content", [])
+            return []
+        if self._down:
+            start("503 Service Unavailable", [("Content-Length", "0")])
             return []
         if method != "GET" or path.count("/") < 2:
             return self._application(environ, start)

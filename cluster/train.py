@@ -156,6 +156,9 @@ def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPr
             validation=absolute("data.validation", config.data.validation),
             cache_folder=absolute("data.cache_folder", config.data.cache.folder),
         ),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, folder=absolute("checkpoint.folder", config.checkpoint.folder)
+        ),
         tracking=dataclasses.replace(config.tracking, uri=uri),
         cluster=dataclasses.replace(
             config.cluster, storage=absolute("cluster.storage", config.cluster.storage)

@@ -111,22 +111,41 @@ def open_storage(folder: str | Path, cache: CacheSettings | None) -> Storage:
     return RemoteFolder(text, cache)
 
 
+def open_url(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the URL's path in it.
+
+    Raises:
+        ValueError: no package is installed for this kind of URL.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{url} cannot be opened ({error}); s3:// needs `pip install 'cavmae[s3]'`, "
+            f"gs:// `pip install gcsfs`"
+        ) from error
+
+
 def retried(
-    read: Callable[[], T],
+    call: Callable[[], T],
     place: str,
     tries: int,
     *,
     may_be_missing: bool,
     again: Callable[[], None] = lambda: None,
+    done: str = "read",
 ) -> T:
-    """The result of `read`, called up to `tries` times with growing waits between.
+    """The result of `call`, called up to `tries` times with growing waits between.
 
     Args:
-        read: raises `OSError` for what may pass.
+        call: raises `OSError` for what may pass.
         place: what is read, for the error.
         tries: calls in all.
         may_be_missing: `FileNotFoundError` is an answer; otherwise a mount may be lost.
         again: called before each further try.
+        done: what could not be done, for the error.
 
     Raises:
         FileNotFoundError: at once, where the file may be missing.
@@ -135,13 +154,14 @@ def retried(
     wait_seconds = FIRST_WAIT_SECONDS
     for number in range(1, tries + 1):
         try:
-            return read()
+            return call()
         except OSError as error:
             if may_be_missing and isinstance(error, FileNotFoundError):
                 raise
             if number == tries:
                 raise OSError(
-                    f"{place} could not be read in {tries} tries ({type(error).__name__}: {error})"
+                    f"{place} could not be {done} in {tries} tries "
+                    f"({type(error).__name__}: {error})"
                 ) from error
             log.warning("%s: try %d of %d failed: %s", place, number, tries, error)
             time.sleep(wait_seconds * random.uniform(1.0, 1.5))
@@ -249,16 +269,7 @@ class RemoteFolder:
 
     @cached_property
     def _files(self) -> tuple[Any, str]:
-        """fsspec's file system, and the folder's path in it."""
-        from fsspec.core import url_to_fs
-
-        try:
-            return url_to_fs(self.url)
-        except (ImportError, ValueError) as error:
-            raise ValueError(
-                f"{self.url} cannot be opened ({error}); s3:// needs `pip install 'cavmae[s3]'`, "
-                f"gs:// `pip install gcsfs`"
-            ) from error
+        return open_url(self.url)
 
     @cached_property
     def _cache(self) -> ChunkCache | None:
@@ -331,7 +342,7 @@ class RemoteFolder:
         start, stop = ends or (None, None)
 
         def fetch() -> bytes:
-            with _as_os_errors():
+            with as_os_errors():
                 data = files.cat_file(path, start=start, end=stop)
             if ends and len(data) != ends[1] - ends[0]:
                 raise OSError(f"{len(data)} bytes came instead of {ends[1] - ends[0]}")
@@ -345,7 +356,7 @@ def _beside(name: str, file: StoredFile) -> str:
 
 
 @contextmanager
-def _as_os_errors() -> Iterator[None]:
+def as_os_errors() -> Iterator[None]:
     """Object stores raise what their libraries have: most of it may pass."""
     try:
         yield

@@ -1,74 +1,83 @@
 """Writing of checkpoints while training goes on: whole or absent, and never at the run's expense.
 
-Each rank copies its part of the state to host memory and writes the copy in a thread, to a hidden
-folder, where it reads back what it wrote. Once no rank is writing any more, all of them meet for a
-moment: the first lists every file's size and checksum in a manifest, and one rename makes the
-checkpoint appear; only then do old ones go. A disk that is full costs the checkpoint, not the run.
+Each rank copies its part of the state to host memory and writes the copy in a thread, where it
+reads back what it wrote. Once no rank is writing any more, all of them meet for a moment, and the
+first writes a manifest of every file's size and checksum: with it the checkpoint is there, and only
+then do old ones go. A full disk, or a store that is down, costs the checkpoint and not the run.
 """
 
 import json
 import logging
-import os
-import shutil
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from cavmae.trainer.agreement import on_all_ranks, on_first_rank
 from cavmae.trainer.checkpoint import (
     MANIFEST,
-    SCHEMA,
+    RUN_STATE,
     RunState,
+    checkpoint_name,
     checkpoints,
-    checksum,
+    file_problem,
+    manifest_bytes,
+    remove_checkpoint,
+    step_folders,
     step_of,
 )
+from cavmae.trainer.checkpoint_store import FileSum, Store
 from cavmae.trainer.config import CheckpointConfig
 from cavmae.trainer.engine import Engine
 
 log = logging.getLogger(__name__)
 
-# What a disk, a mount or a quota answers; torch.save turns some of it into RuntimeError.
+# What a disk, a mount, a quota or a store answers; torch.save turns some of it into RuntimeError.
 _WRITE_ERRORS = (OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank wrote: size and checksum by file name, or why it could not."""
+    """What one rank wrote, by file name, or why it could not."""
 
-    files: dict[str, dict[str, int]]
+    files: dict[str, FileSum] = field(default_factory=dict)
     problem: str = ""
 
 
-_UNWRITTEN = _Part({}, "its thread died")
+_UNWRITTEN = _Part(problem="its thread died")
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run, one at a time. All ranks build it and call it alike.
 
     Args:
-        run_dir: run folder, on storage that all ranks reach.
+        store: where to, reached by all ranks.
         config: which ones are kept.
         engine: whose state is written.
         state_at: everything else to write at a step; all ranks call it.
+        start_step: what this start went on from; what is there of later steps is not whole.
 
     Attributes:
         failures: checkpoints that could not be written; the same on all ranks.
+
+    Raises:
+        OSError: the store could not be read.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        store: Store,
         config: CheckpointConfig,
         engine: Engine,
         state_at: Callable[[int], RunState],
+        start_step: int,
     ) -> None:
-        self._folder = run_dir / "checkpoints"
+        self._store = store
         self._config = config
         self._engine = engine
         self._state_at = state_at
@@ -76,10 +85,10 @@ class CheckpointWriter:
         self._part = _UNWRITTEN
         self._thread: threading.Thread | None = None
         self.failures = 0
-        if dist.get_rank() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for torn in self._folder.glob(".writing-*"):  # of a start that was killed meanwhile
-                shutil.rmtree(torn, ignore_errors=True)
+        # On the first rank: whole checkpoints, oldest first, and what is still to be removed.
+        self._kept: list[str] = []
+        self._obsolete: list[str] = []
+        on_first_rank(partial(self._look_around, start_step))
 
     @property
     def open(self) -> bool:
@@ -96,7 +105,7 @@ class CheckpointWriter:
         if self.open:
             log.warning(
                 "the checkpoint before is still being written at step %d: waiting for it; save "
-                "less often, or to a faster disk",
+                "less often, or to a faster place",
                 step,
             )
             self.commit()
@@ -104,9 +113,12 @@ class CheckpointWriter:
         self._part = _UNWRITTEN
         files = self._engine.snapshot()
         self._thread = threading.Thread(
-            target=self._write, args=(self._writing_folder, files), name="checkpoint"
+            target=self._write, args=(checkpoint_name(step), files), name="checkpoint"
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # a limit on threads: raised here, the others would wait
+            self._part = _Part(problem=str(error))
 
     def commit(self) -> bool:
         """Make the checkpoint that was begun appear, waiting for it where it is being written.
@@ -115,99 +127,88 @@ class CheckpointWriter:
             Whether it is there, the same on all ranks. If not, the log has the reason.
         """
         assert self._state is not None and self._thread is not None
-        self._thread.join()
-        parts = [_UNWRITTEN] * dist.get_world_size()
-        dist.all_gather_object(parts, self._part)
-        outcome = [""]
+        if self.writing:
+            self._thread.join()
+        parts = on_all_ranks(lambda: self._part)
+        problems = [f"rank {n}: {part.problem}" for n, part in enumerate(parts) if part.problem]
+        state = self._state
+        problem = on_first_rank(lambda: "; ".join(problems) or self._publish(state, parts))
+        self._state = self._thread = None
+        self.failures += bool(problem)
         if dist.get_rank() == 0:
-            problems = [f"rank {n}: {part.problem}" for n, part in enumerate(parts) if part.problem]
-            outcome = ["; ".join(problems) or self._publish(self._state, parts)]
-            if outcome[0]:
-                shutil.rmtree(self._writing_folder, ignore_errors=True)
+            if problem:
                 log.error(
                     "ALARM: the checkpoint of step %d could not be written (%s); training goes on, "
                     "and it is tried again",
-                    self._state.step,
-                    outcome[0],
+                    state.step,
+                    problem,
                 )
-        dist.broadcast_object_list(outcome)
-        self._state = self._thread = None
-        self.failures += bool(outcome[0])
-        return not outcome[0]
+            self._make_room(checkpoint_name(state.step), published=not problem)
+        return not problem
 
-    @property
-    def _writing_folder(self) -> Path:
-        assert self._state is not None
-        return self._folder / f".writing-step-{self._state.step:09d}"
-
-    def _write(self, folder: Path, files: dict[str, Any]) -> None:
-        """In the thread: write, flush and read back this rank's files."""
-        written: dict[str, dict[str, int]] = {}
+    def _write(self, name: str, files: dict[str, Any]) -> None:
+        """In the thread: write this rank's files and read them back."""
+        written: dict[str, FileSum] = {}
         try:
-            for name, content in files.items():
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "wb") as file:
-                    summed = _SummedFile(file)
-                    torch.save(content, summed)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if checksum(path) != summed.crc32:
-                    raise OSError(f"{path} reads back as something else than was written")
-                written[name] = {"bytes": summed.bytes, "crc32": summed.crc32}
+            for file, content in files.items():
+                path = f"{name}/{file}"
+                written[file] = self._store.write(path, partial(torch.save, content))
+                size = self._store.size(path)
+                if size != written[file].bytes or file_problem(self._store, path, written[file]):
+                    place = self._store.place(path)
+                    raise OSError(f"{place} reads back as something else than was written")
             self._part = _Part(written)
         except _WRITE_ERRORS as error:
-            self._part = _Part({}, str(error))
+            self._part = _Part(problem=str(error))
 
     def _publish(self, state: RunState, parts: list[_Part]) -> str:
-        """On the first rank: manifest, rename, and old ones removed; returns what went wrong."""
-        folder, target = self._writing_folder, self._folder / f"step-{state.step:09d}"
+        """On the first rank: run state and manifest; returns what went wrong."""
+        name = checkpoint_name(state.step)
+        files = {file: one for part in parts for file, one in part.files.items()}
+        run_state = json.dumps(asdict(state)).encode()
+        files[RUN_STATE] = FileSum(len(run_state), zlib.crc32(run_state))
         try:
-            run_state = json.dumps(asdict(state)).encode()
-            _write_synced(folder / "run_state.json", run_state)
-            files = {name: entry for part in parts for name, entry in part.files.items()}
-            files["run_state.json"] = {"bytes": len(run_state), "crc32": zlib.crc32(run_state)}
-            manifest = json.dumps({"schema": SCHEMA, "files": files}, indent=1)
-            _write_synced(folder / MANIFEST, manifest.encode())
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(folder, target)
-            _sync_folder(self._folder)
-            every = self._config.keep_every
-            for old in checkpoints(self._folder.parent)[: -self._config.keep_last]:
-                if not (every and step_of(old) % every == 0):
-                    shutil.rmtree(old)
+            self._store.put(f"{name}/{RUN_STATE}", run_state)
+            self._store.put(f"{name}/{MANIFEST}", manifest_bytes(files))
         except OSError as error:
             return str(error)
         return ""
 
+    def _look_around(self, start_step: int) -> None:
+        """On the first rank: note what is whole, remove what is torn or damaged."""
+        there = checkpoints(self._store)
+        self._kept = [name for name in there if step_of(name) <= start_step]
+        self._obsolete = [name for name in step_folders(self._store) if name not in self._kept]
+        self._obsolete += [
+            name for name in self._store.folders() if name.startswith(".converted-step-")
+        ]
+        for name in self._obsolete:
+            log.info("removing %s, which is not whole", self._store.place(name))
+        self._remove_obsolete()
 
-class _SummedFile:
-    """A file to write to, whose size and checksum are known without reading it."""
+    def _make_room(self, name: str, *, published: bool) -> None:
+        """On the first rank: remove what is not to be kept, or what a failure has left."""
+        if not published:
+            self._obsolete.append(name)
+            # A full disk needs its room back at once; a store that is down would hold up the steps.
+            if not self._store.far:
+                self._remove_obsolete()
+            return
+        self._kept.append(name)
+        every = self._config.keep_every
+        for old in self._kept[: -self._config.keep_last]:
+            if not (every and step_of(old) % every == 0):
+                self._kept.remove(old)
+                self._obsolete.append(old)
+        self._remove_obsolete()
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.bytes = self.crc32 = 0
-
-    def write(self, data: Any) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.bytes += len(memoryview(data).cast("B"))
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    """Write a file that is on the disk when this returns."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _remove_obsolete(self) -> None:
+        """What cannot be removed stops nothing: it is tried again after the next checkpoint."""
+        left = []
+        for name in self._obsolete:
+            try:
+                remove_checkpoint(self._store, name)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", self._store.place(name), error)
+                left.append(name)
+        self._obsolete = left

@@ -141,7 +141,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved and what is kept."""
+    """When and where the run is saved and what is kept."""
 
     every_steps: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -152,6 +152,9 @@ class CheckpointConfig:
     leave_within_seconds: float = 100.0
     """A rank that is asked to leave (SIGTERM, a spot notice) ends after this, saved or not; 0: no
     limit. A cloud takes a spot machine away after 120 s."""
+    folder: str = ""
+    """Folder that all ranks reach, or URL of an object store (s3://, gs://), of this run alone;
+    empty: `checkpoints` in the run folder."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):

@@ -12,12 +12,13 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 LARGEST_BUCKET_ELEMENTS = 500_000_000
 """What is reduced at once at most: DeepSpeed's default."""
+
+_FILE_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
 
 # DeepSpeed chooses its accelerator when it is imported, and asks for one where there is no GPU.
 if not torch.cuda.is_available():
@@ -339,6 +342,18 @@ class Engine:
 
     def _has_masters(self) -> bool:
         return self.zero_stage > 0
+
+
+def files_of_rank(names: Iterable[str], rank: int) -> list[str]:
+    """Those of a snapshot's files that `load` reads on a rank of as many ranks as wrote them: its
+    own, and those that belong to no rank.
+
+    Args:
+        names: of the files of all ranks' snapshots.
+        rank: of the reader.
+    """
+    owners = {name: _FILE_OF_RANK.search(name) for name in names}
+    return [name for name, owner in owners.items() if owner is None or int(owner[1]) == rank]
 
 
 def convert_checkpoint(folder: Path, target: Path) -> None:

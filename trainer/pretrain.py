@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cavmae.command import exit_code
 from cavmae.trainer.config import PretrainConfig
@@ -27,6 +27,9 @@ from cavmae.trainer.run_folder import (
     save_config,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from cavmae.trainer.checkpoint_store import Store
 
 log = logging.getLogger("cavmae.trainer.pretrain")  # it is often `__main__`
 
@@ -122,7 +125,10 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
     from cavmae.dataloaders.batch import ClipShape
     from cavmae.dataloaders.loader import TrainLoader
     from cavmae.dataloaders.shards import ShardSet
-    from cavmae.trainer.checkpoint import RunState, load_checkpoint
+    from cavmae.trainer.agreement import on_first_rank
+    from cavmae.trainer.checkpoint import RunState, checkpoint_folder
+    from cavmae.trainer.checkpoint_reader import load_newest
+    from cavmae.trainer.checkpoint_store import open_store
     from cavmae.trainer.checkpoint_writer import CheckpointWriter
     from cavmae.trainer.engine import Engine, start_process_group
     from cavmae.trainer.held_out import HeldOut
@@ -142,12 +148,11 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     train_set = ShardSet(config.data.train_folders, config.data.cache)
-    config = resolve(
-        config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
-    )
+    store = open_store(checkpoint_folder(config))
+    asked = resolve(config, world_size=ranks.world_size, samples=train_set.samples, threads=threads)
     device = start_process_group(ranks)
-    run_dir = Path(config.run_dir)
-    config, checkpoint = _open_run_folder(config, run_dir, ranks, device.type)
+    run_dir = Path(asked.run_dir)
+    config = on_first_rank(lambda: _open_run_folder(asked, run_dir, store, device.type))
     _log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
 
     torch.manual_seed(config.seed)
@@ -180,7 +185,7 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
         device=device,
         before_exchange=own_time.meets_others,
     )
-    state = load_checkpoint(checkpoint, engine) if checkpoint else None
+    checkpoint, state = load_newest(store, engine) or (None, None)
     start_step = state.step if state else 0
     if state and state.train_set != train_set.fingerprint:
         raise ValueError(
@@ -222,7 +227,7 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
             dtype=config.engine.dtype,
         )
 
-    saver = CheckpointWriter(run_dir, config.checkpoint, engine, state_at)
+    saver = CheckpointWriter(store, config.checkpoint, engine, state_at, start_step)
     hosts = [""] * ranks.world_size
     dist.all_gather_object(hosts, socket.gethostname())
 
@@ -320,47 +325,47 @@ def main(arguments: list[str]) -> int:
 
 
 def _open_run_folder(
-    config: PretrainConfig, run_dir: Path, ranks: Ranks, device: str
-) -> tuple[PretrainConfig, Path | None]:
-    """Make or check the folder on rank 0; returns, on every rank, the configuration with rank 0's
-    dtype and the checkpoint to go on from."""
-    import torch.distributed as dist
-
-    from cavmae.trainer.checkpoint import newest_checkpoint
+    config: PretrainConfig, run_dir: Path, store: "Store", device: str
+) -> PretrainConfig:
+    """On rank 0: make or check the folder; returns the configuration with rank 0's dtype."""
+    from cavmae.trainer.checkpoint import check_not_left_behind, checkpoints
+    from cavmae.trainer.checkpoint_store import check_writable
     from cavmae.trainer.resolve import check_same_run, native_dtype
 
-    answer: list[tuple[PretrainConfig, Path | None] | Exception | None] = [None]
-    if ranks.rank == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            saved = run_dir / "config.json"
-            checkpoint = newest_checkpoint(run_dir)
-            before = load_config(saved, PretrainConfig) if checkpoint else None
-            if config.engine.dtype == "auto":
-                dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
-                engine = dataclasses.replace(config.engine, dtype=dtype)
-                config = dataclasses.replace(config, engine=engine)
-            if before:
-                check_same_run(before, config)
-            fields = {
-                field.name: getattr(config, field.name)
-                for field in dataclasses.fields(PretrainConfig)
-            }
-            save_config(PretrainConfig(**fields), saved)
-            run_file = run_dir / "run.json"
-            record = read_json(run_file) if run_file.exists() else {}
-            commits = [*record.get("git_commits", []), git_commit()]
-            code = [*record.get("code", []), save_code(run_dir)]
-            write_json(run_file, record | {"git_commits": commits, "code": code})
-            answer = [(config, checkpoint)]
-        except (OSError, ValueError) as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    (outcome,) = answer
-    if isinstance(outcome, Exception):
-        raise outcome
-    assert outcome is not None
-    return outcome
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved, run_file = run_dir / "config.json", run_dir / "run.json"
+    record = read_json(run_file) if run_file.exists() else {}
+    check_writable(store)
+    folder = config.checkpoint.folder
+    if folder and "://" not in folder:
+        folder = str(Path(folder).absolute())
+    folder_before = record.get("checkpoint_folder", "")
+    if record and folder_before != folder:
+        check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
+    before = None
+    if checkpoints(store):
+        if not saved.exists():
+            raise ValueError(
+                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
+                "config.json: they are of another run; give another folder, or that run's run_dir"
+            )
+        before = load_config(saved, PretrainConfig)
+    if config.engine.dtype == "auto":
+        dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
+    if before:
+        check_same_run(before, config)
+    fields = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(PretrainConfig)
+    }
+    save_config(PretrainConfig(**fields), saved)
+    commits = [*record.get("git_commits", []), git_commit()]
+    code = [*record.get("code", []), save_code(run_dir)]
+    write_json(
+        run_file,
+        record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
+    )
+    return config
 
 
 def _log_to_stderr(ranks: Ranks) -> None:

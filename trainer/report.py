@@ -75,7 +75,7 @@ class RunReport:
         self._tracker.log_file(run_dir / "config.json")
         self._progress = Progress(config.steps, start_step, 1, enabled=True)
 
-    def opened(self, layout: str, train_set: "ShardSet", resumed_from: Path | None) -> None:
+    def opened(self, layout: str, train_set: "ShardSet", resumed_from: str | None) -> None:
         """Say once how the run is laid out."""
         config = self._config
         log.info(

@@ -128,7 +128,9 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         wait_until(said, text)
 
     try:
-        wait_until(lambda: next((tmp_path / "run/checkpoints").glob("step-*"), None), text)
+        wait_until(
+            lambda: next((tmp_path / "run/checkpoints").glob("step-*/manifest.json"), None), text
+        )
         nodes.order(f"cut {second}")
         wait_until_said("training on 1 of 2 ranks; no CPU is idle")
         wait_until_said("going on from")

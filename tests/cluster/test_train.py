@@ -16,6 +16,7 @@ from tiny_run import losses, tiny_run
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, LastingError
+from cavmae.trainer.checkpoint import MANIFEST
 from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.loop import NonFiniteError
 from cavmae.trainer.pretrain import parse
@@ -61,6 +62,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
         [
             *("demo", "--run-dir", "runs/mine", "--data.train", "/shards/video"),
             *("--data.validation", "held_out/video", "--tracking.uri", "sqlite:///runs/all.db"),
+            *("--checkpoint.folder", "checkpoints/mine"),
         ],
         RayPretrainConfig,
     )
@@ -69,6 +71,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
     assert absolute.data.train == "/shards/video"
     assert absolute.data.validation == f"{tmp_path}/held_out/video"
     assert absolute.tracking.uri == f"sqlite:///{tmp_path}/runs/all.db"
+    assert absolute.checkpoint.folder == f"{tmp_path}/checkpoints/mine"
     assert absolute.initial_weights == "", "nothing was given, nothing is looked for"
 
 
@@ -129,7 +132,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
         checkpoint=CheckpointConfig(every_steps=5),
     )
     start = start_on_ray(config, tmp_path)
-    rank_to_kill = wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005")
+    rank_to_kill = wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005" / MANIFEST)
     os.kill(rank_to_kill.pid, signal.SIGKILL)
     family = psutil.Process(start.pid).children(recursive=True)
     text = start.communicate(timeout=500)[0]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launch import ROOT, free_port, rank_environment
@@ -40,10 +41,13 @@ class Start:
         return text
 
     def wait_for(self, path: Path) -> None:
+        self.wait_until(path.exists, str(path))
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + 200
-        while not path.exists():
+        while not happened():
             assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
-            assert time.monotonic() < deadline, f"{path} did not appear"
+            assert time.monotonic() < deadline, f"{what} did not appear"
             time.sleep(0.01)
 
     def signal_after(self, sign: signal.Signals, path: Path) -> None:

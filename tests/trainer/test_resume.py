@@ -14,7 +14,9 @@ import torch
 from starts import Start
 from tiny_run import losses, tiny_run
 
-from cavmae.trainer.checkpoint import checkpoint_problem, step_of
+from cavmae.benchmarks.object_store import object_store
+from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, checkpoints, step_of
+from cavmae.trainer.checkpoint_store import open_store
 from cavmae.trainer.config import CheckpointConfig, EngineConfig, WatchdogConfig
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, requested_stop
 from cavmae.trainer.watchdog import HANG_EXIT_CODE
@@ -36,7 +38,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run")
     killed = Start(config, 2, tmp_path)
-    killed.signal_after(signal.SIGKILL, tmp_path / "run/checkpoints/step-000000010")
+    killed.signal_after(signal.SIGKILL, tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     for process in killed.processes:
         process.wait(timeout=60)
     text = Start(config, 2, tmp_path).finish()
@@ -47,6 +49,35 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert len(run["git_commits"]) == 2, "both starts are on record, in one MLflow run"
+
+
+def test_a_killed_run_goes_on_from_an_object_store(
+    packed_synthetic: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two ranks bit for bit, then with one; what was half uploaded is passed over."""
+    with object_store() as server:
+        for name, value in (server.environment | {"TMPDIR": str(tmp_path)}).items():
+            monkeypatch.setenv(name, value)
+        server.make_bucket("bucket")
+        store = open_store("s3://bucket/run")
+        checkpoint = CheckpointConfig(every_steps=5, folder=store.place())
+        config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
+        killed = Start(config, 2, tmp_path)
+        killed.wait_until(lambda: "step-000000010" in checkpoints(store), "checkpoint 10")
+        for process in killed.processes:
+            process.kill()
+            process.wait(timeout=60)
+        newest = checkpoints(store)[-1]
+        store.put("step-000000099/state/mp_rank_00_model_states.pt", b"half of it")
+        text = Start(dataclasses.replace(config, steps=15), 2, tmp_path).finish()
+        assert f"going on from s3://bucket/run/{newest}" in text
+        assert checkpoints(store) == ["step-000000010", "step-000000015"] == store.folders()
+        assert losses(tmp_path / "run")[:15] == losses(straight)[:15]
+        text = Start(config, 1, tmp_path).finish()
+        assert "going on from s3://bucket/run/step-000000015" in text
+    assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not list(tmp_path.glob("cavmae-checkpoint-*")), "copies have gone"
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
@@ -69,8 +100,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(4))
     start = Start(config, 2, tmp_path)
     folder = tmp_path / "run/checkpoints"
-    start.wait_for(folder / "step-000000004")
-    blocked = folder / ".writing-step-000000012/state"
+    start.wait_for(folder / "step-000000004" / MANIFEST)
+    blocked = folder / "step-000000012/state"
     blocked.mkdir(parents=True)
     (blocked / "zero_pp_rank_1_mp_rank_00_optim_states.pt").symlink_to("/dev/full")
     text = start.finish()
@@ -86,9 +117,9 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(10))
-    blocked = tmp_path / "run/checkpoints/.writing-step-000000020/state"
+    blocked = tmp_path / "run/checkpoints/step-000000020/state"
     start = Start(config, 1, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     blocked.mkdir(parents=True)
     (blocked / "mp_rank_00_model_states.pt").symlink_to("/dev/full")
     assert start.processes[0].wait(timeout=300) == 1
@@ -105,7 +136,7 @@ def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     watchdog = WatchdogConfig(medians=20, minimum_seconds=3)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     stopped, waiting = start.processes
     stopped.send_signal(signal.SIGSTOP)
     try:
@@ -124,9 +155,10 @@ def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Pa
     checkpoint = CheckpointConfig(every_steps=3, keep_last=1, keep_every=6)
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
     Start(config, 2, tmp_path).finish()
-    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
     assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    assert [checkpoint_problem(one) for one in kept] == [None] * 4
+    store = open_store(tmp_path / "run/checkpoints")
+    assert [checkpoint_problem(store, one) for one in kept] == [None] * 4
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
@@ -134,7 +166,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run")
     stopped = Start(config, 2, tmp_path)
-    stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010")
+    stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     assert "the same command goes on" in stopped.finish()
     assert len(losses(tmp_path / "run")) < 20
     # A start that leaves the dtype open takes the run's own, whatever this processor does best.
@@ -199,12 +231,13 @@ def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run", steps=2000)
     start = Start(config, 2, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     request_stop(tmp_path / "run", "room for another run")
     text = start.finish()
     assert re.search(r"left at step \d+ of 2000 \(room for another run\)", text)
-    newest = max((tmp_path / "run/checkpoints").iterdir())
-    assert checkpoint_problem(newest) is None
+    store = open_store(tmp_path / "run/checkpoints")
+    newest = checkpoints(store)[-1]
+    assert checkpoint_problem(store, newest) is None
     assert step_of(newest) == len(losses(tmp_path / "run")), "no step is lost"
     assert requested_stop(tmp_path / "run") == "", "the next start is not asked"
     for rank in range(2):
@@ -220,9 +253,9 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     checkpoint = CheckpointConfig(every_steps=10, leave_within_seconds=1.5)
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
     start = Start(config, 1, tmp_path)
-    start.wait_for(tmp_path / "run/checkpoints/step-000000010")
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     for step in range(11, 20):
-        blocked = tmp_path / f"run/checkpoints/.writing-step-{step:09d}/state"
+        blocked = tmp_path / f"run/checkpoints/step-{step:09d}/state"
         blocked.mkdir(parents=True)
         os.mkfifo(blocked / "mp_rank_00_model_states.pt")
     start.processes[0].send_signal(signal.SIGTERM)

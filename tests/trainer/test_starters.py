@@ -161,7 +161,7 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
         assert time.monotonic() < deadline, job.stderr + (tmp_path / "head.log").read_text()
         time.sleep(1)
     name = job.stdout.strip()
-    while not (run_dir / "checkpoints/step-000000020").exists():
+    while not (run_dir / "checkpoints/step-000000020/manifest.json").exists():
         assert time.monotonic() < deadline, cavmae("logs", name, **ray_head).stdout
         time.sleep(0.2)
 
