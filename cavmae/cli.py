@@ -18,6 +18,7 @@ COMMANDS = {
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
     "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
     "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
+    "queue": ("cavmae.cluster.queue", "Run the experiments of a file, and compare them."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
 }

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -263,6 +263,33 @@ def _may_pass(error: Exception) -> bool:
     # BAD_REQUEST is what MLflow makes of any error of its database.
     passing = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST")
     return getattr(error, "error_code", "INTERNAL_ERROR") in passing
+
+
+def log_files(record: dict[str, Any], name: str, files: Sequence[Path]) -> None:
+    """Put files into an MLflow run of their own, in the experiment of another run.
+
+    Args:
+        record: `run.json` of the other run.
+        name: of the run; one of this name is used again.
+        files: to copy.
+
+    Raises:
+        ValueError: the store can't be reached.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = record["tracking_uri"]
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        experiment = client.get_run(record["mlflow_run"]).info.experiment_id
+        found = client.search_runs([experiment], f"attributes.run_name = '{name}'")
+        run = found[0] if found else client.create_run(experiment, run_name=name)
+        for file in files:
+            client.log_artifact(run.info.run_id, str(file))
+        client.set_terminated(run.info.run_id)
+    except MlflowException as error:
+        raise ValueError(f"tracking.uri is {uri}: {error}") from error
 
 
 def flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:

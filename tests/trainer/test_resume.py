@@ -178,8 +178,6 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ("zero_stage", "starts"),
     [
-        (1, [(2, 5), (1, 10), (2, 20)]),
-        (0, [(2, 10), (1, 20)]),
         (2, [(2, 10), (1, 20)]),
         (3, [(1, 10), (2, 20)]),
     ],

@@ -1,0 +1,326 @@
+"""`cavmae queue FILE`: many runs, one after the other or side by side, on one cluster.
+
+Each run is a `cavmae train` of its own. The queue starts what fits, the higher priority first; a
+run that has to give way saves, leaves, and comes back later at the step where it was. Nothing is
+kept but the run folders: a queue that is started again goes on with whatever is not finished.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from cavmae.cluster.comparison import compare
+from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.connection import connected
+from cavmae.cluster.driver import Driver
+from cavmae.dataloaders.plan import check_ranks, default_lanes
+from cavmae.trainer.pretrain import parse
+from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
+
+_LOOK_SECONDS = 1.0
+State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """Run the experiments of a file, and compare them. Fields after these are of every run:
+    `--data.train SHARDS`, `--workers 8`.
+
+    The file is looked at again while the queue runs: runs may be added, and priorities changed.
+
+    Raises:
+        ValueError: the file, or a run in it, is not as it should be.
+    """
+
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE|paper_ablations")]
+    """YAML with `experiment`, `recipe`, `fields`, `retries` and `runs` (docs/running.md)."""
+    folder: str
+    """The run folders go here, with logs of the drivers and the comparison."""
+    address: str = ""
+    """Ray cluster; empty: the one that RAY_ADDRESS names, else one on this machine's cores that
+    ends with the queue."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run takes of a cluster."""
+
+    cpus: int
+    gpus: int
+
+    def fits(self, free: "Need") -> bool:
+        return self.cpus <= free.cpus and self.gpus <= free.gpus
+
+    def __add__(self, other: "Need") -> "Need":
+        return Need(self.cpus + other.cpus, self.gpus + other.gpus)
+
+    def __sub__(self, other: "Need") -> "Need":
+        return Need(self.cpus - other.cpus, self.gpus - other.gpus)
+
+
+@dataclass
+class Experiment:
+    """One run of the file.
+
+    Attributes:
+        name: of its folder.
+        priority: higher ones go first and take the place of lower ones.
+        words: after `cavmae train`.
+        need: what its ranks take.
+        state: where it is.
+        failures: starts that failed.
+        driver: of the start that is under way.
+    """
+
+    name: str
+    priority: int
+    words: list[str]
+    need: Need
+    state: State = "waiting"
+    failures: int = 0
+    driver: Driver | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the queue does next: start these, ask those to leave."""
+
+    start: list[Experiment]
+    give_way: list[Experiment]
+
+
+def main(arguments: list[str]) -> int:
+    """The command; 0 where every run has finished, else 1."""
+    config, words = tyro.cli(
+        QueueConfig, prog="cavmae queue", args=arguments, return_unknown_args=True
+    )
+    path = Path(config.file)
+    if config.file == "paper_ablations":
+        path = Path(__file__).with_name("paper_ablations.yaml")
+    folder = Path(config.folder)
+    experiments, retries = read_experiments(path, folder, words)
+    cores = max(len(os.sched_getaffinity(0)), *(one.need.cpus for one in experiments))
+    own = ClusterConfig(workers=1, cpus_per_worker=cores, address=config.address)
+    with connected(own, threads=1):
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        try:
+            _run(path, folder, words, experiments, retries, address)
+        finally:
+            for experiment in experiments:
+                if experiment.driver is not None:
+                    experiment.driver.ask_to_leave()
+            for experiment in experiments:
+                if experiment.driver is not None:
+                    experiment.driver.wait()
+    compare(folder, {one.name: one.state for one in experiments}, Console())
+    return 0 if all(one.state == "finished" for one in experiments) else 1
+
+
+def read_experiments(
+    path: Path, folder: Path, words: Sequence[str]
+) -> tuple[list[Experiment], int]:
+    """The runs of a file, in its order, and how often a failed one is tried again.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key or a field that there is not, or ranks that can't share a batch.
+    """
+    document = _read_yaml(path)
+    known = {"experiment", "recipe", "fields", "retries", "runs"}
+    _check_keys(document, known, {"recipe", "runs"}, str(path))
+    common = [
+        f"--tracking.experiment={document.get('experiment', path.stem)}",
+        f"--tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
+        *_flags(document.get("fields", {})),
+    ]
+    experiments = []
+    for name, run in document["runs"].items():
+        run = run or {}
+        _check_keys(run, {"priority", "fields"}, set(), f"{path}: run {name}")
+        run_words = [
+            *(str(document["recipe"]), *common, *_flags(run.get("fields", {})), *words),
+            f"--run-dir={(folder / str(name)).absolute()}",
+        ]
+        try:
+            config = parse(run_words, RayPretrainConfig, prog=f"{path}: run {name}")
+            cluster = config.cluster
+            check_ranks(config.lanes or default_lanes(config.global_batch), cluster.workers)
+        except ValueError as error:
+            raise ValueError(f"{path}: run {name}: {error}") from error
+        experiments.append(
+            Experiment(
+                str(name),
+                int(run.get("priority", 0)),
+                run_words,
+                Need(
+                    cluster.workers * cluster.cpus_per_worker,
+                    cluster.workers * cluster.gpus_per_worker,
+                ),
+            )
+        )
+    if not experiments:
+        raise ValueError(f"{path}: runs is empty; name at least one")
+    return experiments, int(document.get("retries", 2))
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}; use a mapping with {', '.join(sorted(known))}")
+    for name in sorted(values.keys() - known):
+        raise ValueError(f"{where}: unknown key {name}; use {', '.join(sorted(known))}")
+    for name in sorted(needed - values.keys()):
+        raise ValueError(f"{where}: key {name} is missing")
+
+
+def _flags(fields: dict[str, Any]) -> list[str]:
+    """As they stand on a command line."""
+    flags = []
+    for name, value in fields.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            group, _, last = option.rpartition(".")
+            flags.append(f"--{group}{'.' * bool(group)}{'' if value else 'no-'}{last}")
+        else:
+            flags.append(f"--{option}={value}")
+    return flags
+
+
+def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
+    """What to start, and who has to give way for what can't start otherwise.
+
+    A run that waits lets runs of lower priority use what it can't, as they will give way; runs of
+    its own priority wait behind it.
+    """
+    active = [one for one in experiments if one.state in ("running", "leaving")]
+    free = capacity
+    for one in active:
+        free -= one.need
+    start: list[Experiment] = []
+    give_way: list[Experiment] = []
+    blocked: int | None = None
+    waiting = [one for one in experiments if one.state == "waiting"]
+    for one in sorted(waiting, key=lambda one: -one.priority):
+        if not one.need.fits(capacity):
+            continue  # the cluster may grow
+        if blocked is not None and one.priority >= blocked:
+            continue
+        if one.need.fits(free):
+            start.append(one)
+            free -= one.need
+            continue
+        blocked = one.priority
+        soon = free
+        for other in active:
+            if other.state == "leaving":
+                soon += other.need
+        lower = [o for o in active if o.state == "running" and o.priority < one.priority]
+        chosen = []
+        for other in sorted(reversed(lower), key=lambda other: other.priority):
+            if one.need.fits(soon):
+                break
+            chosen.append(other)
+            soon += other.need
+        if one.need.fits(soon):  # what becomes free is for this one
+            give_way += chosen
+            break
+    return Step(start, give_way)
+
+
+def _run(
+    path: Path,
+    folder: Path,
+    words: list[str],
+    experiments: list[Experiment],
+    retries: int,
+    address: str,
+) -> None:
+    import ray
+
+    read_at = path.stat().st_mtime_ns
+    too_large: set[str] = set()
+    while True:
+        if path.stat().st_mtime_ns != read_at:
+            read_at = path.stat().st_mtime_ns
+            retries = _read_again(path, folder, words, experiments, retries)
+        for one in experiments:
+            if one.driver is not None and one.driver.exit_code is not None:
+                _ended(one, folder, retries)
+        if not any(one.state in ("waiting", "running", "leaving") for one in experiments):
+            return
+        there = ray.cluster_resources()
+        capacity = Need(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+        for one in experiments:
+            if not one.need.fits(capacity) and one.name not in too_large:
+                too_large.add(one.name)
+                print(f"{one.name} waits: needs {one.need}, there is {capacity}", file=sys.stderr)
+        step = next_step(experiments, capacity)
+        for one in step.give_way:
+            _say(one, "leaving")
+            if one.driver is not None:
+                one.driver.ask_to_leave()
+        for one in step.start:
+            _say(one, "running")
+            one.driver = Driver(
+                [*one.words, f"--address={address}"], folder / "drivers" / f"{one.name}.log"
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+def _ended(one: Experiment, folder: Path, retries: int) -> None:
+    """What the end of a driver makes of its run."""
+    assert one.driver is not None
+    code = one.driver.exit_code
+    one.driver = None
+    if code == 0:
+        _say(one, "finished")
+    elif code == START_AGAIN_EXIT_CODE:
+        # Somebody else has asked it to leave: it is theirs to start again.
+        _say(one, "waiting" if one.state == "leaving" else "stopped")
+    else:
+        one.failures += 1
+        log_path = folder / "drivers" / f"{one.name}.log"
+        last = log_path.read_text().strip().rpartition("\n")[2]
+        print(f"{one.name} failed with {code}: {last} ({log_path})", file=sys.stderr)
+        _say(one, "waiting" if one.failures <= retries else "failed")
+
+
+def _say(one: Experiment, state: State) -> None:
+    one.state = state
+    print(f"{one.name}: {state}", file=sys.stderr, flush=True)
+
+
+def _read_again(
+    path: Path, folder: Path, words: list[str], experiments: list[Experiment], retries: int
+) -> int:
+    """Take added runs and changed priorities; a file that is wrong now is told and left alone."""
+    try:
+        read, retries = read_experiments(path, folder, words)
+    except (ValueError, OSError) as error:
+        print(f"not taken: {error}", file=sys.stderr)
+        return retries
+    known = {one.name: one for one in experiments}
+    for one in read:
+        if one.name in known:
+            known[one.name].priority = one.priority
+        else:
+            experiments.append(one)
+            print(f"{one.name}: added", file=sys.stderr)
+    return retries

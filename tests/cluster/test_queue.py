@@ -1,0 +1,148 @@
+"""Many runs on one cluster: who starts, who gives way, and that nothing is lost by it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launch import ROOT
+from tiny_run import losses, tiny_run
+
+from cavmae.cluster.queue import Experiment, Need, next_step, read_experiments
+from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.tracking import read_metrics
+
+ABLATIONS = ROOT / "cluster/paper_ablations.yaml"
+
+
+def run(name: str, gpus: int, priority: int = 0, state: Any = "waiting") -> Experiment:
+    return Experiment(name, priority, [], Need(gpus, gpus), state)
+
+
+def names(experiments: list[Experiment]) -> list[str]:
+    return [experiment.name for experiment in experiments]
+
+
+@pytest.mark.parametrize(
+    ("experiments", "start", "give_way"),
+    [
+        # What fits starts, in the order of priority and of the file.
+        ([run("a", 4), run("b", 4), run("c", 4)], ["a", "b"], []),
+        ([run("a", 4), run("b", 8, 1)], ["b"], []),
+        # A lower one gives way, the last started first, and no more of them than needed.
+        ([run("a", 4, 0, "running"), run("b", 4, 0, "running"), run("c", 4, 1)], [], ["b"]),
+        ([run("a", 8, 1, "running"), run("b", 8, 1)], [], []),
+        # While one is leaving, what it leaves is not given to another.
+        ([run("a", 8, 0, "leaving"), run("b", 8, 1), run("c", 1, 0)], [], []),
+        # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
+        ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
+        # One that is larger than the cluster keeps nobody of lower priority waiting.
+        ([run("a", 16, 1), run("b", 8)], ["b"], []),
+    ],
+)
+def test_who_starts_and_who_gives_way(
+    experiments: list[Experiment], start: list[str], give_way: list[str]
+) -> None:
+    step = next_step(experiments, Need(8, 8))
+    assert (names(step.start), names(step.give_way)) == (start, give_way)
+
+
+def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
+    words = ["--data.train", "/shards", "--workers", "4", "--gpus-per-worker", "1"]
+    experiments, retries = read_experiments(ABLATIONS, tmp_path, words)
+    assert len(experiments) == 13 and retries == 2
+    assert all(experiment.need == Need(4, 4) for experiment in experiments)
+    by_name = {experiment.name: experiment.words for experiment in experiments}
+    assert "--mask.audio-ratio=0.85" in by_name["mask-85"]
+    assert "--loss.bidirectional" in by_name["both-directions"]
+    assert f"--run-dir={tmp_path}/av-mae" in by_name["av-mae"]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"recipe": "demo", "runs": {}}, "runs is empty"),
+        ({"recipe": "demo"}, "key runs is missing"),
+        ({"recipe": "demo", "runs": {"a": {"prio": 1}}}, "run a: unknown key prio"),
+        ({"recipe": "dem", "runs": {"a": {}}}, "run a: 'dem' is no recipe"),
+        (
+            {"recipe": "demo", "runs": {"a": {"fields": {"workers": 3}}}},
+            "run a: world_size is 3, which does not divide",
+        ),
+    ],
+)
+def test_a_file_that_is_wrong_is_told_with_the_run(
+    document: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file.yaml").write_text(yaml.dump(document))
+    with pytest.raises(ValueError, match=message):
+        read_experiments(tmp_path / "file.yaml", tmp_path, [])
+
+
+@pytest.mark.slow
+def test_a_run_gives_way_comes_back_and_all_are_compared(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    base = tiny_run(packed_synthetic, tmp_path / "x", steps=150)
+    save_config(base, tmp_path / "base.json")
+    document: dict[str, Any] = {
+        "experiment": "queue",
+        "recipe": str(tmp_path / "base.json"),
+        "retries": 0,
+        # Each takes the machine.
+        "fields": {"workers": 1, "cpus_per_worker": len(os.sched_getaffinity(0))},
+        "runs": {"low": {}, "wrong": {"fields": {"initial_weights": str(tmp_path / "nowhere")}}},
+    }
+    path, folder = tmp_path / "queue.yaml", tmp_path / "runs"
+    path.write_text(yaml.dump(document))
+    with (tmp_path / "log").open("w") as log:
+        queue = subprocess.Popen(
+            [sys.executable, "-m", "cavmae", "queue", str(path), "--folder", str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 200
+    while not (folder / "low/checkpoints/step-000000010/manifest.json").exists():
+        assert queue.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    document["runs"]["high"] = {"priority": 1, "fields": {"steps": 20, "seed": 7}}
+    path.write_text(yaml.dump(document))
+    assert queue.wait(timeout=400) == 1, "one of them failed"
+
+    said = (tmp_path / "log").read_text()
+    told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
+    of_low = [line for line in told if line.startswith("low")]
+    assert of_low == [f"low: {s}" for s in ("running", "leaving", "waiting", "running", "finished")]
+    assert told.index("high: finished") < len(told) - 1 - told[::-1].index("low: running")
+    assert "wrong: failed" in told and "nowhere" in said
+    assert len(losses(folder / "low")) == 150
+    steps = [int(record["step"]) for record in read_metrics(folder / "low/metrics.jsonl")]
+    assert steps == list(range(1, 151)), "no step is done twice"
+
+    rows = (folder / "comparison.csv").read_text().splitlines()
+    assert [row.split(",")[:3] for row in rows] == [
+        ["run", "state", "loss"],
+        ["low", "finished", f"{losses(folder / 'low')[-1]}"],
+        ["wrong", "failed", ""],
+        ["high", "finished", f"{losses(folder / 'high')[-1]}"],
+    ]
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    from mlflow import MlflowClient
+
+    client = MlflowClient(json.loads((folder / "low/run.json").read_text())["tracking_uri"])
+    experiment = client.get_experiment_by_name("queue")
+    assert experiment is not None
+    runs = {
+        run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])
+    }
+    assert {"low", "high", "comparison"} <= runs.keys()
+    kept = {item.path for item in client.list_artifacts(runs["comparison"])}
+    assert kept == {"comparison.csv", "comparison.png"}
