@@ -195,6 +195,8 @@ class CheckpointWriter:
                 self._remove_obsolete()
             return
         self._kept.append(name)
+        # A former start's, of this step, that could not be removed: it was written over.
+        self._obsolete = [old for old in self._obsolete if old != name]
         every = self._config.keep_every
         for old in self._kept[: -self._config.keep_last]:
             if not (every and step_of(old) % every == 0):
