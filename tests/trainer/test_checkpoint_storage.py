@@ -325,6 +325,19 @@ def test_what_cannot_be_removed_is_no_failure_and_is_tried_again(
     assert store.folders() == ["step-000000030"]
 
 
+def test_one_written_over_another_that_could_not_be_removed_stays(
+    alone: None, remote: Store, server: ObjectStore
+) -> None:
+    writer = writer_of(remote)
+    server.down(True)
+    try:
+        assert save(writer, 20) == [False]
+    finally:
+        server.down(False)
+    assert save(writer, 20, 30) == [True, True]
+    assert checkpoints(remote) == ["step-000000020", "step-000000030"]
+
+
 def test_a_thread_that_cannot_start_is_a_failed_checkpoint(
     alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
