@@ -6,6 +6,7 @@ kept but the run folders: a queue that is started again goes on with whatever is
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -112,6 +113,7 @@ def main(arguments: list[str]) -> int:
         import ray
 
         address = ray.get_runtime_context().gcs_address
+        signal.signal(signal.SIGTERM, _leave)
         try:
             _run(path, folder, words, experiments, retries, address)
         finally:
@@ -123,6 +125,12 @@ def main(arguments: list[str]) -> int:
                     experiment.driver.wait()
     compare(folder, {one.name: one.state for one in experiments}, Console())
     return 0 if all(one.state == "finished" for one in experiments) else 1
+
+
+def _leave(_signal: int, _frame: object) -> None:
+    """SIGTERM: the runs save and leave, then the queue ends."""
+    print("SIGTERM: the runs are asked to save and leave", file=sys.stderr, flush=True)
+    raise SystemExit(START_AGAIN_EXIT_CODE)
 
 
 def read_experiments(

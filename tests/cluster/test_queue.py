@@ -85,6 +85,19 @@ def test_a_file_that_is_wrong_is_told_with_the_run(
         read_experiments(tmp_path / "file.yaml", tmp_path, [])
 
 
+def watch(
+    queue: "subprocess.Popen[bytes]", path: Path, document: dict[str, Any], folder: Path, log: Path
+) -> None:
+    """Add a run of higher priority once the first one is at work, and wait for the end."""
+    deadline = time.monotonic() + 200
+    while not (folder / "low/checkpoints/step-000000010/manifest.json").exists():
+        assert queue.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    document["runs"]["high"] = {"priority": 1, "fields": {"steps": 20, "seed": 7}}
+    path.write_text(yaml.dump(document))
+    assert queue.wait(timeout=400) == 1, "one of them failed"
+
+
 @pytest.mark.slow
 def test_a_run_gives_way_comes_back_and_all_are_compared(
     packed_synthetic: Path, tmp_path: Path
@@ -109,13 +122,12 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    deadline = time.monotonic() + 200
-    while not (folder / "low/checkpoints/step-000000010/manifest.json").exists():
-        assert queue.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-    document["runs"]["high"] = {"priority": 1, "fields": {"steps": 20, "seed": 7}}
-    path.write_text(yaml.dump(document))
-    assert queue.wait(timeout=400) == 1, "one of them failed"
+    try:
+        watch(queue, path, document, folder, tmp_path / "log")
+    finally:
+        if queue.poll() is None:
+            queue.terminate()  # the runs save and leave
+            queue.wait(timeout=200)
 
     said = (tmp_path / "log").read_text()
     told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
