@@ -93,7 +93,7 @@ class ClusterFilesConfig:
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     config = tyro.cli(ClusterFilesConfig, prog="cavmae cluster-files", args=arguments)
-    check_run(config)
+    check_words(config)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in FILES.items():
@@ -105,22 +105,19 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def check_run(config: ClusterFilesConfig) -> None:
+def check_words(config: ClusterFilesConfig) -> None:
     """Find out now what the cluster would find out in an hour.
 
     Raises:
         ValueError: `run` is no run, or names a path that only this folder has.
     """
     from cavmae.cluster.config import RayPretrainConfig
-    from cavmae.cluster.train import with_absolute_paths
-    from cavmae.dataloaders.plan import check_ranks, default_lanes
+    from cavmae.cluster.train import check_run, with_absolute_paths
     from cavmae.trainer.pretrain import parse
 
     run = parse(config.words[2:], RayPretrainConfig, prog="--run")
-    if not run.data.train:
-        raise ValueError("run has no --data.train; give a folder of all nodes, or a URL")
+    check_run(run)
     with_absolute_paths(run, None)
-    check_ranks(run.lanes or default_lanes(run.global_batch), run.cluster.workers)
 
 
 # ------------------------------------------------------------------------------- Kubernetes

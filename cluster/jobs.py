@@ -23,10 +23,9 @@ import cavmae
 from cavmae.cluster.config import RayPretrainConfig
 from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
-from cavmae.cluster.train import with_absolute_paths
-from cavmae.dataloaders.plan import check_ranks, default_lanes
+from cavmae.cluster.train import check_run, with_absolute_paths
 from cavmae.trainer.pretrain import parse
-from cavmae.trainer.run_folder import git_commit, load_config, read_json
+from cavmae.trainer.run_folder import git_commit, read_json
 from cavmae.trainer.stopping import request_stop, requested_stop
 
 if TYPE_CHECKING:
@@ -44,12 +43,17 @@ _TABLE_WIDTH = 160
 def submit(arguments: list[str]) -> int:
     """`cavmae submit RECIPE [--field value ...]`, with the words of `cavmae train`."""
     config = parse(arguments, RayPretrainConfig, prog="cavmae submit")
-    check(config)
+    check_run(config)
+    with_absolute_paths(config, None)
+    if arguments[0].endswith(".json") and not Path(arguments[0]).is_absolute():
+        raise ValueError(
+            f"{arguments[0]} is relative to this folder; give a path that the cluster's head has"
+        )
     if config.cluster.dry_run:
         return dry_run(config)
     client = _client(config.cluster.address)
     for job in client.list_jobs():
-        if job.metadata.get("run_dir") == config.run_dir and not job.status.is_terminal():
+        if (job.metadata or {}).get("run_dir") == config.run_dir and not job.status.is_terminal():
             raise ValueError(
                 f"job {job.submission_id} already trains in run_dir {config.run_dir}; "
                 f"`cavmae stop {job.submission_id}` first, or give another --run-dir"
@@ -70,18 +74,6 @@ def submit(arguments: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def check(config: RayPretrainConfig) -> None:
-    """Find out now what the cluster would find out in an hour.
-
-    Raises:
-        ValueError: no data, a path that only this folder has, or ranks that can't share the batch.
-    """
-    if not config.data.train:
-        raise ValueError("data.train is empty; give a folder that all nodes have, or a URL")
-    with_absolute_paths(config, None)
-    check_ranks(config.lanes or default_lanes(config.global_batch), config.cluster.workers)
 
 
 def _without_address(words: list[str]) -> list[str]:
@@ -161,12 +153,10 @@ def run_state(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: it is none.
     """
-    from cavmae.trainer.config import PretrainConfig
     from cavmae.trainer.tracking import read_metrics
 
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
-    steps = load_config(folder / "config.json", PretrainConfig).steps
+    _check_run_folder(folder)
+    steps = read_json(folder / "config.json")["steps"]  # of any version
     if (folder / "summary.json").exists():
         return "finished", f"{read_json(folder / 'summary.json')['step']}/{steps}"
     path = folder / "metrics.jsonl"
@@ -175,6 +165,11 @@ def run_state(folder: Path) -> tuple[str, str]:
     ago = f"last step told {time.time() - last['unix_seconds']:.0f} s ago" if records else "no step"
     asked = requested_stop(folder)
     return (f"asked to leave ({asked}), {ago}" if asked else ago), f"{int(last['step'])}/{steps}"
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no run folder: it has no config.json")
 
 
 def job_state(ray_status: str, text: str) -> tuple[str, str]:
@@ -199,8 +194,17 @@ def _job(client: "JobSubmissionClient", name: str) -> Any:
     try:
         return client.get_job_info(name)
     except RuntimeError as error:
-        known = ", ".join(job.submission_id or "" for job in client.list_jobs()) or "none"
-        raise ValueError(f"{name!r} is no job and no run folder; jobs: {known}") from error
+        known = ", ".join(job.submission_id for job in client.list_jobs() if job.submission_id)
+        raise ValueError(f"{name!r} is no job and no run folder; jobs: {known or None}") from error
+
+
+def _run_dir(job: Any) -> Path:
+    """The run folder of a job."""
+    if "run_dir" not in (job.metadata or {}):
+        raise ValueError(
+            f"job {job.submission_id} was not started by `cavmae submit`; give its run folder"
+        )
+    return Path(job.metadata["run_dir"])
 
 
 # -------------------------------------------------------------------------------------- logs
@@ -234,7 +238,7 @@ def logs(arguments: list[str]) -> int:
     client = _client(config.address)
     job = _job(client, config.name)
     if config.rank >= 0:
-        print(_rank_log(Path(job.metadata["run_dir"]), config.rank), end="")
+        print(_rank_log(_run_dir(job), config.rank), end="")
         return 0
     told = 0
     while True:
@@ -281,7 +285,7 @@ def stop(arguments: list[str]) -> int:
     """`cavmae stop JOB|RUN_FOLDER`."""
     config = tyro.cli(StopConfig, prog="cavmae stop", args=arguments)
     if Path(config.name).is_dir():
-        run_state(Path(config.name))
+        _check_run_folder(Path(config.name))
         request_stop(Path(config.name), "cavmae stop")
         print(f"{config.name}: asked to save and leave", file=sys.stderr)
         return 0
@@ -289,21 +293,32 @@ def stop(arguments: list[str]) -> int:
     job = _job(client, config.name)
     if not job.status.is_terminal():
         # The run folder may be on storage of the cluster alone.
-        client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "cavmae", "stop", job.metadata["run_dir"]]),
+        asking = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "cavmae", "stop", str(_run_dir(job))]),
             runtime_env=_runtime_env(),
         )
-        deadline = time.monotonic() + config.wait_seconds
-        while not client.get_job_status(config.name).is_terminal():
-            if time.monotonic() > deadline:
-                client.stop_job(config.name)
-                print(
-                    f"{config.name} did not leave within {config.wait_seconds:g} s and was ended; "
-                    "it goes on from its newest checkpoint",
-                    file=sys.stderr,
-                )
-                break
-            time.sleep(_FOLLOW_SECONDS)
+        _wait_for_end(client, config, asking)
     state, step = job_state("STOPPED", client.get_job_logs(config.name))
     print(f"{config.name}: {state}, step {step}", file=sys.stderr)
     return 0
+
+
+def _wait_for_end(client: "JobSubmissionClient", config: StopConfig, asking: str) -> None:
+    """Until the job has left; ends it where it does not, or has nothing to save."""
+    deadline = time.monotonic() + config.wait_seconds
+    while not client.get_job_status(config.name).is_terminal():
+        if str(client.get_job_status(asking).value) == "FAILED":
+            said = client.get_job_logs(asking).strip()
+            if job_state("RUNNING", client.get_job_logs(config.name))[1]:
+                raise ValueError(f"{config.name} could not be asked to leave: {said}")
+            client.stop_job(config.name)  # it has not begun: there is no run folder
+            return
+        if time.monotonic() > deadline:
+            client.stop_job(config.name)
+            print(
+                f"{config.name} did not leave within {config.wait_seconds:g} s and was ended; "
+                "it goes on from its newest checkpoint",
+                file=sys.stderr,
+            )
+            return
+        time.sleep(_FOLLOW_SECONDS)

@@ -21,8 +21,9 @@ from cavmae.cluster.comparison import compare
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.connection import connected
 from cavmae.cluster.driver import Driver
-from cavmae.dataloaders.plan import check_ranks, default_lanes
+from cavmae.cluster.train import check_run
 from cavmae.trainer.pretrain import parse
+from cavmae.trainer.run_folder import read_json
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
 
 _LOOK_SECONDS = 1.0
@@ -161,23 +162,29 @@ def read_experiments(
         try:
             config = parse(run_words, RayPretrainConfig, prog=f"{path}: run {name}")
             cluster = config.cluster
-            check_ranks(config.lanes or default_lanes(config.global_batch), cluster.workers)
+            check_run(config)
         except ValueError as error:
             raise ValueError(f"{path}: run {name}: {error}") from error
+        need = Need(
+            cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
+        )
+        state: State = "finished" if _is_finished(folder / str(name), config.steps) else "waiting"
         experiments.append(
-            Experiment(
-                str(name),
-                int(run.get("priority", 0)),
-                run_words,
-                Need(
-                    cluster.workers * cluster.cpus_per_worker,
-                    cluster.workers * cluster.gpus_per_worker,
-                ),
-            )
+            Experiment(str(name), int(run.get("priority", 0)), run_words, need, state)
         )
     if not experiments:
         raise ValueError(f"{path}: runs is empty; name at least one")
     return experiments, int(document.get("retries", 2))
+
+
+def _is_finished(run_dir: Path, steps: int) -> bool:
+    """Whether a former queue has brought a run to its end.
+
+    Args:
+        steps: that are asked for; 0: as many as its epochs need, which the run folder knows.
+    """
+    path = run_dir / "summary.json"
+    return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
 
 
 def _read_yaml(path: Path) -> Any:

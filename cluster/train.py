@@ -49,9 +49,7 @@ def train_on_ray(config: RayPretrainConfig) -> RunSummary:
         TrainingError: the ranks failed for good.
     """
     cluster = config.cluster
-    check_ranks(config.lanes or default_lanes(config.global_batch), cluster.workers)
-    if not config.data.train:
-        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    check_run(config)
     if not address_of(cluster):
         ShardSet(config.data.train)  # a wrong path is told now, not when Ray is up
     threads = config.threads_per_rank or cluster.cpus_per_worker
@@ -71,6 +69,17 @@ def train_on_ray(config: RayPretrainConfig) -> RunSummary:
                     file=sys.stderr,
                     flush=True,
                 )
+
+
+def check_run(config: RayPretrainConfig) -> None:
+    """Find out now what the ranks would find out when they are there.
+
+    Raises:
+        ValueError: no data, or ranks that can't share the batch.
+    """
+    check_ranks(config.lanes or default_lanes(config.global_batch), config.cluster.workers)
+    if not config.data.train:
+        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
 
 
 def _goes_on(summary: RunSummary) -> bool:

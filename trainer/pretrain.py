@@ -13,23 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from cavmae.command import exit_code
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.rank_log import log_to_file, log_to_stderr
+from cavmae.trainer.ranks import limit_threads, ranks_from_environment
 from cavmae.trainer.recipes import RECIPES
-from cavmae.trainer.run_folder import (
-    git_commit,
-    load_config,
-    read_json,
-    save_code,
-    save_config,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    from cavmae.trainer.checkpoint_store import Store
+from cavmae.trainer.run_folder import load_config, write_json
 
 log = logging.getLogger("cavmae.trainer.pretrain")  # it is often `__main__`
 
@@ -135,6 +126,7 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
     from cavmae.trainer.loop import train
     from cavmae.trainer.model.cavmae import CAVMAE
     from cavmae.trainer.model.weights import load_initial_weights
+    from cavmae.trainer.opening import open_run_folder
     from cavmae.trainer.report import RunReport
     from cavmae.trainer.resolve import resolve
     from cavmae.trainer.schedule import learning_rate
@@ -143,7 +135,7 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
     from cavmae.trainer.task import PretrainTask
     from cavmae.trainer.watchdog import Watchdog
 
-    _log_to_stderr(ranks)
+    log_to_stderr(ranks.rank)
     # Build.
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
@@ -152,8 +144,8 @@ def run(config: PretrainConfig, notice: Callable[[], str] = lambda: "") -> RunSu
     asked = resolve(config, world_size=ranks.world_size, samples=train_set.samples, threads=threads)
     device = start_process_group(ranks)
     run_dir = Path(asked.run_dir)
-    config = on_first_rank(lambda: _open_run_folder(asked, run_dir, store, device.type))
-    _log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
+    config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
+    log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
 
     torch.manual_seed(config.seed)
     if config.deterministic:
@@ -322,75 +314,6 @@ def main(arguments: list[str]) -> int:
 
     leave_process_group()
     return 0
-
-
-def _open_run_folder(
-    config: PretrainConfig, run_dir: Path, store: "Store", device: str
-) -> PretrainConfig:
-    """On rank 0: make or check the folder; returns the configuration with rank 0's dtype."""
-    from cavmae.trainer.checkpoint import check_not_left_behind, checkpoints
-    from cavmae.trainer.checkpoint_store import check_writable
-    from cavmae.trainer.resolve import check_same_run, native_dtype
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    saved, run_file = run_dir / "config.json", run_dir / "run.json"
-    record = read_json(run_file) if run_file.exists() else {}
-    check_writable(store)
-    folder = config.checkpoint.folder
-    if folder and "://" not in folder:
-        folder = str(Path(folder).absolute())
-    folder_before = record.get("checkpoint_folder", "")
-    if record and folder_before != folder:
-        check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
-    before = None
-    if checkpoints(store):
-        if not saved.exists():
-            raise ValueError(
-                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
-                "config.json: they are of another run; give another folder, or that run's run_dir"
-            )
-        before = load_config(saved, PretrainConfig)
-    if config.engine.dtype == "auto":
-        dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
-        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
-    if before:
-        check_same_run(before, config)
-    fields = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(PretrainConfig)
-    }
-    save_config(PretrainConfig(**fields), saved)
-    commits = [*record.get("git_commits", []), git_commit()]
-    code = [*record.get("code", []), save_code(run_dir)]
-    write_json(
-        run_file,
-        record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
-    )
-    return config
-
-
-def _log_to_stderr(ranks: Ranks) -> None:
-    """Everything from rank 0, warnings from the others."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if ranks.rank == 0 else logging.WARNING,
-        format=f"%(asctime)s rank {ranks.rank} %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    logging.getLogger("cavmae").setLevel(logging.INFO)  # for the file
-    for handler in logging.getLogger().handlers:  # Ray has its own
-        handler.setLevel(logging.INFO if ranks.rank == 0 else logging.WARNING)
-
-
-def _log_to_file(path: Path) -> None:
-    """Everything, for whoever looks for what a rank said; starts follow each other in the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("cavmae")
-    for former in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
-        logger.removeHandler(former)
-        former.close()
-    logger.addHandler(handler)
 
 
 if __name__ == "__main__":

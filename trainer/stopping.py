@@ -41,8 +41,10 @@ def withdraw_request(run_dir: Path) -> None:
 
 def requested_stop(run_dir: Path) -> str:
     """Why the ranks of a run folder are asked to leave; empty: they are not."""
-    path = run_dir / _REQUEST
-    return str(read_json(path)["reason"]) if path.exists() else ""
+    try:
+        return str(read_json(run_dir / _REQUEST)["reason"])
+    except FileNotFoundError:
+        return ""
 
 
 class StopRequest:

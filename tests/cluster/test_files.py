@@ -117,7 +117,7 @@ def test_the_command_writes_all_of_them(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("audioset_base", "run has no --data.train"),
+        ("audioset_base", "data.train is empty"),
         ("audioset_base --data.train s3://c/frames", "run_dir is 'runs/.*relative"),
         (f"{RUN} --global-batch 100", "world_size is 16"),
         ("no_recipe", "'no_recipe' is no recipe"),

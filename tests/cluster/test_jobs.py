@@ -61,6 +61,15 @@ def test_what_could_not_start_is_not_submitted(words: list[str], message: str) -
         submit(words)
 
 
+def test_a_configuration_beside_the_user_is_not_one_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_config(tiny_run(tmp_path, tmp_path), tmp_path / "mine.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"mine\.json is relative to this folder"):
+        submit(["mine.json"])
+
+
 def test_a_run_folder_can_be_asked_without_a_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

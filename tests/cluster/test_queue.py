@@ -64,6 +64,23 @@ def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -
     assert f"--run-dir={tmp_path}/av-mae" in by_name["av-mae"]
 
 
+def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path) -> None:
+    """Unless they are to have more steps now."""
+    runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
+    (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
+    for name in ("done", "longer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"step": 600, "steps": 600}))
+    experiments, _ = read_experiments(
+        tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
+    )
+    assert {one.name: one.state for one in experiments} == {
+        "begun": "waiting",
+        "done": "finished",
+        "longer": "waiting",
+    }
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

@@ -27,7 +27,7 @@ from cavmae.trainer.checkpoint_store import LocalStore, Store, check_writable, o
 from cavmae.trainer.checkpoint_writer import CheckpointWriter
 from cavmae.trainer.config import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.engine import Engine, files_of_rank
-from cavmae.trainer.pretrain import _open_run_folder
+from cavmae.trainer.opening import open_run_folder
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
 MOMENTS = "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -170,19 +170,19 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
     moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.place()))
     former = open_store(checkpoint_folder(first))
-    _open_run_folder(moved, run_dir, remote, "cpu")
-    _open_run_folder(first, run_dir, former, "cpu")  # there was none yet
+    open_run_folder(moved, run_dir, remote, "cpu")
+    open_run_folder(first, run_dir, former, "cpu")  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
-            _open_run_folder(moved, run_dir, remote, "cpu")
+            open_run_folder(moved, run_dir, remote, "cpu")
     remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
-    _open_run_folder(moved, run_dir, remote, "cpu")
+    open_run_folder(moved, run_dir, remote, "cpu")
     former.remove_folder(checkpoint_name(10))
     with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
-        _open_run_folder(first, run_dir, former, "cpu")
+        open_run_folder(first, run_dir, former, "cpu")
     with pytest.raises(ValueError, match="they are of another run; give another folder"):
-        _open_run_folder(moved, tmp_path / "other", remote, "cpu")
+        open_run_folder(moved, tmp_path / "other", remote, "cpu")
 
 
 # --------------------------------------------------------------------- writing and going on

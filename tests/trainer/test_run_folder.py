@@ -6,14 +6,23 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from cavmae.trainer import run_folder
 from cavmae.trainer.config import LossConfig, PretrainConfig
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_folder import git_commit, load_config, read_json, save_config, write_json
+from cavmae.trainer.run_folder import (
+    git_commit,
+    load_config,
+    read_json,
+    save_code,
+    save_config,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +157,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_a_run_folder_keeps_each_version_of_the_code_once(tmp_path: Path) -> None:
+    code = save_code(tmp_path)
+    assert save_code(tmp_path) == code, "no times or owners in it"
+    (kept,) = (tmp_path / "code").iterdir()
+    with tarfile.open(kept) as archive:
+        names = archive.getnames()
+        file = archive.extractfile("cavmae/trainer/run_folder.py")
+        assert file and file.read() == Path(run_folder.__file__).read_bytes()
+    assert {"cavmae/cli.py", "cavmae/kernels/similarity/tiles.py"} <= set(names)
+    assert not [name for name in names if "tests" in name or ".venv" in name]
+
+
 def test_git_commit_is_that_of_the_checkout_of_the_code(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()

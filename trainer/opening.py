@@ -1,0 +1,73 @@
+"""How a start takes up its run folder: a new run, or one that goes on."""
+
+import dataclasses
+from pathlib import Path
+
+from cavmae.trainer.checkpoint import check_not_left_behind, checkpoints
+from cavmae.trainer.checkpoint_store import Store, check_writable
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.resolve import check_same_run, native_dtype
+from cavmae.trainer.run_folder import (
+    git_commit,
+    load_config,
+    read_json,
+    save_code,
+    save_config,
+    write_json,
+)
+
+
+def open_run_folder(
+    config: PretrainConfig, run_dir: Path, store: Store, device: str
+) -> PretrainConfig:
+    """Make the folder, or check that this start goes on with the run that is there; one rank calls
+    it.
+
+    Args:
+        config: resolved.
+        run_dir: its folder.
+        store: of its checkpoints.
+        device: type of the ranks' devices.
+
+    Returns:
+        The configuration with the dtype of the run.
+
+    Raises:
+        ValueError: the folder or the checkpoints are of another run, or the store is no place to
+            write to.
+        OSError: one of them can't be written.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved, run_file = run_dir / "config.json", run_dir / "run.json"
+    record = read_json(run_file) if run_file.exists() else {}
+    check_writable(store)
+    folder = config.checkpoint.folder
+    if folder and "://" not in folder:
+        folder = str(Path(folder).absolute())
+    folder_before = record.get("checkpoint_folder", "")
+    if record and folder_before != folder:
+        check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
+    before = None
+    if checkpoints(store):
+        if not saved.exists():
+            raise ValueError(
+                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
+                "config.json: they are of another run; give another folder, or that run's run_dir"
+            )
+        before = load_config(saved, PretrainConfig)
+    if config.engine.dtype == "auto":
+        dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
+    if before:
+        check_same_run(before, config)
+    fields = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(PretrainConfig)
+    }
+    save_config(PretrainConfig(**fields), saved)
+    commits = [*record.get("git_commits", []), git_commit()]
+    code = [*record.get("code", []), save_code(run_dir)]
+    write_json(
+        run_file,
+        record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
+    )
+    return config
