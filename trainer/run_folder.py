@@ -102,7 +102,7 @@ def save_code(run_dir: Path) -> str:
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         partial = target.with_name(f"{target.name}.partial")
-        partial.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
+        partial.write_bytes(gzip.compress(packed.getvalue()))
         partial.replace(target)
     return code
 

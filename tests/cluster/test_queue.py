@@ -42,8 +42,11 @@ def names(experiments: list[Experiment]) -> list[str]:
         ([run("a", 8, 0, "leaving"), run("b", 8, 1), run("c", 1, 0)], [], []),
         # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
         ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
-        # One that is larger than the cluster keeps nobody of lower priority waiting.
+        # What is free goes to the one that others give way to.
+        ([run("a", 6, 0, "running"), run("b", 8, 1), run("c", 2)], [], ["a"]),
+        # One that is larger than the cluster keeps nobody waiting.
         ([run("a", 16, 1), run("b", 8)], ["b"], []),
+        ([run("a", 16), run("b", 8)], ["b"], []),
     ],
 )
 def test_who_starts_and_who_gives_way(

@@ -22,7 +22,7 @@ def test_own_time_ends_where_the_rank_first_meets_others() -> None:
         own.batch_is_there()
         time.sleep(0.03)
         own.meets_others()
-        time.sleep(0.2)
+        time.sleep(0.4)
         own.meets_others()
     assert 0.05 <= own.take() < 0.15
     assert own.take() == 0.0, "what was taken is not counted again"
