@@ -10,24 +10,21 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from cavmae.cluster.comparison import compare
-from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.cluster.driver import Driver
-from cavmae.cluster.train import check_run
-from cavmae.trainer.pretrain import parse
-from cavmae.trainer.run_folder import read_json
+from cavmae.cluster.experiments import Experiment, Need, State, read_experiments
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
 
 _LOOK_SECONDS = 1.0
-State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -48,46 +45,6 @@ class QueueConfig:
     address: str = ""
     """Ray cluster; empty: the one that RAY_ADDRESS names, else one on this machine's cores that
     ends with the queue."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a run takes of a cluster."""
-
-    cpus: int
-    gpus: int
-
-    def fits(self, free: "Need") -> bool:
-        return self.cpus <= free.cpus and self.gpus <= free.gpus
-
-    def __add__(self, other: "Need") -> "Need":
-        return Need(self.cpus + other.cpus, self.gpus + other.gpus)
-
-    def __sub__(self, other: "Need") -> "Need":
-        return Need(self.cpus - other.cpus, self.gpus - other.gpus)
-
-
-@dataclass
-class Experiment:
-    """One run of the file.
-
-    Attributes:
-        name: of its folder.
-        priority: higher ones go first and take the place of lower ones.
-        words: after `cavmae train`.
-        need: what its ranks take.
-        state: where it is.
-        failures: starts that failed.
-        driver: of the start that is under way.
-    """
-
-    name: str
-    priority: int
-    words: list[str]
-    need: Need
-    state: State = "waiting"
-    failures: int = 0
-    driver: Driver | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -132,90 +89,6 @@ def _leave(_signal: int, _frame: object) -> None:
     """SIGTERM: the runs save and leave, then the queue ends."""
     print("SIGTERM: the runs are asked to save and leave", file=sys.stderr, flush=True)
     raise SystemExit(START_AGAIN_EXIT_CODE)
-
-
-def read_experiments(
-    path: Path, folder: Path, words: Sequence[str]
-) -> tuple[list[Experiment], int]:
-    """The runs of a file, in its order, and how often a failed one is tried again.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key or a field that there is not, or ranks that can't share a batch.
-    """
-    document = _read_yaml(path)
-    known = {"experiment", "recipe", "fields", "retries", "runs"}
-    _check_keys(document, known, {"recipe", "runs"}, str(path))
-    common = [
-        f"--tracking.experiment={document.get('experiment', path.stem)}",
-        f"--tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
-        *_flags(document.get("fields", {})),
-    ]
-    experiments = []
-    for name, run in document["runs"].items():
-        run = run or {}
-        _check_keys(run, {"priority", "fields"}, set(), f"{path}: run {name}")
-        run_words = [
-            *(str(document["recipe"]), *common, *_flags(run.get("fields", {})), *words),
-            f"--run-dir={(folder / str(name)).absolute()}",
-        ]
-        try:
-            config = parse(run_words, RayPretrainConfig, prog=f"{path}: run {name}")
-            cluster = config.cluster
-            check_run(config)
-        except ValueError as error:
-            raise ValueError(f"{path}: run {name}: {error}") from error
-        need = Need(
-            cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
-        )
-        state: State = "finished" if _is_finished(folder / str(name), config.steps) else "waiting"
-        experiments.append(
-            Experiment(str(name), int(run.get("priority", 0)), run_words, need, state)
-        )
-    if not experiments:
-        raise ValueError(f"{path}: runs is empty; name at least one")
-    return experiments, int(document.get("retries", 2))
-
-
-def _is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether a former queue has brought a run to its end.
-
-    Args:
-        steps: that are asked for; 0: as many as its epochs need, which the run folder knows.
-    """
-    path = run_dir / "summary.json"
-    return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-
-
-def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is {values!r}; use a mapping with {', '.join(sorted(known))}")
-    for name in sorted(values.keys() - known):
-        raise ValueError(f"{where}: unknown key {name}; use {', '.join(sorted(known))}")
-    for name in sorted(needed - values.keys()):
-        raise ValueError(f"{where}: key {name} is missing")
-
-
-def _flags(fields: dict[str, Any]) -> list[str]:
-    """As they stand on a command line."""
-    flags = []
-    for name, value in fields.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            group, _, last = option.rpartition(".")
-            flags.append(f"--{group}{'.' * bool(group)}{'' if value else 'no-'}{last}")
-        else:
-            flags.append(f"--{option}={value}")
-    return flags
 
 
 def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:

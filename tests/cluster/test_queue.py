@@ -14,7 +14,8 @@ import yaml
 from launch import ROOT
 from tiny_run import losses, tiny_run
 
-from cavmae.cluster.queue import Experiment, Need, next_step, read_experiments
+from cavmae.cluster.experiments import Experiment, Need, read_experiments
+from cavmae.cluster.queue import next_step
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.tracking import read_metrics
 
@@ -91,6 +92,17 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
         ({"recipe": "demo"}, "key runs is missing"),
         ({"recipe": "demo", "runs": {"a": {"prio": 1}}}, "run a: unknown key prio"),
         ({"recipe": "dem", "runs": {"a": {}}}, "run a: 'dem' is no recipe"),
+        ({"recipe": "demo", "runs": ["a", "b"]}, r"runs is \['a', 'b'\]; use a mapping"),
+        ({"recipe": "demo", "runs": {"a": {}}, "retries": "no"}, "retries is 'no'; use a whole"),
+        ({"recipe": "demo", "runs": {"a": {"priority": 1.5}}}, "run a: priority is 1.5; use a"),
+        (
+            {"recipe": "demo", "runs": {"a": {"fields": ["x"]}}},
+            "run a: fields is .*; use a mapping",
+        ),
+        (
+            {"recipe": "demo", "runs": {"a": {"fields": {"stebs": 3}}}},
+            "run a has a field that is not as it should be",
+        ),
         (
             {"recipe": "demo", "runs": {"a": {"fields": {"workers": 3}}}},
             "run a: world_size is 3, which does not divide",
@@ -102,7 +114,7 @@ def test_a_file_that_is_wrong_is_told_with_the_run(
 ) -> None:
     (tmp_path / "file.yaml").write_text(yaml.dump(document))
     with pytest.raises(ValueError, match=message):
-        read_experiments(tmp_path / "file.yaml", tmp_path, [])
+        read_experiments(tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)])
 
 
 def watch(
