@@ -1,4 +1,4 @@
-"""The file of a queue: runs of one recipe with other fields, checked before the first one starts."""
+"""The file of a queue: runs of one recipe with other fields, checked before any starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -179,9 +179,10 @@ def _ended(one: Experiment, folder: Path, retries: int) -> None:
     one.driver = None
     if code == 0:
         _say(one, "finished")
+    elif one.state == "leaving" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
+        _say(one, "waiting")  # by the signal itself where it had hardly begun
     elif code == START_AGAIN_EXIT_CODE:
-        # Somebody else has asked it to leave: it is theirs to start again.
-        _say(one, "waiting" if one.state == "leaving" else "stopped")
+        _say(one, "stopped")  # whoever has asked it to leave may start it again
     else:
         one.failures += 1
         log_path = folder / "drivers" / f"{one.name}.log"

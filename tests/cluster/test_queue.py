@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import yaml
 from launch import ROOT
 from tiny_run import losses, tiny_run
 
+from cavmae.cluster.driver import Driver
 from cavmae.cluster.experiments import Experiment, Need, read_experiments
-from cavmae.cluster.queue import next_step
+from cavmae.cluster.queue import _ended, next_step
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.tracking import read_metrics
 
@@ -55,6 +57,15 @@ def test_who_starts_and_who_gives_way(
 ) -> None:
     step = next_step(experiments, Need(8, 8))
     assert (names(step.start), names(step.give_way)) == (start, give_way)
+
+
+def test_a_run_that_gives_way_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
+    one = run("a", 1, state="leaving")
+    one.driver = Driver(["demo"], tmp_path / "log")
+    one.driver.ask_to_leave()
+    assert one.driver.wait() == -signal.SIGTERM
+    _ended(one, tmp_path, retries=0)
+    assert (one.state, one.failures) == ("waiting", 0)
 
 
 def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
