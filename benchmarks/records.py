@@ -93,6 +93,12 @@ def commit() -> str:
     return described.stdout.strip()
 
 
+def _portable(value: Any) -> Any:
+    """A path of this machine as its last name, which is what others can know of it."""
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
+
+
 def write_record(
     folder: str | Path,
     suite: str,
@@ -118,7 +124,7 @@ def write_record(
         "commit": code,
         "hardware": hardware(device),
         "versions": versions(),
-        "configuration": configuration,
+        "configuration": {name: _portable(value) for name, value in configuration.items()},
         "results": results,
     }
     path = Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"

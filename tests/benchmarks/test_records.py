@@ -11,11 +11,17 @@ from cavmae.benchmarks.records import commit, timing, write_record
 
 def test_record_holds_configuration_hardware_versions_and_commit(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    path = write_record(tmp_path / "results", "step", cpu, {"batch": 8}, {"x": 1.5})
+    path = write_record(
+        tmp_path / "results",
+        "step",
+        cpu,
+        {"batch": 8, "videos": str(tmp_path / "clips"), "work_dir": "runs/x"},
+        {"x": 1.5},
+    )
     record = json.loads(path.read_text())
     assert re.fullmatch(r"step-\d{8}T\d{6}-.+\.json", path.name)
     assert path.stem.endswith(record["commit"])
-    assert record["configuration"] == {"batch": 8}
+    assert record["configuration"] == {"batch": 8, "videos": "clips", "work_dir": "runs/x"}
     assert record["results"] == {"x": 1.5}
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["flash-attn"] is None or isinstance(
