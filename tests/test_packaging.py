@@ -191,7 +191,7 @@ def test_a_ray_working_dir_runs_its_own_code_beside_an_editable_install_of_anoth
     code = f"""
 import ray
 ray.init(
-    num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1",
+    "local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1",
     runtime_env={{"working_dir": {str(unpacked_tree)!r}}},
 )
 @ray.remote

@@ -310,10 +310,9 @@ def main(arguments: list[str]) -> int:
 
     withdraw_request(Path(config.run_dir))  # one of a start before
     run(config)
-    from cavmae.trainer.engine import leave_process_group  # `--help` does without torch
+    from cavmae.trainer.engine import end_rank  # `--help` does without torch
 
-    leave_process_group()
-    return 0
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from cavmae.benchmarks.golden import TinyTrain
 from cavmae.kernels import MaskIds
 from cavmae.trainer.config import EngineConfig, LossConfig, OptimizerConfig
 from cavmae.trainer.contrastive import Pairs, exchanged_loss, own_groups
-from cavmae.trainer.engine import Engine, leave_process_group, start_process_group
+from cavmae.trainer.engine import Engine, end_rank, start_process_group
 from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     results = [train(run, stage, ranks, device) for stage in arguments["stages"]]
     if ranks.rank == 0:
         output.write_text(json.dumps(results))
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

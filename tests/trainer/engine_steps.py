@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.plan import default_lanes, rank_positions
 from cavmae.trainer.config import EngineConfig, LossConfig, OptimizerConfig, PretrainConfig
-from cavmae.trainer.engine import Engine, leave_process_group, start_process_group
+from cavmae.trainer.engine import Engine, end_rank, start_process_group
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.ranks import limit_threads, ranks_from_environment
@@ -181,7 +181,7 @@ def main() -> None:
     results = [train(case, ranks, device) for case in cases]
     if ranks.rank == 0:
         output.write_text(json.dumps(results))
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

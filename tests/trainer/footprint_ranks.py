@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cavmae.trainer.config import EngineConfig, OptimizerConfig
-from cavmae.trainer.engine import Engine, leave_process_group, start_process_group
+from cavmae.trainer.engine import Engine, end_rank, start_process_group
 from cavmae.trainer.ranks import limit_threads, ranks_from_environment
 
 WIDTH = 512
@@ -78,7 +78,7 @@ def main() -> None:
     parameters = sum(one.numel() for one in Layers().parameters())
     if dist.get_rank() == 0:
         output.write_text(json.dumps({"parameters": parameters, "bytes": found}))
-    leave_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
