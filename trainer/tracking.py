@@ -7,6 +7,7 @@ note of the last step that it has. The only file that imports MLflow, and only o
 built: ranks other than the first never pay for it.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -78,6 +79,7 @@ class Tracker:
         default_uri = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
         self.uri = config.uri or default_uri
         try:
+            _make_store(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri)
             if run_id is None:
                 experiment_id = self._experiment(config.experiment)
@@ -161,7 +163,12 @@ class Tracker:
             artifacts = Path(database).resolve().parent / "mlartifacts"
             # A server places artifacts itself; SQLite would put them into the current folder.
             location = artifacts.as_uri() if database != self.uri else None
-            return self._client.create_experiment(name, artifact_location=location)
+            try:
+                return self._client.create_experiment(name, artifact_location=location)
+            except self._mlflow_errors:
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:  # not one that another run has just created
+                    raise
         if experiment.lifecycle_stage == "deleted":
             raise ValueError(
                 f"tracking.experiment {name!r} was deleted in {self.uri}; restore it with "
@@ -314,6 +321,27 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [
         {name: float(value) for name, value in record.items()} for record in _read_records(path)
     ]
+
+
+def _make_store(uri: str) -> None:
+    """Make the SQLite file of a store that is not there yet: whole, or not at all.
+
+    MLflow makes its tables one by one, some through temporary ones. Two runs that start together,
+    or one that is killed meanwhile, would leave a file that no run can open.
+    """
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if str(path) == uri or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_name(f"{path.name}.partial")
+            partial.unlink(missing_ok=True)
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            partial.replace(path)
 
 
 def drop_metrics_after(path: Path, step: int) -> None:

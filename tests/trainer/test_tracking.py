@@ -286,6 +286,32 @@ def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
     assert not (tmp_path / "run/mlflow_unsent.json").exists()
 
 
+@pytest.mark.slow
+def test_runs_that_start_together_share_a_new_store_even_where_its_making_was_cut_short(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mlflow.db.partial").write_bytes(b"SQLite format 3\0 and no more")
+    code = """
+import sys
+from pathlib import Path
+from cavmae.trainer.config import TrackingConfig
+from cavmae.trainer.tracking import Tracker
+Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
+"""
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / f"run-{number}")],
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for start in starts:
+        said = start.communicate(timeout=200)[1]
+        assert start.returncode == 0, said
+
+
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
 def test_a_store_that_can_not_be_reached_at_the_start_is_an_error_naming_the_field(
     run_dir: Path, uri: str
