@@ -19,6 +19,7 @@ COMMANDS = {
     "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
     "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
     "queue": ("cavmae.cluster.queue", "Run the experiments of a file, and compare them."),
+    "sweep": ("cavmae.cluster.sweep", "Search fields with Ray Tune, giving up what falls behind."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
 }

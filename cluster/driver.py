@@ -15,15 +15,17 @@ class Driver:
     Args:
         words: after `cavmae train`.
         log: what it says is added here.
+        folder: where relative paths of the words start; None: where its parent stands.
     """
 
-    def __init__(self, words: list[str], log: Path) -> None:
+    def __init__(self, words: list[str], log: Path, folder: Path | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cavmae.cluster.train", *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=folder,
                 preexec_fn=_leave_with_parent,
             )
 
