@@ -20,7 +20,7 @@ from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.dataloaders.plan import largest_rank_count
-from cavmae.trainer.config import CheckpointConfig
+from cavmae.trainer.config import CheckpointConfig, PretrainConfig
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
 
@@ -70,6 +70,12 @@ class Nodes:
                 return line.split()[1]
         raise AssertionError("the nodes are gone")
 
+    def ranks(self) -> list[str]:
+        """Of all nodes, as their processes are called."""
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        titles = [" ".join(process.cmdline()) for process in family]
+        return [title for title in titles if "RayTrainWorker" in title]
+
     def close(self) -> None:
         family = psutil.Process(self._process.pid).children(recursive=True)
         for process in [*family, self._process]:
@@ -93,6 +99,45 @@ def wait_until(happened: Callable[[], Any], text: Callable[[], str]) -> Any:
     return answer
 
 
+def start_on(
+    nodes: Nodes, config: PretrainConfig, tmp_path: Path, *words: str
+) -> "subprocess.Popen[bytes]":
+    """`cavmae train` of two ranks; what it says is in `log`."""
+    save_config(config, tmp_path / "config.json")
+    with (tmp_path / "log").open("w") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cavmae.cluster.train", str(tmp_path / "config.json")),
+                *("--workers=2", f"--address={nodes.address}", *words),
+            ],
+            cwd=ROOT,
+            env=os.environ | LOOPBACK | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+@pytest.mark.slow
+def test_ranks_start_together_or_wait_together(
+    packed_synthetic: Path, tmp_path: Path, nodes: Nodes
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run", steps=3)
+    text = (tmp_path / "log").read_text
+    nodes.order("add")
+    start = start_on(nodes, config, tmp_path)
+    try:
+        wait_until(lambda: "waiting for 2 CPUs; the cluster has 1" in text(), text)
+        time.sleep(8)  # a rank that did not wait would have begun
+        assert not nodes.ranks()
+        nodes.order("add")
+        wait_until(lambda: len(nodes.ranks()) == 2, text)
+        assert start.wait(timeout=200) == 0, text()[-5000:]
+    finally:
+        start.kill()
+        start.wait()
+    assert len(losses(tmp_path / "run")) == 3
+
+
 @pytest.mark.slow
 def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_left_in_time(
     packed_synthetic: Path, tmp_path: Path, nodes: Nodes
@@ -104,20 +149,8 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         micro_batch=1,
         checkpoint=CheckpointConfig(every_steps=10),
     )
-    save_config(config, tmp_path / "config.json")
     _, second = nodes.order("add"), nodes.order("add")
-    with (tmp_path / "log").open("w") as log:
-        start = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "cavmae.cluster.train", str(tmp_path / "config.json")),
-                *("--workers=2", "--minimum-workers=1"),
-                *("--resize-every-seconds=2", f"--address={nodes.address}"),
-            ],
-            cwd=ROOT,
-            env=os.environ | LOOPBACK | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    start = start_on(nodes, config, tmp_path, "--minimum-workers=1", "--resize-every-seconds=2")
     text = (tmp_path / "log").read_text
 
     def wait_until_said(pattern: str, times: int = 1) -> None:
