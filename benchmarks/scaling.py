@@ -285,7 +285,7 @@ def _plot(series: dict[str, list[Row]], path: str) -> None:
                 color=f"C{stage}",
                 label=f"ZeRO {stage}, {exchange}",
             )
-        axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.1))
+        axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.2))
         axis.set_xscale("log", base=2)
     axes[0].legend(fontsize="small")
     line = [one for one in series["weak"] if (one.zero_stage, one.exchange) == (1, "gather")]
