@@ -105,8 +105,9 @@ class Row:
         samples_per_second: without failures and checkpoints.
         efficiency: samples a second of a GPU, relative to one GPU alone in the same series.
         hours_between_failures: of the whole run.
-        best_interval_seconds: between checkpoints.
-        goodput: share of the time that goes into steps that last, at that interval.
+        goodput: share of the time that goes into steps that last, with the recipe's checkpoints.
+        best_interval_seconds: between checkpoints, with which that share would be highest if
+            writing one took no time beside the steps.
     """
 
     gpus: int
@@ -119,8 +120,8 @@ class Row:
     samples_per_second: float
     efficiency: float
     hours_between_failures: float
-    best_interval_seconds: float
     goodput: float
+    best_interval_seconds: float
 
 
 def main(argv: list[str]) -> int:
@@ -227,7 +228,6 @@ def _row(
         recovery_seconds=values["restart_seconds"] + values["node_seconds"],
         checkpoint_seconds=(state.weights + state.optimizer) / (values["copy_gbytes"] * 1e9),
     )
-    interval = best_interval(failures)
     samples_per_second = config.global_batch / step.total
     sent = sent_by_purpose(collectives(config, tensors, gpus), gpus)
     return Row(
@@ -241,8 +241,8 @@ def _row(
         samples_per_second=samples_per_second,
         efficiency=samples_per_second / gpus / (alone_samples_per_second or samples_per_second),
         hours_between_failures=failures.seconds_between / 3600,
-        best_interval_seconds=interval,
-        goodput=goodput(failures, interval),
+        goodput=goodput(failures, config.checkpoint.every_steps * step.total),
+        best_interval_seconds=best_interval(failures),
     )
 
 
