@@ -77,13 +77,14 @@ def dry_run(config: RayPretrainConfig) -> int:
 def _where(found: Placement) -> list[str]:
     lines = [f"placement ({found.rests_on}): nodes {len(found.shares)}"]
     lines += [
-        f"  {share.node}: ranks {share.first} to {share.last}"
+        f"  {share.node}: rank {share.first}"
+        + (f" to {share.last}" if share.last > share.first else "")
         for share in found.shares[:_NODES_SHOWN]
     ]
     if len(found.shares) > _NODES_SHOWN:
         lines.append(f"  and {len(found.shares) - _NODES_SHOWN} nodes more")
     if found.waiting:
-        lines.append(f"  {found.waiting} ranks have no place: the run would wait for nodes")
+        lines.append(f"  without a place: {found.waiting}; the run would wait for nodes")
     return lines
 
 
@@ -95,12 +96,12 @@ def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement)
         share = ASSUMED_SHARE_OF_MATRIX_SPEED
         flops, source = share * H200_MATRIX_FLOPS_PER_SECOND, f"assumed: {share:.0%} of an H200"
         links = Links(ranks_per_node=where.most_on_a_node)
-        network = "NVLink 4 and 400 Gb/s a GPU assumed"
+        network = "NVLink 4 and 400 Gb/s a GPU assumed, no waiting for data"
     else:
         flops = cluster.cpus_per_worker * CPU_CORE_FLOPS_PER_SECOND[str(config.engine.dtype)]
-        source = "measured on cores of an AMD EPYC"
+        source = "measured: demo on an AMD EPYC"
         links = Links(within_node=math.inf, between_nodes=math.inf)
-        network = "what CPU ranks send each other left out"
+        network = "exchange and data of demo included"
     if given:
         flops, source = given, "teraflops_per_worker"
     seconds = step_time(config, tensors, cluster.workers, Device(flops), links)
@@ -112,5 +113,5 @@ def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement)
     return (
         f"expected: {config.global_batch / seconds.total:,.4g} samples/s, {seconds.total:.3g} s a "
         f"step ({parts}). Computed, not measured: {flops / 1e12:.3g} TFLOP/s a rank ({source}); "
-        f"{network}; no waiting for data; docs/scaling.md"
+        f"{network}; docs/scaling.md"
     )

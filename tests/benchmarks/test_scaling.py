@@ -8,7 +8,6 @@ import pytest
 
 from cavmae.benchmarks import scaling
 from cavmae.benchmarks.scaling import INPUTS, Row, rows
-from cavmae.trainer.step_time import CPU_CORE_FLOPS_PER_SECOND
 from cavmae.trainer.wire import TensorSizes
 
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
@@ -87,10 +86,6 @@ def test_measured_inputs_are_those_of_the_records_that_they_name() -> None:
     faults = json.loads((folder / named["restart_seconds"][0]).read_text())["results"]
     again = faults["a rank is killed (SIGKILL)"]["again_seconds"]
     assert VALUES["restart_seconds"] == pytest.approx(again, rel=0.01)
-    step = json.loads((folder / "step-20261123T112301-b643018af8.json").read_text())
-    for dtype, flops_per_second in CPU_CORE_FLOPS_PER_SECOND.items():
-        measured = step["results"][dtype]["cavmae"]["tflops"] * 1e12 / step["hardware"]["cores"]
-        assert flops_per_second == pytest.approx(measured, rel=0.01)
 
 
 def test_an_input_of_nothing_is_refused() -> None:

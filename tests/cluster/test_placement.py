@@ -81,7 +81,7 @@ def test_the_command_says_where_and_how_fast_and_what_that_rests_on(
     words = ["demo", "--workers", "16", "--gpus-per-worker", "1", "--dry-run"]
     assert train.main(words) == 0
     shown = capsys.readouterr().out
-    assert "nodes 2" in shown and "node 2: ranks 8 to 15" in shown
+    assert "nodes 2" in shown and "node 2: rank 8 to 15" in shown
     assert "samples/s" in shown and "assumed: 46% of an H200" in shown
     assert train.main([*words, "--teraflops-per-worker", "0.5"]) == 0
     slower = capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
     def expected(cores: str) -> float:
         train.main(["demo", "--cpus-per-worker", cores, "--engine.dtype", "fp32", "--dry-run"])
         shown = capsys.readouterr().out
-        assert "measured on cores of an AMD EPYC" in shown
+        assert "measured: demo on an AMD EPYC" in shown
         return float(shown.split("expected: ")[1].split(" samples/s")[0].replace(",", ""))
 
     assert expected("4") == pytest.approx(4 * expected("1"), rel=0.05)

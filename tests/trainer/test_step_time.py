@@ -1,17 +1,28 @@
 """A step's computed time: its limits, and what must make it longer or shorter."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cavmae.trainer.config import EngineConfig, LossConfig, PretrainConfig
 from cavmae.trainer.flops import training_flops
-from cavmae.trainer.step_time import Device, Links, StepTime, collective_seconds, step_time
+from cavmae.trainer.recipes import demo
+from cavmae.trainer.step_time import (
+    CPU_CORE_FLOPS_PER_SECOND,
+    Device,
+    Links,
+    StepTime,
+    collective_seconds,
+    step_time,
+)
 from cavmae.trainer.wire import Collective, TensorSizes
 
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 DEVICE = Device(flops_per_second=300e12)
 
 
@@ -96,3 +107,18 @@ def test_a_ring_of_embeddings_hides_behind_the_similarities() -> None:
 def test_stage_3_waits_for_its_first_weights_however_long_it_computes() -> None:
     found = step_time(run(64, 3), TENSORS, 64, Device(1e9), Links())
     assert 0 < found.weights < time_of(run(64, 3), 64, Links(between_nodes=1e8)).weights
+
+
+@pytest.mark.parametrize(
+    ("dtype", "record"),
+    [("fp32", "demo-2026-11-25-b10141e051.json"), ("bf16", "demo-2026-11-23-8152ce394c.json")],
+)
+def test_two_cpu_ranks_take_the_time_that_the_demo_took(dtype: Any, record: str) -> None:
+    results = json.loads((RESULTS / record).read_text())["results"]
+    recipe = demo()
+    config = dataclasses.replace(
+        recipe, lanes=64, engine=dataclasses.replace(recipe.engine, dtype=dtype)
+    )
+    core = Device(CPU_CORE_FLOPS_PER_SECOND[dtype])
+    step = step_time(config, TENSORS, 2, core, Links(within_node=math.inf))
+    assert 128 / step.compute == pytest.approx(results["samples_per_second"], rel=0.03)
