@@ -165,11 +165,11 @@ def step_time(
     waits = dict.fromkeys(("gradients", "weights", "embeddings", "scalars"), 0.0)
     for one in collectives(config, tensors, world_size):
         seconds = collective_seconds(one, world_size, links)
-        if one.purpose == "embeddings" and config.loss.exchange == "ring":
-            seconds = max(0.0, seconds - contrast)  # a block travels while another is worked on
         if one.ahead:
             seconds = max(seconds / one.calls, seconds - compute)  # the first one is waited for
         waits[one.purpose] += seconds
+    if config.loss.exchange == "ring":  # a block travels while another is worked on
+        waits["embeddings"] = max(0.0, waits["embeddings"] - contrast)
     busy = compute + contrast + sum(waits.values())
     data = max(0.0, rows / device.clips_per_second - busy)
     return StepTime(compute=compute, contrast=contrast, data=data, **waits)

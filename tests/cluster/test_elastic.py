@@ -95,7 +95,8 @@ def wait_until(happened: Callable[[], Any], text: Callable[[], str]) -> Any:
 
 @pytest.mark.slow
 def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(nodes: Nodes) -> None:
-    nodes.order("add"), nodes.order("add")
+    nodes.order("add")
+    nodes.order("add")
     words = ["demo", "--workers=4", "--dry-run", f"--address={nodes.address}"]
     shown = subprocess.run(
         [sys.executable, "-m", "cavmae.cluster.train", *words],

@@ -19,7 +19,7 @@ from cavmae.trainer.step_time import (
     collective_seconds,
     step_time,
 )
-from cavmae.trainer.wire import Collective, TensorSizes
+from cavmae.trainer.wire import PREFETCH_ELEMENTS, Collective, TensorSizes, collectives
 
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -95,18 +95,34 @@ def test_groups_over_micro_batches_cost_an_eighth_more_compute() -> None:
     assert 1.1 < ratio < 1.15
 
 
-def test_a_ring_of_embeddings_hides_behind_the_similarities() -> None:
-    fast = Links(within_node=math.inf, between_nodes=math.inf)
+def seconds_of(config: PretrainConfig, world_size: int, purpose: str, links: Links) -> list[float]:
+    """Of each of the step's collectives for a purpose, if nothing else happened meanwhile."""
+    return [
+        collective_seconds(one, world_size, links)
+        for one in collectives(config, TENSORS, world_size)
+        if one.purpose == purpose
+    ]
+
+
+def test_a_ring_of_embeddings_hides_behind_the_similarities_and_a_gather_does_not() -> None:
     slow = Links(between_nodes=1e9)
-    ring = run(64, exchange="ring")
-    assert time_of(ring, 64, fast).embeddings < time_of(ring, 64, slow).embeddings
-    free = time_of(run(64), 64, slow)
-    assert time_of(ring, 64, slow).embeddings > free.embeddings, "it sends twice as much"
+    gather, ring = run(64), run(64, exchange="ring")
+    sent = seconds_of(ring, 64, "embeddings", slow)
+    found = time_of(ring, 64, slow)
+    assert len(sent) == 2 and found.contrast > 0
+    assert found.embeddings == pytest.approx(sum(sent) - found.contrast)
+    (gathered,) = seconds_of(gather, 64, "embeddings", slow)
+    assert time_of(gather, 64, slow).embeddings == gathered
 
 
-def test_stage_3_waits_for_its_first_weights_however_long_it_computes() -> None:
-    found = step_time(run(64, 3), TENSORS, 64, Device(1e9), Links())
-    assert 0 < found.weights < time_of(run(64, 3), 64, Links(between_nodes=1e8)).weights
+def test_stage_3_waits_for_its_first_weights_and_for_those_after_the_update() -> None:
+    config = run(64, 3)
+    ahead, after = seconds_of(config, 64, "weights", Links())
+    slow, fast = Device(1e9), Device(math.inf)
+    fetches = math.ceil(768 * 3072 * 80 / PREFETCH_ELEMENTS)
+    hidden = step_time(config, TENSORS, 64, slow, Links()).weights
+    assert hidden == pytest.approx(ahead / fetches + after)
+    assert step_time(config, TENSORS, 64, fast, Links()).weights == pytest.approx(ahead + after)
 
 
 @pytest.mark.parametrize(
