@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from cavmae.benchmarks.deviations import Deviation, worst
-from cavmae.benchmarks.flops import training_flops
 from cavmae.benchmarks.golden import TinyTrain
 from cavmae.benchmarks.golden_forward import ForwardCase
 from cavmae.benchmarks.kernel_agreement import disagreements
@@ -27,6 +26,7 @@ from cavmae.benchmarks.records import write_record
 from cavmae.benchmarks.step import SIZES, compare
 from cavmae.benchmarks.training_step import Precision, TrainingStep
 from cavmae.kernels.backend import INTERPRETED
+from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 

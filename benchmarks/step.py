@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from cavmae.benchmarks.flops import training_flops
 from cavmae.benchmarks.records import timing, write_record
 from cavmae.benchmarks.training_step import ModelName, Precision, TrainingStep
+from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
 
 SIZES = {

@@ -31,6 +31,7 @@ BENCHMARKS = {
     "faults": ("cavmae.benchmarks.faults", "What a run makes of each fault, done for real."),
     "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
     "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
+    "scaling": ("cavmae.benchmarks.scaling", "A step on 1 to 4,096 GPUs, computed."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }

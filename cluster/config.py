@@ -44,8 +44,14 @@ class ClusterConfig:
     memory_gb_per_worker: float = 0.0
     """Memory of a rank's GPU (or of a rank, on CPUs) that `dry_run` compares with; 0: nothing."""
 
+    gpus_per_node: int = 8
+    """GPUs of each node, for a `dry_run` that has no cluster to ask."""
+    teraflops_per_worker: float = 0.0
+    """Speed of a training step on one rank, in 1e12 operations a second as `cavmae bench step`
+    prints it, for what `dry_run` expects; 0: assumed, which it says."""
+
     def __post_init__(self) -> None:
-        for name in ("workers", "cpus_per_worker", "collective_timeout_seconds"):
+        for name in ("workers", "cpus_per_worker", "collective_timeout_seconds", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.gpus_per_worker not in (0, 1):
@@ -62,8 +68,9 @@ class ClusterConfig:
             raise ValueError(
                 f"resize_every_seconds is {self.resize_every_seconds}; use seconds above 0"
             )
-        if self.memory_gb_per_worker < 0:
-            raise ValueError(f"memory_gb_per_worker is {self.memory_gb_per_worker}; use 0 or more")
+        for name in ("memory_gb_per_worker", "teraflops_per_worker"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         if self.maximum_failures < 0:
             raise ValueError(
                 f"maximum_failures is {self.maximum_failures}; use 0 (never start again) or more"

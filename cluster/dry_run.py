@@ -1,18 +1,32 @@
 """`cavmae train RECIPE --dry-run`: what a run would take, before it is asked for."""
 
 import dataclasses
+import math
 
 from rich.console import Console
 from rich.table import Table
 
 from cavmae.cluster.config import RayPretrainConfig
+from cavmae.cluster.placement import Placement, placement
 from cavmae.dataloaders.plan import default_lanes
-from cavmae.trainer.footprint import footprint, model_sizes, what_would_fit, wire_bytes
+from cavmae.trainer.footprint import footprint, model_sizes, what_would_fit
 from cavmae.trainer.resolve import native_dtype, resolve
+from cavmae.trainer.step_time import (
+    ASSUMED_SHARE_OF_MATRIX_SPEED,
+    CPU_CORE_FLOPS_PER_SECOND,
+    H200_MATRIX_FLOPS_PER_SECOND,
+    Device,
+    Links,
+    step_time,
+)
+from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
+
+_NODES_SHOWN = 8
 
 
 def dry_run(config: RayPretrainConfig) -> int:
-    """Print memory of each rank and bytes on the wire; returns the exit code.
+    """Print memory of each rank, bytes on the wire, where the ranks would be and how fast; returns
+    the exit code.
 
     Raises:
         ValueError: the ranks cannot share the batch, or a rank's memory is too small, with what
@@ -35,7 +49,8 @@ def dry_run(config: RayPretrainConfig) -> int:
     for name, value in dataclasses.asdict(needed).items():
         table.add_row(name, f"{value / 1e9:.2f}")
     table.add_row("with an allowance for CUDA, NCCL and DALI", f"{needed.total / 1e9:.2f}")
-    sent = wire_bytes(config, sizes, cluster.workers)
+    found = collectives(config, sizes.tensors, cluster.workers)
+    sent = sent_by_purpose(found, cluster.workers)
     for name, value in sent.items():
         table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
     console = Console(soft_wrap=True, highlight=False)
@@ -45,6 +60,9 @@ def dry_run(config: RayPretrainConfig) -> int:
         f"rank takes {config.micro_batch} samples at once, {times} times a step; "
         f"{config.lanes} lanes"
     )
+    where = placement(cluster)
+    for line in (*_where(where), _how_fast(config, sizes.tensors, where)):
+        console.print(line)
     limit = int(cluster.memory_gb_per_worker * 1e9)
     if limit and needed.total > limit:
         changes = list(what_would_fit(config, sizes, cluster.workers, limit))
@@ -54,3 +72,46 @@ def dry_run(config: RayPretrainConfig) -> int:
             + (f"what fits: {' or '.join(changes)}" if changes else "no other split of it fits")
         )
     return 0
+
+
+def _where(found: Placement) -> list[str]:
+    lines = [f"placement ({found.rests_on}): nodes {len(found.shares)}"]
+    lines += [
+        f"  {share.node}: rank {share.first}"
+        + (f" to {share.last}" if share.last > share.first else "")
+        for share in found.shares[:_NODES_SHOWN]
+    ]
+    if len(found.shares) > _NODES_SHOWN:
+        lines.append(f"  and {len(found.shares) - _NODES_SHOWN} nodes more")
+    if found.waiting:
+        lines.append(f"  without a place: {found.waiting}; the run would wait for nodes")
+    return lines
+
+
+def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement) -> str:
+    """Samples a second, and what that rests on."""
+    cluster = config.cluster
+    given = cluster.teraflops_per_worker * 1e12
+    if cluster.gpus_per_worker:
+        share = ASSUMED_SHARE_OF_MATRIX_SPEED
+        flops, source = share * H200_MATRIX_FLOPS_PER_SECOND, f"assumed: {share:.0%} of an H200"
+        links = Links(ranks_per_node=where.most_on_a_node)
+        network = "NVLink 4 and 400 Gb/s a GPU assumed, no waiting for data"
+    else:
+        flops = cluster.cpus_per_worker * CPU_CORE_FLOPS_PER_SECOND[str(config.engine.dtype)]
+        source = "measured: demo on an AMD EPYC"
+        links = Links(within_node=math.inf, between_nodes=math.inf)
+        network = "exchange and data of demo included"
+    if given:
+        flops, source = given, "teraflops_per_worker"
+    seconds = step_time(config, tensors, cluster.workers, Device(flops), links)
+    parts = ", ".join(
+        f"{name} {value / seconds.total:.1%}"
+        for name, value in dataclasses.asdict(seconds).items()
+        if value >= 0.001 * seconds.total
+    )
+    return (
+        f"expected: {config.global_batch / seconds.total:,.4g} samples/s, {seconds.total:.3g} s a "
+        f"step ({parts}). Computed, not measured: {flops / 1e12:.3g} TFLOP/s a rank ({source}); "
+        f"{network}; docs/scaling.md"
+    )

@@ -45,12 +45,21 @@ def contrastive_layout(
     *, group_size: int, global_batch: int, micro_batch: int, lanes: int, world_size: int
 ) -> Layout:
     """Where the groups of a step lie; a pure function of the batch sizes."""
-    rank_of, row_of = _places(global_batch, lanes, world_size)
+    _, row_of = _places(global_batch, lanes, world_size)
     micro_of = (row_of // micro_batch).reshape(-1, group_size)
-    rank_of = rank_of.reshape(-1, group_size)
     if (micro_of != micro_of[:, :1]).any():
         return "cached"
-    return "gathered" if (rank_of != rank_of[:, :1]).any() else "local"
+    spans = groups_span_ranks(
+        group_size=group_size, global_batch=global_batch, lanes=lanes, world_size=world_size
+    )
+    return "gathered" if spans else "local"
+
+
+def groups_span_ranks(*, group_size: int, global_batch: int, lanes: int, world_size: int) -> bool:
+    """Whether a group has clips of several ranks, so that embeddings are exchanged."""
+    rank_of, _ = _places(global_batch, lanes, world_size)
+    rank_of = rank_of.reshape(-1, group_size)
+    return bool((rank_of != rank_of[:, :1]).any())
 
 
 def _places(global_batch: int, lanes: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

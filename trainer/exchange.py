@@ -45,33 +45,6 @@ def blocks(form: Form, *own: torch.Tensor) -> Iterator[Block]:
         yield from _ring(own)
 
 
-def exchange_bytes(
-    form: Form,
-    *,
-    world_size: int,
-    rows: int,
-    width: int,
-    value_bytes: int,
-    log_sum_bytes: int = 4,
-    bidirectional: bool,
-) -> int:
-    """Bytes that a rank receives for the loss of one step and its gradient.
-
-    Args:
-        form: as in `blocks`.
-        world_size: ranks.
-        rows: clips of each rank.
-        width: of an embedding.
-        value_bytes: of one value of an embedding.
-        log_sum_bytes: of one statistic: 4, or 8 for float64 embeddings.
-        bidirectional: whether both directions are in the loss.
-    """
-    embeddings = 2 * width * value_bytes
-    log_sums = log_sum_bytes * (2 if bidirectional else 1)
-    passes = 2 if form == "ring" else 1
-    return (world_size - 1) * rows * (passes * embeddings + log_sums)
-
-
 def _gathered(own: torch.Tensor) -> torch.Tensor:
     """(world_size, *own.shape)."""
     world_size = dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What a run takes from each rank, before it starts: memory by purpose, and bytes on the wire.
+"""What a run takes from each rank, before it starts: memory by purpose.
 
 Bytes of weights, gradients and optimizer state follow from how DeepSpeed lays them out, which the
 tests compare with the tensors that are alive on real ranks. Activations are counted: what autograd
@@ -16,6 +16,7 @@ from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.wire import TensorSizes, tensor_sizes
 
 ALLOWANCE_BYTES = 3 << 30
 """CUDA, NCCL, DALI, and what an allocator cannot use."""
@@ -49,9 +50,18 @@ class Footprint:
 class Sizes:
     """Of a model: its parameters, and bytes that a forward pass keeps for each sample."""
 
-    trainable: int
-    frozen: int
+    tensors: TensorSizes
     activations_per_sample: int
+
+    @property
+    def trainable(self) -> int:
+        """Elements of all trainable parameters."""
+        return sum(self.tensors.trainable)
+
+    @property
+    def frozen(self) -> int:
+        """Elements of all others."""
+        return sum(self.tensors.frozen)
 
 
 def model_sizes(config: PretrainConfig) -> Sizes:
@@ -64,8 +74,7 @@ def model_sizes(config: PretrainConfig) -> Sizes:
     )
     one, two = (_kept_bytes(model, config, samples) for samples in (1, 2))
     return Sizes(
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        tensors=tensor_sizes(model),
         activations_per_sample=two - one,
     )
 
@@ -135,26 +144,6 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int) -> Footprin
         buckets=buckets,
         activations=config.micro_batch * sizes.activations_per_sample,
     )
-
-
-def wire_bytes(config: PretrainConfig, sizes: Sizes, world_size: int) -> dict[str, int]:
-    """Bytes that each rank sends in a step, by purpose, where collectives go around a ring.
-
-    Source: Rajbhandari et al., ZeRO (2020), section 7, for the gradients and weights.
-    """
-    element = 2 if config.engine.dtype == "bf16" else 4
-    once = element * sizes.trainable * (world_size - 1) // world_size
-    micro_batches = config.global_batch // world_size // config.micro_batch
-    stage = config.engine.zero_stage
-    reductions = micro_batches if stage >= 2 else 1
-    gathers = 2 * micro_batches if stage == 3 else 1
-    own = config.global_batch // world_size
-    embeddings = 2 * own * config.model.width * element * (world_size - 1)
-    return {
-        "gradients": reductions * once,
-        "weights": gathers * once,
-        "embeddings": embeddings if config.loss.contrastive_weight > 0 else 0,
-    }
 
 
 def what_would_fit(

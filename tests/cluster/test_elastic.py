@@ -139,6 +139,23 @@ def test_ranks_start_together_or_wait_together(
 
 
 @pytest.mark.slow
+def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(nodes: Nodes) -> None:
+    nodes.order("add")
+    nodes.order("add")
+    words = ["demo", "--workers=4", "--dry-run", f"--address={nodes.address}"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "cavmae.cluster.train", *words],
+        cwd=ROOT,
+        env=os.environ | LOOPBACK,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"the nodes of {nodes.address}" in shown and ": rank 1\n" in shown
+    assert "without a place: 2" in shown
+
+
+@pytest.mark.slow
 def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_left_in_time(
     packed_synthetic: Path, tmp_path: Path, nodes: Nodes
 ) -> None:

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.plan import default_lanes, rank_positions
 from cavmae.trainer.config import EngineConfig, LossConfig, OptimizerConfig, PretrainConfig
-from cavmae.trainer.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.engine import Engine, Update, end_rank, start_process_group
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.ranks import limit_threads, ranks_from_environment
 from cavmae.trainer.task import PretrainTask
+from cavmae.trainer.wire import tensor_sizes
 
 MODEL = ModelConfig(
     audio_frames=64,
@@ -66,7 +67,7 @@ class Run:
             global_batch=batch,
             micro_batch=case.get("micro_batch", batch // ranks.world_size),
             lanes=default_lanes(batch),
-            model=MODEL,
+            model=dataclasses.replace(MODEL, **case.get("model", {})),
             loss=LossConfig(
                 contrastive_weight=case.get("contrastive_weight", 1.0),
                 contrastive_group=case.get("group", 0),
@@ -81,8 +82,9 @@ class Run:
             optimizer=OptimizerConfig(learning_rate=1e-3),
         )
         torch.manual_seed(0)
-        model = CAVMAE(MODEL)
-        model.freeze_unused(reconstruct=True, contrast=True)
+        model = CAVMAE(self.config.model)
+        model.freeze_unused(reconstruct=True, contrast=self.config.loss.contrastive_weight > 0)
+        self.tensors = tensor_sizes(model)
         self.task = PretrainTask(
             self.config, rank=ranks.rank, world_size=ranks.world_size, device=device
         )
@@ -97,6 +99,15 @@ class Run:
         )
 
     def step(self, step: int, poison: str | None = None) -> dict[str, Any]:
+        """One optimizer step and its metrics; `poison` as in `update`."""
+        update = self.update(step, poison)
+        names, values = zip(*sorted(self.task.metrics().items()), strict=True)
+        total = torch.stack(list(values)).double()
+        dist.all_reduce(total)
+        metrics = dict(zip(names, (total / self.ranks.world_size).tolist(), strict=True))
+        return metrics | {"applied": update.applied, "gradient_norm": update.gradient_norm}
+
+    def update(self, step: int, poison: str | None = None) -> Update:
         """One optimizer step; `poison` spoils the loss or the gradient of the last rank."""
         positions = rank_positions(
             step,
@@ -119,12 +130,7 @@ class Run:
             self.engine.backward(loss)
             if index + 1 < len(batches):
                 self.engine.count_micro_batch()
-        update = self.engine.update(self.config.optimizer.learning_rate)
-        names, values = zip(*sorted(self.task.metrics().items()), strict=True)
-        total = torch.stack(list(values)).double()
-        dist.all_reduce(total)
-        metrics = dict(zip(names, (total / self.ranks.world_size).tolist(), strict=True))
-        return metrics | {"applied": update.applied, "gradient_norm": update.gradient_norm}
+        return self.engine.update(self.config.optimizer.learning_rate)
 
     def snapshot(self) -> list[torch.Tensor]:
         """Master weights, this rank's optimizer state, and the weights that forward uses.

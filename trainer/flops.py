@@ -10,10 +10,21 @@ def _block(tokens: int, width: int) -> int:
     return 24 * tokens * width**2 + 4 * tokens**2 * width
 
 
-def forward_flops(config: ModelConfig, audio_ratio: float = 0.75, video_ratio: float = 0.75) -> int:
+def forward_flops(
+    config: ModelConfig,
+    audio_ratio: float = 0.75,
+    video_ratio: float = 0.75,
+    *,
+    reconstruct: bool = True,
+) -> int:
     """Operations (a multiply-add is two) of one pretraining forward pass of one sample.
 
     Only what the losses need is counted: kept patches embedded, removed patches predicted.
+
+    Args:
+        config: sizes of the model.
+        audio_ratio, video_ratio: shares of patches removed.
+        reconstruct: whether the decoder runs.
     """
     audio = int(config.audio_tokens * (1 - audio_ratio))
     video = int(config.video_tokens * (1 - video_ratio))
@@ -23,6 +34,8 @@ def forward_flops(config: ModelConfig, audio_ratio: float = 0.75, video_ratio: f
     encoders = config.modality_depth * (_block(audio, width) + _block(video, width))
     joint = config.joint_depth * _block(audio + video, width)
     joint += _block(audio, width) + _block(video, width)
+    if not reconstruct:
+        return embed + encoders + joint
     tokens = config.audio_tokens + config.video_tokens
     decoder = 2 * (audio + video) * width * decoder_width
     decoder += config.decoder_depth * _block(tokens, decoder_width)

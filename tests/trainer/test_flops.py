@@ -2,7 +2,7 @@
 
 import pytest
 
-from cavmae.benchmarks.flops import forward_flops, training_flops
+from cavmae.trainer.flops import forward_flops, training_flops
 from cavmae.trainer.model.config import ModelConfig
 
 

@@ -1,0 +1,100 @@
+"""Where the ranks of a run would be, and what `--dry-run` says of it."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from cavmae.cluster import placement, train
+from cavmae.cluster.config import ClusterConfig
+from cavmae.cluster.placement import Share, packed
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 5, 8, 12])
+def test_every_rank_that_finds_room_is_on_one_node_side_by_side(workers: int) -> None:
+    slots = [("small", 2), ("large", 4), ("none", 0), ("middle", 3)]
+    found = packed(workers, slots, "")
+    ranks = [rank for share in found.shares for rank in range(share.first, share.last + 1)]
+    assert ranks == list(range(workers - found.waiting))
+    assert found.waiting == max(0, workers - 9)
+    room = dict(slots)
+    assert all(share.last - share.first < room[share.node] for share in found.shares)
+
+
+def test_no_fewer_nodes_would_hold_the_ranks() -> None:
+    slots = [("a", 2), ("b", 4), ("c", 1), ("d", 3)]
+    for workers in range(1, 11):
+        needed = min(
+            count
+            for count in range(1, 5)
+            for some in itertools.combinations(slots, count)
+            if sum(room for _, room in some) >= workers
+        )
+        assert len(packed(workers, slots, "").shares) == needed
+
+
+def test_gpus_that_no_cluster_is_asked_for_are_taken_to_be_on_equal_nodes() -> None:
+    found = placement.placement(ClusterConfig(workers=12, gpus_per_worker=1, gpus_per_node=4))
+    assert found.shares == (
+        Share("node 1", 0, 3),
+        Share("node 2", 4, 7),
+        Share("node 3", 8, 11),
+    )
+    assert found.rests_on.startswith("assumed") and not found.waiting
+
+
+def test_cpu_ranks_without_an_address_are_all_here() -> None:
+    found = placement.placement(ClusterConfig(workers=3))
+    assert found.shares == (Share("this machine", 0, 2),)
+
+
+def test_a_cluster_that_is_named_is_asked_for_its_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = ClusterConfig(workers=8, gpus_per_worker=1, cpus_per_worker=6, address="head:6379")
+    slots = [("10.0.0.1", 4), ("10.0.0.2", 2)]
+    monkeypatch.setattr(placement, "_slots_of_cluster", lambda cluster: slots)
+    found = placement.placement(asked)
+    assert found.shares == (Share("10.0.0.1", 0, 3), Share("10.0.0.2", 4, 5))
+    assert found.waiting == 2 and found.rests_on == "the nodes of head:6379"
+
+
+def test_a_cluster_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: ClusterConfig) -> list[tuple[str, int]]:
+        raise ConnectionError("no route\nmore")
+
+    monkeypatch.setattr(placement, "_slots_of_cluster", refused)
+    found = placement.placement(ClusterConfig(workers=2, gpus_per_worker=1, address="head:6379"))
+    assert found.rests_on.endswith("head:6379 cannot be reached (no route)")
+    assert found.shares == (Share("node 1", 0, 1),)
+
+
+def test_the_command_says_where_and_how_fast_and_what_that_rests_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["demo", "--workers", "16", "--gpus-per-worker", "1", "--dry-run"]
+    assert train.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "nodes 2" in shown and "node 2: rank 8 to 15" in shown
+    assert "samples/s" in shown and "assumed: 46% of an H200" in shown
+    assert train.main([*words, "--teraflops-per-worker", "0.5"]) == 0
+    slower = capsys.readouterr().out
+    assert "0.5 TFLOP/s a rank (teraflops_per_worker)" in slower
+
+
+def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def expected(cores: str) -> float:
+        train.main(["demo", "--cpus-per-worker", cores, "--engine.dtype", "fp32", "--dry-run"])
+        shown = capsys.readouterr().out
+        assert "measured: demo on an AMD EPYC" in shown
+        return float(shown.split("expected: ")[1].split(" samples/s")[0].replace(",", ""))
+
+    assert expected("4") == pytest.approx(4 * expected("1"), rel=0.05)
