@@ -22,6 +22,7 @@ from rich.table import Table
 from cavmae.benchmarks import fault_injection as inject
 from cavmae.benchmarks.fault_rows import Row, Skipped
 from cavmae.benchmarks.fault_runs import INTERVAL, Bench
+from cavmae.benchmarks.node_faults import node_cut, node_killed
 from cavmae.benchmarks.processes import unwind_on_sigterm
 from cavmae.benchmarks.records import write_record
 
@@ -29,6 +30,8 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a rank is killed (SIGKILL)": inject.rank_signalled(signal.SIGKILL),
     "a rank is stopped (SIGSTOP)": inject.rank_signalled(signal.SIGSTOP),
     "head, driver and ranks are killed": inject.head_killed,
+    "a node is killed": node_killed,
+    "a node's network is cut": node_cut,
     "all ranks are told to go (SIGTERM)": inject.terminated,
     "killed while a checkpoint is written": inject.killed_while_writing,
     "the newest checkpoint is cut short": inject.checkpoint_damaged(inject.cut_short),
