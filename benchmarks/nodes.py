@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,6 +70,11 @@ class Nodes:
         workers: nodes that can train.
         logs: folder for what the nodes say.
 
+    Attributes:
+        namespaces: of the network: head, workers, switch.
+        address: of the Ray cluster, for who is on one of its nodes.
+        environment: variables that commands on its nodes need.
+
     Raises:
         RuntimeError: a command failed, or a node did not come up.
     """
@@ -86,6 +92,7 @@ class Nodes:
             )
             for number in range(workers + 1)
         ]
+        self.namespaces = [*(node.namespace for node in self._nodes), self._switch]
         self.address = f"{self._nodes[0].address}:{_PORT}"
         self.environment = {
             "RAY_AUTH_MODE": "token",
@@ -223,20 +230,24 @@ class Nodes:
         _ip("-n", self._switch, *words)
 
     def _end(self, node: _Node) -> None:
+        """SIGKILL to all that runs on a node, a driver on the head too; returns when it is gone."""
         if node.process is None:
             return
         node.process.kill()  # --kill-child: the kernel ends process 1, and with it all others
         node.process.wait(PATIENCE_SECONDS)
+        while left := _ip("netns", "pids", node.namespace).split():
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
 
     def _remove(self) -> None:
         """All that was made, as far as it was made."""
         for node in self._nodes:
             self._end(node)
-        names = {line.split()[0] for line in _ip("netns", "list").splitlines() if line}
-        for namespace in [*(node.namespace for node in self._nodes), self._switch]:
-            if namespace in names:
-                for process in _ip("netns", "pids", namespace).split():
-                    os.kill(int(process), signal.SIGKILL)  # such as a driver on the head
+        made = {line.split()[0] for line in _ip("netns", "list").splitlines() if line}
+        for namespace in self.namespaces:
+            if namespace in made:
                 _ip("netns", "del", namespace)  # and with it the cables
         shutil.rmtree(self._folder, ignore_errors=True)
 
