@@ -98,7 +98,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
         before, fault = last_step(Path(config.run_dir)), time.time()
         newest = damage_newest(config, damage)
         start = bench.plain(config)
-        said = start.wait_for(lambda: start.line("is not whole"), "the notice")
+        said = start.wait_for(lambda: start.line("trying the one before"), "the notice")
         noticed = time.time()
         start.finish()
         resumed = resumed_step(start)

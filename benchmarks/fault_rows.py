@@ -75,6 +75,13 @@ class Skipped:
     skipped: str
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A fault after which the run did not come to its end. Attributes: failed, what happened."""
+
+    failed: str
+
+
 def outcome(config: PretrainConfig, run: str) -> Expected:
     """What a run that has ended came to."""
     run_dir = Path(config.run_dir)

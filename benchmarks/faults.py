@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.benchmarks import fault_injection as inject
-from cavmae.benchmarks.fault_rows import Row, Skipped
+from cavmae.benchmarks.fault_rows import Failed, Row, Skipped
 from cavmae.benchmarks.fault_runs import INTERVAL, Bench
 from cavmae.benchmarks.node_faults import node_cut, node_killed
 from cavmae.benchmarks.processes import unwind_on_sigterm
@@ -70,10 +70,13 @@ def main(argv: list[str]) -> int:
     work.mkdir(parents=True, exist_ok=True)
     try:
         bench = Bench(work.resolve(), flags.steps, flags.zero_stage)
-        rows = {}
+        rows: dict[str, Row | Skipped | Failed] = {}
         for name in flags.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            rows[name] = FAULTS[name](bench, name)
+            try:
+                rows[name] = FAULTS[name](bench, name)
+            except RuntimeError as error:  # the other faults are measured all the same
+                rows[name] = Failed(str(error))
             print(f"    {rows[name]}", file=sys.stderr, flush=True)
     finally:
         if not flags.work_dir:
@@ -85,18 +88,21 @@ def main(argv: list[str]) -> int:
     return exit_code(rows)
 
 
-def exit_code(rows: Mapping[str, Row | Skipped]) -> int:
+def exit_code(rows: Mapping[str, Row | Skipped | Failed]) -> int:
     """1 where a run did not end as it should; a fault that this machine cannot have is none."""
-    measured = [row for row in rows.values() if isinstance(row, Row)]
-    return 0 if all(row.as_it_should_be for row in measured) else 1
+    measured = [row for row in rows.values() if not isinstance(row, Skipped)]
+    return 0 if all(isinstance(row, Row) and row.as_it_should_be for row in measured) else 1
 
 
-def table(rows: Mapping[str, Row | Skipped]) -> Table:
+def table(rows: Mapping[str, Row | Skipped | Failed]) -> Table:
     """One line for each fault, those that were skipped with the reason."""
     shown = Table("fault", "noticed, s", "again, s", "steps lost", "samples", "losses", "said")
     for name, row in rows.items():
         if isinstance(row, Skipped):
             shown.add_row(name, "", "", "", "", "", f"SKIPPED: {row.skipped}")
+            continue
+        if isinstance(row, Failed):
+            shown.add_row(f"{name}: FAILED", "", "", "", "", "", row.failed.splitlines()[0])
             continue
         equal = "bit for bit"
         if row.largest_difference:

@@ -99,6 +99,8 @@ class Nodes:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "GLOO_SOCKET_IFNAME": "eth0",
+            # Each node would take the memory of the whole machine, of others too, for its own.
+            "RAY_memory_monitor_refresh_ms": "0",
             **HEALTH_CHECKS,
         }
 

@@ -58,7 +58,7 @@ def end_family(roots: list[subprocess.Popen[Any]]) -> None:
         roots: started by this process; those that have ended already are passed over.
     """
     family = [psutil.Process(root.pid) for root in roots if root.poll() is None]
-    family += [child for one in family for child in descendants(one.pid)]
+    family += [child for one in family for child in descendants(one)]
     for process in family:
         try:
             process.kill()
@@ -67,10 +67,10 @@ def end_family(roots: list[subprocess.Popen[Any]]) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def descendants(process: int) -> list[psutil.Process]:
-    """All processes below one; none where it has ended."""
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below one; none where it has ended, even if another one has its number now."""
     try:
-        return psutil.Process(process).children(recursive=True)
+        return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -89,6 +89,10 @@ class Start:
     Args:
         commands: each with variables to add to this process's environment.
         log: written anew.
+
+    Attributes:
+        processes: one for each command.
+        first: the first of them, which stays itself when its number is given to another.
     """
 
     def __init__(self, commands: list[tuple[list[str], dict[str, str]]], log: Path) -> None:
@@ -103,6 +107,7 @@ class Start:
                 )
                 for command, environment in commands
             ]
+        self.first = psutil.Process(self.processes[0].pid)
 
     def text(self) -> str:
         """What was said so far."""
@@ -127,8 +132,12 @@ class Start:
 
     def named(self, title: str) -> list[psutil.Process]:
         """Processes of the first command's family whose command line begins with a title."""
-        family = descendants(self.processes[0].pid)
-        return [one for one in family if words_of(one).startswith(title)]
+        return [one for one in descendants(self.first) if words_of(one).startswith(title)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether none of the processes runs any more."""
+        return all(process.poll() is not None for process in self.processes)
 
     def kill(self) -> None:
         """All of it at once."""
@@ -149,13 +158,15 @@ class Start:
         """The first true answer of `happened`.
 
         Raises:
-            RuntimeError: there was none; with the end of the log.
+            RuntimeError: there was none until all processes had ended, or for too long; with the
+                end of the log.
         """
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
+            over = time.monotonic() > deadline or self.ended  # before the last look
             answer = happened()
             if answer:
                 return answer
-            if time.monotonic() > deadline:
+            if over:
                 raise RuntimeError(f"{what} did not happen:\n{self.text()[-4000:]}")
             time.sleep(_POLL_SECONDS)

@@ -63,12 +63,11 @@ class SoakedRun:
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Those that live as long as the run does, by kind."""
-        try:
-            driver = psutil.Process(self.start.processes[0].pid)
-        except psutil.NoSuchProcess:
-            return {}
-        controllers = self.start.named("ray::TrainController")
-        return {"driver": [driver], "controller": controllers, "rank": self.start.ranks()}
+        return {
+            "driver": [self.start.first],
+            "controller": self.start.named("ray::TrainController"),
+            "rank": self.start.ranks(),
+        }
 
     def leave(self) -> int:
         """Ask the driver to have the ranks save and leave; returns the last step."""
@@ -106,7 +105,7 @@ def _newest_damaged(run: SoakedRun, rng: random.Random) -> str:
     run.start.kill()
     damage_newest(run.config, rng.choice([cut_short, flip_a_bit]))
     run.begin()
-    return run.wait_for_line("is not whole")
+    return run.wait_for_line("trying the one before")
 
 
 def _nan_rolled_back(run: SoakedRun, rng: random.Random) -> str:
@@ -121,9 +120,16 @@ def _disk_full(run: SoakedRun, rng: random.Random) -> str:
 
 
 def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
-    family = descendants(_one_rank(run, rng).pid)
-    rng.choice([one for one in family if "spawn_main" in words_of(one)]).kill()
-    return run.wait_for_line("a reader died")
+    """One that waits for a task is replaced without a word, so its heir is looked for."""
+    rank = _one_rank(run, rng)
+    before = _readers(rank)
+    rng.choice(before).kill()
+    run.start.wait_for(lambda: set(_readers(rank)) - set(before), "another reader")
+    return "another reader was started"
+
+
+def _readers(rank: psutil.Process) -> list[psutil.Process]:
+    return [one for one in descendants(rank) if "reader_pool" in words_of(one)]
 
 
 def _one_rank(run: SoakedRun, rng: random.Random) -> psutil.Process:

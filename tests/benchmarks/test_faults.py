@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from cavmae.benchmarks import faults
-from cavmae.benchmarks.fault_rows import Expected, Row, Skipped, largest_difference
+from cavmae.benchmarks.fault_rows import Expected, Failed, Row, Skipped, largest_difference
 from cavmae.benchmarks.observed_rank import trained_samples
+from cavmae.benchmarks.processes import Start
 from cavmae.dataloaders.shards import ShardSet
 
 GOOD = Row(
@@ -84,6 +87,19 @@ def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> Non
     }
 
 
+def test_a_run_that_does_not_come_to_its_end_is_no_success() -> None:
+    rows = {"good": GOOD, "the disk is full": Failed("checkpoint 20 did not happen:\nlog\nlog")}
+    assert faults.exit_code(rows) == 1
+    assert re.search("the disk is full: FAILED .* checkpoint 20 did not happen: ", shown(rows))
+
+
+def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    start = Start([([sys.executable, "-c", "print('late')"], {})], tmp_path / "log")
+    assert start.wait_for(lambda: start.line("late"), "a line") == "late"
+    with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
+        start.wait_for(lambda: False, "a step")
+
+
 def test_losses_are_compared_step_by_step() -> None:
     expected = Expected([2.0, 4.0], {}, "the undisturbed run")
     assert largest_difference(Expected([2.0, 4.0], {}, "a run"), expected) == 0
@@ -111,7 +127,7 @@ def test_too_few_steps_are_refused() -> None:
         faults.main(["--steps", "5"])
 
 
-def shown(rows: Mapping[str, Row | Skipped]) -> str:
+def shown(rows: Mapping[str, Row | Skipped | Failed]) -> str:
     output = io.StringIO()
     Console(file=output, width=200).print(faults.table(rows))
     return output.getvalue()
