@@ -59,6 +59,8 @@ HANG_SECONDS = 5.0
 ZeroStage = Literal[0, 1, 2, 3]
 _TAIL_BYTES = 4096
 _UNDISTURBED = "undisturbed"
+_WITHOUT_MEMORY_MONITOR = {"RAY_memory_monitor_refresh_ms": "0"}
+"""Ray would kill its own processes when others take this machine's memory: no fault of a row."""
 MODEL = ModelConfig(
     audio_frames=192,
     mel_bins=32,
@@ -141,7 +143,8 @@ class Bench:
 
     def on_ray(self, config: PretrainConfig, *words: str) -> Start:
         """A driver that has a Ray cluster of its own place the ranks."""
-        return Start([(observed_command("train", config, *words), {})], new_log(config))
+        command = observed_command("train", config, *words)
+        return Start([(command, _WITHOUT_MEMORY_MONITOR)], new_log(config))
 
     def leaving_out(self, step: int) -> Expected:
         """What a run comes to in which one update is never made: it goes on from the undisturbed
