@@ -87,6 +87,7 @@ class Bench:
         self.work = work
         self.steps = steps
         self.zero_stage: ZeroStage = zero_stage
+        self._starts: list[Start] = []
         if not (work / "shards").exists():
             listing = generate(work / "videos", CLIPS, seed=0, seconds=2.0)
             pack(PackConfig(str(listing), str(work / "shards"), tiers="frames"), _quiet())
@@ -139,12 +140,22 @@ class Bench:
             }
             for rank in range(ranks)
         ]
-        return Start([(command, place) for place in places], new_log(config))
+        return self._started(Start([(command, place) for place in places], new_log(config)))
 
     def on_ray(self, config: PretrainConfig, *words: str) -> Start:
         """A driver that has a Ray cluster of its own place the ranks."""
         command = observed_command("train", config, *words)
-        return Start([(command, _WITHOUT_MEMORY_MONITOR)], new_log(config))
+        return self._started(Start([(command, _WITHOUT_MEMORY_MONITOR)], new_log(config)))
+
+    def end_all(self) -> None:
+        """End what still runs of all starts, as after a row that failed."""
+        for start in self._starts:
+            start.kill()
+        self._starts.clear()
+
+    def _started(self, start: Start) -> Start:
+        self._starts.append(start)
+        return start
 
     def leaving_out(self, step: int) -> Expected:
         """What a run comes to in which one update is never made: it goes on from the undisturbed
@@ -222,7 +233,7 @@ class Bench:
             largest_difference=largest_difference(found, expected),
             tolerance=tolerance,
             compared_with=expected.run,
-            said=said,
+            said=said.replace(f"{self.work}/", ""),
         )
 
 

@@ -68,15 +68,17 @@ def main(argv: list[str]) -> int:
     unwind_on_sigterm()
     work = Path(flags.work_dir or tempfile.mkdtemp(prefix="cavmae-faults-"))
     work.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Row | Skipped | Failed] = {}
+    bench = Bench(work.resolve(), flags.steps, flags.zero_stage)
     try:
-        bench = Bench(work.resolve(), flags.steps, flags.zero_stage)
-        rows: dict[str, Row | Skipped | Failed] = {}
         for name in flags.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
             try:
                 rows[name] = FAULTS[name](bench, name)
             except RuntimeError as error:  # the other faults are measured all the same
                 rows[name] = Failed(str(error))
+            finally:
+                bench.end_all()
             print(f"    {rows[name]}", file=sys.stderr, flush=True)
     finally:
         if not flags.work_dir:

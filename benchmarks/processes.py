@@ -143,16 +143,20 @@ class Start:
         """All of it at once."""
         end_family(self.processes)
 
-    def finish(self) -> None:
+    def finish(self, within_seconds: float = PATIENCE_SECONDS) -> None:
         """Wait for the end, which must be a good one.
 
         Raises:
-            RuntimeError: a process ended with another code than 0; with the end of the log.
-            subprocess.TimeoutExpired: it did not end.
+            RuntimeError: a process ended with another code than 0, or not in time; with the end of
+                the log.
         """
         for process in self.processes:
-            if process.wait(timeout=PATIENCE_SECONDS):
-                raise RuntimeError(f"a start failed:\n{self.text()[-4000:]}")
+            try:
+                code = process.wait(timeout=within_seconds)
+            except subprocess.TimeoutExpired:
+                code = f"nothing in {within_seconds:g} s"
+            if code != 0:
+                raise RuntimeError(f"a start ended with {code}:\n{self.text()[-4000:]}")
 
     def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
         """The first true answer of `happened`.

@@ -41,6 +41,8 @@ from cavmae.trainer.config import PretrainConfig
 
 _STEPS = 10_000_000
 """Of the run until it is told to go: more than it can do."""
+_UNDISTURBED_SECONDS = 4 * 3600.0
+"""The undisturbed run takes no longer: it has no pauses, and the other one had an hour or so."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,8 +102,13 @@ def _soak(
         except RuntimeError as error:  # the record says what was got over before
             finished, problem = config, f"{error}\n"
         finally:
-            run.start.kill()
-    found = {} if problem else _compared(bench, finished)
+            bench.end_all()
+    try:
+        found = {} if problem else _compared(bench, finished)
+    except RuntimeError as error:
+        found, problem = {}, f"{error}\n"
+    finally:
+        bench.end_all()
     watched = lives(usage.samples)
     return results(faults, watched, found, problem), usage.samples, faults
 
@@ -128,7 +135,7 @@ def _live(flags: argparse.Namespace, run: SoakedRun, faults: list[Endured]) -> P
 def _compared(bench: Bench, config: PretrainConfig) -> dict[str, Any]:
     """The run beside one that nothing happens to, which is made now."""
     undisturbed = bench.config("undisturbed", steps=config.steps, engine=config.engine)
-    bench.plain(undisturbed).finish()
+    bench.plain(undisturbed).finish(_UNDISTURBED_SECONDS)
     found, expected = outcome(config, "the soaked run"), outcome(undisturbed, "the undisturbed one")
     return {
         "steps": config.steps,

@@ -69,6 +69,11 @@ class SoakedRun:
             "rank": self.start.ranks(),
         }
 
+    def all_ranks(self) -> list[psutil.Process]:
+        """Processes of the ranks in the order of their numbers; none while one is missing."""
+        ranks = sorted(self.start.ranks(), key=lambda one: one.pid)
+        return ranks if len(ranks) == RANKS else []
+
     def leave(self) -> int:
         """Ask the driver to have the ranks save and leave; returns the last step."""
         self.start.processes[0].send_signal(signal.SIGTERM)
@@ -133,7 +138,8 @@ def _readers(rank: psutil.Process) -> list[psutil.Process]:
 
 
 def _one_rank(run: SoakedRun, rng: random.Random) -> psutil.Process:
-    return rng.choice(sorted(run.start.ranks(), key=lambda one: one.pid))
+    ranks = run.start.wait_for(run.all_ranks, f"{RANKS} ranks")
+    return rng.choice(ranks)
 
 
 FAULTS: dict[str, Callable[[SoakedRun, random.Random], str]] = {
@@ -199,6 +205,7 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
         run.wait_for_line("going on from")
         resumed = resumed_step(run.start)
     run.wait_for_step_after(before)
+    said = said.replace(f"{run.run_dir.parent}/", "")
     return Endured(fault, began, before, newest, resumed, time.time() - began, said)
 
 
