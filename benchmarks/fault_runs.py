@@ -56,6 +56,9 @@ INTERVAL = 10
 """Steps between checkpoints."""
 HANG_SECONDS = 5.0
 """What the watchdog lets a step take here; 300 by default."""
+FIRST_STEPS_SECONDS = 120.0
+"""The same for the first three steps of a start, and for the copying for a checkpoint; an hour by
+default. A rank that is stopped in them is noticed no sooner."""
 ZeroStage = Literal[0, 1, 2, 3]
 _TAIL_BYTES = 4096
 _UNDISTURBED = "undisturbed"
@@ -119,7 +122,9 @@ class Bench:
             engine=EngineConfig(zero_stage=self.zero_stage, dtype="fp32"),
             checkpoint=CheckpointConfig(every_steps=INTERVAL),
             tracking=TrackingConfig(every_steps=1),
-            watchdog=WatchdogConfig(minimum_seconds=HANG_SECONDS),
+            watchdog=WatchdogConfig(
+                minimum_seconds=HANG_SECONDS, longest_pause_seconds=FIRST_STEPS_SECONDS
+            ),
             threads_per_rank=1,
         )
         return dataclasses.replace(config, **changes)
