@@ -51,14 +51,13 @@ def unwind_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
-def end_family(roots: list[subprocess.Popen[Any]]) -> None:
+def end_family(roots: list[psutil.Process]) -> None:
     """SIGKILL to processes and all that descend from them, as a power cut does.
 
     Args:
-        roots: started by this process; those that have ended already are passed over.
+        roots: those that have ended are passed over, even if others have their numbers now.
     """
-    family = [psutil.Process(root.pid) for root in roots if root.poll() is None]
-    family += [child for one in family for child in descendants(one)]
+    family = [*roots, *(child for one in roots for child in descendants(one))]
     for process in family:
         try:
             process.kill()
@@ -107,7 +106,8 @@ class Start:
                 )
                 for command, environment in commands
             ]
-        self.first = psutil.Process(self.processes[0].pid)
+        self._roots = [psutil.Process(process.pid) for process in self.processes]
+        self.first = self._roots[0]
 
     def text(self) -> str:
         """What was said so far."""
@@ -141,7 +141,7 @@ class Start:
 
     def kill(self) -> None:
         """All of it at once."""
-        end_family(self.processes)
+        end_family(self._roots)
 
     def finish(self, within_seconds: float = PATIENCE_SECONDS) -> None:
         """Wait for the end, which must be a good one.
