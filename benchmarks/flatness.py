@@ -21,6 +21,9 @@ JUDGED_SECONDS = 60.0
 """Of a process after that, at least; one that ends sooner is not judged."""
 MEMORY_GROWTH_SHARE = 0.05
 """What the memory of a flat process may grow by, as a share of it..."""
+FIRST_FAILURE_BYTES = 64_000_000
+"""...and, of Ray Train's controller, once more by this: the first failure of a rank makes it import
+what tells failures apart, torch among it (54 MB seen)..."""
 HANDLES_GROWTH = 4
 """...and its open file handles: a log that is changed, a connection that is made anew."""
 
@@ -62,10 +65,10 @@ class Life:
     @property
     def flat(self) -> bool:
         """Whether it does not grow; true where it was too short to tell."""
-        return (
-            self.memory_growth_bytes <= MEMORY_GROWTH_SHARE * self.memory_bytes
-            and self.handles_growth <= HANDLES_GROWTH
-        )
+        allowed = MEMORY_GROWTH_SHARE * self.memory_bytes
+        if self.kind == "controller":
+            allowed += FIRST_FAILURE_BYTES
+        return self.memory_growth_bytes <= allowed and self.handles_growth <= HANDLES_GROWTH
 
 
 def lives(samples: Sequence[Usage]) -> list[Life]:

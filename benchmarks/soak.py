@@ -24,6 +24,7 @@ import torch
 from cavmae.benchmarks.fault_rows import largest_difference, outcome
 from cavmae.benchmarks.fault_runs import INTERVAL, Bench, wait_for_checkpoint
 from cavmae.benchmarks.flatness import (
+    FIRST_FAILURE_BYTES,
     HANDLES_GROWTH,
     JUDGED_SECONDS,
     MEMORY_GROWTH_SHARE,
@@ -173,6 +174,7 @@ def results(
             "warm_up_seconds": WARM_UP_SECONDS,
             "judged_seconds_at_least": JUDGED_SECONDS,
             "memory_growth_share_at_most": MEMORY_GROWTH_SHARE,
+            "controller_may_grow_once_by_bytes": FIRST_FAILURE_BYTES,
             "handles_growth_at_most": HANDLES_GROWTH,
         },
         "problem": problem,

@@ -49,6 +49,13 @@ def test_a_peak_is_no_growth() -> None:
     assert found.flat
 
 
+def test_only_the_controller_may_import_something_at_a_first_failure() -> None:
+    grown = Life("controller", 1, 300.0, True, memory_bytes=400e6, memory_growth_bytes=54e6)
+    assert grown.flat
+    assert not dataclasses.replace(grown, kind="rank").flat
+    assert not dataclasses.replace(grown, memory_growth_bytes=90e6).flat
+
+
 def test_a_process_that_ended_early_is_not_judged() -> None:
     (found,) = lives(life([100e6 * number for number in range(1, 20)]))
     assert not found.judged and found.seconds == 90
