@@ -193,6 +193,7 @@ def _tell_shortage(cluster: ClusterConfig) -> None:
 
 
 def _fit(config: RayPretrainConfig) -> RunSummary:
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import (
         ControllerError,
         FailureConfig,
@@ -244,6 +245,12 @@ def _fit(config: RayPretrainConfig) -> RunSummary:
             f"the ranks failed more often than maximum_failures = "
             f"{cluster.maximum_failures} allows (the same command goes on from the newest "
             f"checkpoint); the last time: {error}"
+        ) from error
+    except (RayActorError, OutOfMemoryError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(
+            "Ray Train's controller, the process that starts the ranks, is gone (the same command "
+            f"goes on from the newest checkpoint): {reason}"
         ) from error
     assert isinstance(summary, RunSummary)
     return summary

@@ -163,6 +163,30 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
     assert losses(tmp_path / "run") == losses(tmp_path / "straight/run")
 
 
+@pytest.mark.slow
+def test_a_controller_that_is_killed_ends_the_driver_with_one_line(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    """As Ray's memory monitor does on a node that is short of memory."""
+    config = tiny_run(
+        packed_synthetic,
+        tmp_path / "run",
+        steps=100_000,
+        checkpoint=CheckpointConfig(every_steps=5),
+    )
+    start = start_on_ray(config, tmp_path)
+    wait_for_rank(start, tmp_path / "run/checkpoints/step-000000005" / MANIFEST)
+    family = psutil.Process(start.pid).children(recursive=True)
+    (controller,) = [one for one in family if one.cmdline()[0].startswith("ray::TrainController")]
+    controller.kill()
+    text = start.communicate(timeout=120)[0]
+    assert start.returncode == 1, text[-5000:]
+    assert "error: Ray Train's controller, the process that starts the ranks, is gone" in text
+    assert "the same command goes on from the newest checkpoint" in text
+    assert "Traceback" not in text
+    assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
+
+
 def wait_for_rank(start: "subprocess.Popen[str]", sign: Path) -> psutil.Process:
     """Process of a rank, as soon as `sign` is there."""
     deadline = time.monotonic() + 300

@@ -1,0 +1,176 @@
+"""Families of processes that a benchmark starts, watches and ends: its own, by their numbers.
+
+Nothing here looks for a process by its name: other people run Ray on the same machine.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import cavmae
+
+PATIENCE_SECONDS = 300.0
+"""After this, what is waited for won't happen."""
+_POLL_SECONDS = 0.02
+
+
+def module_command(module: str, *words: str) -> list[str]:
+    """The command that runs a module of this tree, or of an installed package, in this Python."""
+    return [sys.executable, "-m", module, *words]
+
+
+def tree_environment() -> dict[str, str]:
+    """Variables with which a process imports this tree, whatever is installed."""
+    return {"PYTHONPATH": str(Path(cavmae.__file__).resolve().parents[1])}
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens on a port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def unwind_on_sigterm() -> None:
+    """Have SIGTERM end this process as an error does, so that it ends what it has started."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+
+def end_family(roots: list[psutil.Process]) -> None:
+    """SIGKILL to processes and all that descend from them, as a power cut does.
+
+    Args:
+        roots: those that have ended are passed over, even if others have their numbers now.
+    """
+    family = [*roots, *(child for one in roots for child in descendants(one))]
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below one; none where it has ended, even if another one has its number now."""
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def words_of(process: psutil.Process) -> str:
+    """The command line of a process; empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+class Start:
+    """One start of something: its processes and the one log that they share.
+
+    Args:
+        commands: each with variables to add to this process's environment.
+        log: written anew.
+
+    Attributes:
+        processes: one for each command.
+        first: the first of them, which stays itself when its number is given to another.
+    """
+
+    def __init__(self, commands: list[tuple[list[str], dict[str, str]]], log: Path) -> None:
+        self.log = log
+        with log.open("w") as output:
+            self.processes = [
+                subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | tree_environment() | environment,
+                )
+                for command, environment in commands
+            ]
+        self._roots = [psutil.Process(process.pid) for process in self.processes]
+        self.first = self._roots[0]
+
+    def text(self) -> str:
+        """What was said so far."""
+        return self.log.read_text(errors="replace")
+
+    def line(self, pattern: str, after_bytes: int = 0) -> str:
+        """The first line of the log in which a regular expression is found; empty: in none.
+
+        Args:
+            pattern: to look for.
+            after_bytes: of the log, which are not looked at.
+        """
+        with self.log.open("rb") as file:
+            file.seek(after_bytes)
+            text = file.read().decode(errors="replace")
+        found = re.search(f"^.*{pattern}.*$", text, re.MULTILINE)
+        return found[0].strip() if found else ""
+
+    def ranks(self) -> list[psutil.Process]:
+        """Processes of the ranks that Ray has placed on this machine."""
+        return self.named("ray::RayTrainWorker")
+
+    def named(self, title: str) -> list[psutil.Process]:
+        """Processes of the first command's family whose command line begins with a title."""
+        return [one for one in descendants(self.first) if words_of(one).startswith(title)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether none of the processes runs any more."""
+        return all(process.poll() is not None for process in self.processes)
+
+    def kill(self) -> None:
+        """All of it at once."""
+        end_family(self._roots)
+
+    def finish(self, within_seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait for the end, which must be a good one.
+
+        Raises:
+            RuntimeError: a process ended with another code than 0, or not in time; with the end of
+                the log.
+        """
+        for process in self.processes:
+            try:
+                code = process.wait(timeout=within_seconds)
+            except subprocess.TimeoutExpired:
+                code = f"nothing in {within_seconds:g} s"
+            if code != 0:
+                raise RuntimeError(f"a start ended with {code}:\n{self.text()[-4000:]}")
+
+    def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
+        """The first true answer of `happened`.
+
+        Raises:
+            RuntimeError: there was none until all processes had ended, or for too long; with the
+                end of the log.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            over = time.monotonic() > deadline or self.ended  # before the last look
+            answer = happened()
+            if answer:
+                return answer
+            if over:
+                raise RuntimeError(f"{what} did not happen:\n{self.text()[-4000:]}")
+            time.sleep(_POLL_SECONDS)
