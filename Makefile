@@ -6,7 +6,7 @@ demo: .venv/installed
 	$(BIN)/cavmae demo
 
 test: check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses auto --dist loadfile
 	$(BIN)/pytest -m slow
 
 check: .venv/installed

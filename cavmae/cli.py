@@ -30,6 +30,7 @@ BENCHMARKS = {
     "tiers": ("cavmae.benchmarks.tiers", "Size, cost and quality of each way to store a clip."),
     "faults": ("cavmae.benchmarks.faults", "What a run makes of each fault, done for real."),
     "soak": ("cavmae.benchmarks.soak", "One run for an hour with a fault every few minutes."),
+    "overhead": ("cavmae.benchmarks.overhead", "What Ray and checkpoints add to a step."),
     "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
     "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
     "scaling": ("cavmae.benchmarks.scaling", "A step on 1 to 4,096 GPUs, computed."),

@@ -36,7 +36,8 @@ NOT_COMPARED = {
     "deviations.json": "where the tolerances come from, nothing to compute",
 }
 
-_deviations = pytest.StashKey[dict[str, list[Deviation]]]()
+_NOTED = "golden deviations"
+"""Among the properties of a test's report, which reach the summary from any process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +56,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.golden = golden if golden.is_dir() else EXCERPT
     elif not config.option.golden.is_dir():
         raise pytest.UsageError(f"--golden: there is no folder {config.option.golden}")
-    config.stash[_deviations] = {}
 
 
 def _golden_parameters(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -130,8 +130,9 @@ def check_deviations_of(request: pytest.FixtureRequest) -> Callable[[list[Deviat
     """Note the deviations of this test for the summary, and fail if any is beyond its limit."""
 
     def check(deviations: list[Deviation]) -> None:
-        noted = request.config.stash[_deviations].setdefault(request.node.nodeid, [])
-        noted.extend(deviations)
+        nearest = worst(deviations)
+        noted = (str(nearest), nearest.value, len(deviations))
+        request.node.user_properties.append((_NOTED, noted))
         beyond = [str(deviation) for deviation in deviations if not deviation.within]
         listed = "\n  ".join(beyond[:20])
         assert not beyond, f"{len(beyond)} of {len(deviations)} beyond their limit:\n  {listed}"
@@ -155,19 +156,21 @@ def golden_model() -> Iterator[Callable[[ForwardCase], CAVMAE]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    noted = config.stash[_deviations]
+    noted: list[tuple[str, str, float, int]] = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport) and report.when == "call":
+                properties: list[tuple[str, Any]] = report.user_properties
+                case = report.nodeid.rpartition("/")[2]
+                noted += [(case, *value) for name, value in properties if name == _NOTED]
     if not noted:
         return
     terminalreporter.section("golden deviations")
     terminalreporter.line(f"folder {config.option.golden}; nearest to its limit in each case:")
-    equal = 0
-    for name, deviations in noted.items():
-        nearest = worst(deviations)
-        if nearest.value == 0:
-            equal += 1
-        else:
-            case = name.rpartition("/")[2]
-            terminalreporter.line(f"{case}: {nearest}; {len(deviations)} compared")
+    for case, nearest, value, count in noted:
+        if value:
+            terminalreporter.line(f"{case}: {nearest}; {count} compared")
+    equal = sum(value == 0 for _, _, value, _ in noted)
     terminalreporter.line(f"{equal} more cases are equal in every value compared")
     for part, reason in NOT_COMPARED.items():
         if (config.option.golden / part).exists():
