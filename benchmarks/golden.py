@@ -233,28 +233,43 @@ class TinyTrain:
         Args:
             state: full tensors in float32 under the published names.
         """
-        final = self.record["final_parameters"]
-        deviations = []
-        for name in self.record["unchanged_parameters"]:
-            measured, initial = state[name].cpu().numpy(), self.initial_state[name].numpy()
-            deviations.append(mismatches(f"{name} unchanged", measured, initial))
-        for name, expected in final.items():
-            values = state[name].detach().cpu().double().flatten()
-            sample = values[:: max(1, len(values) // 16)][:16]
-            difference = np.abs(sample.numpy() - np.array(expected["sample16"])).max()
-            deviations += [
-                Deviation(f"{name} sample16", float(difference), LIMITS.training_value),
-                _sum_deviation(name, values, expected),
-            ]
-            parts = {"l2": values, "l2_float64": values}
-            if "l2_q" in expected:
-                parts |= dict(zip(("l2_q", "l2_k", "l2_v"), values.chunk(3), strict=True))
-            deviations += [
-                relative(f"{name} {key}", float(part.norm()), expected[key], LIMITS.training_norm)
-                for key, part in parts.items()
-                if key in expected
-            ]
-        return deviations
+        return final_deviations(self.record, state, self.initial_state)
+
+
+def final_deviations(
+    record: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    initial_state: Mapping[str, torch.Tensor],
+) -> list[Deviation]:
+    """Trained parameters against those of a training record.
+
+    Args:
+        record: its `final_parameters`, and the `unchanged_parameters` that stay bit for bit.
+        state: full tensors in float32 under the published names.
+        initial_state: the same before training.
+    """
+    final = record["final_parameters"]
+    deviations = []
+    for name in record["unchanged_parameters"]:
+        measured, initial = state[name].cpu().numpy(), initial_state[name].numpy()
+        deviations.append(mismatches(f"{name} unchanged", measured, initial))
+    for name, expected in final.items():
+        values = state[name].detach().cpu().double().flatten()
+        sample = values[:: max(1, len(values) // 16)][:16]
+        difference = np.abs(sample.numpy() - np.array(expected["sample16"])).max()
+        deviations += [
+            Deviation(f"{name} sample16", float(difference), LIMITS.training_value),
+            _sum_deviation(name, values, expected),
+        ]
+        parts = {"l2": values, "l2_float64": values}
+        if "l2_q" in expected:
+            parts |= dict(zip(("l2_q", "l2_k", "l2_v"), values.chunk(3), strict=True))
+        deviations += [
+            relative(f"{name} {key}", float(part.norm()), expected[key], LIMITS.training_norm)
+            for key, part in parts.items()
+            if key in expected
+        ]
+    return deviations
 
 
 def _history_deviation(quantity: str, measured: float | None, expected: float | None) -> Deviation:

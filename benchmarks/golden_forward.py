@@ -309,12 +309,7 @@ class ForwardCase:
     def gradient_deviations(self, model: nn.Module) -> list[Deviation]:
         """The gradients in `model` against the gradient file and the corners in the case's file."""
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        deviations = [
-            Deviation(f"parameters named {name}", 1, 0)
-            for name in gradients.keys() ^ self.gradients.keys()
-        ]
-        for name, expected in self.gradients.items():
-            deviations += _gradient_deviations(name, gradients.get(name), expected)
+        deviations = gradient_deviations(gradients, self.gradients)
         for key, expected in self.files.items():
             corner = re.match(r"grad\.(.+?)\[", key)
             if corner is None:
@@ -331,6 +326,19 @@ class ForwardCase:
 
     def _loss_weights(self) -> tuple[float, float]:
         return self.entry["mae_loss_weight"], self.entry["contrast_loss_weight"]
+
+
+def gradient_deviations(
+    gradients: Mapping[str, torch.Tensor | None],
+    expected: Mapping[str, Mapping[str, Any] | None],
+) -> list[Deviation]:
+    """Gradients by parameter against the recorded ones; None where a parameter has none."""
+    deviations = [
+        Deviation(f"parameters named {name}", 1, 0) for name in gradients.keys() ^ expected.keys()
+    ]
+    for name, recorded in expected.items():
+        deviations += _gradient_deviations(name, gradients.get(name), recorded)
+    return deviations
 
 
 def _gradient_deviations(

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 from cavmae.benchmarks.deviations import Deviation, worst
 from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.golden_finetune import FinetuneCase
 from cavmae.benchmarks.golden_forward import ForwardCase
 from cavmae.benchmarks.golden_recipe import read_json
 from cavmae.dataloaders.pack import PackConfig, pack
@@ -30,8 +31,6 @@ EXCERPT = REPOSITORY / "tests" / "golden" / "data"
 
 # Parts of a golden folder that no test compares yet, and why; named in every summary.
 NOT_COMPARED = {
-    "finetune_forward": "fine-tuning is not built: only the features of its encoders are compared",
-    "classification_metrics.json": "fine-tuning is not built",
     "published_curves": "transcribed logs, nothing to compute",
     "deviations.json": "where the tolerances come from, nothing to compute",
 }
@@ -61,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _golden_parameters(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     """For each parameter of the golden tests: the file it comes from, and values by test id."""
     forward = {case.name: case for case in ForwardCase.all(folder)}
+    finetune = {case.name: case for case in FinetuneCase.all(folder)}
     return {
         "forward_case": ("pretrain_forward/index.json", forward),
         "gradient_case": (
@@ -86,9 +86,25 @@ def _golden_parameters(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "patchify_file": ("patchify*.npz", _files(folder, "patchify*.npz")),
         "position_file": ("pos_embed_T*.npz", _files(folder, "pos_embed_T*.npz")),
         "mapping_file": ("adapt_mae/mapping_*.json", _files(folder, "adapt_mae/mapping_*.json")),
-        "feature_entry": (
-            "finetune_forward/index.json",
-            {Path(e["file"]).stem: e for e in _list(folder / "finetune_forward" / "index.json")},
+        "finetune_case": ("finetune_forward/index.json", finetune),
+        "finetune_gradient_case": (
+            "finetune_forward/*_grad.json",
+            {name: case for name, case in finetune.items() if case.has_gradients},
+        ),
+        "finetune_shapes_case": (
+            "finetune_forward/*_shapes.json",
+            {name: case for name, case in finetune.items() if case.shapes_file.exists()},
+        ),
+        "finetune_run": (
+            "finetune_forward/tiny_train_*.json",
+            _files(folder, "finetune_forward/tiny_train_*.json"),
+        ),
+        "classification_entry": (
+            "classification_metrics.json",
+            {
+                f"seed{e['seed']}_{e['K']}_classes" if "K" in e else f"seed{e['seed']}_single": e
+                for e in _list(folder / "classification_metrics.json")
+            },
         ),
     }
 

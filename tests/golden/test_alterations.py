@@ -18,7 +18,12 @@ import pytest
 from cavmae.benchmarks.golden import TinyTrain
 
 REPOSITORY = Path(__file__).parents[2]
-PARTS = ["contrastive.json", "patchify.npz", "retrieval_metrics.json"]
+PARTS = [
+    "contrastive.json",
+    "patchify.npz",
+    "retrieval_metrics.json",
+    "classification_metrics.json",
+]
 
 
 def run_golden(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -51,6 +56,12 @@ def alter_retrieval(folder: Path) -> None:
     (folder / "retrieval_metrics.json").write_text(json.dumps(entries))
 
 
+def alter_classification(folder: Path) -> None:
+    entries = json.loads((folder / "classification_metrics.json").read_text())
+    entries[0]["AP"][3] += 1e-9
+    (folder / "classification_metrics.json").write_text(json.dumps(entries))
+
+
 @pytest.fixture
 def parts(golden_folder: Path, tmp_path: Path) -> Path:
     for part in PARTS:
@@ -73,11 +84,11 @@ def test_unaltered_parts_pass_and_absent_parts_are_skipped_by_name(parts: Path) 
 
 @pytest.mark.slow
 def test_one_altered_value_in_a_part_fails_that_part(parts: Path) -> None:
-    for alter in (alter_contrastive, alter_patches, alter_retrieval):
+    for alter in (alter_contrastive, alter_patches, alter_retrieval, alter_classification):
         alter(parts)
     result = run_golden(parts)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
-    assert "3 failed" in result.stdout
+    assert "4 failed" in result.stdout
 
 
 @pytest.mark.slow

@@ -10,8 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
 _SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
+_NORM_STREAM: dict[str, Stream] = {
+    norm + suffix: stream
+    for stream, suffix in _SUFFIX.items()
+    for norm in ("norm", "norm1", "norm2")
+}
 SHORT_SEQUENCE = 256
 """Tokens up to which attention on a CPU holds its (tokens, tokens) scores."""
 
@@ -100,3 +106,18 @@ class Block(nn.Module):
             ],
             dim=1,
         )
+
+
+def norm_stream(name: str) -> Stream | None:
+    """The stream whose norm a parameter belongs to, by its name; None: it is no encoder norm's."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return _NORM_STREAM.get(module)
+
+
+def pass_streams(
+    block: nn.Module, streams: dict[Stream, torch.Tensor]
+) -> dict[Stream, torch.Tensor]:
+    """Each stream (batch, its tokens, width) through one `Block`, in one packed pass."""
+    segments = {stream: tokens.shape[1] for stream, tokens in streams.items()}
+    packed = block(torch.cat(list(streams.values()), dim=1), segments)
+    return dict(zip(streams, packed.split(list(segments.values()), dim=1), strict=True))

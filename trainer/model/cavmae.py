@@ -1,28 +1,23 @@
 """CAV-MAE: contrastive audio-visual masked autoencoder (Gong et al., ICLR 2023).
 
-Two modality encoders, a joint encoder that all streams share, a decoder that reconstructs removed
-patches. Single-device code: it knows nothing of ranks. Parameter names are those of the published
-checkpoints.
+The encoders, and a decoder that reconstructs removed patches. Single-device code: it knows nothing
+of ranks. Parameter names are those of the published checkpoints.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from cavmae.kernels import (
     MaskIds,
-    gather_patches,
     gather_tokens,
     masked_reconstruction_loss,
     restore_tokens,
 )
-from cavmae.trainer.model.blocks import Block, Stream
+from cavmae.trainer.model.blocks import Stream, norm_stream
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.positions import position_table
-
-PATCH = 16
+from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, blocks, positions
 
 
 class PretrainOutput(NamedTuple):
@@ -51,87 +46,35 @@ class PretrainOutput(NamedTuple):
     video_tokens: torch.Tensor | None = None
 
 
-class PatchEmbed(nn.Module):
-    """Linear projection of 16 x 16 patches, stored as the published convolution."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=PATCH, stride=PATCH)
-
-    def forward(
-        self, pixels: torch.Tensor, ids: torch.Tensor, modality: torch.Tensor
-    ) -> torch.Tensor:
-        """(batch, channels, height, width) and ids (batch, kept) to (batch, kept, width).
-
-        The modality vector is added to the bias, where it costs nothing.
-        """
-        weight = self.proj.weight
-        patches = gather_patches(pixels, ids, PATCH, dtype=weight.dtype)
-        assert self.proj.bias is not None
-        return F.linear(patches, weight.flatten(1), self.proj.bias + modality.flatten())
-
-
-class CAVMAE(nn.Module):
+class CAVMAE(AudioVideoEncoder):
     """The pretraining model.
+
+    The stream of a single modality passes the last joint block only, which is what the published
+    pretraining does and matters with `joint_depth` above 1.
 
     Args:
         config: sizes; the defaults are the published base model.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        learnable = config.learnable_positions
+        super().__init__(config, learnable_positions=learnable, single_stream_depth=1)
         width, decoder_width = config.width, config.decoder_width
-
-        self.patch_embed_a = PatchEmbed(1, width)
-        self.patch_embed_v = PatchEmbed(3, width)
-        self.modality_a = nn.Parameter(torch.zeros(1, 1, width))
-        self.modality_v = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed_a = self._positions(width, config.audio_grid)
-        self.pos_embed_v = self._positions(width, config.video_grid)
-        self.blocks_a = self._blocks(width, config.heads, config.modality_depth)
-        self.blocks_v = self._blocks(width, config.heads, config.modality_depth)
-        self.blocks_u = self._blocks(width, config.heads, config.joint_depth)
-        self.norm_a = nn.LayerNorm(width)
-        self.norm_v = nn.LayerNorm(width)
-        self.norm = nn.LayerNorm(width)
 
         self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_modality_a = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_modality_v = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_pos_embed_a = self._positions(decoder_width, config.audio_grid)
-        self.decoder_pos_embed_v = self._positions(decoder_width, config.video_grid)
-        self.decoder_blocks = self._blocks(
-            decoder_width, config.decoder_heads, config.decoder_depth
-        )
+        self.decoder_pos_embed_a = positions(decoder_width, config.audio_grid, learnable=learnable)
+        self.decoder_pos_embed_v = positions(decoder_width, config.video_grid, learnable=learnable)
+        self.decoder_blocks = blocks(decoder_width, config.decoder_heads, config.decoder_depth)
         self.decoder_norm = nn.LayerNorm(decoder_width)
         self.decoder_pred_a = nn.Linear(decoder_width, PATCH * PATCH)
         self.decoder_pred_v = nn.Linear(decoder_width, PATCH * PATCH * 3)
 
         self._initialize()
-
-    def _positions(self, width: int, grid: tuple[int, int]) -> nn.Parameter:
-        return nn.Parameter(
-            position_table(width, grid), requires_grad=self.config.learnable_positions
-        )
-
-    @staticmethod
-    def _blocks(width: int, heads: int, depth: int) -> nn.ModuleList:
-        return nn.ModuleList([Block(width, heads) for _ in range(depth)])
-
-    def _initialize(self) -> None:
-        """Xavier matrices and normal tokens, as the published code starts."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, PatchEmbed):
-                nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
-        for name in ("modality_a", "modality_v", "mask_token"):
-            nn.init.normal_(getattr(self, name), std=0.02)
-        for name in ("decoder_modality_a", "decoder_modality_v"):
-            nn.init.normal_(getattr(self, name), std=0.02)
+        for token in (self.mask_token, self.decoder_modality_a, self.decoder_modality_v):
+            nn.init.normal_(token, std=0.02)
 
     def freeze_unused(self, *, reconstruct: bool, contrast: bool) -> list[str]:
         """Stop gradients of the parameters that the chosen losses never use.
@@ -142,36 +85,20 @@ class CAVMAE(nn.Module):
         Returns:
             The names of the parameters that no chosen loss uses.
         """
-        unused = [
-            name
-            for name, _ in self.named_parameters()
-            if not self._is_used(name, reconstruct=reconstruct, contrast=contrast)
-        ]
-        for name in unused:
-            self.get_parameter(name).requires_grad_(False)
-        return unused
-
-    def compile_blocks(self) -> None:
-        """Compile every transformer block in place at its first use; names stay as they are."""
-        for blocks in (self.blocks_a, self.blocks_v, self.blocks_u, self.decoder_blocks):
-            for block in blocks:
-                block.compile()
-
-    def _is_used(self, name: str, *, reconstruct: bool, contrast: bool) -> bool:
-        owner = name.split(".")[0]
-        module = name.split(".")[-2] if "." in name else ""
-        modality_norm = module in ("norm1_a", "norm2_a", "norm1_v", "norm2_v")
-        if owner == "blocks_u":
-            if int(name.split(".")[1]) < self.config.joint_depth - 1:
-                return reconstruct and not modality_norm
-            if modality_norm:
-                return contrast
-            return reconstruct or module not in ("norm1", "norm2")
-        if owner in ("norm_a", "norm_v"):
-            return contrast
-        if owner == "norm" or owner == "mask_token" or owner.startswith("decoder_"):
-            return reconstruct and not modality_norm
-        return not modality_norm
+        streams: set[Stream] = set()
+        if contrast:
+            streams |= {"audio", "video"}
+        if reconstruct:
+            streams |= {"joint"}
+        unused = []
+        for name, _ in self.named_parameters():
+            if name.startswith(("decoder_", "mask_token")):
+                used = reconstruct and norm_stream(name) in (None, "joint")
+            else:
+                used = self._encoder_uses(name, ("audio", "video"), streams)
+            if not used:
+                unused.append(name)
+        return self._freeze(unused)
 
     def forward(
         self,
@@ -242,75 +169,6 @@ class CAVMAE(nn.Module):
                 predicted = self._predict(tokens, self.config.audio_tokens)
                 output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
         return output
-
-    def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """(batch, audio_frames, mel_bins) to the unmasked embedding (batch, width), float32."""
-        spectrogram = self._spectrogram(log_mel)
-        tokens = self._encode_audio(spectrogram, self._all_ids(self.config.audio_tokens, log_mel))
-        tokens = self._joint_encoder({"audio": tokens})["audio"]
-        return self.norm_a(tokens).float().mean(dim=1)
-
-    def embed_video(self, frame: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, image_size, image_size) to the unmasked embedding (batch, width), float32."""
-        frame = self._checked_frame(frame)
-        tokens = self._encode_video(frame, self._all_ids(self.config.video_tokens, frame))
-        tokens = self._joint_encoder({"video": tokens})["video"]
-        return self.norm_v(tokens).float().mean(dim=1)
-
-    def _spectrogram(self, log_mel: torch.Tensor) -> torch.Tensor:
-        expected = (self.config.audio_frames, self.config.mel_bins)
-        if log_mel.ndim != 3 or log_mel.shape[1:] != expected:
-            raise ValueError(
-                f"log_mel has shape {tuple(log_mel.shape)}; the model takes (batch, {expected[0]}, "
-                f"{expected[1]}): change the input or model.audio_frames and model.mel_bins"
-            )
-        # Frequency becomes the height, so that patches run frequency-major as published.
-        return log_mel.transpose(1, 2)[:, None]
-
-    def _checked_frame(self, frame: torch.Tensor) -> torch.Tensor:
-        side = self.config.image_size
-        if frame.ndim != 4 or frame.shape[1:] != (3, side, side):
-            raise ValueError(
-                f"frame has shape {tuple(frame.shape)}; the model takes (batch, 3, {side}, {side}):"
-                " change the input or model.image_size"
-            )
-        return frame
-
-    @staticmethod
-    def _all_ids(tokens: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.arange(tokens, device=like.device).expand(like.shape[0], -1)
-
-    def _encode_audio(self, spectrogram: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch_embed_a(spectrogram, ids, self.modality_a)  # (batch, kept, width)
-        tokens = tokens + self.pos_embed_a[0][ids]
-        for block in self.blocks_a:
-            tokens = block(tokens)
-        return tokens
-
-    def _encode_video(self, frame: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch_embed_v(frame, ids, self.modality_v)  # (batch, kept, width)
-        tokens = tokens + self.pos_embed_v[0][ids]
-        for block in self.blocks_v:
-            tokens = block(tokens)
-        return tokens
-
-    def _joint_encoder(self, streams: dict[Stream, torch.Tensor]) -> dict[Stream, torch.Tensor]:
-        """All streams through the shared blocks.
-
-        The streams of one modality pass the last block only, in one packed pass with the joint
-        stream. That matters with `joint_depth` above 1, where it is what the published pretraining
-        does.
-        """
-        *earlier_blocks, last_block = self.blocks_u
-        if "joint" in streams:
-            joint = streams["joint"]
-            for block in earlier_blocks:
-                joint = block(joint)
-            streams["joint"] = joint
-        segments = {stream: tokens.shape[1] for stream, tokens in streams.items()}
-        packed = last_block(torch.cat(list(streams.values()), dim=1), segments)
-        parts = packed.split(list(segments.values()), dim=1)
-        return dict(zip(streams, parts, strict=True))
 
     def _decode(
         self, latent: torch.Tensor, audio_mask: MaskIds, video_mask: MaskIds

@@ -33,7 +33,7 @@ class ModelConfig:
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     learnable_positions: bool = False
-    """Train the position tables; otherwise they stay the fixed sine-cosine ones."""
+    """Train the position tables in pretraining; otherwise they stay the fixed sine-cosine ones."""
 
     def __post_init__(self) -> None:
         for field in ("audio_frames", "mel_bins", "image_size"):

@@ -1,4 +1,5 @@
-"""Starting from somebody else's weights: published CAV-MAE checkpoints and ImageNet MAE ones.
+"""Starting from somebody else's weights: published CAV-MAE checkpoints and ImageNet MAE ones, and
+for fine-tuning those of a pretraining run.
 
 Files are read with `weights_only=True`, so that a checkpoint cannot run code. A key that does not
 fit is an error, never a silently random layer.
@@ -11,10 +12,19 @@ from pathlib import Path
 import torch
 
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import VIDEO_ONLY, CAVMAEClassifier
 
 State = Mapping[str, torch.Tensor]
 
 _LISTED = 8
+PRETRAINING_FIX = (
+    "Set model.modality_depth, model.joint_depth and model.decoder_depth to the checkpoint's, or "
+    "take a checkpoint with its decoder and without a classifier"
+)
+CLASSIFIER_FIX = (
+    "Set model.modality_depth and model.joint_depth to the checkpoint's; an audio-only checkpoint "
+    "fits a classifier built with video=False"
+)
 
 
 def load_initial_weights(model: CAVMAE, path: str | Path) -> None:
@@ -57,9 +67,59 @@ def load_published(model: CAVMAE, path_or_state: str | Path | State) -> None:
     else:
         state = _without_prefix(path_or_state)
     expected = model.state_dict()
-    _check_keys(state, expected)
+    _check_keys(state, expected, PRETRAINING_FIX)
     _check_shapes({name: (name, state[name]) for name in state}, expected)
     model.load_state_dict(dict(state))
+
+
+def load_classifier_weights(
+    model: CAVMAEClassifier, path_or_state: str | Path | State
+) -> list[str]:
+    """Load a pretraining or a fine-tuned CAV-MAE checkpoint into `model`, in place.
+
+    The decoder of a pretraining checkpoint has no place in `model` and is left out, as is what only
+    video uses where `model` is an audio-only one. Everything else has to fit.
+
+    Args:
+        path_or_state: file or state dict, ours (`weights.pt`) or published, with or without
+            `module.` prefixes.
+
+    Returns:
+        The parameters that the checkpoint does not have and that keep their values: those of the
+        head for a pretraining checkpoint, none for a fine-tuned one.
+
+    Raises:
+        ValueError: a checkpoint of another architecture, another number of classes, or a missing,
+            unexpected or wrongly shaped tensor, with its shapes.
+        FileNotFoundError: no such file.
+    """
+    if isinstance(path_or_state, str | Path):
+        state, source = read_state(path_or_state), str(path_or_state)
+    else:
+        state, source = _without_prefix(path_or_state), "the checkpoint"
+    if "patch_embed_a.proj.weight" not in state:
+        raise ValueError(
+            f"{source} holds no CAV-MAE weights (patch_embed_a.proj.weight); its first keys are "
+            f"{sorted(state)[:_LISTED]}. Fine-tuning starts from a CAV-MAE checkpoint: pretrain "
+            "from this one first, or take the weights.pt of a pretraining run"
+        )
+    left_out = ["mask_token"] + ([] if model.has_video else [*VIDEO_ONLY])
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith("decoder_") and name.split(".")[0] not in left_out
+    }
+    expected = model.state_dict()
+    head = [name for name in expected if name.startswith("mlp_head.")]
+    if any(name in state for name in head):
+        _check_classes(source, state, model.classes)
+        kept = []
+    else:
+        kept = head
+    _check_keys(state, [name for name in expected if name not in kept], CLASSIFIER_FIX)
+    _check_shapes({name: (name, state[name]) for name in state}, expected)
+    model.load_state_dict(expected | state)
+    return kept
 
 
 def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
@@ -83,7 +143,12 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
     source = _without_prefix(source_state)
     state = dict(model.state_dict())
     sources = {name: key for name in state if (key := _mae_key(name, model)) is not None}
-    _check_keys(source, [*dict.fromkeys(sources.values()), "cls_token"], optional="cls_token")
+    _check_keys(
+        source,
+        [*dict.fromkeys(sources.values()), "cls_token"],
+        PRETRAINING_FIX,
+        optional="cls_token",
+    )
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
     _check_shapes({name: (sources[name], tensor) for name, tensor in adapted.items()}, state)
     return state | adapted
@@ -155,7 +220,18 @@ def _adapt(name: str, source: torch.Tensor) -> torch.Tensor:
     return source
 
 
-def _check_keys(state: State, expected: Iterable[str], optional: str = "") -> None:
+def _check_classes(source: str, state: State, classes: int) -> None:
+    """Whether the head of a fine-tuned checkpoint has as many classes as the model."""
+    name = "mlp_head.1.weight"
+    if name in state and len(state[name]) != classes:
+        raise ValueError(
+            f"{source} has {len(state[name])} classes ({name} {tuple(state[name].shape)}) and the "
+            f"model {classes}; build the classifier with classes={len(state[name])} to use its "
+            "head, or start from a pretraining checkpoint to train a new one"
+        )
+
+
+def _check_keys(state: State, expected: Iterable[str], fix: str, optional: str = "") -> None:
     expected = list(expected)
     missing = [name for name in expected if name not in state and name != optional]
     unexpected = [name for name in state if name not in expected]
@@ -167,12 +243,7 @@ def _check_keys(state: State, expected: Iterable[str], optional: str = "") -> No
     if unexpected:
         shapes = [f"{name} {tuple(state[name].shape)}" for name in unexpected]
         lines.append(f"{len(unexpected)} tensors are unexpected: {_some(shapes)}")
-    raise ValueError(
-        "the checkpoint does not fit the model; "
-        + "; ".join(lines)
-        + ". Set model.modality_depth, model.joint_depth and model.decoder_depth to the "
-        "checkpoint's, or take a checkpoint with its decoder and without a classifier"
-    )
+    raise ValueError(f"the checkpoint does not fit the model; {'; '.join(lines)}. {fix}")
 
 
 def _check_shapes(tensors: Mapping[str, tuple[str, torch.Tensor]], expected: State) -> None:

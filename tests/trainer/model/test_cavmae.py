@@ -1,5 +1,7 @@
 """The model beyond the published numbers: other sizes, losses left out, inputs that do not fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -116,10 +118,24 @@ def test_inputs_of_another_size_are_refused(log_mel, frame, message: str) -> Non
         model(torch.zeros(log_mel), torch.zeros(frame), *masks)
 
 
+def test_single_streams_pass_the_last_joint_block_alone_and_the_joint_one_all() -> None:
+    torch.manual_seed(0)
+    model = CAVMAE(replace(SMALL, joint_depth=2))
+    before = forward(model)._asdict()
+    torch.nn.init.normal_(model.blocks_u.get_parameter("0.mlp.fc2.bias"))
+    first_changed = forward(model)._asdict()
+    torch.nn.init.normal_(model.blocks_u.get_parameter("1.mlp.fc2.bias"))
+    last_changed = forward(model)._asdict()
+    for name in ("audio_embedding", "video_embedding"):
+        assert torch.equal(first_changed[name], before[name])
+        assert not torch.allclose(last_changed[name], before[name])
+    assert not torch.allclose(first_changed["latent"], before["latent"])
+    assert not torch.allclose(last_changed["latent"], first_changed["latent"])
+
+
 def test_learnable_positions_get_gradients() -> None:
     torch.manual_seed(0)
-    fields = {name: getattr(SMALL, name) for name in SMALL.__dataclass_fields__}
-    model = CAVMAE(ModelConfig(**fields | {"learnable_positions": True}))
+    model = CAVMAE(replace(SMALL, learnable_positions=True))
     assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
 
 

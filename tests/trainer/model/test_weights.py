@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.weights import adapt_mae, load_initial_weights, load_published
+from cavmae.trainer.model.weights import (
+    adapt_mae,
+    load_classifier_weights,
+    load_initial_weights,
+    load_published,
+)
 
 SIZES = ModelConfig(
     audio_frames=32,
@@ -70,7 +76,7 @@ def mae_state(sizes: ModelConfig = SIZES) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def assert_equal_states(model: CAVMAE, expected: dict[str, torch.Tensor]) -> None:
+def assert_equal_states(model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert not [name for name in state if not torch.equal(state[name], expected[name])]
@@ -203,3 +209,93 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"w\.pth cannot be read.*download it again"):
         load_initial_weights(random_model(2), tmp_path / "w.pth")
+
+
+def random_classifier(seed: int, classes: int = 5, *, video: bool = True) -> CAVMAEClassifier:
+    torch.manual_seed(seed)
+    model = CAVMAEClassifier(SIZES, classes, video=video)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_pretraining_checkpoint_fills_all_of_a_classifier_but_its_head(
+    tmp_path: Path, prefix: str
+) -> None:
+    pretrained = random_model(1).state_dict()
+    torch.save({prefix + name: tensor for name, tensor in pretrained.items()}, tmp_path / "w.pth")
+    model = random_classifier(2)
+    head = {n: t.clone() for n, t in model.state_dict().items() if n.startswith("mlp_head.")}
+    assert load_classifier_weights(model, tmp_path / "w.pth") == list(head)
+    encoders = {name: pretrained[name] for name in model.state_dict() if name not in head}
+    assert_equal_states(model, encoders | head)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("classes", [5, 9])
+def test_a_fine_tuned_checkpoint_fills_all_of_a_classifier(prefix: str, classes: int) -> None:
+    tuned = random_classifier(1, classes).state_dict()
+    model = random_classifier(2, classes)
+    state = {prefix + name: tensor for name, tensor in tuned.items()}
+    assert load_classifier_weights(model, state) == []
+    assert_equal_states(model, tuned)
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_an_audio_only_classifier_takes_the_audio_part(fine_tuned: bool) -> None:
+    expected = (random_classifier(1) if fine_tuned else random_model(1)).state_dict()
+    model = random_classifier(2, video=False)
+    kept = load_classifier_weights(model, expected)
+    state = model.state_dict()
+    assert not [n for n in state if n not in kept and not torch.equal(state[n], expected[n])]
+
+
+def test_an_audio_only_checkpoint_does_not_fill_a_whole_classifier() -> None:
+    with pytest.raises(ValueError, match=r"missing: modality_v.*built with video=False"):
+        load_classifier_weights(
+            random_classifier(2), random_classifier(1, video=False).state_dict()
+        )
+
+
+def test_another_number_of_classes_is_named_with_the_fix(tmp_path: Path) -> None:
+    torch.save(random_classifier(1, classes=9).state_dict(), tmp_path / "vgg.pth")
+    model = random_classifier(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_classifier_weights(model, tmp_path / "vgg.pth")
+    assert "vgg.pth has 9 classes (mlp_head.1.weight (9, 16)) and the model 5" in str(error.value)
+    assert "classes=9" in str(error.value)
+    assert_equal_states(model, before)
+
+
+def test_a_classifier_does_not_start_from_weights_of_another_architecture(tmp_path: Path) -> None:
+    torch.save(mae_state(), tmp_path / "mae.pth")
+    with pytest.raises(ValueError, match=r"mae\.pth holds no CAV-MAE weights.*pretrain from this"):
+        load_classifier_weights(random_classifier(2), tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "deeper", "longer"])
+def test_a_checkpoint_that_does_not_fit_leaves_the_classifier_as_it_was(change: str) -> None:
+    sizes = {"deeper": {"modality_depth": 3}, "longer": {"audio_frames": 64}}.get(change, {})
+    state = random_model(1, replace(SIZES, **sizes)).state_dict()
+    if change == "missing":
+        del state["norm_v.bias"]
+    if change == "unexpected":
+        state["cls_token"] = torch.zeros(1, 1, 16)
+    model = random_classifier(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    message = {
+        "missing": "missing: norm_v.bias",
+        "unexpected": r"unexpected: cls_token \(1, 1, 16\)",
+        "deeper": r"unexpected: blocks_a\.2.*Set model\.modality_depth",
+        "longer": r"pos_embed_a has shape \(1, 8, 16\).*Set .*model\.audio_frames",
+    }[change]
+    with pytest.raises(ValueError, match=message):
+        load_classifier_weights(model, state)
+    assert_equal_states(model, before)
+
+
+def test_a_fine_tuned_checkpoint_is_none_to_pretrain_from() -> None:
+    with pytest.raises(ValueError, match=r"missing: mask_token.*without a classifier"):
+        load_published(random_model(2), random_classifier(1).state_dict())
