@@ -243,7 +243,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     with (run_dir / "weights.pt").open("rb") as file:
         weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     report = {
-        **dataclasses.asdict(config),
+        "asked": dataclasses.asdict(config),
         "audio_ratio": ratios[0],
         "video_ratio": ratios[1],
         "weights_sha256": weights_sha256,

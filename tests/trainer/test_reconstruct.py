@@ -1,5 +1,6 @@
 """`cavmae reconstruct`: what is removed stays unseen, and errors are those of what was removed."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -41,9 +42,11 @@ def save_untrained(shards: Path, run_dir: Path, **changes: object) -> PretrainCo
 
 @pytest.fixture(scope="module")
 def joint(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with OUT in `out`: 3 clips, 6 of 24 and 1 of 4 patches kept."""
+    """The folder of a run with OUT in `out`: 3 clips of 2 s, for a model that hears 2.1 s."""
     folder = tmp_path_factory.mktemp("reconstruct") / "run"
-    save_untrained(packed_synthetic, folder)
+    save_untrained(
+        packed_synthetic, folder, model=dataclasses.replace(tiny_run.MODEL, audio_frames=208)
+    )
     words = [str(folder), str(packed_synthetic / "frames"), str(folder / "out"), "--clips", "3"]
     assert cli.main(["reconstruct", *words, "--sound-iterations", "30"]) == 0
     return folder
@@ -60,6 +63,7 @@ def test_the_report_names_the_first_clips_the_run_and_its_weights(
     shards = ShardSet(str(packed_synthetic / "frames"))
     first = [shards.sample_id(0, sample) for sample in range(3)]
     assert [clip["sample_id"] for clip in report["clips"]] == first
+    assert (report["asked"]["clips"], report["asked"]["seed"]) == (3, 0)
     assert {clip["direction"] for clip in report["clips"]} == {"joint"}
     assert (report["audio_ratio"], report["video_ratio"], report["left_out"]) == (0.75, 0.75, [])
     assert report["config"] == json.loads((joint / "config.json").read_text())
@@ -83,14 +87,14 @@ def test_each_clip_has_a_picture_and_two_sounds_of_its_own_length(
     endings = (".png", "-original.wav", "-reconstructed.wav")
     expected = {f"clip-{name}{ending}" for name in names for ending in endings}
     assert {path.name for path in (joint / "out").iterdir()} == expected | {"reconstructions.json"}
-    for path in (joint / "out").glob("*.wav"):
-        with wave.open(str(path)) as sound:
-            assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (
-                16000,
-                1,
-                2,
-            )
-            assert sound.getnframes() == 191 * 160 + 400  # the model hears 192 frames of 2 s
+    shards = ShardSet(str(packed_synthetic / "frames"))
+    for number, name in enumerate(names):
+        samples = shards.description(0, number)["audio"]["samples"]
+        for ending in endings[1:]:
+            with wave.open(str(joint / "out" / f"clip-{name}{ending}")) as sound:
+                assert (sound.getframerate(), sound.getnchannels()) == (16000, 1)
+                assert sound.getsampwidth() == 2
+                assert samples - 160 < sound.getnframes() <= samples  # whole windows
 
 
 def test_the_original_sound_is_the_clips_own_at_its_level(
@@ -102,7 +106,7 @@ def test_the_original_sound_is_the_clips_own_at_its_level(
     with wave.open(str(joint / "out" / f"clip-{name}-original.wav")) as sound:
         heard = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).copy()
     both = log_mel(
-        [torch.from_numpy(stored), torch.from_numpy(heard)], 32, 192, torch.device("cpu")
+        [torch.from_numpy(stored), torch.from_numpy(heard)], 32, 198, torch.device("cpu")
     )
     assert torch.corrcoef(both.flatten(1))[0, 1] > 0.9
     assert (both[1] - both[0]).median().abs() < 0.3
