@@ -7,7 +7,7 @@ demo: .venv/installed
 
 test: check
 	$(BIN)/pytest -m "not slow" --numprocesses auto --dist loadfile
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --durations 20
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

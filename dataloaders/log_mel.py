@@ -111,7 +111,7 @@ def _chunk(
     # A window is five blocks of 80 samples, the next one begins two blocks later.
     blocks = waveforms.unflatten(1, (-1, HOP_SAMPLES // 2)).sum(2)
     means = blocks.unfold(1, WINDOW_SAMPLES * 2 // HOP_SAMPLES, 2).sum(2) / WINDOW_SAMPLES
-    hann = _hann(device)
+    hann = hann_window(device)
     windows = torch.empty(len(waveforms), computed, FFT_SAMPLES, device=device)
     inner = windows[..., :WINDOW_SAMPLES]
     windows[..., WINDOW_SAMPLES:] = 0
@@ -134,7 +134,7 @@ def _chunk(
 
 
 @lru_cache(maxsize=4)
-def _hann(device: torch.device) -> torch.Tensor:
+def hann_window(device: torch.device) -> torch.Tensor:
     """`(400,)` symmetric Hann window."""
     return torch.hann_window(WINDOW_SAMPLES, periodic=False, device=device)
 
@@ -146,14 +146,14 @@ def _mel_groups(
     """The filters in four groups, each without the rows that are zero for all of it: first row, end
     and `(end - first, filters)`. A quarter of the products is left."""
     groups = []
-    for part in _mel_filters(mel_bins, device, dtype).chunk(4, 1):
+    for part in mel_filters(mel_bins, device, dtype).chunk(4, 1):
         rows = part.any(1).nonzero().flatten().tolist() or [0]
         groups.append((rows[0], rows[-1] + 1, part[rows[0] : rows[-1] + 1].contiguous()))
     return groups
 
 
 @lru_cache(maxsize=4)
-def _mel_filters(mel_bins: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def mel_filters(mel_bins: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """`(257, mel_bins)` triangles, equally spaced on the HTK mel scale from 20 Hz to 8 kHz."""
     lowest = _mel(torch.tensor(LOWEST_HZ, dtype=torch.float64))
     highest = _mel(torch.tensor(AUDIO_HZ / 2, dtype=torch.float64))

@@ -170,6 +170,36 @@ class CAVMAE(AudioVideoEncoder):
                 output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
         return output
 
+    def predict_patches(
+        self,
+        log_mel: torch.Tensor,
+        frame: torch.Tensor,
+        audio_mask: MaskIds,
+        video_mask: MaskIds,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every patch as the decoder predicts it, without losses.
+
+        A mask may keep all of a modality or nothing, which no loss is defined for: the sound from
+        the frame alone, and the other way.
+
+        Args:
+            log_mel: (batch, audio_frames, mel_bins) normalised log-mel.
+            frame: (batch, 3, image_size, image_size) normalised image.
+            audio_mask, video_mask: which patches the encoders see.
+
+        Returns:
+            (batch, audio tokens, 256) and (batch, video tokens, 768), original order.
+
+        Raises:
+            ValueError: an input whose size is not the model's.
+        """
+        audio = self._encode_audio(self._spectrogram(log_mel), audio_mask.keep)
+        video = self._encode_video(self._checked_frame(frame), video_mask.keep)
+        joint = torch.cat([audio, video], dim=1)  # (batch, kept audio + kept video, width)
+        latent = self.norm(self._joint_encoder({"joint": joint})["joint"])
+        tokens = self._decode(latent, audio_mask, video_mask)
+        return self._predict(tokens, self.config.audio_tokens)
+
     def _decode(
         self, latent: torch.Tensor, audio_mask: MaskIds, video_mask: MaskIds
     ) -> torch.Tensor:

@@ -147,3 +147,30 @@ def test_compiled_blocks_give_the_same_losses_and_names() -> None:
     for ours, theirs in zip(forward(compiled), forward(eager), strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
+    model = small_model()
+    masks = random_masks(SMALL, torch.arange(3), seed=0, audio_ratio=0.5, video_ratio=0.25)
+    with_losses = forward(model, predict_all=True)
+    predicted_audio, predicted_video = model.predict_patches(*inputs(), *masks)
+    torch.testing.assert_close(predicted_audio, with_losses.predicted_audio)
+    torch.testing.assert_close(predicted_video, with_losses.predicted_video)
+
+
+@pytest.mark.parametrize("absent", ["sound", "frame"])
+def test_a_modality_that_is_removed_whole_does_not_change_a_prediction(absent: str) -> None:
+    model = small_model()
+    log_mel, frame = inputs()
+    ratios = (1.0, 0.0) if absent == "sound" else (0.0, 1.0)
+    masks = [
+        mask_ids_from_shuffle(torch.arange(tokens).expand(3, -1), ratio)
+        for tokens, ratio in zip((SMALL.audio_tokens, SMALL.video_tokens), ratios, strict=True)
+    ]
+    before = model.predict_patches(log_mel, frame, *masks)
+    (log_mel if absent == "sound" else frame).normal_()
+    after = model.predict_patches(log_mel, frame, *masks)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    (frame if absent == "sound" else log_mel).normal_()
+    changed = model.predict_patches(log_mel, frame, *masks)
+    assert not any(torch.equal(*pair) for pair in zip(before, changed, strict=True))
