@@ -38,6 +38,13 @@ BENCHMARKS = {
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }
+EVALUATIONS = {
+    "retrieve": ("cavmae.trainer.retrieve", "Does a sound find its picture, and the other way?"),
+}
+GROUPS = {
+    "evaluate": (EVALUATIONS, "Score a finished run on a packed set."),
+    "bench": (BENCHMARKS, "Run a benchmark and write its record."),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,17 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
     # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
     words = [word for word in words if not word.startswith("--local_rank=")]
     if not words or words[0] in ("-h", "--help"):
-        print(_usage("cavmae", COMMANDS, {"bench": "Run a benchmark and write its record."}))
+        print(_usage("cavmae", COMMANDS, {name: text for name, (_, text) in GROUPS.items()}))
         return 0 if words else 2
     if words[0] == "--version":
         print(f"cavmae {__version__}")
         return 0
-    if words[0] != "bench":
+    if words[0] not in GROUPS:
         return _dispatch("cavmae", COMMANDS, words)
+    program, (commands, _) = f"cavmae {words[0]}", GROUPS[words[0]]
     if len(words) == 1 or words[1] in ("-h", "--help"):
-        print(_usage("cavmae bench", BENCHMARKS, {}))
+        print(_usage(program, commands, {}))
         return 0 if len(words) > 1 else 2
-    return _dispatch("cavmae bench", BENCHMARKS, words[1:])
+    return _dispatch(program, commands, words[1:])
 
 
 def _dispatch(program: str, commands: dict[str, tuple[str, str]], words: list[str]) -> int:

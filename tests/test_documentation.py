@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cavmae.cli import BENCHMARKS, COMMANDS
+from cavmae.cli import BENCHMARKS, COMMANDS, GROUPS
 from cavmae.trainer.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_named_exists(page: Path) -> None:
     code = code_of(page.read_text())
-    assert set(re.findall(r"\bcavmae ([a-z][a-z-]*)", code)) <= {*COMMANDS, "bench"}
+    assert set(re.findall(r"\bcavmae ([a-z][a-z-]*)", code)) <= {*COMMANDS, *GROUPS}
     assert set(re.findall(r"\bcavmae bench ([a-z-]+)", code)) <= {*BENCHMARKS}
     assert set(re.findall(r"\bcavmae pretrain ([a-z_]+)\b(?!/)", code)) <= {*RECIPES}
 

@@ -7,7 +7,6 @@ other.
 """
 
 import dataclasses
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,12 @@ from cavmae.dataloaders.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.finished_run import FinishedRun, open_finished_run
 from cavmae.trainer.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.model.weights import load_published
 from cavmae.trainer.pictures import masked_and_reconstructed, patchify, reconstruction_picture
-from cavmae.trainer.run_folder import load_config, write_json
+from cavmae.trainer.run_folder import write_json
 
 ERRORS = (
     "mean_squared_error",
@@ -81,23 +80,15 @@ class ReconstructConfig:
                 )
 
 
-def finished_run(run_dir: Path) -> PretrainConfig:
-    """The configuration of a run that has weights and a decoder that was trained.
+def run_with_decoder(run_dir: str) -> FinishedRun:
+    """A finished run whose decoder was trained.
 
     Raises:
-        ValueError: the folder is no run's, the run has not finished, or trained no decoder.
+        ValueError: no finished run is there, or one that trained no decoder.
+        OSError: a file can't be read.
     """
-    if not (run_dir / "config.json").is_file():
-        raise ValueError(
-            f"run_dir is {run_dir}, which has no config.json; give the folder of a pretraining run"
-        )
-    run = load_config(run_dir / "config.json", PretrainConfig)
-    if not (run_dir / "weights.pt").is_file():
-        raise ValueError(
-            f"run_dir is {run_dir}, whose run has not finished: it has no weights.pt; let it train "
-            "to its end (the command that started it goes on)"
-        )
-    if run.loss.reconstruction_weight == 0:
+    run = open_finished_run(run_dir)
+    if run.config.loss.reconstruction_weight == 0:
         raise ValueError(
             f"run_dir is {run_dir}, whose loss.reconstruction_weight is 0: its decoder was not "
             "trained; give a run that reconstructs"
@@ -209,15 +200,14 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run_dir, out = Path(config.run_dir), Path(config.out)
-    run = finished_run(run_dir)
+    out = Path(config.out)
+    finished = run_with_decoder(config.run_dir)
+    run = finished.config
     ratios = removed_ratios(config, run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out is {out}, which holds something already; give a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = CAVMAE(run.model)
-    load_published(model, run_dir / "weights.pt")
-    model.to(device).eval()
+    model = finished.model(device)
     loader = ValidationLoader(
         run.data,
         ClipShape(run.model.audio_frames, run.model.mel_bins, run.model.image_size),
@@ -240,13 +230,11 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             f"shards {config.shards}: none of the first {config.clips} clips can be decoded; "
             "`cavmae verify` says why"
         )
-    with (run_dir / "weights.pt").open("rb") as file:
-        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     report = {
         "asked": dataclasses.asdict(config),
         "audio_ratio": ratios[0],
         "video_ratio": ratios[1],
-        "weights_sha256": weights_sha256,
+        "weights_sha256": finished.weights_sha256,
         "config": dataclasses.asdict(run),
         "left_out": [[sample.sample_id, sample.reason] for sample in loader.quarantine],
         "mean": {kind: _mean([clip[kind] for clip in clips]) for kind in ("audio", "video")},

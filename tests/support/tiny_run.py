@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.config import (
     CheckpointConfig,
@@ -14,7 +16,9 @@ from cavmae.trainer.config import (
     PretrainConfig,
     TrackingConfig,
 )
+from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.run_folder import save_config
 
 MODEL = ModelConfig(
     audio_frames=192,
@@ -46,6 +50,16 @@ def tiny_run(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
         threads_per_rank=1,
     )
     return dataclasses.replace(config, **changes)
+
+
+def save_untrained(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
+    """A run folder as a finished run leaves it, with random weights."""
+    run = tiny_run(shards, run_dir, **changes)
+    run_dir.mkdir()
+    save_config(run, run_dir / "config.json")
+    torch.manual_seed(0)
+    torch.save(CAVMAE(run.model).state_dict(), run_dir / "weights.pt")
+    return run
 
 
 def losses(run_dir: Path) -> list[float]:

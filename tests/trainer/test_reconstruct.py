@@ -17,7 +17,7 @@ from cavmae.dataloaders.log_mel import log_mel
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.stored_sound import decode_sound
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
-from cavmae.trainer.config import LossConfig, PretrainConfig
+from cavmae.trainer.config import LossConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.pictures import masked_and_reconstructed, patchify, unpatchify
 from cavmae.trainer.reconstruct import (
@@ -27,24 +27,13 @@ from cavmae.trainer.reconstruct import (
     removal_masks,
     removed_ratios,
 )
-from cavmae.trainer.run_folder import save_config
-
-
-def save_untrained(shards: Path, run_dir: Path, **changes: object) -> PretrainConfig:
-    """A run folder as a finished run leaves it, with random weights."""
-    run = tiny_run.tiny_run(shards, run_dir, **changes)
-    run_dir.mkdir()
-    save_config(run, run_dir / "config.json")
-    torch.manual_seed(0)
-    torch.save(CAVMAE(run.model).state_dict(), run_dir / "weights.pt")
-    return run
 
 
 @pytest.fixture(scope="module")
 def joint(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with OUT in `out`: 3 clips of 2 s, for a model that hears 2.1 s."""
     folder = tmp_path_factory.mktemp("reconstruct") / "run"
-    save_untrained(
+    tiny_run.save_untrained(
         packed_synthetic, folder, model=dataclasses.replace(tiny_run.MODEL, audio_frames=208)
     )
     words = [str(folder), str(packed_synthetic / "frames"), str(folder / "out"), "--clips", "3"]
@@ -240,7 +229,7 @@ def test_a_folder_without_a_trained_decoder_is_refused_in_a_line(
     message: str,
 ) -> None:
     folder = tmp_path / "run"
-    save_untrained(tmp_path, folder, **changes)
+    tiny_run.save_untrained(tmp_path, folder, **changes)
     if left_out:
         (folder / left_out).unlink()
     assert cli.main(["reconstruct", str(folder), "shards", str(tmp_path / "out")]) == 1
@@ -251,7 +240,7 @@ def test_a_folder_without_a_trained_decoder_is_refused_in_a_line(
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None:
-    save_untrained(tmp_path, tmp_path / "run")
+    tiny_run.save_untrained(tmp_path, tmp_path / "run")
     arguments = ["reconstruct", str(tmp_path / "run"), "shards", str(tmp_path)]
     assert cli.main(arguments) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,126 @@
+"""`cavmae evaluate retrieve`: scores that no batch and no leak has a part in."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import save_untrained
+
+from cavmae import cli
+from cavmae.dataloaders.pack import PackConfig, pack
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.synthetic import generate
+from cavmae.trainer.contamination import check_not_trained_on
+from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.retrieve import RetrieveConfig, embed, first_of_each_class
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 8 other clips: the OUT folder."""
+    folder = tmp_path_factory.mktemp("held_out")
+    listing = generate(folder / "others", 8, seed=2, start_index=100, seconds=2.0, workers=1)
+    pack(PackConfig(str(listing), str(folder / "shards"), tiers="frames", workers=1))
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def run_dir(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("retrieve") / "run"
+    save_untrained(packed_synthetic, folder)
+    return folder
+
+
+def retrieve(run_dir: Path, shards: Path, *words: str) -> dict[str, Any]:
+    out = run_dir / f"{len(list(run_dir.iterdir()))}.json"
+    command = ["evaluate", "retrieve", str(run_dir), str(shards / "frames"), f"--out={out}", *words]
+    assert cli.main(command) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_result_names_the_clips_the_weights_and_the_code(run_dir: Path, held_out: Path) -> None:
+    result = retrieve(run_dir, held_out)
+    assert result["clips"] == 8
+    assert result["audio_to_video"]["r1_chance"] == 1 / 8
+    assert result["video_to_audio"]["median_rank"] >= 1
+    assert result["shards_fingerprint"] == ShardSet(str(held_out / "frames")).fingerprint
+    weights = (run_dir / "weights.pt").read_bytes()
+    assert result["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert (run_dir / "code" / f"{result['code']}.tar.gz").is_file()
+    assert (result["leakage"], result["left_out"]) == ("none", [])
+
+
+def test_an_embedding_does_not_depend_on_the_clips_beside_it(run_dir: Path, held_out: Path) -> None:
+    run, shards = open_finished_run(run_dir), str(held_out / "frames")
+    alone, five, all_of_them = (embed(run, shards, clips=0, batch=batch) for batch in (1, 5, 64))
+    assert alone.sample_ids == five.sample_ids == all_of_them.sample_ids
+    for other in (five, all_of_them):
+        torch.testing.assert_close(other.audio, alone.audio, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other.video, alone.video, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_do_not_depend_on_the_batch(run_dir: Path, held_out: Path) -> None:
+    one, many = (retrieve(run_dir, held_out, f"--batch={batch}") for batch in (1, 64))
+    for direction in ("audio_to_video", "video_to_audio"):
+        assert one[direction] == many[direction]
+
+
+def test_of_each_class_the_first_clips_are_ranked() -> None:
+    labels = (("a",), ("b", "a"), ("a",), ("a",), ("b",))
+    assert first_of_each_class(labels, 2) == [0, 1, 2, 4]
+    with pytest.raises(ValueError, match="per_class is 2 and clip 1 of the set has no label"):
+        first_of_each_class((("a",), ()), 2)
+
+
+def test_clips_of_a_class_are_counted_in_the_result(run_dir: Path, held_out: Path) -> None:
+    shards = ShardSet(str(held_out / "frames"))
+    labels = {shards.description(0, clip)["labels"][0] for clip in range(8)}
+    assert 2 <= len(labels) < 8
+    assert retrieve(run_dir, held_out, "--per-class=1")["clips"] == len(labels)
+
+
+def test_a_set_that_was_trained_on_is_refused_unless_that_is_wanted(
+    run_dir: Path, packed_synthetic: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "retrieve", str(run_dir), str(packed_synthetic / "frames")]
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert "24 clips" in error and "were trained on" in error and "--allow-leakage" in error
+    assert retrieve(run_dir, packed_synthetic, "--allow-leakage")["leakage"] == "not checked"
+
+
+def test_a_clip_under_another_name_is_known_by_its_content(held_out: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(held_out, copy)
+    (report,) = (copy / "finished").glob("*.json")
+    document = json.loads(report.read_text())
+    for number, clip in enumerate(document["packed"]):
+        clip["source"] = f"/elsewhere/renamed-{number}.mp4"
+    report.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"8 clips of .* were trained on, by name or by content"):
+        check_not_trained_on(str(copy / "frames"), [str(held_out / "frames")])
+
+
+def test_sets_of_which_it_can_not_be_known_are_refused(held_out: Path, tmp_path: Path) -> None:
+    shutil.copytree(held_out / "frames", tmp_path / "frames")
+    with pytest.raises(ValueError, match="what packing noted of its clips"):
+        check_not_trained_on(str(held_out / "frames"), [str(tmp_path / "frames")])
+
+
+def test_a_run_that_has_not_finished_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(run_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="has not finished"):
+        open_finished_run(tmp_path)
+    with pytest.raises(ValueError, match=r"which has no config\.json"):
+        open_finished_run(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("field", ["clips", "per_class"])
+def test_a_number_out_of_range_is_named(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is -1; use 0 or more"):
+        dataclasses.replace(RetrieveConfig("run", "shards"), **{field: -1})

@@ -1,0 +1,49 @@
+"""A run that has come to its end, as everything that uses its weights opens it."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.weights import load_published
+from cavmae.trainer.run_folder import load_config
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
+
+    folder: Path
+    config: PretrainConfig
+    weights_sha256: str
+
+    def model(self, device: torch.device) -> CAVMAE:
+        """The trained model in float32, set to evaluate."""
+        model = CAVMAE(self.config.model)
+        load_published(model, self.folder / "weights.pt")
+        return model.to(device).eval()
+
+
+def open_finished_run(run_dir: str | Path) -> FinishedRun:
+    """Open the folder of a pretraining run.
+
+    Raises:
+        ValueError: the folder is no run's, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"run_dir is {folder}, which has no config.json; give the folder of a pretraining run"
+        )
+    config = load_config(folder / "config.json", PretrainConfig)
+    if not (folder / "weights.pt").is_file():
+        raise ValueError(
+            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
+            "to its end (the command that started it goes on)"
+        )
+    with (folder / "weights.pt").open("rb") as file:
+        return FinishedRun(folder, config, hashlib.file_digest(file, "sha256").hexdigest())

@@ -1,0 +1,206 @@
+"""`cavmae evaluate retrieve RUN_DIR SHARDS`: does a sound find its picture, and the other way?
+
+Clips are embedded whole, one by one as far as results go: no clip sees another one, no padding is
+compared, and what is ranked does not depend on how clips were put into batches.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.command import exit_code
+from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.loader import ValidationLoader
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.contamination import check_not_trained_on
+from cavmae.trainer.finished_run import FinishedRun, open_finished_run
+from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
+from cavmae.trainer.run_folder import git_commit, save_code, write_json
+
+
+@dataclass(frozen=True)
+class RetrieveConfig:
+    """Rank the clips of a packed set for each other, sound to picture and picture to sound.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of a finished run."""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """One tier of packed shards that the run was not trained on; a folder or a URL."""
+    out: str = ""
+    """JSON file of the result; empty: in `evaluation` of the run folder."""
+    clips: int = 0
+    """The first ones in packing order; 0: all."""
+    per_class: int = 0
+    """Of each class the first so many clips, by their first label, as the paper takes 5; 0: all."""
+    batch: int = 64
+    """Clips that are embedded together; no score depends on it."""
+    allow_leakage: bool = False
+    """Score clips that were trained on too, or of which it can't be known."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 0), ("per_class", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Of a set's clips, in packing order.
+
+    Attributes:
+        audio, video: (clips, width) float32 on CPU, not normalised.
+        sample_ids: of each clip.
+        labels: of each clip.
+        left_out: sample ids that can't be decoded, each with its reason.
+    """
+
+    audio: torch.Tensor
+    video: torch.Tensor
+    sample_ids: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+@torch.no_grad()
+def embed(run: FinishedRun, shards: str, *, clips: int, batch: int) -> Embeddings:
+    """Embed the sound and one frame of each clip, unmasked, in float32.
+
+    Args:
+        run: of the model, and of how frames are chosen.
+        shards: a packed tier.
+        clips: the first ones; 0: all.
+        batch: clips at a time.
+
+    Raises:
+        ValueError: no clip can be decoded.
+        OSError: a shard can't be read.
+        DataFaultError: too many clips are damaged.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, sizes = run.model(device), run.config.model
+    loader = ValidationLoader(
+        run.config.data,
+        ClipShape(sizes.audio_frames, sizes.mel_bins, sizes.image_size),
+        folder=shards,
+        batch=batch,
+        rank=0,
+        world_size=1,
+        device=device,
+        limit=clips,
+    )
+    audio: list[torch.Tensor] = []
+    video: list[torch.Tensor] = []
+    sample_ids: list[str] = []
+    labels: list[tuple[str, ...]] = []
+    try:
+        for part in loader:
+            part = part.to(device)
+            audio.append(model.embed_audio(part.log_mel).cpu())
+            video.append(model.embed_video(part.frames[:, 0]).cpu())
+            sample_ids += part.sample_ids
+            labels += part.labels
+    finally:
+        loader.close()
+    if not audio:
+        raise ValueError(f"shards {shards}: no clip can be decoded; `cavmae verify` says why")
+    return Embeddings(
+        audio=torch.cat(audio),
+        video=torch.cat(video),
+        sample_ids=tuple(sample_ids),
+        labels=tuple(labels),
+        left_out=tuple((one.sample_id, one.reason) for one in loader.quarantine),
+    )
+
+
+def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> list[int]:
+    """Which clips to rank: of each class the first `per_class`, by the first label of a clip.
+
+    Raises:
+        ValueError: a clip has no label.
+    """
+    taken: dict[str, int] = {}
+    chosen = []
+    for clip, of_clip in enumerate(labels):
+        if not of_clip:
+            raise ValueError(
+                f"per_class is {per_class} and clip {clip} of the set has no label; pack the set "
+                "from a list with labels, or leave per_class out"
+            )
+        taken[of_clip[0]] = taken.get(of_clip[0], 0) + 1
+        if taken[of_clip[0]] <= per_class:
+            chosen.append(clip)
+    return chosen
+
+
+def retrieve(config: RetrieveConfig) -> dict[str, Any]:
+    """Score retrieval and write the result; returns it.
+
+    Raises:
+        ValueError: the run or the set does not fit, or the set was trained on.
+        OSError: a file can't be read or written.
+    """
+    run = open_finished_run(config.run_dir)
+    shards = ShardSet(config.shards, run.config.data.cache)
+    if not config.allow_leakage:
+        check_not_trained_on(config.shards, run.config.data.train_folders)
+    embeddings = embed(run, config.shards, clips=config.clips, batch=config.batch)
+    chosen = list(range(len(embeddings.audio)))
+    if config.per_class:
+        chosen = first_of_each_class(embeddings.labels, config.per_class)
+    if len(chosen) < 2:
+        raise ValueError(f"shards {config.shards}: {len(chosen)} clip; retrieval needs 2 or more")
+    scores = retrieval_scores(embeddings.audio[chosen], embeddings.video[chosen])
+    result = {
+        "asked": dataclasses.asdict(config),
+        "clips": len(chosen),
+        "left_out": embeddings.left_out,
+        "shards_fingerprint": shards.fingerprint,
+        "weights_sha256": run.weights_sha256,
+        "code": save_code(run.folder),
+        "git_commit": git_commit(),
+        "leakage": "not checked" if config.allow_leakage else "none",
+        **{direction: one.as_metrics() for direction, one in scores.items()},
+    }
+    out = Path(config.out or run.folder / "evaluation" / f"retrieve-{shards.fingerprint[:8]}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    Console().print(_table(scores))
+    print(f"result: {out}")
+    return result
+
+
+def _table(scores: dict[str, RetrievalScores]) -> Table:
+    table = Table("direction", "R@1", "R@5", "R@10", "median rank", "chance: R@1", "median rank")
+    for direction, one in scores.items():
+        recalls = [
+            f"{r.value:.1%} ({r.low:.1%} to {r.high:.1%})" for r in (one.r1, one.r5, one.r10)
+        ]
+        table.add_row(
+            direction.replace("_", " "),
+            *recalls,
+            f"{one.median_rank:g}",
+            f"{one.r1.chance:.2%}",
+            f"{one.chance_median_rank:g}",
+        )
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    retrieve(tyro.cli(RetrieveConfig, prog="cavmae evaluate retrieve", args=arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))
