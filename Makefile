@@ -6,8 +6,8 @@ demo: .venv/installed
 	$(BIN)/cavmae demo
 
 test: check
-	$(BIN)/pytest -m "not slow" --numprocesses auto --dist loadfile
-	$(BIN)/pytest -m slow --durations 20
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 25
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,6 +1,5 @@
 """Ray nodes in namespaces: apart, cut off, killed, and gone without a trace."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,12 @@ from cavmae.benchmarks.fault_rows import Skipped
 from cavmae.benchmarks.fault_runs import Bench
 from cavmae.benchmarks.nodes import Nodes, unavailable
 
-CONNECT = "import socket; print(socket.socket().connect_ex(('10.231.0.2', 1)))"
+CONNECT = """
+import errno, socket
+probe = socket.socket()
+probe.settimeout(5)
+print(errno.errorcode[probe.connect_ex(("10.231.0.2", 1))])
+"""
 
 
 @pytest.mark.slow
@@ -21,11 +25,11 @@ CONNECT = "import socket; print(socket.socket().connect_ex(('10.231.0.2', 1)))"
 def test_a_node_is_cut_off_killed_and_started_again_and_nothing_is_left(tmp_path: Path) -> None:
     with Nodes(1, tmp_path) as made:
         # Nobody listens there: refused where there is a way, and no answer where there is none.
-        assert answer(made) == "111"
+        assert answer(made) == "ECONNREFUSED"
         made.cut(0)
-        assert answer(made) in ("no answer", "113")
+        assert answer(made) in ("EAGAIN", "EHOSTUNREACH")
         made.mend(0)
-        assert answer(made) == "111"
+        assert answer(made) == "ECONNREFUSED"
         _, worker, _ = made.namespaces
         assert processes_in(worker)
         made.kill(0)
@@ -37,20 +41,13 @@ def test_a_node_is_cut_off_killed_and_started_again_and_nothing_is_left(tmp_path
     assert not set(made.namespaces) & listed_namespaces()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
-    assert socket.socket().connect_ex(("10.231.0.2", 1)) != 111, "this machine was never part of it"
+    assert "10.231.0" not in subprocess.run(["ip", "route"], capture_output=True, text=True).stdout
 
 
 def answer(made: Nodes) -> str:
-    try:
-        asked = subprocess.run(
-            made.on_head([sys.executable, "-c", CONNECT]),
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except subprocess.TimeoutExpired:
-        return "no answer"
-    return asked.stdout.strip()
+    """What a connection to the worker comes to."""
+    command = made.on_head([sys.executable, "-c", CONNECT])
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def listed_namespaces() -> set[str]:
