@@ -39,6 +39,7 @@ BENCHMARKS = {
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }
 EVALUATIONS = {
+    "probe": ("cavmae.trainer.probe", "Labels from frozen features, beside random weights."),
     "retrieve": ("cavmae.trainer.retrieve", "Does a sound find its picture, and the other way?"),
 }
 GROUPS = {

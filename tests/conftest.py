@@ -201,3 +201,12 @@ def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "shards"
     pack(PackConfig(str(listing), str(out), clips_per_shard=8, workers=1))
     return out
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 other synthetic clips in the tier of frames: the OUT folder."""
+    folder = tmp_path_factory.mktemp("held_out")
+    listing = generate(folder / "others", 8, seed=2, start_index=100, seconds=2.0, workers=1)
+    pack(PackConfig(str(listing), str(folder / "shards"), tiers="frames", workers=1))
+    return folder / "shards"

@@ -26,6 +26,11 @@ class FinishedRun:
         load_published(model, self.folder / "weights.pt")
         return model.to(device).eval()
 
+    def untrained_model(self, device: torch.device) -> CAVMAE:
+        """The same model with the random weights that its run would begin with."""
+        torch.manual_seed(self.config.seed)
+        return CAVMAE(self.config.model).to(device).eval()
+
 
 def open_finished_run(run_dir: str | Path) -> FinishedRun:
     """Open the folder of a pretraining run.

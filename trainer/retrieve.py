@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.command import exit_code
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.loader import ValidationLoader
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.contamination import check_not_trained_on
-from cavmae.trainer.finished_run import FinishedRun, open_finished_run
+from cavmae.trainer.embeddings import embed
+from cavmae.trainer.finished_run import open_finished_run
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
 from cavmae.trainer.run_folder import git_commit, save_code, write_json
 
@@ -54,75 +53,6 @@ class RetrieveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
 
 
-@dataclass(frozen=True)
-class Embeddings:
-    """Of a set's clips, in packing order.
-
-    Attributes:
-        audio, video: (clips, width) float32 on CPU, not normalised.
-        sample_ids: of each clip.
-        labels: of each clip.
-        left_out: sample ids that can't be decoded, each with its reason.
-    """
-
-    audio: torch.Tensor
-    video: torch.Tensor
-    sample_ids: tuple[str, ...]
-    labels: tuple[tuple[str, ...], ...]
-    left_out: tuple[tuple[str, str], ...]
-
-
-@torch.no_grad()
-def embed(run: FinishedRun, shards: str, *, clips: int, batch: int) -> Embeddings:
-    """Embed the sound and one frame of each clip, unmasked, in float32.
-
-    Args:
-        run: of the model, and of how frames are chosen.
-        shards: a packed tier.
-        clips: the first ones; 0: all.
-        batch: clips at a time.
-
-    Raises:
-        ValueError: no clip can be decoded.
-        OSError: a shard can't be read.
-        DataFaultError: too many clips are damaged.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, sizes = run.model(device), run.config.model
-    loader = ValidationLoader(
-        run.config.data,
-        ClipShape(sizes.audio_frames, sizes.mel_bins, sizes.image_size),
-        folder=shards,
-        batch=batch,
-        rank=0,
-        world_size=1,
-        device=device,
-        limit=clips,
-    )
-    audio: list[torch.Tensor] = []
-    video: list[torch.Tensor] = []
-    sample_ids: list[str] = []
-    labels: list[tuple[str, ...]] = []
-    try:
-        for part in loader:
-            part = part.to(device)
-            audio.append(model.embed_audio(part.log_mel).cpu())
-            video.append(model.embed_video(part.frames[:, 0]).cpu())
-            sample_ids += part.sample_ids
-            labels += part.labels
-    finally:
-        loader.close()
-    if not audio:
-        raise ValueError(f"shards {shards}: no clip can be decoded; `cavmae verify` says why")
-    return Embeddings(
-        audio=torch.cat(audio),
-        video=torch.cat(video),
-        sample_ids=tuple(sample_ids),
-        labels=tuple(labels),
-        left_out=tuple((one.sample_id, one.reason) for one in loader.quarantine),
-    )
-
-
 def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> list[int]:
     """Which clips to rank: of each class the first `per_class`, by the first label of a clip.
 
@@ -154,7 +84,10 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
     shards = ShardSet(config.shards, run.config.data.cache)
     if not config.allow_leakage:
         check_not_trained_on(config.shards, run.config.data.train_folders)
-    embeddings = embed(run, config.shards, clips=config.clips, batch=config.batch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    embeddings = embed(
+        run.model(device), run.config, config.shards, clips=config.clips, batch=config.batch
+    )
     chosen = list(range(len(embeddings.audio)))
     if config.per_class:
         chosen = first_of_each_class(embeddings.labels, config.per_class)

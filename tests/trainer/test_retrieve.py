@@ -12,21 +12,11 @@ import torch
 from tiny_run import save_untrained
 
 from cavmae import cli
-from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.dataloaders.synthetic import generate
 from cavmae.trainer.contamination import check_not_trained_on
+from cavmae.trainer.embeddings import embed
 from cavmae.trainer.finished_run import open_finished_run
-from cavmae.trainer.retrieve import RetrieveConfig, embed, first_of_each_class
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed set of 8 other clips: the OUT folder."""
-    folder = tmp_path_factory.mktemp("held_out")
-    listing = generate(folder / "others", 8, seed=2, start_index=100, seconds=2.0, workers=1)
-    pack(PackConfig(str(listing), str(folder / "shards"), tiers="frames", workers=1))
-    return folder / "shards"
+from cavmae.trainer.retrieve import RetrieveConfig, first_of_each_class
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +47,10 @@ def test_the_result_names_the_clips_the_weights_and_the_code(run_dir: Path, held
 
 def test_an_embedding_does_not_depend_on_the_clips_beside_it(run_dir: Path, held_out: Path) -> None:
     run, shards = open_finished_run(run_dir), str(held_out / "frames")
-    alone, five, all_of_them = (embed(run, shards, clips=0, batch=batch) for batch in (1, 5, 64))
+    model = run.model(torch.device("cpu"))
+    alone, five, all_of_them = (
+        embed(model, run.config, shards, clips=0, batch=batch) for batch in (1, 5, 64)
+    )
     assert alone.sample_ids == five.sample_ids == all_of_them.sample_ids
     for other in (five, all_of_them):
         torch.testing.assert_close(other.audio, alone.audio, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,246 @@
+"""`cavmae evaluate probe RUN_DIR TRAIN TEST`: how much of the labels do frozen features tell?
+
+A linear classifier and a vote of nearest neighbours are given the features of one packed set with
+labels and asked for those of another. Both are given the features of the same model with random
+weights as well: what is above those is what pretraining has learned.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.command import exit_code
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.classification import ClassificationScores, classification_scores
+from cavmae.trainer.classification_loss import classification_loss
+from cavmae.trainer.contamination import check_not_trained_on
+from cavmae.trainer.embeddings import Embeddings, embed
+from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.run_folder import git_commit, save_code, write_json
+
+_NEIGHBOUR_TEMPERATURE = 0.07
+"""A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""
+_PROBE_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Classify the clips of TEST from frozen features, by what those of TRAIN have for labels.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of a finished run."""
+    train: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TRAIN")]
+    """One tier of packed shards with labels, which the classifiers learn from."""
+    test: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEST")]
+    """One tier of packed shards with the same labels, of other clips."""
+    out: str = ""
+    """JSON file of the result; empty: in `evaluation` of the run folder."""
+    clips: int = 0
+    """The first ones of each set in packing order; 0: all."""
+    features: Literal["audio", "video", "both"] = "both"
+    """Embedding of the sound, of the picture, or both beside each other."""
+    neighbours: int = 20
+    """That vote."""
+    weight_decay: float = 1e-3
+    """L2 penalty of the linear classifier on standardised features."""
+    batch: int = 64
+    """Clips that are embedded together; no score depends on it."""
+    allow_leakage: bool = False
+    """Score test clips that the run or the classifiers learned from too, or of which it can't be
+    known."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 0), ("neighbours", 1), ("batch", 1), ("weight_decay", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+
+
+def targets_of(embeddings: Embeddings, classes: tuple[str, ...], shards: str) -> torch.Tensor:
+    """(clips, classes) float32, 1 where a clip has the label.
+
+    Raises:
+        ValueError: a clip has no label, or one that is not among the classes.
+    """
+    number = {name: column for column, name in enumerate(classes)}
+    targets = torch.zeros(len(embeddings.labels), len(classes))
+    for clip, (sample_id, labels) in enumerate(
+        zip(embeddings.sample_ids, embeddings.labels, strict=True)
+    ):
+        if not labels:
+            raise ValueError(
+                f"clip {sample_id} of {shards} has no label; pack the set from a list with labels"
+            )
+        unknown = [label for label in labels if label not in number]
+        if unknown:
+            raise ValueError(
+                f"clip {sample_id} of {shards} has the label {unknown[0]!r}, which no clip of the "
+                f"training set has; it has {len(classes)}: {', '.join(classes[:8])}"
+            )
+        targets[clip, [number[label] for label in labels]] = 1.0
+    return targets
+
+
+def nearest_neighbours(
+    train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor, neighbours: int
+) -> torch.Tensor:
+    """Votes of the nearest training clips by cosine.
+
+    Args:
+        train: (clips, width) features.
+        targets: (clips, classes) of them.
+        test: (test clips, width) features.
+        neighbours: that vote; at most all.
+
+    Returns:
+        (test clips, classes) float32, shares of the votes.
+    """
+    cosine = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T  # (test clips, clips)
+    nearest = cosine.topk(min(neighbours, len(train)), dim=1)
+    votes = (nearest.values / _NEIGHBOUR_TEMPERATURE).softmax(dim=1)  # (test clips, neighbours)
+    return torch.einsum("tn,tnc->tc", votes, targets[nearest.indices])
+
+
+def linear_probe(
+    train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor, weight_decay: float
+) -> torch.Tensor:
+    """Logits of a linear classifier on standardised features, trained to its optimum.
+
+    The problem is convex, so the result depends on no seed, learning rate or batch.
+
+    Args:
+        train: (clips, width) features.
+        targets: (clips, classes) of them; cross-entropy where each clip has one label, else binary
+            cross-entropy.
+        test: (test clips, width) features.
+        weight_decay: L2 penalty.
+
+    Returns:
+        (test clips, classes) float32.
+    """
+    mean, deviation = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
+    train, test = ((values - mean) / deviation for values in (train, test))
+    weight = torch.zeros(train.shape[1], targets.shape[1], requires_grad=True)
+    bias = torch.zeros(targets.shape[1], requires_grad=True)
+    one_label = bool((targets.sum(dim=1) == 1).all())
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=_PROBE_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = classification_loss(
+            train @ weight + bias, targets, "cross_entropy" if one_label else "bce"
+        )
+        loss = loss + weight_decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (test @ weight + bias).detach()
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Score the features of the run and of random weights, and write the result; returns it.
+
+    Raises:
+        ValueError: the run, the sets or their labels do not fit, or a set was learned from.
+        OSError: a file can't be read or written.
+        DataFaultError: too many clips are damaged.
+    """
+    run = open_finished_run(config.run_dir)
+    sets = {
+        name: ShardSet(getattr(config, name), run.config.data.cache) for name in ("train", "test")
+    }
+    if not config.allow_leakage:
+        check_not_trained_on(config.test, [*run.config.data.train_folders, config.train])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
+    scores: dict[str, ClassificationScores] = {}
+    classes: tuple[str, ...] = ()
+    left_out: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name, model in models.items():
+        train, test = (
+            embed(model, run.config, shards, clips=config.clips, batch=config.batch)
+            for shards in (config.train, config.test)
+        )
+        classes = tuple(sorted({label for labels in train.labels for label in labels}))
+        targets = targets_of(train, classes, config.train)
+        truth = targets_of(test, classes, config.test)
+        features = [_features(one, config.features) for one in (train, test)]
+        guesses = {
+            "linear": linear_probe(features[0], targets, features[1], config.weight_decay),
+            "neighbours": nearest_neighbours(features[0], targets, features[1], config.neighbours),
+        }
+        for kind, guess in guesses.items():
+            scores[f"{name}, {kind}"] = classification_scores(guess, truth)
+        left_out = {"train": train.left_out, "test": test.left_out}
+    result = {
+        "asked": dataclasses.asdict(config),
+        "classes": classes,
+        "left_out": left_out,
+        "shards_fingerprints": {name: one.fingerprint for name, one in sets.items()},
+        "weights_sha256": run.weights_sha256,
+        "code": save_code(run.folder),
+        "git_commit": git_commit(),
+        "leakage": "not checked" if config.allow_leakage else "none",
+        "scores": {
+            name: _finite(one.as_metrics())
+            | {"classes_left_out": [classes[k] for k in one.classes_without_average_precision]}
+            for name, one in scores.items()
+        },
+    }
+    out = Path(
+        config.out or run.folder / "evaluation" / f"probe-{sets['test'].fingerprint[:8]}.json"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    Console().print(_table(scores))
+    print(f"result: {out}")
+    return result
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, Any]:
+    """JSON has no infinity, which d' is where the AUC is 1: None there."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _features(embeddings: Embeddings, kind: str) -> torch.Tensor:
+    if kind == "audio":
+        return embeddings.audio
+    if kind == "video":
+        return embeddings.video
+    return torch.cat([embeddings.audio, embeddings.video], dim=1)
+
+
+def _table(scores: dict[str, ClassificationScores]) -> Table:
+    table = Table("features, classifier", "accuracy", "mAP", "AUC", "clips")
+    for name, one in scores.items():
+        values = [
+            f"{value.value:.1%} ({value.low:.1%} to {value.high:.1%})"
+            for value in (one.accuracy, one.mean_average_precision, one.mean_auc)
+        ]
+        table.add_row(name, *values, str(one.clips))
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    probe(tyro.cli(ProbeConfig, prog="cavmae evaluate probe", args=arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))
