@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +24,7 @@ print(errno.errorcode[probe.connect_ex(("10.231.0.2", 1))])
 @pytest.mark.slow
 @pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "nodes can be made")
 def test_a_node_is_cut_off_killed_and_started_again_and_nothing_is_left(tmp_path: Path) -> None:
+    others = set(psutil.Process().children(recursive=True))
     with Nodes(1, tmp_path) as made:
         # Nobody listens there: refused where there is a way, and no answer where there is none.
         assert answer(made) == "ECONNREFUSED"
@@ -35,8 +37,11 @@ def test_a_node_is_cut_off_killed_and_started_again_and_nothing_is_left(tmp_path
         made.kill(0)
         assert not processes_in(worker)
         made.supervise(0)
-        assert processes_in(worker)
-        family = psutil.Process().children(recursive=True)
+        deadline = time.monotonic() + 60
+        while not processes_in(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = set(psutil.Process().children(recursive=True)) - others
     assert family
     assert not set(made.namespaces) & listed_namespaces()
     _, alive = psutil.wait_procs(family, timeout=10)
