@@ -25,7 +25,7 @@ from cavmae.cluster.connection import connected
 from cavmae.cluster.driver import Driver
 from cavmae.cluster.experiments import Need
 from cavmae.cluster.run_files import words_of
-from cavmae.cluster.sweep_file import Sweep, Varied, read_sweep
+from cavmae.cluster.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
 from cavmae.trainer.tracking import read_metrics
 
@@ -123,7 +123,9 @@ def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
 
     # The ranks are placed by the trials' own drivers; a trial itself must take something, a byte.
     trainable = tune.with_resources(trial, {"memory": 1})
-    if tune.Tuner.can_restore(str(folder / "tune")):
+    begun = tune.Tuner.can_restore(str(folder / "tune"))
+    keep_or_compare(sweep, folder / "sweep.json", begun=begun)
+    if begun:
         tuner = tune.Tuner.restore(
             str(folder / "tune"), trainable, resume_unfinished=True, resume_errored=True
         )

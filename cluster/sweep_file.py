@@ -1,5 +1,7 @@
 """The file of a sweep: one recipe, the fields that vary, and when a trial is given up."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from cavmae.cluster.run_files import (
     read_yaml,
     words_of,
 )
+from cavmae.trainer.run_folder import read_json, write_json
 
 DISTRIBUTIONS = ("choice", "grid", "uniform", "log_uniform", "whole")
 
@@ -119,6 +122,31 @@ def read_sweep(path: Path, folder: Path, words: Sequence[str]) -> Sweep:
         seed=found["seed"],
         need=Need.of(config.cluster),
     )
+
+
+def keep_or_compare(sweep: Sweep, path: Path, *, begun: bool) -> None:
+    """Note what a sweep was begun with, or see that it goes on with the same.
+
+    Args:
+        sweep: as it is asked for now.
+        path: JSON in the folder of the sweep.
+        begun: whether trials are there already.
+
+    Raises:
+        ValueError: the sweep was begun with something else; Tune would go on with that.
+    """
+    asked = json.loads(json.dumps(dataclasses.asdict(sweep)))  # tuples as JSON has them
+    if not begun:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asked)
+        return
+    before = read_json(path)
+    for name, value in asked.items():
+        if before[name] != value:
+            raise ValueError(
+                f"{name} is {value!r} and the sweep in {path.parent} was begun with "
+                f"{before[name]!r}; use that again, or give another --folder"
+            )
 
 
 def _varied(value: Any, where: str) -> Varied:

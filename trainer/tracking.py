@@ -339,7 +339,9 @@ def _make_store(uri: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             partial = path.with_name(f"{path.name}.partial")
-            partial.unlink(missing_ok=True)
+            # With its journal, which SQLite would else roll back into the new file.
+            for left in path.parent.glob(f"{partial.name}*"):
+                left.unlink()
             MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
             partial.replace(path)
 

@@ -12,7 +12,7 @@ import yaml
 from launch import ROOT
 from tiny_run import losses, tiny_run
 
-from cavmae.cluster.sweep_file import Varied, read_sweep
+from cavmae.cluster.sweep_file import Varied, keep_or_compare, read_sweep
 from cavmae.trainer.run_folder import save_config
 
 SWEEP: dict[str, Any] = {
@@ -69,6 +69,18 @@ def test_what_is_not_as_it_should_be_is_named(
     document = SWEEP | {"recipe": "paper_audioset"} | changes
     with pytest.raises(ValueError, match=message):
         read(tmp_path, document)
+
+
+def test_a_sweep_that_was_begun_with_something_else_is_refused(tmp_path: Path) -> None:
+    sweep, kept = read(tmp_path, SWEEP), tmp_path / "runs/sweep.json"
+    keep_or_compare(sweep, kept, begun=False)
+    keep_or_compare(sweep, kept, begun=True)
+    more = read(tmp_path, SWEEP | {"trials": 32})
+    with pytest.raises(ValueError, match=r"trials is 32 and the sweep in .* was begun with 16"):
+        keep_or_compare(more, kept, begun=True)
+    wider = {"optimizer.learning_rate": {"log_uniform": [1e-6, 1e-2]}}
+    with pytest.raises(ValueError, match="space is"):
+        keep_or_compare(read(tmp_path, SWEEP | {"space": wider}), kept, begun=True)
 
 
 @pytest.mark.slow

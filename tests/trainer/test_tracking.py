@@ -291,6 +291,7 @@ def test_runs_that_start_together_share_a_new_store_even_where_its_making_was_cu
     tmp_path: Path,
 ) -> None:
     (tmp_path / "mlflow.db.partial").write_bytes(b"SQLite format 3\0 and no more")
+    (tmp_path / "mlflow.db.partial-journal").write_bytes(b"of the file that was cut short")
     code = """
 import sys
 from pathlib import Path
@@ -310,6 +311,7 @@ Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
     for start in starts:
         said = start.communicate(timeout=200)[1]
         assert start.returncode == 0, said
+    assert not list(tmp_path.glob("mlflow.db.partial*"))
 
 
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
