@@ -1,15 +1,18 @@
 """A run that has come to its end, as everything that uses its weights opens it."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.weights import load_published
-from cavmae.trainer.run_folder import load_config
+from cavmae.trainer.run_folder import git_commit, load_config, save_code, write_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,30 @@ class FinishedRun:
         """The same model with the random weights that its run would begin with."""
         torch.manual_seed(self.config.seed)
         return CAVMAE(self.config.model).to(device).eval()
+
+
+def write_evaluation(
+    run: FinishedRun, out: str, kind: str, shards: ShardSet, result: Mapping[str, Any]
+) -> Path:
+    """Write a result with what it rests on: weights, clips and code; returns the file.
+
+    Args:
+        run: that was scored.
+        out: JSON file; empty: in `evaluation` of the run folder.
+        kind: of evaluation, for the file's name.
+        shards: that it was scored on.
+        result: JSON values.
+    """
+    path = Path(out or run.folder / "evaluation" / f"{kind}-{shards.fingerprint[:8]}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rests_on = {
+        "shards_fingerprint": shards.fingerprint,
+        "weights_sha256": run.weights_sha256,
+        "code": save_code(run.folder),
+        "git_commit": git_commit(),
+    }
+    write_json(path, {**result, **rests_on})
+    return path
 
 
 def open_finished_run(run_dir: str | Path) -> FinishedRun:

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,8 +23,7 @@ from cavmae.trainer.classification import ClassificationScores, classification_s
 from cavmae.trainer.classification_loss import classification_loss
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import Embeddings, embed
-from cavmae.trainer.finished_run import open_finished_run
-from cavmae.trainer.run_folder import git_commit, save_code, write_json
+from cavmae.trainer.finished_run import open_finished_run, write_evaluation
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""
@@ -152,8 +150,8 @@ def linear_probe(
     return (test @ weight + bias).detach()
 
 
-def probe(config: ProbeConfig) -> dict[str, Any]:
-    """Score the features of the run and of random weights, and write the result; returns it.
+def probe(config: ProbeConfig) -> None:
+    """Score the features of the run and of random weights, print and write the result.
 
     Raises:
         ValueError: the run, the sets or their labels do not fit, or a set was learned from.
@@ -161,9 +159,8 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         DataFaultError: too many clips are damaged.
     """
     run = open_finished_run(config.run_dir)
-    sets = {
-        name: ShardSet(getattr(config, name), run.config.data.cache) for name in ("train", "test")
-    }
+    cache = run.config.data.cache
+    test_set = ShardSet(config.test, cache)
     if not config.allow_leakage:
         check_not_trained_on(config.test, [*run.config.data.train_folders, config.train])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -191,10 +188,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         "asked": dataclasses.asdict(config),
         "classes": classes,
         "left_out": left_out,
-        "shards_fingerprints": {name: one.fingerprint for name, one in sets.items()},
-        "weights_sha256": run.weights_sha256,
-        "code": save_code(run.folder),
-        "git_commit": git_commit(),
+        "train_fingerprint": ShardSet(config.train, cache).fingerprint,
         "leakage": "not checked" if config.allow_leakage else "none",
         "scores": {
             name: _finite(one.as_metrics())
@@ -202,14 +196,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
             for name, one in scores.items()
         },
     }
-    out = Path(
-        config.out or run.folder / "evaluation" / f"probe-{sets['test'].fingerprint[:8]}.json"
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
+    out = write_evaluation(run, config.out, "probe", test_set, result)
     Console().print(_table(scores))
     print(f"result: {out}")
-    return result
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ compared, and what is ranked does not depend on how clips were put into batches.
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -19,9 +18,8 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.finished_run import open_finished_run, write_evaluation
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
-from cavmae.trainer.run_folder import git_commit, save_code, write_json
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> 
     return chosen
 
 
-def retrieve(config: RetrieveConfig) -> dict[str, Any]:
-    """Score retrieval and write the result; returns it.
+def retrieve(config: RetrieveConfig) -> None:
+    """Score retrieval, print it and write the result.
 
     Raises:
         ValueError: the run or the set does not fit, or the set was trained on.
@@ -98,19 +96,12 @@ def retrieve(config: RetrieveConfig) -> dict[str, Any]:
         "asked": dataclasses.asdict(config),
         "clips": len(chosen),
         "left_out": embeddings.left_out,
-        "shards_fingerprint": shards.fingerprint,
-        "weights_sha256": run.weights_sha256,
-        "code": save_code(run.folder),
-        "git_commit": git_commit(),
         "leakage": "not checked" if config.allow_leakage else "none",
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
-    out = Path(config.out or run.folder / "evaluation" / f"retrieve-{shards.fingerprint[:8]}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
+    out = write_evaluation(run, config.out, "retrieve", shards, result)
     Console().print(_table(scores))
     print(f"result: {out}")
-    return result
 
 
 def _table(scores: dict[str, RetrievalScores]) -> Table:
