@@ -169,7 +169,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             "read; save the bare state dict (torch.save(model.state_dict(), ...)) where you trust "
             "the file"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
+        # A file that is no zip is read as a stream of pickle's orders, which fail in many ways.
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {error}; copy or download it again"
         ) from error

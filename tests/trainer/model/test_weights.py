@@ -15,6 +15,7 @@ from cavmae.trainer.model.weights import (
     load_classifier_weights,
     load_initial_weights,
     load_published,
+    read_state,
 )
 
 SIZES = ModelConfig(
@@ -299,3 +300,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_classifier_as_it_was(change: 
 def test_a_fine_tuned_checkpoint_is_none_to_pretrain_from() -> None:
     with pytest.raises(ValueError, match=r"missing: mask_token.*without a classifier"):
         load_published(random_model(2), random_classifier(1).state_dict())
+
+
+@pytest.mark.parametrize("content", [b"", b"broken\n", b"PK\x03\x04 and no more", b"\x80\x02X"])
+def test_a_file_that_is_no_checkpoint_is_an_error_naming_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pt (cannot be read as|is no) (a )?checkpoint"):
+        read_state(path)
