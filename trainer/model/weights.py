@@ -6,6 +6,7 @@ fit is an error, never a silently random layer.
 """
 
 import pickle
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             "read; save the bare state dict (torch.save(model.state_dict(), ...)) where you trust "
             "the file"
         ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, TypeError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, struct.error) as error:
         # A file that is no zip is read as a stream of pickle's orders, which fail in many ways.
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {error}; copy or download it again"
