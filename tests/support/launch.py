@@ -48,6 +48,6 @@ def run_ranks(script: Path, world_size: int, arguments: Any, tmp_path: Path) -> 
         for rank in range(world_size)
     ]
     texts = [process.communicate(timeout=540)[0] for process in processes]
-    for process, text in zip(processes, texts, strict=True):
-        assert process.returncode == 0, text[-6000:]
+    failed = [n for n, process in enumerate(processes) if process.returncode != 0]
+    assert not failed, "\n".join(f"rank {n}:\n{texts[n][-6000:]}" for n in failed)
     return json.loads(output.read_text())

@@ -78,7 +78,7 @@ def main() -> None:
     for part.step in (10, 20, 30):
         if part.step == 20 and dist.get_rank() == 1:
             full = folder / "checkpoints/step-000000020" / part.file
-            full.parent.mkdir(parents=True)
+            full.parent.mkdir(parents=True, exist_ok=True)  # the other rank may be ahead
             full.symlink_to("/dev/full")
         writer.begin(part.step)
         saved.append(writer.commit())
