@@ -159,7 +159,7 @@ def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[st
         "PyAV, raw 720p": lambda n: _theirs(lambda k: RawVideoDataset(videos, k, "pyav"), n),
     }
     try:
-        import decord  # noqa: F401
+        import decord  # noqa: F401  # pyright: ignore[reportMissingImports]
 
         ways["decord, raw 720p"] = lambda n: _theirs(
             lambda k: RawVideoDataset(videos, k, "decord"), n

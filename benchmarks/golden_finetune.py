@@ -175,6 +175,15 @@ class FinetuneTraining:
     def mode(self) -> Mode:
         return cast(Mode, self.record["mode"])
 
+    def inputs(self, model: CAVMAEClassifier) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-mel and image, float32."""
+        return recipe_inputs(self.record["batch"], model.config, self.record["seed"])
+
+    def targets(self, model: CAVMAEClassifier) -> torch.Tensor:
+        """(batch, classes) float32."""
+        record = self.record
+        return recipe_targets(record["batch"], model.classes, record["seed"], threshold=1.0)
+
     def train(self, model: CAVMAEClassifier) -> list[float]:
         """Repeat the run in plain torch.
 
@@ -194,8 +203,7 @@ class FinetuneTraining:
             betas=(0.95, 0.999),
             weight_decay=5e-7,
         )
-        inputs = recipe_inputs(record["batch"], model.config, record["seed"])
-        targets = recipe_targets(record["batch"], model.classes, record["seed"], threshold=1.0)
+        inputs, targets = self.inputs(model), self.targets(model)
         history = []
         for step in range(record["steps"] + 1):
             logits = model(*inputs, self.mode).logits
@@ -207,7 +215,9 @@ class FinetuneTraining:
                 optimizer.step()
         return history
 
-    def deviations(self, history: list[float], model: CAVMAEClassifier) -> list[Deviation]:
+    def deviations(
+        self, history: list[float], state: Mapping[str, torch.Tensor]
+    ) -> list[Deviation]:
         """A history in float32 and float64, and the trained parameters, against the record."""
         deviations = [Deviation("rows", abs(len(history) - self.record["steps"] - 1), 0)]
         for kind in ("history", "history_float64"):
@@ -217,6 +227,4 @@ class FinetuneTraining:
                     zip(history, self.record[kind], strict=True)
                 )
             ]
-        return deviations + final_deviations(
-            self.record, model.state_dict(), self.build().state_dict()
-        )
+        return deviations + final_deviations(self.record, state, self.build().state_dict())

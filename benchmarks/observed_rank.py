@@ -23,7 +23,7 @@ from cavmae.cluster import train
 from cavmae.cluster.config import ClusterConfig
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
-from cavmae.trainer.pretrain import RunSummary
+from cavmae.trainer.run import RunSummary
 from cavmae.trainer.run_folder import load_config, write_json
 
 
@@ -112,10 +112,10 @@ def observe() -> None:
     assert "OMP_NUM_THREADS" in os.environ
     from cavmae.dataloaders import loader
     from cavmae.dataloaders.batch import AudioVideoBatch
-    from cavmae.trainer import task
+    from cavmae.trainer import pretraining
     from cavmae.trainer.config import PretrainConfig
 
-    class ObservedTask(task.PretrainTask):
+    class ObservedTask(pretraining.PretrainTask):
         def __init__(self, config: PretrainConfig, *, rank: int, **options: Any) -> None:
             super().__init__(config, rank=rank, **options)
             run_dir = Path(config.run_dir)
@@ -147,7 +147,7 @@ def observe() -> None:
                 *arguments, quarantine=[*quarantine, *ordered], journal=journal, **options
             )
 
-    task.PretrainTask = ObservedTask
+    pretraining.PretrainTask = ObservedTask
     loader.TrainLoader = OrderedLoader
 
 

@@ -24,7 +24,7 @@ from cavmae.benchmarks.records import timing, write_record
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.synthetic import generate
 from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
-from cavmae.trainer.recipes import RECIPES
+from cavmae.trainer.recipes import demo
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.tracking import read_metrics
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _config(work: Path, run: str, contender: str, flags: argparse.Namespace) -> PretrainConfig:
-    recipe = RECIPES["demo"]()
+    recipe = demo()
     saves = contender.endswith("checkpoints")
     return dataclasses.replace(
         recipe,

@@ -1,11 +1,12 @@
 """Fields of a run that Ray places. Imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import tyro
 
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,24 @@ class RayPretrainConfig(PretrainConfig):
 
     cluster: Annotated[ClusterConfig, tyro.conf.arg(name="")] = field(default_factory=ClusterConfig)
     """On the command line its fields stand alone: `--workers 8`."""
+
+
+@dataclass(frozen=True)
+class RayFinetuneConfig(FinetuneConfig):
+    """One fine-tuning run on a Ray cluster."""
+
+    cluster: Annotated[ClusterConfig, tyro.conf.arg(name="")] = field(default_factory=ClusterConfig)
+    """On the command line its fields stand alone: `--workers 8`."""
+
+
+RayRunConfig = RayPretrainConfig | RayFinetuneConfig
+RAY_KINDS: list[type[RayPretrainConfig] | type[RayFinetuneConfig]] = [
+    RayPretrainConfig,
+    RayFinetuneConfig,
+]
+
+
+def without_cluster(config: RayRunConfig) -> RunConfig:
+    """The run as its ranks see it."""
+    kind = FinetuneConfig if isinstance(config, FinetuneConfig) else PretrainConfig
+    return kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind)})

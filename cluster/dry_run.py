@@ -6,7 +6,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.cluster.config import RayPretrainConfig
+from cavmae.cluster.config import RayFinetuneConfig, RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
 from cavmae.dataloaders.plan import default_lanes
 from cavmae.trainer.footprint import footprint, model_sizes, what_would_fit
@@ -24,7 +24,7 @@ from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
 _NODES_SHOWN = 8
 
 
-def dry_run(config: RayPretrainConfig) -> int:
+def dry_run(config: RayRunConfig) -> int:
     """Print memory of each rank, bytes on the wire, where the ranks would be and how fast; returns
     the exit code.
 
@@ -32,6 +32,8 @@ def dry_run(config: RayPretrainConfig) -> int:
         ValueError: the ranks cannot share the batch, or a rank's memory is too small, with what
             would fit.
     """
+    if isinstance(config, RayFinetuneConfig):
+        raise ValueError("dry_run knows what pretraining takes and not yet what fine-tuning does")
     cluster = config.cluster
     if config.engine.dtype == "auto":
         dtype = native_dtype(gpu=cluster.gpus_per_worker > 0)

@@ -67,7 +67,7 @@ class LaneScalingPolicy(ElasticScalingPolicy):
         """Name what is reserved and no rank uses."""
         each = self.scaling_config._resources_per_worker_not_none
         kind = "GPU" if each.get("GPU") else "CPU"
-        free = {
+        free: dict[str, Any] = {
             node: resources.get(kind, 0.0)
             for node, resources in (self._get_reserved_resources() or {}).items()
         }

@@ -111,11 +111,11 @@ def check_words(config: ClusterFilesConfig) -> None:
     Raises:
         ValueError: `run` is no run, or names a path that only this folder has.
     """
-    from cavmae.cluster.config import RayPretrainConfig
+    from cavmae.cluster.config import RAY_KINDS
     from cavmae.cluster.train import check_run, with_absolute_paths
-    from cavmae.trainer.pretrain import parse
+    from cavmae.trainer.arguments import parse
 
-    run = parse(config.words[2:], RayPretrainConfig, prog="--run")
+    run = parse(config.words[2:], RAY_KINDS, "--run")
     check_run(run)
     with_absolute_paths(run, None)
 

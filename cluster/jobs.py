@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import cavmae
-from cavmae.cluster.config import RayPretrainConfig
+from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.train import check_run, with_absolute_paths
-from cavmae.trainer.pretrain import parse
+from cavmae.trainer.arguments import parse
 from cavmae.trainer.run_folder import git_commit, read_json
 from cavmae.trainer.stopping import request_stop, requested_stop
 
@@ -42,7 +42,7 @@ _TABLE_WIDTH = 160
 
 def submit(arguments: list[str]) -> int:
     """`cavmae submit RECIPE [--field value ...]`, with the words of `cavmae train`."""
-    config = parse(arguments, RayPretrainConfig, prog="cavmae submit")
+    config = parse(arguments, RAY_KINDS, "cavmae submit")
     check_run(config)
     with_absolute_paths(config, None)
     if arguments[0].endswith(".json") and not Path(arguments[0]).is_absolute():
@@ -138,8 +138,9 @@ def status(arguments: list[str]) -> int:
         client = _client(config.address)
         jobs = [_job(client, config.name)] if config.name else client.list_jobs()
         for job in sorted(jobs, key=lambda job: job.start_time or 0):
-            if "run_dir" not in (job.metadata or {}):
+            if job.submission_id is None or "run_dir" not in (job.metadata or {}):
                 continue
+            assert job.metadata is not None
             text = client.get_job_logs(job.submission_id)
             state, step = job_state(str(job.status.value), text)
             table.add_row(job.submission_id, state, step, job.metadata["run_dir"])

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cavmae.cluster.config import RayPretrainConfig
+from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import check_run
-from cavmae.trainer.pretrain import parse
+from cavmae.trainer.arguments import parse
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def common_words(document: dict[str, Any], path: Path, folder: Path) -> list[str
     ]
 
 
-def checked_run(words: list[str], where: str) -> RayPretrainConfig:
+def checked_run(words: list[str], where: str) -> RayRunConfig:
     """The run that the words after `cavmae train` name.
 
     Raises:
@@ -78,7 +78,7 @@ def checked_run(words: list[str], where: str) -> RayPretrainConfig:
             batch.
     """
     try:
-        config = parse(words, RayPretrainConfig, prog=where)
+        config = parse(words, RAY_KINDS, where)
         check_run(config)
     except SystemExit as error:  # the parser has told which field
         raise ValueError(f"{where} has a field that is not as it should be") from error

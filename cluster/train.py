@@ -1,7 +1,7 @@
-"""Pretraining on a Ray cluster: `cavmae train RECIPE [--workers 8] [--field value ...]`.
+"""Training on a Ray cluster: `cavmae train RECIPE [--workers 8] [--field value ...]`.
 
 Ray places the ranks and starts them again when one dies; what a rank does is
-`cavmae.trainer.pretrain`, and what it goes on from is the run folder, never Ray's last report.
+`cavmae.trainer.run`, and what it goes on from is the run folder, never Ray's last report.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayRunConfig, without_cluster
 from cavmae.cluster.connection import address_of, connected
 from cavmae.command import exit_code
 from cavmae.dataloaders.plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.pretrain import RunSummary, parse
+from cavmae.trainer.arguments import parse
+from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.run import RunSummary
 from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, withdraw_request
 
 _SECONDS_TO_END = 10.0
@@ -31,7 +32,7 @@ class TrainingError(RuntimeError):
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
-    config = parse(arguments, RayPretrainConfig, prog="cavmae train")
+    config = parse(arguments, RAY_KINDS, "cavmae train")
     if config.cluster.dry_run:
         from cavmae.cluster.dry_run import dry_run
 
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
 
-def train_on_ray(config: RayPretrainConfig) -> RunSummary:
+def train_on_ray(config: RayRunConfig) -> RunSummary:
     """Run to the end, restarts included; returns how rank 0 ended.
 
     Raises:
@@ -71,7 +72,7 @@ def train_on_ray(config: RayPretrainConfig) -> RunSummary:
                 )
 
 
-def check_run(config: RayPretrainConfig) -> None:
+def check_run(config: RayRunConfig) -> None:
     """Find out now what the ranks would find out when they are there.
 
     Raises:
@@ -128,7 +129,7 @@ def _sigterm_asks_to_leave(run_dir: Path, budget_seconds: float) -> Iterator[lis
             signal.signal(number, handler)
 
 
-def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPretrainConfig:
+def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConfig:
     """Paths as the ranks need them, whose current folder is another one.
 
     Args:
@@ -155,6 +156,10 @@ def with_absolute_paths(config: RayPretrainConfig, folder: Path | None) -> RayPr
         uri = sqlite + absolute("tracking.uri", uri.removeprefix(sqlite))
     else:
         uri = absolute("tracking.uri", uri)
+    if isinstance(config, FinetuneConfig):
+        labels = absolute("classifier.labels", config.classifier.labels)
+        classifier = dataclasses.replace(config.classifier, labels=labels)
+        config = dataclasses.replace(config, classifier=classifier)
     return dataclasses.replace(
         config,
         run_dir=absolute("run_dir", config.run_dir),
@@ -192,7 +197,7 @@ def _tell_shortage(cluster: ClusterConfig) -> None:
         )
 
 
-def _fit(config: RayPretrainConfig) -> RunSummary:
+def _fit(config: RayRunConfig) -> RunSummary:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import (
         ControllerError,
@@ -208,15 +213,12 @@ def _fit(config: RayPretrainConfig) -> RunSummary:
     from cavmae.cluster.worker import FailureReport, LastingError, train_rank
 
     cluster = config.cluster
-    fields = [field.name for field in dataclasses.fields(PretrainConfig)]
     least = cluster.minimum_workers
     trainer = ElasticTorchTrainer(
         train_rank,
         lanes=config.lanes or default_lanes(config.global_batch),
         run_dir=Path(config.run_dir),
-        train_loop_config={
-            "config": PretrainConfig(**{name: getattr(config, name) for name in fields})
-        },
+        train_loop_config={"config": without_cluster(config)},
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
             num_workers=(least, cluster.workers) if least else cluster.workers,

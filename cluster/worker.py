@@ -11,8 +11,8 @@ from typing import Any
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.pretrain import RunSummary, run
+from cavmae.trainer.config import RunConfig
+from cavmae.trainer.run import RunSummary, run
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the PretrainConfig with absolute paths.
+        settings: `config`, the run with absolute paths.
 
     Raises:
         LastingError: what the user has to mend.
         Exception: anything else, which Ray answers by starting all ranks again.
     """
-    config: PretrainConfig = settings["config"]
+    config: RunConfig = settings["config"]
     try:
         return run(config, notice=node_notice)
     except Exception as error:

@@ -387,7 +387,7 @@ class ShardSet:
             ValueError: this tier has no video.
         """
         offset, size = self._range(shard, sample, "mp4")
-        fragments = self.description(shard, sample).get("fragments")
+        fragments = self.description(shard, sample).get("fragments", {})
         place = f"sample {sample} of {self.place(shard)}"
         try:
             sizes, sums = fragments["bytes"], fragments["crc32"]

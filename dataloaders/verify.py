@@ -182,7 +182,7 @@ def check_shard(check: _Check) -> ShardResult:
 
 
 def _check_samples(
-    check: _Check, index: MemberIndex, stream: io.BufferedReader, problems: list[str]
+    check: _Check, index: MemberIndex, stream: "io.BufferedReader[Any]", problems: list[str]
 ) -> int:
     """Read the tar through and compare it with its index; returns the number of samples."""
     if index.extensions != check.members:

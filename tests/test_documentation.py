@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cavmae.cli import BENCHMARKS, COMMANDS, GROUPS
-from cavmae.trainer.recipes import RECIPES
+from cavmae.trainer.arguments import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cavmae.trainer.checkpoint_store import FileSum, LocalStore, Store, open_store
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ class RunState:
     schema: int = SCHEMA
 
 
-def checkpoint_folder(config: PretrainConfig) -> str:
+def checkpoint_folder(config: RunConfig) -> str:
     """Folder or URL of a run's checkpoints."""
     return config.checkpoint.folder or str(Path(config.run_dir) / "checkpoints")
 

@@ -23,7 +23,8 @@ PART_VALUES = 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and its 95% interval over clips (see `classification_scores`)."""
+    """A score and its 95% interval over clips (see `classification_scores`), not numbers where
+    none was computed."""
 
     value: float
     low: float
@@ -66,12 +67,13 @@ class ClassificationScores:
 
     def as_metrics(self) -> dict[str, float]:
         """Flat numbers for a tracker: `mean_average_precision`, `mean_average_precision_low`, ...,
-        and how many classes are in each mean."""
+        and how many classes are in each mean. Left out: intervals that were not computed, and a d'
+        that is infinite."""
         metrics: dict[str, float] = {}
         for name in ("mean_average_precision", "mean_auc", "d_prime", "accuracy"):
-            estimate = asdict(getattr(self, name))
-            metrics[name] = estimate.pop("value")
-            metrics |= {f"{name}_{key}": value for key, value in estimate.items()}
+            for key, value in asdict(getattr(self, name)).items():
+                if math.isfinite(value):
+                    metrics[name if key == "value" else f"{name}_{key}"] = value
         for name in ("average_precision", "auc"):
             left_out = getattr(self, f"classes_without_{name}")
             metrics[f"classes_with_{name}"] = float(len(getattr(self, name)) - len(left_out))
@@ -93,7 +95,7 @@ def classification_scores(
     Args:
         scores: (clips, classes) logits or probabilities, any float dtype and device.
         targets: (clips, classes), 1 where a clip has the label and 0 elsewhere.
-        resamples: of the bootstrap, 2 or more.
+        resamples: of the bootstrap, 2 or more; 0: no intervals.
         seed: of the bootstrap; the same seed draws the same clips.
 
     Raises:
@@ -102,8 +104,10 @@ def classification_scores(
     """
     scores, targets = scores.detach().cpu().double(), targets.detach().cpu().double()
     _check(scores, targets)
-    if resamples < 2:
-        raise ValueError(f"resamples is {resamples}; use 2 or more, such as 1000")
+    if resamples < 2 and resamples:
+        raise ValueError(
+            f"resamples is {resamples}; use 2 or more, such as 1000, or 0 for no intervals"
+        )
     correct = (scores.argmax(dim=1) == targets.argmax(dim=1)).float()  # (clips,)
     classes = [_RankedClass.of(s, t) for s, t in zip(scores.T, targets.T, strict=True)]
 
@@ -116,20 +120,7 @@ def classification_scores(
                 f"no class has an {name}: each lacks clips with or without it; look at the targets "
                 "or take more clips"
             )
-    resampled = torch.cat(
-        [
-            _means(*_class_scores(classes, counts), counts, correct)
-            for counts in _resampled_counts(len(scores), resamples, seed)
-        ],
-        dim=1,
-    )  # (3, resamples)
-    offset = resampled - resampled.nanmean(dim=1, keepdim=True)
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ends = (value + offset.nanquantile(quantiles, dim=1)).clamp(0, 1)  # (2, 3)
-    mean_precision, mean_auc, accuracy = (
-        Estimate(float(v), float(low), float(high))
-        for v, low, high in zip(value, ends[0], ends[1], strict=True)
-    )
+    mean_precision, mean_auc, accuracy = _estimates(value, classes, correct, resamples, seed)
     return ClassificationScores(
         clips=len(scores),
         average_precision=_by_class(precision),
@@ -196,6 +187,32 @@ class _RankedClass:
                 for right in (False, True)
             ),
         )
+
+
+def _estimates(
+    value: torch.Tensor,
+    classes: list["_RankedClass"],
+    correct: torch.Tensor,
+    resamples: int,
+    seed: int,
+) -> list[Estimate]:
+    """The three means with their intervals."""
+    if not resamples:
+        return [Estimate(mean, math.nan, math.nan) for mean in value.tolist()]
+    resampled = torch.cat(
+        [
+            _means(*_class_scores(classes, counts), counts, correct)
+            for counts in _resampled_counts(len(correct), resamples, seed)
+        ],
+        dim=1,
+    )  # (3, resamples)
+    offset = resampled - resampled.nanmean(dim=1, keepdim=True)
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ends = (value + offset.nanquantile(quantiles, dim=1)).clamp(0, 1)  # (2, 3)
+    return [
+        Estimate(float(mean), float(low), float(high))
+        for mean, low, high in zip(value, ends[0], ends[1], strict=True)
+    ]
 
 
 def _class_scores(

@@ -1,8 +1,11 @@
-"""Every field of a pretraining run. Imports nothing heavy: `--help` answers at once, and
-`threads_per_rank` can be set before torch is imported."""
+"""Every field of a run, and of pretraining; those of fine-tuning are in `finetune_config.py`.
+
+Imports nothing heavy: `--help` answers at once, and `threads_per_rank` can be set before torch is
+imported.
+"""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.model.config import ModelConfig
@@ -206,11 +209,9 @@ class EvaluationConfig:
     """Optimizer steps between evaluations; the last step is always evaluated."""
     clips: int = 1000
     """Held-out clips used at most, the first ones in packing order."""
-    pictures: int = 4
-    """Clips shown masked, reconstructed and original at each evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "clips", "pictures"):
+        for name in ("every_steps", "clips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluation.{name} is {getattr(self, name)}; use 1 or more")
 
@@ -232,21 +233,31 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pretraining run.
+class RunConfig:
+    """What every run has, whatever it trains.
+
+    Attributes:
+        FIXED: fields that decide what a run computes: one that goes on keeps them.
 
     Raises:
         ValueError: batch sizes that do not divide, with the nearest that do.
     """
 
-    run_dir: str = "runs/pretrain"
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("model", "seed", "global_batch", "lanes", "initial_weights", "average_from_epoch"),
+    )
+
+    run_dir: str = "runs/run"
     """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
     initial_weights: str = ""
-    """ImageNet MAE or published CAV-MAE checkpoint to start from; empty: random."""
+    """Checkpoint to start from; empty: random."""
     steps: int = 0
     """Optimizer steps in all; 0: as many as `epochs` needs."""
     epochs: float = 25.0
     """Passes over the training set, used where `steps` is 0."""
+    average_from_epoch: int = 0
+    """The result is the mean of the weights at the ends of the epochs from this one, counted from
+    1, to the last; 0: the last weights."""
     global_batch: int = 48
     """Samples per optimizer step over all ranks and accumulation."""
     micro_batch: int = 12
@@ -262,8 +273,6 @@ class PretrainConfig:
     """CPU threads of each rank; 0: cores of the machine divided by its ranks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -278,6 +287,10 @@ class PretrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"steps is 0 and epochs is {self.epochs}; set one of them above 0")
+        if self.average_from_epoch < 0:
+            raise ValueError(
+                f"average_from_epoch is {self.average_from_epoch}; use 0 (none) or more"
+            )
         if self.lanes and self.global_batch % self.lanes:
             raise ValueError(
                 f"lanes is {self.lanes}, which does not divide global_batch {self.global_batch}"
@@ -286,6 +299,31 @@ class PretrainConfig:
             raise ValueError(
                 f"data.frames_per_clip is {self.data.frames_per_clip}; this model sees 1 frame"
             )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run.
+
+    Raises:
+        ValueError: batch sizes that do not divide, with the nearest that do.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "mask", "loss")
+
+    run_dir: str = "runs/pretrain"
+    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
+    initial_weights: str = ""
+    """ImageNet MAE or published CAV-MAE checkpoint to start from; empty: random."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    pictures: int = 4
+    """Held-out clips shown masked, reconstructed and original at each evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictures < 1:
+            raise ValueError(f"pictures is {self.pictures}; use 1 or more")
         group = self.loss.contrastive_group
         if group and self.global_batch % group:
             raise ValueError(

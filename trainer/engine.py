@@ -19,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,19 @@ deepspeed_logger.setLevel(logging.WARNING)
 warnings.filterwarnings(
     "ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning
 )
+
+
+@dataclass(frozen=True)
+class RateGroup:
+    """Trained parameters that learn alike.
+
+    Attributes:
+        parameters: of the model.
+        ratio: their learning rate as a multiple of the run's.
+    """
+
+    parameters: list[nn.Parameter]
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -200,10 +213,10 @@ class _Collector(CheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> None:
         raise NotImplementedError
 
-    def commit(self, info: CheckpointCommitInfo) -> bool:
+    def commit(self, info: CheckpointCommitInfo) -> Any:
         return True
 
-    def preserves_storage_sharing(self) -> bool:
+    def preserves_storage_sharing(self) -> Any:
         return False  # Each tensor is copied by itself.
 
 
@@ -231,6 +244,7 @@ class Engine:
         micro_batch: samples per rank and forward.
         accumulation: micro-batches per update.
         device: this rank's device.
+        groups: of all trained parameters; none: they all learn at the run's rate.
     """
 
     def __init__(
@@ -242,16 +256,20 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         device: torch.device,
+        groups: Sequence[RateGroup] = (),
     ) -> None:
         assert engine.dtype != "auto"  # settled when the run folder was opened
         self.zero_stage = engine.zero_stage
         self.dtype = engine.dtype
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         elements = sum(parameter.numel() for parameter in trainable)
+        groups = groups or [RateGroup(trainable, 1.0)]
+        assert sum(len(group.parameters) for group in groups) == len(trainable)
+        self._ratios = [group.ratio for group in groups]
         settings = _deepspeed_settings(engine, micro_batch, accumulation, elements)
         plain = engine.zero_stage == 0 and engine.dtype == "fp32"
         client = _CheckedAdam(
-            trainable,
+            [{"params": group.parameters} for group in groups],
             # Some wrappers run a step on zero gradients to make the state: a rate of 0 keeps the
             # weights where they are.
             lr=0.0,
@@ -300,8 +318,8 @@ class Engine:
 
     def update(self, learning_rate: float) -> Update:
         """Apply the accumulated gradients on all ranks, or on none if one is not finite."""
-        for group in self._client.param_groups:
-            group["lr"] = learning_rate
+        for group, ratio in zip(self._client.param_groups, self._ratios, strict=True):
+            group["lr"] = learning_rate * ratio
         self._engine.step()
         norm = float(self._optimizer._global_grad_norm)
         return Update(applied=not self._optimizer.overflow, gradient_norm=norm)

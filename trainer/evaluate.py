@@ -4,17 +4,18 @@ Clips are embedded unmasked for retrieval, as the published evaluation does, and
 losses, each with the mask of its place in the set.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.contrastive import Pairs, concatenate, local_loss
-from cavmae.trainer.engine import Engine
+from cavmae.trainer.gathering import gather_uneven, in_step
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
@@ -54,7 +55,7 @@ def full_masks(model: ModelConfig, batch: int, device: torch.device) -> tuple[Ma
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine,
+    model: nn.Module,
     batches: Iterable[AudioVideoBatch],
     config: PretrainConfig,
     *,
@@ -64,7 +65,7 @@ def evaluate(
     """Score the model on held-out clips; all ranks call it and get the same numbers.
 
     Args:
-        engine: the model.
+        model: that pretraining trains; the ranks' parts of it where it is sharded.
         batches: this rank's part of the clips; positions are the clips' places in the set.
         config: resolved run.
         pictures: clips to reconstruct for pictures, from this rank's first batch.
@@ -78,12 +79,11 @@ def evaluate(
     masked: list[Pairs] = []
     reconstruction: list[torch.Tensor] = []
     shown: PictureClips | None = None
-    engine.module.eval()
-    for batch, counts in _in_step(batches, device):
+    for batch, counts in in_step(batches, device):
         positions = batch.positions.to(device)
         log_mel, frame = batch.log_mel, batch.frames[:, 0]
         keep_all = full_masks(config.model, len(positions), device)
-        output = engine.module(log_mel, frame, *keep_all, reconstruct=False)
+        output = model(log_mel, frame, *keep_all, reconstruct=False)
         if counts:
             unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
@@ -96,7 +96,7 @@ def evaluate(
             audio_mode=config.mask.audio_mode,
         )
         first = shown is None
-        output = engine.module(
+        output = model(
             log_mel,
             frame,
             *masks,
@@ -112,11 +112,10 @@ def evaluate(
             reconstruction.append(parts.double() * len(positions))
         if first:
             shown = _first_clips(pictures, log_mel, frame, masks, output)
-    engine.module.train()
     assert shown is not None
 
-    everyone = _in_order(_gather_uneven(concatenate(unmasked)))
-    metrics = _held_out_losses(_gather_uneven(concatenate(masked)), config)
+    everyone = _in_order(_gather_pairs(concatenate(unmasked)))
+    metrics = _held_out_losses(_gather_pairs(concatenate(masked)), config)
     clips = len(everyone.positions)
     if clips < 2:
         raise ValueError(f"data.validation has {clips} clip; retrieval needs 2 or more")
@@ -145,48 +144,9 @@ def evaluate(
     )
 
 
-def _in_step(
-    batches: Iterable[AudioVideoBatch], device: torch.device
-) -> Iterator[tuple[AudioVideoBatch, bool]]:
-    """This rank's batches, its last one again (not to be counted) while others have more.
-
-    ZeRO-3 gathers parameters in every forward, so all ranks need equally many of them.
-    """
-    last: AudioVideoBatch | None = None
-    iterator = iter(batches)
-    while True:
-        batch = next(iterator, None)
-        more = torch.tensor(batch is not None, dtype=torch.int32, device=device)
-        dist.all_reduce(more, op=dist.ReduceOp.MAX)
-        if not more:
-            return
-        if batch is None and last is None:
-            raise ValueError(
-                "data.validation has fewer clips than there are ranks; add clips or use fewer ranks"
-            )
-        if batch is not None:
-            last = batch
-        assert last is not None
-        yield last, batch is not None
-
-
-def _gather_uneven(own: Pairs) -> Pairs:
-    """The pairs of all ranks, on every rank, where ranks hold different numbers of them."""
-    device = own.positions.device
-    counts = [
-        torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(counts, torch.tensor(len(own.positions), device=device))
-    longest = int(max(counts))
-
-    def gathered(x: torch.Tensor) -> torch.Tensor:
-        padded = x.new_zeros(longest, *x.shape[1:])
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
-
-    return Pairs(gathered(own.audio), gathered(own.video), gathered(own.positions))
+def _gather_pairs(own: Pairs) -> Pairs:
+    """The pairs of all ranks, on every rank."""
+    return Pairs(*(gather_uneven(part) for part in (own.audio, own.video, own.positions)))
 
 
 def _held_out_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:

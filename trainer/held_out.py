@@ -1,27 +1,46 @@
 """Scores and pictures on clips that are never trained on, during a run."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loader import ValidationLoader
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.engine import Engine
-from cavmae.trainer.evaluate import Evaluation, evaluate
-from cavmae.trainer.pictures import reconstruction_picture, similarity_picture
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.ranks import Ranks
 from cavmae.trainer.report import RunReport
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Held-out clips, scored.
+
+    Attributes:
+        metrics: by name, the same on all ranks.
+        draw: writes pictures to a folder, named for a step, and returns their paths; one rank
+            calls it.
+    """
+
+    metrics: dict[str, float]
+    draw: Callable[[Path, int], list[Path]] = lambda folder, step: []
+
+
+Scorer = Callable[[nn.Module, Iterable[AudioVideoBatch]], Scored]
+"""Scores a model on this rank's part of the clips; all ranks call it. Positions of the batches are
+the clips' places in the set."""
+
+
 class HeldOut:
-    """Evaluates the run's model on `data.validation`; does nothing where that is empty.
+    """Scores the run's model on `data.validation`; does nothing where that is empty.
 
     Args:
         config: resolved run.
         shape: what the model takes.
         ranks: this process's place.
-        engine: the model.
+        scorer: what is scored.
         report: where scores and pictures go.
         device: this rank's device.
 
@@ -31,19 +50,19 @@ class HeldOut:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         shape: ClipShape,
         ranks: Ranks,
-        engine: Engine,
+        scorer: Scorer,
         report: RunReport,
         *,
         device: torch.device,
     ) -> None:
         self._config, self._shape, self._ranks = config, shape, ranks
-        self._engine, self._report, self._device = engine, report, device
+        self._scorer, self._report, self._device = scorer, report, device
         self.scores: dict[str, float] = {}
 
-    def score(self, step: int) -> None:
+    def score(self, model: nn.Module, step: int) -> None:
         """Evaluate after `step` optimizer steps; all ranks call it."""
         config = self._config
         if not config.data.validation:
@@ -58,37 +77,14 @@ class HeldOut:
             device=self._device,
             limit=config.evaluation.clips,
         )
+        model.eval()
         try:
-            evaluation = evaluate(
-                self._engine,
-                (batch.to(self._device) for batch in loader),
-                config,
-                pictures=config.evaluation.pictures,
-                device=self._device,
-            )
+            scored = self._scorer(model, (batch.to(self._device) for batch in loader))
         finally:
+            model.train()
             loader.close()
-        self.scores = evaluation.metrics
-        self._report.scores(evaluation.metrics, step)
+        self.scores = scored.metrics
+        self._report.scores(scored.metrics, step)
         if self._ranks.rank == 0:
-            for path in self._draw(evaluation, step):
+            for path in scored.draw(Path(config.run_dir) / "pictures", step):
                 self._report.picture(path)
-
-    def _draw(self, evaluation: Evaluation, step: int) -> list[Path]:
-        folder = Path(self._config.run_dir) / "pictures"
-        paths = [folder / f"similarity-step-{step:09d}.png"]
-        similarity_picture(paths[0], evaluation.similarity)
-        clips = evaluation.pictures
-        if clips.predicted_audio is not None and clips.predicted_video is not None:
-            paths.append(folder / f"reconstruction-step-{step:09d}.png")
-            reconstruction_picture(
-                paths[1],
-                clips.log_mel,
-                clips.frame,
-                clips.audio_mask,
-                clips.video_mask,
-                clips.predicted_audio,
-                clips.predicted_video,
-                norm_pix=self._config.loss.norm_pix,
-            )
-        return paths

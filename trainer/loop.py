@@ -27,8 +27,10 @@ RETRIES_PER_INTERVAL = 10
 
 
 class Task(Protocol):
-    """What a step computes."""
+    """What a step computes; `description` is for the log."""
 
+    @property
+    def description(self) -> str: ...
     def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None: ...
     def loss(self, engine: Engine, batch: AudioVideoBatch) -> torch.Tensor: ...
     def metrics(self) -> dict[str, torch.Tensor]: ...
@@ -94,6 +96,7 @@ def train(
     report: Callable[[StepReport], None],
     evaluate_every: int,
     evaluate: Callable[[int], None],
+    end_step: Callable[[int], None],
     save_every: int,
     saver: Saver,
     stop: StopRequest,
@@ -186,6 +189,7 @@ def train(
                     )
                 )
                 since, since_step, waited = now, step, loader.wait_seconds
+            end_step(step)
             if stops and not last and step % evaluate_every == 0:
                 log.warning("the evaluation of step %d is left out", step)
             elif step % evaluate_every == 0 or last:

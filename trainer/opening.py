@@ -2,24 +2,25 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 from cavmae.trainer.checkpoint import check_not_left_behind, checkpoints
 from cavmae.trainer.checkpoint_store import Store, check_writable
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.resolve import check_same_run, native_dtype
 from cavmae.trainer.run_folder import (
     git_commit,
-    load_config,
+    load_run_config,
     read_json,
     save_code,
     save_config,
     write_json,
 )
 
+Config = TypeVar("Config", bound=RunConfig)
 
-def open_run_folder(
-    config: PretrainConfig, run_dir: Path, store: Store, device: str
-) -> PretrainConfig:
+
+def open_run_folder(config: Config, run_dir: Path, store: Store, device: str) -> Config:
     """Make the folder, or check that this start goes on with the run that is there; one rank calls
     it.
 
@@ -54,16 +55,13 @@ def open_run_folder(
                 f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
                 "config.json: they are of another run; give another folder, or that run's run_dir"
             )
-        before = load_config(saved, PretrainConfig)
+        before = load_run_config(saved)
     if config.engine.dtype == "auto":
         dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
     if before:
         check_same_run(before, config)
-    fields = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(PretrainConfig)
-    }
-    save_config(PretrainConfig(**fields), saved)
+    save_config(config, saved)
     commits = [*record.get("git_commits", []), git_commit()]
     code = [*record.get("code", []), save_code(run_dir)]
     write_json(

@@ -1,11 +1,11 @@
-"""Recipes: one function a run, its command and what to expect of it in the docstring.
+"""Recipes of pretraining: one function a run, with its command and what to expect of it.
 
 Every field can be overridden on the command line: `cavmae pretrain RECIPE --field value`.
 """
 
 from collections.abc import Callable
 
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config import (
     CheckpointConfig,
     EngineConfig,
@@ -64,15 +64,14 @@ def paper_audioset() -> PretrainConfig:
     `cavmae pretrain paper_audioset --data.train AUDIOSET/frames --initial-weights MAE.pth`, packed
     with `--frame-choice published`. Published at the end of epoch 25 on AudioSet-2M, held out:
     reconstruction 3.309, contrastive 0.0238 (weighted), contrastive accuracy 0.798. Those logs sum
-    the losses of four GPUs, which `loss.scale` stands for. The published training also adds noise
-    and a random shift to the spectrogram; this does not yet.
+    the losses of four GPUs, which `loss.scale` stands for.
     """
     return PretrainConfig(
         run_dir="runs/paper_audioset",
         epochs=25,
         global_batch=48,
         micro_batch=12,
-        data=DataConfig(frame_choice="published"),
+        data=DataConfig(frame_choice="published", augmentation=Augmentation(noise=True)),
         loss=LossConfig(contrastive_group=12, scale=4.0),
         optimizer=OptimizerConfig(learning_rate=5e-5),
         schedule=ScheduleConfig(name="step", step_start_epochs=10, step_every_epochs=5),
@@ -83,14 +82,14 @@ def paper_vggsound() -> PretrainConfig:
     """VGGSound as published: 25 epochs, 120 clips a step in groups of 30, Adam, no clipping.
 
     `cavmae pretrain paper_vggsound --data.train VGGSOUND/frames --initial-weights MAE.pth`, packed
-    with `--frame-choice published`. Without the published noise and shift, as `paper_audioset`.
+    with `--frame-choice published`.
     """
     return PretrainConfig(
         run_dir="runs/paper_vggsound",
         epochs=25,
         global_batch=120,
         micro_batch=30,
-        data=DataConfig(frame_choice="published", log_mel_mean=-5.081, log_mel_deviation=4.4849),
+        data=DataConfig(frame_choice="published", augmentation=Augmentation(noise=True)),
         loss=LossConfig(contrastive_group=30, scale=4.0),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         schedule=ScheduleConfig(name="step", step_start_epochs=10, step_every_epochs=5),
@@ -117,6 +116,6 @@ def audioset_base() -> PretrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     recipe.__name__: recipe for recipe in (demo, paper_audioset, paper_vggsound, audioset_base)
 }

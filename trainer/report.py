@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from cavmae.kernels import default_backend
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.loop import StepReport
 from cavmae.trainer.progress import Progress
 from cavmae.trainer.ranks import Ranks
@@ -41,7 +41,7 @@ class RunReport:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         run_dir: Path,
         ranks: Ranks,
         *,
@@ -75,12 +75,18 @@ class RunReport:
         self._tracker.log_file(run_dir / "config.json")
         self._progress = Progress(config.steps, start_step, 1, enabled=True)
 
-    def opened(self, layout: str, train_set: "ShardSet", resumed_from: str | None) -> None:
-        """Say once how the run is laid out."""
+    def opened(self, task: str, train_set: "ShardSet", resumed_from: str | None) -> None:
+        """Say once how the run is laid out.
+
+        Args:
+            task: what it computes.
+            train_set: what it is trained on.
+            resumed_from: checkpoint that it goes on from.
+        """
         config = self._config
         log.info(
             "%s: %d clips (%s tier), %d steps of %d = %d ranks x %d x %d accumulated, %d lanes, "
-            "contrastive groups of %d (%s), ZeRO %d, %s on %s, %d threads a rank; kernels: %s",
+            "%s, ZeRO %d, %s on %s, %d threads a rank; kernels: %s",
             config.run_dir,
             train_set.samples,
             train_set.tier,
@@ -90,8 +96,7 @@ class RunReport:
             config.micro_batch,
             config.global_batch // self._ranks.world_size // config.micro_batch,
             config.lanes,
-            config.loss.contrastive_group or config.global_batch,
-            layout,
+            task,
             config.engine.zero_stage,
             config.engine.dtype,
             self._device.type,

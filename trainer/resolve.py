@@ -2,13 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cavmae.dataloaders.plan import check_ranks, default_lanes
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 
-# Fields that decide what a run computes. A run that goes on keeps them; the others may change.
-_FIXED = ("model", "mask", "loss", "seed", "global_batch", "lanes", "initial_weights")
+Config = TypeVar("Config", bound=RunConfig)
+
+# Fields of the data that decide what a run computes, as `RunConfig.FIXED` does.
 _FIXED_DATA = (
     "frame_choice",
     "log_mel_mean",
@@ -23,9 +25,7 @@ _FIXED_DATA = (
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def resolve(
-    config: PretrainConfig, *, world_size: int, samples: int, threads: int
-) -> PretrainConfig:
+def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> Config:
     """Fill in lanes, steps, micro-batch and threads.
 
     Args:
@@ -70,18 +70,28 @@ def native_dtype(*, gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal
     return "bf16" if _BF16_FEATURES & set(features) else "fp32"
 
 
-def check_same_run(before: PretrainConfig, now: PretrainConfig) -> None:
+def check_same_run(before: RunConfig, now: RunConfig) -> None:
     """A run that goes on must compute what it began.
 
     Raises:
         ValueError: a field that decides what is computed differs; names it with both values.
     """
-    # How embeddings travel decides nothing: a run may go on with the other way.
-    loss = dataclasses.replace(now.loss, exchange=before.loss.exchange)
-    now = dataclasses.replace(now, loss=loss)
+    if type(before) is not type(now):
+        raise ValueError(
+            f"the run in {now.run_dir} was started with a {type(before).__name__} and this start "
+            f"has a {type(now).__name__}; give another --run-dir"
+        )
+    if isinstance(before, PretrainConfig) and isinstance(now, PretrainConfig):
+        # How embeddings travel decides nothing: a run may go on with the other way.
+        loss = dataclasses.replace(now.loss, exchange=before.loss.exchange)
+        now = dataclasses.replace(now, loss=loss)
+    if isinstance(before, FinetuneConfig) and isinstance(now, FinetuneConfig):
+        # The classes themselves are compared where the run's are opened.
+        classifier = dataclasses.replace(now.classifier, labels=before.classifier.labels)
+        now = dataclasses.replace(now, classifier=classifier)
     differing = [
         (name, getattr(before, name), getattr(now, name))
-        for name in _FIXED
+        for name in now.FIXED
         if getattr(before, name) != getattr(now, name)
     ] + [
         (f"data.{name}", getattr(before.data, name), getattr(now.data, name))

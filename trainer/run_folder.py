@@ -17,6 +17,9 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
+
 Config = TypeVar("Config")
 
 _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
@@ -45,6 +48,12 @@ def load_config(path: str | Path, kind: type[Config]) -> Config:
             field's full name; or what the dataclass itself refuses.
     """
     return _build(read_json(path), kind, "", Path(path))
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """Read the configuration of a run of any kind; raises as `load_config` does."""
+    kind = FinetuneConfig if "classifier" in read_json(path) else PretrainConfig
+    return load_config(path, kind)
 
 
 def write_json(path: str | Path, document: object) -> None:

@@ -66,6 +66,11 @@ class PretrainTask:
         self._alone = all(len(group.own) == self.group_size for group in self._groups)
         self._cached: dict[int, Pairs] = {}
 
+    @property
+    def description(self) -> str:
+        """For the log."""
+        return f"contrastive groups of {self.group_size} ({self.layout})"
+
     def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None:
         """Prepare what spans the step's micro-batches; called once with all of them."""
         self._cached = {}

@@ -172,7 +172,7 @@ def _frame_by_pyav(path: Path) -> np.ndarray:
 
 
 def _frame_by_decord(path: Path) -> np.ndarray:
-    import decord
+    import decord  # pyright: ignore[reportMissingImports]
 
     reader = decord.VideoReader(str(path), num_threads=1)
     return reader[np.random.randint(len(reader))].asnumpy()

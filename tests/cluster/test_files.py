@@ -11,9 +11,9 @@ import pytest
 import ray.autoscaler
 import yaml
 
-from cavmae.cluster.config import RayPretrainConfig
+from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.files import FILES, ClusterFilesConfig, main
-from cavmae.trainer.pretrain import parse
+from cavmae.trainer.arguments import parse
 
 SCHEMAS = Path(__file__).parents[3] / "shared" / "schemas"
 RUN = "audioset_base --data.train s3://clips/frames --run-dir '/shared/runs/my base'"
@@ -87,7 +87,7 @@ def test_all_start_the_same_run_with_a_rank_for_each_gpu() -> None:
     assert entrypoint in made("slurm.sh")
     program, command, *words = shlex.split(entrypoint)
     assert (program, command) == ("cavmae", "train")
-    run = parse(words, RayPretrainConfig)
+    run = parse(words, RAY_KINDS, "cavmae train")
     assert run.run_dir == "/shared/runs/my base"
     assert (run.cluster.workers, run.cluster.gpus_per_worker) == (16, 1)
     assert run.cluster.cpus_per_worker == 12 and run.cluster.address == "auto"

@@ -13,24 +13,35 @@ import pytest
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
-from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayFinetuneConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, LastingError
+from cavmae.trainer.arguments import parse
 from cavmae.trainer.checkpoint import MANIFEST
 from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.loop import NonFiniteError
-from cavmae.trainer.pretrain import parse
+from cavmae.trainer.recipes import demo
 from cavmae.trainer.run_folder import save_config
 
 
 def test_cluster_fields_are_given_beside_those_of_the_run() -> None:
     config = parse(
         ["demo", "--workers", "4", "--gpus-per-worker", "1", "--steps", "7"],
-        RayPretrainConfig,
+        RAY_KINDS,
+        "cavmae train",
     )
     assert config.cluster == ClusterConfig(workers=4, gpus_per_worker=1)
     assert config.steps == 7
-    assert config.model == parse(["demo"]).model
+    assert config.model == demo().model
+
+
+def test_the_recipe_decides_between_pretraining_and_fine_tuning(tmp_path: Path) -> None:
+    words = ["vggsound", "--workers", "4", "--classifier.labels", "labels.csv"]
+    config = parse(words, RAY_KINDS, "cavmae train")
+    assert isinstance(config, RayFinetuneConfig) and config.cluster.workers == 4
+    absolute = with_absolute_paths(config, tmp_path)
+    assert isinstance(absolute, RayFinetuneConfig)
+    assert absolute.classifier.labels == f"{tmp_path}/labels.csv"
 
 
 def test_failed_ranks_are_started_again_unless_forbidden() -> None:
@@ -52,7 +63,7 @@ def test_a_rank_count_that_does_not_fit_is_refused_before_ray_starts() -> None:
 
 
 def test_data_that_are_not_there_are_missed_before_ray_starts(tmp_path: Path) -> None:
-    config = parse(["demo", "--data.train", str(tmp_path / "nowhere")], RayPretrainConfig)
+    config = parse(["demo", "--data.train", str(tmp_path / "nowhere")], RAY_KINDS, "train")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train_on_ray(config)
 
@@ -64,7 +75,8 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
             *("--data.validation", "held_out/video", "--tracking.uri", "sqlite:///runs/all.db"),
             *("--checkpoint.folder", "checkpoints/mine"),
         ],
-        RayPretrainConfig,
+        RAY_KINDS,
+        "cavmae train",
     )
     absolute = with_absolute_paths(config, tmp_path)
     assert absolute.run_dir == f"{tmp_path}/runs/mine"
@@ -82,7 +94,7 @@ def test_tracking_uris_that_are_no_relative_paths_stay(uri: str, tmp_path: Path)
 
 
 def test_a_ray_job_refuses_paths_into_its_own_copy_of_the_code() -> None:
-    config = parse(["demo", "--run-dir", "runs/mine"], RayPretrainConfig)
+    config = parse(["demo", "--run-dir", "runs/mine"], RAY_KINDS, "train")
     with pytest.raises(ValueError, match="run_dir is 'runs/mine', relative to the copy"):
         with_absolute_paths(config, None)
 

@@ -1,6 +1,6 @@
-"""The published tiny training through DeepSpeed: every ZeRO stage, one and two ranks."""
+"""The published tiny trainings through DeepSpeed: every ZeRO stage, one and two ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,31 @@ def test_every_stage_repeats_the_published_training(
     check_deviations_of: Callable[[list[Deviation]], None],
     tmp_path: Path,
 ) -> None:
-    arguments = {"folder": str(golden_folder), "run": tiny_run, "stages": [0, 1, 2, 3]}
-    script = Path(__file__).with_name("engine_training.py")
-    results = run_ranks(script, world_size, arguments, tmp_path)
-    assert [result["stage"] for result in results] == [0, 1, 2, 3]
+    arguments = {"folder": str(golden_folder), "run": tiny_run}
+    for deviations in of_every_stage("engine_training.py", world_size, arguments, tmp_path):
+        check_deviations_of(deviations)
+
+
+def test_every_stage_repeats_the_published_fine_tuning(
+    finetune_run: Path,
+    check_deviations_of: Callable[[list[Deviation]], None],
+    tmp_path: Path,
+) -> None:
+    arguments = {"run": str(finetune_run)}
+    for deviations in of_every_stage("engine_finetuning.py", 2, arguments, tmp_path):
+        check_deviations_of(deviations)
+
+
+def of_every_stage(
+    script: str, world_size: int, arguments: dict[str, str], tmp_path: Path
+) -> Iterator[list[Deviation]]:
+    """Deviations of a script's training, for one ZeRO stage after the other."""
+    stages = [0, 1, 2, 3]
+    path = Path(__file__).with_name(script)
+    results = run_ranks(path, world_size, {**arguments, "stages": stages}, tmp_path)
+    assert [result["stage"] for result in results] == stages
     for result in results:
-        check_deviations_of(
-            [
-                Deviation(**{**fields, "quantity": f"ZeRO {result['stage']} {fields['quantity']}"})
-                for fields in result["deviations"]
-            ]
-        )
+        yield [
+            Deviation(**{**fields, "quantity": f"ZeRO {result['stage']} {fields['quantity']}"})
+            for fields in result["deviations"]
+        ]

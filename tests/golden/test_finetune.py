@@ -62,7 +62,7 @@ def test_training_repeats_the_published_history_and_final_parameters(
     run = FinetuneTraining(read_json(finetune_run))
     model = run.build()
     history = run.train(model)
-    check_deviations_of(run.deviations(history, model))
+    check_deviations_of(run.deviations(history, model.state_dict()))
 
 
 def test_parameters_that_stay_are_those_that_get_frozen(finetune_run: Path) -> None:

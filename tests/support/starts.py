@@ -10,22 +10,24 @@ from pathlib import Path
 
 from launch import ROOT, free_port, rank_environment
 
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.run_folder import save_config
 
 
 class Start:
     """One start of a run on some ranks."""
 
-    def __init__(self, config: PretrainConfig, world_size: int, tmp_path: Path) -> None:
+    def __init__(self, config: RunConfig, world_size: int, tmp_path: Path) -> None:
         path = tmp_path / f"config-{time.monotonic_ns()}.json"
         save_config(config, path)
+        command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
         port = free_port()
         self.log = path.with_suffix(".log")
         with self.log.open("w") as log:
             self.processes = [
                 subprocess.Popen(
-                    [sys.executable, "-m", "cavmae.trainer.pretrain", str(path)],
+                    [sys.executable, "-m", f"cavmae.trainer.{command}", str(path)],
                     cwd=ROOT,
                     env=rank_environment(rank, world_size, port),
                     stdout=log,

@@ -16,6 +16,7 @@ from cavmae.trainer.config import (
     PretrainConfig,
     TrackingConfig,
 )
+from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.run_folder import save_config
@@ -48,6 +49,20 @@ def tiny_run(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
         checkpoint=CheckpointConfig(every_steps=10),
         tracking=TrackingConfig(every_steps=1),
         threads_per_rank=1,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_finetuning(shards: Path, run_dir: Path, **changes: Any) -> FinetuneConfig:
+    """20 steps of 8 clips of the packed set of `packed_synthetic`; an epoch is 3 steps."""
+    run = tiny_run(shards, run_dir)
+    config = FinetuneConfig(
+        **{
+            field.name: getattr(run, field.name)
+            for field in dataclasses.fields(FinetuneConfig)
+            if field.name != "classifier"
+        },
+        classifier=ClassifierConfig(loss="cross_entropy", head_rate_ratio=10.0),
     )
     return dataclasses.replace(config, **changes)
 

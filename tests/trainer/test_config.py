@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cavmae.trainer.arguments import RECIPES, parse
 from cavmae.trainer.config import (
     EngineConfig,
     EvaluationConfig,
@@ -11,9 +12,8 @@ from cavmae.trainer.config import (
     MaskConfig,
     PretrainConfig,
 )
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.pretrain import parse
-from cavmae.trainer.recipes import RECIPES
 from cavmae.trainer.resolve import check_same_run, native_dtype, resolve
 
 
@@ -40,19 +40,25 @@ def test_an_impossible_field_is_named_with_its_value(make, message: str) -> None
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_and_takes_overrides(name: str) -> None:
-    config = parse([name, "--seed", "3", "--data.train", "shards/frames"])
+    words = [name, "--seed", "3", "--data.train", "shards/frames"]
+    config = parse(words, [PretrainConfig, FinetuneConfig], "cavmae")
     assert (config.seed, config.data.train) == (3, "shards/frames")
     assert config.model == RECIPES[name]().model
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'dmo' is no recipe; use one of demo, paper_audioset"):
-        parse(["dmo"])
+        parse(["dmo"], [PretrainConfig], "cavmae pretrain")
+
+
+def test_a_recipe_of_the_other_kind_is_sent_to_its_command() -> None:
+    with pytest.raises(ValueError, match="vggsound is for `cavmae finetune`"):
+        parse(["vggsound"], [PretrainConfig], "cavmae pretrain")
 
 
 def test_help_explains_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["demo", "--help"])
+        parse(["demo", "--help"], [PretrainConfig], "cavmae pretrain")
     text = capsys.readouterr().out
     for field in ("--global-batch", "--loss.temperature", "--engine.zero-stage", "--data.train"):
         assert field in text

@@ -1,0 +1,83 @@
+"""The mean of a run's weights at the ends of its last epochs, as the published fine-tuning ends.
+
+The weights of each of those epochs lie in the run folder until then, so that a run that goes on has
+them; they are written before the checkpoint of their step.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from cavmae.trainer.agreement import on_first_rank
+from cavmae.trainer.engine import Engine
+
+
+class EpochWeights:
+    """Keeps the weights at the ends of epochs.
+
+    Args:
+        folder: where; the first rank's.
+        first_epoch: first epoch whose end is kept, counted from 1; 0: none.
+        steps: optimizer steps of the run; its end is that of its last epoch.
+        steps_per_epoch: optimizer steps of a pass over the training set.
+
+    Raises:
+        ValueError: the run ends before that epoch.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_epoch: int, steps: int, steps_per_epoch: float
+    ) -> None:
+        last_epoch = math.ceil(steps / steps_per_epoch - 1e-9)
+        if first_epoch > last_epoch:
+            raise ValueError(
+                f"average_from_epoch is {first_epoch} and the run has {last_epoch} epochs; use "
+                f"{last_epoch} or less, or 0 to take the last weights"
+            )
+        self._folder = folder
+        epochs = range(first_epoch, last_epoch + 1) if first_epoch else ()
+        self._ends = {min(steps, round(epoch * steps_per_epoch)): epoch for epoch in epochs}
+
+    def keep(self, engine: Engine, step: int) -> None:
+        """Write the weights where `step` ends an epoch that counts; all ranks call it.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        if step not in self._ends:
+            return
+        weights = engine.full_state_dict()
+
+        def write() -> None:
+            self._folder.mkdir(exist_ok=True)
+            path = self._path(step)
+            partial = path.with_suffix(".partial")
+            torch.save(weights, partial)
+            partial.replace(path)
+
+        on_first_rank(write)
+
+    def mean(self) -> dict[str, torch.Tensor]:
+        """Mean of the kept weights in float32 on rank 0, summed in float64; empty elsewhere. All
+        ranks call it.
+
+        Raises:
+            OSError: those of an epoch can't be read.
+        """
+        mean: dict[str, torch.Tensor] = {}
+
+        def read() -> None:
+            for step in self._ends:
+                for name, tensor in torch.load(self._path(step), weights_only=True).items():
+                    share = tensor.double() / len(self._ends)
+                    mean[name] = mean[name] + share if name in mean else share
+
+        on_first_rank(read)
+        return {name: tensor.float() for name, tensor in mean.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"epoch-{self._ends[step]:04d}.pt"

@@ -1,0 +1,309 @@
+"""A run, start to end: build, loop, save. What it trains is a stage, pretraining or fine-tuning.
+
+Every rank calls `run` with the same configuration; a run folder that has checkpoints goes on from
+the newest whole one.
+"""
+
+import dataclasses
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.rank_log import log_to_file, log_to_stderr
+from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.run_folder import write_json
+
+if TYPE_CHECKING:  # torch comes after the threads are set
+    import torch
+
+    from cavmae.trainer.checkpoint_store import Store
+    from cavmae.trainer.finetuning import Finetuning
+    from cavmae.trainer.pretraining import Pretraining
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended, the same on every rank.
+
+    Attributes:
+        run_dir: the run folder.
+        step: optimizer steps done.
+        steps: optimizer steps asked for.
+        stopped: why this start was asked to leave early, empty where it was not; the same command
+            goes on.
+        skipped_updates: updates of this start left out for a non-finite loss or gradient.
+        quarantined: unreadable clips found on this rank.
+        seconds: wall time of this start's training loop.
+        samples_per_second: over this start's training loop, everything included.
+        scores: held-out metrics of the last evaluation, by name; empty without held-out clips.
+        tracking_uri, mlflow_run: where MLflow has the run; empty on ranks above 0.
+    """
+
+    run_dir: str
+    step: int
+    steps: int
+    stopped: str
+    skipped_updates: int
+    quarantined: int
+    seconds: float
+    samples_per_second: float
+    scores: dict[str, float]
+    tracking_uri: str = ""
+    mlflow_run: str = ""
+
+
+def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary:
+    """Train, evaluate and save; every rank calls it with the same configuration.
+
+    Args:
+        config: the run.
+        notice: of the starter: why to save and leave, or an empty text. Asked at each step.
+
+    Raises:
+        ValueError: the data, the rank count or the run folder does not fit the configuration.
+        OSError: data can't be read or the run folder can't be written.
+        NonFiniteError: too many updates in a row were not finite.
+    """
+    ranks = ranks_from_environment()
+    threads = limit_threads(config.threads_per_rank, ranks)
+    # torch and what needs it come after the threads are set.
+    import torch
+    import torch.distributed as dist
+
+    from cavmae.dataloaders.batch import ClipShape
+    from cavmae.dataloaders.loader import TrainLoader
+    from cavmae.dataloaders.shards import ShardSet
+    from cavmae.trainer.agreement import on_first_rank
+    from cavmae.trainer.averaging import EpochWeights
+    from cavmae.trainer.checkpoint import RunState, checkpoint_folder
+    from cavmae.trainer.checkpoint_reader import load_newest
+    from cavmae.trainer.checkpoint_store import open_store
+    from cavmae.trainer.checkpoint_writer import CheckpointWriter
+    from cavmae.trainer.engine import Engine, start_process_group
+    from cavmae.trainer.held_out import HeldOut
+    from cavmae.trainer.loop import train
+    from cavmae.trainer.opening import open_run_folder
+    from cavmae.trainer.report import RunReport
+    from cavmae.trainer.resolve import resolve
+    from cavmae.trainer.schedule import learning_rate
+    from cavmae.trainer.stopping import StopRequest, withdraw_request
+    from cavmae.trainer.stragglers import OwnTime, StragglerReport
+    from cavmae.trainer.watchdog import Watchdog
+
+    log_to_stderr(ranks.rank)
+    # Build.
+    if not config.data.train_folders:
+        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    train_set = ShardSet(config.data.train_folders, config.data.cache)
+    store = open_store(checkpoint_folder(config))
+    asked = resolve(config, world_size=ranks.world_size, samples=train_set.samples, threads=threads)
+    device = start_process_group(ranks)
+    run_dir = Path(asked.run_dir)
+    config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
+    log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
+
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    stage = _stage(config, ranks, device, run_dir, store)
+    model, groups = stage.model()
+    if config.engine.compile:
+        model.compile_blocks()
+    accumulation = config.global_batch // ranks.world_size // config.micro_batch
+    engine = Engine(
+        model,
+        config.engine,
+        config.optimizer,
+        micro_batch=config.micro_batch,
+        accumulation=accumulation,
+        device=device,
+        groups=groups,
+    )
+    own_time = OwnTime(device)
+    task = stage.task(own_time.meets_others)
+    checkpoint, state = load_newest(store, engine) or (None, None)
+    start_step = state.step if state else 0
+    if state and state.train_set != train_set.fingerprint:
+        raise ValueError(
+            f"the run in {run_dir} was trained on other clips than data.train "
+            f"{config.data.train} now holds; give the former set, or another --run-dir"
+        )
+    steps_per_epoch = train_set.samples / config.global_batch
+    epoch_weights = EpochWeights(
+        run_dir / "epoch-weights",
+        first_epoch=config.average_from_epoch,
+        steps=config.steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+    shape = ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size)
+    loader = TrainLoader(
+        config.data,
+        shape,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        lanes=config.lanes,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        start_position=state.position if state else 0,
+        quarantine=state.quarantine if state else (),
+        journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
+    )
+    report = RunReport(config, run_dir, ranks, start_step=start_step, device=device)
+    report.opened(task.description, train_set, resumed_from=checkpoint)
+    held_out = HeldOut(config, shape, ranks, stage.score, report, device=device)
+
+    def state_at(step: int) -> RunState:
+        quarantine: list[list[tuple[str, str]] | None] = [None] * ranks.world_size
+        dist.all_gather_object(
+            quarantine, [(item.sample_id, item.reason) for item in loader.quarantine]
+        )
+        found = sorted({item for items in quarantine if items for item in items})
+        return RunState(
+            step=step,
+            position=step * config.global_batch,
+            quarantine=tuple(found),
+            train_set=train_set.fingerprint,
+            world_size=ranks.world_size,
+            zero_stage=config.engine.zero_stage,
+            dtype=config.engine.dtype,
+        )
+
+    saver = CheckpointWriter(store, config.checkpoint, engine, state_at, start_step)
+    hosts = [""] * ranks.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+
+    # Loop.
+    began = time.monotonic()
+    try:
+        outcome = train(
+            engine,
+            task,
+            loader,
+            start_step=start_step,
+            steps=config.steps,
+            accumulation=accumulation,
+            global_batch=config.global_batch,
+            learning_rate=lambda step: learning_rate(
+                config.schedule,
+                config.optimizer.learning_rate,
+                step=step,
+                steps=config.steps,
+                steps_per_epoch=steps_per_epoch,
+            ),
+            maximum_skipped_updates=config.engine.maximum_skipped_updates,
+            report_every=config.tracking.every_steps,
+            report=report.step,
+            evaluate_every=config.evaluation.every_steps,
+            evaluate=lambda step: held_out.score(engine.module, step),
+            end_step=lambda step: epoch_weights.keep(engine, step),
+            save_every=config.checkpoint.every_steps,
+            saver=saver,
+            stop=StopRequest(
+                run_dir if ranks.rank == 0 else None,
+                config.checkpoint.leave_within_seconds,
+                notice,
+            ),
+            own_time=own_time,
+            stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
+            watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
+            device=device,
+        )
+    except BaseException:
+        report.close("FAILED")
+        raise
+    finally:
+        loader.close()
+
+    # Save.
+    if outcome.stopped and ranks.rank == 0:
+        withdraw_request(run_dir)
+    weights = {}
+    if not outcome.stopped:
+        weights = epoch_weights.mean() if epoch_weights else engine.full_state_dict()
+        if epoch_weights:
+            held_out.score(_model_of(weights, stage, device), outcome.step)
+    seconds = time.monotonic() - began
+    summary = RunSummary(
+        run_dir=str(run_dir),
+        step=outcome.step,
+        steps=config.steps,
+        stopped=outcome.stopped,
+        skipped_updates=outcome.skipped_updates,
+        quarantined=len(loader.quarantine),
+        seconds=seconds,
+        samples_per_second=(outcome.step - start_step) * config.global_batch / max(seconds, 1e-9),
+        scores=held_out.scores,
+        tracking_uri=report.tracking_uri,
+        mlflow_run=report.mlflow_run,
+    )
+    if not outcome.stopped and ranks.rank == 0:
+        partial = run_dir / "weights.pt.partial"
+        torch.save(weights, partial)
+        partial.replace(run_dir / "weights.pt")
+        write_json(run_dir / "summary.json", dataclasses.asdict(summary))
+    report.close("KILLED" if outcome.stopped else "FINISHED")
+    if outcome.stopped:
+        log.info(
+            "left at step %d of %d (%s); the same command goes on",
+            outcome.step,
+            config.steps,
+            outcome.stopped,
+        )
+    dist.barrier()
+    return summary
+
+
+def run_as_rank(config: RunConfig) -> NoReturn:
+    """Run as the rank that the environment names, and end the process."""
+    from cavmae.trainer.stopping import withdraw_request
+
+    withdraw_request(Path(config.run_dir))  # one of a start before
+    run(config)
+    from cavmae.trainer.engine import end_rank
+
+    end_rank()
+
+
+def _stage(
+    config: RunConfig, ranks: Ranks, device: "torch.device", run_dir: Path, store: "Store"
+) -> "Pretraining | Finetuning":
+    """What the run trains; the first rank keeps the classes of fine-tuning in the run folder."""
+    if isinstance(config, FinetuneConfig):
+        from cavmae.trainer.agreement import on_first_rank
+        from cavmae.trainer.checkpoint import checkpoints
+        from cavmae.trainer.finetuning import Finetuning
+        from cavmae.trainer.labels import open_labels
+
+        labels = on_first_rank(lambda: open_labels(config, run_dir, begun=bool(checkpoints(store))))
+        return Finetuning(config, labels, device)
+    assert isinstance(config, PretrainConfig)
+    from cavmae.trainer.pretraining import Pretraining
+
+    return Pretraining(config, ranks, device)
+
+
+def _model_of(
+    weights: "dict[str, torch.Tensor]", stage: "Pretraining | Finetuning", device: "torch.device"
+) -> "torch.nn.Module":
+    """A model of its own on every rank, with the weights that the first one has."""
+    import torch.distributed as dist
+
+    model, _ = stage.model()
+    if dist.get_rank() == 0:
+        model.load_state_dict(weights)
+    model.to(device)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, src=0)
+    return model
