@@ -1,10 +1,11 @@
-"""Changes of a clip that are drawn for its place in the plan: crop, flip, masks, noise, shift.
+"""What is drawn for a clip's place in the plan: crop, flip, mixing, masks, noise, shift.
 
 Every draw is a function of seed, stream and position (`random_streams`), so a sample that comes
 again is changed differently, and a run that goes on, or has other ranks, changes it the same.
 """
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,35 @@ def random_box(
 def is_mirrored(augmentation: Augmentation, seed: int, position: int) -> bool:
     """Whether the frames are flipped left to right: half of the time where that is on."""
     return augmentation.flip and bool(_uniform(seed, "flip", position, 1)[0] < 0.5)
+
+
+def mix_share(augmentation: Augmentation, seed: int, position: int) -> float:
+    """Share of the clip itself where another one is mixed in, from Beta(10, 10); 1: none is.
+
+    The median of 19 uniform numbers has that very distribution.
+    """
+    if not augmentation.mix_rate:
+        return 1.0
+    decision, *uniform = _uniform(seed, "mix", position, 20).tolist()
+    return statistics.median(uniform) if decision < augmentation.mix_rate else 1.0
+
+
+def mixed_waveform(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
+    """Two sounds as one, as published: each without its mean, the second cut or padded with zeros.
+
+    Args:
+        first: `(samples,)` float32.
+        second: `(its samples,)` float32.
+        share: of the first, 0 to 1.
+
+    Returns:
+        `(samples,)` float32; the log-mel takes its mean away again.
+    """
+    mixed = share * (first - first.mean())
+    second = (1 - share) * (second - second.mean())
+    heard = min(len(first), len(second))
+    mixed[:heard] += second[:heard]
+    return mixed
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,11 @@ class AudioVideoBatch:
     """`(batch, frames_per_clip)` float32 in CPU memory: presentation time of each frame."""
     audio_seconds: torch.Tensor
     """`(batch, 2)` float32 in CPU memory: start and length of the audio that was heard."""
+    shares: torch.Tensor
+    """`(batch,)` float32 in CPU memory: share of the clip itself where another one is mixed into
+    sound and frames; 1 where none is."""
+    mixed_labels: tuple[tuple[str, ...], ...]
+    """Labels of the clip that is mixed into each; empty where none is."""
 
     def to(self, device: torch.device) -> "AudioVideoBatch":
         """The batch with log-mel and frames on `device`; everything else stays in CPU memory."""

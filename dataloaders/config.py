@@ -27,12 +27,19 @@ class Augmentation:
     """Frames of the log-mel at most that are masked (published fine-tuning: 192); 0: none."""
     noise: bool = False
     """Add noise to the log-mel and shift it in time, as published fine-tuning does."""
+    mix_rate: float = 0.0
+    """Share of the clips that another clip of the training set is mixed into, sound and frames
+    (published fine-tuning: 0.5); 0: none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest_crop_area <= 1:
             raise ValueError(
                 f"data.augmentation.smallest_crop_area is {self.smallest_crop_area}; "
                 f"use a share above 0 and up to 1"
+            )
+        if not 0 <= self.mix_rate <= 1:
+            raise ValueError(
+                f"data.augmentation.mix_rate is {self.mix_rate}; use a share from 0 to 1"
             )
         for field in ("frequency_mask", "time_mask"):
             if getattr(self, field) < 0:

@@ -21,11 +21,19 @@ import numpy as np
 import torch
 
 from cavmae.dataloaders.ahead import Ahead
+from cavmae.dataloaders.augment import mix_share
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.dataloaders.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.mixture import MixturePlan, training_plan
-from cavmae.dataloaders.plan import SamplePlan, check_ranks, default_lanes, rank_positions
+from cavmae.dataloaders.plan import (
+    PlannedSample,
+    SamplePlan,
+    any_sample,
+    check_ranks,
+    default_lanes,
+    rank_positions,
+)
 from cavmae.dataloaders.quarantine import (
     ClipTrial,
     DataFaultError,
@@ -117,9 +125,9 @@ class TrainLoader:
             config,
             shape,
             device,
-            micro_batch,
+            2 * micro_batch if config.augmentation.mix_rate else micro_batch,
             self._quarantine,
-            partial(_planned, plan, self._quarantine),
+            partial(_planned, plan, config.augmentation, self._quarantine),
             notes,
         )
         offsets = rank_positions(0, rank, world_size, global_batch, lanes)
@@ -262,23 +270,47 @@ class ValidationLoader:
 
 # Not methods: a loader that its background thread refers to would never be given up.
 def _planned(
-    plan: SamplePlan | MixturePlan, quarantine: Quarantine, positions: np.ndarray
+    plan: SamplePlan | MixturePlan,
+    augmentation: Augmentation,
+    quarantine: Quarantine,
+    positions: np.ndarray,
 ) -> list[ReadTask]:
-    """What to read in training: the planned samples, with substitutes for those left out."""
-    tasks = []
+    """What to read in training: the planned samples, then those mixed into some of them, with
+    substitutes for those left out."""
+    own, partners = [], []
     for position, planned in zip(positions.tolist(), plan.at(positions), strict=True):
-        task = ReadTask(position, planned.epoch, planned.shard, planned.sample)
-        attempts = itertools.count()
-        while quarantine.leaves_out(task):
-            attempt = next(attempts)
-            if attempt == MAXIMUM_SUBSTITUTES:
-                raise DataFaultError(
-                    f"position {position}: {attempt} substitutes in a row are in quarantine"
-                )
-            substitute = plan.substitute(position, attempt)
-            task = ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
-        tasks.append(task)
-    return tasks
+        own.append(_kept(quarantine, _planned_and_substitutes(plan, position, planned)))
+        if mix_share(augmentation, plan.seed, position) < 1:
+            partners.append(_kept(quarantine, _partners(plan, position, planned.epoch)))
+    return own + partners
+
+
+def _planned_and_substitutes(
+    plan: SamplePlan | MixturePlan, position: int, planned: PlannedSample
+) -> Iterator[ReadTask]:
+    yield ReadTask(position, planned.epoch, planned.shard, planned.sample)
+    for attempt in itertools.count():
+        substitute = plan.substitute(position, attempt)
+        yield ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
+
+
+def _partners(plan: SamplePlan | MixturePlan, position: int, epoch: int) -> Iterator[ReadTask]:
+    """Clips to mix into the one at a position: any of all sets, as published."""
+    for attempt in itertools.count():
+        shard, sample = any_sample(plan.ends, plan.seed, "partner", position, attempt)
+        yield ReadTask(position, epoch, shard, sample, partner=True)
+
+
+def _kept(quarantine: Quarantine, tasks: Iterator[ReadTask]) -> ReadTask:
+    """The first that is not left out."""
+    task = next(tasks)
+    for _ in range(MAXIMUM_SUBSTITUTES):
+        if not quarantine.leaves_out(task):
+            return task
+        task = next(tasks)
+    raise DataFaultError(
+        f"position {task.position}: {MAXIMUM_SUBSTITUTES} clips in a row are in quarantine"
+    )
 
 
 def _in_packing_order(
@@ -323,14 +355,18 @@ def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
     )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     in_use = min(remote, ranks * lanes * config.shuffle_window * remote // shards.samples)
+    field = "data.shuffle_window"
+    if config.augmentation.mix_rate:  # Any clip of the set may be mixed in.
+        in_use, field = remote, "data.augmentation.mix_rate"
     if in_use > config.cache.limit_bytes > 0:
         log.warning(
-            "data.cache_gigabytes is %g, and the shuffle windows of %d ranks hold %.1f GB of %s: "
-            "much will be fetched again and again; raise it, or lower data.shuffle_window",
+            "data.cache_gigabytes is %g, and %s draws from %.3g GB of %s at a time: much will be "
+            "fetched again and again; raise it, or lower %s",
             config.cache_gigabytes,
-            ranks,
+            field,
             in_use / 1e9,
             shards.folder,
+            field,
         )
 
 

@@ -33,7 +33,8 @@ def log_mel(
     silence is `log(epsilon)` = -15.9; nothing is normalised here.
 
     Args:
-        waveforms: mono at 16 kHz, `(samples,)` each, int16 or float32 in -1 to 1, any lengths.
+        waveforms: mono at 16 kHz, `(samples,)` each, any lengths; all of them int16, or all
+            float32 in -1 to 1.
         mel_bins: number of mel filters from 20 Hz to 8 kHz.
         frames: frames of the result, one each 10 ms.
         device: where to compute, and where the result is.

@@ -47,7 +47,8 @@ class MixturePlan:
             raise ValueError(f"mixture is {tuple(shares)}; use shares above 0")
         self.plans = plans
         self.seed, self.lanes = plans[0].seed, plans[0].lanes
-        self.count = sum(plan.count for plan in plans)
+        self.ends = np.cumsum(np.concatenate([plan.sizes for plan in plans]))
+        self.count = int(self.ends[-1])
         self._first_shard = np.cumsum([0, *(len(plan.sizes) for plan in plans)]).tolist()
         self.quotas = _quotas(shares)
         if 0 in self.quotas:

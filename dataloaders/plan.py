@@ -170,12 +170,8 @@ class SamplePlan:
     def substitute(self, position: int, attempt: int) -> PlannedSample:
         """What is read at `position` when the planned sample, and `attempt` substitutes before
         this one, are in quarantine: any sample of the set, drawn for the position."""
-        block = random_words(self.seed, "substitute", position, 4 * (attempt + 1))[-4:]
-        index = ((int(block[1]) << 32) | int(block[0])) % self.count
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        return PlannedSample(
-            shard, index - int(self.ends[shard] - self.sizes[shard]), position // self.count
-        )
+        shard, sample = any_sample(self.ends, self.seed, "substitute", position, attempt)
+        return PlannedSample(shard, sample, position // self.count)
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
@@ -224,6 +220,23 @@ class SamplePlan:
             if len(self._windows) > 2 * self.lanes:
                 self._windows.popitem(last=False)
         return self._windows[name]
+
+
+def any_sample(
+    ends: np.ndarray, seed: int, stream: str, position: int, attempt: int
+) -> tuple[int, int]:
+    """Any sample of a set, drawn for a position and the number of draws there before this one.
+
+    Args:
+        ends: `(shards,)` samples up to each shard's end.
+
+    Returns:
+        Shard and sample.
+    """
+    block = random_words(seed, stream, position, 4 * (attempt + 1))[-4:]
+    index = ((int(block[1]) << 32) | int(block[0])) % int(ends[-1])
+    shard = int(np.searchsorted(ends, index, side="right"))
+    return shard, index - (int(ends[shard - 1]) if shard else 0)
 
 
 def default_lanes(global_batch: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cavmae.dataloaders.decode import ClipDecoder, DecodeError
 from cavmae.dataloaders.reader import (
+    PARTNER_DRAWS,
     ClipReader,
     Damage,
     EncodedClip,
@@ -151,7 +152,7 @@ def _places(shards: ShardSet, sample_ids: Iterable[str]) -> list[tuple[int, int]
 class Journal:
     """The clips that a rank is decoding, on disk, for whoever finds the rank dead.
 
-    A line per clip: position, epoch, shard, sample, id.
+    A line per clip: counter of its draws (`ReadTask.draw`), epoch, shard, sample, id.
 
     Args:
         path: file of this rank; all files beside it with its suffix are journals of the same run.
@@ -166,7 +167,7 @@ class Journal:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text(
             "".join(
-                f"{clip.task.position} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
+                f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
                 f"{clip.sample_id}\n"
                 for clip in clips
             )
@@ -179,8 +180,9 @@ class Journal:
         tasks = []
         for path in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
             for line in path.read_text().splitlines():
-                position, epoch, shard, sample, sample_id = line.split(" ", 4)
-                task = ReadTask(int(position), int(epoch), int(shard), int(sample))
+                draw, epoch, shard, sample, sample_id = line.split(" ", 4)
+                partner, position = divmod(int(draw), PARTNER_DRAWS)
+                task = ReadTask(position, int(epoch), int(shard), int(sample), bool(partner))
                 in_set = task.shard < len(shards.sizes) and task.sample < shards.sizes[task.shard]
                 if in_set and shards.sample_id(task.shard, task.sample) == sample_id:
                     tasks.append(task)

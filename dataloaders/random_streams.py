@@ -22,6 +22,8 @@ STREAMS = {
     "spec_augment": 10,
     "shift": 11,
     "window": 12,
+    "mix": 13,
+    "partner": 14,
 }
 
 _ROUNDS = 10

@@ -24,6 +24,10 @@ LARGEST_SIDE = 1 << 14
 MIDDLE_FRAME = FRAMES_PER_CLIP // 2
 """The one of the ten frames that is used where nothing is drawn."""
 
+PARTNER_DRAWS = 1 << 61
+"""Counters of the draws for clips that are mixed into others start here, beyond every position that
+a run can reach."""
+
 CPU_VIDEO_CODECS = ("vp9", "mjpeg")
 """What DALI decodes without a GPU."""
 NVDEC_SMALLEST_SIDE = {"vp9": 128, "h264": 48, "mjpeg": 64}
@@ -59,6 +63,13 @@ class ReadTask:
     epoch: int
     shard: int
     sample: int
+    partner: bool = False
+    """It is mixed into the clip at this position."""
+
+    @property
+    def draw(self) -> int:
+        """Counter of what is drawn for the clip (window, frames, crop, flip)."""
+        return self.position + PARTNER_DRAWS * self.partner
 
 
 @dataclass(frozen=True)
@@ -130,8 +141,8 @@ class ClipReader:
             audio_samples = int(description["audio"]["samples"])
             height = int(description["video"]["height"])
             width = int(description["video"]["width"])
-            window = self._window(task.position, audio_samples / AUDIO_HZ)
-            frames = self._choose_frames(task.position, description, window)
+            window = self._window(task.draw, audio_samples / AUDIO_HZ)
+            frames = self._choose_frames(task.draw, description, window)
             if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
                 raise ValueError(f"a video of {width} x {height} pixels")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -143,8 +154,8 @@ class ClipReader:
         box, mirrored = middle_box(height, width, size), False
         if augmentation is not None:
             seed = self.settings.seed
-            box = random_box(height, width, size, augmentation, seed, task.position)
-            mirrored = is_mirrored(augmentation, seed, task.position)
+            box = random_box(height, width, size, augmentation, seed, task.draw)
+            mirrored = is_mirrored(augmentation, seed, task.draw)
         longest = self.settings.audio_samples / AUDIO_HZ
         start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
@@ -180,19 +191,19 @@ class ClipReader:
             return videos, None
         return nothing, tuple(decode_frame(video) for video in videos)
 
-    def _window(self, position: int, clip_seconds: float) -> tuple[float, float] | None:
+    def _window(self, draw: int, clip_seconds: float) -> tuple[float, float] | None:
         """Start and length of what is heard and seen; None: the clip from its beginning."""
         if not self.settings.window_seconds:
             return None
         length = min(self.settings.window_seconds, clip_seconds)
         share = 0.5
         if self.settings.draw_frame:
-            share = int(random_words(self.settings.seed, "window", position, 1)[0]) / 2**32
+            share = int(random_words(self.settings.seed, "window", draw, 1)[0]) / 2**32
         start = int(share * (clip_seconds - length) * AUDIO_HZ) / AUDIO_HZ
         return start, length
 
     def _choose_frames(
-        self, position: int, description: dict[str, Any], window: tuple[float, float] | None
+        self, draw: int, description: dict[str, Any], window: tuple[float, float] | None
     ) -> list[tuple[int, int, float]]:
         """Of each frame: its place among the ten, its index in the video, and its time.
 
@@ -202,7 +213,7 @@ class ClipReader:
         count = self.settings.frames_per_clip
         inside = [0.5] * count
         if self.settings.draw_frame:
-            words = random_words(self.settings.seed, "frame", position, count)
+            words = random_words(self.settings.seed, "frame", draw, count)
             inside = (words / 2.0**32).tolist()
         shares = [(part + share) / count for part, share in enumerate(inside)]
         ten = description["ten_frames"]

@@ -1,6 +1,7 @@
-"""From positions to batches: ask the readers, decode, compute the log-mel; replace what is damaged.
+"""From positions to batches: ask the readers, decode, mix, compute the log-mel; replace what is
+damaged.
 
-    tasks -> reader processes -> DALI -> log-mel -> AudioVideoBatch
+    tasks -> reader processes -> DALI -> mixing -> log-mel -> AudioVideoBatch
 
 Three generators, one after the other, all driven by the loader's background thread; readers and
 DALI's threads work meanwhile.
@@ -14,7 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
-from cavmae.dataloaders.augment import SpectrogramChange, spectrogram_change
+from cavmae.dataloaders.augment import (
+    SpectrogramChange,
+    mix_share,
+    mixed_waveform,
+    spectrogram_change,
+)
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import ClipDecoder, DecodedClips, DecodeError
@@ -46,9 +52,10 @@ class ClipStream:
         config: readers, threads and normalisation.
         shape: of the clips that come out.
         device: where they come out.
-        maximum_batch: most clips in a batch.
+        maximum_batch: most clips that are decoded for a batch.
         quarantine: clips to leave out; clips found damaged are added.
-        choose: what to read at some positions, given the quarantine; may leave positions out.
+        choose: what to read at some positions, given the quarantine; may leave positions out. The
+            clips that are mixed into others come last.
         journal: where to note what is being decoded.
     """
 
@@ -121,7 +128,7 @@ class ClipStream:
             yield clips
 
     def _sound_clip(self, task: ReadTask, ticket: int) -> list[EncodedClip]:
-        """The clip for a position: the one asked for, its substitute, or none."""
+        """The clip that was asked for, what replaces it, or none."""
         while True:
             answer = self._answer(task, ticket)
             if isinstance(answer, ReadFailure):
@@ -130,11 +137,16 @@ class ClipStream:
                 self._quarantine.add(answer)
             if isinstance(answer, EncodedClip) and not self._quarantine.leaves_out(task):
                 return [answer]
-            replacement = self._choose(np.array([task.position]))
+            replacement = self._replacement(task)
             if not replacement:
                 return []
             task = replacement[0]
             ticket = self._pool.submit(task)
+
+    def _replacement(self, task: ReadTask) -> list[ReadTask]:
+        """What is read instead of a clip that is left out now, if anything is."""
+        chosen = self._choose(np.array([task.position]))
+        return [one for one in chosen if one.partner == task.partner]
 
     def _answer(self, task: ReadTask, ticket: int) -> EncodedClip | Damage | ReadFailure:
         while True:
@@ -216,10 +228,9 @@ class ClipStream:
     def _kept_or_replaced(self, clip: EncodedClip) -> list[EncodedClip]:
         if not self._quarantine.leaves_out(clip.task):
             return [clip]
-        replacement = self._choose(np.array([clip.task.position]))
         return [
             sound
-            for task in replacement
+            for task in self._replacement(clip.task)
             for sound in self._sound_clip(task, self._pool.submit(task))
         ]
 
@@ -230,15 +241,15 @@ class ClipStream:
         return nullcontext() if self._side_stream is None else torch.cuda.stream(self._side_stream)
 
     def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
+        own = [clip for clip in clips if not clip.task.partner]
+        mixed_labels = {clip.task.position: clip.labels for clip in clips[len(own) :]}
+        shares = self._shares(own)
         with self._on_side_stream():
-            waveforms = [
-                torch.from_numpy(self._heard(clip, waveform))
-                for clip, waveform in zip(clips, decoded.waveforms, strict=True)
-            ]
+            waveforms, frames = self._mixed(clips, decoded, shares)
             spectrogram = log_mel(
                 waveforms, self._shape.mel_bins, self._shape.audio_frames, self._device
             )
-            changes = self._changes(clips)
+            changes = self._changes(own)
             for place, change in enumerate(changes):
                 spectrogram[place, slice(*change.frames)] = 0
                 spectrogram[place, :, slice(*change.bins)] = 0
@@ -252,14 +263,43 @@ class ClipStream:
             self._side_stream.synchronize()
         return AudioVideoBatch(
             log_mel=spectrogram,
-            frames=torch.as_tensor(decoded.frames),
-            positions=torch.tensor([clip.task.position for clip in clips]),
-            epochs=torch.tensor([clip.task.epoch for clip in clips]),
-            sample_ids=tuple(clip.sample_id for clip in clips),
-            labels=tuple(clip.labels for clip in clips),
-            frame_seconds=torch.tensor([clip.frame_seconds for clip in clips]),
-            audio_seconds=torch.tensor([clip.audio_seconds for clip in clips]),
+            frames=frames,
+            positions=torch.tensor([clip.task.position for clip in own]),
+            epochs=torch.tensor([clip.task.epoch for clip in own]),
+            sample_ids=tuple(clip.sample_id for clip in own),
+            labels=tuple(clip.labels for clip in own),
+            frame_seconds=torch.tensor([clip.frame_seconds for clip in own]),
+            audio_seconds=torch.tensor([clip.audio_seconds for clip in own]),
+            shares=shares,
+            mixed_labels=tuple(mixed_labels.get(clip.task.position, ()) for clip in own),
         )
+
+    def _shares(self, own: list[EncodedClip]) -> torch.Tensor:
+        """`(batch,)` float32: share of each clip itself in what comes out."""
+        augmentation, seed = self._settings.augmentation, self._settings.seed
+        if augmentation is None:
+            return torch.ones(len(own))
+        return torch.tensor([mix_share(augmentation, seed, clip.task.position) for clip in own])
+
+    def _mixed(
+        self, clips: list[EncodedClip], decoded: DecodedClips, shares: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Sounds and frames of the batch: what was decoded, the last clips mixed into theirs."""
+        count = len(shares)
+        sounds = [
+            self._heard(clip, waveform)
+            for clip, waveform in zip(clips, decoded.waveforms, strict=True)
+        ]
+        frames = torch.as_tensor(decoded.frames)
+        if len(clips) > count:
+            row_of = {clip.task.position: row for row, clip in enumerate(clips[:count])}
+            rows = [row_of[clip.task.position] for clip in clips[count:]]
+            sounds = [sound.astype(np.float32) / 32768 for sound in sounds]
+            for row, second in zip(rows, sounds[count:], strict=True):
+                sounds[row] = mixed_waveform(sounds[row], second, shares[row].item())
+            of_first = shares[rows].to(frames.device)[:, None, None, None, None]
+            frames[rows] = of_first * frames[rows] + (1 - of_first) * frames[count:]
+        return [torch.from_numpy(sound) for sound in sounds[:count]], frames[:count]
 
     def _heard(self, clip: EncodedClip, waveform: np.ndarray) -> np.ndarray:
         """The part of the sound that the clip's window has."""

@@ -20,6 +20,8 @@ STREAMS = {
     "spec_augment": 10,
     "shift": 11,
     "window": 12,
+    "mix": 13,
+    "partner": 14,
 }
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -28,7 +28,7 @@ from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.stored_sound import encode_sound
 
 EVERYTHING = Augmentation(
-    smallest_crop_area=0.2, flip=True, frequency_mask=12, time_mask=60, noise=True
+    smallest_crop_area=0.2, flip=True, frequency_mask=12, time_mask=60, noise=True, mix_rate=0.5
 )
 SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
 
@@ -262,6 +262,8 @@ def test_several_pipelines_give_the_same_batches(
         ({"smallest_crop_area": 0.0}, r"smallest_crop_area is 0\.0; use a share above 0"),
         ({"smallest_crop_area": 1.5}, r"smallest_crop_area is 1\.5"),
         ({"time_mask": -1}, "time_mask is -1; use 0 or more"),
+        ({"mix_rate": 1.5}, r"mix_rate is 1\.5; use a share from 0 to 1"),
+        ({"mix_rate": float("nan")}, "mix_rate is nan"),
     ],
 )
 def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:

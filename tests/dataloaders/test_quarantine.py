@@ -17,10 +17,10 @@ import torch
 
 from cavmae.dataloaders import reader
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.dataloaders.encode import fragment_sizes
 from cavmae.dataloaders.loader import TrainLoader, ValidationLoader
-from cavmae.dataloaders.plan import SamplePlan
+from cavmae.dataloaders.plan import SamplePlan, any_sample
 from cavmae.dataloaders.quarantine import DataFaultError, Quarantine, find_culprits
 from cavmae.dataloaders.reader import ReadTask
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
@@ -185,6 +185,39 @@ def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
         assert ours[position][0] == sound[position][0]
         assert torch.equal(ours[position][1], sound[position][1])
         assert torch.equal(ours[position][2], sound[position][2])
+
+
+@pytest.mark.parametrize("damage", ["flac_bits", "flac_garbage"])
+def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
+    damage: str,
+    packed_synthetic: Path,
+    tmp_path: Path,
+    start: Callable[..., TrainLoader],
+) -> None:
+    """Found by its checksum in a reader, or refused by DALI."""
+    tier = packed_synthetic / "video"
+    whole = ShardSet(tier)
+    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    own = [tuple(one[:2]) for one in plan.samples(0, 12)]
+    partners = [any_sample(plan.ends, SEED, "partner", position, 0) for position in range(12)]
+    place = next(p for p in range(4, 12) if partners[p] not in own[: p + 1] + partners[:p])
+    break_it, reason = DAMAGES[damage]
+    copy = damaged_copy(tier, tmp_path / "copy", {partners[place]: break_it})
+    mixing = {"augmentation": Augmentation(mix_rate=1.0)}
+
+    loader = start(copy, config=mixing)
+    batches = take(loader, 3)
+    bad_id = whole.sample_id(*partners[place])
+    found = loader.quarantine
+    assert [(one.sample_id, one.reason, one.position) for one in found] == [(bad_id, reason, place)]
+    ours, sound = by_position(batches), by_position(take(start(tier, config=mixing), 3))
+    assert ours[place][0] == sound[place][0] == whole.sample_id(*own[place])
+    assert not torch.equal(ours[place][2], sound[place][2])
+    knowing = by_position(take(start(copy, config=mixing, quarantine=[bad_id]), 3))
+    for position, (sample_id, log_mel, frames) in knowing.items():
+        assert ours[position][0] == sample_id
+        assert torch.equal(ours[position][1], log_mel)
+        assert torch.equal(ours[position][2], frames)
 
 
 def test_a_restart_that_knows_the_bad_clips_goes_on_bit_for_bit(

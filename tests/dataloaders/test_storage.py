@@ -20,7 +20,7 @@ from cavmae.benchmarks.object_store import FAULTS, ObjectStore, object_store
 from cavmae.dataloaders import verify
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.chunk_cache import ChunkCache
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.dataloaders.loader import TrainLoader
 from cavmae.dataloaders.plan import SamplePlan
 from cavmae.dataloaders.shard_writer import ShardWriter, write_index
@@ -328,14 +328,26 @@ def test_a_loader_gives_the_same_batches_from_a_url(
         assert torch.equal(ours.log_mel, theirs.log_mel) and torch.equal(ours.frames, theirs.frames)
 
 
-def test_a_cache_smaller_than_the_windows_is_said(
+def test_a_cache_smaller_than_what_is_drawn_from_is_said(
     store: ObjectStore, packed_synthetic: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = store.upload(packed_synthetic / "frames", "warned")
-    for gigabytes, warned in ((1.0, False), (1e-5, True)):
+    half = sum(file.bytes for file in ShardSet(packed_synthetic / "frames").files) / 2e9
+    for gigabytes, window, mix_rate, told in (
+        (1.0, 4096, 0.5, None),
+        (half, 4096, 0.0, "data.shuffle_window"),
+        (half, 1, 0.0, None),
+        (half, 1, 0.5, "data.augmentation.mix_rate"),
+    ):
         config = DataConfig(
-            train=url, cache_folder=str(tmp_path), cache_gigabytes=gigabytes, reader_workers=1
+            train=url,
+            cache_folder=str(tmp_path),
+            cache_gigabytes=gigabytes,
+            shuffle_window=window,
+            augmentation=Augmentation(mix_rate=mix_rate),
+            reader_workers=1,
         )
+        caplog.clear()
         TrainLoader(
             config,
             ClipShape(audio_frames=208, mel_bins=32, image_size=48),
@@ -347,7 +359,8 @@ def test_a_cache_smaller_than_the_windows_is_said(
             world_size=1,
             device=torch.device("cpu"),
         ).close()
-        assert ("data.cache_gigabytes is 1e-05" in caplog.text) == warned
+        assert ("data.cache_gigabytes is" in caplog.text) == (told is not None)
+        assert told is None or f"raise it, or lower {told}" in caplog.text
 
 
 @pytest.mark.parametrize("folder", ["pipe:cat /etc/passwd", "PIPE:cat x", "pipe://cat"])
