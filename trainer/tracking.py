@@ -331,8 +331,10 @@ def _make_store(uri: str) -> None:
     """
     from mlflow import MlflowClient
 
+    if not uri.startswith("sqlite:///"):
+        return
     path = Path(uri.removeprefix("sqlite:///"))
-    if str(path) == uri or path.exists():
+    if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("w") as lock:

@@ -92,9 +92,7 @@ def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path)
             config.data,
             sampling="weighted",
             validation=str(held_out / "frames"),
-            augmentation=Augmentation(
-                frequency_mask=8, time_mask=20, noise=True, mix_rate=0.5
-            ),
+            augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mix_rate=0.5),
         ),
         evaluation=EvaluationConfig(every_steps=10),
     )

@@ -28,9 +28,7 @@ def test_a_label_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("index,mid,display_name\n0,/m/1,Dog\n1,/m/1,Cat\n", "'/m/1' is there twice"),
     ],
 )
-def test_a_label_file_that_cannot_be_used_is_named(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_a_label_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"labels.csv.*{message}"):
         read_labels(tmp_path / "labels.csv")
@@ -55,10 +53,12 @@ def run(packed_synthetic: Path, tmp_path: Path) -> FinetuneConfig:
     return tiny_finetuning(packed_synthetic, tmp_path / "run")
 
 
-def with_labels(run: FinetuneConfig, text: str, **fields: bool) -> FinetuneConfig:
+def with_labels(run: FinetuneConfig, text: str, *, allow_empty: bool = False) -> FinetuneConfig:
     path = Path(run.run_dir).parent / "labels.csv"
     path.write_text(text)
-    return dataclasses.replace(run, classifier=ClassifierConfig(labels=str(path), **fields))
+    return dataclasses.replace(
+        run, classifier=ClassifierConfig(labels=str(path), allow_empty_classes=allow_empty)
+    )
 
 
 def test_without_a_file_the_classes_are_the_labels_of_the_training_set(
@@ -73,9 +73,9 @@ def test_without_a_file_the_classes_are_the_labels_of_the_training_set(
 def test_a_class_without_a_clip_is_refused_unless_allowed(run: FinetuneConfig) -> None:
     own = open_labels(run, Path(run.run_dir), begun=False)
     more = LabelSet((*own.labels, "yodel"), (*own.names, "yodel")).as_csv()
-    with pytest.raises(ValueError, match="1 classes of which data.train has no clip.*'yodel'"):
+    with pytest.raises(ValueError, match=r"1 classes of which data.train has no clip.*'yodel'"):
         open_labels(with_labels(run, more), Path(run.run_dir), begun=False)
-    allowed = with_labels(run, more, allow_empty_classes=True)
+    allowed = with_labels(run, more, allow_empty=True)
     assert open_labels(allowed, Path(run.run_dir), begun=False).labels[-1] == "yodel"
 
 

@@ -316,10 +316,14 @@ Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
 
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
 def test_a_store_that_can_not_be_reached_at_the_start_is_an_error_naming_the_field(
-    run_dir: Path, uri: str
+    run_dir: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     with pytest.raises(ValueError, match=f"tracking.uri is {uri}.*\n*.*Set tracking.uri to"):
         Tracker(TrackingConfig(uri=uri), run_dir, PARAMETERS)
+    assert not list(elsewhere.iterdir()), "no file is named after a server"
 
 
 def test_a_run_that_the_store_does_not_have_is_an_error_naming_it(run_dir: Path) -> None:
