@@ -80,5 +80,5 @@ def save_untrained(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfi
 def losses(run_dir: Path) -> list[float]:
     """The loss of every step; a step that was run again counts once."""
     records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    by_step = {record["step"]: record["loss"] for record in records}
+    by_step = {record["step"]: record["loss"] for record in records if "loss" in record}
     return [loss for _, loss in sorted(by_step.items())]

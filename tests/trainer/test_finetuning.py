@@ -18,7 +18,7 @@ from cavmae.trainer.checkpoint import MANIFEST
 from cavmae.trainer.config import EngineConfig, EvaluationConfig
 from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.finetuning import FinetuneTask
-from cavmae.trainer.labels import LabelSet
+from cavmae.trainer.labels import LabelSet, label_counts
 
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
@@ -85,8 +85,14 @@ def pretrained(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory)
 def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path) -> FinetuneConfig:
     """All that the published recipe has: mixed clips, masks, noise, weights of epochs averaged."""
     config = tiny_finetuning(shards, run_dir, initial_weights=str(pretrained))
+    names = tuple(sorted(label_counts([str(shards / "frames"), str(held_out / "frames")]) or {}))
+    labels = run_dir.with_name("labels.csv")
+    labels.write_text(LabelSet(names, names).as_csv())
     return dataclasses.replace(
         config,
+        classifier=dataclasses.replace(
+            config.classifier, labels=str(labels), allow_empty_classes=True
+        ),
         average_from_epoch=5,
         data=dataclasses.replace(
             config.data,
@@ -102,13 +108,13 @@ def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path)
 def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     packed_synthetic: Path, pretrained: Path, held_out: Path, tmp_path: Path
 ) -> None:
-    straight = published_way(packed_synthetic, tmp_path / "one/run", pretrained, held_out)
     (tmp_path / "one").mkdir()
+    straight = published_way(packed_synthetic, tmp_path / "one/run", pretrained, held_out)
     log = Start(straight, 1, tmp_path / "one").finish()
     assert "classes, multimodal, cross_entropy" in log
 
-    config = published_way(packed_synthetic, tmp_path / "two/run", pretrained, held_out)
     (tmp_path / "two").mkdir()
+    config = published_way(packed_synthetic, tmp_path / "two/run", pretrained, held_out)
     killed = Start(config, 2, tmp_path / "two")
     killed.signal_after(signal.SIGKILL, tmp_path / "two/run/checkpoints/step-000000010" / MANIFEST)
     for process in killed.processes:
