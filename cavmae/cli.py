@@ -15,6 +15,7 @@ COMMANDS = {
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
+    "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
     "train": ("cavmae.cluster.train", "Either on a Ray cluster, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
