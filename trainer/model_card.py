@@ -17,8 +17,9 @@ NOT_TOLD = "## Training\n\nNot told: these weights were saved without their run.
 _SNIPPET = """\
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from cavmae.dataloaders.augment import middle_box
 from cavmae.dataloaders.log_mel import log_mel
 from cavmae.trainer.hub import {class_name}
 
@@ -30,8 +31,10 @@ spectrogram = log_mel([sound], sizes.mel_bins, sizes.audio_frames, torch.device(
 spectrogram = (spectrogram - made.log_mel_mean) / made.log_mel_deviation
 
 picture = Image.new("RGB", (340, 256))  # yours
-side = (sizes.image_size, sizes.image_size)
-picture = ImageOps.fit(picture, side, Image.Resampling.BILINEAR)
+(width, height), side = picture.size, sizes.image_size
+top, left, bottom, right = middle_box(height, width, side)
+box = (left * width, top * height, right * width, bottom * height)
+picture = picture.resize((side, side), Image.Resampling.BILINEAR, box)
 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
 mean, deviation = (
     torch.tensor(of)[:, None, None] for of in (made.image_mean, made.image_deviation)

@@ -90,13 +90,14 @@ def _evaluations(run: FinishedRun) -> str:
     for path, result in of_these:
         asked = ", ".join(
             f"{name} {value}"
-            for name, value in result.pop("asked").items()
+            for name, value in result.pop("asked", {}).items()
             if isinstance(value, bool | int | float)
         )
         parts.append(
             f"### {path.stem}\n\nOn shards with the fingerprint `{result['shards_fingerprint']}`; "
-            f"clips that were trained on: {result['leakage']}; {asked}.\n\n{_numbers(result)}"
+            f"clips that were trained on: {result.get('leakage', 'not noted')}; {asked}.\n"
         )
+        parts.append(_numbers(result))
     return "\n".join(parts)
 
 

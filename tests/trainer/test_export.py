@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from card_snippet import run_snippet
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from starts import Start
@@ -196,18 +197,10 @@ def test_the_snippet_of_the_card_runs(
         model = random_classifier(video=kind == "multimodal")
     hub_model(model, PREPROCESSING).save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
-    names = run_snippet((tmp_path / "README.md").read_text())
+    names = run_snippet(tmp_path)
     made = names["sound_embedding"] if kind == "pretraining" else names["logits"]
     assert made.shape == (1, 32 if kind == "pretraining" else 5)
     assert made.isfinite().all()
-
-
-def run_snippet(card: str) -> dict[str, torch.Tensor]:
-    """The names that the code of a card leaves."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    names: dict[str, torch.Tensor] = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    return names
 
 
 @pytest.mark.parametrize(
