@@ -1,6 +1,7 @@
 """`cavmae export`: every format gives back the model, and tells what it was made of."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -182,6 +183,9 @@ def test_a_deviation_is_seen_and_refused(
     whole = PartOfModel(model, "audio")
     found = largest_deviation(model, "audio", lambda inputs: whole(**inputs) + 2e-4)
     assert found == pytest.approx(2e-4, rel=0.01)
+    batches = iter([1.0, float("nan")])
+    broken = largest_deviation(model, "audio", lambda inputs: whole(**inputs) * next(batches))
+    assert math.isnan(broken)
     monkeypatch.setattr(export, "MAXIMUM_DEVIATION", -1.0)
     with pytest.raises(ValueError, match=r"audio\.pt2 would give audio with a deviation of"):
         export.export(export.ExportConfig(str(run_dir), str(tmp_path / "out"), ("torch",)))

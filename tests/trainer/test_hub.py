@@ -56,6 +56,17 @@ def test_a_loaded_model_can_be_saved_again(pretrained: Path, tmp_path: Path) -> 
         assert (tmp_path / "again" / file).read_bytes() == (pretrained / file).read_bytes()
 
 
+def test_a_repository_of_the_hub_is_loaded_from_its_cache(pretrained: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "cache" / "models--somebody--model"
+    shutil.copytree(pretrained, repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    loaded = HubCAVMAE.from_pretrained(
+        "somebody/model", cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert_equal_states(loaded.state_dict(), random_pretraining_model().state_dict())
+
+
 def test_the_card_of_a_model_without_its_run_says_that_its_training_is_not_told(
     pretrained: Path,
 ) -> None:
