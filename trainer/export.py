@@ -47,6 +47,7 @@ from cavmae.trainer.provenance import provenance_of_file, provenance_of_run
 from cavmae.trainer.run_folder import save_config
 
 Format = Literal["hub", "torch", "onnx", "published"]
+_GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,35 @@ def export(config: ExportConfig) -> None:
         check_onnx_installed()
     source = open_source(config)
     model, parts = source.model, _parts(source.model, config)
-    preprocessing = Preprocessing(
+    hub = hub_model(model, _preprocessing(source))
+    out.mkdir(parents=True, exist_ok=True)
+    model_card(hub.description, source.provenance).save(out / "README.md")
+    save_config(hub.description, out / "config.json")
+    if "hub" in config.format:
+        hub.save_pretrained(out)
+        print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
+    if "published" in config.format:
+        torch.save(published_state(model), out / "published.pth")
+        print(f"{out / 'published.pth'}: {len(hub.state_dict())} tensors")
+    writers = [_GRAPH_WRITERS[name] for name in config.format if name in _GRAPH_WRITERS]
+    for part in parts if writers else ():
+        graph = graph_of(model, part)
+        for save, ending in writers:
+            path = out / f"{part}.{ending}"
+            deviation = largest_deviation(model, part, save(graph, path))
+            if not deviation <= MAXIMUM_DEVIATION:  # NaN too
+                path.unlink()
+                raise ValueError(
+                    f"{path} would give {part} with a deviation of {deviation:.2g} from the model, "
+                    f"above {MAXIMUM_DEVIATION:g}: removed; use another format, and report this"
+                )
+            print(f"{path}: largest deviation from the model {deviation:.2g}")
+    print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
+
+
+def _preprocessing(source: Source) -> Preprocessing:
+    """What the loader does with sound and picture."""
+    return Preprocessing(
         audio_hz=log_mel.AUDIO_HZ,
         window_samples=log_mel.WINDOW_SAMPLES,
         hop_samples=log_mel.HOP_SAMPLES,
@@ -146,31 +175,6 @@ def export(config: ExportConfig) -> None:
         image_mean=IMAGE_MEAN,
         image_deviation=IMAGE_DEVIATION,
     )
-    hub = hub_model(model, preprocessing)
-    out.mkdir(parents=True, exist_ok=True)
-    model_card(hub.description, source.provenance).save(out / "README.md")
-    save_config(hub.description, out / "config.json")
-    if "hub" in config.format:
-        hub.save_pretrained(out)
-        print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
-    if "published" in config.format:
-        torch.save(published_state(model), out / "published.pth")
-        print(f"{out / 'published.pth'}: {len(hub.state_dict())} tensors")
-    writers = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
-    wanted = [writers[name] for name in config.format if name in writers]
-    for part in parts if wanted else ():
-        graph = graph_of(model, part)
-        for save, ending in wanted:
-            path = out / f"{part}.{ending}"
-            deviation = largest_deviation(model, part, save(graph, path))
-            if not deviation <= MAXIMUM_DEVIATION:
-                path.unlink()
-                raise ValueError(
-                    f"{path} would give {part} with a deviation of {deviation:.2g} from the model, "
-                    f"above {MAXIMUM_DEVIATION:g}: removed; use another format, and report this"
-                )
-            print(f"{path}: largest deviation from the model {deviation:.2g}")
-    print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
 
 
 def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
@@ -195,7 +199,7 @@ def _parts(model: Model, config: ExportConfig) -> tuple[Part, ...]:
     for part in config.what:
         if part not in has:
             raise ValueError(f"what is {part}, which this model has not; it has {', '.join(has)}")
-    if config.what and not {"torch", "onnx"} & set(config.format):
+    if config.what and not _GRAPH_WRITERS.keys() & set(config.format):
         raise ValueError(
             f"what is {' '.join(config.what)}, and format {' '.join(config.format)} has no parts; "
             "add torch or onnx to format, or leave what out"
