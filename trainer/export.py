@@ -19,7 +19,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders import log_mel
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
-from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.finished_run import FinishedClassifier, open_finished
 from cavmae.trainer.graphs import (
     MAXIMUM_DEVIATION,
     Model,
@@ -42,7 +42,7 @@ from cavmae.trainer.model.weights import (
     read_state,
 )
 from cavmae.trainer.model_card import model_card
-from cavmae.trainer.model_description import Preprocessing
+from cavmae.trainer.model_description import ModelDescription, Preprocessing
 from cavmae.trainer.provenance import provenance_of_file, provenance_of_run
 from cavmae.trainer.run_folder import save_config
 
@@ -63,7 +63,7 @@ class ExportConfig:
     `onnx`: an .onnx of each. `published`: published.pth, a state dict for the published code."""
     what: tuple[Part, ...] = ()
     """Parts of the model that become graphs: embeddings of `audio` and `video`, logits of a
-    classifier in a mode; empty: both embeddings, or a classifier's logits of all that it reads."""
+    classifier in a mode; empty: both embeddings, or a classifier's logits in its own mode."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """Sizes, for a file of weights; a run has its own."""
     log_mel_mean: float = DataConfig.log_mel_mean
@@ -78,13 +78,12 @@ class Source:
 
     Attributes:
         model: on the CPU, set to evaluate.
-        log_mel_mean, log_mel_deviation: of the log-mel that it was trained on.
+        description: of it.
         provenance: what the card says of its training.
     """
 
     model: Model
-    log_mel_mean: float
-    log_mel_deviation: float
+    description: ModelDescription
     provenance: str
 
 
@@ -99,25 +98,22 @@ def open_source(config: ExportConfig) -> Source:
     if path.is_file():
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Source(
-            _model_of_file(path, config.model),
-            config.log_mel_mean,
-            config.log_mel_deviation,
-            provenance_of_file(path, sha256),
-        )
-    run = open_finished_run(path)
+        model = _model_of_file(path, config.model)
+        described = _described(model, config.log_mel_mean, config.log_mel_deviation)
+        return Source(model, described, provenance_of_file(path, sha256))
+    run = open_finished(path)
     unset = ExportConfig(config.source, config.out)
     for name in ("model", "log_mel_mean", "log_mel_deviation"):
         if getattr(config, name) != getattr(unset, name):
             raise ValueError(
                 f"{name} is set and {path} is a run, whose config.json says it; leave it out"
             )
-    return Source(
-        run.model(torch.device("cpu")),
-        run.config.data.log_mel_mean,
-        run.config.data.log_mel_deviation,
-        provenance_of_run(run),
-    )
+    model, data = run.model(torch.device("cpu")), run.config.data
+    described = _described(model, data.log_mel_mean, data.log_mel_deviation)
+    if isinstance(run, FinishedClassifier):
+        mode, labels = run.config.classifier.mode, run.labels.names
+        described = dataclasses.replace(described, mode=mode, labels=labels)
+    return Source(model, described, provenance_of_run(run))
 
 
 def export(config: ExportConfig) -> None:
@@ -134,11 +130,11 @@ def export(config: ExportConfig) -> None:
     if "onnx" in config.format:
         check_onnx_installed()
     source = open_source(config)
-    model, parts = source.model, _parts(source.model, config)
-    hub = hub_model(model, _preprocessing(source))
+    model, parts = source.model, _parts(source, config)
+    hub = hub_model(model, source.description)
     out.mkdir(parents=True, exist_ok=True)
-    model_card(hub.description, source.provenance).save(out / "README.md")
-    save_config(hub.description, out / "config.json")
+    model_card(source.description, source.provenance).save(out / "README.md")
+    save_config(source.description, out / "config.json")
     if "hub" in config.format:
         hub.save_pretrained(out)
         print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
@@ -161,19 +157,28 @@ def export(config: ExportConfig) -> None:
     print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
 
 
-def _preprocessing(source: Source) -> Preprocessing:
-    """What the loader does with sound and picture."""
-    return Preprocessing(
-        audio_hz=log_mel.AUDIO_HZ,
-        window_samples=log_mel.WINDOW_SAMPLES,
-        hop_samples=log_mel.HOP_SAMPLES,
-        fft_samples=log_mel.FFT_SAMPLES,
-        preemphasis=log_mel.PREEMPHASIS,
-        lowest_hz=log_mel.LOWEST_HZ,
-        log_mel_mean=source.log_mel_mean,
-        log_mel_deviation=source.log_mel_deviation,
-        image_mean=IMAGE_MEAN,
-        image_deviation=IMAGE_DEVIATION,
+def _described(model: Model, log_mel_mean: float, log_mel_deviation: float) -> ModelDescription:
+    """The description of a model of which nothing else is known; its input is the loader's."""
+    classifier = isinstance(model, CAVMAEClassifier)
+    video = model.has_video if classifier else True
+    return ModelDescription(
+        model=model.config,
+        mode=("multimodal" if video else "audioonly") if classifier else "",
+        classes=model.classes if classifier else 0,
+        labels=(),
+        video=video,
+        preprocessing=Preprocessing(
+            audio_hz=log_mel.AUDIO_HZ,
+            window_samples=log_mel.WINDOW_SAMPLES,
+            hop_samples=log_mel.HOP_SAMPLES,
+            fft_samples=log_mel.FFT_SAMPLES,
+            preemphasis=log_mel.PREEMPHASIS,
+            lowest_hz=log_mel.LOWEST_HZ,
+            log_mel_mean=log_mel_mean,
+            log_mel_deviation=log_mel_deviation,
+            image_mean=IMAGE_MEAN,
+            image_deviation=IMAGE_DEVIATION,
+        ),
     )
 
 
@@ -189,13 +194,13 @@ def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
     return model.eval()
 
 
-def _parts(model: Model, config: ExportConfig) -> tuple[Part, ...]:
+def _parts(source: Source, config: ExportConfig) -> tuple[Part, ...]:
     """The parts that are asked for.
 
     Raises:
         ValueError: the model has not all of them, or graphs are not asked for.
     """
-    has = parts_of(model)
+    has = parts_of(source.model)
     for part in config.what:
         if part not in has:
             raise ValueError(f"what is {part}, which this model has not; it has {', '.join(has)}")
@@ -204,11 +209,8 @@ def _parts(model: Model, config: ExportConfig) -> tuple[Part, ...]:
             f"what is {' '.join(config.what)}, and format {' '.join(config.format)} has no parts; "
             "add torch or onnx to format, or leave what out"
         )
-    if config.what:
-        return config.what
-    if isinstance(model, CAVMAE):
-        return has
-    return ("multimodal",) if model.has_video else ("audioonly",)
+    mode = source.description.mode
+    return config.what or ((mode,) if mode else has)
 
 
 def main(arguments: list[str]) -> int:

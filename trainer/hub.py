@@ -18,7 +18,7 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.model_card import model_card
-from cavmae.trainer.model_description import ModelDescription, Preprocessing
+from cavmae.trainer.model_description import ModelDescription
 from cavmae.trainer.run_folder import load_config, save_config
 
 
@@ -104,17 +104,16 @@ class HubCAVMAEClassifier(_HubFolder, CAVMAEClassifier):
 
 
 def hub_model(
-    model: CAVMAE | CAVMAEClassifier, preprocessing: Preprocessing
+    model: CAVMAE | CAVMAEClassifier, description: ModelDescription
 ) -> HubCAVMAE | HubCAVMAEClassifier:
-    """A model as one that can be saved and pushed; it shares the tensors of `model`."""
-    classifier = isinstance(model, CAVMAEClassifier)
-    description = ModelDescription(
-        model=model.config,
-        classes=model.classes if classifier else 0,
-        video=model.has_video if classifier else True,
-        preprocessing=preprocessing,
-    )
+    """A model as one that can be saved and pushed; it shares the tensors of `model`.
+
+    Args:
+        model: any.
+        description: of it.
+    """
+    kind = HubCAVMAEClassifier if isinstance(model, CAVMAEClassifier) else HubCAVMAE
     with torch.device("meta"):
-        hub = HubCAVMAEClassifier(description) if classifier else HubCAVMAE(description)
+        hub = kind(description)
     hub.load_state_dict(model.state_dict(), assign=True)
     return hub.eval()

@@ -45,12 +45,24 @@ with torch.no_grad():
     {use}
 """
 _USES = {
-    "pretraining": (
+    "": (
         "sound_embedding = model.embed_audio(spectrogram)  # (1, width)\n"
         "    picture_embedding = model.embed_video(frame)  # (1, width)"
     ),
     "multimodal": 'logits = model(spectrogram, frame, "multimodal").logits  # (1, classes)',
+    "videoonly": 'logits = model(None, frame, "videoonly").logits  # (1, classes)',
     "audioonly": 'logits = model(spectrogram, None, "audioonly").logits  # (1, classes)',
+}
+_TASKS = {
+    "": "feature-extraction",
+    "multimodal": "video-classification",
+    "videoonly": "video-classification",
+    "audioonly": "audio-classification",
+}
+_READS = {
+    "multimodal": "a sound and a picture of one moment",
+    "videoonly": "a picture",
+    "audioonly": "a sound",
 }
 _LICENCE = """\
 **Licence: not chosen.** Whoever publishes these weights sets `license` at the top of this file and
@@ -73,26 +85,20 @@ def model_card(description: ModelDescription, provenance: str = NOT_TOLD) -> Mod
         description: of the model.
         provenance: Markdown sections: where the weights come from, training, scores.
     """
-    if not description.classes:
-        kind, task = "pretraining", "feature-extraction"
+    if not description.mode:
         title = "CAV-MAE, pretrained"
         says = "Embeds sounds and pictures in one space."
-    elif description.video:
-        kind, task = "multimodal", "video-classification"
-        title = f"CAV-MAE, fine-tuned to {description.classes} classes"
-        says = "Gives logits of classes for a sound and a picture of one moment."
     else:
-        kind, task = "audioonly", "audio-classification"
-        title = f"CAV-MAE, fine-tuned to {description.classes} classes of sound"
-        says = "Gives logits of classes for a sound."
+        title = f"CAV-MAE, fine-tuned to {description.classes} classes"
+        says = f"Gives logits of classes for {_READS[description.mode]}."
     data = ModelCardData(
         license="unknown",
         library_name="cavmae",
-        pipeline_tag=task,
+        pipeline_tag=_TASKS[description.mode],
         tags=["audio", "audio-visual", "cav-mae", "self-supervised-learning", "video"],
     )
     class_name = "HubCAVMAEClassifier" if description.classes else "HubCAVMAE"
-    snippet = _SNIPPET.format(class_name=class_name, use=_USES[kind])
+    snippet = _SNIPPET.format(class_name=class_name, use=_USES[description.mode])
     sizes, made = description.model, description.preprocessing
     limits = _LIMITS.format(
         seconds=sizes.audio_frames * made.hop_samples / made.audio_hz,

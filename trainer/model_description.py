@@ -4,6 +4,7 @@ Whoever loads the weights can build the model and feed it from this file alone.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cavmae.trainer.model.config import ModelConfig
 
@@ -43,9 +44,13 @@ class ModelDescription:
 
     model: ModelConfig
     """Sizes."""
+    mode: Literal["", "multimodal", "audioonly", "videoonly"]
+    """What a classifier is to read: both, sound or picture; empty: a pretraining model."""
     classes: int
-    """Labels of a classifier; 0: a pretraining model."""
+    """Outputs of a classifier; 0: a pretraining model."""
+    labels: tuple[str, ...]
+    """Of each class, for people; empty where they are not known."""
     video: bool
-    """False: a classifier of sound alone."""
+    """False: a classifier without the parameters that only pictures use."""
     preprocessing: Preprocessing
     """How its input is made."""

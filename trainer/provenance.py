@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.finished_run import FinishedRun
+from cavmae.trainer.finished_run import FinishedClassifier, FinishedRun
 from cavmae.trainer.model_card import table
 from cavmae.trainer.run_folder import read_json
 from cavmae.trainer.tracking import flatten
+
+Run = FinishedRun | FinishedClassifier
 
 _FIELDS = (
     "seed",
     "steps",
     "global_batch",
+    "average_from_epoch",
     "data.mixture",
     "data.sampling",
     "data.frame_choice",
@@ -27,6 +30,11 @@ _FIELDS = (
     "loss.",
     "optimizer.",
     "schedule.",
+    "classifier.mode",
+    "classifier.loss",
+    "classifier.label_smoothing",
+    "classifier.head_rate_ratio",
+    "classifier.train_encoders",
     "engine.dtype",
     "engine.clip_gradient_norm",
 )
@@ -41,12 +49,12 @@ def provenance_of_file(path: Path, sha256: str) -> str:
     )
 
 
-def provenance_of_run(run: FinishedRun) -> str:
+def provenance_of_run(run: Run) -> str:
     """Of a run: clips, recipe, held-out scores, evaluations, code."""
     return "\n".join([_training(run), _scores(run), _evaluations(run), _origin(run)])
 
 
-def _training(run: FinishedRun) -> str:
+def _training(run: Run) -> str:
     config, folders = run.config, run.config.data.train_folders
     names = ", ".join(f"`{_last_parts(folder)}`" for folder in folders)
     try:
@@ -66,7 +74,7 @@ def _training(run: FinishedRun) -> str:
     )
 
 
-def _scores(run: FinishedRun) -> str:
+def _scores(run: Run) -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Held-out scores\n\nNone: the run had no held-out clips.\n"
@@ -77,7 +85,7 @@ def _scores(run: FinishedRun) -> str:
     )
 
 
-def _evaluations(run: FinishedRun) -> str:
+def _evaluations(run: Run) -> str:
     found = [(path, read_json(path)) for path in sorted((run.folder / "evaluation").glob("*.json"))]
     of_these = [
         (path, result)
@@ -101,7 +109,7 @@ def _evaluations(run: FinishedRun) -> str:
     return "\n".join(parts)
 
 
-def _origin(run: FinishedRun) -> str:
+def _origin(run: Run) -> str:
     record = _read(run.folder / "run.json")
     commits = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("git_commits", [])) if one)
     code = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("code", [])))

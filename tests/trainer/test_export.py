@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,29 @@ from card_snippet import run_snippet
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from starts import Start
-from tiny_models import PREPROCESSING, random_classifier, random_pretraining_model
-from tiny_run import MODEL, save_untrained, tiny_run
+from tiny_models import (
+    CLASSIFIER,
+    PRETRAINING,
+    SOUND_CLASSIFIER,
+    random_classifier,
+    random_pretraining_model,
+)
+from tiny_run import MODEL, save_untrained, tiny_finetuning, tiny_run
 from unsafe_pickle import save_malicious
 
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
 from cavmae.trainer import export
+from cavmae.trainer.finetune_config import ClassifierConfig
+from cavmae.trainer.finished_run import open_finished_run
 from cavmae.trainer.graphs import PartOfModel, graph_of, largest_deviation, parts_of, random_inputs
-from cavmae.trainer.hub import HubCAVMAE, hub_model
+from cavmae.trainer.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
+from cavmae.trainer.labels import LabelSet
+from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_published
+from cavmae.trainer.model_description import ModelDescription
+from cavmae.trainer.run_folder import save_config
 
 SIZES = [
     f"--model.{name.replace('_', '-')}={getattr(MODEL, name)}"
@@ -176,6 +189,40 @@ def test_a_classifier_is_exported_with_its_logits(classifier_file: Path, tmp_pat
     assert "5 classes" in ModelCard.load(tmp_path / "out/README.md").text
 
 
+@pytest.fixture
+def fine_tuned(packed_synthetic: Path, tmp_path: Path) -> Path:
+    """A fine-tuning run of sound alone, as it leaves its folder, with random weights."""
+    folder = tmp_path / "fine_tuned"
+    folder.mkdir()
+    classifier = ClassifierConfig(mode="audioonly")
+    config = tiny_finetuning(packed_synthetic, folder, classifier=classifier)
+    save_config(config, folder / "config.json")
+    labels = LabelSet(("/m/1", "/m/2", "/m/3"), ("Dog", "Bell", "Rain"))
+    (folder / "labels.csv").write_text(labels.as_csv())
+    torch.manual_seed(0)
+    torch.save(CAVMAEClassifier(MODEL, 3).state_dict(), folder / "weights.pt")
+    return folder
+
+
+def test_a_fine_tuning_run_is_exported_in_its_mode_with_its_classes(
+    fine_tuned: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["export", str(fine_tuned), str(out), "--format", "hub", "torch"]) == 0
+    assert [path.name for path in out.glob("*.pt2")] == ["audioonly.pt2"]
+    description = HubCAVMAEClassifier.from_pretrained(out).description
+    assert (description.mode, description.classes) == ("audioonly", 3)
+    assert description.labels == ("Dog", "Bell", "Rain")
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict()["pipeline_tag"] == "audio-classification"
+    assert "| classifier.mode | audioonly |" in card.text
+
+
+def test_a_fine_tuning_run_is_no_pretraining_run(fine_tuned: Path) -> None:
+    with pytest.raises(ValueError, match="a fine-tuning run; give the folder of a pretraining run"):
+        open_finished_run(fine_tuned)
+
+
 def test_a_deviation_is_seen_and_refused(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,18 +239,21 @@ def test_a_deviation_is_seen_and_refused(
     assert not (tmp_path / "out/audio.pt2").exists()
 
 
-@pytest.mark.parametrize("kind", ["pretraining", "multimodal", "audioonly"])
-def test_the_snippet_of_the_card_runs(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "description",
+    [PRETRAINING, CLASSIFIER, SOUND_CLASSIFIER, replace(CLASSIFIER, mode="videoonly")],
+    ids=lambda description: description.mode or "pretraining",
+)
+def test_the_code_on_the_card_runs(
+    description: ModelDescription, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = random_pretraining_model()
-    if kind != "pretraining":
-        model = random_classifier(video=kind == "multimodal")
-    hub_model(model, PREPROCESSING).save_pretrained(tmp_path)
+    classifier = random_classifier(video=description.video)
+    model = classifier if description.mode else random_pretraining_model()
+    hub_model(model, description).save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = run_snippet(tmp_path)
-    made = names["sound_embedding"] if kind == "pretraining" else names["logits"]
-    assert made.shape == (1, 32 if kind == "pretraining" else 5)
+    made = names["logits"] if description.mode else names["sound_embedding"]
+    assert made.shape == (1, 5 if description.mode else 32)
     assert made.isfinite().all()
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_models import PREPROCESSING, random_classifier, random_pretraining_model
+from tiny_models import (
+    CLASSIFIER,
+    PRETRAINING,
+    SOUND_CLASSIFIER,
+    random_classifier,
+    random_pretraining_model,
+)
 from unsafe_pickle import save_malicious
 
 from cavmae.trainer.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
@@ -16,13 +22,13 @@ from cavmae.trainer.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
-    hub_model(random_pretraining_model(), PREPROCESSING).save_pretrained(tmp_path / "pretrained")
+    hub_model(random_pretraining_model(), PRETRAINING).save_pretrained(tmp_path / "pretrained")
     return tmp_path / "pretrained"
 
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
-    hub_model(random_classifier(), PREPROCESSING).save_pretrained(tmp_path / "classifier")
+    hub_model(random_classifier(), CLASSIFIER).save_pretrained(tmp_path / "classifier")
     return tmp_path / "classifier"
 
 
@@ -37,17 +43,18 @@ def test_a_pretraining_model_comes_back_with_its_description(pretrained: Path) -
     loaded = HubCAVMAE.from_pretrained(pretrained)
     assert_equal_states(loaded.state_dict(), model.state_dict())
     assert not loaded.training
-    assert loaded.description.model == model.config
-    assert loaded.description.preprocessing == PREPROCESSING
+    assert loaded.description == PRETRAINING
 
 
 @pytest.mark.parametrize("video", [True, False])
 def test_a_classifier_comes_back(tmp_path: Path, video: bool) -> None:
     model = random_classifier(video=video)
-    hub_model(model, PREPROCESSING).save_pretrained(tmp_path / "out")
+    description = CLASSIFIER if video else SOUND_CLASSIFIER
+    hub_model(model, description).save_pretrained(tmp_path / "out")
     loaded = HubCAVMAEClassifier.from_pretrained(tmp_path / "out")
     assert_equal_states(loaded.state_dict(), model.state_dict())
-    assert (loaded.classes, loaded.has_video) == (5, video)
+    assert loaded.description == description
+    assert loaded.has_video == video
 
 
 def test_a_loaded_model_can_be_saved_again(pretrained: Path, tmp_path: Path) -> None:
