@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
     "curve": ("cavmae.trainer.curve", "Plot a run's metrics over those of a published log."),
+    "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
     "train": ("cavmae.cluster.train", "Either on a Ray cluster, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),

@@ -10,9 +10,12 @@ import torch
 
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.labels import LabelSet, read_labels
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.weights import load_published
-from cavmae.trainer.run_folder import git_commit, load_config, save_code, write_json
+from cavmae.trainer.model.classifier import CAVMAEClassifier
+from cavmae.trainer.model.weights import load_classifier_weights, load_published
+from cavmae.trainer.run_folder import git_commit, load_run_config, save_code, write_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class FinishedRun:
         """The same model with the random weights that its run would begin with."""
         torch.manual_seed(self.config.seed)
         return CAVMAE(self.config.model).to(device).eval()
+
+
+@dataclass(frozen=True)
+class FinishedClassifier:
+    """Attributes: folder; config; labels; weights_sha256, of `weights.pt`, in hexadecimal."""
+
+    folder: Path
+    config: FinetuneConfig
+    labels: LabelSet
+    weights_sha256: str
+
+    def model(self, device: torch.device) -> CAVMAEClassifier:
+        """The trained classifier in float32, set to evaluate."""
+        model = CAVMAEClassifier(self.config.model, len(self.labels))
+        load_classifier_weights(model, self.folder / "weights.pt")
+        return model.to(device).eval()
 
 
 def write_evaluation(
@@ -63,19 +82,36 @@ def open_finished_run(run_dir: str | Path) -> FinishedRun:
     """Open the folder of a pretraining run.
 
     Raises:
+        ValueError: the folder is no run's, or of another kind, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier):
+        raise ValueError(
+            f"run_dir is {run_dir}, a fine-tuning run; give the folder of a pretraining run"
+        )
+    return run
+
+
+def open_finished(run_dir: str | Path) -> FinishedRun | FinishedClassifier:
+    """Open the folder of a run of any kind.
+
+    Raises:
         ValueError: the folder is no run's, or the run has not finished.
         OSError: a file can't be read.
     """
     folder = Path(run_dir)
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"run_dir is {folder}, which has no config.json; give the folder of a pretraining run"
-        )
-    config = load_config(folder / "config.json", PretrainConfig)
+        raise ValueError(f"run_dir is {folder}, which has no config.json; give the folder of a run")
+    config = load_run_config(folder / "config.json")
     if not (folder / "weights.pt").is_file():
         raise ValueError(
             f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
             "to its end (the command that started it goes on)"
         )
     with (folder / "weights.pt").open("rb") as file:
-        return FinishedRun(folder, config, hashlib.file_digest(file, "sha256").hexdigest())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(config, FinetuneConfig):
+        return FinishedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
+    assert isinstance(config, PretrainConfig)
+    return FinishedRun(folder, config, sha256)
