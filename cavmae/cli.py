@@ -17,7 +17,7 @@ COMMANDS = {
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
     "curve": ("cavmae.trainer.curve", "Plot a run's metrics over those of a published log."),
     "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
-    "train": ("cavmae.cluster.train", "Either on a Ray cluster, restarted after failures."),
+    "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
     "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": ("cavmae.cluster.sweep", "Search fields with Ray Tune, giving up what falls behind."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
+    "demo-full": ("cavmae.cluster.demo_full", "That, and all that the model is for, to an export."),
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
