@@ -14,6 +14,8 @@ COMMANDS = {
     "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
+    "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
+    "search": ("cavmae.trainer.search", "A sound finds videos, a picture finds sounds."),
     "train": ("cavmae.cluster.train", "Pretrain on a Ray cluster, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
