@@ -91,16 +91,17 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         missing = [shard for shard, file in enumerate(files) if not file.exists()]
         for shard in set(range(len(files))) - set(missing):
             file_account(files[shard], origin)  # told now, not when all others are there
+        if missing:
+            (out / DESCRIPTION).unlink(missing_ok=True)
         _write_missing(config, origin, executor, missing, len(files))
         accounts = [file_account(file, origin) for file in files]
         rows = [count for count, _ in accounts]
         left_out = [clip for _, clips in accounts for clip in clips]
         assert sum(rows) + len(left_out) == shards.samples
+        place = config.shards if "://" in config.shards else str(Path(config.shards).absolute())
         description = {
             "run": str(run.folder.absolute()),
-            "shards": shards.folder
-            if "://" in shards.folder
-            else str(Path(shards.folder).absolute()),
+            "shards": place,
             "clips": shards.samples,
             "rows": sum(rows),
             "left_out": left_out,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,22 @@ def test_a_start_that_was_cut_short_ends_with_the_same_bytes(
     assert sorted(path.name for path in out.iterdir()) == [*FILES, "embeddings.json", ORIGIN]
     for file in FILES:
         assert (out / file).read_bytes() == (embedded / file).read_bytes()
+
+
+def test_a_folder_is_not_complete_while_a_file_is_written_anew(
+    embedded: Path, run_dir: Path, packed_synthetic: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(embedded, out)
+    (out / FILES[1]).unlink()
+
+    def looking(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
+        assert numbers == [1] and not (out / "embeddings.json").exists()
+        yield from in_this_process(config, origin, numbers)
+
+    config, _ = begun(run_dir, packed_synthetic, out)
+    assert embed_set(config, looking) == description(embedded)
+    assert (out / FILES[1]).read_bytes() == (embedded / FILES[1]).read_bytes()
 
 
 def test_every_clip_has_a_row_or_a_reason(
