@@ -17,6 +17,8 @@ COMMANDS = {
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
     "curve": ("cavmae.trainer.curve", "Plot a run's metrics over those of a published log."),
     "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
+    "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
+    "search": ("cavmae.trainer.search", "A sound finds videos, a picture finds sounds."),
     "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),

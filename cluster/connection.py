@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,45 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
         yield None if in_job else Path.cwd()
     finally:
         ray.shutdown()
+
+
+def absolute_path(name: str, path: str, folder: Path | None) -> str:
+    """A path as Ray's processes need it, whose current folder is another one; URLs and an empty
+    one as they are.
+
+    Args:
+        name: of the field, for the error.
+        path: relative to `folder`, or absolute.
+        folder: that `connected` gave.
+
+    Raises:
+        ValueError: a relative path in a Ray job.
+    """
+    if not path or "://" in path or Path(path).is_absolute():
+        return path
+    if folder is None:
+        raise ValueError(
+            f"{name} is {path!r}, relative to the copy of the code that Ray made for this job "
+            "and throws away; give an absolute path"
+        )
+    return str(folder / path)
+
+
+def tell_shortage(cluster: ClusterConfig) -> None:
+    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
+    import ray
+
+    resources = ray.cluster_resources()
+    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    for name, each in needed.items():
+        total, there = each * cluster.workers, int(resources.get(name, 0))
+        if there < total:
+            print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
+    if resources.get("GPU", 0) and not cluster.gpus_per_worker:
+        print(
+            f"on CPUs: gpus_per_worker is 0 (the cluster has {resources['GPU']:g} GPUs)",
+            file=sys.stderr,
+        )
 
 
 def passed_on() -> dict[str, str]:

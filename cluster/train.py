@@ -9,11 +9,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayRunConfig, without_cluster
-from cavmae.cluster.connection import address_of, connected
+from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
+from cavmae.cluster.connection import absolute_path, address_of, connected, tell_shortage
 from cavmae.command import exit_code
 from cavmae.dataloaders.plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards import ShardSet
@@ -55,7 +56,7 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
         ShardSet(config.data.train)  # a wrong path is told now, not when Ray is up
     threads = config.threads_per_rank or cluster.cpus_per_worker
     with connected(cluster, threads) as working_folder:
-        _tell_shortage(cluster)
+        tell_shortage(cluster)
         resolved = with_absolute_paths(config, working_folder)
         resolved = dataclasses.replace(resolved, threads_per_rank=threads)
         run_dir = Path(resolved.run_dir)
@@ -140,17 +141,7 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     Raises:
         ValueError: a relative path in a Ray job.
     """
-
-    def absolute(name: str, path: str) -> str:
-        if not path or "://" in path or Path(path).is_absolute():
-            return path
-        if folder is None:
-            raise ValueError(
-                f"{name} is {path!r}, relative to the copy of the code that Ray made for this job "
-                "and throws away; give an absolute path"
-            )
-        return str(folder / path)
-
+    absolute = partial(absolute_path, folder=folder)
     uri, sqlite = config.tracking.uri, "sqlite:///"
     if uri.startswith(sqlite):
         uri = sqlite + absolute("tracking.uri", uri.removeprefix(sqlite))
@@ -178,23 +169,6 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
             config.cluster, storage=absolute("cluster.storage", config.cluster.storage)
         ),
     )
-
-
-def _tell_shortage(cluster: ClusterConfig) -> None:
-    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
-    import ray
-
-    resources = ray.cluster_resources()
-    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    for name, each in needed.items():
-        total, there = each * cluster.workers, int(resources.get(name, 0))
-        if there < total:
-            print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
-    if resources.get("GPU", 0) and not cluster.gpus_per_worker:
-        print(
-            f"training on CPUs: gpus_per_worker is 0 (the cluster has {resources['GPU']:g} GPUs)",
-            file=sys.stderr,
-        )
 
 
 def _fit(config: RayRunConfig) -> RunSummary:

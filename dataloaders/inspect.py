@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         for table in survey(shards, config.seed):
             Console().print(table)
         cards = draw(shards, config.clips, config.seed)
-        write = _write_page if config.out.endswith(".html") else _write_picture
-        write(Path(config.out), config.shards, cards)
+        write_sheet(Path(config.out), config.shards, cards)
     except (ValueError, OSError, RuntimeError) as error:
         errors.print(f"error: {error}")
         return 1
@@ -75,14 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _places(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
     """Shard and sample of clips drawn from the set, in the set's order."""
-    ends = np.cumsum(shards.sizes)
     chosen = np.sort(random_permutation(seed, "order", 0, shards.samples)[:count])
-    of_shard = np.searchsorted(ends, chosen, side="right")
-    sizes = np.asarray(shards.sizes)
-    return [
-        (int(shard), int(place - (ends[shard] - sizes[shard])))
-        for shard, place in zip(of_shard, chosen, strict=True)
-    ]
+    return [shards.at(position) for position in chosen.tolist()]
 
 
 # ---------------------------------------------------------------------------------- numbers
@@ -176,12 +169,17 @@ class Card:
 
 
 def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
-    """Clips drawn by counter, with their middle frame.
+    """Clips drawn by counter; raises as `card_of`."""
+    return [card_of(shards, *place) for place in _places(shards, count, seed)]
+
+
+def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
+    """A clip with its middle frame.
 
     Raises:
-        OSError: a shard cannot be read.
-        ShardError: a clip is damaged.
-        ValueError: a clip does not decode.
+        OSError: the shard cannot be read.
+        ShardError: the clip is damaged.
+        ValueError: it does not decode.
     """
     import torch
     from av.error import FFmpegError
@@ -190,28 +188,23 @@ def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
     from cavmae.dataloaders.one_frame import FrameError
     from cavmae.dataloaders.stored_sound import decode_sound
 
-    cards = []
-    for shard, sample in _places(shards, count, seed):
-        described = shards.description(shard, sample)
-        frame = described["ten_frames"][MIDDLE_FRAME]
-        sample_id = shards.sample_id(shard, sample)
-        sound = shards.member(shard, sample, shards.audio_codec)
-        try:
-            waveform = torch.from_numpy(decode_sound(sound))
-            pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
-        except (FFmpegError, FrameError, OSError) as error:
-            raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
-        spectrogram = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))[0]
-        source = described["source"]
-        facts = (
-            f"{source['path']} from {source['start_seconds']:g} s, "
-            f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of sound, "
-            f"{described['video']['frames']} frames, the one at {frame['seconds']:.2f} s"
-        )
-        cards.append(
-            Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram.numpy())
-        )
-    return cards
+    described = shards.description(shard, sample)
+    frame = described["ten_frames"][MIDDLE_FRAME]
+    sample_id = shards.sample_id(shard, sample)
+    sound = shards.member(shard, sample, shards.audio_codec)
+    try:
+        waveform = torch.from_numpy(decode_sound(sound))
+        pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
+    except (FFmpegError, FrameError, OSError) as error:
+        raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
+    spectrogram = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))[0]
+    source = described["source"]
+    facts = (
+        f"{source['path']} from {source['start_seconds']:g} s, "
+        f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of sound, "
+        f"{described['video']['frames']} frames, the one at {frame['seconds']:.2f} s"
+    )
+    return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram.numpy())
 
 
 def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.ndarray:
@@ -236,6 +229,16 @@ def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.n
         return decode_original(source, frame["seconds"], video["width"], video["height"])
     jpeg = shards.member(shard, sample, f"{number}.jpg")
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
+    """Clips beside each other, as a page (.html) or a picture.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    write = _write_page if path.suffix == ".html" else _write_picture
+    write(path, title, cards)
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:

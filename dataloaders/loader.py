@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -184,6 +184,8 @@ class ValidationLoader:
         world_size: ranks that share the clips.
         device: where the tensors come out.
         limit: clips over all ranks at most; 0: all.
+        parts: places in packing order to read, None: the rank's; each part has batches of its
+            own, so what a clip is decoded and computed with does not depend on the other parts.
 
     Raises:
         FileNotFoundError: no packed shards in `folder`.
@@ -201,6 +203,7 @@ class ValidationLoader:
         world_size: int,
         device: torch.device,
         limit: int,
+        parts: Sequence[range] | None = None,
     ):
         if batch < 1 or limit < 0 or not 0 <= rank < world_size:
             raise ValueError(
@@ -216,8 +219,10 @@ class ValidationLoader:
         self._settings = _settings(config, self._shards, shape, 0, self._device, draw_frame=False)
         self._quarantine = Quarantine(self._shards, (), config.maximum_bad_share)
         self._count = min(limit, self._shards.samples) if limit else self._shards.samples
-        self._start = self._count * rank // world_size
-        self._stop = self._count * (rank + 1) // world_size
+        own = range(self._count * rank // world_size, self._count * (rank + 1) // world_size)
+        self._parts = (own,) if parts is None else parts
+        if parts is not None:
+            self._count = sum(map(len, parts))
         self._end: weakref.finalize | None = None
 
     def __len__(self) -> int:
@@ -240,12 +245,13 @@ class ValidationLoader:
             self._device,
             self._batch,
             self._quarantine,
-            partial(_in_packing_order, self._shards.sizes, self._quarantine),
+            partial(_in_packing_order, self._shards, self._quarantine),
             None,
         )
         positions = (
-            np.arange(start, min(start + self._batch, self._stop), dtype=np.int64)
-            for start in range(self._start, self._stop, self._batch)
+            np.arange(start, min(start + self._batch, part.stop), dtype=np.int64)
+            for part in self._parts
+            for start in range(part.start, part.stop, self._batch)
         )
         ahead = Ahead(stream.batches(positions), self._config.prefetch_batches)
         self._end = weakref.finalize(self, _end, ahead, stream)
@@ -314,18 +320,10 @@ def _kept(quarantine: Quarantine, tasks: Iterator[ReadTask]) -> ReadTask:
 
 
 def _in_packing_order(
-    shard_sizes: tuple[int, ...], quarantine: Quarantine, positions: np.ndarray
+    shards: ShardSet, quarantine: Quarantine, positions: np.ndarray
 ) -> list[ReadTask]:
     """What to read in validation: the samples themselves, less those left out."""
-    ends = np.cumsum(shard_sizes)
-    shards = np.searchsorted(ends, positions, side="right")
-    samples = positions - (ends[shards] - np.asarray(shard_sizes)[shards])
-    tasks = [
-        ReadTask(position, 0, shard, sample)
-        for position, shard, sample in zip(
-            positions.tolist(), shards.tolist(), samples.tolist(), strict=True
-        )
-    ]
+    tasks = [ReadTask(position, 0, *shards.at(position)) for position in positions.tolist()]
     return [task for task in tasks if not quarantine.leaves_out(task)]
 
 

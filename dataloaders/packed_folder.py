@@ -45,11 +45,22 @@ def claimed(
         write_atomically(path, (json.dumps(note, indent=1) + "\n").encode())
     for folder in ("finished", *tiers):
         (out / folder).mkdir(exist_ok=True)
-    with open(path) as lock:
+    with locked(path, f"packing into {out}"):
+        yield
+
+
+@contextmanager
+def locked(note: Path, doing: str) -> Iterator[None]:
+    """Keep other processes out of the folder that has this file, which is never replaced.
+
+    Raises:
+        BlockingIOError: another process is `doing` it.
+    """
+    with open(note) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"another process is packing into {out}") from None
+            raise BlockingIOError(f"another process is {doing}") from None
         yield
 
 

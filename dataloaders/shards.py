@@ -14,10 +14,12 @@ import io
 import json
 import threading
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -258,6 +260,8 @@ class ShardSet:
     """Shards of each set; they are numbered through."""
     sizes: tuple[int, ...]
     """Samples of each shard."""
+    ends: tuple[int, ...]
+    """Place in packing order after the last sample of each shard."""
     samples: int
     fingerprint: str
     """Changes when the bytes of any shard do."""
@@ -286,7 +290,8 @@ class ShardSet:
         entries = [entry for index in indexes for entry in index["shards"]]
         self.files = tuple(StoredFile(entry.name, entry.sha256, entry.bytes) for entry in entries)
         self.sizes = tuple(entry.samples for entry in entries)
-        self.samples = sum(self.sizes)
+        self.ends = tuple(accumulate(self.sizes))
+        self.samples = self.ends[-1]
         digests = "".join(entry.sha256 for entry in entries)
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
         self._start_reading()
@@ -334,6 +339,11 @@ class ShardSet:
         if weights.shape != (samples,):
             raise ValueError(f"{place} has shape {weights.shape}; the set has {samples} samples")
         return weights
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Shard and sample at a place in packing order."""
+        shard = bisect_right(self.ends, position)
+        return shard, position - self.ends[shard] + self.sizes[shard]
 
     def place(self, shard: int) -> str:
         """Path or URL of a shard."""

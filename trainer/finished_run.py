@@ -68,14 +68,18 @@ def write_evaluation(
     """
     path = Path(out or run.folder / "evaluation" / f"{kind}-{shards.fingerprint[:8]}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rests_on = {
+    write_json(path, {**result, **rests_on(run, shards)})
+    return path
+
+
+def rests_on(run: FinishedRun, shards: ShardSet) -> dict[str, Any]:
+    """Weights, clips and code of a result; the code is kept in the run folder."""
+    return {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
         "code": save_code(run.folder),
         "git_commit": git_commit(),
     }
-    write_json(path, {**result, **rests_on})
-    return path
 
 
 def open_finished_run(run_dir: str | Path) -> FinishedRun:

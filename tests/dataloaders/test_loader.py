@@ -233,6 +233,23 @@ def test_validation_repeats_exactly_and_does_not_depend_on_the_batch(
     assert at_once.frame_seconds[0].item() == pytest.approx(middle)
 
 
+def test_parts_of_a_set_have_batches_of_their_own(packed_synthetic: Path) -> None:
+    loader = ValidationLoader(
+        CONFIG,
+        SHAPE,
+        folder=str(packed_synthetic / "frames"),
+        batch=5,
+        rank=0,
+        world_size=1,
+        device=CPU,
+        limit=0,
+        parts=[range(0, 8), range(16, 24)],
+    )
+    assert len(loader) == 16
+    positions = [batch.positions.tolist() for batch in loader]
+    assert positions == [[*range(5)], [5, 6, 7], [*range(16, 21)], [21, 22, 23]]
+
+
 def test_an_unfinished_validation_can_be_begun_again(packed_synthetic: Path) -> None:
     loader = ValidationLoader(
         CONFIG,
