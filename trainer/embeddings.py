@@ -1,17 +1,13 @@
-"""Frozen features of the clips of a packed set: what a trained model makes of sound and picture.
-
-Clips are embedded whole and in float32; no clip sees another one, so nothing depends on how they
-were put into batches.
-"""
+"""Frozen features of the clips of a packed set: what a trained model makes of sound and picture."""
 
 from dataclasses import dataclass
 
 import torch
 
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.loader import ValidationLoader
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.trainer.clip_outputs import clip_outputs
+from cavmae.trainer.config import RunConfig
+from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
 @dataclass(frozen=True)
@@ -32,9 +28,8 @@ class Embeddings:
     left_out: tuple[tuple[str, str], ...]
 
 
-@torch.no_grad()
 def embed(
-    model: CAVMAE, config: PretrainConfig, shards: str, *, clips: int, batch: int
+    model: AudioVideoEncoder, config: RunConfig, shards: str, *, clips: int, batch: int
 ) -> Embeddings:
     """Embed the sound and one frame of each clip, unmasked, in float32.
 
@@ -50,45 +45,21 @@ def embed(
         OSError: a shard can't be read.
         DataFaultError: too many clips are damaged.
     """
-    device, sizes = model.norm.weight.device, config.model
-    loader = ValidationLoader(
+
+    def both(one: AudioVideoBatch) -> dict[str, torch.Tensor]:
+        return {
+            "sound": model.embed_audio(one.log_mel),
+            "picture": model.embed_video(one.frames[:, 0]),
+        }
+
+    made = clip_outputs(
+        both,
         config.data,
-        ClipShape(sizes.audio_frames, sizes.mel_bins, sizes.image_size),
-        folder=shards,
+        config.model,
+        shards,
+        clips=clips,
         batch=batch,
-        rank=0,
-        world_size=1,
-        device=device,
-        limit=clips,
+        device=model.norm.weight.device,
     )
-    audio: list[torch.Tensor] = []
-    video: list[torch.Tensor] = []
-    sample_ids: list[str] = []
-    labels: list[tuple[str, ...]] = []
-    try:
-        for part in loader:
-            part = part.to(device)
-            audio.append(model.embed_audio(part.log_mel).cpu())
-            video.append(model.embed_video(part.frames[:, 0]).cpu())
-            sample_ids += part.sample_ids
-            labels += part.labels
-    finally:
-        loader.close()
-    if not audio:
-        raise ValueError(f"shards {shards}: no clip can be decoded; `cavmae verify` says why")
-    embeddings = Embeddings(
-        audio=torch.cat(audio),
-        video=torch.cat(video),
-        sample_ids=tuple(sample_ids),
-        labels=tuple(labels),
-        left_out=tuple((one.sample_id, one.reason) for one in loader.quarantine),
-    )
-    for name, values in (("sound", embeddings.audio), ("picture", embeddings.video)):
-        bad = (~values.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"the {name} of {len(bad)} clips of {shards} has embeddings that are not finite, "
-                f"such as {', '.join(sample_ids[clip] for clip in bad[:5])}; look at these clips "
-                "or at the weights"
-            )
-    return embeddings
+    audio, video = made.values.values()
+    return Embeddings(audio, video, made.sample_ids, made.labels, made.left_out)

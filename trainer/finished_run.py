@@ -3,20 +3,31 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.labels import LabelSet, read_labels
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.weights import load_published
-from cavmae.trainer.run_folder import git_commit, load_config, save_code, write_json
+from cavmae.trainer.model.classifier import CAVMAEClassifier
+from cavmae.trainer.model.weights import load_classifier_weights, load_published
+from cavmae.trainer.run_folder import (
+    git_commit,
+    load_run_config,
+    read_json,
+    save_code,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class FinishedPretraining:
     """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
 
     folder: Path
@@ -35,10 +46,126 @@ class FinishedRun:
         return CAVMAE(self.config.model).to(device).eval()
 
 
+@dataclass(frozen=True)
+class FinishedFinetuning:
+    """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
+
+    folder: Path
+    config: FinetuneConfig
+    weights_sha256: str
+
+    @cached_property
+    def labels(self) -> LabelSet:
+        """Its classes, from `labels.csv`; raises as `read_labels` does."""
+        return read_labels(self.folder / "labels.csv")
+
+    def model(self, device: torch.device) -> CAVMAEClassifier:
+        """The trained classifier in float32, set to evaluate.
+
+        Raises:
+            ValueError: weights of another architecture, of other classes, or without a classifier.
+        """
+        model = CAVMAEClassifier(self.config.model, len(self.labels))
+        weights = self.folder / "weights.pt"
+        random = load_classifier_weights(model, weights)
+        if random:
+            raise ValueError(
+                f"{weights} has no classifier ({', '.join(random)}): it is of a pretraining run; "
+                "put back the weights.pt that the fine-tuning left"
+            )
+        return model.to(device).eval()
+
+    def untrained_model(self, device: torch.device) -> CAVMAEClassifier:
+        """The same model with random weights."""
+        torch.manual_seed(self.config.seed)
+        return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
+
+
+FinishedRun = FinishedPretraining | FinishedFinetuning
+
+
+def open_finished_run(run_dir: str | Path) -> FinishedRun:
+    """Open the folder of a run of either kind.
+
+    Raises:
+        ValueError: the folder is no run's, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"run_dir is {folder}, which has no config.json; give the folder of a run")
+    config = load_run_config(folder / "config.json")
+    if not (folder / "weights.pt").is_file():
+        raise ValueError(
+            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
+            "to its end (the command that started it goes on)"
+        )
+    with (folder / "weights.pt").open("rb") as file:
+        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(config, FinetuneConfig):
+        return FinishedFinetuning(folder, config, weights_sha256)
+    assert isinstance(config, PretrainConfig)
+    return FinishedPretraining(folder, config, weights_sha256)
+
+
+def open_pretraining(run_dir: str | Path) -> FinishedPretraining:
+    """Open a run that must be one of pretraining; raises as `open_finished_run` does."""
+    run = open_finished_run(run_dir)
+    if not isinstance(run, FinishedPretraining):
+        raise ValueError(
+            f"run_dir is {run_dir}, a fine-tuning run, which has no decoder; give the pretraining "
+            "run that it started from"
+        )
+    return run
+
+
+def open_finetuning(run_dir: str | Path) -> FinishedFinetuning:
+    """Open a run that must be one of fine-tuning; raises as `open_finished_run` does."""
+    run = open_finished_run(run_dir)
+    if not isinstance(run, FinishedFinetuning):
+        raise ValueError(
+            f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
+            "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
+        )
+    return run
+
+
+def open_encoders_of_both(run_dir: str | Path) -> FinishedRun:
+    """Open a run, of either kind, that has trained encoders of sound and picture; raises as
+    `open_finished_run` does."""
+    run = open_finished_run(run_dir)
+    if isinstance(run, FinishedFinetuning) and run.config.classifier.mode != "multimodal":
+        raise ValueError(
+            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
+            "which trains the encoder of one modality; give a run of both"
+        )
+    return run
+
+
+def trained_on(config: RunConfig) -> list[str]:
+    """The tiers that a run was trained on, and those of the runs that it started from, as far as
+    these are where `initial_weights` says."""
+    tiers, weights = [config.data.train], config.initial_weights
+    seen: set[Path] = set()
+    while weights:
+        start = Path(weights).with_name("config.json").resolve()
+        if start in seen or not start.is_file():
+            break
+        seen.add(start)
+        # What lies beside weights may be of another version of this package, or of another one.
+        document = read_json(start)
+        tiers.append(str(document.get("data", {}).get("train", "")))
+        weights = document.get("initial_weights")
+    return list(
+        dict.fromkeys(tier for some in tiers for tier in DataConfig(train=some).train_folders)
+    )
+
+
 def write_evaluation(
     run: FinishedRun, out: str, kind: str, shards: ShardSet, result: Mapping[str, Any]
 ) -> Path:
-    """Write a result with what it rests on: weights, clips and code; returns the file.
+    """Write a result with what it rests on: weights and what they were trained on, clips and code;
+    returns the file.
 
     Args:
         run: that was scored.
@@ -52,30 +179,9 @@ def write_evaluation(
     rests_on = {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
+        "trained_on": trained_on(run.config),
         "code": save_code(run.folder),
         "git_commit": git_commit(),
     }
     write_json(path, {**result, **rests_on})
     return path
-
-
-def open_finished_run(run_dir: str | Path) -> FinishedRun:
-    """Open the folder of a pretraining run.
-
-    Raises:
-        ValueError: the folder is no run's, or the run has not finished.
-        OSError: a file can't be read.
-    """
-    folder = Path(run_dir)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"run_dir is {folder}, which has no config.json; give the folder of a pretraining run"
-        )
-    config = load_config(folder / "config.json", PretrainConfig)
-    if not (folder / "weights.pt").is_file():
-        raise ValueError(
-            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
-            "to its end (the command that started it goes on)"
-        )
-    with (folder / "weights.pt").open("rb") as file:
-        return FinishedRun(folder, config, hashlib.file_digest(file, "sha256").hexdigest())
