@@ -242,8 +242,9 @@ def classify(config: ClassifyConfig) -> None:
 def _logits(model: CAVMAEClassifier, batch: AudioVideoBatch, mode: Mode) -> torch.Tensor:
     """(batch, frames, classes); one frame where the mode sees none."""
     sees = any("video" in modalities for modalities in STREAMS[mode].values())
-    frames = batch.frames.unbind(1) if sees else batch.frames[:, :1].unbind(1)
-    return torch.stack([model(batch.log_mel, frame, mode).logits for frame in frames], dim=1)
+    frames = batch.frames if sees else batch.frames[:, :1]
+    made = [model(batch.log_mel, frame, mode).logits for frame in frames.unbind(1)]
+    return torch.stack(made, dim=1)
 
 
 def _as_json(one: ModeScores, labels: LabelSet) -> dict[str, Any]:

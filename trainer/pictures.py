@@ -206,7 +206,7 @@ def class_picture(
     above.set(ylim=(0, 1), ylabel="average precision")
     above.set_title(title, fontsize=10)
     below.bar(places, [count for _, _, count in scored], width=1.0, color="0.5")
-    below.set(yscale="log", xlabel="classes by average precision", ylabel="clips")
+    below.set(yscale="log", ylim=(0.5, None), xlabel="classes by average precision", ylabel="clips")
     named = min(NAMED_CLASSES, len(scored) // 2)
     # The bars rise to the right: these two corners are free.
     corners = (("worst", scored[:named], 0.02, 0.97), ("best", scored[::-1][:named], 0.98, 0.03))
@@ -219,6 +219,7 @@ def class_picture(
             transform=above.transAxes,
             horizontalalignment="left" if x < 0.5 else "right",
             verticalalignment="top" if y > 0.5 else "bottom",
+            multialignment="left",
             fontsize=8,
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
             parse_math=False,  # a name may have dollar signs
