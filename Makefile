@@ -1,9 +1,12 @@
-.PHONY: demo test check format clean
+.PHONY: demo demo-full test check format clean
 PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/cavmae demo
+
+demo-full: .venv/installed
+	$(BIN)/cavmae demo-full
 
 test: check
 	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -15,7 +15,9 @@ COMMANDS = {
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
-    "train": ("cavmae.cluster.train", "Either on a Ray cluster, restarted after failures."),
+    "curve": ("cavmae.trainer.curve", "Plot a run's metrics over those of a published log."),
+    "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
+    "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
     "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
@@ -24,6 +26,7 @@ COMMANDS = {
     "sweep": ("cavmae.cluster.sweep", "Search fields with Ray Tune, giving up what falls behind."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
+    "demo-full": ("cavmae.cluster.demo_full", "That, and all that the model is for, to an export."),
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),

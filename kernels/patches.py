@@ -47,7 +47,7 @@ def gather_patches(
     chosen = choose_backend(backend, pixels=pixels, ids=ids, **given)
     check_pixels(pixels, patch)
     channels, height, width = pixels.shape[1:]
-    check_ids("ids", ids, len(pixels), (height // patch) * (width // patch))
+    check_ids("ids", ids, pixels.shape[0], (height // patch) * (width // patch))
     if (mean is None) != (deviation is None):
         raise ValueError("mean and deviation go together; give both or neither")
     for name, statistic in given.items():

@@ -31,7 +31,7 @@ EXCERPT = REPOSITORY / "tests" / "golden" / "data"
 
 # Parts of a golden folder that no test compares yet, and why; named in every summary.
 NOT_COMPARED = {
-    "published_curves": "transcribed logs, nothing to compute",
+    "published_curves": "transcribed logs; only their learning rates are compared",
     "deviations.json": "where the tolerances come from, nothing to compute",
 }
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cavmae.cli import BENCHMARKS, COMMANDS, GROUPS
-from cavmae.trainer.arguments import RECIPES
+from cavmae.trainer.finetune_recipes import FINETUNE_RECIPES
+from cavmae.trainer.recipes import PRETRAIN_RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,7 +49,9 @@ def test_every_command_named_exists(page: Path) -> None:
     code = code_of(page.read_text())
     assert set(re.findall(r"\bcavmae ([a-z][a-z-]*)", code)) <= {*COMMANDS, *GROUPS}
     assert set(re.findall(r"\bcavmae bench ([a-z-]+)", code)) <= {*BENCHMARKS}
-    assert set(re.findall(r"\bcavmae pretrain ([a-z_]+)\b(?!/)", code)) <= {*RECIPES}
+    assert set(re.findall(r"\bcavmae pretrain ([a-z_]+)\b(?!/)", code)) <= {*PRETRAIN_RECIPES}
+    fine_tuned = set(re.findall(r"\bcavmae finetune ([a-z_0-9]+)\b(?!/)", code))
+    assert fine_tuned <= {*FINETUNE_RECIPES}
 
 
 def code_of(text: str) -> str:

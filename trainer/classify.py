@@ -31,8 +31,8 @@ from cavmae.trainer.clip_outputs import ClipOutputs, clip_outputs
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.finished_run import (
-    FinishedFinetuning,
-    open_finetuning,
+    FinishedClassifier,
+    open_finished_classifier,
     trained_on,
     write_evaluation,
 )
@@ -134,7 +134,7 @@ def check_no_empty_class(labels: LabelSet, shards: str) -> None:
 
 
 def classified(
-    run: FinishedFinetuning, modes: Sequence[Mode], config: ClassifyConfig
+    run: FinishedClassifier, modes: Sequence[Mode], config: ClassifyConfig
 ) -> ClipOutputs:
     """Logits (clips, frames, classes) of each mode by its name, and `targets` (clips, classes).
 
@@ -198,7 +198,7 @@ def classify(config: ClassifyConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finetuning(config.run_dir)
+    run = open_finished_classifier(config.run_dir)
     labels = run.labels
     modes = modes_to_ask(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)

@@ -61,8 +61,8 @@ class Finetuning:
 
     @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[AudioVideoBatch]) -> Scored:
-        """Mean average precision, AUC, d' and accuracy by the middle frame of each clip, without
-        intervals; `cavmae evaluate classify` has them, and several frames.
+        """Loss, mean average precision, AUC, d' and accuracy by the middle frame of each clip,
+        without intervals; `cavmae evaluate classify` has them, and several frames.
 
         Raises:
             ValueError: a clip without a label, or with one that is no class.
@@ -74,8 +74,9 @@ class Finetuning:
                 targets = self._labels.targets(batch.labels, batch.sample_ids).to(self._device)
                 parts.append(torch.stack([output.logits, targets], dim=1))
         logits, targets = gather_uneven(torch.cat(parts)).unbind(1)
-        scores = classification_scores(logits, targets, resamples=0)
-        return Scored({f"held_out_{name}": value for name, value in scores.as_metrics().items()})
+        metrics = classification_scores(logits, targets, resamples=0).as_metrics()
+        metrics["loss"] = classification_loss(logits, targets, self._config.classifier.loss).item()
+        return Scored({f"held_out_{name}": value for name, value in metrics.items()})
 
 
 class FinetuneTask:

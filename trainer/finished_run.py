@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from cavmae.trainer.run_folder import (
 
 
 @dataclass(frozen=True)
-class FinishedPretraining:
+class FinishedRun:
     """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
 
     folder: Path
@@ -47,17 +46,13 @@ class FinishedPretraining:
 
 
 @dataclass(frozen=True)
-class FinishedFinetuning:
-    """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
+class FinishedClassifier:
+    """Attributes: folder; config; labels; weights_sha256, of `weights.pt`, in hexadecimal."""
 
     folder: Path
     config: FinetuneConfig
+    labels: LabelSet
     weights_sha256: str
-
-    @cached_property
-    def labels(self) -> LabelSet:
-        """Its classes, from `labels.csv`; raises as `read_labels` does."""
-        return read_labels(self.folder / "labels.csv")
 
     def model(self, device: torch.device) -> CAVMAEClassifier:
         """The trained classifier in float32, set to evaluate.
@@ -67,11 +62,11 @@ class FinishedFinetuning:
         """
         model = CAVMAEClassifier(self.config.model, len(self.labels))
         weights = self.folder / "weights.pt"
-        random = load_classifier_weights(model, weights)
-        if random:
+        untrained = load_classifier_weights(model, weights)
+        if untrained:
             raise ValueError(
-                f"{weights} has no classifier ({', '.join(random)}): it is of a pretraining run; "
-                "put back the weights.pt that the fine-tuning left"
+                f"{weights} has no classifier ({', '.join(untrained)}), so it is of a pretraining "
+                "run; put back the weights.pt that the fine-tuning left"
             )
         return model.to(device).eval()
 
@@ -79,67 +74,6 @@ class FinishedFinetuning:
         """The same model with random weights."""
         torch.manual_seed(self.config.seed)
         return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
-
-
-FinishedRun = FinishedPretraining | FinishedFinetuning
-
-
-def open_finished_run(run_dir: str | Path) -> FinishedRun:
-    """Open the folder of a run of either kind.
-
-    Raises:
-        ValueError: the folder is no run's, or the run has not finished.
-        OSError: a file can't be read.
-    """
-    folder = Path(run_dir)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"run_dir is {folder}, which has no config.json; give the folder of a run")
-    config = load_run_config(folder / "config.json")
-    if not (folder / "weights.pt").is_file():
-        raise ValueError(
-            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
-            "to its end (the command that started it goes on)"
-        )
-    with (folder / "weights.pt").open("rb") as file:
-        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if isinstance(config, FinetuneConfig):
-        return FinishedFinetuning(folder, config, weights_sha256)
-    assert isinstance(config, PretrainConfig)
-    return FinishedPretraining(folder, config, weights_sha256)
-
-
-def open_pretraining(run_dir: str | Path) -> FinishedPretraining:
-    """Open a run that must be one of pretraining; raises as `open_finished_run` does."""
-    run = open_finished_run(run_dir)
-    if not isinstance(run, FinishedPretraining):
-        raise ValueError(
-            f"run_dir is {run_dir}, a fine-tuning run, which has no decoder; give the pretraining "
-            "run that it started from"
-        )
-    return run
-
-
-def open_finetuning(run_dir: str | Path) -> FinishedFinetuning:
-    """Open a run that must be one of fine-tuning; raises as `open_finished_run` does."""
-    run = open_finished_run(run_dir)
-    if not isinstance(run, FinishedFinetuning):
-        raise ValueError(
-            f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
-            "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
-        )
-    return run
-
-
-def open_encoders_of_both(run_dir: str | Path) -> FinishedRun:
-    """Open a run, of either kind, that has trained encoders of sound and picture; raises as
-    `open_finished_run` does."""
-    run = open_finished_run(run_dir)
-    if isinstance(run, FinishedFinetuning) and run.config.classifier.mode != "multimodal":
-        raise ValueError(
-            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
-            "which trains the encoder of one modality; give a run of both"
-        )
-    return run
 
 
 def trained_on(config: RunConfig) -> list[str]:
@@ -162,7 +96,11 @@ def trained_on(config: RunConfig) -> list[str]:
 
 
 def write_evaluation(
-    run: FinishedRun, out: str, kind: str, shards: ShardSet, result: Mapping[str, Any]
+    run: FinishedRun | FinishedClassifier,
+    out: str,
+    kind: str,
+    shards: ShardSet,
+    result: Mapping[str, Any],
 ) -> Path:
     """Write a result with what it rests on: weights and what they were trained on, clips and code;
     returns the file.
@@ -185,3 +123,65 @@ def write_evaluation(
     }
     write_json(path, {**result, **rests_on})
     return path
+
+
+def open_finished_run(run_dir: str | Path) -> FinishedRun:
+    """Open the folder of a pretraining run.
+
+    Raises:
+        ValueError: the folder is no run's, or of another kind, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier):
+        raise ValueError(
+            f"run_dir is {run_dir}, a fine-tuning run; give the folder of a pretraining run"
+        )
+    return run
+
+
+def open_finished_classifier(run_dir: str | Path) -> FinishedClassifier:
+    """Open the folder of a fine-tuning run; raises as `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedRun):
+        raise ValueError(
+            f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
+            "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
+        )
+    return run
+
+
+def open_finished_encoders(run_dir: str | Path) -> FinishedRun | FinishedClassifier:
+    """Open a run of any kind that has trained encoders of sound and picture; raises as
+    `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier) and run.config.classifier.mode != "multimodal":
+        raise ValueError(
+            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
+            "which trains the encoder of one modality; give a run of both"
+        )
+    return run
+
+
+def open_finished(run_dir: str | Path) -> FinishedRun | FinishedClassifier:
+    """Open the folder of a run of any kind.
+
+    Raises:
+        ValueError: the folder is no run's, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"run_dir is {folder}, which has no config.json; give the folder of a run")
+    config = load_run_config(folder / "config.json")
+    if not (folder / "weights.pt").is_file():
+        raise ValueError(
+            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
+            "to its end (the command that started it goes on)"
+        )
+    with (folder / "weights.pt").open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(config, FinetuneConfig):
+        return FinishedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
+    assert isinstance(config, PretrainConfig)
+    return FinishedRun(folder, config, sha256)

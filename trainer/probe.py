@@ -22,7 +22,7 @@ from cavmae.trainer.classification import ClassificationScores, classification_s
 from cavmae.trainer.classification_loss import classification_loss
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import Embeddings, embed
-from cavmae.trainer.finished_run import open_encoders_of_both, trained_on, write_evaluation
+from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""
@@ -157,7 +157,7 @@ def probe(config: ProbeConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_encoders_of_both(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
     if not config.allow_leakage:

@@ -23,7 +23,7 @@ from cavmae.dataloaders.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.finished_run import FinishedPretraining, open_pretraining
+from cavmae.trainer.finished_run import FinishedRun, open_finished_run
 from cavmae.trainer.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
@@ -80,14 +80,14 @@ class ReconstructConfig:
                 )
 
 
-def run_with_decoder(run_dir: str) -> FinishedPretraining:
+def run_with_decoder(run_dir: str) -> FinishedRun:
     """A finished run whose decoder was trained.
 
     Raises:
         ValueError: no finished run is there, or one that trained no decoder.
         OSError: a file can't be read.
     """
-    run = open_pretraining(run_dir)
+    run = open_finished_run(run_dir)
     if run.config.loss.reconstruction_weight == 0:
         raise ValueError(
             f"run_dir is {run_dir}, whose loss.reconstruction_weight is 0: its decoder was not "

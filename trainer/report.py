@@ -33,6 +33,7 @@ class RunReport:
             with it.
         ranks: this process's place.
         start_step: optimizer steps done before this start.
+        steps_per_epoch: optimizer steps of a pass over the training set.
         device: this rank's device.
 
     Raises:
@@ -46,9 +47,11 @@ class RunReport:
         ranks: Ranks,
         *,
         start_step: int,
+        steps_per_epoch: float,
         device: torch.device,
     ) -> None:
         self._config = config
+        self._steps_per_epoch = steps_per_epoch
         self._run_dir = run_dir
         self._device = device
         self._ranks = ranks
@@ -110,7 +113,7 @@ class RunReport:
         """Show and record a step's metrics."""
         if self._tracker is None or self._progress is None:
             return
-        self._tracker.log_metrics(report.metrics, report.step)
+        self._tracker.log_metrics({**report.metrics, **self._epoch(report.step)}, report.step)
         self._progress.update(
             report.step,
             report.metrics["loss"],
@@ -122,7 +125,7 @@ class RunReport:
         """Record held-out metrics."""
         if self._tracker is None:
             return
-        self._tracker.log_metrics(metrics, step)
+        self._tracker.log_metrics({**metrics, **self._epoch(step)}, step)
         log.info(
             "step %d held out: %s",
             step,
@@ -132,6 +135,9 @@ class RunReport:
                 if not name.endswith(("_low", "_high", "_chance", "_p_value"))
             ),
         )
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        return {"epoch": step / self._steps_per_epoch}
 
     def picture(self, path: Path) -> None:
         """Record a picture of the run folder."""

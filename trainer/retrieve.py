@@ -18,7 +18,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_encoders_of_both, trained_on, write_evaluation
+from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
 
 
@@ -78,7 +78,7 @@ def retrieve(config: RetrieveConfig) -> None:
         ValueError: the run or the set does not fit, or the set was trained on.
         OSError: a file can't be read or written.
     """
-    run = open_encoders_of_both(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
     if not config.allow_leakage:
         check_not_trained_on(config.shards, trained_on(run.config))

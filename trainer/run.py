@@ -160,7 +160,14 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
         quarantine=state.quarantine if state else (),
         journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
     )
-    report = RunReport(config, run_dir, ranks, start_step=start_step, device=device)
+    report = RunReport(
+        config,
+        run_dir,
+        ranks,
+        start_step=start_step,
+        steps_per_epoch=steps_per_epoch,
+        device=device,
+    )
     report.opened(task.description, train_set, resumed_from=checkpoint)
     held_out = HeldOut(config, shape, ranks, stage.score, report, device=device)
 

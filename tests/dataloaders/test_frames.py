@@ -7,7 +7,9 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
+from card_snippet import run_snippet
 from PIL import Image
+from tiny_models import PRETRAINING, random_pretraining_model
 
 from cavmae.dataloaders.augment import middle_box, resize_and_crop
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
@@ -16,6 +18,7 @@ from cavmae.dataloaders.one_frame import FrameError, decode_frame
 from cavmae.dataloaders.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.dataloaders.video_track import rgb_pixels
+from cavmae.trainer.hub import hub_model
 
 SOUND = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
 
@@ -74,6 +77,21 @@ def test_resize_and_crop_equal_pil_within_2_levels(
     difference = through_loader(picture, (height, width), image_size) - through_pil(
         picture, image_size
     )
+    assert np.abs(difference).max() < 2.01
+    assert np.abs(difference).mean() < 0.35
+
+
+def test_the_code_on_a_models_card_makes_a_frame_as_the_loader_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_model(random_pretraining_model(), PRETRAINING).save_pretrained(tmp_path)
+    picture = jpeg(90, 141, noise=False)
+    (tmp_path / "picture.jpg").write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+    frame = run_snippet(tmp_path, "picture.jpg")["frame"][0].permute(1, 2, 0).numpy()
+    made = PRETRAINING.preprocessing
+    levels = 255 * (frame * np.array(made.image_deviation) + np.array(made.image_mean))
+    difference = through_loader(picture, (90, 141), 32) - levels
     assert np.abs(difference).max() < 2.01
     assert np.abs(difference).mean() < 0.35
 

@@ -10,6 +10,7 @@ from cavmae.benchmarks.deviations import LIMITS, Deviation, array_deviation
 from cavmae.benchmarks.golden_finetune import FinetuneCase, FinetuneTraining
 from cavmae.benchmarks.golden_recipe import read_json
 from cavmae.trainer.model.classifier import CAVMAEClassifier
+from cavmae.trainer.model.weights import published_state
 
 pytestmark = pytest.mark.golden
 Check = Callable[[list[Deviation]], None]
@@ -24,9 +25,12 @@ def test_recorded_inputs_and_targets_are_those_of_the_recipe(
 def test_parameters_have_the_published_names_and_shapes(finetune_shapes_case: FinetuneCase) -> None:
     case = finetune_shapes_case
     with torch.device("meta"):
-        state = CAVMAEClassifier(case.config, case.entry["label_dim"]).state_dict()
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        model = CAVMAEClassifier(case.config, case.entry["label_dim"])
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == read_json(case.shapes_file)
+    # The published files were saved under DataParallel.
+    exported = {name: list(tensor.shape) for name, tensor in published_state(model).items()}
+    assert exported == {f"module.{name}": shape for name, shape in shapes.items()}
 
 
 @pytest.mark.slow

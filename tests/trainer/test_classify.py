@@ -21,7 +21,7 @@ from cavmae.dataloaders.synthetic import CLASSES, generate
 from cavmae.trainer.classification import classification_scores
 from cavmae.trainer.classify import ClassifyConfig, classified, score_modes
 from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.finished_run import open_finetuning, trained_on
+from cavmae.trainer.finished_run import open_finished_classifier, trained_on
 from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.classifier import STREAMS
 
@@ -78,7 +78,7 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, held_ou
         == hashlib.sha256((run_dir / "weights.pt").read_bytes()).hexdigest()
     )
     assert result["shards_fingerprint"] == ShardSet(str(held_out / "frames")).fingerprint
-    assert result["trained_on"] == trained_on(open_finetuning(run_dir).config)
+    assert result["trained_on"] == trained_on(open_finished_classifier(run_dir).config)
 
     out = Path(result["asked"]["out"])
     rows = list(csv.DictReader(out.with_suffix(".csv").open(encoding="utf-8")))
@@ -137,7 +137,7 @@ def test_a_clip_is_classified_alike_whatever_lies_beside_it_and_in_any_order(
     run_dir: Path, uneven: tuple[Path, Path]
 ) -> None:
     """Clips of two lengths: no clip's padding may depend on the others of its batch."""
-    run = open_finetuning(run_dir)
+    run = open_finished_classifier(run_dir)
     modes = tuple(STREAMS)
 
     def logits(shards: Path, batch: int) -> dict[str, torch.Tensor]:
@@ -193,11 +193,11 @@ def test_what_a_run_started_from_counts_as_trained_on(
     start = str(tmp_path / "pretrained/weights.pt")
     save_untrained_classifier(packed_synthetic, tmp_path / "run", initial_weights=start)
     tiers = [str(packed_synthetic / "frames"), str(held_out / "frames")]
-    assert trained_on(open_finetuning(tmp_path / "run").config) == tiers
+    assert trained_on(open_finished_classifier(tmp_path / "run").config) == tiers
     assert cli.main(words(tmp_path / "run", held_out)) == 1
     assert "8 clips of" in (error := capsys.readouterr().err) and "were trained on" in error
     (tmp_path / "pretrained/config.json").write_text('{"architectures": ["of another package"]}')
-    assert trained_on(open_finetuning(tmp_path / "run").config) == tiers[:1]
+    assert trained_on(open_finished_classifier(tmp_path / "run").config) == tiers[:1]
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -312,4 +312,4 @@ def test_a_run_of_the_other_kind_is_one_line(
     assert "a pretraining run, which has no classifier" in capsys.readouterr().err
     shards, out = str(held_out / "frames"), str(tmp_path / "out")
     assert cli.main(["reconstruct", str(run_dir), shards, out]) == 1
-    assert "a fine-tuning run, which has no decoder" in capsys.readouterr().err
+    assert "a fine-tuning run; give the folder of a pretraining run" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.classify import ClassifyConfig, classified
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finetuning, open_finished_run
+from cavmae.trainer.finished_run import open_finished_classifier, open_finished_run
 from cavmae.trainer.retrieve import RetrieveConfig, first_of_each_class
 
 
@@ -68,7 +68,7 @@ def test_a_fine_tuned_run_ranks_by_the_encoders_that_its_classifier_has(
     packed_synthetic: Path, held_out: Path, tmp_path: Path
 ) -> None:
     save_untrained_classifier(packed_synthetic, tmp_path / "run")
-    run, shards = open_finetuning(tmp_path / "run"), str(held_out / "frames")
+    run, shards = open_finished_classifier(tmp_path / "run"), str(held_out / "frames")
     model = run.model(torch.device("cpu"))
     found = embed(model, run.config, shards, clips=0, batch=3)
     logits = model.mlp_head(found.audio)

@@ -155,6 +155,11 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
     return state | adapted
 
 
+def published_state(model: CAVMAE | CAVMAEClassifier) -> dict[str, torch.Tensor]:
+    """State dict with the names of the published files, which the published code loads."""
+    return {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint file by name, without `module.` prefixes.
 

@@ -1,11 +1,11 @@
 """Loading somebody else's weights: both kinds of checkpoint, and what does not fit."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from unsafe_pickle import save_malicious
 
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -181,18 +181,9 @@ def test_unknown_checkpoint_is_refused_with_its_keys(tmp_path: Path) -> None:
         load_initial_weights(random_model(3), tmp_path / "other.pth")
 
 
-class RunsCode:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
 def test_checkpoint_that_would_run_code_is_refused_unrun(tmp_path: Path) -> None:
-    marker = tmp_path / "code_ran"
-    state = {**random_model(1).state_dict(), "extra": RunsCode(marker)}
-    torch.save(state, tmp_path / "malicious.pth")
+    state = random_model(1).state_dict()
+    marker = save_malicious(tmp_path / "malicious.pth", tmp_path, state)
     with pytest.raises(ValueError, match="could run code"):
         load_initial_weights(random_model(2), tmp_path / "malicious.pth")
     assert not marker.exists()

@@ -1,0 +1,146 @@
+"""`cavmae curve RUN_DIR PUBLISHED`: a run's metrics over those of a published training log.
+
+The log is a CSV file with a row an epoch, under the names that the published code prints. Its
+pretraining losses are sums over four GPUs, which `loss.scale` of the published recipes stands for,
+and its contrastive losses have their weight.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from cavmae.command import exit_code
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.run_folder import load_run_config
+from cavmae.trainer.tracking import read_metrics
+
+# Of the published log, and of a run.
+_COLUMNS = {
+    "mAP": "held_out_mean_average_precision",
+    "acc": "held_out_accuracy",
+    "AUC": "held_out_mean_auc",
+    "d_prime": "held_out_d_prime",
+    "train_loss": "loss",
+    "valid_loss": "held_out_loss",
+    "Train Audio MAE Loss": "loss_reconstruction_audio",
+    "Train Visual MAE Loss": "loss_reconstruction_video",
+    "Train Contrastive Loss": "loss_contrastive",
+    "Eval Audio MAE Loss": "held_out_loss_reconstruction_audio",
+    "Eval Visual MAE Loss": "held_out_loss_reconstruction_video",
+    "Eval Contrastive Loss": "held_out_loss_contrastive",
+    "Eval Contrastive Accuracy": "held_out_contrastive_accuracy",
+}
+_PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """Plot what a run has logged, whether finished or not, over a published log of such a run."""
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of the run."""
+    published: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PUBLISHED")]
+    """CSV file: `epoch`, then columns such as mAP, acc, AUC, d_prime, train_loss, valid_loss,
+    Train Audio MAE Loss, Eval Contrastive Accuracy."""
+    out: str = ""
+    """PNG file; empty: in `pictures` of the run folder."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over epochs, of the run and of the log.
+
+    Attributes:
+        name: of the metric, as the run has it.
+        run, published: epochs and values.
+    """
+
+    name: str
+    run: list[tuple[float, float]]
+    published: list[tuple[float, float]]
+
+
+def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> list[Curve]:
+    """The metrics that both have, in units of the run.
+
+    Raises:
+        ValueError: a log without epochs, or with no metric of the run.
+        FileNotFoundError: no such log.
+    """
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "epoch" not in rows[0]:
+        raise ValueError(f"{log} has no rows with a column epoch; give a published log as CSV")
+    found = []
+    for column, metric in _COLUMNS.items():
+        of_run = [(one["epoch"], one[metric]) for one in records if {metric, "epoch"} <= one.keys()]
+        of_log = [
+            (float(row["epoch"]), float(row[column]) / _units(config, metric))
+            for row in rows
+            if row.get(column)
+        ]
+        if of_run and of_log:
+            found.append(Curve(metric, sorted(of_run), of_log))
+    if not found:
+        raise ValueError(
+            f"{log} has no metric that the run in {config.run_dir} has logged; its columns are "
+            f"{', '.join(rows[0])}"
+        )
+    return found
+
+
+def _units(config: RunConfig, metric: str) -> float:
+    """What a published value has to be divided by."""
+    if not isinstance(config, PretrainConfig) or "loss" not in metric:
+        return 1.0
+    weight = config.loss.contrastive_weight if metric.endswith("loss_contrastive") else 1.0
+    return config.loss.scale * weight
+
+
+def plot(found: list[Curve], title: str, path: Path) -> None:
+    """Draw a panel for each curve."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(found) // _PANELS_A_ROW)
+    figure = Figure(figsize=(5 * _PANELS_A_ROW, 3.5 * rows), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(rows, _PANELS_A_ROW, squeeze=False).flat
+    for panel, curve in zip(panels, found, strict=False):
+        panel.plot(*zip(*curve.published, strict=True), color="0.6", marker="o", label="published")
+        panel.plot(*zip(*curve.run, strict=True), label="this run")
+        panel.set(title=curve.name.replace("_", " "), xlabel="epoch")
+        panel.legend(fontsize="small")
+    for panel in list(panels)[len(found) :]:
+        panel.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    asked = tyro.cli(CurveConfig, prog="cavmae curve", args=arguments)
+    run_dir, log = Path(asked.run_dir), Path(asked.published)
+    for name in ("config.json", "metrics.jsonl"):
+        if not (run_dir / name).is_file():
+            raise ValueError(f"run_dir is {run_dir}, which has no {name}; give a run's folder")
+    config = load_run_config(run_dir / "config.json")
+    found = curves(config, read_metrics(run_dir / "metrics.jsonl"), log)
+    path = Path(asked.out or run_dir / "pictures" / f"curve-{log.stem}.png")
+    plot(found, f"{run_dir.name} and {log.stem}", path)
+    for curve in found:
+        epoch, value = curve.run[-1]
+        nearest = min(curve.published, key=lambda point: abs(point[0] - epoch))
+        print(
+            f"{curve.name}: {value:.4g} at epoch {epoch:.4g}; published {nearest[1]:.4g} at "
+            f"epoch {nearest[0]:g}"
+        )
+    print(f"plot: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

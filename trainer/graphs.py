@@ -1,0 +1,183 @@
+"""The encoders and a classifier's logits as graphs that run without this package: `torch.export`
+and ONNX.
+
+A graph is made on the CPU, where all operations are plain torch (elsewhere they are Triton kernels
+of ours), in float32, for any batch. Whoever exports is told how far its results are from the
+model's.
+"""
+
+import copy
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
+
+Part = Literal["audio", "video", Mode]
+"""What a graph computes: the embedding of a sound or a picture, or logits in one of the modes of a
+classifier."""
+Model = CAVMAE | CAVMAEClassifier
+Inputs = Mapping[str, torch.Tensor]
+
+MAXIMUM_DEVIATION = 1e-4
+"""Between a graph and its model, absolute, in float32."""
+CHECKED_BATCHES = (1, 3)
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def parts_of(model: Model) -> tuple[Part, ...]:
+    """Everything that can be exported of a model."""
+    if isinstance(model, CAVMAE):
+        return ("audio", "video")
+    if not model.has_video:
+        return ("audio", "audioonly")
+    return get_args(Part)
+
+
+def random_inputs(model: Model, part: Part, batch: int) -> dict[str, torch.Tensor]:
+    """Standard normal `log_mel` and `frame` of the model's size, as far as the part reads them."""
+    sizes = model.config
+    shapes = {
+        "log_mel": (batch, sizes.audio_frames, sizes.mel_bins),
+        "frame": (batch, 3, sizes.image_size, sizes.image_size),
+    }
+    return {name: torch.randn(shapes[name]) for name in _inputs_of(part)}
+
+
+class PartOfModel(nn.Module):
+    """One output of a model as a module of its own.
+
+    Args:
+        model: on the CPU, set to evaluate.
+        part: one of `parts_of(model)`.
+    """
+
+    def __init__(self, model: Model, part: Part) -> None:
+        super().__init__()
+        self.model = model
+        self.part = part
+
+    def forward(
+        self, log_mel: torch.Tensor | None = None, frame: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(batch, audio_frames, mel_bins) and (batch, 3, image_size, image_size), as far as the
+        part reads them, to the embedding (batch, width) or logits (batch, classes), float32."""
+        if self.part == "audio":
+            assert log_mel is not None
+            return self.model.embed_audio(log_mel)
+        if self.part == "video":
+            assert frame is not None
+            return self.model.embed_video(frame)
+        assert isinstance(self.model, CAVMAEClassifier)
+        return self.model(log_mel, frame, self.part).logits
+
+
+def graph_of(model: Model, part: Part) -> ExportedProgram:
+    """A part of a model as a graph that holds only the parameters it uses; inputs go by name.
+
+    Args:
+        model: on the CPU, set to evaluate.
+        part: one of `parts_of(model)`.
+    """
+    inputs = random_inputs(model, part, 2)
+    shapes = {name: {0: Dim("batch", min=1)} for name in inputs}
+    tensors = model.state_dict(keep_vars=True)
+    # Modules of its own, which can lose parameters, with the tensors of the model.
+    own = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors.values()})
+    whole = PartOfModel(own, part)
+    with torch.no_grad():
+        graph = torch.export.export(whole, (), inputs, dynamic_shapes=shapes)
+        for name in _unused_parameters(graph):
+            owner, _, parameter = name.rpartition(".")
+            delattr(whole.get_submodule(owner), parameter)
+        return torch.export.export(whole, (), inputs, dynamic_shapes=shapes)
+
+
+def save_torch(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
+    """Write a graph for `torch.export.load`; returns what computes with the written file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its own names
+        torch.export.save(graph, path)
+    module = torch.export.load(path).module()
+    return lambda inputs: module(**inputs)
+
+
+def save_onnx(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
+    """Write a graph as ONNX; returns what computes with the written file, by onnxruntime."""
+    import onnxruntime
+
+    assert graph.example_inputs is not None
+    inputs = graph.example_inputs[1]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torchvision, which nothing here uses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name")  # both inputs have the same batch
+        onnx = torch.onnx.export(
+            graph,
+            kwargs=inputs,
+            dynamo=True,
+            verbose=False,
+            output_names=["output"],
+            dynamic_shapes={name: {0: "batch"} for name in inputs},
+        )
+    assert onnx is not None
+    onnx.save(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: torch.from_numpy(
+        session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
+    )
+
+
+def check_onnx_installed() -> None:
+    """Refuse to begin what could not be finished.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"ONNX needs {', '.join(missing)}, which is not installed; pip install 'cavmae[export]'"
+        )
+
+
+@torch.no_grad()
+def largest_deviation(
+    model: Model, part: Part, computed: Callable[[Inputs], torch.Tensor]
+) -> float:
+    """Largest absolute difference of `computed` to the model, over random inputs of each of
+    `CHECKED_BATCHES`."""
+    whole = PartOfModel(model, part)
+    deviations = []
+    for batch in CHECKED_BATCHES:
+        inputs = random_inputs(model, part, batch)
+        deviations.append((computed(inputs) - whole(**inputs)).abs().max())
+    return torch.stack(deviations).max().item()  # NaN where one is
+
+
+def _inputs_of(part: Part) -> list[str]:
+    if part in ("audio", "video"):
+        read = {part}
+    else:
+        mode: Mode = part
+        read = {modality for held in STREAMS[mode].values() for modality in held}
+    return [name for name, of in (("log_mel", "audio"), ("frame", "video")) if of in read]
+
+
+def _unused_parameters(graph: ExportedProgram) -> list[str]:
+    parameters = graph.graph_signature.inputs_to_parameters
+    return [
+        parameters[node.name]
+        for node in graph.graph.nodes
+        if node.op == "placeholder" and not node.users and node.name in parameters
+    ]
