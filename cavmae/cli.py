@@ -45,6 +45,7 @@ BENCHMARKS = {
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }
 EVALUATIONS = {
+    "classify": ("cavmae.trainer.classify", "Labels by a fine-tuned run: mAP, AUC, accuracy."),
     "probe": ("cavmae.trainer.probe", "Labels from frozen features, beside random weights."),
     "retrieve": ("cavmae.trainer.retrieve", "Does a sound find its picture, and the other way?"),
 }

@@ -19,8 +19,8 @@ from cavmae.cluster.connection import absolute_path, connected, tell_shortage
 from cavmae.command import exit_code
 from cavmae.trainer.embed import EmbedConfig, embed_set, in_this_process, tell, write_files
 from cavmae.trainer.embedding_files import Origin
-from cavmae.trainer.finished_run import FinishedRun, open_finished_run
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.finished_run import AnyRun, open_finished_encoders
+from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PARTS_PER_WORKER = 4
 """Parts of the work for each process, where there are shards enough: the last ones end together."""
@@ -91,8 +91,8 @@ class Embedder:
         return numbers
 
     @cached_property
-    def _opened(self) -> tuple[FinishedRun, CAVMAE]:
-        run = open_finished_run(self._config.run_dir)
+    def _opened(self) -> tuple[AnyRun, AudioVideoEncoder]:
+        run = open_finished_encoders(self._config.run_dir)
         return run, run.model(torch.device(self._device))
 
 

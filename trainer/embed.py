@@ -20,6 +20,7 @@ import tyro
 from cavmae.command import exit_code
 from cavmae.dataloaders.pack_display import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.clip_outputs import whole_clips
 from cavmae.trainer.embedding_files import (
     DESCRIPTION,
     FileWriter,
@@ -28,9 +29,9 @@ from cavmae.trainer.embedding_files import (
     file_account,
     file_name,
 )
-from cavmae.trainer.embeddings import embedded_batches, loader_of
-from cavmae.trainer.finished_run import FinishedRun, open_finished_run, rests_on
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.embeddings import embedded_batches
+from cavmae.trainer.finished_run import AnyRun, open_finished_encoders, rests_on
+from cavmae.trainer.model.encoder import AudioVideoEncoder
 from cavmae.trainer.run_folder import write_json
 
 
@@ -83,7 +84,7 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finished_run(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
     out, origin = Path(config.out), origin_of(run, shards, config)
     with claimed(out, origin):
@@ -129,7 +130,7 @@ def _write_missing(
             print(f"{done} of {files} files", file=sys.stderr, flush=True)
 
 
-def origin_of(run: FinishedRun, shards: ShardSet, config: EmbedConfig) -> Origin:
+def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
     """What the values will come from."""
     return Origin(
         weights_sha256=run.weights_sha256,
@@ -143,13 +144,17 @@ def origin_of(run: FinishedRun, shards: ShardSet, config: EmbedConfig) -> Origin
 
 def in_this_process(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
     """The executor of one process, on its GPU where it has one."""
-    run = open_finished_run(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     model = run.model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield from write_files(run, model, config, origin, numbers)
 
 
 def write_files(
-    run: FinishedRun, model: CAVMAE, config: EmbedConfig, origin: Origin, numbers: Sequence[int]
+    run: AnyRun,
+    model: AudioVideoEncoder,
+    config: EmbedConfig,
+    origin: Origin,
+    numbers: Sequence[int],
 ) -> Generator[int]:
     """Embed some shards and write their files, but for those that are there; yields the number of
     each that is written.
@@ -176,8 +181,9 @@ def write_files(
     numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
     places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
     data = dataclasses.replace(run.config.data, maximum_bad_share=config.maximum_bad_share)
-    loader = loader_of(
-        dataclasses.replace(run.config, data=data),
+    loader = whole_clips(
+        data,
+        run.config.model,
         config.shards,
         model.norm.weight.device,
         batch=config.batch,

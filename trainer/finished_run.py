@@ -8,14 +8,21 @@ from typing import Any
 
 import torch
 
+from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import PretrainConfig, RunConfig
 from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.labels import LabelSet, read_labels
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
-from cavmae.trainer.run_folder import git_commit, load_run_config, save_code, write_json
+from cavmae.trainer.run_folder import (
+    git_commit,
+    load_run_config,
+    read_json,
+    save_code,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,58 @@ class FinishedClassifier:
     weights_sha256: str
 
     def model(self, device: torch.device) -> CAVMAEClassifier:
-        """The trained classifier in float32, set to evaluate."""
+        """The trained classifier in float32, set to evaluate.
+
+        Raises:
+            ValueError: weights of another architecture, of other classes, or without a classifier.
+        """
         model = CAVMAEClassifier(self.config.model, len(self.labels))
-        load_classifier_weights(model, self.folder / "weights.pt")
+        weights = self.folder / "weights.pt"
+        untrained = load_classifier_weights(model, weights)
+        if untrained:
+            raise ValueError(
+                f"{weights} has no classifier ({', '.join(untrained)}), so it is of a pretraining "
+                "run; put back the weights.pt that the fine-tuning left"
+            )
         return model.to(device).eval()
+
+    def untrained_model(self, device: torch.device) -> CAVMAEClassifier:
+        """The same model with random weights."""
+        torch.manual_seed(self.config.seed)
+        return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
+
+
+AnyRun = FinishedRun | FinishedClassifier
+
+
+def trained_on(config: RunConfig) -> list[str]:
+    """The tiers that a run was trained on, and those of the runs that it started from, as far as
+    these are where `initial_weights` says."""
+    tiers, weights = [config.data.train], config.initial_weights
+    seen: set[Path] = set()
+    while weights:
+        start = Path(weights).with_name("config.json").resolve()
+        if start in seen or not start.is_file():
+            break
+        seen.add(start)
+        # What lies beside weights may be of another version of this package, or of another one.
+        document = read_json(start)
+        tiers.append(str(document.get("data", {}).get("train", "")))
+        weights = document.get("initial_weights")
+    return list(
+        dict.fromkeys(tier for some in tiers for tier in DataConfig(train=some).train_folders)
+    )
 
 
 def write_evaluation(
-    run: FinishedRun, out: str, kind: str, shards: ShardSet, result: Mapping[str, Any]
+    run: AnyRun,
+    out: str,
+    kind: str,
+    shards: ShardSet,
+    result: Mapping[str, Any],
 ) -> Path:
-    """Write a result with what it rests on: weights, clips and code; returns the file.
+    """Write a result with what it rests on: weights and what they were trained on, clips and code;
+    returns the file.
 
     Args:
         run: that was scored.
@@ -72,11 +121,12 @@ def write_evaluation(
     return path
 
 
-def rests_on(run: FinishedRun, shards: ShardSet) -> dict[str, Any]:
+def rests_on(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
     """Weights, clips and code of a result; the code is kept in the run folder."""
     return {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
+        "trained_on": trained_on(run.config),
         "code": save_code(run.folder),
         "git_commit": git_commit(),
     }
@@ -97,7 +147,30 @@ def open_finished_run(run_dir: str | Path) -> FinishedRun:
     return run
 
 
-def open_finished(run_dir: str | Path) -> FinishedRun | FinishedClassifier:
+def open_finished_classifier(run_dir: str | Path) -> FinishedClassifier:
+    """Open the folder of a fine-tuning run; raises as `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedRun):
+        raise ValueError(
+            f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
+            "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
+        )
+    return run
+
+
+def open_finished_encoders(run_dir: str | Path) -> AnyRun:
+    """Open a run of any kind that has trained encoders of sound and picture; raises as
+    `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier) and run.config.classifier.mode != "multimodal":
+        raise ValueError(
+            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
+            "which trains the encoder of one modality; give a run of both"
+        )
+    return run
+
+
+def open_finished(run_dir: str | Path) -> AnyRun:
     """Open the folder of a run of any kind.
 
     Raises:

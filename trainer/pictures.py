@@ -16,6 +16,8 @@ from cavmae.trainer.retrieval import similarity_scores
 PATCH = 16
 FRAME_SECONDS = 0.01  # hop of the log-mel
 REMOVED_GRAY = "0.75"
+NAMED_CLASSES = 8
+"""At either end of the picture of classes."""
 
 
 def patchify(pixels: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
@@ -172,6 +174,56 @@ def similarity_picture(path: Path, similarity: torch.Tensor) -> None:
         fontsize=10,
     )
     figure.colorbar(image, ax=axis, label="cosine similarity")
+    _save(figure, path)
+
+
+def class_picture(
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    clips: Sequence[int],
+    average_precision: Sequence[float | None],
+) -> None:
+    """Write a PNG of the average precision of all classes, the worst first, with the clips of each.
+
+    Args:
+        path: Where; its folder is created.
+        title: above it.
+        names: of the classes.
+        clips: positive ones of each class.
+        average_precision: of each class; those without one are not shown.
+    """
+    scored = [
+        (value, names[number], clips[number])
+        for number, value in enumerate(average_precision)
+        if value is not None
+    ]
+    scored.sort()
+    places = range(1, len(scored) + 1)
+    figure = Figure(figsize=(9, 7), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    above.bar(places, [value for value, _, _ in scored], width=1.0)
+    above.set(ylim=(0, 1), ylabel="average precision")
+    above.set_title(title, fontsize=10)
+    below.bar(places, [count for _, _, count in scored], width=1.0, color="0.5")
+    below.set(yscale="log", ylim=(0.5, None), xlabel="classes by average precision", ylabel="clips")
+    named = min(NAMED_CLASSES, len(scored) // 2)
+    # The bars rise to the right: these two corners are free.
+    corners = (("worst", scored[:named], 0.02, 0.97), ("best", scored[::-1][:named], 0.98, 0.03))
+    for word, some, x, y in corners:
+        lines = [f"{value:.2f}  {name[:40]} ({count})" for value, name, count in some]
+        above.text(
+            x,
+            y,
+            "\n".join([f"{word} (clips)", *lines]),
+            transform=above.transAxes,
+            horizontalalignment="left" if x < 0.5 else "right",
+            verticalalignment="top" if y > 0.5 else "bottom",
+            multialignment="left",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+            parse_math=False,  # a name may have dollar signs
+        )
     _save(figure, path)
 
 

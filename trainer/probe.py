@@ -6,10 +6,9 @@ weights as well: what is above those is what pretraining has learned.
 """
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from cavmae.trainer.classification import ClassificationScores, classification_s
 from cavmae.trainer.classification_loss import classification_loss
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import Embeddings, embed
-from cavmae.trainer.finished_run import open_finished_run, write_evaluation
+from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""
@@ -158,11 +157,11 @@ def probe(config: ProbeConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finished_run(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
     if not config.allow_leakage:
-        check_not_trained_on(config.test, [*run.config.data.train_folders, config.train])
+        check_not_trained_on(config.test, [*trained_on(run.config), config.train])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
     scores: dict[str, ClassificationScores] = {}
@@ -191,7 +190,7 @@ def probe(config: ProbeConfig) -> None:
         "train_fingerprint": ShardSet(config.train, cache).fingerprint,
         "leakage": "not checked" if config.allow_leakage else "none",
         "scores": {
-            name: _finite(one.as_metrics())
+            name: one.as_metrics()
             | {"classes_left_out": [classes[k] for k in one.classes_without_average_precision]}
             for name, one in scores.items()
         },
@@ -199,11 +198,6 @@ def probe(config: ProbeConfig) -> None:
     out = write_evaluation(run, config.out, "probe", test_set, result)
     Console().print(_table(scores))
     print(f"result: {out}")
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, Any]:
-    """JSON has no infinity, which d' is where the AUC is 1: None there."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _features(embeddings: Embeddings, kind: str) -> torch.Tensor:

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.finished_run import FinishedClassifier, FinishedRun
+from cavmae.trainer.finished_run import AnyRun
 from cavmae.trainer.model_card import table
 from cavmae.trainer.run_folder import read_json
 from cavmae.trainer.tracking import flatten
-
-Run = FinishedRun | FinishedClassifier
 
 _FIELDS = (
     "seed",
@@ -49,12 +47,12 @@ def provenance_of_file(path: Path, sha256: str) -> str:
     )
 
 
-def provenance_of_run(run: Run) -> str:
+def provenance_of_run(run: AnyRun) -> str:
     """Of a run: clips, recipe, held-out scores, evaluations, code."""
     return "\n".join([_training(run), _scores(run), _evaluations(run), _origin(run)])
 
 
-def _training(run: Run) -> str:
+def _training(run: AnyRun) -> str:
     config, folders = run.config, run.config.data.train_folders
     names = ", ".join(f"`{_last_parts(folder)}`" for folder in folders)
     try:
@@ -74,7 +72,7 @@ def _training(run: Run) -> str:
     )
 
 
-def _scores(run: Run) -> str:
+def _scores(run: AnyRun) -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Held-out scores\n\nNone: the run had no held-out clips.\n"
@@ -85,7 +83,7 @@ def _scores(run: Run) -> str:
     )
 
 
-def _evaluations(run: Run) -> str:
+def _evaluations(run: AnyRun) -> str:
     found = [(path, read_json(path)) for path in sorted((run.folder / "evaluation").glob("*.json"))]
     of_these = [
         (path, result)
@@ -109,7 +107,7 @@ def _evaluations(run: Run) -> str:
     return "\n".join(parts)
 
 
-def _origin(run: Run) -> str:
+def _origin(run: AnyRun) -> str:
     record = _read(run.folder / "run.json")
     commits = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("git_commits", [])) if one)
     code = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("code", [])))

@@ -23,8 +23,8 @@ from cavmae.dataloaders.reader import (
 )
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.dataloaders.video_track import rgb_pixels
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.config import RunConfig
+from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -42,7 +42,7 @@ class MediaQuery:
     frame: np.ndarray | None
 
 
-def read_query(path: str, seconds: float, run: PretrainConfig) -> MediaQuery:
+def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
     """Sound and middle frame of the beginning of a file; of a picture the picture.
 
     Args:
@@ -97,7 +97,9 @@ def _picture(path: str) -> np.ndarray | None:
 
 
 @torch.no_grad()
-def embed_query(model: CAVMAE, run: PretrainConfig, query: MediaQuery) -> dict[str, np.ndarray]:
+def embed_query(
+    model: AudioVideoEncoder, run: RunConfig, query: MediaQuery
+) -> dict[str, np.ndarray]:
     """Embeddings of what the query has, `audio_embedding` and `video_embedding`: (width,) float32.
 
     Args:

@@ -18,7 +18,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_run, write_evaluation
+from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
 
 
@@ -78,10 +78,10 @@ def retrieve(config: RetrieveConfig) -> None:
         ValueError: the run or the set does not fit, or the set was trained on.
         OSError: a file can't be read or written.
     """
-    run = open_finished_run(config.run_dir)
+    run = open_finished_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
     if not config.allow_leakage:
-        check_not_trained_on(config.shards, run.config.data.train_folders)
+        check_not_trained_on(config.shards, trained_on(run.config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embeddings = embed(
         run.model(device), run.config, config.shards, clips=config.clips, batch=config.batch

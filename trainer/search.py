@@ -20,7 +20,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.inspect import card_of, write_sheet
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.embedding_files import EmbeddingSet
-from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.finished_run import open_finished_encoders
 from cavmae.trainer.nearest import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.query import embed_query, read_query
 from cavmae.trainer.run_folder import write_json
@@ -133,7 +133,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {folder}, which is to embed the query, is not there; give its folder by --run, "
             "or a sample id as the query"
         )
-    run = open_finished_run(folder)
+    run = open_finished_encoders(folder)
     if run.weights_sha256 != embeddings.origin.weights_sha256:
         raise ValueError(
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "

@@ -250,6 +250,38 @@ def test_parts_of_a_set_have_batches_of_their_own(packed_synthetic: Path) -> Non
     assert positions == [[*range(5)], [5, 6, 7], [*range(16, 21)], [21, 22, 23]]
 
 
+@pytest.mark.parametrize("tier", ["video", "frames"])
+def test_ten_frames_of_a_clip_in_validation_are_the_ten_in_order(
+    tier: str, packed_synthetic: Path
+) -> None:
+    """What a classifier averages over; one frame is the sixth of them."""
+    batches = [
+        next(
+            iter(
+                ValidationLoader(
+                    replace(CONFIG, frames_per_clip=count),
+                    SHAPE,
+                    folder=str(packed_synthetic / tier),
+                    batch=4,
+                    rank=0,
+                    world_size=1,
+                    device=CPU,
+                    limit=4,
+                )
+            )
+        )
+        for count in (1, 10)
+    ]
+    shards = ShardSet(str(packed_synthetic / tier))
+    times = [
+        [frame["seconds"] for frame in shards.description(0, clip)["ten_frames"]]
+        for clip in range(4)
+    ]
+    torch.testing.assert_close(batches[1].frame_seconds, torch.tensor(times))
+    assert torch.equal(batches[1].frames[:, 5], batches[0].frames[:, 0])
+    assert torch.equal(batches[1].log_mel, batches[0].log_mel)
+
+
 def test_an_unfinished_validation_can_be_begun_again(packed_synthetic: Path) -> None:
     loader = ValidationLoader(
         CONFIG,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.synthetic import CLASSES
 from cavmae.trainer.config import (
     CheckpointConfig,
     EngineConfig,
@@ -17,7 +18,9 @@ from cavmae.trainer.config import (
     TrackingConfig,
 )
 from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.run_folder import save_config
 
@@ -74,6 +77,17 @@ def save_untrained(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfi
     save_config(run, run_dir / "config.json")
     torch.manual_seed(0)
     torch.save(CAVMAE(run.model).state_dict(), run_dir / "weights.pt")
+    return run
+
+
+def save_untrained_classifier(shards: Path, run_dir: Path, **changes: Any) -> FinetuneConfig:
+    """The same of a fine-tuning run, with all classes of the synthetic clips."""
+    run = tiny_finetuning(shards, run_dir, **changes)
+    run_dir.mkdir()
+    save_config(run, run_dir / "config.json")
+    (run_dir / "labels.csv").write_text(LabelSet(CLASSES, CLASSES).as_csv())
+    torch.manual_seed(0)
+    torch.save(CAVMAEClassifier(run.model, len(CLASSES)).state_dict(), run_dir / "weights.pt")
     return run
 
 

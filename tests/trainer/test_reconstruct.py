@@ -216,7 +216,7 @@ def test_a_normalised_prediction_of_zeros_is_the_guess_of_each_patchs_mean() -> 
 @pytest.mark.parametrize(
     ("left_out", "changes", "message"),
     [
-        ("config.json", {}, "which has no config.json; give the folder of a pretraining run"),
+        ("config.json", {}, "which has no config.json; give the folder of a run"),
         ("weights.pt", {}, "whose run has not finished: it has no weights.pt"),
         ("", {"loss": LossConfig(reconstruction_weight=0)}, "loss.reconstruction_weight is 0"),
     ],

@@ -62,6 +62,16 @@ def test_scores_do_not_depend_on_the_chunk_even_with_duplicates(chunk: int) -> N
     assert retrieval_scores(audio, video, chunk=chunk) == retrieval_scores(audio, video)
 
 
+def test_blocks_of_a_large_matrix_score_as_the_whole_matrix_does() -> None:
+    audio, video = embeddings(3000)
+    video[1000:1500] = video[:500]  # ties across blocks
+    scores = retrieval_scores(audio, video, chunk=256)
+    units = [torch.nn.functional.normalize(x.double(), dim=1) for x in (audio, video)]
+    whole = (units[0] @ units[1].T).float()
+    assert scores["audio_to_video"] == similarity_scores(whole)
+    assert scores["video_to_audio"] == similarity_scores(whole.T)
+
+
 def test_scores_do_not_depend_on_the_order_of_the_clips() -> None:
     audio, video = embeddings(100)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))

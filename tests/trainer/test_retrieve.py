@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import save_untrained
+from tiny_run import save_untrained, save_untrained_classifier
 
 from cavmae import cli
 from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.classify import ClassifyConfig, classified
 from cavmae.trainer.contamination import check_not_trained_on
 from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.finished_run import open_finished_classifier, open_finished_run
 from cavmae.trainer.retrieve import RetrieveConfig, first_of_each_class
 
 
@@ -61,6 +62,20 @@ def test_scores_do_not_depend_on_the_batch(run_dir: Path, held_out: Path) -> Non
     one, many = (retrieve(run_dir, held_out, f"--batch={batch}") for batch in (1, 64))
     for direction in ("audio_to_video", "video_to_audio"):
         assert one[direction] == many[direction]
+
+
+def test_a_fine_tuned_run_ranks_by_the_encoders_that_its_classifier_has(
+    packed_synthetic: Path, held_out: Path, tmp_path: Path
+) -> None:
+    save_untrained_classifier(packed_synthetic, tmp_path / "run")
+    run, shards = open_finished_classifier(tmp_path / "run"), str(held_out / "frames")
+    model = run.model(torch.device("cpu"))
+    found = embed(model, run.config, shards, clips=0, batch=3)
+    logits = model.mlp_head(found.audio)
+    asked = ClassifyConfig(str(tmp_path / "run"), shards)
+    by_sound = classified(run, ("audioonly",), asked).values["audioonly"][:, 0]
+    torch.testing.assert_close(logits, by_sound, rtol=1e-5, atol=1e-6)
+    assert retrieve(tmp_path / "run", held_out)["clips"] == 8
 
 
 def test_of_each_class_the_first_clips_are_ranked() -> None:

@@ -1,0 +1,309 @@
+"""`cavmae evaluate classify RUN_DIR SHARDS`: which classes does a fine-tuned run find in clips?
+
+A run that was fine-tuned on sound and picture is asked with both, and with one of them missing.
+With ten frames the probabilities of a clip are averaged over them, as published.
+"""
+
+import csv
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.command import exit_code
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.shards import ShardSet
+from cavmae.trainer.classification import (
+    ClassificationScores,
+    Estimate,
+    classification_scores,
+    mean_over_frames,
+)
+from cavmae.trainer.clip_outputs import ClipOutputs, clip_outputs, whole_clips
+from cavmae.trainer.contamination import check_not_trained_on
+from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.finished_run import (
+    FinishedClassifier,
+    open_finished_classifier,
+    trained_on,
+    write_evaluation,
+)
+from cavmae.trainer.labels import LabelSet, label_counts
+from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
+from cavmae.trainer.pictures import class_picture
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Classify the clips of a packed set with a fine-tuned run, and score that.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of a finished fine-tuning run."""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """One tier of packed shards with labels that the run was not trained on; a folder or a URL."""
+    out: str = ""
+    """JSON file of the result, with a table (.csv) and a picture (.png) of the classes beside it;
+    empty: in `evaluation` of the run folder."""
+    clips: int = 0
+    """The first ones in packing order; 0: all."""
+    frames: Literal[1, 10] = 1
+    """Of each clip: the middle one, as during training, or the mean over all ten, as published."""
+    modes: str = ""
+    """With what the run is asked, separated by commas: multimodal, missingaudioonly,
+    missingvideoonly, audioonly, videoonly; empty: all that it was fine-tuned for."""
+    batch: int = 64
+    """Clips that are classified together; no score depends on it."""
+    resamples: int = 1000
+    """Of the bootstrap over clips that intervals come from; 0: no intervals."""
+    allow_empty_classes: bool = False
+    """Score a set that has no clip of some classes; these are left out of the means."""
+    allow_leakage: bool = False
+    """Score clips that were trained on too, or of which it can't be known."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 0), ("batch", 1), ("resamples", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+        if self.resamples == 1:
+            raise ValueError("resamples is 1; use 2 or more, or 0 for no intervals")
+        if self.out and not self.out.endswith(".json"):
+            raise ValueError(f"out is {self.out}; give the name of a .json file")
+
+
+@dataclass(frozen=True)
+class ModeScores:
+    """What a run scores when it is asked in one mode.
+
+    Attributes:
+        frames: that were averaged; 1 where the mode sees none.
+        scores: of that mean.
+        by_frame: scores of each frame alone, without intervals; empty where there is one.
+    """
+
+    frames: int
+    scores: ClassificationScores
+    by_frame: tuple[ClassificationScores, ...]
+
+
+def modes_to_ask(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
+    """The modes of `asked`, all of the run's where it is empty.
+
+    Raises:
+        ValueError: a mode that the run was not fine-tuned for.
+    """
+    trained = run.classifier.mode
+    of_run: tuple[Mode, ...] = tuple(STREAMS) if trained == "multimodal" else (trained,)
+    if not asked:
+        return of_run
+    modes = [word.strip() for word in asked.split(",")]
+    other = [mode for mode in modes if mode not in of_run]
+    if other:
+        raise ValueError(
+            f"modes has {other[0]!r}; the run was fine-tuned with classifier.mode {trained} and "
+            f"can be asked for {', '.join(of_run)}"
+        )
+    return tuple(mode for mode in of_run if mode in modes)
+
+
+def check_no_empty_class(labels: LabelSet, shards: str) -> None:
+    """Refuse a set that has no clip of a class, where packing's counts can be read.
+
+    Raises:
+        ValueError: names some of the classes.
+    """
+    counts = label_counts([shards])
+    empty = [] if counts is None else [one for one in labels.labels if not counts.get(one)]
+    if empty:
+        raise ValueError(
+            f"{shards} has no clip of {len(empty)} of the run's {len(labels)} classes, such as "
+            f"{', '.join(map(repr, empty[:5]))}; give a set that has them, or say "
+            "--allow-empty-classes, which leaves them out of the means"
+        )
+
+
+def classified(
+    run: FinishedClassifier, modes: Sequence[Mode], config: ClassifyConfig
+) -> ClipOutputs:
+    """Logits (clips, frames, classes) of each mode by its name, and `targets` (clips, classes).
+
+    Raises:
+        ValueError: weights that do not fit the run, or a clip without a label of its classes.
+        OSError: a file can't be read.
+        DataFaultError: too many clips are damaged.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, labels = run.model(device), run.labels
+
+    def forward(batch: AudioVideoBatch) -> dict[str, torch.Tensor]:
+        targets = labels.targets(batch.labels, batch.sample_ids)
+        return {"targets": targets} | {mode: _logits(model, batch, mode) for mode in modes}
+
+    loader = whole_clips(
+        run.config.data,
+        run.config.model,
+        config.shards,
+        device,
+        batch=config.batch,
+        clips=config.clips,
+        frames=config.frames,
+    )
+    return clip_outputs(forward, loader, config.shards, device)
+
+
+def score_modes(
+    logits: dict[Mode, torch.Tensor],
+    targets: torch.Tensor,
+    run: FinetuneConfig,
+    resamples: int,
+) -> dict[Mode, ModeScores]:
+    """Score what was classified.
+
+    Args:
+        logits: (clips, frames, classes) of each mode.
+        targets: (clips, classes), 1 where a clip has the class and 0 elsewhere.
+        run: whose loss says how frames are averaged.
+        resamples: of the bootstrap; 0: no intervals.
+    """
+    scores: dict[Mode, ModeScores] = {}
+    for mode, of_clips in logits.items():
+        frames = of_clips.transpose(0, 1)  # (frames, clips, classes)
+        # One frame is scored as during training: a softmax over classes would change the order of
+        # clips within a class.
+        mean = frames[0] if len(frames) == 1 else mean_over_frames(frames, run.classifier.loss)
+        alone = frames if len(frames) > 1 else ()
+        scores[mode] = ModeScores(
+            len(frames),
+            classification_scores(mean, targets, resamples=resamples),
+            tuple(classification_scores(one, targets, resamples=0) for one in alone),
+        )
+    return scores
+
+
+def classify(config: ClassifyConfig) -> None:
+    """Score the run in its modes, print it and write the result.
+
+    Raises:
+        ValueError: the run, the set or its labels do not fit, or the set was trained on.
+        OSError: a file can't be read or written.
+        DataFaultError: too many clips are damaged.
+    """
+    run = open_finished_classifier(config.run_dir)
+    labels = run.labels
+    modes = modes_to_ask(config.modes, run.config)
+    shards = ShardSet(config.shards, run.config.data.cache)
+    if not config.allow_leakage:
+        check_not_trained_on(config.shards, trained_on(run.config))
+    if not config.allow_empty_classes and not config.clips:
+        check_no_empty_class(labels, config.shards)
+    made = classified(run, modes, config)
+    targets = made.values["targets"]
+    logits: dict[Mode, torch.Tensor] = {mode: made.values[mode] for mode in modes}
+    scores = score_modes(logits, targets, run.config, config.resamples)
+    clips_of_class = [int(count) for count in targets.sum(dim=0).tolist()]
+    result = {
+        "asked": dataclasses.asdict(config),
+        "clips": len(targets),
+        "left_out": made.left_out,
+        "leakage": "not checked" if config.allow_leakage else "none",
+        "classes": labels.labels,
+        "clips_of_class": clips_of_class,
+        "modes": {mode: _as_json(one, labels) for mode, one in scores.items()},
+    }
+    kind = "classify" if config.frames == 1 else f"classify-{config.frames}-frames"
+    out = write_evaluation(run, config.out, kind, shards, result)
+    _write_classes(out.with_suffix(".csv"), labels, clips_of_class, scores)
+    first = scores[modes[0]].scores
+    class_picture(
+        out.with_suffix(".png"),
+        f"{modes[0]}: mean average precision {first.mean_average_precision.value:.1%}, "
+        f"{first.clips} clips",
+        labels.names,
+        clips_of_class,
+        first.average_precision,
+    )
+    Console().print(_table(scores))
+    left_out = first.classes_without_average_precision
+    if left_out:
+        print(f"left out of the means: {len(left_out)} of {len(labels)} classes, without a clip")
+    print(f"result: {out}, classes: {out.with_suffix('.csv')}, {out.with_suffix('.png')}")
+
+
+def _logits(model: CAVMAEClassifier, batch: AudioVideoBatch, mode: Mode) -> torch.Tensor:
+    """(batch, frames, classes); one frame where the mode sees none."""
+    sees = any("video" in modalities for modalities in STREAMS[mode].values())
+    frames = batch.frames if sees else batch.frames[:, :1]
+    made = [model(batch.log_mel, frame, mode).logits for frame in frames.unbind(1)]
+    return torch.stack(made, dim=1)
+
+
+def _as_json(one: ModeScores, labels: LabelSet) -> dict[str, Any]:
+    scores = one.scores
+    return {
+        "frames": one.frames,
+        **scores.as_metrics(),
+        "average_precision": scores.average_precision,
+        "auc": scores.auc,
+        "classes_left_out": [labels.labels[k] for k in scores.classes_without_average_precision],
+        "by_frame": [frame.as_metrics() for frame in one.by_frame],
+    }
+
+
+def _write_classes(
+    path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
+) -> None:
+    """A row for each class in each mode; nothing where a class has no such score."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mode", "index", "label", "name", "clips", "average_precision", "auc"])
+        for mode, one in scores.items():
+            columns = (labels.labels, labels.names, clips)
+            of_class = (one.scores.average_precision, one.scores.auc)
+            for number, row in enumerate(zip(*columns, *of_class, strict=True)):
+                writer.writerow([mode, number, *row])
+
+
+def _table(scores: dict[Mode, ModeScores]) -> Table:
+    table = Table("mode", "frames", "mAP", "AUC", "d'", "accuracy")
+    for mode, one in scores.items():
+        of_mode = one.scores
+        shares = [
+            _with_interval(value, "{:.1%}")
+            for value in (of_mode.mean_average_precision, of_mode.mean_auc, of_mode.accuracy)
+        ]
+        table.add_row(
+            mode,
+            str(one.frames),
+            *shares[:2],
+            _with_interval(of_mode.d_prime, "{:.2f}"),
+            shares[2],
+        )
+    return table
+
+
+def _with_interval(value: Estimate, form: str) -> str:
+    text = form.format(value.value)
+    if math.isnan(value.low):
+        return text
+    return f"{text} ({form.format(value.low)} to {form.format(value.high)})"
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    classify(tyro.cli(ClassifyConfig, prog="cavmae evaluate classify", args=arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))
