@@ -44,7 +44,7 @@ class DemoFullConfig:
     """Videos to score on."""
     steps: int = 0
     """Optimizer steps of pretraining; 0: as many as the recipe `demo` has."""
-    finetune_epochs: float = 5.0
+    finetune_epochs: float = 10.0
     """Passes of fine-tuning over the videos."""
 
 
@@ -242,7 +242,7 @@ def _reconstructed(path: Path) -> Line:
 
 def _embedded(path: Path, shards: str) -> Line:
     noted, clips = read_json(path), ShardSet(shards).samples
-    there = noted["clips"] + len(noted["left_out"])
+    there = noted["rows"] + len(noted["left_out"])
     return Line("embed", f"{there} clips accounted for", f"{clips} clips; all", there == clips)
 
 
