@@ -14,11 +14,17 @@ COMMANDS = {
     "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
-    "reconstruct": ("cavmae.trainer.reconstruct", "Pictures and sounds that a run makes of clips."),
-    "curve": ("cavmae.trainer.curve", "Plot a run's metrics over those of a published log."),
-    "export": ("cavmae.trainer.export", "Write a trained model for others: Hub, graphs."),
+    "reconstruct": (
+        "cavmae.trainer.evaluation.reconstruct",
+        "Pictures and sounds that a run makes of clips.",
+    ),
+    "curve": (
+        "cavmae.trainer.evaluation.curve",
+        "Plot a run's metrics over those of a published log.",
+    ),
+    "export": ("cavmae.trainer.release.export", "Write a trained model for others: Hub, graphs."),
     "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
-    "search": ("cavmae.trainer.search", "A sound finds videos, a picture finds sounds."),
+    "search": ("cavmae.trainer.evaluation.search", "A sound finds videos, a picture finds sounds."),
     "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
@@ -45,9 +51,18 @@ BENCHMARKS = {
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
 }
 EVALUATIONS = {
-    "classify": ("cavmae.trainer.classify", "Labels by a fine-tuned run: mAP, AUC, accuracy."),
-    "probe": ("cavmae.trainer.probe", "Labels from frozen features, beside random weights."),
-    "retrieve": ("cavmae.trainer.retrieve", "Does a sound find its picture, and the other way?"),
+    "classify": (
+        "cavmae.trainer.evaluation.classify",
+        "Labels by a fine-tuned run: mAP, AUC, accuracy.",
+    ),
+    "probe": (
+        "cavmae.trainer.evaluation.probe",
+        "Labels from frozen features, beside random weights.",
+    ),
+    "retrieve": (
+        "cavmae.trainer.evaluation.retrieve",
+        "Does a sound find its picture, and the other way?",
+    ),
 }
 GROUPS = {
     "evaluate": (EVALUATIONS, "Score a finished run on a packed set."),

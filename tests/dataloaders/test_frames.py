@@ -18,7 +18,7 @@ from cavmae.dataloaders.one_frame import FrameError, decode_frame
 from cavmae.dataloaders.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.dataloaders.video_track import rgb_pixels
-from cavmae.trainer.hub import hub_model
+from cavmae.trainer.release.hub import hub_model
 
 SOUND = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
 

@@ -17,7 +17,7 @@ from tiny_models import (
 )
 from unsafe_pickle import save_malicious
 
-from cavmae.trainer.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
+from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import tyro
 from cavmae.command import exit_code
 from cavmae.dataloaders.pack_display import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.clip_outputs import whole_clips
-from cavmae.trainer.embedding_files import (
+from cavmae.trainer.evaluation.clip_outputs import whole_clips
+from cavmae.trainer.evaluation.embedding_files import (
     DESCRIPTION,
     FileWriter,
     Origin,
@@ -29,8 +29,8 @@ from cavmae.trainer.embedding_files import (
     file_account,
     file_name,
 )
-from cavmae.trainer.embeddings import embedded_batches
-from cavmae.trainer.finished_run import AnyRun, open_finished_encoders, rests_on
+from cavmae.trainer.evaluation.embeddings import embedded_batches
+from cavmae.trainer.evaluation.finished_run import AnyRun, open_finished_encoders, rests_on
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 from cavmae.trainer.run_folder import write_json
 

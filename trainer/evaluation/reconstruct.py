@@ -23,8 +23,8 @@ from cavmae.dataloaders.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.stored_sound import encode_sound
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.finished_run import FinishedRun, open_finished_run
-from cavmae.trainer.griffin_lim import waveform_from_log_mel
+from cavmae.trainer.evaluation.finished_run import FinishedRun, open_finished_run
+from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.pictures import masked_and_reconstructed, patchify, reconstruction_picture

@@ -16,10 +16,16 @@ from tiny_run import save_untrained
 from cavmae import cli
 from cavmae.dataloaders.packed_folder import locked
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.embed import EmbedConfig, embed_set, in_this_process, origin_of, write_files
-from cavmae.trainer.embedding_files import ORIGIN, Origin, claimed
-from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_run
+from cavmae.trainer.evaluation.embed import (
+    EmbedConfig,
+    embed_set,
+    in_this_process,
+    origin_of,
+    write_files,
+)
+from cavmae.trainer.evaluation.embedding_files import ORIGIN, Origin, claimed
+from cavmae.trainer.evaluation.embeddings import embed
+from cavmae.trainer.evaluation.finished_run import open_finished_run
 
 CPU = torch.device("cpu")
 FILES = ["000000.parquet", "000001.parquet", "000002.parquet"]

@@ -15,11 +15,11 @@ from tiny_run import save_untrained
 from cavmae import cli
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.stored_sound import encode_sound
-from cavmae.trainer import search as search_module
-from cavmae.trainer.embedding_files import EmbeddingSet
-from cavmae.trainer.nearest import build_graph, nearest, nearest_by_graph
-from cavmae.trainer.query import embed_query, read_query
-from cavmae.trainer.search import SearchConfig, search
+from cavmae.trainer.evaluation import search as search_module
+from cavmae.trainer.evaluation.embedding_files import EmbeddingSet
+from cavmae.trainer.evaluation.nearest import build_graph, nearest, nearest_by_graph
+from cavmae.trainer.evaluation.query import embed_query, read_query
+from cavmae.trainer.evaluation.search import SearchConfig, search
 
 
 @pytest.fixture(scope="module")

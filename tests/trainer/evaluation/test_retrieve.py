@@ -13,11 +13,11 @@ from tiny_run import save_untrained, save_untrained_classifier
 
 from cavmae import cli
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.classify import ClassifyConfig, classified
-from cavmae.trainer.contamination import check_not_trained_on
-from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_classifier, open_finished_run
-from cavmae.trainer.retrieve import RetrieveConfig, first_of_each_class
+from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
+from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.trainer.evaluation.embeddings import embed
+from cavmae.trainer.evaluation.finished_run import open_finished_classifier, open_finished_run
+from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
 
 
 @pytest.fixture(scope="module")

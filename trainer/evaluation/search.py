@@ -19,10 +19,10 @@ from rich.table import Table
 from cavmae.command import exit_code
 from cavmae.dataloaders.inspect import card_of, write_sheet
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.embedding_files import EmbeddingSet
-from cavmae.trainer.finished_run import open_finished_encoders
-from cavmae.trainer.nearest import Ranked, build_graph, nearest, nearest_by_graph
-from cavmae.trainer.query import embed_query, read_query
+from cavmae.trainer.evaluation.embedding_files import EmbeddingSet
+from cavmae.trainer.evaluation.finished_run import open_finished_encoders
+from cavmae.trainer.evaluation.nearest import Ranked, build_graph, nearest, nearest_by_graph
+from cavmae.trainer.evaluation.query import embed_query, read_query
 from cavmae.trainer.run_folder import write_json
 
 FOUND_BY = {"video": "sound", "sound": "picture"}

@@ -18,15 +18,15 @@ from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.stored_sound import decode_sound
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config import LossConfig
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.pictures import masked_and_reconstructed, patchify, unpatchify
-from cavmae.trainer.reconstruct import (
+from cavmae.trainer.evaluation.reconstruct import (
     ERRORS,
     ReconstructConfig,
     errors_of_removed,
     removal_masks,
     removed_ratios,
 )
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.pictures import masked_and_reconstructed, patchify, unpatchify
 
 
 @pytest.fixture(scope="module")

@@ -27,15 +27,15 @@ from cavmae.trainer.classification import (
     classification_scores,
     mean_over_frames,
 )
-from cavmae.trainer.clip_outputs import ClipOutputs, clip_outputs, whole_clips
-from cavmae.trainer.contamination import check_not_trained_on
-from cavmae.trainer.finetune_config import FinetuneConfig
-from cavmae.trainer.finished_run import (
+from cavmae.trainer.evaluation.clip_outputs import ClipOutputs, clip_outputs, whole_clips
+from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.trainer.evaluation.finished_run import (
     FinishedClassifier,
     open_finished_classifier,
     trained_on,
     write_evaluation,
 )
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.labels import LabelSet, label_counts
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.pictures import class_picture

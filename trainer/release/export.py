@@ -19,8 +19,17 @@ from cavmae.command import exit_code
 from cavmae.dataloaders import log_mel
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
-from cavmae.trainer.finished_run import FinishedClassifier, open_finished
-from cavmae.trainer.graphs import (
+from cavmae.trainer.evaluation.finished_run import FinishedClassifier, open_finished
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
+from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.weights import (
+    load_classifier_weights,
+    load_published,
+    published_state,
+    read_state,
+)
+from cavmae.trainer.release.graphs import (
     MAXIMUM_DEVIATION,
     Model,
     Part,
@@ -31,19 +40,10 @@ from cavmae.trainer.graphs import (
     save_onnx,
     save_torch,
 )
-from cavmae.trainer.hub import hub_model
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.weights import (
-    load_classifier_weights,
-    load_published,
-    published_state,
-    read_state,
-)
-from cavmae.trainer.model_card import model_card
-from cavmae.trainer.model_description import ModelDescription, Preprocessing
-from cavmae.trainer.provenance import provenance_of_file, provenance_of_run
+from cavmae.trainer.release.hub import hub_model
+from cavmae.trainer.release.model_card import model_card
+from cavmae.trainer.release.model_description import ModelDescription, Preprocessing
+from cavmae.trainer.release.provenance import provenance_of_file, provenance_of_run
 from cavmae.trainer.run_folder import save_config
 
 Format = Literal["hub", "torch", "onnx", "published"]

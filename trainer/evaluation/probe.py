@@ -20,9 +20,13 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.trainer.classification import ClassificationScores, classification_scores
 from cavmae.trainer.classification_loss import classification_loss
-from cavmae.trainer.contamination import check_not_trained_on
-from cavmae.trainer.embeddings import Embeddings, embed
-from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
+from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.trainer.evaluation.embeddings import Embeddings, embed
+from cavmae.trainer.evaluation.finished_run import (
+    open_finished_encoders,
+    trained_on,
+    write_evaluation,
+)
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""

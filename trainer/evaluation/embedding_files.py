@@ -27,7 +27,7 @@ import torch
 
 from cavmae.dataloaders.packed_folder import locked
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.embeddings import EmbeddedBatch
+from cavmae.trainer.evaluation.embeddings import EmbeddedBatch
 from cavmae.trainer.run_folder import load_config, read_json, save_config
 
 SCHEMA = 1

@@ -8,7 +8,7 @@ from tiny_run import tiny_finetuning, tiny_run
 
 from cavmae import cli
 from cavmae.trainer.config import LossConfig
-from cavmae.trainer.curve import curves
+from cavmae.trainer.evaluation.curve import curves
 from cavmae.trainer.finetune_recipes import FINETUNE_RECIPES
 from cavmae.trainer.run_folder import save_config
 from cavmae.trainer.schedule import learning_rate

@@ -8,8 +8,13 @@ import torch
 from tiny_run import save_untrained
 
 from cavmae import cli
-from cavmae.trainer.embeddings import Embeddings
-from cavmae.trainer.probe import ProbeConfig, linear_probe, nearest_neighbours, targets_of
+from cavmae.trainer.evaluation.embeddings import Embeddings
+from cavmae.trainer.evaluation.probe import (
+    ProbeConfig,
+    linear_probe,
+    nearest_neighbours,
+    targets_of,
+)
 
 
 def clustered(clips: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

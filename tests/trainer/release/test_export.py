@@ -27,15 +27,21 @@ from unsafe_pickle import save_malicious
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
-from cavmae.trainer import export
+from cavmae.trainer.evaluation.finished_run import open_finished_run
 from cavmae.trainer.finetune_config import ClassifierConfig
-from cavmae.trainer.finished_run import open_finished_run
-from cavmae.trainer.graphs import PartOfModel, graph_of, largest_deviation, parts_of, random_inputs
-from cavmae.trainer.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
 from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_published
-from cavmae.trainer.model_description import ModelDescription
+from cavmae.trainer.release import export
+from cavmae.trainer.release.graphs import (
+    PartOfModel,
+    graph_of,
+    largest_deviation,
+    parts_of,
+    random_inputs,
+)
+from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
+from cavmae.trainer.release.model_description import ModelDescription
 from cavmae.trainer.run_folder import save_config
 
 SIZES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cavmae.dataloaders.log_mel import hann_window, log_mel, mel_filters
-from cavmae.trainer.griffin_lim import power_from_mel, waveform_from_log_mel
+from cavmae.trainer.evaluation.griffin_lim import power_from_mel, waveform_from_log_mel
 
 CPU = torch.device("cpu")
 SECONDS = torch.arange(16000) / 16000

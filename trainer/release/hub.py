@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
-from cavmae.trainer.model_card import model_card
-from cavmae.trainer.model_description import ModelDescription
+from cavmae.trainer.release.model_card import model_card
+from cavmae.trainer.release.model_description import ModelDescription
 from cavmae.trainer.run_folder import load_config, save_config
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cavmae.trainer.model_description import ModelDescription
+from cavmae.trainer.release.model_description import ModelDescription
 
 NOT_TOLD = "## Training\n\nNot told: these weights were saved without their run.\n"
 
@@ -21,7 +21,7 @@ from PIL import Image
 
 from cavmae.dataloaders.augment import middle_box
 from cavmae.dataloaders.log_mel import log_mel
-from cavmae.trainer.hub import {class_name}
+from cavmae.trainer.release.hub import {class_name}
 
 model = {class_name}.from_pretrained(".")  # this folder, or a repository of the Hub
 sizes, made = model.description.model, model.description.preprocessing

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.finished_run import AnyRun
-from cavmae.trainer.model_card import table
+from cavmae.trainer.evaluation.finished_run import AnyRun
+from cavmae.trainer.release.model_card import table
 from cavmae.trainer.run_folder import read_json
 from cavmae.trainer.tracking import flatten
 

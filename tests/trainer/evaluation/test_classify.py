@@ -19,9 +19,9 @@ from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.shards import ShardSet
 from cavmae.dataloaders.synthetic import CLASSES, generate
 from cavmae.trainer.classification import classification_scores
-from cavmae.trainer.classify import ClassifyConfig, classified, score_modes
+from cavmae.trainer.evaluation.classify import ClassifyConfig, classified, score_modes
+from cavmae.trainer.evaluation.finished_run import open_finished_classifier, trained_on
 from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.finished_run import open_finished_classifier, trained_on
 from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.classifier import STREAMS
 

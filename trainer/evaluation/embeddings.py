@@ -12,8 +12,13 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loader import ValidationLoader
 from cavmae.dataloaders.reader import MIDDLE_FRAME
 from cavmae.dataloaders.shards import FRAMES_PER_CLIP
-from cavmae.trainer.clip_outputs import Forward, clip_outputs, output_batches, whole_clips
 from cavmae.trainer.config import RunConfig
+from cavmae.trainer.evaluation.clip_outputs import (
+    Forward,
+    clip_outputs,
+    output_batches,
+    whole_clips,
+)
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 

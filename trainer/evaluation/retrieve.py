@@ -16,9 +16,13 @@ from rich.table import Table
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.contamination import check_not_trained_on
-from cavmae.trainer.embeddings import embed
-from cavmae.trainer.finished_run import open_finished_encoders, trained_on, write_evaluation
+from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.trainer.evaluation.embeddings import embed
+from cavmae.trainer.evaluation.finished_run import (
+    open_finished_encoders,
+    trained_on,
+    write_evaluation,
+)
 from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
 
 
