@@ -21,10 +21,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def run_demo(folder: Path) -> "subprocess.CompletedProcess[str]":
+def run_demo(folder: Path, command: str = "demo") -> "subprocess.CompletedProcess[str]":
     words = ["--folder", str(folder), "--clips", "500", "--unseen-clips", "100", "--steps", "80"]
     return subprocess.run(
-        [sys.executable, "-m", "cavmae", "demo", *words],
+        [sys.executable, "-m", "cavmae", command, *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -71,6 +71,25 @@ def test_a_finished_demo_is_shown_again_without_training(demo: tuple[Path, str])
     assert "Finished by an earlier start" in again.stdout
     table = demo[1][demo[1].index("Retrieval among") : demo[1].index("The videos are drawn")]
     assert table in again.stdout
+
+
+@pytest.mark.slow
+def test_the_full_demo_goes_on_to_all_that_a_model_is_for(demo: tuple[Path, str]) -> None:
+    """So short a training meets some margins and not others; every command has to work."""
+    done = run_demo(demo[0], "demo-full")
+    lines = {
+        line["step"]: line["good"]
+        for line in read_json(demo[0] / "results/demo-full.json")["lines"]
+    }
+    assert list(lines) == [
+        *("pretrain", "fine-tune", "classify", "retrieve, picture to sound", "linear probe"),
+        *("reconstruct", "embed", "export", "search, sound finds video"),
+    ]
+    assert lines["embed"] and lines["export"]
+    missed = [step for step, good in lines.items() if not good]
+    assert done.returncode == bool(missed), done.stderr
+    assert done.stderr.endswith(f"must be: {', '.join(missed)}\n" if missed else "")
+    assert f"cavmae embed {demo[0]}/run" in done.stdout, "a command as a user would type it"
 
 
 def test_a_folder_of_other_videos_is_refused(
