@@ -63,7 +63,7 @@ class LabelSet:
                     raise ValueError(
                         f"clip {sample_id} has the label {label!r}, which is none of the "
                         f"{len(self)} classes ({', '.join(self.labels[:_LISTED])}, ...); add it to "
-                        "the label file, or pack the videos with labels of that file"
+                        "them, or pack the videos with labels that are classes"
                     )
                 targets[row, self._numbers[label]] = 1
         return targets

@@ -27,6 +27,7 @@ from cavmae.trainer.evaluation.finished_run import (
     trained_on,
     write_evaluation,
 )
+from cavmae.trainer.labels import LabelSet
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""
@@ -67,31 +68,6 @@ class ProbeConfig:
         for name, least in (("clips", 0), ("neighbours", 1), ("batch", 1), ("weight_decay", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
-
-
-def targets_of(embeddings: Embeddings, classes: tuple[str, ...], shards: str) -> torch.Tensor:
-    """(clips, classes) float32, 1 where a clip has the label.
-
-    Raises:
-        ValueError: a clip has no label, or one that is not among the classes.
-    """
-    number = {name: column for column, name in enumerate(classes)}
-    targets = torch.zeros(len(embeddings.labels), len(classes))
-    for clip, (sample_id, labels) in enumerate(
-        zip(embeddings.sample_ids, embeddings.labels, strict=True)
-    ):
-        if not labels:
-            raise ValueError(
-                f"clip {sample_id} of {shards} has no label; pack the set from a list with labels"
-            )
-        unknown = [label for label in labels if label not in number]
-        if unknown:
-            raise ValueError(
-                f"clip {sample_id} of {shards} has the label {unknown[0]!r}, which no clip of the "
-                f"training set has; it has {len(classes)}: {', '.join(classes[:8])}"
-            )
-        targets[clip, [number[label] for label in labels]] = 1.0
-    return targets
 
 
 def nearest_neighbours(
@@ -177,8 +153,9 @@ def probe(config: ProbeConfig) -> None:
             for shards in (config.train, config.test)
         )
         classes = tuple(sorted({label for labels in train.labels for label in labels}))
-        targets = targets_of(train, classes, config.train)
-        truth = targets_of(test, classes, config.test)
+        labels = LabelSet(classes, classes)
+        targets = labels.targets(train.labels, train.sample_ids)
+        truth = labels.targets(test.labels, test.sample_ids)
         features = [_features(one, config.features) for one in (train, test)]
         guesses = {
             "linear": linear_probe(features[0], targets, features[1], config.weight_decay),

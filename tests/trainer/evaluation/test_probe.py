@@ -8,12 +8,10 @@ import torch
 from tiny_run import save_untrained
 
 from cavmae import cli
-from cavmae.trainer.evaluation.embeddings import Embeddings
 from cavmae.trainer.evaluation.probe import (
     ProbeConfig,
     linear_probe,
     nearest_neighbours,
-    targets_of,
 )
 
 
@@ -65,24 +63,6 @@ def test_votes_are_shares_and_the_nearest_weighs_most() -> None:
     assert votes.sum() == pytest.approx(1.0)
     assert votes[0, 0] > votes[0, 1] > 0
     assert nearest_neighbours(train, targets, train, 100).shape == (3, 2), "at most all vote"
-
-
-def labelled(*labels: tuple[str, ...]) -> Embeddings:
-    nothing = torch.zeros(len(labels), 1)
-    names = tuple(f"000000/{clip:09d}" for clip in range(len(labels)))
-    return Embeddings(nothing, nothing, names, labels, ())
-
-
-def test_targets_are_ones_where_labels_are() -> None:
-    targets = targets_of(labelled(("b",), ("a", "b")), ("a", "b"), "shards")
-    assert targets.tolist() == [[0, 1], [1, 1]]
-
-
-def test_a_label_that_training_does_not_have_and_a_clip_without_one_are_named() -> None:
-    with pytest.raises(ValueError, match="clip 000000/000000001 of shards has the label 'c'"):
-        targets_of(labelled(("a",), ("c",)), ("a", "b"), "shards")
-    with pytest.raises(ValueError, match="clip 000000/000000000 of shards has no label"):
-        targets_of(labelled(()), ("a",), "shards")
 
 
 @pytest.mark.parametrize(("field", "least"), [("neighbours", 1), ("weight_decay", 0)])
