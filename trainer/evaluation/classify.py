@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
@@ -275,7 +275,7 @@ def _write_classes(
 
 
 def _table(scores: dict[Mode, ModeScores]) -> Table:
-    table = Table("mode", "frames", "mAP", "AUC", "d'", "accuracy")
+    table = Table(Column("mode", no_wrap=True), "frames", "mAP", "AUC", "d'", "accuracy")
     for mode, one in scores.items():
         of_mode = one.scores
         shares = [
