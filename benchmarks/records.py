@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,58 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that was read back.
+
+    Attributes:
+        path: of its file.
+        suite: name of the benchmark.
+        time: when it was written, ISO 8601; of a record put together by hand, the day.
+        commit: of the code.
+        hardware, versions: of the machine.
+        configuration: that the results depend on.
+        results: JSON values; what a record put together by hand has beside them is among them.
+    """
+
+    path: Path
+    suite: str
+    time: str
+    commit: str
+    hardware: dict[str, Any]
+    versions: dict[str, str | None]
+    configuration: dict[str, Any]
+    results: dict[str, Any]
+
+
+def read_record(path: str | Path) -> Record:
+    """Read what `write_record` wrote.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no record, or one of a later version.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give a record of `cavmae bench`") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is no record of `cavmae bench`")
+    schema = document.pop("schema", RECORD_SCHEMA)
+    if schema != RECORD_SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {RECORD_SCHEMA}")
+    texts = {name: document.pop(name, None) for name in ("suite", "commit")}
+    texts["time"] = document.pop("time", None) or document.pop("date", None)
+    parts = {
+        name: document.pop(name, None)
+        for name in ("hardware", "versions", "configuration", "results")
+    }
+    absent = [name for name, value in texts.items() if not isinstance(value, str)]
+    absent += [name for name, value in parts.items() if not isinstance(value, dict)]
+    if absent:
+        raise ValueError(f"{path} is no record of `cavmae bench`: it has no {', '.join(absent)}")
+    parts["results"] = document | parts["results"]
+    return Record(path=path, **texts, **parts)
