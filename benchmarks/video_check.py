@@ -5,74 +5,20 @@ from their cause, so they are looked for by name here.
 """
 
 import argparse
-import ctypes
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
+from rich.console import Console
 
 from cavmae.benchmarks.records import write_record
+from cavmae.cluster.machine import Finding, dali, gpu, library, nvdec, show
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Attributes: name; present; detail, a version or what is wrong; fix, empty if present."""
-
-    name: str
-    present: bool
-    detail: str
-    fix: str = ""
-
-
-def library(name: str, fix: str) -> Probe:
-    """Whether the dynamic linker finds a shared library."""
-    try:
-        ctypes.CDLL(name)
-    except OSError as error:
-        return Probe(name, False, str(error), fix)
-    return Probe(name, True, "loads")
-
-
-def dali() -> Probe:
-    """Whether DALI imports, in a process of its own: a broken driver can end that process."""
-    code = "import nvidia.dali as dali; print(dali.__version__)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
-    if result.returncode == 0:
-        return Probe("DALI", True, f"version {result.stdout.split()[-1]}")
-    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-    return Probe(
-        "DALI", False, lines[-1], "pip install nvidia-dali-cuda130 (or -cuda120 for CUDA 12)"
-    )
-
-
-def gpu() -> Probe:
-    """Whether torch sees a CUDA device."""
-    if torch.cuda.is_available():
-        return Probe("GPU", True, torch.cuda.get_device_name())
-    build = torch.version.cuda or "no CUDA"
-    return Probe(
-        "GPU",
-        False,
-        f"torch {torch.__version__} (built for {build}) sees none",
-        "install the driver and a CUDA build of torch; in a container, pass the GPU in",
-    )
-
-
-def probes() -> list[Probe]:
+def findings() -> list[Finding]:
     """Everything that decoding on the GPU needs."""
-    return [
-        gpu(),
-        library("libcuda.so.1", "install the NVIDIA driver; in a container, pass the GPU in"),
-        library(
-            "libnvcuvid.so.1",
-            "install the driver's video libraries; in a container, set "
-            "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video",
-        ),
-        dali(),
-    ]
+    driver = "install the NVIDIA driver; in a container, pass the GPU in"
+    return [gpu(), library("libcuda.so.1", driver), nvdec(), dali()]
 
 
 def main(argv: list[str]) -> int:
@@ -82,16 +28,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", default="benchmarks/results", help="folder of the record")
     flags = parser.parse_args(argv)
-    found = probes()
-    for probe in found:
-        print(f"{probe.name}: {'present' if probe.present else 'ABSENT'}, {probe.detail}")
-        if probe.fix:
-            print(f"  to have it: {probe.fix}")
-    ready = all(probe.present for probe in found)
-    absent = ", ".join(probe.name for probe in found if not probe.present)
+    found = findings()
+    show(found, Console(highlight=False))
+    absent = ", ".join(one.name for one in found if one.state != "ok")
+    ready = not absent
     print("video decodes on this GPU" if ready else f"no video decoding on a GPU: without {absent}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = {"ready": ready, "probes": [asdict(probe) for probe in found]}
+    results = {"ready": ready, "probes": [asdict(one) for one in found]}
     print(f"record: {write_record(flags.out, 'video-check', device, {}, results)}")
     return 0 if ready else 1
 

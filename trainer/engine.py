@@ -139,14 +139,27 @@ def start_process_group(ranks: Ranks) -> torch.device:
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    with _extension_lock():
-        # Joining compiles on CPU; ranks must not do so at the same time.
-        if not cuda:
-            accelerator: Any = get_accelerator()
-            accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    compile_operators(cuda=cuda)
     with _no_chatter():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return device
+
+
+def compile_operators(*, cuda: bool) -> Path:
+    """Compile what ranks on CPUs need to join each other, where that was not done yet: joining
+    would do it, but in all ranks at the same time.
+
+    Args:
+        cuda: ranks have GPUs, and need nothing.
+
+    Returns:
+        The folder of what was compiled.
+    """
+    with _extension_lock():
+        if not cuda:
+            accelerator: Any = get_accelerator()
+            accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
 
 
 def end_rank() -> NoReturn:

@@ -65,11 +65,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         drop_metrics_after(self._metrics_path, start_step)
 
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        # MLflow's own defaults wait many minutes for a server that is gone.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        _quiet_and_impatient()
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -297,6 +293,34 @@ def log_files(record: dict[str, Any], name: str, files: Sequence[Path]) -> None:
         client.set_terminated(run.info.run_id)
     except MlflowException as error:
         raise ValueError(f"tracking.uri is {uri}: {error}") from error
+
+
+def check_store(uri: str) -> int:
+    """Number of experiments in a store; nothing is written.
+
+    Args:
+        uri: MLflow tracking URI.
+
+    Raises:
+        ValueError: the store can't be reached.
+    """
+    _quiet_and_impatient()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return len(MlflowClient(tracking_uri=uri).search_experiments())
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"{uri}: {error}") from error
+
+
+def _quiet_and_impatient() -> None:
+    """Settings of MLflow that it reads when it is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    # MLflow's own defaults wait many minutes for a server that is gone.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 
 def flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:

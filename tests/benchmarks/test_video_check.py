@@ -3,26 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
-from cavmae.benchmarks.video_check import dali, library, main
-
-
-def test_absent_library_is_named_with_its_fix() -> None:
-    probe = library("libnvcuvid_of_another_world.so.1", "install it")
-    assert not probe.present
-    assert "libnvcuvid_of_another_world" in probe.detail
-    assert probe.fix == "install it"
-
-
-def test_present_library_needs_no_fix() -> None:
-    assert library("libc.so.6", "install it").fix == ""
-
-
-def test_dali_is_probed_in_its_own_process() -> None:
-    pytest.importorskip("nvidia.dali")
-    assert dali().detail.startswith("version ")
+from cavmae.benchmarks.video_check import main
 
 
 def test_record_and_exit_code_say_whether_video_decodes_here(tmp_path: Path) -> None:
@@ -36,4 +19,4 @@ def test_record_and_exit_code_say_whether_video_decodes_here(tmp_path: Path) -> 
         "libnvcuvid.so.1",
         "DALI",
     ]
-    assert results["probes"][0]["present"] == torch.cuda.is_available()
+    assert (results["probes"][0]["state"] == "ok") == torch.cuda.is_available()
