@@ -33,6 +33,7 @@ COMMANDS = {
     "queue": ("cavmae.cluster.queue", "Run the experiments of a file, and compare them."),
     "sweep": ("cavmae.cluster.sweep", "Search fields with Ray Tune, giving up what falls behind."),
     "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
+    "doctor": ("cavmae.cluster.doctor", "Whether this machine can train, and what it lacks."),
     "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
     "demo-full": ("cavmae.cluster.demo_full", "That, and all that the model is for, to an export."),
 }
@@ -49,6 +50,9 @@ BENCHMARKS = {
     "scaling": ("cavmae.benchmarks.scaling", "A step on 1 to 4,096 GPUs, computed."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
+    "all": ("cavmae.benchmarks.suite", "What this machine can measure within a time."),
+    "compare": ("cavmae.benchmarks.compare", "What became slower from one record to another."),
+    "report": ("cavmae.benchmarks.report", "The newest records as a page with plots."),
 }
 EVALUATIONS = {
     "classify": (
