@@ -83,9 +83,7 @@ def write_report(results: Path, out: Path) -> list[Path]:
     sections = _sections(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     body = _markdown(sections, refused, _embedded)
-    out.write_text(
-        _PAGE.format(body=MarkdownIt("commonmark", {"html": False}).enable("table").render(body))
-    )
+    out.write_text(_PAGE.format(body=MarkdownIt("js-default").render(body)))
     text = out.with_suffix(".md")
     text.write_text(_markdown(sections, refused, lambda one: _beside(one, out)))
     return [out, text]

@@ -64,7 +64,7 @@ def test_noise_is_no_regression() -> None:
     found = 0
     for _ in range(200):
         before, after = (
-            Measurement("seconds", tuple(rng.normal(1.0, 0.05, 10)), False) for _ in range(2)
+            Measurement("seconds", tuple(rng.normal(1.0, 0.1, 10)), False) for _ in range(2)
         )
         (change,) = changes({"step": before}, {"step": after})
         found += change.verdict(0.05) == "slower"
