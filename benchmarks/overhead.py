@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.benchmarks.processes import Start, free_port, module_command
+from cavmae.benchmarks.processes import Start, free_port, module_command, unwind_on_sigterm
 from cavmae.benchmarks.records import timing, write_record
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.synthetic import generate
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     least = WARM_UP_STEPS + INTERVAL + 10
     if flags.steps < least:
         raise ValueError(f"--steps is {flags.steps}; use {least} or more")
+    unwind_on_sigterm()
     work = Path(tempfile.mkdtemp(prefix="cavmae-overhead-"))
     seconds: dict[str, list[list[float]]] = {name: [] for name in CONTENDERS}
     try:

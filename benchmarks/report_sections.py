@@ -380,7 +380,7 @@ def _soak(results: dict[str, Any]) -> Section:
         [
             Grid("Criteria", ("what", "met"), criteria),
             Grid("Processes over their lives", header, kinds),
-            Grid("Faults", ("after", "fault", "again after", "steps lost"), faults),
+            Grid("Faults", ("after the first", "fault", "again after", "steps lost"), faults),
         ],
     )
 

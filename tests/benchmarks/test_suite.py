@@ -54,7 +54,7 @@ def test_a_failure_is_named_and_the_others_go_on(
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "data: FAILED, a start ended with 1: error: --clips is 0; use 1 or more" in said
-    assert "order: done in" in said
+    assert "order: done after" in said
     assert "left out: step, which takes about 1e+06 s" in said
     assert f"failed: data; what they said is in {tmp_path / 'work'}" in said
     assert "## order" in (tmp_path / "report.md").read_text()
