@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> int:
     findings = examine(tyro.cli(DoctorConfig, prog="cavmae doctor", args=arguments))
     show(findings, Console(highlight=False))
     counts = {state: sum(one.state == state for one in findings) for state in STATES}
-    print(f"{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} ok")
+    print(", ".join(f"{state}: {count}" for state, count in counts.items()))
     return 1 if counts["problem"] else 0
 
 

@@ -30,14 +30,14 @@ def test_a_machine_that_runs_the_tests_can_train(
     said = capsys.readouterr().out
     for name in ("Python", "packages", "DALI", "GPU", "bf16", "open files", "C++ compiler"):
         assert name in said
-    assert "0 problems" in said
+    assert "problem: 0" in said
     if not torch.cuda.is_available():
         assert "warning  GPU" in said and "NVDEC" not in said
 
 
 def test_a_problem_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--run-dir", str(tmp_path), "--shards", str(tmp_path / "none")]) == 1
-    assert "1 problems" in capsys.readouterr().out
+    assert "problem: 1" in capsys.readouterr().out
 
 
 def test_an_absent_and_an_old_package_are_named_with_the_command(
