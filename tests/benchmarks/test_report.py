@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cavmae.benchmarks.fault_rows import Row
 from cavmae.benchmarks.flatness import Life
 from cavmae.benchmarks.records import read_record, write_record
 from cavmae.benchmarks.report import main, write_report
@@ -15,6 +18,7 @@ from cavmae.benchmarks.soak import results as soak_results
 from cavmae.benchmarks.soak_faults import Endured
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STEP = "step-20261123T112301-b643018af8"
 CPU = torch.device("cpu")
 
 
@@ -57,12 +61,18 @@ def test_markdown_has_its_pictures_beside_it(kept: Path) -> None:
     assert all((kept.parent / name).stat().st_size > 1000 for name in pictures)
 
 
-def test_tables_hold_the_numbers_of_the_records(kept: Path) -> None:
-    text = kept.with_suffix(".md").read_text()
+def test_tables_hold_the_numbers_of_the_records(tmp_path: Path) -> None:
+    fault = Row(7.03, 30.6, 0, 10, True, 0.0, 0.0, "the undisturbed run", "rank 0 failed")
+    record(tmp_path, "faults", {"a node is killed": asdict(fault)})
+    for name in (STEP, "data-20261125T165254-8c4112c768"):
+        shutil.copy(RESULTS / f"{name}.json", tmp_path / "records")
+    text = page(tmp_path)
     assert "| fp32, cavmae | 6,790 ms | 0.5891 | 0.1373 |" in text
     assert "| cavmae frames, 2 workers | 250.2 | 8.125 ms | 0.64 s |" in text
-    assert "Computed from the inputs below, not measured." in text
-    assert "| a node is killed | 7.0 s | 30.6 s | 0 of 10 | equal | bit for bit |" in text
+    assert (
+        "| a node is killed | 7.0 s | 30.6 s | 0 of 10 | equal | bit for bit | rank 0 failed |"
+        in text
+    )
 
 
 def test_a_kind_that_is_not_known_is_shown_with_its_numbers(tmp_path: Path) -> None:
@@ -84,7 +94,7 @@ def test_text_of_a_record_stays_text(tmp_path: Path) -> None:
 
 
 def test_mfu_comes_from_the_matrix_rate_of_the_same_machine_only(tmp_path: Path) -> None:
-    step = json.loads(next(RESULTS.glob("step-*.json")).read_text())
+    step = json.loads((RESULTS / f"{STEP}.json").read_text())
     kernels = json.loads(next(RESULTS.glob("kernels-*.json")).read_text())
     kernels["results"]["ceilings"]["flops_per_second"] = 274.5e9
     folder = tmp_path / "records"
