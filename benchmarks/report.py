@@ -165,9 +165,11 @@ def _provenance(record: Record, older: list[Record]) -> list[str]:
 
 def _machine(record: Record) -> str:
     found = record.hardware
-    where = f"{found['cores']} cores of {found['processor']}, {gigabytes(found['memory_bytes'])}"
+    where = f"{found.get('cores', '?')} cores of {found.get('processor', 'unknown make')}"
+    if "memory_bytes" in found:
+        where += f", {gigabytes(found['memory_bytes'])}"
     if "gpu" in found:
-        where = f"{found['gpu_count']} x {found['gpu']}, CUDA {found['cuda']}; {where}"
+        where = f"{found.get('gpu_count', 1)} x {found['gpu']}, CUDA {found.get('cuda')}; {where}"
     return where
 
 

@@ -2,18 +2,21 @@
 
 Each step is a command of its own, printed as a user would type it, and has to be better than chance
 or than a model that was not trained, by the margin that the table states. What an earlier call has
-finished is kept.
+finished is kept, unless it was made with other words or of other weights.
 """
 
+import hashlib
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich import box
@@ -72,14 +75,27 @@ class Step:
     Attributes:
         name: of the step.
         words: after `cavmae`.
-        result: file or folder that is there once it is done.
+        weights: what it is made of, if anything.
+        out: file or folder that it makes, which is removed where it is made anew; None: the command
+            itself keeps what is finished.
         judge: of what it left.
+        goes_on: whether the command takes up what an interrupted start of it has left.
     """
 
     name: str
     words: list[str]
-    result: Path
+    weights: Path | None
+    out: Path | None
     judge: Callable[[], Line]
+    goes_on: bool = False
+
+    def made_of(self) -> dict[str, Any]:
+        """What its result depends on."""
+        sha256 = ""
+        if self.weights is not None:
+            with self.weights.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"words": self.words, "weights_sha256": sha256}
 
 
 def main(arguments: list[str]) -> int:
@@ -90,14 +106,22 @@ def main(arguments: list[str]) -> int:
     for step in steps(config, folder):
         console.rule(step.name, align="left")
         console.print(f"cavmae {shlex.join(step.words)}", style="bold")
-        if step.result.exists():
-            console.print(f"done by an earlier start: {step.result}")
+        note, made_of = folder / "notes" / f"{step.name}.json", step.made_of()
+        noted = read_json(note) if note.exists() else {}
+        same = noted.get("made_of") == made_of
+        if same and noted["finished"] and step.out is not None:
+            console.print(f"done by an earlier start: {step.out}")
         else:
+            if step.out is not None and not (same and step.goes_on):
+                _remove(step.out)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"made_of": made_of, "finished": False})
             began = time.monotonic()
             _start(step.words)
             seconds[step.name] = time.monotonic() - began
+            write_json(note, {"made_of": made_of, "finished": True})
         lines.append(step.judge())
-    lines.append(_searched(config, folder, console, seconds))
+    lines.append(_searched(folder, console, seconds))
     return _show(console, folder, lines, seconds)
 
 
@@ -120,46 +144,57 @@ def steps(config: DemoFullConfig, folder: Path) -> list[Step]:
     of_classifier = ["evaluate", "classify", str(classifier), unseen, "--frames", "10"]
     of_classifier += ["--allow-empty-classes"]  # few unseen clips may lack one
     formats = ["--format", "hub", "torch", "onnx"]
+    pretrained, finetuned = run / "weights.pt", classifier / "weights.pt"
+    retrieve = ["evaluate", "retrieve", str(run), unseen, "--out", str(result("retrieve"))]
+    probe = ["evaluate", "probe", str(run), train, unseen, "--out", str(result("probe"))]
     return [
-        Step("pretrain", demo, run / "summary.json", lambda: _pretrained(run)),
-        Step("fine-tune", finetune, classifier / "summary.json", lambda: _finetuned(classifier)),
+        Step("pretrain", demo, None, None, lambda: _pretrained(run)),
+        Step("fine-tune", finetune, pretrained, classifier, lambda: _finetuned(classifier), True),
         Step(
             "classify",
             [*of_classifier, "--out", str(result("classify"))],
+            finetuned,
             result("classify"),
             lambda: _classified(result("classify"), classifier),
         ),
         Step(
             "retrieve",
-            ["evaluate", "retrieve", str(run), unseen, "--out", str(result("retrieve"))],
+            retrieve,
+            pretrained,
             result("retrieve"),
             lambda: _retrieved(result("retrieve")),
         ),
-        Step(
-            "probe",
-            ["evaluate", "probe", str(run), train, unseen, "--out", str(result("probe"))],
-            result("probe"),
-            lambda: _probed(result("probe")),
-        ),
+        Step("probe", probe, pretrained, result("probe"), lambda: _probed(result("probe"))),
         Step(
             "reconstruct",
             ["reconstruct", str(run), unseen, str(pictures), "--clips", "16"],
-            pictures / "reconstructions.json",
+            pretrained,
+            pictures,
             lambda: _reconstructed(pictures / "reconstructions.json"),
         ),
         Step(
             "embed",
             ["embed", str(run), unseen, str(embeddings)],
-            embeddings / "embeddings.json",
+            pretrained,
+            embeddings,
             lambda: _embedded(embeddings / "embeddings.json", unseen),
+            goes_on=True,
         ),
         Step(
             "export",
             ["export", str(run), str(exported), *formats],
-            exported / "video.onnx",
+            pretrained,
+            exported,
             lambda: _exported(exported),
         ),
     ]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _start(words: list[str]) -> None:
@@ -257,9 +292,7 @@ def _exported(folder: Path) -> Line:
     )
 
 
-def _searched(
-    config: DemoFullConfig, folder: Path, console: Console, seconds: dict[str, float]
-) -> Line:
+def _searched(folder: Path, console: Console, seconds: dict[str, float]) -> Line:
     """Look up the sounds of clips spread over the set: does each find its own video?"""
     shards = ShardSet(str(folder / "shards" / "unseen" / "video"))
     console.rule("search", align="left")
@@ -267,7 +300,7 @@ def _searched(
     results = folder / "results"
     found = 0
     for number in range(SEARCHES):
-        sample = shards.sample_id(*_place(shards, number * shards.samples // SEARCHES))
+        sample = shards.sample_id(*shards.at(number * shards.samples // SEARCHES))
         out = results / f"search-{number}.json"
         words = ["search", str(folder / "embeddings"), sample]
         words += ["--for", "video", "--top", "10", "--out", str(out)]
@@ -275,21 +308,13 @@ def _searched(
         _start(words)
         found += sample in {one["sample_id"] for one in read_json(out)["found"]["video"]}
     seconds["search"] = time.monotonic() - began
-    chance = SEARCHES * 10 / config.unseen_clips
+    chance = SEARCHES * 10 / shards.samples
     return Line(
         "search, sound finds video",
         f"{found} of {SEARCHES} find their own among ten",
         f"chance {chance:.1f}; half of them",
         2 * found >= SEARCHES,
     )
-
-
-def _place(shards: ShardSet, clip: int) -> tuple[int, int]:
-    for shard, size in enumerate(shards.sizes):
-        if clip < size:
-            return shard, clip
-        clip -= size
-    raise AssertionError(clip)
 
 
 def _show(console: Console, folder: Path, lines: list[Line], seconds: dict[str, float]) -> int:

@@ -143,13 +143,16 @@ def nvdec() -> Finding:
 def dali() -> Finding:
     """Whether DALI imports."""
     code = "import nvidia.dali as dali; print(dali.__version__)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
+    advice = "pip install nvidia-dali-cuda130 (or -cuda120 for CUDA 12)"
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("DALI", "problem", "does not import within 120 s", "look at the driver")
     if result.returncode == 0:
         return Finding("DALI", "ok", f"version {result.stdout.split()[-1]}")
     lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-    advice = "pip install nvidia-dali-cuda130 (or -cuda120 for CUDA 12)"
     return Finding("DALI", "problem", lines[-1], advice)
 
 

@@ -53,7 +53,7 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
     cluster = config.cluster
     check_run(config)
     if not address_of(cluster):
-        ShardSet(config.data.train)  # a wrong path is told now, not when Ray is up
+        ShardSet(config.data.train_folders)  # a wrong path is told now, not when Ray is up
     threads = config.threads_per_rank or cluster.cpus_per_worker
     with connected(cluster, threads) as working_folder:
         tell_shortage(cluster)
@@ -80,7 +80,7 @@ def check_run(config: RayRunConfig) -> None:
         ValueError: no data, or ranks that can't share the batch.
     """
     check_ranks(config.lanes or default_lanes(config.global_batch), config.cluster.workers)
-    if not config.data.train:
+    if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
 
 

@@ -1,16 +1,18 @@
 """The mean of a run's weights at the ends of its last epochs, as the published fine-tuning ends.
 
-The weights of each of those epochs lie in the run folder until then, so that a run that goes on has
-them; they are written before the checkpoint of their step.
+The weights of each of those epochs lie in the run folder, so that a run that goes on has them; they
+are on the disk before the checkpoint of their step is begun.
 """
 
 import math
+import os
 from pathlib import Path
 
 import torch
 
 from cavmae.trainer.agreement import on_first_rank
 from cavmae.trainer.engine import Engine
+from cavmae.trainer.model.weights import read_state
 
 
 class EpochWeights:
@@ -37,7 +39,8 @@ class EpochWeights:
             )
         self._folder = folder
         epochs = range(first_epoch, last_epoch + 1) if first_epoch else ()
-        self._ends = {min(steps, round(epoch * steps_per_epoch)): epoch for epoch in epochs}
+        # An epoch may be shorter than a step.
+        self._ends = {max(1, min(steps, round(epoch * steps_per_epoch))): epoch for epoch in epochs}
 
     def keep(self, engine: Engine, step: int) -> None:
         """Write the weights where `step` ends an epoch that counts; all ranks call it.
@@ -53,7 +56,10 @@ class EpochWeights:
             self._folder.mkdir(exist_ok=True)
             path = self._path(step)
             partial = path.with_suffix(".partial")
-            torch.save(weights, partial)
+            with partial.open("wb") as file:
+                torch.save(weights, file)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
 
         on_first_rank(write)
@@ -63,18 +69,29 @@ class EpochWeights:
         ranks call it.
 
         Raises:
-            OSError: those of an epoch can't be read.
+            ValueError: those of an epoch are not there or can't be read.
         """
         mean: dict[str, torch.Tensor] = {}
 
         def read() -> None:
             for step in self._ends:
-                for name, tensor in torch.load(self._path(step), weights_only=True).items():
+                for name, tensor in self._kept(step).items():
                     share = tensor.double() / len(self._ends)
                     mean[name] = mean[name] + share if name in mean else share
 
         on_first_rank(read)
         return {name: tensor.float() for name, tensor in mean.items()}
+
+    def _kept(self, step: int) -> dict[str, torch.Tensor]:
+        path = self._path(step)
+        try:
+            return read_state(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the weights at the end of epoch {self._ends[step]}, which average_from_epoch "
+                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on, "
+                "so that the run goes on from before them, or set average_from_epoch 0"
+            ) from error
 
     def __bool__(self) -> bool:
         return bool(self._ends)

@@ -1,6 +1,7 @@
 """Fine-tuning as a run sees it: the classifier, what it computes on a step's micro-batches, and its
 held-out scores."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -20,6 +21,8 @@ from cavmae.trainer.held_out import Scored
 from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights
+
+log = logging.getLogger(__name__)
 
 
 class Finetuning:
@@ -74,7 +77,17 @@ class Finetuning:
                 targets = self._labels.targets(batch.labels, batch.sample_ids).to(self._device)
                 parts.append(torch.stack([output.logits, targets], dim=1))
         logits, targets = gather_uneven(torch.cat(parts)).unbind(1)
-        metrics = classification_scores(logits, targets, resamples=0).as_metrics()
+        positives = targets.sum(0)
+        if ((positives > 0) & (positives < len(targets))).any():
+            metrics = classification_scores(logits, targets, resamples=0).as_metrics()
+        else:
+            log.warning(
+                "the first %d clips of data.validation have no class that only some of them are "
+                "of: there is no average precision and no AUC; raise evaluation.clips, or pack the "
+                "set in another order",
+                len(targets),
+            )
+            metrics = {}
         metrics["loss"] = classification_loss(logits, targets, self._config.classifier.loss).item()
         return Scored({f"held_out_{name}": value for name, value in metrics.items()})
 

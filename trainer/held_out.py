@@ -62,10 +62,21 @@ class HeldOut:
         self._scorer, self._report, self._device = scorer, report, device
         self.scores: dict[str, float] = {}
 
-    def score(self, model: nn.Module, step: int) -> None:
-        """Evaluate after `step` optimizer steps; all ranks call it."""
+    @property
+    def there(self) -> bool:
+        """Whether there are held-out clips."""
+        return bool(self._config.data.validation)
+
+    def score(self, model: nn.Module, step: int, kind: str = "held_out") -> None:
+        """Evaluate after `step` optimizer steps; all ranks call it.
+
+        Args:
+            model: what is scored.
+            step: of the run.
+            kind: what the scores are reported as; `scores` has them as `held_out_`.
+        """
         config = self._config
-        if not config.data.validation:
+        if not self.there:
             return
         loader = ValidationLoader(
             config.data,
@@ -84,7 +95,10 @@ class HeldOut:
             model.train()
             loader.close()
         self.scores = scored.metrics
-        self._report.scores(scored.metrics, step)
+        reported = {
+            name.replace("held_out", kind, 1): value for name, value in scored.metrics.items()
+        }
+        self._report.scores(reported, step)
         if self._ranks.rank == 0:
             for path in scored.draw(Path(config.run_dir) / "pictures", step):
                 self._report.picture(path)

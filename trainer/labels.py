@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,15 +86,17 @@ def read_labels(path: str | Path) -> LabelSet:
         FileNotFoundError: no such file.
         ValueError: other columns, an index out of order, a label twice, or none at all.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        columns = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
-        if columns:
-            raise ValueError(
-                f"{path}: the column {columns[0]} is missing; a label file has "
-                f"{', '.join(_COLUMNS)}"
-            )
-        rows = list(reader)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as CSV in UTF-8: {error}") from error
+    if columns:
+        raise ValueError(
+            f"{path}: the column {columns[0]} is missing; a label file has {', '.join(_COLUMNS)}"
+        )
     labels = tuple(row["mid"] for row in rows)
     if not rows:
         raise ValueError(f"{path} has no classes")
@@ -102,6 +105,9 @@ def read_labels(path: str | Path) -> LabelSet:
             raise ValueError(
                 f"{path}: class {number} has the index {row['index']!r}; number them from 0"
             )
+        empty = [name for name in _COLUMNS if not row[name]]
+        if empty:
+            raise ValueError(f"{path}: class {number} has no {empty[0]}; fill it in")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: the label {twice!r} is there twice")
@@ -124,6 +130,12 @@ def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelS
     """
     labels = _classes(config)
     for name, tiers in (("train", config.data.train_folders), ("validation", _validation(config))):
+        unlabelled = clips_without_label(tiers)
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} clips of data.{name} have no label; pack the videos from a list "
+                "with labels"
+            )
         unknown = sorted((label_counts(tiers) or {}).keys() - set(labels.labels))
         if unknown:
             raise ValueError(
@@ -151,13 +163,22 @@ def label_counts(tiers: Iterable[str]) -> dict[str, int] | None:
         tiers: of the sets.
     """
     counts: dict[str, int] = {}
-    for tier in tiers:
-        path = Path(tier).parent / "statistics.json"
-        if not path.is_file():
+    for statistics in map(_statistics, tiers):
+        if statistics is None:
             return None
-        for label, count in read_json(path)["classes"].items():
+        for label, count in statistics["classes"].items():
             counts[label] = counts.get(label, 0) + count
     return counts
+
+
+def clips_without_label(tiers: Iterable[str]) -> int:
+    """Clips of packed sets that have no label, as far as packing's counts are there to be read."""
+    return sum(found["clips_without_label"] for found in map(_statistics, tiers) if found)
+
+
+def _statistics(tier: str) -> dict[str, Any] | None:
+    path = Path(tier).parent / "statistics.json"
+    return read_json(path) if path.is_file() else None
 
 
 def _classes(config: FinetuneConfig) -> LabelSet:

@@ -26,7 +26,7 @@ _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> Config:
-    """Fill in lanes, steps, micro-batch and threads.
+    """Fill in lanes, steps, micro-batch and threads, and where `initial_weights` lie.
 
     Args:
         config: what the user asked for.
@@ -52,6 +52,7 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
         steps=steps,
         micro_batch=_largest_divisor(per_rank, config.micro_batch),
         threads_per_rank=threads,
+        initial_weights=config.initial_weights and str(Path(config.initial_weights).absolute()),
     )
 
 

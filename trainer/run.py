@@ -227,6 +227,11 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
             device=device,
         )
+        weights = {}
+        if not outcome.stopped:
+            weights = epoch_weights.mean() if epoch_weights else engine.full_state_dict()
+            if epoch_weights and held_out.there:
+                held_out.score(_model_of(weights, stage, device), outcome.step, "averaged")
     except BaseException:
         report.close("FAILED")
         raise
@@ -236,11 +241,6 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     # Save.
     if outcome.stopped and ranks.rank == 0:
         withdraw_request(run_dir)
-    weights = {}
-    if not outcome.stopped:
-        weights = epoch_weights.mean() if epoch_weights else engine.full_state_dict()
-        if epoch_weights:
-            held_out.score(_model_of(weights, stage, device), outcome.step)
     seconds = time.monotonic() - began
     summary = RunSummary(
         run_dir=str(run_dir),

@@ -110,7 +110,7 @@ def save_code(run_dir: Path) -> str:
     target = run_dir / "code" / f"{code}.tar.gz"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
         partial.write_bytes(gzip.compress(packed.getvalue()))
         partial.replace(target)
     return code

@@ -68,6 +68,13 @@ def test_data_that_are_not_there_are_missed_before_ray_starts(tmp_path: Path) ->
         train_on_ray(config)
 
 
+def test_each_set_of_a_mixture_is_looked_for(tmp_path: Path, packed_synthetic: Path) -> None:
+    sets = f"{packed_synthetic / 'frames'},{tmp_path / 'nowhere'}"
+    config = parse(["demo", "--data.train", sets], RAY_KINDS, "cavmae train")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/index\.json"):
+        train_on_ray(config)
+
+
 def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
     config = parse(
         [

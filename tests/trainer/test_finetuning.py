@@ -5,11 +5,13 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import ROOT
 from starts import Start
 from tiny_run import losses, save_untrained, tiny_finetuning, tiny_run
@@ -20,7 +22,7 @@ from cavmae.trainer.averaging import EpochWeights
 from cavmae.trainer.checkpoint import MANIFEST
 from cavmae.trainer.config import EngineConfig, EvaluationConfig
 from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.finetuning import FinetuneTask
+from cavmae.trainer.finetuning import FinetuneTask, Finetuning
 from cavmae.trainer.labels import LabelSet, label_counts
 from cavmae.trainer.run_folder import save_config
 
@@ -74,6 +76,41 @@ def test_epochs_end_where_their_steps_do_and_the_last_with_the_run(tmp_path: Pat
     assert not EpochWeights(tmp_path, first_epoch=0, steps=10, steps_per_epoch=3.0)
     with pytest.raises(ValueError, match="average_from_epoch is 5 and the run has 4 epochs"):
         EpochWeights(tmp_path, first_epoch=5, steps=10, steps_per_epoch=3.0)
+    short = EpochWeights(tmp_path, first_epoch=1, steps=2, steps_per_epoch=0.4)
+    assert short._ends == {1: 3, 2: 5}, "several epochs may end in one step"
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """This process as the only rank."""
+    method = f"file://{tmp_path}/ranks"
+    dist.init_process_group("gloo", init_method=method, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_weights_of_an_epoch_that_a_power_cut_took_are_named(tmp_path: Path, alone: None) -> None:
+    kept = EpochWeights(tmp_path, first_epoch=1, steps=4, steps_per_epoch=2.0)
+    torch.save({"w": torch.tensor([1.0])}, tmp_path / "epoch-0001.pt")
+    torch.save({"w": torch.tensor([2.0])}, tmp_path / "epoch-0002.pt")
+    assert kept.mean()["w"].tolist() == [1.5]
+    for damage in (b"", (tmp_path / "epoch-0002.pt").read_bytes()[:-50]):
+        (tmp_path / "epoch-0002.pt").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"end of epoch 2.*remove the checkpoints from step 4"):
+            kept.mean()
+
+
+def test_held_out_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
+    """As where a set is sorted by class and only its first clips are scored."""
+    config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
+    stage = Finetuning(config, LABELS, torch.device("cpu"))
+    same = batch(labels=(("dog",), ("dog",)), shares=torch.ones(2), mixed_labels=((), ()))
+    model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
+    scored = stage.score(model, [same])  # pyright: ignore[reportArgumentType]
+    loss = 4 * [0.0]
+    loss[0] = 2.0
+    expected = -torch.tensor(loss).log_softmax(0)[0].item()
+    assert scored.metrics == {"held_out_loss": pytest.approx(expected)}
 
 
 # ------------------------------------------------------------------------------- whole runs

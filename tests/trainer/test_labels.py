@@ -26,12 +26,18 @@ def test_a_label_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("index,mid,display_name\n", "has no classes"),
         ("index,mid,display_name\n1,/m/1,Dog\n", "class 0 has the index '1'"),
         ("index,mid,display_name\n0,/m/1,Dog\n1,/m/1,Cat\n", "'/m/1' is there twice"),
+        ("index,mid,display_name\n0,/m/1\n", "class 0 has no display_name"),
     ],
 )
 def test_a_label_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"labels.csv.*{message}"):
         read_labels(tmp_path / "labels.csv")
+
+
+def test_a_label_file_of_a_spreadsheet_begins_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(LABELS.as_csv(), encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.csv") == LABELS
 
 
 def test_targets_are_at_the_numbers_of_the_labels() -> None:
@@ -86,6 +92,18 @@ def test_labels_that_are_no_classes_are_told_before_the_first_step(
     fewer = LabelSet(own.labels[1:], own.names[1:]).as_csv()
     with pytest.raises(ValueError, match=f"data.train has 1 labels.*{own.labels[0]}"):
         open_labels(with_labels(run, fewer), Path(run.run_dir), begun=False)
+
+
+def test_clips_without_a_label_are_told_before_the_first_step(
+    run: FinetuneConfig, packed_synthetic: Path, tmp_path: Path
+) -> None:
+    statistics = json.loads((packed_synthetic / "statistics.json").read_text())
+    copy = tmp_path / "unlabelled"
+    copy.mkdir()
+    (copy / "statistics.json").write_text(json.dumps(statistics | {"clips_without_label": 2}))
+    data = dataclasses.replace(run.data, validation=str(copy / "frames"))
+    with pytest.raises(ValueError, match=r"2 clips of data.validation have no label"):
+        open_labels(dataclasses.replace(run, data=data), Path(run.run_dir), begun=False)
 
 
 def test_a_run_goes_on_with_the_classes_that_it_began_with(run: FinetuneConfig) -> None:

@@ -203,8 +203,9 @@ def classify(config: ClassifyConfig) -> None:
     labels = run.labels
     modes = modes_to_ask(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)
+    training = trained_on(run.config)
     if not config.allow_leakage:
-        check_not_trained_on(config.shards, trained_on(run.config))
+        check_not_trained_on(config.shards, training.tiers)
     if not config.allow_empty_classes and not config.clips:
         check_no_empty_class(labels, config.shards)
     made = classified(run, modes, config)
@@ -216,7 +217,7 @@ def classify(config: ClassifyConfig) -> None:
         "asked": dataclasses.asdict(config),
         "clips": len(targets),
         "left_out": made.left_out,
-        "leakage": "not checked" if config.allow_leakage else "none",
+        "leakage": "not checked" if config.allow_leakage else training.leakage,
         "classes": labels.labels,
         "clips_of_class": clips_of_class,
         "modes": {mode: _as_json(one, labels) for mode, one in scores.items()},

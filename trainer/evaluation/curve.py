@@ -84,7 +84,7 @@ def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> lis
             if row.get(column)
         ]
         if of_run and of_log:
-            found.append(Curve(metric, sorted(of_run), of_log))
+            found.append(Curve(metric, sorted(of_run, key=lambda point: point[0]), of_log))
     if not found:
         raise ValueError(
             f"{log} has no metric that the run in {config.run_dir} has logged; its columns are "

@@ -1,6 +1,7 @@
 """A run that has come to its end, as everything that uses its weights opens it."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from cavmae.trainer.run_folder import (
     save_code,
     write_json,
 )
+
+_NOT_ASKED = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
+"""Fields of a command that no score depends on, or that the name has already."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +83,38 @@ class FinishedClassifier:
 AnyRun = FinishedRun | FinishedClassifier
 
 
-def trained_on(config: RunConfig) -> list[str]:
-    """The tiers that a run was trained on, and those of the runs that it started from, as far as
-    these are where `initial_weights` says."""
+@dataclass(frozen=True)
+class Training:
+    """Attributes: tiers, that a run and those it started from were trained on; unknown, weights
+    that it started from whose training is not known, empty where there are none."""
+
+    tiers: tuple[str, ...]
+    unknown: str
+
+    @property
+    def leakage(self) -> str:
+        """What a result says that found no clip of the training."""
+        return f"none in trained_on; not known of {self.unknown}" if self.unknown else "none"
+
+
+def trained_on(config: RunConfig) -> Training:
+    """What a run was trained on, and the runs that it started from, as far as these are where
+    `initial_weights` says."""
     tiers, weights = [config.data.train], config.initial_weights
     seen: set[Path] = set()
+    unknown = ""
     while weights:
         start = Path(weights).with_name("config.json").resolve()
         if start in seen or not start.is_file():
+            unknown = str(weights)
             break
         seen.add(start)
         # What lies beside weights may be of another version of this package, or of another one.
         document = read_json(start)
         tiers.append(str(document.get("data", {}).get("train", "")))
         weights = document.get("initial_weights")
-    return list(
-        dict.fromkeys(tier for some in tiers for tier in DataConfig(train=some).train_folders)
-    )
+    folders = (tier for some in tiers for tier in DataConfig(train=some).train_folders)
+    return Training(tuple(dict.fromkeys(folders)), unknown)
 
 
 def write_evaluation(
@@ -113,9 +132,12 @@ def write_evaluation(
         out: JSON file; empty: in `evaluation` of the run folder.
         kind: of evaluation, for the file's name.
         shards: that it was scored on.
-        result: JSON values.
+        result: JSON values; `asked`, the command's fields, is in the file's name too.
     """
-    path = Path(out or run.folder / "evaluation" / f"{kind}-{shards.fingerprint[:8]}.json")
+    asked = {name: value for name, value in result["asked"].items() if name not in _NOT_ASKED}
+    asked_hash = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    name = f"{kind}-{shards.fingerprint[:8]}-{asked_hash[:6]}.json"
+    path = Path(out or run.folder / "evaluation" / name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**result, **rests_on(run, shards)})
     return path
@@ -126,10 +148,17 @@ def rests_on(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
     return {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
-        "trained_on": trained_on(run.config),
-        "code": save_code(run.folder),
+        "trained_on": list(trained_on(run.config).tiers),
+        "code": _kept_code(run.folder),
         "git_commit": git_commit(),
     }
+
+
+def _kept_code(folder: Path) -> str:
+    try:
+        return save_code(folder)
+    except OSError as error:  # somebody else's run; the commit says it too
+        return f"not kept: {error}"
 
 
 def open_finished_run(run_dir: str | Path) -> FinishedRun:

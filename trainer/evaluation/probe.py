@@ -140,8 +140,9 @@ def probe(config: ProbeConfig) -> None:
     run = open_finished_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
+    training = trained_on(run.config)
     if not config.allow_leakage:
-        check_not_trained_on(config.test, [*trained_on(run.config), config.train])
+        check_not_trained_on(config.test, [*training.tiers, config.train])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
     scores: dict[str, ClassificationScores] = {}
@@ -169,7 +170,7 @@ def probe(config: ProbeConfig) -> None:
         "classes": classes,
         "left_out": left_out,
         "train_fingerprint": ShardSet(config.train, cache).fingerprint,
-        "leakage": "not checked" if config.allow_leakage else "none",
+        "leakage": "not checked" if config.allow_leakage else training.leakage,
         "scores": {
             name: one.as_metrics()
             | {"classes_left_out": [classes[k] for k in one.classes_without_average_precision]}

@@ -84,8 +84,9 @@ def retrieve(config: RetrieveConfig) -> None:
     """
     run = open_finished_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
+    training = trained_on(run.config)
     if not config.allow_leakage:
-        check_not_trained_on(config.shards, trained_on(run.config))
+        check_not_trained_on(config.shards, training.tiers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embeddings = embed(
         run.model(device), run.config, config.shards, clips=config.clips, batch=config.batch
@@ -100,7 +101,7 @@ def retrieve(config: RetrieveConfig) -> None:
         "asked": dataclasses.asdict(config),
         "clips": len(chosen),
         "left_out": embeddings.left_out,
-        "leakage": "not checked" if config.allow_leakage else "none",
+        "leakage": "not checked" if config.allow_leakage else training.leakage,
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
     out = write_evaluation(run, config.out, "retrieve", shards, result)

@@ -1,6 +1,7 @@
 """`cavmae evaluate classify`: scores that no batch, no order and no leak has a part in."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -78,7 +79,7 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, held_ou
         == hashlib.sha256((run_dir / "weights.pt").read_bytes()).hexdigest()
     )
     assert result["shards_fingerprint"] == ShardSet(str(held_out / "frames")).fingerprint
-    assert result["trained_on"] == trained_on(open_finished_classifier(run_dir).config)
+    assert result["trained_on"] == list(trained_on(open_finished_classifier(run_dir).config).tiers)
 
     out = Path(result["asked"]["out"])
     rows = list(csv.DictReader(out.with_suffix(".csv").open(encoding="utf-8")))
@@ -186,6 +187,16 @@ def test_scores_of_two_ranks_during_a_run_are_those_of_its_weights_afterwards(
         assert after[name] == pytest.approx(during[f"held_out_{name}"], abs=1e-5)
 
 
+def test_weights_of_unknown_training_are_told_in_the_result(run_dir: Path) -> None:
+    config = open_finished_classifier(run_dir).config
+    known = dataclasses.replace(config, initial_weights="")
+    assert trained_on(known).leakage == "none"
+    unknown = dataclasses.replace(config, initial_weights="/nowhere/published.pth")
+    assert trained_on(unknown).leakage == (
+        "none in trained_on; not known of /nowhere/published.pth"
+    )
+
+
 def test_what_a_run_started_from_counts_as_trained_on(
     packed_synthetic: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,11 +204,11 @@ def test_what_a_run_started_from_counts_as_trained_on(
     start = str(tmp_path / "pretrained/weights.pt")
     save_untrained_classifier(packed_synthetic, tmp_path / "run", initial_weights=start)
     tiers = [str(packed_synthetic / "frames"), str(held_out / "frames")]
-    assert trained_on(open_finished_classifier(tmp_path / "run").config) == tiers
+    assert trained_on(open_finished_classifier(tmp_path / "run").config).tiers == tuple(tiers)
     assert cli.main(words(tmp_path / "run", held_out)) == 1
     assert "8 clips of" in (error := capsys.readouterr().err) and "were trained on" in error
     (tmp_path / "pretrained/config.json").write_text('{"architectures": ["of another package"]}')
-    assert trained_on(open_finished_classifier(tmp_path / "run").config) == tiers[:1]
+    assert trained_on(open_finished_classifier(tmp_path / "run").config).tiers == tuple(tiers)[:1]
 
 
 # ------------------------------------------------------------------------------- bad input
