@@ -21,10 +21,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def run_demo(folder: Path, command: str = "demo") -> "subprocess.CompletedProcess[str]":
+def run_demo(folder: Path, command: str = "demo", *more: str) -> "subprocess.CompletedProcess[str]":
     words = ["--folder", str(folder), "--clips", "500", "--unseen-clips", "100", "--steps", "80"]
     return subprocess.run(
-        [sys.executable, "-m", "cavmae", command, *words],
+        [sys.executable, "-m", "cavmae", command, *words, *more],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -76,7 +76,7 @@ def test_a_finished_demo_is_shown_again_without_training(demo: tuple[Path, str])
 @pytest.mark.slow
 def test_the_full_demo_goes_on_to_all_that_a_model_is_for(demo: tuple[Path, str]) -> None:
     """So short a training meets some margins and not others; every command has to work."""
-    done = run_demo(demo[0], "demo-full")
+    done = run_demo(demo[0], "demo-full", "--finetune-epochs", "2")
     lines = {
         line["step"]: line["good"]
         for line in read_json(demo[0] / "results/demo-full.json")["lines"]
