@@ -153,6 +153,7 @@ def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -
     """
     embeddings = EmbeddingSet(config.embeddings)
     out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".json":
         origin = dataclasses.asdict(embeddings.origin)
         write_json(out, {"asked": dataclasses.asdict(config), "origin": origin, "found": found})
