@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from cavmae.trainer.agreement import on_first_rank
+from cavmae.trainer.checkpoint_store import sync_folder
 from cavmae.trainer.engine import Engine
 from cavmae.trainer.model.weights import read_state
 
@@ -61,6 +62,7 @@ class EpochWeights:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            sync_folder(self._folder)
 
         on_first_rank(write)
 
@@ -89,8 +91,8 @@ class EpochWeights:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the weights at the end of epoch {self._ends[step]}, which average_from_epoch "
-                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on, "
-                "so that the run goes on from before them, or set average_from_epoch 0"
+                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on: "
+                "the run then goes on from before them"
             ) from error
 
     def __bool__(self) -> bool:

@@ -265,13 +265,18 @@ class LocalStore:
     def _sync_folders(self, name: str) -> None:
         """Make the entries that lead to a file durable."""
         for folder in (self.folder / name).parents:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_folder(folder)
             if folder == self.folder:
                 break
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class ObjectStore:

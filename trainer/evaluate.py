@@ -65,7 +65,7 @@ def evaluate(
     """Score the model on held-out clips; all ranks call it and get the same numbers.
 
     Args:
-        model: that pretraining trains; the ranks' parts of it where it is sharded.
+        model: that pretraining trains, set to evaluate; this rank's part where it is sharded.
         batches: this rank's part of the clips; positions are the clips' places in the set.
         config: resolved run.
         pictures: clips to reconstruct for pictures, from this rank's first batch.
