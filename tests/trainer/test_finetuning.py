@@ -25,6 +25,7 @@ from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.finetuning import FinetuneTask, Finetuning
 from cavmae.trainer.labels import LabelSet, label_counts
 from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.tracking import read_metrics
 
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
@@ -175,6 +176,11 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert "held_out_mean_average_precision" in scores[0]
+    noted = read_metrics(tmp_path / "one/run/metrics.jsonl")
+    (averaged,) = [one["averaged_loss"] for one in noted if "averaged_loss" in one]
+    assert averaged == scores[1]["held_out_loss"], "the summary has the scores of the mean"
+    last = [one["held_out_loss"] for one in noted if "held_out_loss" in one][-1]
+    assert averaged != last, "the last weights have others"
 
     epochs = [torch.load(path) for path in sorted((tmp_path / "one/run").glob("epoch-weights/*"))]
     assert len(epochs) == 3, "of the epochs 5, 6 and the part of the 7th that 20 steps have"
