@@ -6,7 +6,6 @@ finished is kept, unless it was made with other words or of other weights.
 """
 
 import hashlib
-import json
 import math
 import shlex
 import shutil
@@ -217,22 +216,17 @@ def _pretrained(run: Path) -> Line:
 
 
 def _finetuned(classifier: Path) -> Line:
-    metrics = [json.loads(line) for line in (classifier / "metrics.jsonl").read_text().splitlines()]
-    losses = [one["held_out_loss"] for one in metrics if "held_out_loss" in one]
-    chance = _log_of_classes(classifier)
-    score = f"held-out loss {losses[-1]:.3f}"
-    return Line(
-        "fine-tune", score, f"no knowledge {chance:.3f}; half of it", 2 * losses[-1] < chance
-    )
-
-
-def _log_of_classes(classifier: Path) -> float:
-    """Cross-entropy of a guess that gives all classes the same probability."""
-    return math.log(_classes(classifier))
+    loss = read_json(classifier / "summary.json")["scores"]["held_out_loss"]
+    # Cross-entropy of a guess that gives all classes the same probability.
+    chance = math.log(_classes(classifier))
+    baseline = f"no knowledge {chance:.3f}; half of it"
+    return Line("fine-tune", f"held-out loss {loss:.3f}", baseline, 2 * loss < chance)
 
 
 def _classes(classifier: Path) -> int:
-    return len((classifier / "labels.csv").read_text().splitlines()) - 1
+    from cavmae.trainer.labels import read_labels  # `--help` does without torch
+
+    return len(read_labels(classifier / "labels.csv"))
 
 
 def _classified(path: Path, classifier: Path) -> Line:

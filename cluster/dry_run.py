@@ -33,7 +33,10 @@ def dry_run(config: RayRunConfig) -> int:
             would fit.
     """
     if isinstance(config, RayFinetuneConfig):
-        raise ValueError("dry_run knows what pretraining takes and not yet what fine-tuning does")
+        raise ValueError(
+            "dry_run is set, and knows what pretraining takes and not yet what fine-tuning does; "
+            "leave --dry-run out"
+        )
     cluster = config.cluster
     if config.engine.dtype == "auto":
         dtype = native_dtype(gpu=cluster.gpus_per_worker > 0)
