@@ -1,10 +1,12 @@
 """The demo: small but whole, and honest about what it shows."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT
 
 from cavmae.cluster.demo import DemoConfig, main
@@ -90,6 +92,14 @@ def test_the_full_demo_goes_on_to_all_that_a_model_is_for(demo: tuple[Path, str]
     assert done.returncode == bool(missed), done.stderr
     assert done.stderr.endswith(f"must be: {', '.join(missed)}\n" if missed else "")
     assert f"cavmae embed {demo[0]}/run" in done.stdout, "a command as a user would type it"
+
+    weights = torch.load(demo[0] / "classifier/weights.pt")
+    torch.save(weights | {"norm.bias": weights["norm.bias"] + 1}, demo[0] / "classifier/weights.pt")
+    again = run_demo(demo[0], "demo-full", "--finetune-epochs", "2")
+    kept = re.findall(r"done by an earlier start: \S+/(\S+)", again.stdout)
+    assert kept == [
+        *("classifier", "retrieve.json", "probe.json", "reconstructed", "embeddings", "exported")
+    ], "what was made of other weights is made anew"
 
 
 def test_a_folder_of_other_videos_is_refused(
