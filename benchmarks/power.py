@@ -37,8 +37,10 @@ class Energy:
 
 
 class PowerMeter(Protocol):
-    """Measures from `start` to `stop`."""
+    """Measures from `start` to `stop`; what is not `readable` only says why."""
 
+    @property
+    def readable(self) -> bool: ...
     def start(self) -> None: ...
     def stop(self) -> Energy: ...
 
@@ -70,6 +72,8 @@ def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
 class _Unreadable:
     """Nothing can be read, for a reason."""
 
+    readable = False
+
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
@@ -81,6 +85,8 @@ class _Unreadable:
 
 class _PackageCounters:
     """Counters of microjoules that begin anew at their range."""
+
+    readable = True
 
     def __init__(self, zones: list[Path]) -> None:
         self._zones = zones
@@ -102,6 +108,8 @@ class _PackageCounters:
 
 class _DriverPower:
     """Mean of what `nvidia-smi` says, times the time."""
+
+    readable = True
 
     def __init__(self, gpu: str) -> None:
         self._gpu = gpu

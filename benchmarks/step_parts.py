@@ -62,7 +62,9 @@ def part_of(module: str) -> str:
         ValueError: it is not known here.
     """
     if module not in _MODULES:
-        raise ValueError(f"step_parts.py knows no module {module} of the model; name its part there")
+        raise ValueError(
+            f"step_parts.py knows no module {module} of the model; name its part there"
+        )
     return _MODULES[module]
 
 
@@ -94,10 +96,10 @@ class PartObserver:
         """`function`, whose calls and whose nodes are of `part`."""
 
         def observed(*arguments: Any, **options: Any) -> Any:
-            first = torch.autograd._get_sequence_nr()
+            first = _next_node()
             with self._timeline.within(Label(part, "forward")):
                 result = function(*arguments, **options)
-            for number in range(first, torch.autograd._get_sequence_nr()):
+            for number in range(first, _next_node()):
                 self._part_of_node.setdefault(number, part)  # one within another keeps its own
             self._called.add(part)
             return result
@@ -141,6 +143,11 @@ def observe_collectives(timeline: Timeline) -> None:
     """Label the calls of torch's collectives, as long as they keep the caller waiting."""
     for name in _COLLECTIVES:
         setattr(dist, name, timeline.during(COMMUNICATION, getattr(dist, name)))
+
+
+def _next_node() -> int:
+    """The number of the node of autograd that will be made next."""
+    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _found(path: str) -> tuple[Any, str]:

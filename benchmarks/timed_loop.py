@@ -58,7 +58,7 @@ class TimedLoop:
         batches = _LabelledBatches(loader, self)
         return self._train(engine, task, batches, device=device, **options)
 
-    def _backward(self, inner: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    def _backward(self, inner: Callable[..., None]) -> Callable[..., None]:
         def backward(loss: torch.Tensor) -> None:
             parts = self._observer.backward(loss) if self._observer else nullcontext()
             with self._timeline.within(Label(REST, "backward")), parts:
@@ -66,7 +66,7 @@ class TimedLoop:
 
         return backward
 
-    def _update(self, inner: Callable[[float], Update]) -> Callable[[float], Update]:
+    def _update(self, inner: Callable[..., Update]) -> Callable[..., Update]:
         def update(learning_rate: float) -> Update:
             with self._timeline.within(OPTIMIZER):
                 done = inner(learning_rate)

@@ -96,7 +96,8 @@ class Timeline:
 
 
 def _between(mark: float | torch.cuda.Event, later: float | torch.cuda.Event) -> float:
-    if isinstance(mark, float):
-        assert isinstance(later, float)
-        return later - mark
-    return mark.elapsed_time(later) / 1e3
+    if isinstance(mark, torch.cuda.Event):
+        assert isinstance(later, torch.cuda.Event)
+        return mark.elapsed_time(later) / 1e3
+    assert not isinstance(later, torch.cuda.Event)
+    return later - mark

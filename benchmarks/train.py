@@ -1,4 +1,4 @@
-"""`cavmae bench train`: the real training loop, what a step's time goes to, and how low it could be.
+"""`cavmae bench train`: the real training loop, and what the time of a step goes to.
 
 The product's run with its engine, loop and loader trains a few steps: on clips that are on the
 device already, and on packed shards, so that the difference is what the loader costs. Then a few
@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--model", choices=list(SIZES), default="base", help="sizes")
     arguments.add_argument("--batch", type=int, default=256 if gpu else 8, help="of each rank")
     arguments.add_argument("--ranks", type=int, default=1, help="on this machine")
-    arguments.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32")
+    arguments.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32"
+    )
     arguments.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=1)
     arguments.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="the model's blocks"
@@ -90,7 +92,9 @@ def main(argv: list[str]) -> int:
         found = {}
         for source in flags.only:
             print(f"{source} ...", file=sys.stderr, flush=True)
-            found[source] = _timed_run(work / f"run-{source}", source, _config(flags, shards), flags, device)
+            found[source] = _timed_run(
+                work / f"run-{source}", source, _config(flags, shards), flags, device
+            )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     setting = Setting(
@@ -137,7 +141,10 @@ def _config(flags: argparse.Namespace, shards: str) -> PretrainConfig:
 
 
 def _timed_run(
-    folder: Path, source: Source, config: PretrainConfig, flags: argparse.Namespace,
+    folder: Path,
+    source: Source,
+    config: PretrainConfig,
+    flags: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
     """What the first rank of a run has found."""

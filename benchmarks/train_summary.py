@@ -177,7 +177,9 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
 
 def parts_table(source: Source, results: dict[str, Any]) -> Table:
     """The parts of a step for people, with each one's floor."""
-    table = Table("part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches")
+    table = Table(
+        "part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches"
+    )
     for part, kinds in results[source]["parts"].items():
         cells = []
         for entry in (kinds.get("forward") or kinds.get("step"), kinds.get("backward")):
