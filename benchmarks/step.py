@@ -109,11 +109,13 @@ def main(argv: list[str]) -> int:
                 if "tflops" in result[name]:
                     flops_per_second = result[name]["tflops"] * 1e12
                     result[name] |= utilization(flops_per_second, rates, precision)
-            # Of one batch size, as it has always been: records stay comparable.
+            # Of a single batch size as in older records, so that they can be compared.
             key = precision if len(flags.batch) == 1 else f"{precision} batch {batch}"
             results[key] = {"precision": precision, "batch": batch, **result}
             print(line(results[key]), flush=True)
-    path = write_record(flags.out, "step", device, vars(flags) | {"sizes": asdict(config)}, results)
+    batch = flags.batch[0] if len(flags.batch) == 1 else flags.batch
+    configuration = vars(flags) | {"batch": batch, "sizes": asdict(config)}
+    path = write_record(flags.out, "step", device, configuration, results)
     print(f"record: {path}")
     return 0
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 
 from cavmae.benchmarks.timeline import Label, Timeline
 
-_MODULES = {
+MODULES = {
     "patch_embed_a": "embed",
     "patch_embed_v": "embed",
     "blocks_a": "encoders",
@@ -34,7 +34,7 @@ _MODULES = {
     "decoder_pred_a": "decoder",
     "decoder_pred_v": "decoder",
 }
-_FUNCTIONS = {
+FUNCTIONS = {
     "cavmae.trainer.task.random_masks": "mask",
     "cavmae.trainer.model.cavmae.restore_tokens": "decoder",
     "cavmae.trainer.model.cavmae.gather_tokens": "decoder",
@@ -61,11 +61,11 @@ def part_of(module: str) -> str:
     Raises:
         ValueError: it is not known here.
     """
-    if module not in _MODULES:
+    if module not in MODULES:
         raise ValueError(
             f"step_parts.py knows no module {module} of the model; name its part there"
         )
-    return _MODULES[module]
+    return MODULES[module]
 
 
 class PartObserver:
@@ -88,8 +88,8 @@ class PartObserver:
                 # Where torch keeps what a compiled module is called by: outside of its graph.
                 inner = module._compiled_call_impl or module._call_impl
                 module._compiled_call_impl = self._observed(part_of(name), inner)
-        for path, part in _FUNCTIONS.items():
-            owner, name = _found(path)
+        for path, part in FUNCTIONS.items():
+            owner, name = owner_of(path)
             setattr(owner, name, self._observed(part, getattr(owner, name)))
 
     def _observed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ def _next_node() -> int:
     return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _found(path: str) -> tuple[Any, str]:
+def owner_of(path: str) -> tuple[Any, str]:
     """The module that has a name, and the name.
 
     Raises:
