@@ -118,7 +118,7 @@ def test_a_record_has_both_sources_and_all_parts(ranks: int, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_run_that_cannot_start_is_told_with_what_it_said(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="fewer than lanes"):
+    with pytest.raises(RuntimeError, match="fewer than the 16 lanes"):
         main([*SMALL, "--batch", "16", "--only", "synthetic", "--out", str(tmp_path)])
 
 
