@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="the model's blocks"
     )
+    arguments.add_argument(
+        "--activation-checkpointing", action="store_true", help="compute activations again"
+    )
     arguments.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed ones")
     arguments.add_argument("--part-steps", type=int, default=3, help="timed by parts; 0: none")
     arguments.add_argument("--warm-up", type=int, default=5 if gpu else 1, help="steps before")
@@ -134,6 +137,7 @@ def _config(flags: argparse.Namespace, shards: str) -> PretrainConfig:
             dtype=flags.precision,
             clip_gradient_norm=recipe.engine.clip_gradient_norm,
             compile=flags.compile,
+            activation_checkpointing=flags.activation_checkpointing,
         ),
         # At least one report is among the timed steps.
         tracking=TrackingConfig(every_steps=min(TrackingConfig().every_steps, flags.steps)),

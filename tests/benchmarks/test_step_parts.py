@@ -13,6 +13,7 @@ from cavmae.benchmarks.step_parts import FUNCTIONS, GRADIENTS, MODULES, PARTS, P
 from cavmae.benchmarks.timeline import Label, Timeline
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer import task
+from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.cavmae import CAVMAE
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 1.0, 10.0
@@ -111,6 +112,18 @@ def test_gradients_are_a_part_of_their_own(wait: Callable[[float], None]) -> Non
     model, line = new_model(), Timeline(torch.device("cpu"), Label("loop"))
     model.decoder_norm.weight.register_post_accumulate_grad_hook(lambda _parameter: wait(3.0))
     assert timed_step(model, PartObserver(model, line), line) == {GRADIENTS: 3.0}
+
+
+def test_what_is_computed_again_counts_to_the_backward_pass(wait: Callable[[float], None]) -> None:
+    model, line = new_model(), Timeline(torch.device("cpu"), Label("loop"))
+    (block,) = model.decoder_blocks
+    assert isinstance(block, Block)
+    block.recompute = True
+    block.attn.register_forward_hook(lambda _module, _inputs, output: Slow.apply(output, wait))
+    assert timed_step(model, PartObserver(model, line), line) == {
+        Label("decoder", "forward"): FORWARD_SECONDS,
+        Label("decoder", "backward"): FORWARD_SECONDS + BACKWARD_SECONDS,
+    }
 
 
 def test_compiled_blocks_are_seen_as_well(
