@@ -35,8 +35,9 @@ from cavmae.trainer.model.config import ModelConfig
 CUDA_FACTOR = 10.0
 BF16_LOSS_LIMIT = 1e-2
 _LOOP_NEEDS = ("deepspeed", "nvidia.dali", "mlflow", "psutil", "rich", "av")
-_LOOP_GRACE_SECONDS = 60.0
-"""That the training loop may go on after the time in which parts start."""
+_LOOP_SECONDS, _GRACE_SECONDS = 180.0, 60.0
+"""What the training loop is expected to take, and how long it may go on after the time in which
+parts start."""
 
 
 class Skip(Exception):
@@ -316,7 +317,9 @@ def training_loop(check: Check) -> dict[str, Any]:
     absent = [name for name in _LOOP_NEEDS if _absent(name)]
     if absent:
         raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
-    left = check.deadline + _LOOP_GRACE_SECONDS - time.monotonic()
+    left = check.deadline + _GRACE_SECONDS - time.monotonic()
+    if left < _LOOP_SECONDS:
+        raise Skip(f"the training loop takes about {_LOOP_SECONDS:.0f} s: {left:.0f} s are left")
     return gpu_training.training_loop(check.model, batch, compile, left)
 
 
