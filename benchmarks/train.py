@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--warm-up", type=int, default=5 if gpu else 1, help="steps before")
     arguments.add_argument("--only", nargs="+", choices=SOURCES, default=SOURCES)
     arguments.add_argument("--data", help="folder of a packed tier; generated clips without it")
-    arguments.add_argument("--clips", type=int, default=64, help="that are generated")
+    arguments.add_argument(
+        "--clips", type=int, default=64 if gpu else 16, help="that are generated"
+    )
     arguments.add_argument(
         "--readers", type=int, default=PretrainConfig().data.reader_workers, help="of each rank"
     )
