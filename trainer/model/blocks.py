@@ -42,8 +42,8 @@ class Attention(nn.Module):
         query, key, value = qkv.unbind(2)  # (batch, tokens, heads, head width)
         if wanted is not None:
             query = gather_tokens(query.flatten(2), wanted).unflatten(2, (self.heads, -1))
-        by_head = (x.transpose(1, 2) for x in (query, key, value))
-        mixed = attention(*by_head, lengths)  # (batch, heads, tokens or wanted, head width)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = attention(query, key, value, lengths)  # (batch, heads, wanted, head width)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
