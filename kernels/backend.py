@@ -85,8 +85,8 @@ def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:
     """Refuse ids that can't be ids of `limit` patches.
 
     Values are looked at on a CPU only: on a GPU that would stop the stream. There the kernels give
-    NaN for an id out of range, which no update gets past. While a graph is exported there are no
-    values yet.
+    NaN for an id out of range, which no update gets past. While a graph is compiled or exported
+    there are no values yet.
 
     Raises:
         ValueError: names the argument and what is wrong with it.
@@ -95,7 +95,7 @@ def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; it has to be ({batch}, count)")
     if ids.dtype != torch.int64:
         raise ValueError(f"{name} is {ids.dtype}; it has to be int64")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_exporting():
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(

@@ -70,10 +70,7 @@ def test_the_loop_is_all_but_model_loss_and_update() -> None:
 
 def test_shards_are_compared_with_synthetic_batches_and_judged_on_a_gpu_alone() -> None:
     slower = [{name: {kind: 2 * s for kind, s in one.items()} for name, one in step(0, 0).items()}]
-    both: dict[Source, dict[str, Any]] = {
-        "synthetic": found([step(0, 0)], []),
-        "shards": found(slower, []),
-    }
+    both: dict[Source, Any] = {"synthetic": found([step(0, 0)], []), "shards": found(slower, [])}
     gpu = Setting(MODEL, 4, 1, "fp32", torch.device("cuda"), True)
     for place, met in ((setting(), None), (gpu, False)):
         bar = summarize(both, place, RATES)["bars"]["samples/s from shards over synthetic"]
