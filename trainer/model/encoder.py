@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cavmae.kernels import gather_patches
-from cavmae.trainer.model.blocks import Block, Modality, Stream, norm_stream, pass_streams
+from cavmae.kernels import AttentionBackend, gather_patches
+from cavmae.trainer.model.blocks import (
+    Attention,
+    Block,
+    Modality,
+    Stream,
+    norm_stream,
+    pass_streams,
+)
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.positions import position_table
 
@@ -87,6 +94,12 @@ class AudioVideoEncoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile()
+
+    def use_attention(self, backend: AttentionBackend | None) -> None:
+        """Choose how attention is computed; None: the best means of the device."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def recompute_blocks(self) -> None:
         """Keep of every transformer block its input alone, and compute the rest again in the
