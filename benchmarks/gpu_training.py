@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from cavmae.benchmarks.kernel_timing import median_seconds
 from cavmae.benchmarks.machine_rates import measure_rates, utilization
-from cavmae.benchmarks.training_step import TEMPERATURE, TrainingStep
+from cavmae.benchmarks.training_step import TEMPERATURE, Choices, TrainingStep
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
@@ -61,7 +61,7 @@ def _throughput_of(
     config: ModelConfig, batch: int, device: torch.device, *, repeats: int, compile: bool
 ) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats(device)
-    step = TrainingStep("cavmae", config, batch, "bf16", device, compile=compile)
+    step = TrainingStep("cavmae", config, batch, "bf16", device, choices=Choices(compile=compile))
     for _ in range(3):
         step()
     starts, ends = (

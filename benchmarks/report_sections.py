@@ -19,6 +19,7 @@ from cavmae.benchmarks.report_parts import (
     shown,
 )
 from cavmae.benchmarks.report_training import (
+    choices,
     details,
     matrix_rates,
     steps,
@@ -312,6 +313,7 @@ def _soak(results: dict[str, Any]) -> Section:
 
 
 _SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
+    "choices": choices,
     "train": train,
     "kernels": _kernels,
     "data": _data,

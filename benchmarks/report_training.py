@@ -182,6 +182,22 @@ def throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section
 # -------------------------------------------------------------------------------------- train
 
 
+def choices(results: dict[str, Any]) -> Section:
+    """Time and memory of a step with one thing changed, over those of the step that runs do."""
+    header = ("precision", "change", "time, times as much", "from", "to", "memory, times as much")
+    rows = [
+        (
+            precision,
+            name,
+            *(f"{one['ratio'][key]:.3f}" for key in ("median", "minimum", "maximum")),
+            f"{one['memory_ratio']:.3f}",
+        )
+        for precision, changes in results.items()
+        for name, one in changes.items()
+    ]
+    return Section([], [Grid("A step with one thing changed", header, rows)])
+
+
 def train(results: dict[str, Any]) -> Section:
     """The loop on each source of batches, and a step by its parts beside their floors."""
     rates = results["machine"]

@@ -17,9 +17,10 @@ from cavmae.benchmarks.machine_rates import measure_rates, utilization
 from cavmae.benchmarks.power import power_meter
 from cavmae.benchmarks.records import timing, write_record
 from cavmae.benchmarks.step_memory import step_peak_bytes
-from cavmae.benchmarks.training_step import ModelName, Precision, TrainingStep
+from cavmae.benchmarks.training_step import Choices, ModelName, Precision, TrainingStep
 from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.ranks import keep_freed_memory
 
 SIZES = {
     "base": ModelConfig(),
@@ -90,7 +91,10 @@ def main(argv: list[str]) -> int:
     }
     config = replace(SIZES[flags.model], **depths)
     device = torch.device(flags.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in a run; the baseline has it as well
     models = (flags.only,) if flags.only else MODELS
+    choices = Choices(compile=flags.compile)
     results: dict[str, Any] = {"machine": {}}
     for precision in flags.precision:
         rates = measure_rates(device, precision, config, max(flags.batch))
@@ -103,14 +107,13 @@ def main(argv: list[str]) -> int:
                 device,
                 repeats=flags.repeats,
                 warm_up=flags.warm_up,
-                compile=flags.compile,
+                choices=choices,
                 models=models,
             )
             if device.type == "cpu" and flags.memory:
                 for name in models:
-                    compiled = flags.compile and name == "cavmae"
                     result[name]["peak_memory_bytes"] = step_peak_bytes(
-                        name, config, batch, precision, compile=compiled
+                        name, config, batch, precision, choices
                     )
             result |= memory_ratio(result)
             for name in models:
@@ -136,7 +139,7 @@ def compare(
     *,
     repeats: int,
     warm_up: int,
-    compile: bool = False,
+    choices: Choices | None = None,
     models: Sequence[ModelName] = MODELS,
 ) -> dict[str, Any]:
     """Time models in turn.
@@ -152,7 +155,7 @@ def compare(
     for name in models:
         before = _start_of_peak(device)
         try:
-            steps[name] = TrainingStep(name, config, batch, precision, device, compile=compile)
+            steps[name] = TrainingStep(name, config, batch, precision, device, choices=choices)
             for _ in range(max(1, warm_up)):
                 steps[name]()
         except torch.cuda.OutOfMemoryError as error:  # a finding, and the other model goes on
@@ -165,7 +168,7 @@ def compare(
     for repeat in range(repeats):
         # The one that goes first changes, so that neither always follows the other.
         for name in list(steps)[:: 1 if repeat % 2 else -1]:
-            elapsed, losses[name] = _timed(steps[name], device)
+            elapsed, losses[name] = timed(steps[name], device)
             seconds[name].append(elapsed)
     for name, step in steps.items():
         median = statistics.median(seconds[name])
@@ -203,7 +206,7 @@ def _energy(step: TrainingStep, steps: int, batch: int, device: torch.device) ->
     meter.start()
     if meter.readable:
         for _ in range(steps):
-            _timed(step, device)
+            timed(step, device)
     return meter.stop().record(steps * batch)
 
 
@@ -222,7 +225,7 @@ def _peak_since(before: int, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _timed(step: TrainingStep, device: torch.device) -> tuple[float, float]:
+def timed(step: TrainingStep, device: torch.device) -> tuple[float, float]:
     """Seconds and loss of one step, the device idle before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

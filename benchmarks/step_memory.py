@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from cavmae.benchmarks.process_memory import peak_bytes, reset_peak, resident_bytes
-from cavmae.benchmarks.training_step import ModelName, Precision, TrainingStep
+from cavmae.benchmarks.training_step import Choices, ModelName, Precision, TrainingStep
 from cavmae.trainer.model.config import ModelConfig
 
 STEPS = 2
@@ -19,13 +19,17 @@ STEPS = 2
 
 
 def step_peak_bytes(
-    name: ModelName, config: ModelConfig, batch: int, precision: Precision, *, compile: bool = False
+    name: ModelName,
+    config: ModelConfig,
+    batch: int,
+    precision: Precision,
+    choices: Choices | None = None,
 ) -> int:
     """Resident memory of a training step on the CPU at its most, beyond what the process had
     before: model, optimizer, batch, activations, and what the allocator holds.
 
     Args:
-        name, config, batch, precision, compile: as `TrainingStep` takes them.
+        name, config, batch, precision, choices: as `TrainingStep` takes them.
 
     Raises:
         OSError: the system does not let a process reset its peak.
@@ -34,7 +38,7 @@ def step_peak_bytes(
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawned) as pool:
         try:
-            return pool.submit(_peak, name, config, batch, precision, compile).result()
+            return pool.submit(_peak, name, config, batch, precision, choices).result()
         except BrokenProcessPool:
             raise RuntimeError(
                 f"the process of a {name} step of batch {batch} in {precision} was ended, most "
@@ -43,12 +47,16 @@ def step_peak_bytes(
 
 
 def _peak(
-    name: ModelName, config: ModelConfig, batch: int, precision: Precision, compile: bool
+    name: ModelName,
+    config: ModelConfig,
+    batch: int,
+    precision: Precision,
+    choices: Choices | None,
 ) -> int:
     cpu = torch.device("cpu")
     before = resident_bytes()
     reset_peak()
-    step = TrainingStep(name, config, batch, precision, cpu, compile=compile)
+    step = TrainingStep(name, config, batch, precision, cpu, choices=choices)
     for _ in range(STEPS):
         step()
     return peak_bytes(cpu) - before

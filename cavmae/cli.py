@@ -39,6 +39,7 @@ COMMANDS = {
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
+    "choices": ("cavmae.benchmarks.choices", "What each choice about a step is worth here."),
     "train": ("cavmae.benchmarks.train", "The training loop, and a step's time by parts."),
     "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
     "data": ("cavmae.benchmarks.data", "The loader against the published one and raw video."),

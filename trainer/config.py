@@ -117,6 +117,11 @@ class EngineConfig:
     """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
+    attention: Literal["auto", "blocks", "sdpa", "flash-attn"] = "auto"
+    """`blocks`: a cache-sized block of heads after the other (CPUs); `sdpa`: torch's fused
+    attention; `flash-attn`: that package, with one call for the joint encoder's three streams (bf16
+    on GPUs). `auto`: `blocks` on a CPU, `sdpa` on a GPU, with `flash-attn` for the joint encoder
+    where it is installed."""
     activation_checkpointing: bool = False
     """Keep of each transformer block its input alone, and compute it again in the backward pass: a
     fraction of the memory for a third more work."""

@@ -157,6 +157,16 @@ def test_a_sweep_shows_throughput_mfu_and_memory_over_batch_sizes(tmp_path: Path
     assert "over-batch-sizes.png" in text
 
 
+def test_choices_show_time_and_memory_of_each_change(tmp_path: Path) -> None:
+    change = {"ratio": {"median": 1.25, "minimum": 1.2, "maximum": 1.3}, "memory_ratio": 0.5}
+    results = {"bf16": {"blocks recomputed": change}}
+    write_record(tmp_path, "choices", torch.device("cpu"), {}, results)
+    page = tmp_path / "report.html"
+    assert main(["--results", str(tmp_path), "--out", str(page)]) == 0
+    text = page.with_suffix(".md").read_text()
+    assert "| bf16 | blocks recomputed | 1.250 | 1.200 | 1.300 | 0.500 |" in text
+
+
 def test_the_training_loop_shows_each_part_beside_its_floor(tmp_path: Path) -> None:
     shares = {"data_wait": 0.01, "forward": 0.4, "backward": 0.5, "optimizer": 0.08, "loop": 0.01}
     one = {

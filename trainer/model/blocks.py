@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cavmae.kernels import attention, gather_tokens
+from cavmae.kernels import AttentionBackend, attention, gather_tokens
 
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
@@ -29,6 +29,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend: AttentionBackend | None = None
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -43,7 +44,8 @@ class Attention(nn.Module):
         if wanted is not None:
             query = gather_tokens(query.flatten(2), wanted).unflatten(2, (self.heads, -1))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        mixed = attention(query, key, value, lengths)  # (batch, heads, wanted, head width)
+        # (batch, heads, tokens or wanted, head width)
+        mixed = attention(query, key, value, lengths, backend=self.backend)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -6,17 +6,27 @@ models inherit from this one instead of holding it.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cavmae.kernels import gather_patches
-from cavmae.trainer.model.blocks import Block, Modality, Stream, norm_stream, pass_streams
+from cavmae.kernels import AttentionBackend, gather_patches
+from cavmae.trainer.model.blocks import (
+    Attention,
+    Block,
+    Modality,
+    Stream,
+    norm_stream,
+    pass_streams,
+)
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.positions import position_table
 
 PATCH = 16
+COMPILED_VERSIONS = 64
+"""Of a block: five sizes of tokens, with and without gradients, training's batch and others."""
 
 
 class PatchEmbed(nn.Module):
@@ -83,10 +93,23 @@ class AudioVideoEncoder(nn.Module):
             nn.init.normal_(token, std=0.02)
 
     def compile_blocks(self) -> None:
-        """Compile every transformer block in place at its first use; names stay as they are."""
+        """Compile every transformer block in place at its first use; names stay as they are.
+
+        Blocks of equal sizes share what is compiled. Each number of tokens, batch and mode of
+        gradients is a version of its own; beyond torch's limit of versions blocks would run
+        uncompiled.
+        """
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VERSIONS)
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile()
+
+    def use_attention(self, backend: AttentionBackend | None) -> None:
+        """Choose how attention is computed; None: the best means of the device."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def recompute_blocks(self) -> None:
         """Keep of every transformer block its input alone, and compute the rest again in the

@@ -214,6 +214,27 @@ def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(reco
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == versions
 
 
+@pytest.mark.slow
+def test_scoring_between_steps_does_not_send_blocks_back_to_running_uncompiled() -> None:
+    model = small_model()
+    model.compile_blocks()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for batch in (3, 4, 2):
+        forward(model, batch)
+        with torch.no_grad():
+            forward(model, batch, predict_all=True)
+            for kept in (inputs(batch)[0], inputs(batch)[0][:1]):
+                model.embed_audio(kept)
+    graphs = counters["stats"]["unique_graphs"]
+    for batch in (3, 4, 2):
+        forward(model, batch)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["unimplemented"] and not counters["recompile_limit"]
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+
+
 def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
     model = small_model()
     masks = random_masks(SMALL, torch.arange(3), seed=0, audio_ratio=0.5, video_ratio=0.25)
