@@ -92,6 +92,7 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     from cavmae.trainer.held_out import HeldOut
     from cavmae.trainer.loop import train
     from cavmae.trainer.opening import open_run_folder
+    from cavmae.trainer.profiling import StepProfile
     from cavmae.trainer.report import RunReport
     from cavmae.trainer.resolve import resolve
     from cavmae.trainer.schedule import learning_rate
@@ -225,6 +226,13 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
             own_time=own_time,
             stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
+            profile=StepProfile(
+                config.profile,
+                run_dir / "profile",
+                rank=ranks.rank,
+                start_step=start_step,
+                device=device,
+            ),
             device=device,
         )
         weights = {}
