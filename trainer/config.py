@@ -117,6 +117,9 @@ class EngineConfig:
     """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
+    activation_checkpointing: bool = False
+    """Keep of each transformer block its input alone, and compute it again in the backward pass: a
+    fraction of the memory for a third more work."""
     maximum_skipped_updates: int = 20
     """Updates in a row that may be left out for a non-finite loss or gradient before the run
     stops."""

@@ -118,6 +118,8 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
         torch.use_deterministic_algorithms(True)
     stage = _stage(config, ranks, device, run_dir, store)
     model, groups = stage.model()
+    if config.engine.activation_checkpointing:
+        model.recompute_blocks()
     if config.engine.compile:
         model.compile_blocks()
     accumulation = config.global_batch // ranks.world_size // config.micro_batch

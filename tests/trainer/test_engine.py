@@ -33,6 +33,8 @@ TWO_RANKS = [
     *({"zero_stage": stage} for stage in STAGES),
     {"zero_stage": 1, "group": 4},
     {"zero_stage": 1, "exchange": "ring"},
+    {"zero_stage": 1, "recompute": True},
+    {"zero_stage": 3, "recompute": True},
     {"zero_stage": 2, "group": 8, "bidirectional": True, "clip": 1.0, "exchange": "ring"},
     *(
         {"zero_stage": stage, "group": 8, "bidirectional": True, "clip": 1.0, "micro_batch": 4}
@@ -88,7 +90,7 @@ def test_groups_lie_where_the_layout_says(one_rank, two_ranks) -> None:
     assert [result["layout"] for result in one_rank[:3]] == ["local", "local", "local"]
     assert {result["layout"] for result in two_ranks[:4]} == {"gathered"}
     assert two_ranks[4]["layout"] == "local"
-    assert {result["layout"] for result in two_ranks[7:]} == {"cached"}
+    assert {result["layout"] for result in two_ranks[9:]} == {"cached"}
 
 
 POISONED = [

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
@@ -76,6 +77,8 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(width) for _ in range(3))
         self.mlp = Mlp(width, 4 * width)
+        self.recompute = False
+        """In the backward pass, instead of keeping activations from the forward pass."""
 
     def forward(self, x: torch.Tensor, segments: dict[Stream, int] | None = None) -> torch.Tensor:
         """Attention and MLP with their norms and residuals.
@@ -86,6 +89,12 @@ class Block(nn.Module):
                 stream.
         """
         segments = segments or {"joint": x.shape[1]}
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x, segments)
+        # Nothing in a block is drawn at random, so no random state has to be kept.
+        return checkpoint(self._forward, x, segments, use_reentrant=False, preserve_rng_state=False)
+
+    def _forward(self, x: torch.Tensor, segments: dict[Stream, int]) -> torch.Tensor:
         lengths = list(segments.values())
         x = x + self.attn(self._segment_norm("norm1", x, segments), lengths)
         return x + self.mlp(self._segment_norm("norm2", x, segments))

@@ -88,6 +88,13 @@ class AudioVideoEncoder(nn.Module):
             if isinstance(module, Block):
                 module.compile()
 
+    def recompute_blocks(self) -> None:
+        """Keep of every transformer block its input alone, and compute the rest again in the
+        backward pass: activation checkpointing."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = True
+
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
         """(batch, audio_frames, mel_bins) to the unmasked embedding (batch, width), float32."""
         return self.audio_tokens(log_mel).float().mean(dim=1)

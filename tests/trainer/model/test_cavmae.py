@@ -139,6 +139,34 @@ def test_learnable_positions_get_gradients() -> None:
     assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
 
 
+def test_recomputed_blocks_give_the_same_losses_and_gradients() -> None:
+    kept, recomputed = small_model(), small_model()
+    recomputed.recompute_blocks()
+    assert used_parameters(kept, forward(kept)) == used_parameters(recomputed, forward(recomputed))
+    for (name, ours), theirs in zip(recomputed.named_parameters(), kept.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert ours.grad is not None and torch.equal(ours.grad, theirs.grad), name
+
+
+def test_recomputed_blocks_keep_a_fraction_of_the_activations() -> None:
+    kept, recomputed = small_model(), small_model()
+    recomputed.recompute_blocks()
+    sizes = []
+    for model in (kept, recomputed):
+        held: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = forward(model)
+        sizes.append(sum(held.values()))
+        del output
+    assert sizes[1] < 0.75 * sizes[0], sizes
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_and_names() -> None:
     eager, compiled = small_model(), small_model()
