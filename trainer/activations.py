@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,9 +99,10 @@ class _Count(TorchDispatchMode):
         """Something that was there before."""
         self._known[tensor.untyped_storage()] = 0
 
-    def gradient_is_there(self, tensor: torch.Tensor) -> None:
-        """One that autograd leaves in a parameter."""
-        size = self._known[tensor.untyped_storage()]
+    def gradient_is_there(self, parameter: torch.Tensor) -> None:
+        """Autograd leaves one in a parameter, where it stays."""
+        assert parameter.grad is not None
+        size = self._known[parameter.grad.untyped_storage()]
         self._alive -= size
         self._gradients += size
 
@@ -123,20 +125,19 @@ def _count(config: PretrainConfig, samples: int, *, gpu: bool) -> _Count:
     with torch.device("meta"):
         model = CAVMAE(shape)
     model.freeze_unused(**losses)
+    if config.engine.activation_checkpointing:
+        model.recompute_blocks()
     count = _Count()
     short, blocks.SHORT_SEQUENCE = blocks.SHORT_SEQUENCE, 0 if gpu else blocks.SHORT_SEQUENCE
     try:
         with FakeTensorMode():
-            weights = {
-                name: torch.empty(one.shape, dtype=dtype, requires_grad=one.requires_grad)
-                for name, one in model.named_parameters()
-            }
-            for weight in weights.values():
+            for name, one in list(model.named_parameters()):
+                owner, _, leaf = name.rpartition(".")
+                weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
+                setattr(model.get_submodule(owner), leaf, weight)
                 count.leave_out(weight)
                 if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(
-                        lambda weight: count.gradient_is_there(weight.grad)
-                    )
+                    weight.register_post_accumulate_grad_hook(count.gradient_is_there)
             masks = random_masks(
                 shape,
                 torch.arange(samples),
@@ -151,9 +152,8 @@ def _count(config: PretrainConfig, samples: int, *, gpu: bool) -> _Count:
             )
             for tensor in inputs:
                 count.leave_out(tensor)
-            options = {**losses, "norm_pix": config.loss.norm_pix}
             with count:
-                output = torch.func.functional_call(model, weights, (*inputs, *masks), options)
+                output = model(*inputs, *masks, **losses, norm_pix=config.loss.norm_pix)
                 loss = torch.zeros(())
                 if losses["reconstruct"]:
                     loss = loss + output.reconstruction_audio + output.reconstruction_video
