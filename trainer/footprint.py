@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from cavmae.trainer.activations import Passes, count_passes
+from cavmae.trainer.activations import Passes, count_passes, passes_at_most
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -111,13 +111,23 @@ def model_sizes(config: PretrainConfig, *, gpu: bool) -> Sizes:
         config: `engine.dtype` is bf16 or fp32.
         gpu: whether the ranks have GPUs.
     """
+    return Sizes(_tensors(config), count_passes(config, gpu=gpu))
+
+
+def sizes_at_most(config: PretrainConfig) -> Sizes:
+    """The same at once, with passes that keep more than those of `model_sizes`."""
+    tensors = _tensors(config)
+    return Sizes(tensors, passes_at_most(config, _element_bytes(config) * sum(tensors.trainable)))
+
+
+def _tensors(config: PretrainConfig) -> TensorSizes:
     with torch.device("meta"):
         model = CAVMAE(config.model)
     model.freeze_unused(
         reconstruct=config.loss.reconstruction_weight > 0,
         contrast=config.loss.contrastive_weight > 0,
     )
-    return Sizes(tensor_sizes(model), count_passes(config, gpu=gpu))
+    return tensor_sizes(model)
 
 
 def state_bytes(config: PretrainConfig, tensors: TensorSizes, world_size: int) -> State:
@@ -273,7 +283,7 @@ def what_would_fit(
     def fits(changed: PretrainConfig) -> bool:
         return footprint(changed, sizes, world_size, gpu=gpu).total <= limit_bytes
 
-    per_rank = config.global_batch // world_size
+    per_rank, engine = config.global_batch // world_size, config.engine
     for micro_batch in range(config.micro_batch - 1, 0, -1):
         changed = dataclasses.replace(config, micro_batch=micro_batch)
         if per_rank % micro_batch == 0 and fits(changed):
@@ -281,8 +291,18 @@ def what_would_fit(
             break
     stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     for stage in stages:
-        if stage > config.engine.zero_stage:
-            engine = dataclasses.replace(config.engine, zero_stage=stage, compile=False)
-            if fits(dataclasses.replace(config, engine=engine)):
+        if stage > engine.zero_stage:
+            changed = dataclasses.replace(engine, zero_stage=stage, compile=False)
+            if fits(dataclasses.replace(config, engine=changed)):
                 yield f"--engine.zero-stage {stage}"
                 break
+    if not engine.activation_checkpointing:
+        changed = dataclasses.replace(engine, activation_checkpointing=True)
+        recomputed = dataclasses.replace(config, engine=changed)
+        counted = Sizes(sizes.tensors, count_passes(recomputed, gpu=gpu))
+        if footprint(recomputed, counted, world_size, gpu=gpu).total <= limit_bytes:
+            yield "--engine.activation-checkpointing"
+    if gpu and engine.zero_stage and not engine.offload_optimizer:
+        changed = dataclasses.replace(engine, offload_optimizer=True)
+        if fits(dataclasses.replace(config, engine=changed)):
+            yield "--engine.offload-optimizer"

@@ -33,7 +33,13 @@ class StepProfile:
     """
 
     def __init__(
-        self, config: ProfileConfig, folder: Path, *, rank: int, start_step: int, device: torch.device
+        self,
+        config: ProfileConfig,
+        folder: Path,
+        *,
+        rank: int,
+        start_step: int,
+        device: torch.device,
     ) -> None:
         self._config, self._device = config, device
         first = start_step + config.after_steps
