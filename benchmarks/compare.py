@@ -29,7 +29,11 @@ _WAYS = {
     "workers", "windows", "precision", "only", "compile", "device", "golden",
 }  # fmt: skip
 """Settings that say how and how often something is measured, not what."""
-_WAYS_OF_SUITE = {"data": {"batches"}}
+_WAYS_OF_SUITE = {
+    "data": {"batches"},
+    "step": {"memory"},
+    "train": {"steps", "part_steps"},
+}
 
 Verdict = Literal["slower", "faster", "", "not judged"]
 

@@ -12,11 +12,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cavmae.benchmarks import gpu_training
 from cavmae.benchmarks.deviations import Deviation, worst
 from cavmae.benchmarks.golden import TinyTrain
 from cavmae.benchmarks.golden_forward import ForwardCase
@@ -26,13 +28,15 @@ from cavmae.benchmarks.records import write_record
 from cavmae.benchmarks.step import SIZES, compare
 from cavmae.benchmarks.training_step import Precision, TrainingStep
 from cavmae.kernels.backend import INTERPRETED
-from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 
 # Other kernels and libraries than those the limits were observed with.
 CUDA_FACTOR = 10.0
 BF16_LOSS_LIMIT = 1e-2
+_LOOP_NEEDS = ("deepspeed", "nvidia.dali", "mlflow", "psutil", "rich", "av")
+_LOOP_GRACE_SECONDS = 60.0
+"""That the training loop may go on after the time in which parts start."""
 
 
 class Skip(Exception):
@@ -49,6 +53,9 @@ class Check:
     batches: list[int]
     repeats: int
     deadline: float
+    model: str
+    best: tuple[int, bool] | None = None
+    """Batch, and whether it is compiled, of the fastest step; None: not measured."""
 
     @property
     def factor(self) -> float:
@@ -58,6 +65,17 @@ class Check:
         """Raises Skip once the time of this run is spent."""
         if time.monotonic() > self.deadline:
             raise Skip("the time given by --seconds was spent before")
+
+    def require_gpu(self, what: str) -> None:
+        """Raises Skip on a CPU."""
+        if self.device.type != "cuda":
+            raise Skip(f"{what} is measured on a GPU; this is {self.device}")
+
+    def require_best(self) -> tuple[int, bool]:
+        """Raises Skip where no throughput was measured."""
+        if self.best is None:
+            raise Skip("no throughput was measured before, so the fastest batch is not known")
+        return self.best
 
     def golden_folder(self) -> Path:
         """Raises Skip without a folder."""
@@ -103,6 +121,7 @@ def main(argv: list[str]) -> int:
         batches=flags.batches,
         repeats=flags.repeats,
         deadline=time.monotonic() + flags.seconds,
+        model=flags.model,
     )
     parts: dict[str, Callable[[Check], dict[str, Any]]] = {
         "training": training_goes_down,
@@ -110,9 +129,11 @@ def main(argv: list[str]) -> int:
         "tiny_train": tiny_train_repeats,
         "golden_forward": golden_forward,
         "golden_gradients": golden_gradients,
-        "step": step_against_baseline,
-        "kernels": kernels_against_others,
         "throughput": throughput,
+        "train": training_loop,
+        "step": step_against_baseline,
+        "limits": limits,
+        "kernels": kernels_against_others,
     }
     results = {name: _run(name, part, check) for name, part in parts.items()}
     configuration = {key: str(value) for key, value in vars(flags).items()}
@@ -280,55 +301,45 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
 
 def throughput(check: Check) -> dict[str, Any]:
     """Samples per second and memory of our bf16 step over batch sizes, eager and compiled."""
-    if check.device.type != "cuda":
-        raise Skip(f"throughput over batch sizes is measured on a GPU; this is {check.device}")
-    rows = []
-    for compile in (False, True):
-        for batch in check.batches:
-            if time.monotonic() > check.deadline:
-                rows.append({"batch": batch, "compile": compile, "skipped": "time is spent"})
-                continue
-            try:
-                rows.append(_throughput_of(check, batch, compile))
-            except torch.cuda.OutOfMemoryError as error:
-                rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
-                break
-            finally:
-                torch.cuda.empty_cache()
-    return {"rows": rows}
+    check.require_gpu("throughput over batch sizes")
+    results = gpu_training.throughput(
+        check.config, check.batches, check.device, repeats=check.repeats, deadline=check.deadline
+    )
+    check.best = gpu_training.best(results["rows"])
+    return results
 
 
-def _throughput_of(check: Check, batch: int, compile: bool) -> dict[str, Any]:
-    torch.cuda.reset_peak_memory_stats(check.device)
-    step = TrainingStep("cavmae", check.config, batch, "bf16", check.device, compile=compile)
-    for _ in range(3):
-        step()
-    starts, ends = (
-        [torch.cuda.Event(enable_timing=True) for _ in range(check.repeats)] for _ in range(2)
+def training_loop(check: Check) -> dict[str, Any]:
+    """The real loop at the fastest batch: synthetic batches, and shards through DALI."""
+    check.require_gpu("the training loop at the fastest batch")
+    batch, compile = check.require_best()
+    absent = [name for name in _LOOP_NEEDS if _absent(name)]
+    if absent:
+        raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
+    left = check.deadline + _LOOP_GRACE_SECONDS - time.monotonic()
+    return gpu_training.training_loop(check.model, batch, compile, left)
+
+
+def _absent(module: str) -> bool:
+    try:
+        return find_spec(module) is None
+    except ModuleNotFoundError:  # the package that it would be in
+        return True
+
+
+def limits(check: Check) -> dict[str, Any]:
+    """The largest batch in memory, and a contrastive batch that no matrix would fit for."""
+    check.require_gpu("the largest batch")
+    batch, _ = check.require_best()
+
+    def fits(candidate: int) -> bool:
+        check.require_time()
+        return gpu_training.step_fits(check.config, candidate, check.device)
+
+    contrast = gpu_training.large_contrast(
+        gpu_training.CONTRASTIVE_BATCH, check.config.width, check.device, check.repeats
     )
-    for start, end in zip(starts, ends, strict=True):
-        start.record()
-        step()
-        end.record()
-    torch.cuda.synchronize(check.device)
-    seconds = sorted(
-        start.elapsed_time(end) / 1000 for start, end in zip(starts, ends, strict=True)
-    )
-    median = seconds[len(seconds) // 2]
-    row = {
-        "batch": batch,
-        "compile": compile,
-        "all_seconds": seconds,
-        "samples_per_second": batch / median,
-        "tflops": training_flops(check.config) * batch / median / 1e12,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(check.device),
-    }
-    print(
-        f"  batch {batch}{' compiled' if compile else ''}: {row['samples_per_second']:.0f} "
-        f"samples/s, {row['tflops']:.0f} TFLOP/s, {row['peak_memory_bytes'] / 2**30:.1f} GiB",
-        flush=True,
-    )
-    return row
+    return contrast | {"largest_batch": gpu_training.largest_batch(fits, batch)}
 
 
 if __name__ == "__main__":

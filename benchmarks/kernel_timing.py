@@ -35,16 +35,18 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> dict
     target = torch.empty_like(source)
     side = 8192 if gpu else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-
-    def median(run: Callable[[], Any]) -> float:
-        run()
-        calls = _calls_together(run, device)
-        return statistics.median(_seconds(run, calls, device) for _ in range(repeats))
-
+    copy_seconds = median_seconds(lambda: target.copy_(source), device, repeats)
     return {
-        "bytes_per_second": 2 * source.nbytes / median(lambda: target.copy_(source)),
-        "flops_per_second": 2 * side**3 / median(lambda: a @ b),
+        "bytes_per_second": 2 * source.nbytes / copy_seconds,
+        "flops_per_second": 2 * side**3 / median_seconds(lambda: a @ b, device, repeats),
     }
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of one call, after one that is not timed."""
+    run()
+    calls = _calls_together(run, device)
+    return statistics.median(_seconds(run, calls, device) for _ in range(repeats))
 
 
 def measured(

@@ -16,10 +16,10 @@ import torch
 
 from cavmae.benchmarks.kernel_cases import cases
 from cavmae.benchmarks.kernel_timing import ceilings, measured
+from cavmae.benchmarks.machine_rates import DTYPES
 from cavmae.benchmarks.records import write_record
 from cavmae.kernels import default_backend
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TITLES = {"forward": "forward", "both": "with backward"}
 
 

@@ -7,11 +7,9 @@ them; each ratio is of starts that followed each other.
 
 import argparse
 import dataclasses
-import os
 import shutil
 import statistics
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -19,7 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.benchmarks.processes import Start, free_port, module_command, unwind_on_sigterm
+from cavmae.benchmarks.processes import (
+    Start,
+    deepspeed_command,
+    module_command,
+    unwind_on_sigterm,
+)
 from cavmae.benchmarks.records import timing, write_record
 from cavmae.dataloaders.pack import PackConfig, pack
 from cavmae.dataloaders.synthetic import generate
@@ -95,17 +98,9 @@ def _step_seconds(contender: str, config: PretrainConfig) -> list[float]:
     """Of each step after the warm-up, the last one left out: it waits for its checkpoint."""
     path = Path(config.run_dir).with_suffix(".json")
     save_config(config, path)
-    if contender == "ray":
-        command = module_command("cavmae.cluster.train", str(path), "--workers", str(RANKS))
-    else:
-        command = [
-            *(str(Path(sysconfig.get_path("scripts")) / "deepspeed"), "--num_accelerators"),
-            *(str(RANKS), "--master_port", str(free_port())),
-            *("--module", "cavmae.trainer.pretrain", str(path)),
-        ]
-    programs = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    environment = {"DS_ACCELERATOR": "cpu", "PATH": programs}
-    start = Start([(command, environment)], path.with_suffix(".log"))
+    plain = deepspeed_command("cavmae.trainer.pretrain", str(path), ranks=RANKS, gpus=False)
+    ray = module_command("cavmae.cluster.train", str(path), "--workers", str(RANKS)), plain[1]
+    start = Start([ray if contender == "ray" else plain], path.with_suffix(".log"))
     try:
         start.finish()
     finally:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,28 @@ _POLL_SECONDS = 0.02
 def module_command(module: str, *words: str) -> list[str]:
     """The command that runs a module of this tree, or of an installed package, in this Python."""
     return [sys.executable, "-m", module, *words]
+
+
+def deepspeed_command(
+    module: str, *words: str, ranks: int, gpus: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a module as ranks of this machine, by the `deepspeed` launcher.
+
+    Args:
+        module, words: what each rank runs.
+        ranks: how many.
+        gpus: each has one; otherwise they share the CPU.
+
+    Returns:
+        The command, and variables to add to its environment.
+    """
+    programs = sysconfig.get_path("scripts")
+    command = [
+        *(str(Path(programs) / "deepspeed"), "--num_gpus" if gpus else "--num_accelerators"),
+        *(str(ranks), "--master_port", str(free_port()), "--module", module, *words),
+    ]
+    environment = {"PATH": os.pathsep.join([programs, os.environ["PATH"]])}
+    return command, environment if gpus else environment | {"DS_ACCELERATOR": "cpu"}
 
 
 def tree_environment() -> dict[str, str]:

@@ -18,7 +18,10 @@ from cavmae.benchmarks.report_parts import Grid, Picture, Section, gigabytes
 from cavmae.benchmarks.report_sections import section
 from cavmae.trainer.tracking import flatten
 
-ORDER = ("step", "gpu-check", "kernels", "data", "tiers", "scaling", "overhead", "faults", "soak")
+ORDER = (
+    *("step", "train", "gpu-check", "kernels", "data", "tiers", "scaling", "overhead", "faults"),
+    "soak",
+)
 """Of the sections; other kinds come after them."""
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -18,6 +18,13 @@ from cavmae.benchmarks.report_parts import (
     share,
     shown,
 )
+from cavmae.benchmarks.report_training import (
+    details,
+    matrix_rates,
+    steps,
+    throughput,
+    train,
+)
 
 
 def section(record: Record, others: list[Record]) -> Section:
@@ -28,7 +35,7 @@ def section(record: Record, others: list[Record]) -> Section:
         others: all records at hand; a matrix rate of the same machine is looked for in them.
     """
     if record.suite == "step":
-        return _steps(record.results, _matrix_rates(others, record.hardware))
+        return steps(record.results, matrix_rates(others, record.hardware))
     if record.suite == "gpu-check":
         return _gpu_check(record, others)
     if record.suite in _SECTIONS:
@@ -37,63 +44,7 @@ def section(record: Record, others: list[Record]) -> Section:
     return Section(["This page has no tables of its own for this kind of record."], [raw])
 
 
-# ------------------------------------------------------------------------------- step and GPU
-
-
-def _matrix_rates(records: list[Record], hardware: dict[str, Any]) -> dict[str, float]:
-    """Operations a second of a large matrix product by dtype, as measured on just that machine."""
-    found = {}
-    for record in sorted(records, key=lambda one: one.time):
-        if record.hardware != hardware:
-            continue
-        if record.suite == "kernels":
-            found[record.configuration["dtype"]] = record.results["ceilings"]["flops_per_second"]
-        if record.suite == "gpu-check" and (measured := _details(record, "kernels")):
-            found[measured["sizes"]["dtype"]] = measured["ceilings"]["flops_per_second"]
-    return found
-
-
-def _steps(results: dict[str, Any], matrix_rates: dict[str, float]) -> Section:
-    """By precision: both models, and the ratio of neighbouring steps."""
-    rows, ratios = [], []
-    for precision, result in results.items():
-        rate = matrix_rates.get(precision)
-        for model in ("cavmae", "published"):
-            one = result[model]
-            rows.append(
-                (
-                    f"{precision}, {model}",
-                    milliseconds(one["median_seconds"]),
-                    shown(one["samples_per_second"]),
-                    shown(one["tflops"]),
-                    share(one["tflops"] * 1e12 / rate if rate else None),
-                    gigabytes(one["peak_memory_bytes"]),
-                )
-            )
-        ratio = result["speedup"]
-        ratios.append(
-            f"{precision}: {ratio['median']:.2f} times as fast as the published step "
-            f"({ratio['minimum']:.2f} to {ratio['maximum']:.2f})."
-        )
-    words = [" ".join(ratios)]
-    if not set(results) <= set(matrix_rates):
-        words.append(
-            "MFU needs the matrix rate of just this machine in each dtype: run cavmae bench "
-            "kernels --dtype on it. Memory is counted on GPUs only."
-        )
-    header = ("step", "median", "samples/s", "TFLOP/s", "MFU", "peak memory")
-    figure = Figure(figsize=(8, 0.8 + 0.5 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    times = [results[p][m]["all_seconds"] for p in results for m in ("cavmae", "published")]
-    axis.boxplot(times, orientation="horizontal", tick_labels=[row[0] for row in rows])
-    axis.invert_yaxis()
-    axis.set(xlabel="seconds of a step", xlim=(0, None))
-    return Section(words, [Grid("Training step", header, rows)], [drawn("Time of a step", figure)])
-
-
-def _details(record: Record, part: str) -> dict[str, Any]:
-    """Of a part of a GPU check; empty where it was skipped or failed before."""
-    return record.results.get(part, {}).get("details", {})
+# ---------------------------------------------------------------------------------- GPU check
 
 
 def _gpu_check(record: Record, others: list[Record]) -> Section:
@@ -102,44 +53,19 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
         for name, part in record.results.items()
     ]
     found = Section([], [Grid("Parts", ("part", "status", "time", "reason"), parts)])
-    rates = _matrix_rates(others, record.hardware)
-    if step := _details(record, "step"):
-        found += _steps(step["precisions"], rates)
-    if kernels := _details(record, "kernels"):
+    rates = matrix_rates(others, record.hardware)
+    if step := details(record, "step"):
+        found += steps(step["precisions"], rates)
+    if kernels := details(record, "kernels"):
         found += _kernels(kernels)
-    rows = [row for row in _details(record, "throughput").get("rows", []) if "tflops" in row]
-    return found + _throughput(rows, rates.get("bf16")) if rows else found
-
-
-def _throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section:
-    """Our step in bf16 over batch sizes."""
-
-    def mfu(row: dict[str, Any]) -> float | None:
-        return row["tflops"] * 1e12 / matrix_rate if matrix_rate else None
-
-    cells = [
-        (
-            f"{row['batch']}{', compiled' if row['compile'] else ''}",
-            shown(row["samples_per_second"]),
-            shown(row["tflops"]),
-            share(mfu(row)),
-            gigabytes(row["peak_memory_bytes"]),
-        )
-        for row in rows
-    ]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for compiled, label in ((False, "eager"), (True, "compiled")):
-        line = [row for row in rows if row["compile"] == compiled]
-        batches = [row["batch"] for row in line]
-        axes[0].plot(batches, [row["samples_per_second"] for row in line], "o-", label=label)
-        axes[1].plot(batches, [row["peak_memory_bytes"] / 1e9 for row in line], "o-", label=label)
-    axes[0].set(xlabel="batch", ylabel="samples/s", ylim=(0, None))
-    axes[1].set(xlabel="batch", ylabel="peak memory (GB)", ylim=(0, None))
-    axes[0].legend()
-    header = ("batch", "samples/s", "TFLOP/s", "MFU", "peak memory")
-    title = "Throughput and memory over batch size, bf16"
-    return Section([], [Grid(title, header, cells)], [drawn(title, figure)])
+    rows = [row for row in details(record, "throughput").get("rows", []) if "tflops" in row]
+    if rows:
+        found += throughput(rows, rates.get("bf16"))
+    if loop := details(record, "train"):
+        found += train(loop)
+    if limits := details(record, "limits"):
+        found += Section([], [Grid("Limits", ("what", "value"), list(numbers(limits)))])
+    return found
 
 
 # ------------------------------------------------------------------------------------ kernels
@@ -386,6 +312,7 @@ def _soak(results: dict[str, Any]) -> Section:
 
 
 _SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
+    "train": train,
     "kernels": _kernels,
     "data": _data,
     "tiers": _tiers,

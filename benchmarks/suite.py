@@ -61,13 +61,16 @@ class Benchmark:
 
 
 _DATA = ("--clips", "8", "--batches", "2", "--workers", "2", "--memory-samples", "2000")
+_STEP_BATCHES = ("--only", "cavmae", "--batch", "32", "64", "128", "256")
+_TRAIN = ("--batch", "2", "--steps", "3", "--part-steps", "2", "--clips", "8")
 _FAULTS = ("--only", "a rank is killed (SIGKILL)", "the newest checkpoint is cut short")
 _DAY = ("--clips", "4000", "--different", "50")
 
 SUITE = (
     Benchmark("video-check", None, Turn(20)),
     Benchmark("gpu-check", None, Turn(240, ("--seconds", "210"))),
-    Benchmark("step", Turn(200, ("--batch", "2", "--repeats", "3")), Turn(60, ("--batch", "128"))),
+    Benchmark("step", Turn(240, ("--batch", "2", "--repeats", "3")), Turn(90, _STEP_BATCHES)),
+    Benchmark("train", Turn(180, _TRAIN), Turn(150, ("--batch", "256"))),
     Benchmark("kernels", Turn(20, ("--repeats", "5")), Turn(90)),
     Benchmark("data", Turn(165, _DATA), Turn(90, _DATA)),
     Benchmark("faults", Turn(110, _FAULTS), Turn(150, _FAULTS)),

@@ -39,6 +39,7 @@ COMMANDS = {
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
+    "train": ("cavmae.benchmarks.train", "The training loop, and a step's time by parts."),
     "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
     "data": ("cavmae.benchmarks.data", "The loader against the published one and raw video."),
     "tiers": ("cavmae.benchmarks.tiers", "Size, cost and quality of each way to store a clip."),

@@ -1,8 +1,37 @@
-"""Floating-point operations of the model: what the arithmetic needs, not what a kernel spends."""
+"""Floating-point operations of the model: what the arithmetic needs, not what a kernel spends.
+
+A multiply-add is two. Attention that is computed again in the backward pass is not counted again.
+The test compares the formulas with torch's own counter.
+"""
+
+from dataclasses import astuple, dataclass
 
 from cavmae.trainer.model.config import ModelConfig
 
 _PIXELS_AUDIO, _PIXELS_VIDEO = 256, 768  # values of a 16 x 16 patch
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Operations of one sample by part of the model.
+
+    Attributes:
+        embed: kept patches to tokens.
+        encoders: the blocks of both modalities.
+        joint: the blocks that all streams share.
+        decoder: from the joint tokens to the removed patches' pixels; 0 where nothing is
+            reconstructed.
+    """
+
+    embed: int
+    encoders: int
+    joint: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return sum(astuple(self))
 
 
 def _block(tokens: int, width: int) -> int:
@@ -16,33 +45,59 @@ def forward_flops(
     video_ratio: float = 0.75,
     *,
     reconstruct: bool = True,
-) -> int:
-    """Operations (a multiply-add is two) of one pretraining forward pass of one sample.
+) -> PartFlops:
+    """Operations of one pretraining forward pass of one sample.
 
     Only what the losses need is counted: kept patches embedded, removed patches predicted.
 
     Args:
         config: sizes of the model.
         audio_ratio, video_ratio: shares of patches removed.
-        reconstruct: whether the decoder runs.
+        reconstruct: whether the joint stream and the decoder run.
     """
     audio = int(config.audio_tokens * (1 - audio_ratio))
     video = int(config.video_tokens * (1 - video_ratio))
     removed_audio, removed_video = config.audio_tokens - audio, config.video_tokens - video
     width, decoder_width = config.width, config.decoder_width
-    embed = 2 * width * (audio * _PIXELS_AUDIO + video * _PIXELS_VIDEO)
-    encoders = config.modality_depth * (_block(audio, width) + _block(video, width))
-    joint = config.joint_depth * _block(audio + video, width)
-    joint += _block(audio, width) + _block(video, width)
-    if not reconstruct:
-        return embed + encoders + joint
-    tokens = config.audio_tokens + config.video_tokens
-    decoder = 2 * (audio + video) * width * decoder_width
-    decoder += config.decoder_depth * _block(tokens, decoder_width)
-    predict = removed_audio * _PIXELS_AUDIO + removed_video * _PIXELS_VIDEO
-    return embed + encoders + joint + decoder + 2 * decoder_width * predict
+    joint = _block(audio, width) + _block(video, width)
+    decoder = 0
+    if reconstruct:
+        joint += config.joint_depth * _block(audio + video, width)
+        tokens = config.audio_tokens + config.video_tokens
+        predicted = removed_audio * _PIXELS_AUDIO + removed_video * _PIXELS_VIDEO
+        decoder = 2 * (audio + video) * width * decoder_width
+        decoder += config.decoder_depth * _block(tokens, decoder_width)
+        decoder += 2 * decoder_width * predicted
+    return PartFlops(
+        embed=2 * width * (audio * _PIXELS_AUDIO + video * _PIXELS_VIDEO),
+        encoders=config.modality_depth * (_block(audio, width) + _block(video, width)),
+        joint=joint,
+        decoder=decoder,
+    )
 
 
-def training_flops(config: ModelConfig) -> int:
-    """Operations of forward and backward pass of one sample at the default mask ratios."""
-    return 3 * forward_flops(config)
+def backward_flops(forward: PartFlops) -> PartFlops:
+    """Operations of the backward pass of one sample: a product for the gradient of each factor of
+    the forward pass, but that pixels need no gradient."""
+    return PartFlops(
+        embed=forward.embed,
+        encoders=2 * forward.encoders,
+        joint=2 * forward.joint,
+        decoder=2 * forward.decoder,
+    )
+
+
+def training_flops(
+    config: ModelConfig,
+    audio_ratio: float = 0.75,
+    video_ratio: float = 0.75,
+    *,
+    reconstruct: bool = True,
+) -> int:
+    """Operations of forward and backward pass of one sample.
+
+    Args:
+        config, audio_ratio, video_ratio, reconstruct: as `forward_flops` takes them.
+    """
+    forward = forward_flops(config, audio_ratio, video_ratio, reconstruct=reconstruct)
+    return forward.total + backward_flops(forward).total

@@ -9,10 +9,9 @@ the weights and writing metrics are taken to be in one GPU's speed.
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial
 
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.flops import forward_flops
+from cavmae.trainer.flops import forward_flops, training_flops
 from cavmae.trainer.wire import Collective, TensorSizes, collectives, embeds_first
 
 H200_MATRIX_FLOPS_PER_SECOND = 788e12
@@ -177,9 +176,12 @@ def step_time(
 
 def sample_flops(config: PretrainConfig, world_size: int) -> int:
     """Operations of the passes of one sample, the contrastive loss left out."""
-    forward = partial(forward_flops, config.model, config.mask.audio_ratio, config.mask.video_ratio)
-    passes = 3 * forward(reconstruct=config.loss.reconstruction_weight > 0)
-    return passes + (forward(reconstruct=False) if embeds_first(config, world_size) else 0)
+    ratios = (config.mask.audio_ratio, config.mask.video_ratio)
+    reconstruct = config.loss.reconstruction_weight > 0
+    flops = training_flops(config.model, *ratios, reconstruct=reconstruct)
+    if embeds_first(config, world_size):
+        flops += forward_flops(config.model, *ratios, reconstruct=False).total
+    return flops
 
 
 def _contrast_flops(config: PretrainConfig, rows: int) -> int:

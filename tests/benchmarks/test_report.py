@@ -102,7 +102,7 @@ def test_mfu_comes_from_the_matrix_rate_of_the_same_machine_only(tmp_path: Path)
     (folder / "step.json").write_text(json.dumps(step))
     for hardware, share in ((kernels["hardware"], "-"), (step["hardware"], "50.0%")):
         (folder / "kernels.json").write_text(json.dumps(kernels | {"hardware": hardware}))
-        assert f"| fp32, cavmae | 6,790 ms | 0.5891 | 0.1373 | {share} | - |" in page(tmp_path)
+        assert f"| fp32, cavmae | 6,790 ms | 0.5891 | 0.1373 | {share} | - | - |" in page(tmp_path)
 
 
 def test_a_gpu_check_shows_throughput_and_memory_over_batch_sizes(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_gpu_check_shows_throughput_and_memory_over_batch_sizes(tmp_path: Path
     record(tmp_path, "gpu-check", results)
     text = page(tmp_path)
     assert "| golden\\_forward | skipped | 0 s | no folder |" in text
-    assert "| 2, compiled | 20 | 0.4 | 40.0% | 2.00 GB |" in text
+    assert "| 2, compiled | 20 | 0.4 | 40.0% | - | 2.00 GB |" in text
     assert "throughput-and-memory-over-batch-size-bf16.png" in text
 
 

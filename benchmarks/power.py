@@ -1,0 +1,149 @@
+"""Energy of a machine while something runs, where it lets a user read it.
+
+On a GPU the driver is asked for its power ten times a second. On a CPU the packages count their
+energy (RAPL), which most systems show to root alone, and virtual machines not at all. What can't be
+read is None with the reason.
+"""
+
+import math
+import shutil
+import statistics
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+_INTERVAL_MILLISECONDS = 100
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Attributes: joules, None where they can't be read; watts, their mean; source, of the numbers,
+    or why there are none."""
+
+    joules: float | None
+    watts: float | None
+    source: str
+
+    def record(self, samples: int) -> dict[str, Any]:
+        """For a record, with the energy of each of the samples trained meanwhile."""
+        each = None if self.joules is None else self.joules / samples
+        return asdict(self) | {"joules_per_sample": each}
+
+
+class PowerMeter(Protocol):
+    """Measures from `start` to `stop`; what is not `readable` only says why."""
+
+    @property
+    def readable(self) -> bool: ...
+    def start(self) -> None: ...
+    def stop(self) -> Energy: ...
+
+
+def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
+    """The one that this device has.
+
+    Args:
+        device: a GPU by itself, or the CPU with all its packages.
+        powercap: Linux's folder of energy counters.
+    """
+    if device.type == "cuda":
+        if shutil.which("nvidia-smi") is None:
+            return _Unreadable("nvidia-smi is not on the PATH")
+        return _DriverPower(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    counters = [
+        zone
+        for zone in sorted(powercap.glob("*:*"))
+        if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")
+    ]
+    if not counters:
+        return _Unreadable(f"no energy counter of a CPU package in {powercap}")
+    try:
+        return _PackageCounters(counters)
+    except PermissionError as error:
+        return _Unreadable(f"{error.filename} may not be read by this user")
+
+
+class _Unreadable:
+    """Nothing can be read, for a reason."""
+
+    readable = False
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def start(self) -> None: ...
+
+    def stop(self) -> Energy:
+        return Energy(None, None, self._reason)
+
+
+class _PackageCounters:
+    """Counters of microjoules that begin anew at their range."""
+
+    readable = True
+
+    def __init__(self, zones: list[Path]) -> None:
+        self._zones = zones
+        self._ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
+        self._before = self._read()
+
+    def _read(self) -> list[int]:
+        return [int((zone / "energy_uj").read_text()) for zone in self._zones]
+
+    def start(self) -> None:
+        self._before, self._began = self._read(), time.monotonic()
+
+    def stop(self) -> Energy:
+        pairs = zip(self._read(), self._before, self._ranges, strict=True)
+        joules = sum((after - before) % (most + 1) for after, before, most in pairs) / 1e6
+        watts = joules / (time.monotonic() - self._began)
+        return Energy(joules, watts, f"RAPL, {len(self._zones)} CPU packages")
+
+
+class _DriverPower:
+    """Mean of what `nvidia-smi` says, times the time."""
+
+    readable = True
+
+    def __init__(self, gpu: str) -> None:
+        self._gpu = gpu
+
+    def start(self) -> None:
+        self._process: subprocess.Popen[str] = subprocess.Popen(
+            [
+                *("nvidia-smi", "-i", self._gpu, "--query-gpu=power.draw"),
+                *("--format=csv,noheader,nounits", "-lms", str(_INTERVAL_MILLISECONDS)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._began = time.monotonic()
+
+    def stop(self) -> Energy:
+        seconds = time.monotonic() - self._began
+        self._process.terminate()
+        assert self._process.stdout is not None
+        said = _lines(self._process.stdout)
+        self._process.wait()
+        watts = [float(line) for line in said if _is_number(line)]
+        if not watts:
+            return Energy(None, None, f"nvidia-smi gave no power: {said[:1]}")
+        mean = statistics.fmean(watts)
+        return Energy(mean * seconds, mean, f"nvidia-smi, {len(watts)} readings")
+
+
+def _lines(output: IO[str]) -> list[str]:
+    return [line.strip() for line in output.read().splitlines() if line.strip()]
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        return math.isfinite(float(text))
+    return False

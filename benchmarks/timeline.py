@@ -1,0 +1,103 @@
+"""What a device is at, over the steps of a run: every moment belongs to exactly one label.
+
+So the labels of a step sum to the step. Where one begins, the time is noted: on a GPU as an event
+in its stream, for which nothing waits; on a CPU from its clock.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class Label(NamedTuple):
+    """Attributes: part, of a step; kind, `forward` or `backward`, or `step` for what is neither."""
+
+    part: str
+    kind: str = "step"
+
+
+class Timeline:
+    """Labels of the moments of a run, step by step.
+
+    Args:
+        device: whose time it is.
+        first: label of the moments before any other.
+    """
+
+    def __init__(self, device: torch.device, first: Label) -> None:
+        self._device = device
+        self._starts: list[int] = []
+        self._marks: list[tuple[float | torch.cuda.Event, Label]] = []
+        self.label = first
+        self.switch(first)
+
+    @property
+    def steps(self) -> int:
+        """How many steps have begun."""
+        return len(self._starts)
+
+    def begin_step(self, label: Label) -> None:
+        """A step begins with a label; the one before, if any, ends."""
+        self._starts.append(len(self._marks))
+        self.switch(label)
+
+    def switch(self, label: Label) -> None:
+        """From now on the device is at `label`."""
+        self.label = label
+        self._marks.append((self._now(), label))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def within(self, label: Label) -> Iterator[None]:
+        """`label` for as long as this is open, then what was before."""
+        before = self.label
+        self.switch(label)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def during(
+        self, label: Label, function: Callable[Parameters, Result]
+    ) -> Callable[Parameters, Result]:
+        """`function`, whose calls are `label`."""
+
+        def labelled(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+            with self.within(label):
+                return function(*arguments, **options)
+
+        return labelled
+
+    def seconds(self) -> list[dict[Label, float]]:
+        """Of each step that has ended, by label; waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        found = []
+        for first, after in zip(self._starts, self._starts[1:], strict=False):
+            spent: dict[Label, float] = defaultdict(float)
+            for place in range(first, after):
+                mark, label = self._marks[place]
+                spent[label] += _between(mark, self._marks[place + 1][0])
+            found.append(dict(spent))
+        return found
+
+
+def _between(mark: float | torch.cuda.Event, later: float | torch.cuda.Event) -> float:
+    if isinstance(mark, torch.cuda.Event):
+        assert isinstance(later, torch.cuda.Event)
+        return mark.elapsed_time(later) / 1e3
+    assert not isinstance(later, torch.cuda.Event)
+    return later - mark
