@@ -1,7 +1,7 @@
 """`cavmae bench memory`: what a run is said to take beside what real processes take.
 
 Each case is a few steps of new processes. Said is what `trainer/footprint.py` counts for all
-tensors at the peak of a step; measured is the peak of a process's resident memory, less what is
+tensors at the peak of a step, clips left out; measured is the peak of a process's resident memory, less what is
 resident when the same steps were done with a model that takes next to nothing.
 """
 
@@ -88,15 +88,16 @@ def _row(case: Case, folder: Path) -> dict[str, object]:
     config, ranks = config_of(case), case[1]
     said = footprint(config, model_sizes(config, gpu=False), ranks, gpu=False)
     measured = _measured(config, ranks, folder)
+    said_bytes = said.tensors - said.clips
     peaks = [peak - measured["before_bytes"] for peak in measured["peak_bytes"]]
     return {
         "case": _name(case),
-        "said_bytes": said.tensors,
+        "said_bytes": said_bytes,
         "said": dataclasses.asdict(said),
         "peak_part": said.peak_part,
         "before_bytes": measured["before_bytes"],
         "measured_bytes": peaks,
-        "ratio": said.tensors / statistics.median(peaks),
+        "ratio": said_bytes / statistics.median(peaks),
     }
 
 

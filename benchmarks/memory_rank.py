@@ -1,20 +1,22 @@
 """One rank that trains a few steps on random clips and says how much memory its process took.
 
-    python -m cavmae.benchmarks.memory_rank CONFIG OUTPUT
-
-Resident memory is the kernel's count, whose peak is set back before each step
-(`/proc/self/clear_refs`, Linux 4.0 and later).
+python -m cavmae.benchmarks.memory_rank CONFIG OUTPUT
 """
 
 import dataclasses
 import gc
+import itertools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.ranks import limit_threads, ranks_from_environment
 from cavmae.trainer.run_folder import load_config, write_json
+
+if TYPE_CHECKING:  # torch comes after the threads are set
+    from cavmae.dataloaders.batch import AudioVideoBatch
 
 WARM_UP_STEPS = 2
 """Stage 3 learns the order of modules, and allocators what they keep."""
@@ -33,58 +35,41 @@ SMALLEST = ModelConfig(
 """A model that takes next to nothing."""
 
 
-def resident_bytes(line: str) -> int:
-    """Of this process: `VmRSS`, now, or `VmHWM`, the most since it was last set back."""
-    status = Path("/proc/self/status").read_text()
-    found = next(one for one in status.splitlines() if one.startswith(f"{line}:"))
-    return int(found.split()[1]) * 1024
-
-
-def set_peak_back() -> None:
-    """`VmHWM` begins again at what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(config: PretrainConfig) -> dict[str, object]:
     """Train and look; every rank calls it.
 
     Returns:
-        `before_bytes`, resident when a model that takes next to nothing has been trained; `peak_bytes`, of each step.
+        `before_bytes`, resident when a model that takes next to nothing has been trained, clips
+        included; `peak_bytes`, of each step.
     """
     ranks = ranks_from_environment()
     limit_threads(config.threads_per_rank, ranks)
-    import numpy as np
-    import torch
     import torch.distributed as dist
 
-    from cavmae.dataloaders.batch import AudioVideoBatch
-    from cavmae.dataloaders.plan import rank_positions
+    from cavmae.benchmarks.process_memory import peak_bytes, reset_peak, resident_bytes
+    from cavmae.benchmarks.synthetic_batches import SyntheticBatches
+    from cavmae.dataloaders.batch import ClipShape
     from cavmae.trainer.engine import Engine, start_process_group
     from cavmae.trainer.pretraining import Pretraining
 
     device = start_process_group(ranks)
+    times = config.global_batch // ranks.world_size // config.micro_batch
 
-    def clips(shape: ModelConfig, positions: np.ndarray) -> AudioVideoBatch:
-        count = len(positions)
-        return AudioVideoBatch(
-            log_mel=torch.randn(count, shape.audio_frames, shape.mel_bins),
-            frames=torch.randn(count, 1, 3, shape.image_size, shape.image_size),
-            positions=torch.from_numpy(positions),
-            epochs=torch.zeros(count, dtype=torch.int64),
-            sample_ids=tuple(map(str, positions)),
-            labels=((),) * count,
-            frame_seconds=torch.zeros(count, 1),
-            audio_seconds=torch.zeros(count, 2),
-            shares=torch.ones(count),
-            mixed_labels=((),) * count,
+    def clips(config: PretrainConfig) -> "list[AudioVideoBatch]":
+        shape = config.model
+        batches = SyntheticBatches(
+            config.data,
+            ClipShape(shape.audio_frames, shape.mel_bins, shape.image_size),
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            lanes=config.lanes,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
         )
+        return list(itertools.islice(batches, times))
 
-    def peaks_of(config: PretrainConfig) -> list[int]:
-        times = config.global_batch // ranks.world_size // config.micro_batch
-        own = rank_positions(0, ranks.rank, ranks.world_size, config.global_batch, config.lanes)
-        parts = [clips(config.model, part) for part in np.split(own, times)]
-        ahead = [clips(config.model, own[: config.micro_batch])] * config.data.prefetch_batches
-        assert len(ahead) == 1  # what a loader would hold ready
+    def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
         stage = Pretraining(config, ranks, device)
         model, groups = stage.model()
         engine = Engine(
@@ -97,24 +82,26 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             groups=groups,
         )
         task = stage.task(lambda: None)
-        peaks = []
+        found = []
         for _ in range(WARM_UP_STEPS + STEPS):
             dist.barrier()
-            set_peak_back()
+            reset_peak()
             task.begin_step(engine, parts)
             for number, part in enumerate(parts):
                 engine.backward(task.loss(engine, part))
                 if number + 1 < times:
                     engine.count_micro_batch()
             engine.update(1e-5)
-            peaks.append(resident_bytes("VmHWM"))
-        return peaks[WARM_UP_STEPS:]
+            found.append(peak_bytes(device))
+        return found[WARM_UP_STEPS:]
 
     # Code that is run for the first time is read into memory, and libraries make their buffers.
-    peaks_of(dataclasses.replace(config, model=SMALLEST))
+    small = dataclasses.replace(config, model=SMALLEST)
+    peaks(small, clips(small))
     gc.collect()
-    before = resident_bytes("VmRSS")
-    return {"before_bytes": before, "peak_bytes": peaks_of(config)}
+    parts = clips(config)
+    before = resident_bytes()
+    return {"before_bytes": before, "peak_bytes": peaks(config, parts)}
 
 
 def main(arguments: list[str]) -> int:

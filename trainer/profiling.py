@@ -9,12 +9,9 @@ import os
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from cavmae.trainer.config import ProfileConfig
-
-# Kineto, torch's recorder, prints its own comings and goings; it looks at this when it starts.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-from torch.profiler import ProfilerActivity, profile, schedule  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +44,8 @@ class StepProfile:
         self._profiler: profile | None = None
         self._written = False
         if config.steps:
+            # Kineto, torch's recorder, would print its own comings and goings.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             activities = [ProfilerActivity.CPU]
             if device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
