@@ -1,8 +1,8 @@
 """`cavmae bench memory`: what a run is said to take beside what real processes take.
 
 Each case is a few steps of new processes. Said is what `trainer/footprint.py` counts for all
-tensors at the peak of a step, clips left out; measured is the peak of a process's resident memory, less what is
-resident when the same steps were done with a model that takes next to nothing.
+tensors at the peak of a step, clips left out; measured is the peak of a process's resident memory,
+less what is resident when the same steps were done with a model that takes next to nothing.
 """
 
 import argparse
@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
     rows: list[dict[str, object]] = []
     try:
         for number, case in enumerate(case for case in CASES if case[0] in flags.recipes):
-            print(f"{_name(case)} ...", file=sys.stderr, flush=True)
             rows.append(_row(case, work / str(number)))
+            said = f"said / measured {rows[-1]['ratio']:.3f}"
+            print(f"{_name(case)}: {said}", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     Console(width=120).print(_table(rows))
@@ -135,11 +136,14 @@ def _table(rows: list[dict[str, object]]) -> Table:
     for row in rows:
         peaks, said = row["measured_bytes"], row["said_bytes"]
         assert isinstance(peaks, list) and isinstance(said, int)
+        middle, low, high = (
+            f"{value / 1e9:.3f}" for value in (statistics.median(peaks), min(peaks), max(peaks))
+        )
         table.add_row(
             str(row["case"]),
             f"{said / 1e9:.3f}",
             str(row["peak_part"]),
-            f"{statistics.median(peaks) / 1e9:.3f} ({min(peaks) / 1e9:.3f}, {max(peaks) / 1e9:.3f})",
+            f"{middle} ({low}, {high})",
             f"{row['ratio']:.3f}",
         )
     return table
