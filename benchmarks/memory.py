@@ -29,12 +29,11 @@ Case = tuple[str, int, str, int, int, int]
 """Recipe, ranks, dtype, ZeRO stage, micro-batch of a rank, micro-batches of a step."""
 
 CASES: tuple[Case, ...] = (
-    *(("audioset_base", 1, dtype, 1, batch, 1) for dtype in ("fp32", "bf16") for batch in (2, 8)),
-    *(("audioset_base", 1, "fp32", stage, 8, 1) for stage in (0, 2, 3)),
-    *(("audioset_base", 1, "bf16", stage, 8, 1) for stage in (0, 2, 3)),
+    *(("audioset_base", 1, "fp32", 1, batch, 1) for batch in (2, 8)),
+    *(("audioset_base", 1, "bf16", stage, 8, 1) for stage in (0, 1, 2, 3)),
     ("audioset_base", 1, "bf16", 0, 24, 1),
     ("audioset_base", 1, "bf16", 2, 2, 2),
-    *(("audioset_base", 2, "bf16", stage, 4, 1) for stage in (0, 1, 2, 3)),
+    *(("audioset_base", 2, "bf16", stage, 4, 1) for stage in (1, 3)),
     *(("demo", ranks, "fp32", stage, 64, 1) for ranks in (1, 2) for stage in (0, 1, 2, 3)),
     ("demo", 1, "bf16", 1, 128, 1),
 )

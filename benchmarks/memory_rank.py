@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch comes after the threads are set
 
 WARM_UP_STEPS = 2
 """Stage 3 learns the order of modules, and allocators what they keep."""
-STEPS = 4
+STEPS = 3
 SMALLEST = ModelConfig(
     audio_frames=32,
     mel_bins=32,

@@ -28,6 +28,8 @@ from cavmae.trainer.ranks import Ranks
 log = logging.getLogger(__name__)
 
 _HISTORY_ENTRIES = 100_000
+RAN_OUT = "ran out of"
+"""What the line of a run that ended so has."""
 _CPU_FAILURES = ("can't allocate memory", "std::bad_alloc", "out of memory")
 
 
@@ -153,7 +155,7 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = machine_memory().total // ranks.local_world_size
-    began = f"rank {ranks.rank} ran out of {'GPU' if gpu else 'CPU'} memory"
+    began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
     if not isinstance(config, PretrainConfig):
         return (
             f"{began} with micro_batch {config.micro_batch}; lower --micro-batch, raise "
