@@ -32,6 +32,8 @@ CPU_ALLOWANCE_BYTES = 1 << 30
 processes of a rank beside it."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
 """Stage 3 updates so many elements at once at most: DeepSpeed's default."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Stage 3 lets go of gathered weights where they would be more: DeepSpeed's default."""
 
 Part = Literal["passes", "reduction", "update"]
 
@@ -228,26 +230,36 @@ def _gradients(
             reduction=whole + flat,
             update=whole + update,
         )
+    in_flight = element * largest
+    # A model larger than the bucket is reduced while the backward pass still runs.
+    early = weights > LARGEST_BUCKET_ELEMENTS
     if stage == 3:
-        gathered = 0 if world_size == 1 else element * sum(_shared(tensors))
-        fetched = element * min(gathered // element, PREFETCH_ELEMENTS + largest)
+        live = 0 if world_size == 1 else min(sum(_shared(tensors)), LIVE_ELEMENTS)
+        fetched = min(live, PREFETCH_ELEMENTS + largest)
+        reduction = flat + max(element * live, own) + in_flight
         return _Gradients(
-            before=gathered + fetched,
+            before=element * (live + fetched) + (flat if early else 0),
             stay_where_made=False,
-            reduction=whole + max(gathered, own) + element * largest,
+            reduction=reduction,
             update=own + update,
         )
-    in_flight = element * largest
+    kept = own if accumulated or early else 0
     if stage == 1:
         before = 2 * whole if accumulated else 0  # as autograd left them, and their sum
-        reduction = 2 * whole + in_flight
+        copies = 2 * flat
+        reduction = max(before, copies) + in_flight
     else:
-        before = own if accumulated else 0
+        before = kept
+        copies = 4 * min(weights, LARGEST_BUCKET_ELEMENTS) if engine.dtype == "bf16" else 2 * flat
+        reduction = kept + copies + in_flight
         if engine.dtype == "bf16":  # reduced in fp32
-            reduction = 4 * weights + own + 4 * largest
-        else:
-            reduction = before + 2 * whole + in_flight
-    return _Gradients(before + in_flight, False, reduction, own + update)
+            reduction = own + copies + 4 * largest
+    return _Gradients(
+        before=before + in_flight + (copies if early else 0),
+        stay_where_made=False,
+        reduction=reduction,
+        update=own + update,
+    )
 
 
 def _update_bytes(config: PretrainConfig, elements: int) -> int:
