@@ -37,6 +37,7 @@ CASES: tuple[Case, ...] = (
     *(("demo", ranks, "fp32", stage, 64, 1) for ranks in (1, 2) for stage in (0, 1, 2, 3)),
     ("demo", 1, "bf16", 1, 128, 1),
 )
+_PATIENCE_SECONDS = 3600.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,7 +119,7 @@ def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, obj
         folder / "log",
     )
     try:
-        start.finish()
+        start.finish(_PATIENCE_SECONDS)
     finally:
         start.kill()
     return read_json(folder / "found.json")
