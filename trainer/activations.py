@@ -89,9 +89,13 @@ class _Count(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
+        self.note()
+        return result
+
+    def note(self) -> None:
+        """What is alive now."""
         self.alive.append(self._alive)
         self.gradients.append(self._gradients)
-        return result
 
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Something that was there before."""
@@ -158,6 +162,7 @@ def _count(config: PretrainConfig, samples: int, *, gpu: bool) -> _Count:
                 if losses["contrast"]:
                     loss = loss + (output.audio_embedding * output.video_embedding).sum()
                 loss.backward()
+            count.note()  # the last gradient has come after the last operation
     finally:
         blocks.SHORT_SEQUENCE = short
     return count
