@@ -1,4 +1,4 @@
-.PHONY: demo demo-full test check format clean
+.PHONY: demo demo-full test check docs docs-serve format clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -18,6 +18,12 @@ check: .venv/installed
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: .venv/installed
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: .venv/installed
+	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -31,4 +37,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .grimp_cache .import_linter_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .grimp_cache .import_linter_cache

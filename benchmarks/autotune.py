@@ -246,7 +246,7 @@ class Search:
         config = with_fields(self._config, fields)
         dtype = config.engine.dtype
         if dtype not in self._sizes:
-            self._sizes[dtype] = model_sizes(config, gpu=self._gpu)
+            self._sizes[dtype] = model_sizes(config)
         needed = footprint(config, self._sizes[dtype], self._ranks, gpu=self._gpu)
         if self._gpu:
             return needed.total <= torch.cuda.get_device_properties(0).total_memory

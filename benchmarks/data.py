@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--clips", type=int, default=32, help="different clips")
     arguments.add_argument("--rounds", type=int, default=3, help="times each contender has a turn")
     arguments.add_argument("--batches", type=int, default=12, help="timed ones of a turn")
-    arguments.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="reader processes, one turn for each"
+    )
     arguments.add_argument(
         "--memory-samples", type=int, default=20_000, help="samples over which memory is watched"
     )

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--clips", type=int, default=20_000, help="samples of the set")
     arguments.add_argument("--different", type=int, default=200, help="of them different")
-    arguments.add_argument("--shards", type=int, default=40)
+    arguments.add_argument("--shards", type=int, default=40, help="that the clips are packed in")
     arguments.add_argument("--kills", type=int, default=3, help="times that all ranks are killed")
     arguments.add_argument("--faults", type=int, default=50, help="one answer in so many fails")
     arguments.add_argument("--work-dir", default="runs/data-day", help="made and removed")

@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--steps", type=int, default=100, help="of each run")
     arguments.add_argument("--zero-stage", type=int, choices=[1, 2], default=1, help="of each run")
     arguments.add_argument(
-        "--only", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="some of the faults"
+        "--only",
+        nargs="+",
+        choices=list(FAULTS),
+        default=list(FAULTS),
+        metavar="FAULT",
+        help=f"some of the faults: {'; '.join(FAULTS)}",
     )
     arguments.add_argument("--work-dir", default="", help="empty: a temporary folder")
     arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")

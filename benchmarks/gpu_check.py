@@ -91,7 +91,11 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
     arguments.add_argument("--golden", type=Path, help="folder of reference numbers")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="`cuda` or `cpu`; a GPU where there is one",
+    )
     arguments.add_argument(
         "--model", choices=list(SIZES), default="base", help="sizes of the training steps"
     )

@@ -28,7 +28,11 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(
         prog="cavmae bench kernels", description="Kernels against torch and published methods."
     )
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="`cuda` or `cpu`; a GPU where there is one",
+    )
     arguments.add_argument("--batch", type=int, help="samples; 512 on a GPU, 8 on a CPU")
     arguments.add_argument("--dtype", choices=list(DTYPES), help="bf16 on a GPU, fp32 on a CPU")
     arguments.add_argument(

@@ -87,7 +87,7 @@ def config_of(case: Case) -> PretrainConfig:
 
 def _row(case: Case, folder: Path) -> dict[str, object]:
     config, ranks = config_of(case), case[1]
-    said = footprint(config, model_sizes(config, gpu=False), ranks, gpu=False)
+    said = footprint(config, model_sizes(config), ranks, gpu=False)
     measured = _measured(config, ranks, folder)
     said_bytes = said.tensors - said.clips
     peaks = [peak - measured["before_bytes"] for peak in measured["peak_bytes"]]

@@ -29,7 +29,13 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--shards", type=int, default=400, help="shards of the set")
     arguments.add_argument("--samples", type=int, default=1000, help="samples of a shard")
     arguments.add_argument("--batch", type=int, default=512, help="global batch")
-    arguments.add_argument("--windows", type=int, nargs="+", default=[1, 64, 512, 4096, 16384])
+    arguments.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[1, 64, 512, 4096, 16384],
+        help="samples of a lane that are shuffled among each other",
+    )
     arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
     return arguments
 

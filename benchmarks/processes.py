@@ -45,7 +45,9 @@ def deepspeed_command(
     programs = sysconfig.get_path("scripts")
     command = [
         *(str(Path(programs) / "deepspeed"), "--num_gpus" if gpus else "--num_accelerators"),
-        *(str(ranks), "--master_port", str(free_port()), "--module", module, *words),
+        # Ranks are told their place by their environment alone.
+        *(str(ranks), "--master_port", str(free_port()), "--no_local_rank"),
+        *("--module", module, *words),
     ]
     environment = {"PATH": os.pathsep.join([programs, os.environ["PATH"]])}
     return command, environment if gpus else environment | {"DS_ACCELERATOR": "cpu"}

@@ -52,9 +52,11 @@ def parser() -> argparse.ArgumentParser:
         prog="cavmae bench soak", description="A long run with a fault every few minutes."
     )
     arguments.add_argument("--minutes", type=float, default=60.0, help="of faults")
-    arguments.add_argument("--fault-every-seconds", type=float, default=180.0)
+    arguments.add_argument(
+        "--fault-every-seconds", type=float, default=180.0, help="from one fault to the next"
+    )
     arguments.add_argument("--seed", type=int, default=0, help="of the order of faults")
-    arguments.add_argument("--zero-stage", type=int, choices=[1, 2], default=1)
+    arguments.add_argument("--zero-stage", type=int, choices=[1, 2], default=1, help="of the run")
     arguments.add_argument("--pause-seconds", type=float, default=0.25, help="in each step")
     arguments.add_argument("--look-every-seconds", type=float, default=5.0, help="at the processes")
     arguments.add_argument("--work-dir", default="", help="empty: a temporary folder")

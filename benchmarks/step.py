@@ -53,10 +53,18 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--repeats", type=int, default=5, help="timed steps of each model")
     arguments.add_argument("--warm-up", type=int, default=1, help="steps before the timed ones")
     arguments.add_argument(
-        "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"]
+        "--precision",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        default=["fp32", "bf16"],
+        help="of the steps that are timed",
+    )
+    arguments.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="`cuda` or `cpu`; a GPU where there is one",
     )
     arguments.add_argument("--only", choices=MODELS, help="one model, which has the memory alone")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--compile", action="store_true", help="compile our model's blocks")
     arguments.add_argument(
         "--memory",

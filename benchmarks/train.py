@@ -55,16 +55,23 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch", type=int, default=256 if gpu else 8, help="of each rank")
     arguments.add_argument("--ranks", type=int, default=1, help="on this machine")
     arguments.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="bf16" if gpu else "fp32"
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="bf16" if gpu else "fp32",
+        help="of parameters and activations",
     )
-    arguments.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=1)
+    arguments.add_argument(
+        "--zero-stage", type=int, choices=[0, 1, 2, 3], default=1, help="of the ranks"
+    )
     arguments.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="the model's blocks"
     )
     arguments.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed ones")
     arguments.add_argument("--part-steps", type=int, default=3, help="timed by parts; 0: none")
     arguments.add_argument("--warm-up", type=int, default=5 if gpu else 1, help="steps before")
-    arguments.add_argument("--only", nargs="+", choices=SOURCES, default=SOURCES)
+    arguments.add_argument(
+        "--only", nargs="+", choices=SOURCES, default=SOURCES, help="where batches come from"
+    )
     arguments.add_argument("--data", help="folder of a packed tier; generated clips without it")
     arguments.add_argument("--clips", type=int, default=64, help="that are generated")
     arguments.add_argument(

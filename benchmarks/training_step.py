@@ -29,7 +29,7 @@ class MasterAdam:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.masters = [p.detach().float().requires_grad_() for p in self.parameters]
-        self.adam = _adam(self.masters)
+        self.adam = _adam(self.masters, fused=True)
 
     def step(self) -> None:
         used = [
@@ -51,13 +51,13 @@ class MasterAdam:
             tensor.grad = None
 
 
-def _adam(parameters: list[nn.Parameter] | list[torch.Tensor]) -> torch.optim.Adam:
+def _adam(parameters: list[nn.Parameter] | list[torch.Tensor], *, fused: bool) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters,
         lr=LEARNING_RATE,
         betas=(0.95, 0.999),
         weight_decay=5e-7,
-        fused=parameters[0].is_cuda or None,
+        fused=fused or None,  # None: as torch chooses, which is what the published code gets
     )
 
 
@@ -105,7 +105,10 @@ class TrainingStep:
                         for block in module:
                             block.compile()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = MasterAdam(trained) if bf16 and not self.autocast else _adam(trained)
+        if bf16 and not self.autocast:
+            self.optimizer = MasterAdam(trained)
+        else:
+            self.optimizer = _adam(trained, fused=name == "cavmae")
 
     def __call__(self) -> torch.Tensor:
         """Train one step and return its loss, a detached scalar on the device."""

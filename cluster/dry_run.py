@@ -56,7 +56,7 @@ def dry_run(config: RayRunConfig) -> int:
         threads=config.threads_per_rank or cluster.cpus_per_worker,
     )
     gpu = cluster.gpus_per_worker > 0
-    sizes = model_sizes(config, gpu=gpu)
+    sizes = model_sizes(config)
     needed = footprint(config, sizes, cluster.workers, gpu=gpu)
     times = config.global_batch // cluster.workers // config.micro_batch
     table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")

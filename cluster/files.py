@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cavmae.command import exit_code
 
-# What failures are noticed by within seconds (docs/running.md).
+# What failures are noticed by within seconds (docs/reliability.md).
 _ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -51,13 +51,16 @@ class ClusterFilesConfig:
     nodes: int = 2
     """Nodes that train."""
     gpus_per_node: int = 8
+    """GPUs of a node, with a rank on each."""
     cpus_per_node: int = 64
     """CPU cores of a node that ranks, readers and decoders share."""
     memory_gb_per_node: int = 256
+    """Memory of a node in GB that the job asks for."""
     volume_claim: str = ""
     """PersistentVolumeClaim that all pods mount at /shared: run folder, data. Empty: none, for data
     and run folder on other storage."""
     aws_region: str = "us-east-1"
+    """Where `ray up` starts the machines."""
     aws_instance: str = "p5.48xlarge"
     """Of the nodes that train; the head is an m7i.2xlarge."""
     slurm_time: str = "2-00:00:00"

@@ -39,7 +39,7 @@ class QueueConfig:
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE|paper_ablations")]
-    """YAML with `experiment`, `recipe`, `fields`, `retries` and `runs` (docs/running.md)."""
+    """YAML with `experiment`, `recipe`, `fields`, `retries` and `runs` (docs/many-runs.md)."""
     folder: str
     """The run folders go here, with logs of the drivers and the comparison."""
     address: str = ""

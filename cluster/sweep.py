@@ -42,7 +42,7 @@ class SweepConfig:
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """YAML with `recipe`, `fields`, `space`, `metric` and more (docs/running.md)."""
+    """YAML with `recipe`, `fields`, `space`, `metric` and more (docs/many-runs.md)."""
     folder: str
     """The trials' run folders go here, with logs of the drivers and the comparison."""
     address: str = ""

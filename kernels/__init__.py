@@ -1,5 +1,6 @@
 """Operations of masked audio-visual pretraining; needs torch and triton only."""
 
+from cavmae.kernels.attention import AttentionBackend, attention
 from cavmae.kernels.backend import Backend, default_backend
 from cavmae.kernels.contrastive import ContrastiveResult, contrastive_loss
 from cavmae.kernels.gather import gather_tokens
@@ -17,10 +18,12 @@ from cavmae.kernels.restore import restore_tokens
 
 __all__ = [
     "STREAMS",
+    "AttentionBackend",
     "Backend",
     "ContrastiveResult",
     "MaskIds",
     "MaskMode",
+    "attention",
     "contrastive_loss",
     "default_backend",
     "gather_patches",

@@ -85,11 +85,11 @@ def check_floats(**tensors: torch.Tensor) -> None:
 def has_values(tensor: torch.Tensor) -> bool:
     """Whether a check may look at the values of a tensor.
 
-    On a GPU that would stop the stream. While a graph is exported, or memory is counted on fake
-    tensors, there are none.
+    On a GPU that would stop the stream. While a graph is compiled or exported, or memory is counted
+    on fake tensors, there are none.
     """
     there = tensor.device.type == "cpu" and tensor.numel() > 0
-    return there and not isinstance(tensor, FakeTensor) and not torch.compiler.is_exporting()
+    return there and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:

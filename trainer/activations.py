@@ -1,10 +1,10 @@
 """What a forward and a backward pass keep in memory, counted on tensors that have no values.
 
 torch's fake tensors go through the model as real ones on a CPU do, in seconds and without the
-memory, whatever the size of the model. Every storage is counted from the operation that makes it to
-the moment nobody refers to it, so what is counted is the allocator's truth up to what operations
-take inside of themselves. Bytes grow linearly with the samples at each operation; two passes of
-different batches give all others.
+memory, whatever the size of the model; attention holds no scores there, as on a GPU. Every storage
+is counted from the operation that makes it to the moment nobody refers to it, so what is counted is
+the allocator's truth up to what operations take inside of themselves. Bytes grow linearly with the
+samples at each operation; two passes of different batches give all others.
 """
 
 import weakref
@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.model import blocks
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
 
@@ -52,14 +51,13 @@ class Passes:
         return int((alive + self.gradients if gradients_stay else alive).max())
 
 
-def count_passes(config: PretrainConfig, *, gpu: bool) -> Passes:
+def count_passes(config: PretrainConfig) -> Passes:
     """Of a micro-batch of the run; takes seconds.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
-        gpu: whether attention is the fused one of GPUs, which never holds scores.
     """
-    few, more = (_count(config, samples, gpu=gpu) for samples in _SAMPLES)
+    few, more = (_count(config, samples) for samples in _SAMPLES)
     assert len(few.alive) == len(more.alive), "the operations do not depend on the batch"
     alive = np.array([few.alive, more.alive], dtype=np.float64)
     per_sample = (alive[1] - alive[0]) / (_SAMPLES[1] - _SAMPLES[0])
@@ -118,7 +116,7 @@ class _Count(TorchDispatchMode):
         self._alive -= size
 
 
-def _count(config: PretrainConfig, samples: int, *, gpu: bool) -> _Count:
+def _count(config: PretrainConfig, samples: int) -> _Count:
     shape, dtype = config.model, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     losses = {
         "reconstruct": config.loss.reconstruction_weight > 0,
@@ -130,49 +128,45 @@ def _count(config: PretrainConfig, samples: int, *, gpu: bool) -> _Count:
     if config.engine.activation_checkpointing:
         model.recompute_blocks()
     count = _Count()
-    short, blocks.SHORT_SEQUENCE = blocks.SHORT_SEQUENCE, 0 if gpu else blocks.SHORT_SEQUENCE
-    try:
-        with FakeTensorMode():
-            for name, one in list(model.named_parameters()):
-                owner, _, leaf = name.rpartition(".")
-                weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
-                setattr(model.get_submodule(owner), leaf, weight)
-                count.leave_out(weight)
-                if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(count.gradient_is_there)
-            masks = random_masks(
-                shape,
-                torch.arange(samples),
-                seed=0,
-                audio_ratio=config.mask.audio_ratio,
-                video_ratio=config.mask.video_ratio,
-                audio_mode=config.mask.audio_mode,
-            )
-            inputs = (
-                torch.empty(samples, shape.audio_frames, shape.mel_bins),
-                torch.empty(samples, 3, shape.image_size, shape.image_size),
-            )
-            for tensor in inputs:
-                count.leave_out(tensor)
-            with count:
-                output = model(*inputs, *masks, **losses, norm_pix=config.loss.norm_pix)
-                loss = torch.zeros(())
-                if losses["reconstruct"]:
-                    loss = loss + output.reconstruction_audio + output.reconstruction_video
-                if losses["contrast"]:
-                    loss = loss + (output.audio_embedding * output.video_embedding).sum()
-                loss.backward()
-            count.note()  # the last gradient has come after the last operation
-    finally:
-        blocks.SHORT_SEQUENCE = short
+    with FakeTensorMode():
+        for name, one in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
+            setattr(model.get_submodule(owner), leaf, weight)
+            count.leave_out(weight)
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(count.gradient_is_there)
+        masks = random_masks(
+            shape,
+            torch.arange(samples),
+            seed=0,
+            audio_ratio=config.mask.audio_ratio,
+            video_ratio=config.mask.video_ratio,
+            audio_mode=config.mask.audio_mode,
+        )
+        inputs = (
+            torch.empty(samples, shape.audio_frames, shape.mel_bins),
+            torch.empty(samples, 3, shape.image_size, shape.image_size),
+        )
+        for tensor in inputs:
+            count.leave_out(tensor)
+        with count:
+            output = model(*inputs, *masks, **losses, norm_pix=config.loss.norm_pix)
+            loss = torch.zeros(())
+            if losses["reconstruct"]:
+                loss = loss + output.reconstruction_audio + output.reconstruction_video
+            if losses["contrast"]:
+                loss = loss + (output.audio_embedding * output.video_embedding).sum()
+            loss.backward()
+        count.note()  # the last gradient has come after the last operation
     return count
 
 
 def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
     """What `count_passes` finds is less than this, which takes no time.
 
-    A block keeps less than 40 values for each channel of a token, and less than four for each pair
-    of tokens in a head; what is not in a block is less than 16 values a pixel.
+    A block keeps less than 40 values for each channel of a token; what is not in a block is less
+    than 16 values a pixel.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
@@ -183,15 +177,9 @@ def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
     video = int(shape.video_tokens * (1 - mask.video_ratio)) + 1
     everything = shape.audio_tokens + shape.video_tokens
 
-    def block(tokens: int, width: int, heads: int) -> int:
-        return 40 * tokens * width + 4 * heads * tokens**2
-
-    encoders = shape.modality_depth * sum(
-        block(tokens, shape.width, shape.heads) for tokens in (audio, video)
-    )
-    joint = shape.joint_depth * 2 * block(audio + video, shape.width, shape.heads)
-    decoder = shape.decoder_depth * block(everything, shape.decoder_width, shape.decoder_heads)
+    encoders = (shape.modality_depth + 2 * shape.joint_depth) * (audio + video) * shape.width
+    decoder = shape.decoder_depth * everything * shape.decoder_width
     pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
     element = 2 if config.engine.dtype == "bf16" else 4
-    per_sample = element * (encoders + joint + decoder) + 4 * pixels
+    per_sample = element * 40 * (encoders + decoder) + 4 * pixels
     return Passes(np.zeros(1), np.array([per_sample]), np.array([gradient_bytes]))

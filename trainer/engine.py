@@ -124,8 +124,7 @@ class _CheckedAdam(torch.optim.Adam):
             return
         if self._clip_norm > 0:
             share = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                gradient.mul_(share)
+            torch._foreach_mul_(gradients, share)  # pyright: ignore[reportPrivateImportUsage]
         super().step(closure)
 
 
@@ -290,6 +289,7 @@ class Engine:
             eps=optimizer.epsilon,
             weight_decay=optimizer.weight_decay,
             decoupled_weight_decay=optimizer.name == "adamw",
+            fused=True,  # one pass over weights, gradients and moments
             clip_norm=engine.clip_gradient_norm if plain else 0.0,
         )
         with _no_chatter():

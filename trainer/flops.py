@@ -34,9 +34,11 @@ class PartFlops:
         return sum(astuple(self))
 
 
-def _block(tokens: int, width: int) -> int:
-    """One transformer block: linear layers of 12 width^2 weights, and attention."""
-    return 24 * tokens * width**2 + 4 * tokens**2 * width
+def _block(tokens: int, width: int, wanted: int | None = None) -> int:
+    """One transformer block: linear layers of 12 width^2 weights, and attention. The first
+    layer takes all tokens; attention, projection and MLP those that are wanted."""
+    wanted = tokens if wanted is None else wanted
+    return 6 * tokens * width**2 + 18 * wanted * width**2 + 4 * wanted * tokens * width
 
 
 def forward_flops(
@@ -48,7 +50,8 @@ def forward_flops(
 ) -> PartFlops:
     """Operations of one pretraining forward pass of one sample.
 
-    Only what the losses need is counted: kept patches embedded, removed patches predicted.
+    Only what the losses need is counted: kept patches embedded, removed patches predicted, which
+    the last block of the decoder gives alone.
 
     Args:
         config: sizes of the model.
@@ -66,7 +69,8 @@ def forward_flops(
         tokens = config.audio_tokens + config.video_tokens
         predicted = removed_audio * _PIXELS_AUDIO + removed_video * _PIXELS_VIDEO
         decoder = 2 * (audio + video) * width * decoder_width
-        decoder += config.decoder_depth * _block(tokens, decoder_width)
+        decoder += (config.decoder_depth - 1) * _block(tokens, decoder_width)
+        decoder += _block(tokens, decoder_width, removed_audio + removed_video)
         decoder += 2 * decoder_width * predicted
     return PartFlops(
         embed=2 * width * (audio * _PIXELS_AUDIO + video * _PIXELS_VIDEO),

@@ -30,8 +30,6 @@ GPU_ALLOWANCE_BYTES = 3 << 30
 CPU_ALLOWANCE_BYTES = 1 << 30
 """torch, DeepSpeed and DALI with their threads, and what an allocator cannot use; the reader
 processes of a rank beside it."""
-SUB_GROUP_ELEMENTS = 1_000_000_000
-"""Stage 3 updates so many elements at once at most: DeepSpeed's default."""
 LIVE_ELEMENTS = 1_000_000_000
 """Stage 3 lets go of gathered weights where they would be more: DeepSpeed's default."""
 
@@ -62,7 +60,7 @@ class Footprint:
         clips: of the micro-batches of a step, and those decoded ahead.
         passes: activations and gradients when a forward and backward pass need most.
         reduction: gradients and their copies, when the ranks have summed them.
-        update: gradients, and what Adam makes on its way.
+        update: gradients, in fp32; the fused Adam makes nothing on its way.
         allowance: for what is no tensor of ours.
     """
 
@@ -106,14 +104,13 @@ class Sizes:
         return sum(self.tensors.trainable)
 
 
-def model_sizes(config: PretrainConfig, *, gpu: bool) -> Sizes:
+def model_sizes(config: PretrainConfig) -> Sizes:
     """Of the run's model, which is not built; takes seconds.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
-        gpu: whether the ranks have GPUs.
     """
-    return Sizes(_tensors(config), count_passes(config, gpu=gpu))
+    return Sizes(_tensors(config), count_passes(config))
 
 
 def sizes_at_most(config: PretrainConfig) -> Sizes:
@@ -220,15 +217,14 @@ def _gradients(
             before=whole if accumulated else 0,
             stay_where_made=not accumulated,
             reduction=whole + flat,
-            update=whole + masters + _update_bytes(config, largest),
+            update=whole + masters,
         )
-    update = _update_bytes(config, min(int(weights * share), SUB_GROUP_ELEMENTS))
     if stage == 1 and engine.dtype == "bf16":
         return _Gradients(
             before=whole if accumulated else 0,
             stay_where_made=not accumulated,
             reduction=whole + flat,
-            update=whole + update,
+            update=whole,
         )
     in_flight = element * largest
     # A model larger than the bucket is reduced while the backward pass still runs.
@@ -241,7 +237,7 @@ def _gradients(
             before=element * (live + fetched) + (flat if early else 0),
             stay_where_made=False,
             reduction=reduction,
-            update=own + update,
+            update=own,
         )
     kept = own if accumulated or early else 0
     if stage == 1:
@@ -258,15 +254,8 @@ def _gradients(
         before=before + in_flight + (copies if early else 0),
         stay_where_made=False,
         reduction=reduction,
-        update=own + update,
+        update=own,
     )
-
-
-def _update_bytes(config: PretrainConfig, elements: int) -> int:
-    """What `torch.optim.Adam` makes on its way for tensors of so many elements: a square root and a
-    quotient, and the gradient with the decay that it adds."""
-    decayed = config.optimizer.name == "adam" and config.optimizer.weight_decay > 0
-    return 4 * elements * (3 if decayed else 2)
 
 
 def _small(tensors: TensorSizes) -> list[int]:
@@ -311,7 +300,7 @@ def what_would_fit(
     if not engine.activation_checkpointing:
         changed = dataclasses.replace(engine, activation_checkpointing=True)
         recomputed = dataclasses.replace(config, engine=changed)
-        counted = Sizes(sizes.tensors, count_passes(recomputed, gpu=gpu))
+        counted = Sizes(sizes.tensors, count_passes(recomputed))
         if footprint(recomputed, counted, world_size, gpu=gpu).total <= limit_bytes:
             yield "--engine.activation-checkpointing"
     if gpu and engine.zero_stage and not engine.offload_optimizer:

@@ -90,7 +90,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
     at_most = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
     if here * at_most.total <= memory.available:
         return  # nothing has to be counted, which takes seconds
-    sizes = model_sizes(config, gpu=False)
+    sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=False)
     if here * needed.tensors > memory.total:
         raise OutOfMemory(
@@ -162,7 +162,7 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
             f"--engine.zero-stage (it is {config.engine.zero_stage}), or set "
             "--engine.activation-checkpointing"
         )
-    sizes = model_sizes(config, gpu=gpu)
+    sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was said of it: what is advised has to take clearly less.
     limit = min(there, int(0.9 * needed.total))

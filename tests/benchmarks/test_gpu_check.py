@@ -67,6 +67,8 @@ def test_runs_where_only_torch_triton_and_numpy_are_installed(
         ("kernels_agree", "on a CPU under TRITON_INTERPRET=1"),
         ("golden_forward", "has no pretrain_forward/index.json"),
         ("throughput", "is measured on a GPU; this is cpu"),
+        ("train", "is measured on a GPU; this is cpu"),
+        ("limits", "is measured on a GPU; this is cpu"),
     ):
         assert results[part]["status"] == "skipped"
         assert reason in results[part]["reason"]

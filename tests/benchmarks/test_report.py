@@ -12,7 +12,7 @@ import torch
 
 from cavmae.benchmarks.fault_rows import Row
 from cavmae.benchmarks.flatness import Life
-from cavmae.benchmarks.records import read_record, write_record
+from cavmae.benchmarks.records import read_record, timing, write_record
 from cavmae.benchmarks.report import main, write_report
 from cavmae.benchmarks.soak import results as soak_results
 from cavmae.benchmarks.soak_faults import Endured
@@ -132,6 +132,58 @@ def test_a_gpu_check_shows_throughput_and_memory_over_batch_sizes(tmp_path: Path
     assert "| golden\\_forward | skipped | 0 s | no folder |" in text
     assert "| 2, compiled | 20 | 0.4 | 40.0% | - | 2.00 GB |" in text
     assert "throughput-and-memory-over-batch-size-bf16.png" in text
+
+
+def test_a_sweep_shows_throughput_mfu_and_memory_over_batch_sizes(tmp_path: Path) -> None:
+    results: dict[str, Any] = {"machine": {"fp32": {"flops_per_second": 1e12}}}
+    for batch in (1, 2):
+        one = timing([0.5]) | {
+            "samples_per_second": 2.0 * batch, "tflops": 0.4, "mfu": 0.4, "mfu_of_datasheet": 0.1,
+            "peak_memory_bytes": batch * 10**9, "energy": {"joules_per_sample": 7.0},
+        }  # fmt: skip
+        results[f"fp32 batch {batch}"] = {
+            "precision": "fp32",
+            "batch": batch,
+            "cavmae": one,
+            "published": {"skipped": "CUDA out of memory"},
+            "memory": {"ratio": 0.5, "bar": 0.7, "met": True},
+            "speedup": {"median": 2.0, "minimum": 1.9, "maximum": 2.1},
+        }
+    record(tmp_path, "step", results)
+    text = page(tmp_path)
+    assert "| fp32 batch 2, cavmae | 500 ms | 4 | 0.4 | 40.0% | 10.0% | 2.00 GB | 7 |" in text
+    assert "0.50 times its memory (at most 0.7: met)" in text
+    assert "fp32 batch 1, published: CUDA out of memory" in text
+    assert "over-batch-sizes.png" in text
+
+
+def test_the_training_loop_shows_each_part_beside_its_floor(tmp_path: Path) -> None:
+    shares = {"data_wait": 0.01, "forward": 0.4, "backward": 0.5, "optimizer": 0.08, "loop": 0.01}
+    one = {
+        "step": timing([2.0]),
+        "samples_per_second": 4.0,
+        "tflops": 0.9,
+        "mfu": 0.45,
+        "mfu_of_datasheet": None,
+        "shares": shares,
+        "peak_memory_bytes": 10**9,
+        "energy": {"joules_per_sample": None, "source": "nothing can be read"},
+        "parts": {
+            "decoder": {"forward": timing([0.6]) | {"flops": 10**9, "bytes": 10**8,
+                                                    "floor_seconds": 0.2}},
+            "loop": {"step": timing([0.001])},
+        },
+    }  # fmt: skip
+    machine = {"flops_per_second": 2e12, "bytes_per_second": 1e10, "datasheet": None}
+    bars = {"share of the loop": {"value": 0.02, "bar": "below 0.03", "met": True}}
+    record(tmp_path, "train", {"machine": machine, "synthetic": one, "bars": bars})
+    text = page(tmp_path)
+    assert "| synthetic | 2,000 ms | 4 | 0.9 | 45.0% | - | 1.00% | 1.00% | 1.00 GB | - |" in text
+    assert "| share of the loop | 0.02 | below 0.03 | yes |" in text
+    assert "| decoder, forward | 600 ms | 200 ms | 3.00 | 1 | 0.10 GB |" in text
+    assert "| loop | 1 ms | - | - | - | - |" in text
+    assert "Datasheet: none known. Energy: nothing can be read." in text
+    assert "a-step-by-parts-synthetic-batches.png" in text
 
 
 def test_a_soak_shows_its_verdict_and_its_picture(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tiny_run import MODEL
 
 from cavmae.benchmarks.step import SIZES
 from cavmae.benchmarks.train import main
-from cavmae.benchmarks.train_summary import ORDER, Setting, summarize
+from cavmae.benchmarks.train_summary import ORDER, Setting, Source, summarize
 from cavmae.trainer.flops import training_flops
 
 SMALL = ["--model", "tiny", "--batch", "2", "--clips", "8", "--steps", "3", "--part-steps", "2"]
@@ -70,7 +70,7 @@ def test_the_loop_is_all_but_model_loss_and_update() -> None:
 
 def test_shards_are_compared_with_synthetic_batches_and_judged_on_a_gpu_alone() -> None:
     slower = [{name: {kind: 2 * s for kind, s in one.items()} for name, one in step(0, 0).items()}]
-    both = {"synthetic": found([step(0, 0)], []), "shards": found(slower, [])}
+    both: dict[Source, Any] = {"synthetic": found([step(0, 0)], []), "shards": found(slower, [])}
     gpu = Setting(MODEL, 4, 1, "fp32", torch.device("cuda"), True)
     for place, met in ((setting(), None), (gpu, False)):
         bar = summarize(both, place, RATES)["bars"]["samples/s from shards over synthetic"]
@@ -118,7 +118,7 @@ def test_a_record_has_both_sources_and_all_parts(ranks: int, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_run_that_cannot_start_is_told_with_what_it_said(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="fewer than lanes"):
+    with pytest.raises(RuntimeError, match="fewer than the 16 lanes"):
         main([*SMALL, "--batch", "16", "--only", "synthetic", "--out", str(tmp_path)])
 
 

@@ -62,7 +62,8 @@ def test_each_part_of_a_step_takes_what_the_allocator_of_real_ranks_says(
         assert found["stays"] == pytest.approx(stays, rel=0.03), case
         most_in_passes = max(said.passes, said.reduction)  # gradients are reduced as they come
         assert found["passes"] == pytest.approx(most_in_passes, rel=0.07), case
-        assert found["update"] == pytest.approx(said.update, rel=0.03), case
+        # What was reduced may still be there when the update begins.
+        assert 0.97 * said.update < found["update"] < 1.03 * max(said.update, said.reduction), case
 
 
 def test_a_peak_is_that_of_the_largest_part_of_a_step() -> None:
@@ -102,11 +103,11 @@ def test_a_gpu_can_leave_the_optimizer_in_host_memory() -> None:
     assert "--engine.offload-optimizer" not in what_would_fit(config, SIZES, 1, limit, gpu=False)
 
 
-def test_what_is_said_at_once_is_never_less(tmp_path: Path) -> None:
+def test_what_is_said_at_once_is_never_less() -> None:
     for config in (demo(), config_of(1, "fp32", global_batch=8, micro_batch=4)):
         for dtype in ("fp32", "bf16"):
             config = dataclasses.replace(config, engine=EngineConfig(dtype=dtype))
-            counted = footprint(config, model_sizes(config, gpu=False), 1, gpu=False)
+            counted = footprint(config, model_sizes(config), 1, gpu=False)
             at_once = footprint(config, sizes_at_most(config), 1, gpu=False)
             assert counted.total <= at_once.total
             assert counted.passes <= at_once.passes

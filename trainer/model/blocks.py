@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cavmae.kernels import attention, gather_tokens
+
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
 _SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
@@ -19,8 +21,6 @@ _NORM_STREAM: dict[str, Stream] = {
     for stream, suffix in _SUFFIX.items()
     for norm in ("norm", "norm1", "norm2")
 }
-SHORT_SEQUENCE = 256
-"""Tokens up to which attention on a CPU holds its (tokens, tokens) scores."""
 
 
 class Attention(nn.Module):
@@ -32,26 +32,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """(batch, tokens, width) to the same; `lengths` are the tokens of each segment."""
+    def forward(
+        self, x: torch.Tensor, lengths: list[int], wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(batch, tokens, width) to the same, or to (batch, wanted, width); `lengths` are the
+        tokens of each segment."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, tokens, head width)
-        segments = [attend(*segment.unbind(0)) for segment in qkv.split(lengths, dim=3)]
-        mixed = segments[0] if len(segments) == 1 else torch.cat(segments, dim=2)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-
-
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention; three (batch, heads, tokens, head width) to one.
-
-    Written out for short sequences on a CPU, where torch's fused attention was the slower one in
-    bf16 and no faster in fp32 (docs/dependencies.md).
-    """
-    if query.device.type != "cpu" or query.shape[-2] > SHORT_SEQUENCE:
-        return F.scaled_dot_product_attention(query, key, value)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (..., tokens, tokens)
-    return scores.softmax(dim=-1) @ value
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.unbind(2)  # (batch, tokens, heads, head width)
+        if wanted is not None:
+            query = gather_tokens(query.flatten(2), wanted).unflatten(2, (self.heads, -1))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        mixed = attention(query, key, value, lengths)  # (batch, heads, wanted, head width)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -80,23 +73,38 @@ class Block(nn.Module):
         self.recompute = False
         """In the backward pass, instead of keeping activations from the forward pass."""
 
-    def forward(self, x: torch.Tensor, segments: dict[Stream, int] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        segments: dict[Stream, int] | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention and MLP with their norms and residuals.
 
         Args:
             x: (batch, tokens, width); with `segments`, the sequences of each sample end to end.
             segments: tokens of each packed stream, in order; None: one sequence of the joint
                 stream.
+            wanted: (batch, wanted) int64 tokens whose output is asked for, unique in a row; all
+                tokens are attended to. Only without `segments`; None: every token.
+
+        Returns:
+            (batch, tokens, width), or (batch, wanted, width).
         """
         segments = segments or {"joint": x.shape[1]}
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._forward(x, segments)
+            return self._forward(x, segments, wanted)
         # Nothing in a block is drawn at random, so no random state has to be kept.
-        return checkpoint(self._forward, x, segments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(
+            self._forward, x, segments, wanted, use_reentrant=False, preserve_rng_state=False
+        )
 
-    def _forward(self, x: torch.Tensor, segments: dict[Stream, int]) -> torch.Tensor:
+    def _forward(
+        self, x: torch.Tensor, segments: dict[Stream, int], wanted: torch.Tensor | None
+    ) -> torch.Tensor:
         lengths = list(segments.values())
-        x = x + self.attn(self._segment_norm("norm1", x, segments), lengths)
+        mixed = self.attn(self._segment_norm("norm1", x, segments), lengths, wanted)
+        x = mixed + (x if wanted is None else gather_tokens(x, wanted))
         return x + self.mlp(self._segment_norm("norm2", x, segments))
 
     def _segment_norm(

@@ -150,12 +150,17 @@ class CAVMAE(AudioVideoEncoder):
             )
         if reconstruct:
             latent = self.norm(streams["joint"])
-            tokens = self._decode(latent, audio_mask, video_mask)
             # Audio patches come before video patches, here and in what is predicted.
-            removed = [audio_mask.removed, video_mask.removed + self.config.audio_tokens]
-            predicted_audio, predicted_video = self._predict(
-                gather_tokens(tokens, torch.cat(removed, dim=1)), removed[0].shape[1]
+            removed = torch.cat(
+                [audio_mask.removed, video_mask.removed + self.config.audio_tokens], dim=1
             )
+            if predict_all:
+                every = self._decode(latent, audio_mask, video_mask)
+                tokens = gather_tokens(every, removed)
+            else:
+                every = None
+                tokens = self._decode(latent, audio_mask, video_mask, removed)
+            predicted_audio, predicted_video = self._predict(tokens, audio_mask.removed.shape[1])
             output = output._replace(
                 latent=latent,
                 reconstruction_audio=masked_reconstruction_loss(
@@ -165,8 +170,8 @@ class CAVMAE(AudioVideoEncoder):
                     predicted_video, frame, video_mask.removed, norm_pix
                 ),
             )
-            if predict_all:
-                predicted = self._predict(tokens, self.config.audio_tokens)
+            if every is not None:
+                predicted = self._predict(every, self.config.audio_tokens)
                 output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
         return output
 
@@ -201,9 +206,14 @@ class CAVMAE(AudioVideoEncoder):
         return self._predict(tokens, self.config.audio_tokens)
 
     def _decode(
-        self, latent: torch.Tensor, audio_mask: MaskIds, video_mask: MaskIds
+        self,
+        latent: torch.Tensor,
+        audio_mask: MaskIds,
+        video_mask: MaskIds,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Joint tokens to decoder tokens of every audio, then video patch, before the last norm."""
+        """Joint tokens to decoder tokens of every audio, then video patch, before the last norm;
+        with `wanted` (batch, wanted) of those patches alone."""
         x = self.decoder_embed(latent)  # (batch, kept, decoder_width)
         kept_audio, kept = audio_mask.keep.shape[1], x.shape[1]
         # Where each patch's token is in `x`; `kept` for those that were removed.
@@ -227,9 +237,10 @@ class CAVMAE(AudioVideoEncoder):
                 [m.expand(-1, count, -1) for m, count in zip(modalities, grids, strict=True)], dim=1
             ),
         )  # (batch, all tokens, decoder_width)
-        for block in self.decoder_blocks:
+        *others, last = self.decoder_blocks
+        for block in others:
             x = block(x)
-        return x
+        return last(x, wanted=wanted)
 
     def _predict(self, tokens: torch.Tensor, audio: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels of the first `audio` tokens, which are audio patches, and of the others."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cavmae.kernels import mask_ids_from_shuffle
+from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
@@ -139,6 +140,26 @@ def test_learnable_positions_get_gradients() -> None:
     assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
 
 
+def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
+    torch.manual_seed(0)
+    block = Block(16, 2)
+    x = torch.randn(3, 9, 16)
+    wanted = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
+    every = block(x)
+    some = block(x, wanted=wanted)
+    torch.testing.assert_close(some, every.gather(1, wanted[:, :, None].expand(-1, -1, 16)))
+
+
+def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
+    some, every = small_model(), small_model()
+    used_parameters(some, forward(some))
+    used_parameters(every, forward(every, predict_all=True))
+    for (name, one), other in zip(some.named_parameters(), every.parameters(), strict=True):
+        if other.grad is not None:
+            assert one.grad is not None, name
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_recomputed_blocks_give_the_same_losses_and_gradients() -> None:
     kept, recomputed = small_model(), small_model()
     recomputed.recompute_blocks()
@@ -168,13 +189,29 @@ def test_recomputed_blocks_keep_a_fraction_of_the_activations() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses_and_names() -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(recompute) -> None:
     eager, compiled = small_model(), small_model()
+    if recompute:
+        compiled.recompute_blocks()
     compiled.compile_blocks()
     assert eager.state_dict().keys() == compiled.state_dict().keys()
-    for ours, theirs in zip(forward(compiled), forward(eager), strict=True):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    outputs = forward(compiled), forward(eager)
+    for ours, theirs in zip(*outputs, strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    used = [used_parameters(*pair) for pair in zip((compiled, eager), outputs, strict=True)]
+    assert used[0] == used[1]
+    for (name, one), other in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        if other.grad is not None:
+            assert one.grad is not None, name
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    versions = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    used_parameters(compiled, forward(compiled))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == versions
 
 
 def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
