@@ -24,7 +24,7 @@ from cavmae.benchmarks.goodput import (
 )
 from cavmae.benchmarks.records import write_record
 from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.footprint import Sizes, footprint
+from cavmae.trainer.footprint import state_bytes
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.recipes import audioset_base
 from cavmae.trainer.step_time import (
@@ -222,7 +222,7 @@ def _row(
         share=values["share_of_links"],
     )
     step = step_time(config, tensors, gpus, device, links)
-    state = footprint(config, Sizes(tensors, activations_per_sample=0), gpus)
+    state = state_bytes(config, tensors, gpus)
     failures = Failures(
         seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
         recovery_seconds=values["restart_seconds"] + values["node_seconds"],

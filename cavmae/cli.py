@@ -52,6 +52,8 @@ BENCHMARKS = {
     "scaling": ("cavmae.benchmarks.scaling", "A step on 1 to 4,096 GPUs, computed."),
     "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
     "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
+    "memory": ("cavmae.benchmarks.memory", "What a run is said to take, and what it takes."),
+    "autotune": ("cavmae.benchmarks.autotune", "The fields with which a run is fastest here."),
     "all": ("cavmae.benchmarks.suite", "What this machine can measure within a time."),
     "compare": ("cavmae.benchmarks.compare", "What became slower from one record to another."),
     "report": ("cavmae.benchmarks.report", "The newest records as a page with plots."),

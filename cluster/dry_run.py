@@ -22,6 +22,14 @@ from cavmae.trainer.step_time import (
 from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
 
 _NODES_SHOWN = 8
+_MEMORY = {
+    "clips": "clips, decoded ahead too",
+    "passes": "then: forward and backward pass",
+    "reduction": "  or: gradients summed over ranks",
+    "update": "  or: update of the weights",
+    "allowance": "allowance for libraries and fragments",
+}
+"""How the parts of a footprint are shown: of those of a step, one at a time."""
 
 
 def dry_run(config: RayRunConfig) -> int:
@@ -47,13 +55,14 @@ def dry_run(config: RayRunConfig) -> int:
         samples=config.lanes or default_lanes(config.global_batch),  # the set is not looked at
         threads=config.threads_per_rank or cluster.cpus_per_worker,
     )
+    gpu = cluster.gpus_per_worker > 0
     sizes = model_sizes(config)
-    needed = footprint(config, sizes, cluster.workers)
+    needed = footprint(config, sizes, cluster.workers, gpu=gpu)
     times = config.global_batch // cluster.workers // config.micro_batch
     table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")
     for name, value in dataclasses.asdict(needed).items():
-        table.add_row(name, f"{value / 1e9:.2f}")
-    table.add_row("with an allowance for CUDA, NCCL and DALI", f"{needed.total / 1e9:.2f}")
+        table.add_row(_MEMORY.get(name, name), f"{value / 1e9:.2f}")
+    table.add_row(f"all, at the peak ({needed.peak_part})", f"{needed.total / 1e9:.2f}")
     found = collectives(config, sizes.tensors, cluster.workers)
     sent = sent_by_purpose(found, cluster.workers)
     for name, value in sent.items():
@@ -70,7 +79,7 @@ def dry_run(config: RayRunConfig) -> int:
         console.print(line)
     limit = int(cluster.memory_gb_per_worker * 1e9)
     if limit and needed.total > limit:
-        changes = list(what_would_fit(config, sizes, cluster.workers, limit))
+        changes = list(what_would_fit(config, sizes, cluster.workers, limit, gpu=gpu))
         raise ValueError(
             f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "
             f"{cluster.memory_gb_per_worker:g}; "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import knobs
 
 Backend = Literal["torch", "triton"]
@@ -81,12 +82,21 @@ def check_floats(**tensors: torch.Tensor) -> None:
             )
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at the values of a tensor.
+
+    On a GPU that would stop the stream. While a graph is compiled or exported, or memory is counted
+    on fake tensors, there are none.
+    """
+    there = tensor.device.type == "cpu" and tensor.numel() > 0
+    return there and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
+
+
 def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:
     """Refuse ids that can't be ids of `limit` patches.
 
-    Values are looked at on a CPU only: on a GPU that would stop the stream. There the kernels give
-    NaN for an id out of range, which no update gets past. While a graph is compiled or exported
-    there are no values yet.
+    Values are looked at where `has_values` finds some. On a GPU the kernels give NaN for an id out
+    of range, which no update gets past.
 
     Raises:
         ValueError: names the argument and what is wrong with it.
@@ -95,7 +105,7 @@ def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; it has to be ({batch}, count)")
     if ids.dtype != torch.int64:
         raise ValueError(f"{name} is {ids.dtype}; it has to be int64")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if has_values(ids):
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= limit:
             raise ValueError(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from cavmae.kernels.backend import Backend, check_floats, choose_backend, jit
+from cavmae.kernels.backend import Backend, check_floats, choose_backend, has_values, jit
 from cavmae.kernels.gather import row_tile
 
 BATCH_PARTS = 8
@@ -76,7 +76,7 @@ def _check_shapes(
     tokens = restore_ids.shape[1]
     if kept > tokens:
         raise ValueError(f"x has {kept} kept tokens and restore_ids only {tokens} in all")
-    if restore_ids.device.type == "cpu" and restore_ids.numel() and int(restore_ids.min()) < 0:
+    if has_values(restore_ids) and int(restore_ids.min()) < 0:
         raise ValueError(f"restore_ids holds {int(restore_ids.min())}; places go from 0")
     allowed = {
         "mask_token": (mask_token, ((1, 1, width),)),

@@ -241,6 +241,22 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps on every rank, for https://ui.perfetto.dev."""
+
+    steps: int = 0
+    """Optimizer steps that are traced in each start; 0: none, which costs nothing."""
+    after_steps: int = 10
+    """Optimizer steps of a start that go before them, for warm-up."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"profile.steps is {self.steps}; use 0 (none) or more")
+        if self.after_steps < 1:
+            raise ValueError(f"profile.after_steps is {self.after_steps}; use 1 or more")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What every run has, whatever it trains.
 
@@ -288,6 +304,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "micro_batch"):

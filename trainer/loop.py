@@ -13,9 +13,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.engine import Engine
+from cavmae.trainer.profiling import StepProfile
 from cavmae.trainer.stopping import StopRequest
 from cavmae.trainer.stragglers import OwnTime, StragglerReport
 from cavmae.trainer.watchdog import Watchdog
@@ -103,6 +105,7 @@ def train(
     own_time: OwnTime,
     stragglers: StragglerReport,
     watchdog: Watchdog,
+    profile: StepProfile,
     device: torch.device,
 ) -> LoopOutcome:
     """Train from `start_step` to `steps`, or until a rank is asked to leave; all ranks call it.
@@ -122,23 +125,28 @@ def train(
     step, save_again = start_step, -1
     if step >= steps:  # killed after its last checkpoint: the scores are still to be told
         evaluate(step)
-    with stop, closing(watchdog):
+    with stop, closing(watchdog), closing(profile):
         while step < steps:
             watchdog.step()
             own_time.step()
-            parts = [next(batches).to(device) for _ in range(accumulation)]
+            with record_function("data wait"):
+                parts = [next(batches).to(device) for _ in range(accumulation)]
             own_time.batch_is_there()
             if engine.zero_stage == 3:
                 own_time.meets_others()
-            task.begin_step(engine, parts)
+            with record_function("begin step"):
+                task.begin_step(engine, parts)
             for index, part in enumerate(parts):
-                loss = task.loss(engine, part)
+                with record_function("forward"):
+                    loss = task.loss(engine, part)
                 own_time.meets_others()
-                engine.backward(loss)
-                if index + 1 < len(parts):
-                    engine.count_micro_batch()
+                with record_function("backward"):
+                    engine.backward(loss)
+                    if index + 1 < len(parts):
+                        engine.count_micro_batch()
             rate = learning_rate(step)
-            update = engine.update(rate)
+            with record_function("update"):
+                update = engine.update(rate)
             step += 1
 
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
@@ -193,14 +201,15 @@ def train(
             if stops and not last and step % evaluate_every == 0:
                 log.warning("the evaluation of step %d is left out", step)
             elif step % evaluate_every == 0 or last:
-                with watchdog.pause():
+                with watchdog.pause(), record_function("evaluation"):
                     evaluate(step)
             if step % save_every == 0 or step == save_again or last or stops:
                 if skipped_in_a_row and not (last or stops):
                     save_again = step + 1
                 else:
-                    with watchdog.pause():
+                    with watchdog.pause(), record_function("checkpoint"):
                         saver.begin(step)
+            profile.step()
             if last or stops:
                 with watchdog.pause():
                     _commit_last(saver, step)

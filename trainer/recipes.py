@@ -3,6 +3,7 @@
 Every field can be overridden on the command line: `cavmae pretrain RECIPE --field value`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from cavmae.dataloaders.config import Augmentation, DataConfig
@@ -116,6 +117,45 @@ def audioset_base() -> PretrainConfig:
     )
 
 
+def audioset_large() -> PretrainConfig:
+    """ViT-L encoders: 24 layers of width 1,024, the last one shared; the decoder of the base model.
+
+    `deepspeed --module cavmae.trainer.pretrain audioset_large --data.train SHARDS/frames`.
+    619 M parameters. Nobody has trained it: a few steps on a CPU are all that was run. Learning
+    rate and batch are those of `audioset_base`, as masked autoencoders of both sizes were trained
+    alike (He et al., 2022, appendix A.1).
+    """
+    return dataclasses.replace(
+        audioset_base(),
+        run_dir="runs/audioset_large",
+        model=ModelConfig(width=1024, modality_depth=23, joint_depth=1, heads=16),
+    )
+
+
+def audioset_huge() -> PretrainConfig:
+    """ViT-H encoders: 32 layers of width 1,280, the last one shared; the decoder of the base model.
+
+    `deepspeed --module cavmae.trainer.pretrain audioset_huge --data.train SHARDS/frames`.
+    1.27 billion parameters, so ZeRO 3 shares them out. Nobody has trained it. Patches stay 16 x 16:
+    those of the published ViT-H are 14 x 14, which do not divide a spectrogram of 128 bins, nor the
+    512 places that its position table has.
+    """
+    return dataclasses.replace(
+        audioset_base(),
+        run_dir="runs/audioset_huge",
+        model=ModelConfig(width=1280, modality_depth=31, joint_depth=1, heads=16),
+        engine=EngineConfig(zero_stage=3, clip_gradient_norm=1.0),
+    )
+
+
 PRETRAIN_RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    recipe.__name__: recipe for recipe in (demo, paper_audioset, paper_vggsound, audioset_base)
+    recipe.__name__: recipe
+    for recipe in (
+        demo,
+        paper_audioset,
+        paper_vggsound,
+        audioset_base,
+        audioset_large,
+        audioset_huge,
+    )
 }

@@ -23,6 +23,7 @@ from cavmae.trainer.run_folder import write_json
 if TYPE_CHECKING:  # torch comes after the threads are set
     import torch
 
+    from cavmae.dataloaders.shards import ShardSet
     from cavmae.trainer.checkpoint_store import Store
     from cavmae.trainer.finetuning import Finetuning
     from cavmae.trainer.pretraining import Pretraining
@@ -69,38 +70,24 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
         notice: of the starter: why to save and leave, or an empty text. Asked at each step.
 
     Raises:
-        ValueError: the data, the rank count or the run folder does not fit the configuration.
+        ValueError: the data, the rank count, the run folder or the memory does not fit the
+            configuration.
         OSError: data can't be read or the run folder can't be written.
         NonFiniteError: too many updates in a row were not finite.
     """
     ranks = ranks_from_environment()
     threads = limit_threads(config.threads_per_rank, ranks)
     # torch and what needs it come after the threads are set.
-    import torch
-    import torch.distributed as dist
-
-    from cavmae.dataloaders.batch import ClipShape
-    from cavmae.dataloaders.loader import TrainLoader
     from cavmae.dataloaders.shards import ShardSet
     from cavmae.trainer.agreement import on_first_rank
-    from cavmae.trainer.averaging import EpochWeights
-    from cavmae.trainer.checkpoint import RunState, checkpoint_folder
-    from cavmae.trainer.checkpoint_reader import load_newest
+    from cavmae.trainer.checkpoint import checkpoint_folder
     from cavmae.trainer.checkpoint_store import open_store
-    from cavmae.trainer.checkpoint_writer import CheckpointWriter
-    from cavmae.trainer.engine import Engine, start_process_group
-    from cavmae.trainer.held_out import HeldOut
-    from cavmae.trainer.loop import train
+    from cavmae.trainer.engine import start_process_group
     from cavmae.trainer.opening import open_run_folder
-    from cavmae.trainer.report import RunReport
+    from cavmae.trainer.out_of_memory import check_memory, machine_memory, out_of_memory_told
     from cavmae.trainer.resolve import resolve
-    from cavmae.trainer.schedule import learning_rate
-    from cavmae.trainer.stopping import StopRequest, withdraw_request
-    from cavmae.trainer.stragglers import OwnTime, StragglerReport
-    from cavmae.trainer.watchdog import Watchdog
 
     log_to_stderr(ranks.rank)
-    # Build.
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     train_set = ShardSet(config.data.train_folders, config.data.cache)
@@ -112,7 +99,42 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     run_dir = Path(asked.run_dir)
     config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
+    if device.type == "cpu":
+        on_first_rank(lambda: check_memory(config, ranks, machine_memory()))
+    with out_of_memory_told(config, run_dir, ranks, device):
+        return _train(config, notice, ranks, device, run_dir, store, train_set)
 
+
+def _train(
+    config: RunConfig,
+    notice: Callable[[], str],
+    ranks: Ranks,
+    device: "torch.device",
+    run_dir: Path,
+    store: "Store",
+    train_set: "ShardSet",
+) -> RunSummary:
+    """The run, once it is known what it is and where."""
+    import torch
+    import torch.distributed as dist
+
+    from cavmae.dataloaders.batch import ClipShape
+    from cavmae.dataloaders.loader import TrainLoader
+    from cavmae.trainer.averaging import EpochWeights
+    from cavmae.trainer.checkpoint import RunState
+    from cavmae.trainer.checkpoint_reader import load_newest
+    from cavmae.trainer.checkpoint_writer import CheckpointWriter
+    from cavmae.trainer.engine import Engine
+    from cavmae.trainer.held_out import HeldOut
+    from cavmae.trainer.loop import train
+    from cavmae.trainer.profiling import StepProfile
+    from cavmae.trainer.report import RunReport
+    from cavmae.trainer.schedule import learning_rate
+    from cavmae.trainer.stopping import StopRequest, withdraw_request
+    from cavmae.trainer.stragglers import OwnTime, StragglerReport
+    from cavmae.trainer.watchdog import Watchdog
+
+    # Build.
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -231,6 +253,13 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
             own_time=own_time,
             stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
+            profile=StepProfile(
+                config.profile,
+                run_dir / "profile",
+                rank=ranks.rank,
+                start_step=start_step,
+                device=device,
+            ),
             device=device,
         )
         weights = {}

@@ -1,0 +1,81 @@
+"""What passes are said to keep is what the allocator gives to a real forward and backward pass."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import MODEL
+from torch.profiler import ProfilerActivity, profile
+
+from cavmae.trainer.activations import count_passes
+from cavmae.trainer.config import EngineConfig, LossConfig, PretrainConfig
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.masking import random_masks
+
+SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64, decoder_depth=2)
+
+
+def config_of(**engine: Any) -> PretrainConfig:
+    return PretrainConfig(
+        global_batch=64, micro_batch=16, model=SHAPE, engine=EngineConfig(**engine)
+    )
+
+
+def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
+    """Most bytes of a real forward and backward pass; gradients stay in the parameters."""
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    model = CAVMAE(SHAPE).to(dtype)
+    model.freeze_unused(reconstruct=True, contrast=True)
+    if config.engine.activation_checkpointing:
+        model.recompute_blocks()
+    masks = random_masks(SHAPE, torch.arange(samples), seed=0, audio_ratio=0.75, video_ratio=0.75)
+    log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
+    frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = model(log_mel, frame, *masks)
+        loss = output.reconstruction_audio + output.reconstruction_video
+        (loss + (output.audio_embedding * output.video_embedding).sum()).backward()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
+    alive = most = 0
+    for _, change in changes:
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("samples", [4, 32])
+def test_counted_is_what_the_allocator_gave(
+    samples: int, dtype: str, activation_checkpointing: bool
+) -> None:
+    config = config_of(dtype=dtype, activation_checkpointing=activation_checkpointing)
+    counted = count_passes(config).peak(samples, gradients_stay=True)
+    assert counted == pytest.approx(peak_of_the_allocator(config, samples), rel=0.1)
+
+
+def test_gradients_that_go_elsewhere_are_not_in_the_peak() -> None:
+    passes = count_passes(config_of(dtype="fp32"))
+    assert passes.peak(1, gradients_stay=False) < passes.peak(1, gradients_stay=True)
+    model = CAVMAE(SHAPE)
+    model.freeze_unused(reconstruct=True, contrast=True)
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    assert passes.gradients[-1] == 4 * trained
+
+
+def test_recomputed_blocks_keep_less() -> None:
+    whole, less = (
+        count_passes(config_of(dtype="fp32", activation_checkpointing=on)) for on in (False, True)
+    )
+    assert less.peak(64, gradients_stay=False) < 0.6 * whole.peak(64, gradients_stay=False)
+
+
+def test_a_loss_that_is_left_out_takes_nothing() -> None:
+    config = config_of(dtype="fp32")
+    alone = dataclasses.replace(config, loss=LossConfig(reconstruction_weight=0))
+    whole, less = (count_passes(one) for one in (config, alone))
+    assert less.per_sample.max() < 0.5 * whole.per_sample.max()
+    assert less.gradients[-1] < whole.gradients[-1]

@@ -1,0 +1,137 @@
+"""A run that needs more memory than there is says so, with what would fit."""
+
+import dataclasses
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT
+from tiny_run import MODEL, tiny_finetuning, tiny_run
+
+from cavmae.trainer.config import EngineConfig, PretrainConfig
+from cavmae.trainer.out_of_memory import (
+    Memory,
+    OutOfMemory,
+    check_memory,
+    is_out_of_memory,
+    machine_memory,
+    out_of_memory_told,
+)
+from cavmae.trainer.ranks import Ranks
+from cavmae.trainer.run_folder import save_config
+
+CHILD = Path(__file__).with_name("short_of_memory.py")
+ALONE, TWO = Ranks(0, 1, 0, 1), Ranks(0, 2, 0, 2)
+CPU = torch.device("cpu")
+BASE = PretrainConfig(
+    global_batch=256, micro_batch=128, lanes=64, engine=EngineConfig(zero_stage=1, dtype="bf16")
+)
+GB = 10**9
+
+
+@pytest.mark.slow
+def test_a_run_whose_allocation_fails_ends_with_one_line_of_advice(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(MODEL, width=256, decoder_width=256)
+    config = tiny_run(
+        packed_synthetic, tmp_path / "run", global_batch=512, micro_batch=256, lanes=8, model=model
+    )
+    save_config(config, tmp_path / "config.json")
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(tmp_path / "config.json")],
+        # glibc gives memory back at once, so that a step has to ask for it anew.
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    last = done.stderr.splitlines()[-1]
+    assert re.match(
+        r"error: rank 0 ran out of CPU memory: a step takes \d\.\d GB at its peak \(passes\) of "
+        r".* GB; what fits: --micro-batch \d+",
+        last,
+    ), done.stderr[-3000:]
+
+
+def test_ranks_that_need_more_than_the_machine_has_are_refused() -> None:
+    with pytest.raises(
+        OutOfMemory,
+        match=r"1 ranks take 2\d\.\d GB at the peak of a step \(passes\) and this machine has "
+        r"16\.0 GB; what fits: --micro-batch \d+ or --engine.activation-checkpointing",
+    ):
+        check_memory(BASE, ALONE, Memory(16 * GB, 15 * GB))
+
+
+def test_ranks_of_one_machine_share_its_memory() -> None:
+    check_memory(BASE, ALONE, Memory(40 * GB, 39 * GB))
+    with pytest.raises(OutOfMemory, match="2 ranks take"):
+        check_memory(BASE, TWO, Memory(40 * GB, 39 * GB))
+
+
+def test_what_others_use_is_a_warning_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_memory(BASE, ALONE, Memory(64 * GB, 20 * GB))
+    assert re.search(r"1 ranks take .* and 20\.0 GB are free.*what fits: --micro-b", caplog.text)
+
+
+def test_a_run_that_surely_fits_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("cavmae.trainer.out_of_memory.model_sizes")
+    check_memory(dataclasses.replace(BASE, model=MODEL), TWO, Memory(16 * GB, 15 * GB))
+
+
+def test_the_memory_is_that_of_the_control_group(tmp_path: Path) -> None:
+    for folder in ("proc", "sys/fs/cgroup/memory"):
+        (tmp_path / folder).mkdir(parents=True)
+    meminfo = "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable: 6000 kB\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (group / "memory/memory.usage_in_bytes").write_text("4096\n")
+    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
+    (group / "memory.max").write_text("max\n")
+    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
+    (group / "memory.max").write_text("4000000\n")
+    (group / "memory.current").write_text("1000000\n")
+    assert machine_memory(tmp_path) == Memory(4_000_000, 3_000_000)
+
+
+def test_this_machine_has_memory() -> None:
+    memory = machine_memory()
+    assert 0 < memory.available <= memory.total
+
+
+def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(failure.value)
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(other.value)
+
+
+def test_fine_tuning_is_told_which_fields_help(tmp_path: Path) -> None:
+    config = tiny_finetuning(tmp_path, tmp_path / "run")
+    with (
+        pytest.raises(
+            OutOfMemory, match=r"micro_batch 4; lower --micro-batch, raise --engine.zero"
+        ),
+        out_of_memory_told(config, tmp_path, ALONE, CPU),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, tmp_path / "run")
+    with (
+        pytest.raises(RuntimeError, match="unrelated"),
+        out_of_memory_told(config, tmp_path, ALONE, CPU),
+    ):
+        raise RuntimeError("unrelated")

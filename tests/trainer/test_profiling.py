@@ -1,0 +1,75 @@
+"""A profiled run leaves a trace of the steps that were asked for, and nothing else changes."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starts import Start
+from tiny_run import losses, tiny_finetuning, tiny_run
+
+from cavmae.trainer.config import ProfileConfig, RunConfig
+
+PARTS = ("data wait", "begin step", "forward", "backward", "update")
+
+
+def trace(path: Path) -> list[dict[str, Any]]:
+    return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+
+
+def names(path: Path) -> list[str]:
+    return [event.get("name", "") for event in trace(path)]
+
+
+@pytest.mark.slow
+def test_each_rank_traces_the_steps_and_their_parts(packed_synthetic: Path, tmp_path: Path) -> None:
+    plain = tiny_run(packed_synthetic, tmp_path / "plain")
+    profiled = tiny_run(
+        packed_synthetic, tmp_path / "run", profile=ProfileConfig(steps=2, after_steps=4)
+    )
+    Start(plain, 2, tmp_path).finish()
+    text = Start(profiled, 2, tmp_path).finish()
+    assert not (tmp_path / "plain/profile").exists()
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    for rank in (0, 1):
+        path = tmp_path / f"run/profile/step-000000004-rank-{rank}.json.gz"
+        assert str(path) in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
+        found = names(path)
+        assert [found.count(f"ProfilerStep#{step}") > 0 for step in range(3, 7)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
+        assert all(found.count(part) >= 2 for part in PARTS)
+    assert "https://ui.perfetto.dev" in text
+    assert "what took most of their time" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny_run, tiny_finetuning])
+def test_a_start_that_goes_on_traces_its_own_steps(
+    make: Any, packed_synthetic: Path, tmp_path: Path
+) -> None:
+    config: RunConfig = make(packed_synthetic, tmp_path / "run", steps=5)
+    Start(config, 1, tmp_path).finish()
+    profile = ProfileConfig(steps=1, after_steps=2)
+    Start(make(packed_synthetic, tmp_path / "run", steps=10, profile=profile), 1, tmp_path).finish()
+    assert "forward" in names(tmp_path / "run/profile/step-000000007-rank-0.json.gz")
+
+
+@pytest.mark.slow
+def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path) -> None:
+    profile = ProfileConfig(steps=2, after_steps=30)
+    text = Start(
+        tiny_run(packed_synthetic, tmp_path / "run", steps=3, profile=profile), 1, tmp_path
+    ).finish()
+    assert "profile.after_steps is 30, which this start did not reach" in text
+    assert not (tmp_path / "run/profile").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", -1), ("after_steps", 0)])
+def test_fields_out_of_range_are_refused(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"profile\.{field} is {value}"):
+        ProfileConfig(**{field: value})

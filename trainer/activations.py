@@ -1,0 +1,185 @@
+"""What a forward and a backward pass keep in memory, counted on tensors that have no values.
+
+torch's fake tensors go through the model as real ones on a CPU do, in seconds and without the
+memory, whatever the size of the model; attention holds no scores there, as on a GPU. Every storage
+is counted from the operation that makes it to the moment nobody refers to it, so what is counted is
+the allocator's truth up to what operations take inside of themselves. Bytes grow linearly with the
+samples at each operation; two passes of different batches give all others.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.masking import random_masks
+
+_SAMPLES = (2, 3)
+"""Of the two passes; a batch of one is a special case to some operations."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes that are alive after each operation of a forward and a backward pass.
+
+    Attributes:
+        fixed, per_sample: (operations,) activations, and what operations hand to each other.
+        gradients: (operations,) of parameters, as they come.
+    """
+
+    fixed: np.ndarray
+    per_sample: np.ndarray
+    gradients: np.ndarray
+
+    def peak(self, samples: int, *, gradients_stay: bool) -> int:
+        """Most bytes at once.
+
+        Args:
+            samples: of a micro-batch.
+            gradients_stay: whether each gradient stays where autograd leaves it, as opposed to
+                going into a bucket that is there already.
+        """
+        alive = self.fixed + samples * self.per_sample
+        return int((alive + self.gradients if gradients_stay else alive).max())
+
+
+def count_passes(config: PretrainConfig) -> Passes:
+    """Of a micro-batch of the run; takes seconds.
+
+    Args:
+        config: `engine.dtype` is bf16 or fp32.
+    """
+    few, more = (_count(config, samples) for samples in _SAMPLES)
+    assert len(few.alive) == len(more.alive), "the operations do not depend on the batch"
+    alive = np.array([few.alive, more.alive], dtype=np.float64)
+    per_sample = (alive[1] - alive[0]) / (_SAMPLES[1] - _SAMPLES[0])
+    gradients = np.array(few.gradients, dtype=np.float64)
+    return Passes(alive[0] - _SAMPLES[0] * per_sample, per_sample, gradients)
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of the storages made since it was entered.
+
+    Attributes:
+        alive: after each operation, gradients left out.
+        gradients: after each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[int] = []
+        self.gradients: list[int] = []
+        self._alive = self._gradients = 0
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        self.note()
+        return result
+
+    def note(self) -> None:
+        """What is alive now."""
+        self.alive.append(self._alive)
+        self.gradients.append(self._gradients)
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Something that was there before."""
+        self._known[tensor.untyped_storage()] = 0
+
+    def gradient_is_there(self, parameter: torch.Tensor) -> None:
+        """Autograd leaves one in a parameter, where it stays."""
+        assert parameter.grad is not None
+        size = self._known[parameter.grad.untyped_storage()]
+        self._alive -= size
+        self._gradients += size
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known[storage] = storage.nbytes()
+            self._alive += storage.nbytes()
+            weakref.finalize(storage, self._remove, storage.nbytes())
+
+    def _remove(self, size: int) -> None:
+        self._alive -= size
+
+
+def _count(config: PretrainConfig, samples: int) -> _Count:
+    shape, dtype = config.model, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    losses = {
+        "reconstruct": config.loss.reconstruction_weight > 0,
+        "contrast": config.loss.contrastive_weight > 0,
+    }
+    with torch.device("meta"):
+        model = CAVMAE(shape)
+    model.freeze_unused(**losses)
+    if config.engine.activation_checkpointing:
+        model.recompute_blocks()
+    count = _Count()
+    with FakeTensorMode():
+        for name, one in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
+            setattr(model.get_submodule(owner), leaf, weight)
+            count.leave_out(weight)
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(count.gradient_is_there)
+        masks = random_masks(
+            shape,
+            torch.arange(samples),
+            seed=0,
+            audio_ratio=config.mask.audio_ratio,
+            video_ratio=config.mask.video_ratio,
+            audio_mode=config.mask.audio_mode,
+        )
+        inputs = (
+            torch.empty(samples, shape.audio_frames, shape.mel_bins),
+            torch.empty(samples, 3, shape.image_size, shape.image_size),
+        )
+        for tensor in inputs:
+            count.leave_out(tensor)
+        with count:
+            output = model(*inputs, *masks, **losses, norm_pix=config.loss.norm_pix)
+            loss = torch.zeros(())
+            if losses["reconstruct"]:
+                loss = loss + output.reconstruction_audio + output.reconstruction_video
+            if losses["contrast"]:
+                loss = loss + (output.audio_embedding * output.video_embedding).sum()
+            loss.backward()
+        count.note()  # the last gradient has come after the last operation
+    return count
+
+
+def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
+    """What `count_passes` finds is less than this, which takes no time.
+
+    A block keeps less than 40 values for each channel of a token; what is not in a block is less
+    than 16 values a pixel.
+
+    Args:
+        config: `engine.dtype` is bf16 or fp32.
+        gradient_bytes: of all parameters that are trained.
+    """
+    shape, mask = config.model, config.mask
+    audio = int(shape.audio_tokens * (1 - mask.audio_ratio)) + 1
+    video = int(shape.video_tokens * (1 - mask.video_ratio)) + 1
+    everything = shape.audio_tokens + shape.video_tokens
+
+    encoders = (shape.modality_depth + 2 * shape.joint_depth) * (audio + video) * shape.width
+    decoder = shape.decoder_depth * everything * shape.decoder_width
+    pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
+    element = 2 if config.engine.dtype == "bf16" else 4
+    per_sample = element * 40 * (encoders + decoder) + 4 * pixels
+    return Passes(np.zeros(1), np.array([per_sample]), np.array([gradient_bytes]))

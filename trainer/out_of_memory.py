@@ -1,0 +1,183 @@
+"""When memory does not suffice: told before the first step where that can be known, else with what
+would fit.
+
+A CPU rank that takes more than there is gets no error but SIGKILL, from the kernel, so it is
+compared with the machine's memory first. On a GPU an allocation fails; the run ends with one line
+that has the numbers, and leaves a snapshot of what was allocated.
+"""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.footprint import (
+    Sizes,
+    footprint,
+    model_sizes,
+    sizes_at_most,
+    what_would_fit,
+)
+from cavmae.trainer.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+_HISTORY_ENTRIES = 100_000
+RAN_OUT = "ran out of"
+"""What the line of a run that ended so has."""
+_CPU_FAILURES = ("can't allocate memory", "std::bad_alloc", "out of memory")
+
+
+class OutOfMemory(ValueError):
+    """A run needs more memory than there is; a repetition can't mend it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a machine, or of the control group that this process is in.
+
+    Attributes:
+        total: that there are.
+        available: that nobody uses now.
+    """
+
+    total: int
+    available: int
+
+
+def machine_memory(root: Path = Path("/")) -> Memory:
+    """As Linux tells it.
+
+    Args:
+        root: above `proc` and `sys`.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    found = {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
+    }
+    total, available = found["MemTotal"], found["MemAvailable"]
+    groups = (("memory.max", "memory.current"),)
+    groups += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),)  # version 1
+    for limit_file, used_file in groups:
+        limit = root / "sys/fs/cgroup" / limit_file
+        if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
+            total = int(text)
+            used = int((root / "sys/fs/cgroup" / used_file).read_text())
+            available = min(available, max(0, total - used))
+    return Memory(total, available)
+
+
+def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
+    """Compare a run of CPU ranks with the memory of their machine; says nothing of fine-tuning.
+
+    Args:
+        config: resolved.
+        ranks: those of this machine share its memory.
+        memory: of this machine.
+
+    Raises:
+        OutOfMemory: the tensors of this machine's ranks alone are more than there is, with what
+            would fit.
+    """
+    if not isinstance(config, PretrainConfig):
+        return
+    here = ranks.local_world_size
+    at_most = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
+    if here * at_most.total <= memory.available:
+        return  # nothing has to be counted, which takes seconds
+    sizes = model_sizes(config)
+    needed = footprint(config, sizes, ranks.world_size, gpu=False)
+    if here * needed.tensors > memory.total:
+        raise OutOfMemory(
+            f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
+            f"({needed.peak_part}) and this machine has {_gigabytes(memory.total)}; "
+            + _advice(config, sizes, ranks, memory.total // here, gpu=False)
+        )
+    if here * needed.total > memory.available:
+        log.warning(
+            "%d ranks take %s at the peak of a step (%s) and %s are free: the kernel may end them; "
+            "%s",
+            here,
+            _gigabytes(here * needed.total),
+            needed.peak_part,
+            _gigabytes(memory.available),
+            _advice(config, sizes, ranks, memory.available // here, gpu=False),
+        )
+
+
+@contextmanager
+def out_of_memory_told(
+    config: RunConfig, run_dir: Path, ranks: Ranks, device: torch.device
+) -> Iterator[None]:
+    """What ends for want of memory ends with advice.
+
+    On a GPU `out-of-memory/rank-N.pickle` of the run folder then has what was allocated, with the
+    history of allocations where steps are profiled: it costs microseconds for each of them.
+
+    Raises:
+        OutOfMemory: an allocation failed, here or in a library.
+    """
+    cuda = device.type == "cuda"
+    if cuda and config.profile.steps:
+        torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        snapshot = ""
+        if cuda:
+            path = run_dir / "out-of-memory" / f"rank-{ranks.rank}.pickle"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(path))
+            snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
+        log.error("rank %d: %s", ranks.rank, error)
+        traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
+        raise OutOfMemory(_what_now(config, ranks, device) + snapshot) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, of Python, of torch or inside of a library."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_FAILURES)
+
+
+def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
+    """The run's one line: what it takes, what there is, what would fit."""
+    gpu = device.type == "cuda"
+    if gpu:
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = machine_memory().total // ranks.local_world_size
+    began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
+    if not isinstance(config, PretrainConfig):
+        return (
+            f"{began} with micro_batch {config.micro_batch}; lower --micro-batch, raise "
+            f"--engine.zero-stage (it is {config.engine.zero_stage}), or set "
+            "--engine.activation-checkpointing"
+        )
+    sizes = model_sizes(config)
+    needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
+    # It did not fit, whatever was said of it: what is advised has to take clearly less.
+    limit = min(there, int(0.9 * needed.total))
+    return (
+        f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
+        f"{_gigabytes(there)}; " + _advice(config, sizes, ranks, limit, gpu=gpu)
+    )
+
+
+def _advice(config: PretrainConfig, sizes: Sizes, ranks: Ranks, limit: int, *, gpu: bool) -> str:
+    changes = list(what_would_fit(config, sizes, ranks.world_size, limit, gpu=gpu))
+    if not changes:
+        return "no other split of it fits: use more ranks, or a smaller model"
+    return f"what fits: {' or '.join(changes)}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,106 @@
+"""A trace of some steps: what the processor and the GPU did, by torch's profiler.
+
+Every rank writes its own, so that one sees who waits for whom. Nothing is recorded outside of the
+steps that were asked for.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from cavmae.trainer.config import ProfileConfig
+
+log = logging.getLogger(__name__)
+
+OPERATORS_SHOWN = 8
+
+
+class StepProfile:
+    """Traces the steps that `config` names, counted from this start's first.
+
+    Args:
+        config: which steps; none by default.
+        folder: gets the traces.
+        rank: this one.
+        start_step: optimizer steps done before this start.
+        device: this rank's device.
+    """
+
+    def __init__(
+        self,
+        config: ProfileConfig,
+        folder: Path,
+        *,
+        rank: int,
+        start_step: int,
+        device: torch.device,
+    ) -> None:
+        self._config, self._device = config, device
+        first = start_step + config.after_steps
+        self._path = folder / f"step-{first:09d}-rank-{rank}.json.gz"
+        self._profiler: profile | None = None
+        self._written = False
+        if config.steps:
+            # Kineto, torch's recorder, would print its own comings and goings.
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+            activities = [ProfilerActivity.CPU]
+            if device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profiler = profile(
+                activities=activities,
+                # The step before the first is traced and thrown away: tracing has to warm up too.
+                schedule=schedule(
+                    wait=config.after_steps - 1, warmup=1, active=config.steps, repeat=1
+                ),
+                on_trace_ready=self._write,
+                profile_memory=True,
+            )
+            self._profiler.start()
+
+    def step(self) -> None:
+        """Note that a step is done."""
+        if self._profiler is not None:
+            self._profiler.step()
+            if self._written:
+                self._profiler = None
+
+    def close(self) -> None:
+        """Write what there is of a trace that was not finished."""
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        if not self._written:
+            log.warning(
+                "profile.after_steps is %d, which this start did not reach: there is no trace",
+                self._config.after_steps,
+            )
+        self._profiler = None
+
+    def _write(self, profiler: profile) -> None:
+        self._written = True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial.gz")
+        profiler.export_chrome_trace(str(partial))
+        partial.replace(self._path)
+        log.info(
+            "trace of steps: %s, and one for each rank; open it at https://ui.perfetto.dev, in the "
+            "browser alone",
+            self._path,
+        )
+        log.info("what took most of their time:\n%s", _operators(profiler, self._device))
+
+
+def _operators(profiler: profile, device: torch.device) -> str:
+    """The operators that took most time of their own on the device, a line each."""
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = [one for one in profiler.key_averages() if not one.key.startswith("ProfilerStep")]
+    total = sum(getattr(one, name) for one in found) or 1.0
+    found.sort(key=lambda one: getattr(one, name), reverse=True)
+    return "\n".join(
+        f"  {getattr(one, name) / total:6.1%} {getattr(one, name) / 1e3:10.1f} ms "
+        f"{one.count:7d} times  {one.key}"
+        for one in found[:OPERATORS_SHOWN]
+    )
