@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -102,7 +103,7 @@ def _row(case: Case, folder: Path) -> dict[str, object]:
     }
 
 
-def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, object]:
+def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     save_config(config, folder / "config.json")
     words = (str(folder / "config.json"), str(folder / "found.json"))
