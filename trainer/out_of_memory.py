@@ -96,7 +96,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
         raise OutOfMemory(
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
             f"({needed.peak_part}) and this machine has {_gigabytes(memory.total)}; "
-            + _advice(config, sizes, ranks, memory.total // here, gpu=False)
+            f"{_advice(config, sizes, ranks, memory.total // here, gpu=False)}"
         )
     if here * needed.total > memory.available:
         log.warning(
@@ -168,7 +168,7 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
     limit = min(there, int(0.9 * needed.total))
     return (
         f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; " + _advice(config, sizes, ranks, limit, gpu=gpu)
+        f"{_gigabytes(there)}; {_advice(config, sizes, ranks, limit, gpu=gpu)}"
     )
 
 
