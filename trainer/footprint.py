@@ -293,9 +293,11 @@ def what_would_fit(
     stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     for stage in stages:
         if stage > engine.zero_stage:
-            changed = dataclasses.replace(engine, zero_stage=stage, compile=False)
+            compiled = engine.compile and stage < 3  # stage 3 runs uncompiled
+            changed = dataclasses.replace(engine, zero_stage=stage, compile=compiled)
             if fits(dataclasses.replace(config, engine=changed)):
-                yield f"--engine.zero-stage {stage}"
+                uncompiled = " --engine.no-compile" if engine.compile and not compiled else ""
+                yield f"--engine.zero-stage {stage}{uncompiled}"
                 break
     if not engine.activation_checkpointing:
         changed = dataclasses.replace(engine, activation_checkpointing=True)
