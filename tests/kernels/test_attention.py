@@ -91,8 +91,8 @@ def test_the_ends_of_packed_segments_are_those_of_every_sample() -> None:
 def test_flash_attn_gets_every_segment_of_every_sample(
     lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A GPU runs the package itself (`cavmae bench gpu-check`); here its two functions are written
-    # out by what their documentation says of arguments and shapes.
+    # The package needs a GPU; here its two functions are written out by what their documentation
+    # says of arguments and shapes.
     def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return written_out(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
