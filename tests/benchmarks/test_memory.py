@@ -1,0 +1,32 @@
+"""`cavmae bench memory` says by how much what is counted differs from what processes take."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cavmae.benchmarks import memory
+from cavmae.benchmarks.memory import Case, config_of
+from cavmae.trainer.footprint import footprint, model_sizes
+
+CASE: Case = ("demo", 3, "fp32", 1, 4, 1)
+BEFORE_BYTES = 700
+
+
+def test_the_ratio_is_what_is_said_without_clips_to_the_median_of_what_the_steps_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(CASE)
+    said = footprint(config, model_sizes(config), 3, gpu=False)
+    assert said.clips > 0
+    tensors = said.tensors - said.clips
+    added = [tensors // 4, tensors // 2, 40 * tensors]
+
+    def measured(*_: Any) -> dict[str, Any]:
+        return {"before_bytes": BEFORE_BYTES, "peak_bytes": [BEFORE_BYTES + one for one in added]}
+
+    monkeypatch.setattr(memory, "_measured", measured)
+    row = memory._row(CASE, tmp_path)  # pyright: ignore[reportPrivateUsage]
+    assert row["measured_bytes"] == added
+    assert row["said_bytes"] == tensors
+    assert row["ratio"] == pytest.approx(2.0, rel=1e-6)
