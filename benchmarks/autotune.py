@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("recipe", help="name of a pretraining recipe, or a config.json")
     arguments.add_argument("--budget", default="5m", help="time for all trials: 90s, 10m, 2h")
     arguments.add_argument("--ranks", type=int, default=max(1, gpus), help="on this machine")
-    arguments.add_argument("--save", default="autotuned.json", help="file for the tuned run")
+    arguments.add_argument("--save", default="runs/autotuned.json", help="file for the tuned run")
     arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
     return arguments
 
@@ -87,6 +87,7 @@ def main(argv: list[str]) -> int:
     if not search.best:
         print("error: no trial ended well; the table has the reasons", file=sys.stderr)
         return 1
+    Path(flags.save).parent.mkdir(parents=True, exist_ok=True)
     save_config(with_fields(config, search.best), flags.save)
     print(f"fields to use: {words(search.best)}")
     print(f"or: cavmae pretrain {flags.save}")

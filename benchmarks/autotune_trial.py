@@ -20,6 +20,8 @@ WARM_UP_STEPS, STEPS = 2, 4
 
 Fields = dict[str, Any]
 """Values of a run's fields by their dotted names, as on the command line."""
+Step = dict[str, dict[str, float]]
+"""Seconds of a timed step by part and kind."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,10 @@ def run_trial(
     began = time.monotonic()
 
     def ended(problem: str, found: dict[str, Any] | None = None) -> Trial:
-        steps = found["steps"] if found else []
-        seconds = [sum(sum(kinds.values()) for kinds in step.values()) for step in steps]
+        steps: list[Step] = found["steps"] if found else []
+        seconds: list[float] = [
+            sum(sum(kinds.values()) for kinds in step.values()) for step in steps
+        ]
         return Trial(
             fields=fields,
             real_data=real_data,
@@ -160,7 +164,7 @@ def run_trial(
 def _rate(
     config: PretrainConfig,
     ranks: int,
-    steps: list[dict[str, dict[str, float]]],
+    steps: list[Step],
     seconds: list[float],
 ) -> float:
     """Samples a second with as many micro-batches a step as the run has: they repeat, the update

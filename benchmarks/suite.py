@@ -65,6 +65,7 @@ _STEP = ("--batch", "2", "--repeats", "3", "--no-memory")
 _STEP_BATCHES = ("--only", "cavmae", "--batch", "32", "64", "128", "256")
 _CHOICES = ("--batch", "2", "--repeats", "2", "--precision", "fp32")
 _TRAIN = ("--batch", "2", "--steps", "3", "--part-steps", "2", "--clips", "8")
+_AUTOTUNE = ("demo", "--budget", "3m")
 _FAULTS = ("--only", "a rank is killed (SIGKILL)", "the newest checkpoint is cut short")
 _DAY = ("--clips", "4000", "--different", "50")
 
@@ -80,6 +81,8 @@ SUITE = (
     Benchmark("tiers", Turn(160, ("--clips", "4", "--rounds", "3")), Turn(60, ("--clips", "16"))),
     Benchmark("overhead", Turn(240, ("--steps", "80", "--repeats", "1")), None),
     Benchmark("data-day", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
+    Benchmark("memory", Turn(150, ("--recipes", "demo")), None),
+    Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
     Benchmark("scaling", Turn(15), Turn(15)),
     Benchmark("order", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),

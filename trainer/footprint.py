@@ -28,8 +28,7 @@ from cavmae.trainer.wire import (
 GPU_ALLOWANCE_BYTES = 3 << 30
 """CUDA, NCCL, DALI, and what an allocator cannot use."""
 CPU_ALLOWANCE_BYTES = 1 << 30
-"""torch, DeepSpeed and DALI with their threads, and what an allocator cannot use; the reader
-processes of a rank beside it."""
+"""torch, DeepSpeed and DALI with their threads, and the reader processes of a rank."""
 LIVE_ELEMENTS = 1_000_000_000
 """Stage 3 lets go of gathered weights where they would be more: DeepSpeed's default."""
 
@@ -61,6 +60,8 @@ class Footprint:
         passes: activations and gradients when a forward and backward pass need most.
         reduction: gradients and their copies, when the ranks have summed them.
         update: gradients, in fp32; the fused Adam makes nothing on its way.
+        kept: on a CPU, what the C library keeps of freed memory where the others have no use for
+            it: the whole model's gradients are one block, which needs a hole of its size.
         allowance: for what is no tensor of ours.
     """
 
@@ -71,6 +72,7 @@ class Footprint:
     passes: int
     reduction: int
     update: int
+    kept: int
     allowance: int
 
     @property
@@ -87,8 +89,8 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak, with an allowance for what is no tensor of ours."""
-        return self.tensors + self.allowance
+        """The peak, with what is kept and an allowance for what is no tensor of ours."""
+        return self.tensors + self.kept + self.allowance
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
         passes=passes,
         reduction=gradients.reduction,
         update=gradients.update,
+        kept=0 if gpu else _kept(passes, gradients, config.engine.zero_stage),
         allowance=GPU_ALLOWANCE_BYTES if gpu else CPU_ALLOWANCE_BYTES,
     )
 
@@ -256,6 +259,19 @@ def _gradients(
         reduction=reduction,
         update=own,
     )
+
+
+def _kept(passes: int, gradients: _Gradients, zero_stage: int) -> int:
+    """Of what the smaller parts of a step have freed, for the largest one (`keep_freed_memory`).
+
+    Stage 0 updates a tensor after the other, in what the activations have left; the others make
+    blocks as large as all of them together, and each part its own.
+    """
+    if zero_stage == 0:
+        separate = (max(passes, gradients.update), gradients.reduction)
+    else:
+        separate = (passes, gradients.reduction, gradients.update)
+    return sum(separate) - max(separate)
 
 
 def _small(tensors: TensorSizes) -> list[int]:

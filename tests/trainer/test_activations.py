@@ -37,7 +37,7 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
         loss = output.reconstruction_audio + output.reconstruction_video
         (loss + (output.audio_embedding * output.video_embedding).sum()).backward()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
+    events: list[Any] = profiler.profiler.kineto_results.events()
     changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
     alive = most = 0
     for _, change in changes:

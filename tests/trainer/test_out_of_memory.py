@@ -113,7 +113,7 @@ def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(failure.value)
     with pytest.raises(RuntimeError) as other:
-        torch.ones(2) @ torch.ones(3)
+        torch.matmul(torch.ones(2), torch.ones(3))
     assert not is_out_of_memory(other.value)
 
 
