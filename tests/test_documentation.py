@@ -16,7 +16,7 @@ from cavmae.trainer.recipes import PRETRAIN_RECIPES
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("cavmae", "kernels", "dataloaders", "trainer", "cluster", "benchmarks", "docs")
-TAKE_FIELDS_TOO = (*RUN_COMMANDS, "cavmae queue", "cavmae sweep")
+TAKE_FIELDS_TOO = (*RUN_COMMANDS, "cavmae queue", "cavmae sweep", "cavmae bench autotune")
 
 
 def files_of_the_map() -> list[str]:
