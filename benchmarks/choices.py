@@ -18,11 +18,7 @@ from cavmae.benchmarks.step_memory import step_peak_bytes
 from cavmae.benchmarks.training_step import Choices, Precision, TrainingStep
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.ranks import keep_freed_memory
 
-RETURNED_BYTES = 32 << 20
-"""From which on glibc, left alone, hands freed blocks back."""
-ALLOCATOR = "memory handed back"
 CHANGED: dict[str, Choices] = {
     "attention by sdpa": Choices(attention="sdpa"),
     "attention by flash-attn": Choices(attention="flash-attn"),
@@ -30,19 +26,17 @@ CHANGED: dict[str, Choices] = {
     "update not fused": Choices(fused_update=False),
     "blocks compiled": Choices(compile=True),
     "blocks recomputed": Choices(recompute=True),
-    ALLOCATOR: Choices(),
 }
 
 
 def possible(device: torch.device) -> list[str]:
     """The changes that say something on a device."""
-    if device.type == "cpu":
-        return [name for name in CHANGED if "flash-attn" not in name]
-    left_out = {"attention by sdpa", ALLOCATOR}
-    if FLASH_ATTN_IS_INSTALLED:
-        left_out.remove("attention by sdpa")
-    else:
-        left_out.add("attention by flash-attn")
+    cuda = device.type == "cuda"
+    if cuda and FLASH_ATTN_IS_INSTALLED:
+        return list(CHANGED)
+    left_out = {"attention by flash-attn"}
+    if cuda:
+        left_out.add("attention by sdpa")  # which is what runs do there
     return [name for name in CHANGED if name not in left_out]
 
 
@@ -121,9 +115,6 @@ def change(
     seconds: dict[str, list[float]] = {way: [] for way in steps}
     for repeat in range(-1, repeats):
         for way in list(steps)[:: 1 if repeat % 2 else -1]:
-            if device.type == "cpu":
-                handed_back = name == ALLOCATOR and way == "changed"
-                keep_freed_memory(RETURNED_BYTES) if handed_back else keep_freed_memory()
             elapsed, _ = timed(steps[way], device)
             if repeat >= 0:  # the first steps make the optimizer's state, and compile
                 seconds[way].append(elapsed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.ranks import keep_freed_memory, limit_threads, ranks_from_environment
+from cavmae.trainer.ranks import limit_threads, ranks_from_environment
 from cavmae.trainer.run_folder import load_config, write_json
 
 if TYPE_CHECKING:  # torch comes after the threads are set
@@ -44,7 +44,6 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     """
     ranks = ranks_from_environment()
     limit_threads(config.threads_per_rank, ranks)
-    keep_freed_memory()  # as a run on a CPU does
     import torch.distributed as dist
 
     from cavmae.benchmarks.process_memory import peak_bytes, reset_peak, resident_bytes

@@ -20,7 +20,6 @@ from cavmae.benchmarks.step_memory import step_peak_bytes
 from cavmae.benchmarks.training_step import Choices, ModelName, Precision, TrainingStep
 from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.ranks import keep_freed_memory
 
 SIZES = {
     "base": ModelConfig(),
@@ -91,8 +90,6 @@ def main(argv: list[str]) -> int:
     }
     config = replace(SIZES[flags.model], **depths)
     device = torch.device(flags.device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as in a run; the baseline has it as well
     models = (flags.only,) if flags.only else MODELS
     choices = Choices(compile=flags.compile)
     results: dict[str, Any] = {"machine": {}}

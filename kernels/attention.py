@@ -89,8 +89,10 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths:
 
 
 def _default(query: torch.Tensor, lengths: list[int]) -> AttentionBackend:
+    if torch.compiler.is_exporting():
+        return "sdpa"
     if query.device.type == "cpu":
-        return "sdpa" if torch.compiler.is_exporting() else "blocks"
+        return "blocks"
     half = query.dtype in (torch.bfloat16, torch.float16)
     return "flash-attn" if len(lengths) > 1 and half and FLASH_ATTN_IS_INSTALLED else "sdpa"
 

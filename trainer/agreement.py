@@ -40,8 +40,9 @@ def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except _ERRORS as error:
         # Errors of libraries may not survive the way to the other ranks.
-        ours = type(error).__module__ == "builtins"
-        return None, error if ours else OSError(f"{type(error).__name__}: {error}")
+        if type(error).__module__.partition(".")[0] in ("builtins", "cavmae"):
+            return None, error
+        return None, OSError(f"{type(error).__name__}: {error}")
 
 
 def _value(outcome: tuple[Any, Exception | None]) -> Any:

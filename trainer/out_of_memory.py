@@ -51,7 +51,7 @@ class Memory:
 
 
 def machine_memory(root: Path = Path("/")) -> Memory:
-    """As Linux tells it.
+    """As Linux tells it; the files that a control group has in its cache count as free.
 
     Args:
         root: above `proc` and `sys`.
@@ -61,15 +61,44 @@ def machine_memory(root: Path = Path("/")) -> Memory:
         name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
     }
     total, available = found["MemTotal"], found["MemAvailable"]
-    groups = (("memory.max", "memory.current"),)
-    groups += (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),)  # version 1
-    for limit_file, used_file in groups:
-        limit = root / "sys/fs/cgroup" / limit_file
-        if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
-            total = int(text)
-            used = int((root / "sys/fs/cgroup" / used_file).read_text())
-            available = min(available, max(0, total - used))
+    for folder in _control_groups(root):
+        for limit_file, used_file, cached in _LIMITS:
+            limit = folder / limit_file
+            if not limit.exists() or not (text := limit.read_text().strip()).isdigit():
+                continue
+            used = int((folder / used_file).read_text()) - _statistic(folder, cached)
+            if int(text) < total:
+                total = int(text)
+            available = min(available, max(0, int(text) - used))
     return Memory(total, available)
+
+
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+)
+"""Files of a control group: its limit, what it uses, and how its cache of files is called."""
+
+
+def _control_groups(root: Path) -> list[Path]:
+    """That of this process and all above it, of either version; a container sees its own on top."""
+    folders = []
+    own = root / "proc/self/cgroup"
+    lines = own.read_text().splitlines() if own.exists() else ["0::/", "0:memory:/"]
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        place = top / path.strip("/")
+        folders += [one for one in (place, *place.parents) if one == top or top in one.parents]
+    return folders
+
+
+def _statistic(folder: Path, name: str) -> int:
+    """Bytes of a line of `memory.stat`; 0 where there is none."""
+    file = folder / "memory.stat"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
 def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
@@ -96,7 +125,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
         raise OutOfMemory(
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
             f"({needed.peak_part}) and this machine has {_gigabytes(memory.total)}; "
-            + _advice(config, sizes, ranks, memory.total // here, gpu=False)
+            f"{_advice(config, sizes, ranks, memory.total // here, gpu=False)}"
         )
     if here * needed.total > memory.available:
         log.warning(
@@ -168,14 +197,14 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
     limit = min(there, int(0.9 * needed.total))
     return (
         f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; " + _advice(config, sizes, ranks, limit, gpu=gpu)
+        f"{_gigabytes(there)}; {_advice(config, sizes, ranks, limit, gpu=gpu)}"
     )
 
 
 def _advice(config: PretrainConfig, sizes: Sizes, ranks: Ranks, limit: int, *, gpu: bool) -> str:
     changes = list(what_would_fit(config, sizes, ranks.world_size, limit, gpu=gpu))
     if not changes:
-        return "no other split of it fits: use more ranks, or a smaller model"
+        return "no single change of it fits: combine them, use more ranks, or a smaller model"
     return f"what fits: {' or '.join(changes)}"
 
 

@@ -5,13 +5,9 @@ RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. None o
 process alone.
 """
 
-import ctypes
 import os
 import socket
 from dataclasses import dataclass
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's `mallopt` (malloc.h)."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +75,3 @@ def limit_threads(threads_per_rank: int, ranks: Ranks) -> int:
 
     torch.set_num_threads(threads)
     return threads
-
-
-def keep_freed_memory(largest_returned: int = 2**31 - 1) -> None:
-    """Have the C library keep the memory of freed tensors for the next ones.
-
-    glibc hands large blocks back to the system and takes new ones, whose pages the system fills
-    with zeros first: hundreds of thousands of page faults in a step on a CPU. Memory at its most
-    stays as it was. Other C libraries are left as they are.
-
-    Args:
-        largest_returned: bytes of a block from which on it is handed back; glibc's own limit grows
-            to 32 MiB.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, largest_returned)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cavmae.trainer.config import PretrainConfig, RunConfig
 from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.rank_log import log_to_file, log_to_stderr
-from cavmae.trainer.ranks import Ranks, keep_freed_memory, limit_threads, ranks_from_environment
+from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.run_folder import write_json
 
 if TYPE_CHECKING:  # torch comes after the threads are set
@@ -94,8 +94,6 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     store = open_store(checkpoint_folder(config))
     asked = resolve(config, world_size=ranks.world_size, samples=train_set.samples, threads=threads)
     device = start_process_group(ranks)
-    if device.type == "cpu":
-        keep_freed_memory()
     run_dir = Path(asked.run_dir)
     config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")

@@ -19,7 +19,7 @@ H200_MATRIX_FLOPS_PER_SECOND = 788e12
 ASSUMED_SHARE_OF_MATRIX_SPEED = 0.46
 """What a training step is taken to reach of it; a goal, not a measurement."""
 
-CPU_CORE_FLOPS_PER_SECOND = {"fp32": 21e9, "bf16": 36e9}
+CPU_CORE_FLOPS_PER_SECOND = {"fp32": 19.5e9, "bf16": 33e9}
 """Of the recipe `demo` on a core of an AMD EPYC, data and exchange included, measured on two ranks:
 `demo-2026-11-25-b10141e051.json` (no AVX512-BF16) and `demo-2026-11-23-8152ce394c.json` (with it).
 The base model's layers are large enough for three times as much."""
