@@ -33,6 +33,8 @@ CPU_ALLOWANCE_BYTES = 1 << 30
 """torch, DeepSpeed and DALI with their threads, and the reader processes of a rank."""
 HEAP_BLOCK_BYTES = 32 << 20
 """glibc keeps freed blocks that are smaller (the limit that its `mmap` threshold grows to)."""
+HEAP_HOLES = 1 / 8
+"""Holes between those blocks, as a share of what they are at their most: `cavmae bench memory`."""
 
 Part = Literal["passes", "reduction", "update"]
 
@@ -62,7 +64,8 @@ class Footprint:
         passes: activations and gradients when a forward and backward pass need most.
         reduction: gradients and their copies, when the ranks have summed them.
         update: gradients, in fp32; the fused Adam makes nothing on its way.
-        kept: on a CPU, freed memory of other parts that the C library does not hand back.
+        kept: on a CPU, freed memory of other parts that the C library does not hand back, and holes
+            in what it has.
         allowance: for what is no tensor of ours.
     """
 
@@ -215,7 +218,7 @@ def _kept(
     if gradients.single:
         heap, update = max(heap, update), 0
     large = max(large, gradients.reduction - gradients.single, update)
-    return max(0, heap + large - peak)
+    return max(0, int((1 + HEAP_HOLES) * heap) + large - peak)
 
 
 def what_would_fit(

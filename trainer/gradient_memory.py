@@ -1,5 +1,5 @@
-"""Gradients in the parts of a step: how many bytes of them DeepSpeed 0.19 holds with the settings of
-`engine.py`, as the allocator of real ranks counts them (`tests/trainer/test_footprint.py`)."""
+"""Gradients in the parts of a step: how many bytes of them DeepSpeed 0.19 holds with the settings
+of `engine.py`, as the allocator of real ranks counts them (`tests/trainer/test_footprint.py`)."""
 
 from dataclasses import dataclass
 

@@ -89,13 +89,14 @@ def test_a_peak_is_that_of_the_largest_part_of_a_step() -> None:
 
 def test_a_cpu_keeps_small_blocks_that_are_freed_and_a_gpu_none() -> None:
     config = config_of(2, "fp32", global_batch=8, micro_batch=8)
-    blocks = dataclasses.replace(passes_of(0, 0), fixed=np.array([30 << 20, 0]))
+    small, large = 16 << 20, 64 << 20
+    blocks = dataclasses.replace(passes_of(0, 0), fixed=np.array([small, 0]))
     on_cpu = footprint(config, Sizes(TENSORS, blocks), 1, gpu=False)
     on_gpu = footprint(config, Sizes(TENSORS, blocks), 1, gpu=True)
     assert on_cpu.peak_part == "reduction"
-    assert on_cpu.kept == 30 << 20
+    assert small <= on_cpu.kept <= 1.2 * small, "with holes between"
     assert on_gpu.kept == 0
-    blocks = dataclasses.replace(blocks, fixed=np.array([64 << 20, 0]))
+    blocks = dataclasses.replace(blocks, fixed=np.array([large, 0]))
     assert footprint(config, Sizes(TENSORS, blocks), 1, gpu=False).kept == 0
 
 
