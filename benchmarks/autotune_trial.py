@@ -120,15 +120,12 @@ def run_trial(
 
     def ended(problem: str, found: dict[str, Any] | None = None) -> Trial:
         steps: list[Step] = found["steps"] if found else []
-        seconds: list[float] = [
-            sum(sum(kinds.values()) for kinds in step.values()) for step in steps
-        ]
         return Trial(
             fields=fields,
             real_data=real_data,
-            samples_per_second=_rate(changed, ranks, steps, seconds) if found else 0.0,
+            samples_per_second=expected_rate(changed, ranks, steps) if found else 0.0,
             problem=problem,
-            step_seconds=seconds,
+            step_seconds=[_seconds(step) for step in steps],
             peak_memory_bytes=found["peak_memory_bytes"] if found else 0,
             seconds=time.monotonic() - began,
         )
@@ -161,19 +158,24 @@ def run_trial(
     return ended("", read_json(plan.result))
 
 
-def _rate(
-    config: PretrainConfig,
-    ranks: int,
-    steps: list[Step],
-    seconds: list[float],
-) -> float:
+def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> float:
     """Samples a second with as many micro-batches a step as the run has: they repeat, the update
-    does not."""
+    does not.
+
+    Args:
+        config: the run, not its trial.
+        ranks: of both.
+        steps: of the trial.
+    """
     times = config.global_batch // ranks // config.micro_batch
-    updates = [sum(step.get(OPTIMIZER.part, {}).values()) for step in steps]
-    update = statistics.median(updates)
-    micro_batch = (statistics.median(seconds) - update) / min(times, 2)
+    update = statistics.median(sum(step.get(OPTIMIZER.part, {}).values()) for step in steps)
+    whole = statistics.median(map(_seconds, steps))
+    micro_batch = (whole - update) / min(times, 2)
     return ranks * config.micro_batch * times / (times * micro_batch + update)
+
+
+def _seconds(step: Step) -> float:
+    return sum(sum(kinds.values()) for kinds in step.values())
 
 
 def _problem(ending: str, text: str) -> str:

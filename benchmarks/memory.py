@@ -1,8 +1,9 @@
 """`cavmae bench memory`: what a run is said to take beside what real processes take.
 
 Each case is a few steps of new processes. Said is what `trainer/footprint.py` counts for all
-tensors at the peak of a step, clips left out; measured is the peak of a process's resident memory,
-less what is resident when the same steps were done with a model that takes next to nothing.
+tensors at the peak of a step, clips left out, and with what the C library keeps of freed memory;
+measured is the peak of a process's resident memory, less what is resident when the same steps were
+done with a model that takes next to nothing.
 """
 
 import argparse
@@ -90,11 +91,12 @@ def _row(case: Case, folder: Path) -> dict[str, object]:
     config, ranks = config_of(case), case[1]
     said = footprint(config, model_sizes(config), ranks, gpu=False)
     measured = _measured(config, ranks, folder)
-    said_bytes = said.tensors - said.clips
+    said_bytes = said.tensors + said.kept - said.clips
     peaks = [peak - measured["before_bytes"] for peak in measured["peak_bytes"]]
     return {
         "case": _name(case),
         "said_bytes": said_bytes,
+        "said_tensor_bytes": said.tensors - said.clips,
         "said": dataclasses.asdict(said),
         "peak_part": said.peak_part,
         "before_bytes": measured["before_bytes"],
@@ -133,15 +135,25 @@ def _name(case: Case) -> str:
 
 
 def _table(rows: list[dict[str, object]]) -> Table:
-    table = Table("case", "said, GB", "peak is in", "measured, GB (from, to)", "said / measured")
+    table = Table(
+        "case",
+        "tensors said, GB",
+        "in memory said, GB",
+        "peak is in",
+        "measured, GB (from, to)",
+        "said / measured",
+    )
     for row in rows:
-        peaks, said = row["measured_bytes"], row["said_bytes"]
-        assert isinstance(peaks, list) and isinstance(said, int)
+        peaks, said, tensors = (
+            row[name] for name in ("measured_bytes", "said_bytes", "said_tensor_bytes")
+        )
+        assert isinstance(peaks, list) and isinstance(said, int) and isinstance(tensors, int)
         middle, low, high = (
             f"{value / 1e9:.3f}" for value in (statistics.median(peaks), min(peaks), max(peaks))
         )
         table.add_row(
             str(row["case"]),
+            f"{tensors / 1e9:.3f}",
             f"{said / 1e9:.3f}",
             str(row["peak_part"]),
             f"{middle} ({low}, {high})",

@@ -27,7 +27,8 @@ _MEMORY = {
     "passes": "then: forward and backward pass",
     "reduction": "  or: gradients summed over ranks",
     "update": "  or: update of the weights",
-    "allowance": "allowance for libraries and fragments",
+    "kept": "freed memory that the C library keeps",
+    "allowance": "allowance for libraries",
 }
 """How the parts of a footprint are shown: of those of a step, one at a time."""
 

@@ -4,9 +4,11 @@ torch's fake tensors go through the model as real ones on a CPU do, in seconds a
 memory, whatever the size of the model; attention holds no scores there, as on a GPU. Every storage
 is counted from the operation that makes it to the moment nobody refers to it, so what is counted is
 the allocator's truth up to what operations take inside of themselves. Bytes grow linearly with the
-samples at each operation; two passes of different batches give all others.
+samples in each storage; two passes of different batches give all others.
 """
 
+import copy
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -28,27 +30,51 @@ _SAMPLES = (2, 3)
 
 @dataclass(frozen=True)
 class Passes:
-    """Bytes that are alive after each operation of a forward and a backward pass.
+    """The storages that a forward and a backward pass make, in the order in which they are made.
 
     Attributes:
-        fixed, per_sample: (operations,) activations, and what operations hand to each other.
-        gradients: (operations,) of parameters, as they come.
+        born, died: (storages,) the operation that makes each, and the first one after its end.
+        fixed, per_sample: (storages,) their bytes.
+        gradient: (storages,) whether autograd leaves it in a parameter.
+        operations: of both passes.
     """
 
+    born: np.ndarray
+    died: np.ndarray
     fixed: np.ndarray
     per_sample: np.ndarray
-    gradients: np.ndarray
+    gradient: np.ndarray
+    operations: int
 
-    def peak(self, samples: int, *, gradients_stay: bool) -> int:
+    def peak(
+        self,
+        samples: int,
+        *,
+        gradients_stay: bool,
+        from_bytes: float = 0.0,
+        below_bytes: float = math.inf,
+    ) -> int:
         """Most bytes at once.
 
         Args:
             samples: of a micro-batch.
             gradients_stay: whether each gradient stays where autograd leaves it, as opposed to
                 going into a bucket that is there already.
+            from_bytes, below_bytes: of the storages that are counted.
         """
-        alive = self.fixed + samples * self.per_sample
-        return int((alive + self.gradients if gradients_stay else alive).max())
+        sizes = self.fixed + samples * self.per_sample
+        counted = (sizes >= from_bytes) & (sizes < below_bytes)
+        if not gradients_stay:
+            counted &= ~self.gradient
+        changes = np.zeros(self.operations + 1)
+        np.add.at(changes, self.born[counted], sizes[counted])
+        np.subtract.at(changes, self.died[counted], sizes[counted])
+        return int(changes.cumsum().max())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all parameters."""
+        return int(self.fixed[self.gradient].sum())
 
 
 def count_passes(config: PretrainConfig) -> Passes:
@@ -58,27 +84,39 @@ def count_passes(config: PretrainConfig) -> Passes:
         config: `engine.dtype` is bf16 or fp32.
     """
     few, more = (_count(config, samples) for samples in _SAMPLES)
-    assert len(few.alive) == len(more.alive), "the operations do not depend on the batch"
-    alive = np.array([few.alive, more.alive], dtype=np.float64)
-    per_sample = (alive[1] - alive[0]) / (_SAMPLES[1] - _SAMPLES[0])
-    gradients = np.array(few.gradients, dtype=np.float64)
-    return Passes(alive[0] - _SAMPLES[0] * per_sample, per_sample, gradients)
+    assert few.born == more.born and few.died == more.died, "no operation depends on the batch"
+    sizes = np.array([few.sizes, more.sizes], dtype=np.float64)
+    per_sample = (sizes[1] - sizes[0]) / (_SAMPLES[1] - _SAMPLES[0])
+    gradient = np.zeros(len(few.born), dtype=bool)
+    gradient[few.gradients] = True
+    return Passes(
+        born=np.array(few.born),
+        died=np.array([few.died.get(number, few.operations) for number in range(len(few.born))]),
+        fixed=sizes[0] - _SAMPLES[0] * per_sample,
+        per_sample=per_sample,
+        gradient=gradient,
+        operations=few.operations,
+    )
 
 
 class _Count(TorchDispatchMode):
-    """Bytes of the storages made since it was entered.
+    """Storages made since it was entered, by number.
 
     Attributes:
-        alive: after each operation, gradients left out.
-        gradients: after each operation.
+        born, sizes: the operation that made each, and its bytes.
+        died: the operation before which it was gone, where it was.
+        gradients: those that are left in parameters.
+        operations: done.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: list[int] = []
+        self.born: list[int] = []
+        self.sizes: list[int] = []
+        self.died: dict[int, int] = {}
         self.gradients: list[int] = []
-        self._alive = self._gradients = 0
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = (
+        self.operations = 0
+        self._numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int | None] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -87,33 +125,29 @@ class _Count(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor.untyped_storage())
-        self.note()
+        self.operations += 1
         return result
-
-    def note(self) -> None:
-        """What is alive now."""
-        self.alive.append(self._alive)
-        self.gradients.append(self._gradients)
 
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Something that was there before."""
-        self._known[tensor.untyped_storage()] = 0
+        self._numbers[tensor.untyped_storage()] = None
 
     def gradient_is_there(self, parameter: torch.Tensor) -> None:
         """Autograd leaves one in a parameter, where it stays."""
         assert parameter.grad is not None
-        size = self._known[parameter.grad.untyped_storage()]
-        self._alive -= size
-        self._gradients += size
+        number = self._numbers[parameter.grad.untyped_storage()]
+        assert number is not None
+        self.gradients.append(number)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._known:
-            self._known[storage] = storage.nbytes()
-            self._alive += storage.nbytes()
-            weakref.finalize(storage, self._remove, storage.nbytes())
+        if storage not in self._numbers:
+            number = self._numbers[storage] = len(self.born)
+            self.born.append(self.operations)
+            self.sizes.append(storage.nbytes())
+            weakref.finalize(storage, self._end, number)
 
-    def _remove(self, size: int) -> None:
-        self._alive -= size
+    def _end(self, number: int) -> None:
+        self.died.setdefault(number, self.operations)
 
 
 def _count(config: PretrainConfig, samples: int) -> _Count:
@@ -158,8 +192,9 @@ def _count(config: PretrainConfig, samples: int) -> _Count:
             if losses["contrast"]:
                 loss = loss + (output.audio_embedding * output.video_embedding).sum()
             loss.backward()
-        count.note()  # the last gradient has come after the last operation
-    return count
+        done = copy.copy(count)
+        done.died = dict(count.died)  # the model and its gradients are still there
+    return done
 
 
 def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
@@ -182,4 +217,11 @@ def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
     pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
     element = 2 if config.engine.dtype == "bf16" else 4
     per_sample = element * 40 * (encoders + decoder) + 4 * pixels
-    return Passes(np.zeros(1), np.array([per_sample]), np.array([gradient_bytes]))
+    return Passes(
+        born=np.array([0, 0]),
+        died=np.array([1, 1]),
+        fixed=np.array([0, gradient_bytes]),
+        per_sample=np.array([per_sample, 0]),
+        gradient=np.array([False, True]),
+        operations=1,
+    )

@@ -17,21 +17,24 @@ import torch
 from cavmae.trainer.activations import Passes, count_passes, passes_at_most
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.wire import (
-    PERSISTENT_ELEMENTS,
-    PREFETCH_ELEMENTS,
-    TensorSizes,
-    tensor_sizes,
+from cavmae.trainer.gradient_memory import (
+    Gradients,
+    element_bytes,
+    gradients_of,
+    share_of,
+    small,
 )
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.wire import TensorSizes, tensor_sizes
 
 GPU_ALLOWANCE_BYTES = 3 << 30
 """CUDA, NCCL, DALI, and what an allocator cannot use."""
 CPU_ALLOWANCE_BYTES = 1 << 30
-"""torch, DeepSpeed and DALI with their threads, and what an allocator cannot use; the reader
-processes of a rank beside it."""
-LIVE_ELEMENTS = 1_000_000_000
-"""Stage 3 lets go of gathered weights where they would be more: DeepSpeed's default."""
+"""torch, DeepSpeed and DALI with their threads, and the reader processes of a rank."""
+HEAP_BLOCK_BYTES = 32 << 20
+"""glibc keeps freed blocks that are smaller (the limit that its `mmap` threshold grows to)."""
+HEAP_HOLES = 1 / 8
+"""Holes between those blocks, as a share of what they are at their most: `cavmae bench memory`."""
 
 Part = Literal["passes", "reduction", "update"]
 
@@ -61,6 +64,8 @@ class Footprint:
         passes: activations and gradients when a forward and backward pass need most.
         reduction: gradients and their copies, when the ranks have summed them.
         update: gradients, in fp32; the fused Adam makes nothing on its way.
+        kept: on a CPU, freed memory of other parts that the C library does not hand back, and holes
+            in what it has.
         allowance: for what is no tensor of ours.
     """
 
@@ -71,6 +76,7 @@ class Footprint:
     passes: int
     reduction: int
     update: int
+    kept: int
     allowance: int
 
     @property
@@ -87,8 +93,8 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak, with an allowance for what is no tensor of ours."""
-        return self.tensors + self.allowance
+        """The peak, with what is kept and an allowance for what is no tensor of ours."""
+        return self.tensors + self.kept + self.allowance
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def model_sizes(config: PretrainConfig) -> Sizes:
 def sizes_at_most(config: PretrainConfig) -> Sizes:
     """The same at once, with passes that keep more than those of `model_sizes`."""
     tensors = _tensors(config)
-    return Sizes(tensors, passes_at_most(config, _element_bytes(config) * sum(tensors.trainable)))
+    return Sizes(tensors, passes_at_most(config, element_bytes(config) * sum(tensors.trainable)))
 
 
 def _tensors(config: PretrainConfig) -> TensorSizes:
@@ -141,8 +147,8 @@ def state_bytes(
         gpu: whether host memory, where an offloaded optimizer is, is not the ranks' own.
     """
     engine, weights = config.engine, sum(tensors.trainable)
-    element, stage = _element_bytes(config), engine.zero_stage
-    share = _share(config, world_size)
+    element, stage = element_bytes(config), engine.zero_stage
+    share = share_of(config, world_size)
     masters = 4 if stage or engine.dtype == "bf16" else 0
     buckets = 0.0
     if stage == 1 and engine.dtype == "bf16":
@@ -155,7 +161,7 @@ def state_bytes(
     if stage == 3:
         kept = kept * share
         if world_size > 1:
-            kept += sum(_small(tensors))
+            kept += sum(small(tensors))
     return State(
         weights=int(element * kept),
         optimizer=0 if gpu and engine.offload_optimizer else int((8 + masters) * weights * share),
@@ -174,10 +180,11 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
     """
     state = state_bytes(config, sizes.tensors, world_size, gpu=gpu)
     times = config.global_batch // world_size // config.micro_batch
-    gradients = _gradients(config, sizes.tensors, world_size, accumulated=times > 1)
+    gradients = gradients_of(config, sizes.tensors, world_size, accumulated=times > 1)
     passes = gradients.before + sizes.passes.peak(
         config.micro_batch, gradients_stay=gradients.stay_where_made
     )
+    peak = max(passes, gradients.reduction, gradients.update)
     shape = config.model
     clip = 4 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
     return Footprint(
@@ -186,98 +193,36 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
         passes=passes,
         reduction=gradients.reduction,
         update=gradients.update,
+        kept=0 if gpu else _kept(config, sizes.passes, gradients, peak, samples=config.micro_batch),
         allowance=GPU_ALLOWANCE_BYTES if gpu else CPU_ALLOWANCE_BYTES,
     )
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    """Bytes of gradients in the parts of a step, beyond the state.
+def _kept(
+    config: PretrainConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
+) -> int:
+    """What a CPU rank has beyond the largest part: glibc hands large blocks back when they are
+    freed, and small ones hardly ever, so those of the passes stay while gradients are reduced.
 
-    Attributes:
-        before: when the last micro-batch's passes begin; in stage 3 also the gathered weights.
-        stay_where_made: whether those of its backward pass come to that one by one.
-        reduction, update: most bytes in these parts.
+    Args:
+        config: of the run.
+        passes: of its model.
+        gradients: in its parts.
+        peak: of the largest part.
+        samples: of a micro-batch.
     """
-
-    before: int
-    stay_where_made: bool
-    reduction: int
-    update: int
-
-
-def _gradients(
-    config: PretrainConfig, tensors: TensorSizes, world_size: int, *, accumulated: bool
-) -> _Gradients:
-    """As the allocator of real ranks counts them (DeepSpeed 0.19)."""
-    engine, weights = config.engine, sum(tensors.trainable)
-    element, stage, share = _element_bytes(config), engine.zero_stage, _share(config, world_size)
-    largest = max(tensors.trainable)
-    whole, own = element * weights, int(4 * weights * share)
-    flat = element * min(weights, LARGEST_BUCKET_ELEMENTS)
-    if stage == 0:
-        masters = 4 * weights if engine.dtype == "bf16" else 0
-        return _Gradients(
-            before=whole if accumulated else 0,
-            stay_where_made=not accumulated,
-            reduction=whole + flat,
-            update=whole + masters,
-        )
-    if stage == 1 and engine.dtype == "bf16":
-        return _Gradients(
-            before=whole if accumulated else 0,
-            stay_where_made=not accumulated,
-            reduction=whole + flat,
-            update=whole,
-        )
-    in_flight = element * largest
-    # A model larger than the bucket is reduced while the backward pass still runs.
-    early = weights > LARGEST_BUCKET_ELEMENTS
-    if stage == 3:
-        live = 0 if world_size == 1 else min(sum(_shared(tensors)), LIVE_ELEMENTS)
-        fetched = min(live, PREFETCH_ELEMENTS + largest)
-        reduction = flat + max(element * live, own) + in_flight
-        return _Gradients(
-            before=element * (live + fetched) + (flat if early else 0),
-            stay_where_made=False,
-            reduction=reduction,
-            update=own,
-        )
-    kept = own if accumulated or early else 0
-    if stage == 1:
-        before = 2 * whole if accumulated else 0  # as autograd left them, and their sum
-        copies = 2 * flat
-        reduction = max(before, copies) + in_flight
+    stay = gradients.stay_where_made
+    heap = passes.peak(samples, gradients_stay=stay, below_bytes=HEAP_BLOCK_BYTES)
+    large = passes.peak(samples, gradients_stay=stay, from_bytes=HEAP_BLOCK_BYTES)
+    update = gradients.update
+    if gradients.single or config.engine.zero_stage == 3:  # which gathers weight by weight
+        heap += gradients.before
     else:
-        before = kept
-        copies = 4 * min(weights, LARGEST_BUCKET_ELEMENTS) if engine.dtype == "bf16" else 2 * flat
-        reduction = kept + copies + in_flight
-        if engine.dtype == "bf16":  # reduced in fp32
-            reduction = own + copies + 4 * largest
-    return _Gradients(
-        before=before + in_flight + (copies if early else 0),
-        stay_where_made=False,
-        reduction=reduction,
-        update=own,
-    )
-
-
-def _small(tensors: TensorSizes) -> list[int]:
-    """Sizes of what stage 3 keeps whole."""
-    return [one for one in tensors.trainable + tensors.frozen if one <= PERSISTENT_ELEMENTS]
-
-
-def _shared(tensors: TensorSizes) -> list[int]:
-    """Sizes of what stage 3 gathers when it is needed."""
-    return [one for one in tensors.trainable + tensors.frozen if one > PERSISTENT_ELEMENTS]
-
-
-def _element_bytes(config: PretrainConfig) -> int:
-    return 2 if config.engine.dtype == "bf16" else 4
-
-
-def _share(config: PretrainConfig, world_size: int) -> float:
-    return 1 / world_size if config.engine.zero_stage else 1.0
+        large += gradients.before
+    if gradients.single:
+        heap, update = max(heap, update), 0
+    large = max(large, gradients.reduction - gradients.single, update)
+    return max(0, int((1 + HEAP_HOLES) * heap) + large - peak)
 
 
 def what_would_fit(

@@ -31,10 +31,22 @@ CASES = [
     for dtype in ("fp32", "bf16")
     for accumulation in (1, 2)
 ]
+
+
+def passes_of(sample_bytes: int, gradient_bytes: int) -> Passes:
+    """Of one activation, and one gradient that comes when it is gone."""
+    return Passes(
+        born=np.array([0, 1]),
+        died=np.array([1, 2]),
+        fixed=np.array([0, gradient_bytes]),
+        per_sample=np.array([sample_bytes, 0]),
+        gradient=np.array([False, True]),
+        operations=2,
+    )
+
+
 TENSORS = TensorSizes((190_000_000,), ())
-SIZES = Sizes(
-    TENSORS, Passes(np.zeros(1), np.array([150_000_000]), np.array([2 * TENSORS.trainable[0]]))
-)
+SIZES = Sizes(TENSORS, passes_of(150_000_000, 2 * TENSORS.trainable[0]))
 
 
 def config_of(stage: int, dtype: str, *, global_batch: int, micro_batch: int) -> PretrainConfig:
@@ -56,8 +68,8 @@ def test_each_part_of_a_step_takes_what_the_allocator_of_real_ranks_says(
     for (stage, dtype, accumulation), found in zip(CASES, measured["bytes"], strict=True):
         config = config_of(stage, dtype, global_batch=world_size * accumulation, micro_batch=1)
         gradients = (2 if dtype == "bf16" else 4) * sum(tensors.trainable)
-        passes = Passes(np.zeros(1), np.zeros(1), np.array([gradients]))
-        said = footprint(config, Sizes(tensors, passes), world_size, gpu=False)
+        sizes = Sizes(tensors, passes_of(0, gradients))
+        said = footprint(config, sizes, world_size, gpu=False)
         case = (stage, dtype, accumulation)
         stays = said.weights + said.optimizer + said.buckets
         assert found["stays"] == pytest.approx(stays, rel=0.03), case
@@ -74,6 +86,19 @@ def test_a_peak_is_that_of_the_largest_part_of_a_step() -> None:
     assert many.peak_part == "passes" and many.passes >= 64 * 150_000_000
     stays = many.weights + many.optimizer + many.buckets + many.clips
     assert many.total == stays + many.passes + many.allowance
+
+
+def test_a_cpu_keeps_small_blocks_that_are_freed_and_a_gpu_none() -> None:
+    config = config_of(2, "fp32", global_batch=8, micro_batch=8)
+    small, large = 16 << 20, 64 << 20
+    blocks = dataclasses.replace(passes_of(0, 0), fixed=np.array([small, 0]))
+    on_cpu = footprint(config, Sizes(TENSORS, blocks), 1, gpu=False)
+    on_gpu = footprint(config, Sizes(TENSORS, blocks), 1, gpu=True)
+    assert on_cpu.peak_part == "reduction"
+    assert small <= on_cpu.kept <= 1.2 * small, "with holes between"
+    assert on_gpu.kept == 0
+    blocks = dataclasses.replace(blocks, fixed=np.array([large, 0]))
+    assert footprint(config, Sizes(TENSORS, blocks), 1, gpu=False).kept == 0
 
 
 def test_zero_shares_out_what_it_says() -> None:
