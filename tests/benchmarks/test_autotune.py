@@ -15,7 +15,7 @@ from cavmae.benchmarks.autotune_trial import (
     Fields,
     Step,
     Trial,
-    _rate,  # pyright: ignore[reportPrivateUsage]
+    expected_rate,
 )
 from cavmae.command import exit_code
 from cavmae.trainer.out_of_memory import Memory
@@ -176,13 +176,12 @@ def test_no_trial_that_ends_well_ends_with_code_1_and_without_a_record(
     assert not saved.exists() and not out.exists()
 
 
-def timed_steps(passes: float, update: float) -> tuple[list[Step], list[float]]:
+def timed_steps(passes: float, update: float) -> list[Step]:
     """Three alike but for one that took longer, as medians do not see."""
-    steps: list[Step] = [
+    return [
         {"model": {"forward": passes / 2, "backward": passes / 2}, "optimizer": {"step": update}}
         for passes in (passes, passes, 10 * passes)
     ]
-    return steps, [sum(sum(kinds.values()) for kinds in step.values()) for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -199,4 +198,4 @@ def test_the_rate_is_that_of_the_whole_batch_with_one_update(
 ) -> None:
     config = tiny_run(tmp_path, tmp_path)
     config = dataclasses.replace(config, global_batch=global_batch, micro_batch=4)
-    assert _rate(config, ranks, *timed_steps(passes, 1.0)) == pytest.approx(expected)
+    assert expected_rate(config, ranks, timed_steps(passes, 1.0)) == pytest.approx(expected)
