@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -38,6 +38,9 @@ CLIPS = 64
 """Generated where there is no data; as many as a run has lanes at most."""
 _LEAST_SECONDS = 20.0
 """No trial is begun with less than this left."""
+
+Outcome = Literal["faster", "not faster", "failed", "no time"]
+"""What came of a trial; one that cannot run, or does not fit by the model of memory, has failed."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,11 +136,16 @@ class Search:
         self.left_out: list[str] = []
 
     def run(self) -> None:
-        """Try one field after the other."""
-        start = self._start()
-        self._try(start)
+        """Try one field after the other; `best` stays empty where no first trial ends well.
+
+        Raises:
+            ValueError: no micro-batch fits, by the model of memory.
+        """
+        failed = self._begin(self._start())
+        if not self.best:
+            return
         self._each("engine.dtype", self._dtypes())
-        self._micro_batches(start["micro_batch"])
+        self._micro_batches(failed)
         self._each("engine.zero_stage", self._stages())
         self._each("engine.compile", [True])
         self._rate = 0.0  # with the loader everything is slower
@@ -146,10 +154,10 @@ class Search:
             self._each(name, values, real_data=True)
 
     def _start(self) -> Fields:
-        """Where the search begins: what surely fits, near what the recipe has."""
+        """Where the search begins: the recipe's micro-batch, or the next smaller one that fits."""
         dtype = self._config.engine.dtype
         fields: Fields = {
-            "micro_batch": min(self._config.micro_batch, self._per_rank),
+            "micro_batch": 1,
             "engine.dtype": native_dtype(gpu=self._gpu) if dtype == "auto" else dtype,
             "engine.zero_stage": self._config.engine.zero_stage,
             "engine.compile": False,
@@ -157,8 +165,24 @@ class Search:
         for micro_batch in reversed(self._divisors):
             fields["micro_batch"] = micro_batch
             if micro_batch <= self._config.micro_batch and self._fits(fields):
+                return fields
+        raise ValueError(
+            "no micro_batch fits: with 1 the ranks of this machine take "
+            f"{self._needed(fields) / 1e9:.3f} GB and {self._there() / 1e9:.3f} GB are there; "
+            f"raise --engine.zero-stage (it is {self._config.engine.zero_stage}), set "
+            "--engine.activation-checkpointing, or use a smaller model"
+        )
+
+    def _begin(self, start: Fields) -> int:
+        """Halve the micro-batch until a trial ends well; returns the last that did not, or 0."""
+        failed, value = 0, start["micro_batch"]
+        while self._try({**start, "micro_batch": value}) == "failed":
+            failed = value
+            smaller = self._at_most_half(value)
+            if not smaller:
                 break
-        return fields
+            value = smaller[-1]
+        return failed
 
     @property
     def _per_rank(self) -> int:
@@ -169,6 +193,9 @@ class Search:
         """What a micro-batch may be."""
         number = self._per_rank
         return [value for value in range(1, number + 1) if number % value == 0]
+
+    def _at_most_half(self, micro_batch: int) -> list[int]:
+        return [value for value in self._divisors if value <= micro_batch // 2]
 
     def _dtypes(self) -> list[str]:
         if self._gpu or self._config.engine.dtype != "auto":
@@ -185,48 +212,51 @@ class Search:
         if self._gpu and self._config.data.train.rstrip("/").endswith("video"):
             yield "data.video_pipelines", [1, 2, 4, 7]
 
-    def _micro_batches(self, first: int) -> None:
+    def _micro_batches(self, failed: int) -> None:
         """Doubling up from the first one while it gets faster, then between the best and what did
-        not fit; or down, where the first one is not the best."""
-        larger = [value for value in self._divisors if value > first]
-        failed, last = 0, first
+        not fit; or down, where the first one stays the best.
+
+        Args:
+            failed: the least that is known to fail, which is more than the first one; 0: none is.
+        """
+        first = last = self.best["micro_batch"]
+        larger = [value for value in self._divisors if first < value < (failed or sys.maxsize)]
         while larger:
             value = next((one for one in larger if one >= 2 * last), larger[-1])
-            trial = self._try({**self.best, "micro_batch": value}) if self.best else None
-            if trial is None:
+            outcome = self._try({**self.best, "micro_batch": value})
+            if outcome == "no time":
                 return
-            if trial.problem:
-                failed = value
+            if outcome == "failed":
+                between = [one for one in larger if one < value]
+                if between:
+                    self._try({**self.best, "micro_batch": between[len(between) // 2]})
                 break
-            if self.best["micro_batch"] != value:
-                break  # it does not get faster any more
+            if outcome == "not faster":
+                break
             last, larger = value, [one for one in larger if one > value]
-        between = [one for one in self._divisors if last < one < failed]
-        if between:
-            self._try({**self.best, "micro_batch": between[len(between) // 2]})
-        smaller = [value for value in self._divisors if value <= first // 2]
-        if self.best.get("micro_batch") == first and smaller:
+        smaller = self._at_most_half(first)
+        if self.best["micro_batch"] == first and smaller:
             self._try({**self.best, "micro_batch": smaller[-1]})
 
     def _each(self, name: str, values: list[Any], *, real_data: bool = False) -> None:
         for value in values:
-            if self.best and self.best.get(name, _field(self._config, name)) != value:
+            if self.best.get(name, _field(self._config, name)) != value:
                 self._try({**self.best, name: value}, real_data=real_data)
 
-    def _try(self, fields: Fields, *, real_data: bool = False) -> Trial | None:
-        """Run a trial, and keep its fields where it is the fastest; None where it was left out."""
+    def _try(self, fields: Fields, *, real_data: bool = False) -> Outcome:
+        """Run a trial, and keep its fields where it is the fastest; what cannot run has failed."""
         asked, left = words(fields), self._end - time.monotonic()
         if left < _LEAST_SECONDS and self.trials:
             self.left_out.append(f"{asked}: no time")
-            return None
+            return "no time"
         try:
             with_fields(self._config, fields)
         except ValueError as error:
             self.left_out.append(f"{asked}: {error}")
-            return None
+            return "failed"
         if not self._fits(fields):
             self.left_out.append(f"{asked}: does not fit, by the model of memory")
-            return None
+            return "failed"
         trial = run_trial(
             self._config,
             fields,
@@ -237,21 +267,32 @@ class Search:
             within_seconds=max(left, _LEAST_SECONDS),
         )
         self.trials.append(trial)
-        print(f"{asked}: {_outcome(trial)}", file=sys.stderr, flush=True)
-        if trial.samples_per_second > self._rate * FASTER:
-            self.best, self._rate = fields, trial.samples_per_second
-        return trial
+        print(f"{asked}: {_came_of(trial)}", file=sys.stderr, flush=True)
+        if trial.problem:
+            return "failed"
+        if trial.samples_per_second <= self._rate * FASTER:
+            return "not faster"
+        self.best, self._rate = fields, trial.samples_per_second
+        return "faster"
 
     def _fits(self, fields: Fields) -> bool:
         """Whether the model of memory says so."""
+        return self._needed(fields) <= self._there()
+
+    def _needed(self, fields: Fields) -> int:
+        """Bytes at the peak of a step: of one GPU, or of all ranks in the machine's memory."""
         config = with_fields(self._config, fields)
         dtype = config.engine.dtype
         if dtype not in self._sizes:
             self._sizes[dtype] = model_sizes(config)
         needed = footprint(config, self._sizes[dtype], self._ranks, gpu=self._gpu)
+        return needed.total if self._gpu else self._ranks * needed.total
+
+    def _there(self) -> int:
+        """Bytes of a GPU, or those free in the machine's memory."""
         if self._gpu:
-            return needed.total <= torch.cuda.get_device_properties(0).total_memory
-        return self._ranks * needed.total <= machine_memory().available
+            return torch.cuda.get_device_properties(0).total_memory
+        return machine_memory().available
 
 
 def _field(config: PretrainConfig, name: str) -> Any:
@@ -262,7 +303,7 @@ def _field(config: PretrainConfig, name: str) -> Any:
     return value
 
 
-def _outcome(trial: Trial) -> str:
+def _came_of(trial: Trial) -> str:
     return trial.problem or f"{trial.samples_per_second:.4g} samples/s"
 
 
@@ -272,7 +313,7 @@ def _table(trials: list[Trial]) -> Table:
         table.add_row(
             words(trial.fields),
             "loader" if trial.real_data else "on the device",
-            _outcome(trial).removesuffix(" samples/s"),
+            _came_of(trial).removesuffix(" samples/s"),
             f"{trial.peak_memory_bytes / 1e9:.2f}" if trial.peak_memory_bytes else "",
             f"{trial.seconds:.0f}",
         )

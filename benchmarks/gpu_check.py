@@ -337,16 +337,25 @@ def _absent(module: str) -> bool:
 def limits(check: Check) -> dict[str, Any]:
     """The largest batch in memory, and a contrastive batch that no matrix would fit for."""
     check.require_gpu("the largest batch")
-    batch, _ = check.require_best()
+    batch, compile = check.require_best()
+
+    in_time = True
 
     def fits(candidate: int) -> bool:
-        check.require_time()
-        return gpu_training.step_fits(check.config, candidate, check.device)
+        nonlocal in_time
+        try:
+            check.require_time()
+        except Skip:
+            in_time = False
+        return in_time and gpu_training.step_fits(
+            check.config, candidate, check.device, compile=compile
+        )
 
     contrast = gpu_training.large_contrast(
         gpu_training.CONTRASTIVE_BATCH, check.config.width, check.device, check.repeats
     )
-    return contrast | {"largest_batch": gpu_training.largest_batch(fits, batch)}
+    largest = gpu_training.largest_batch(fits, batch)
+    return contrast | {"largest_batch": largest, "search_ended_early": not in_time}
 
 
 if __name__ == "__main__":

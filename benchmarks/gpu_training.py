@@ -120,7 +120,8 @@ def training_loop(model: str, batch: int, compile: bool, within_seconds: float) 
             *("cavmae.benchmarks.train", "--model", model, "--batch", str(batch), "--out", folder),
             "--compile" if compile else "--no-compile",
         )
-        start = Start([(command, {})], Path(folder) / "log")
+        # A loop that is ended leaves its clips, which go with this folder.
+        start = Start([(command, {"TMPDIR": folder})], Path(folder) / "log")
         try:
             start.finish(within_seconds)
         finally:
@@ -145,12 +146,16 @@ def largest_batch(fits: Callable[[int], bool], known: int) -> int:
     return known
 
 
-def step_fits(config: ModelConfig, batch: int, device: torch.device) -> bool:
+def step_fits(
+    config: ModelConfig, batch: int, device: torch.device, *, compile: bool = False
+) -> bool:
     """Whether two training steps in bf16 fit into the memory of a GPU; the second one has the
     optimizer's state beside everything else."""
     torch.cuda.empty_cache()  # of a try before, whose error still held its tensors then
     try:
-        step = TrainingStep("cavmae", config, batch, "bf16", device)
+        step = TrainingStep(
+            "cavmae", config, batch, "bf16", device, choices=Choices(compile=compile)
+        )
         for _ in range(2):
             step()
         torch.cuda.synchronize(device)

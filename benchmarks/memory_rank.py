@@ -8,7 +8,7 @@ import gc
 import itertools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.model.config import ModelConfig
@@ -104,8 +104,8 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     return {"before_bytes": before, "peak_bytes": peaks(config, parts)}
 
 
-def main(arguments: list[str]) -> int:
-    """Measure the run of a saved configuration; rank 0 writes what it found."""
+def main(arguments: list[str]) -> NoReturn:
+    """Measure the run of a saved configuration; rank 0 writes what it found. Does not return."""
     config, output = load_config(arguments[0], PretrainConfig), Path(arguments[1])
     found = measure(config)
     if ranks_from_environment().rank == 0:
@@ -116,4 +116,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -58,7 +58,7 @@ def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
         return _DriverPower(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     counters = [
         zone
-        for zone in sorted(powercap.glob("*:*"))
+        for zone in sorted(powercap.glob("intel-rapl:*"))
         if (zone / "name").is_file() and (zone / "name").read_text().startswith("package")
     ]
     if not counters:

@@ -19,7 +19,18 @@ from cavmae.benchmarks.report_sections import section
 from cavmae.trainer.tracking import flatten
 
 ORDER = (
-    *("step", "train", "gpu-check", "kernels", "data", "tiers", "scaling", "overhead", "faults"),
+    *(
+        "step",
+        "choices",
+        "train",
+        "gpu-check",
+        "kernels",
+        "data",
+        "tiers",
+        "scaling",
+        "overhead",
+        "faults",
+    ),
     "soak",
 )
 """Of the sections; other kinds come after them."""

@@ -222,7 +222,7 @@ def _row(
         share=values["share_of_links"],
     )
     step = step_time(config, tensors, gpus, device, links)
-    state = state_bytes(config, tensors, gpus)
+    state = state_bytes(config, tensors, gpus, gpu=True)
     failures = Failures(
         seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
         recovery_seconds=values["restart_seconds"] + values["node_seconds"],

@@ -33,14 +33,17 @@ class Work:
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
-def part_work(config: ModelConfig, batch: int, dtype: torch.dtype, ranks: int) -> dict[Label, Work]:
+def part_work(
+    config: ModelConfig, batch: int, dtype: torch.dtype, *, ranks: int, zero_stage: int
+) -> dict[Label, Work]:
     """What a training step needs at the default mask ratios, by part.
 
     Args:
         config: sizes of the model.
         batch: samples of a rank.
         dtype: of weights and activations.
-        ranks: that share the optimizer's state (ZeRO 1 and above) and the negatives.
+        ranks: that share the negatives, and from stage 1 on the optimizer's state.
+        zero_stage: at 0 each rank updates all weights.
     """
     element = dtype.itemsize
     weights = _weights(config)
@@ -77,7 +80,8 @@ def part_work(config: ModelConfig, batch: int, dtype: torch.dtype, ranks: int) -
     )
     ids = 2 * _ID_BYTES * (config.audio_tokens + config.video_tokens)
     work[Label("mask", "forward")] = Work(0, batch * ids)
-    work[Label("optimizer")] = Work(0, _ADAM_BYTES * sum(weights.values()) // ranks)
+    updaters = ranks if zero_stage >= 1 else 1
+    work[Label("optimizer")] = Work(0, _ADAM_BYTES * sum(weights.values()) // updaters)
     return work
 
 

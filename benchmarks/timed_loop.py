@@ -41,6 +41,7 @@ class TimedLoop:
         self._part_steps = part_steps
         self._observer: PartObserver | None = None
         self._updated = True  # the next batch is the first of a step
+        self._done = 0
 
     def train(
         self, engine: Engine, task: Task, loader: Loader, *, device: torch.device, **options: Any
@@ -71,6 +72,7 @@ class TimedLoop:
             with self._timeline.within(OPTIMIZER):
                 done = inner(learning_rate)
             self._updated = True
+            self._done += 1
             return done
 
         return update
@@ -81,17 +83,18 @@ class TimedLoop:
             self._timeline.switch(DATA)
             return
         self._updated = False
-        done = self._timeline.steps
-        if done == self._first:
+        if self._done == self._first:
             self._meter.start()
-        if done == self._end:
+        if self._done == self._end:
+            # What follows takes time, so it is in a step of its own that `results` leaves out.
+            self._timeline.begin_step(LOOP)
             self._energy: Energy = self._meter.stop()
             self._peak_bytes = peak_bytes(self._device)
             if self._part_steps:
                 self._observer = PartObserver(self._engine.module, self._timeline)
                 observe_collectives(self._timeline)
         self._timeline.begin_step(DATA)
-        if done == self._end + self._part_steps:
+        if self._done == self._end + self._part_steps:
             if self._observer:
                 self._observer.check()
             raise AllTimed
@@ -106,7 +109,7 @@ class TimedLoop:
         seconds = [_as_json(step) for step in self._timeline.seconds()]
         return {
             "steps": seconds[self._first : self._end],
-            "part_steps": seconds[self._end :],
+            "part_steps": seconds[self._end + 1 :],
             "energy": asdict(self._energy),
             "peak_memory_bytes": self._peak_bytes,
         }

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from cavmae.command import exit_code
 from cavmae.trainer.config import PretrainConfig
@@ -43,8 +44,8 @@ class TimedPlan:
         return self.warm_up + self.steps + self.part_steps + 1
 
 
-def main(arguments: list[str]) -> int:
-    """Time the run of a plan's file on this rank; does not return where all goes well."""
+def main(arguments: list[str]) -> NoReturn:
+    """Time the run of a plan's file on this rank; does not return."""
     (path,) = arguments
     plan = load_config(Path(path), TimedPlan)
     config = load_config(Path(plan.config), PretrainConfig)

@@ -38,11 +38,6 @@ class Timeline:
         self.label = first
         self.switch(first)
 
-    @property
-    def steps(self) -> int:
-        """How many steps have begun."""
-        return len(self._starts)
-
     def begin_step(self, label: Label) -> None:
         """A step begins with a label; the one before, if any, ends."""
         self._starts.append(len(self._marks))

@@ -110,7 +110,13 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     setting = Setting(
-        SIZES[flags.model], flags.batch, flags.ranks, flags.precision, device, flags.model == "base"
+        SIZES[flags.model],
+        flags.batch,
+        flags.ranks,
+        flags.zero_stage,
+        flags.precision,
+        device,
+        judged=flags.model == "base",
     )
     # The ranks have ended: the machine is free, and on a GPU its memory.
     rates = measure_rates(device, flags.precision, setting.config, flags.batch)

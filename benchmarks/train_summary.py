@@ -35,6 +35,7 @@ class Setting:
     Attributes:
         config: sizes of the model.
         batch: samples of each of `ranks` on this machine.
+        zero_stage: of the ranks.
         precision: of weights and activations.
         device: of the ranks; a CPU is shared by them.
         judged: whether the bars are about a model of these sizes.
@@ -43,6 +44,7 @@ class Setting:
     config: ModelConfig
     batch: int
     ranks: int
+    zero_stage: int
     precision: Literal["fp32", "bf16"]
     device: torch.device
     judged: bool
@@ -105,7 +107,13 @@ def _shares(steps: list[Step]) -> dict[str, float]:
 
 def _parts(steps: list[Step], setting: Setting, rates: dict[str, Any]) -> dict[str, Any]:
     """By part and kind: times over the steps by parts, and what the part needs; empty without."""
-    work = part_work(setting.config, setting.batch, DTYPES[setting.precision], setting.ranks)
+    work = part_work(
+        setting.config,
+        setting.batch,
+        DTYPES[setting.precision],
+        ranks=setting.ranks,
+        zero_stage=setting.zero_stage,
+    )
     parts: dict[str, Any] = {}
     for part in ORDER:
         for kind in ("forward", "backward", "step"):

@@ -135,12 +135,16 @@ def _tensors(config: PretrainConfig) -> TensorSizes:
     return tensor_sizes(model)
 
 
-def state_bytes(config: PretrainConfig, tensors: TensorSizes, world_size: int) -> State:
+def state_bytes(
+    config: PretrainConfig, tensors: TensorSizes, world_size: int, *, gpu: bool
+) -> State:
     """Of each of `world_size` ranks.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
         tensors: of its model.
+        world_size: ranks.
+        gpu: whether host memory, where an offloaded optimizer is, is not the ranks' own.
     """
     engine, weights = config.engine, sum(tensors.trainable)
     element, stage = element_bytes(config), engine.zero_stage
@@ -160,7 +164,7 @@ def state_bytes(config: PretrainConfig, tensors: TensorSizes, world_size: int) -
             kept += sum(small(tensors))
     return State(
         weights=int(element * kept),
-        optimizer=0 if engine.offload_optimizer else int((8 + masters) * weights * share),
+        optimizer=0 if gpu and engine.offload_optimizer else int((8 + masters) * weights * share),
         buckets=int(buckets),
     )
 
@@ -174,7 +178,7 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
         world_size: ranks.
         gpu: whether the ranks have GPUs.
     """
-    state = state_bytes(config, sizes.tensors, world_size)
+    state = state_bytes(config, sizes.tensors, world_size, gpu=gpu)
     times = config.global_batch // world_size // config.micro_batch
     gradients = gradients_of(config, sizes.tensors, world_size, accumulated=times > 1)
     passes = gradients.before + sizes.passes.peak(

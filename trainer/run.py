@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.config import EngineConfig, PretrainConfig, RunConfig
 from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.rank_log import log_to_file, log_to_stderr
 from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # torch comes after the threads are set
     from cavmae.dataloaders.shards import ShardSet
     from cavmae.trainer.checkpoint_store import Store
     from cavmae.trainer.finetuning import Finetuning
+    from cavmae.trainer.model.encoder import AudioVideoEncoder
     from cavmae.trainer.pretraining import Pretraining
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,16 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
         return _train(config, notice, ranks, device, run_dir, store, train_set)
 
 
+def arrange(model: "AudioVideoEncoder", engine: EngineConfig) -> None:
+    """Have the model's blocks run as the fields say."""
+    if engine.attention != "auto":
+        model.use_attention(engine.attention)
+    if engine.activation_checkpointing:
+        model.recompute_blocks()
+    if engine.compile:
+        model.compile_blocks()
+
+
 def _train(
     config: RunConfig,
     notice: Callable[[], str],
@@ -139,12 +150,7 @@ def _train(
         torch.use_deterministic_algorithms(True)
     stage = _stage(config, ranks, device, run_dir, store)
     model, groups = stage.model()
-    if config.engine.attention != "auto":
-        model.use_attention(config.engine.attention)
-    if config.engine.activation_checkpointing:
-        model.recompute_blocks()
-    if config.engine.compile:
-        model.compile_blocks()
+    arrange(model, config.engine)
     accumulation = config.global_batch // ranks.world_size // config.micro_batch
     engine = Engine(
         model,

@@ -1,106 +1,201 @@
-"""`cavmae bench autotune`: real trials, and fields that a run takes."""
+"""`cavmae bench autotune` searches among a run's fields; what a trial gives is set here."""
 
-import json
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_run import tiny_run
 
 from cavmae.benchmarks import autotune
+from cavmae.benchmarks.autotune import Search, main
 from cavmae.benchmarks.autotune_trial import (
+    Fields,
+    Step,
+    Trial,
     expected_rate,
-    run_trial,
-    short_run,
-    with_fields,
-    words,
 )
-from cavmae.benchmarks.records import read_record
-from cavmae.trainer.config import EngineConfig, LossConfig, PretrainConfig
-from cavmae.trainer.run_folder import load_run_config, save_config
+from cavmae.command import exit_code
+from cavmae.trainer.out_of_memory import Memory
+from cavmae.trainer.run_folder import save_config
 
-STEP = {"model": {"forward": 1.0, "backward": 2.0}, "optimizer": {"optimizer": 0.5}}
-
-
-def test_fields_change_a_run_and_are_words_of_its_command_line() -> None:
-    fields = {"micro_batch": 3, "engine.zero_stage": 0, "engine.compile": False, "data.train": "x"}
-    changed = with_fields(PretrainConfig(global_batch=12), fields)
-    assert (changed.micro_batch, changed.engine.zero_stage, changed.data.train) == (3, 0, "x")
-    assert changed.global_batch == 12
-    assert words(fields) == (
-        "--micro-batch 3 --engine.zero-stage 0 --engine.no-compile --data.train x"
-    )
+Answer = Callable[[Fields], float | str]
+"""Samples a second of a trial with these fields, or why it failed."""
 
 
-def test_fields_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"engine\.compile is on and engine\.zero_stage is 3"):
-        with_fields(PretrainConfig(), {"engine.compile": True, "engine.zero_stage": 3})
+@pytest.fixture(autouse=True)
+def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def test_a_trial_has_two_micro_batches_a_step_where_the_run_has_more(tmp_path: Path) -> None:
-    config = PretrainConfig(global_batch=96, micro_batch=4, loss=LossConfig(contrastive_group=12))
-    trial = short_run(config, 2, tmp_path)
-    assert (trial.global_batch, trial.micro_batch) == (16, 4)
-    assert trial.loss.contrastive_group == 0, "groups of 12 do not fit in 16 clips"
-    assert short_run(PretrainConfig(global_batch=8, micro_batch=4), 2, tmp_path).global_batch == 8
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Search]:
+    """A whole search over a global batch of 24 that begins with micro-batches of 12 of them."""
+
+    def searched(answer: Answer, *, fits: int = 24, **changes: Any) -> Search:
+        def trial(_: Any, fields: Fields, __: Any, *, real_data: bool, **___: Any) -> Trial:
+            given = answer(fields)
+            rate, problem = (0.0, given) if isinstance(given, str) else (given, "")
+            return Trial(fields, real_data, rate, problem, [], 0, 0.0)
+
+        def fields_fit(_: Search, fields: Fields) -> bool:
+            return fields["micro_batch"] <= fits
+
+        monkeypatch.setattr(autotune, "run_trial", trial)
+        monkeypatch.setattr(Search, "_fits", fields_fit)
+        sizes = {"global_batch": 24, "micro_batch": 12, "lanes": 0} | changes
+        found = Search(tiny_run(tmp_path, tmp_path, **sizes), 1, tmp_path, 600)
+        found.run()
+        return found
+
+    return searched
+
+
+def micro_batches(search: Search) -> list[int]:
+    """Of the trials until another field is changed."""
+    start = search.trials[0].fields | {"micro_batch": None}
+    return [
+        trial.fields["micro_batch"]
+        for trial in search.trials
+        if not trial.real_data and trial.fields | {"micro_batch": None} == start
+    ]
+
+
+def at_most(limit: int) -> Answer:
+    """The larger the faster, and out of memory above the limit."""
+
+    def answer(fields: Fields) -> float | str:
+        value = fields["micro_batch"]
+        return "out of memory" if value > limit else 10.0 * value
+
+    return answer
+
+
+@pytest.mark.parametrize("problem", ["out of memory", "killed, as for want of memory"])
+def test_a_start_that_fails_is_halved_until_one_ends_well(
+    search: Callable[..., Search], problem: str
+) -> None:
+    found = search(lambda fields: problem if fields["micro_batch"] > 3 else 10.0)
+    assert micro_batches(found)[:3] == [12, 6, 3]
+    assert found.best["micro_batch"] == 3
+
+
+def test_after_a_start_that_failed_nothing_as_large_is_tried_again(
+    search: Callable[..., Search],
+) -> None:
+    found = search(at_most(8))
+    assert micro_batches(found) == [12, 6, 8]
+    assert found.best["micro_batch"] == 8
+
+
+def test_where_no_micro_batch_ends_well_no_other_field_and_no_loader_is_tried(
+    search: Callable[..., Search],
+) -> None:
+    found = search(at_most(0))
+    assert micro_batches(found) == [12, 6, 3, 1] == [t.fields["micro_batch"] for t in found.trials]
+    assert found.best == {}
+
+
+def test_a_trial_with_the_loader_has_the_best_fields(search: Callable[..., Search]) -> None:
+    found = search(at_most(6))
+    loaded = [trial.fields for trial in found.trials if trial.real_data]
+    assert loaded
+    assert {fields["micro_batch"] for fields in loaded} == {6}
+
+
+def test_a_doubled_micro_batch_that_the_model_of_memory_refuses_is_tried_between(
+    search: Callable[..., Search],
+) -> None:
+    found = search(at_most(24), fits=6, micro_batch=4)
+    assert micro_batches(found) == [4, 6]  # 8 is refused
+    assert found.best["micro_batch"] == 6
+
+
+def test_smaller_ones_are_tried_where_the_model_of_memory_refuses_all_larger(
+    search: Callable[..., Search],
+) -> None:
+    found = search(lambda fields: 100.0 / fields["micro_batch"], fits=12)
+    assert micro_batches(found) == [12, 6]
+    assert found.best["micro_batch"] == 6
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(102.9, 12), (103.1, 24)])
+def test_a_value_is_kept_where_it_is_faster_by_three_percent(
+    search: Callable[..., Search], rate: float, kept: int
+) -> None:
+    found = search(lambda fields: {24: rate, 12: 100.0}.get(fields["micro_batch"], 1.0))
+    assert {24, 12} <= set(micro_batches(found))
+    assert found.best["micro_batch"] == kept
+
+
+def test_what_is_slower_is_never_chosen(search: Callable[..., Search]) -> None:
+    first: list[Fields] = []
+
+    def slower_than_the_first(fields: Fields) -> float:
+        first.append(fields)
+        return 100.0 if fields == first[0] else 50.0 - len(first)
+
+    found = search(slower_than_the_first)
+    assert {trial.fields["engine.compile"] for trial in found.trials} == {True, False}
+    assert {trial.fields["engine.zero_stage"] for trial in found.trials} == {0, 1}
+    assert found.best == first[0]
+
+
+def test_nothing_that_fits_ends_with_the_reason_and_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_trial(*_: Any, **__: Any) -> Trial:
+        pytest.fail("a trial was begun")
+
+    monkeypatch.setattr(autotune, "run_trial", no_trial)
+    monkeypatch.setattr(autotune, "machine_memory", lambda: Memory(10**6, 10**6))
+    run, saved, out = (tmp_path / name for name in ("run.json", "tuned.json", "results"))
+    save_config(tiny_run(tmp_path, tmp_path / "run"), run)
+    words = [str(run), "--ranks", "1", "--save", str(saved), "--out", str(out)]
+    assert exit_code(main, words) == 1
+    said = capsys.readouterr()
+    assert "error: no micro_batch fits" in said.err and "0.001 GB are there" in said.err
+    assert "fields to use" not in said.out
+    assert not saved.exists() and not out.exists()
+
+
+def test_no_trial_that_ends_well_ends_with_code_1_and_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(_: Any, fields: Fields, __: Any, *, real_data: bool, **___: Any) -> Trial:
+        return Trial(fields, real_data, 0.0, "out of memory", [], 0, 0.0)
+
+    monkeypatch.setattr(autotune, "run_trial", failed)
+    run, saved, out = (tmp_path / name for name in ("run.json", "tuned.json", "results"))
+    save_config(tiny_run(tmp_path, tmp_path / "run"), run)
+    words = [str(run), "--ranks", "1", "--save", str(saved), "--out", str(out)]
+    assert exit_code(main, words) == 1
+    assert "error: no trial ended well" in capsys.readouterr().err
+    assert not saved.exists() and not out.exists()
+
+
+def timed_steps(passes: float, update: float) -> list[Step]:
+    """Three alike but for one that took longer, as medians do not see."""
+    return [
+        {"model": {"forward": passes / 2, "backward": passes / 2}, "optimizer": {"step": update}}
+        for passes in (passes, passes, 10 * passes)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"),
-    [(1, 4 / 3.5), (2, 8 / 3.5), (4, 16 / 6.5)],  # 3 s of two micro-batches at most, and an update
+    ("global_batch", "ranks", "passes", "expected"),
+    [
+        (4, 1, 2.0, 4 / (2.0 + 1.0)),  # one micro-batch of 2 s and the update
+        (8, 1, 4.0, 8 / (4.0 + 1.0)),  # two, as timed
+        (40, 1, 4.0, 40 / (20.0 + 1.0)),  # ten of 2 s, of which two were timed
+        (80, 2, 4.0, 80 / (20.0 + 1.0)),  # ten on each of two ranks
+    ],
 )
-def test_micro_batches_repeat_and_the_update_does_not(times: int, expected: float) -> None:
-    config = PretrainConfig(global_batch=4 * times, micro_batch=4)
-    assert expected_rate(config, 1, [STEP, STEP]) == pytest.approx(expected)
-
-
-@pytest.mark.slow
-def test_a_trial_that_fails_is_an_answer(packed_synthetic: Path, tmp_path: Path) -> None:
-    config = tiny_run(packed_synthetic, tmp_path / "run")
-    found = {
-        name: run_trial(
-            config,
-            fields,
-            tmp_path / name,
-            ranks=1,
-            gpus=False,
-            real_data=real_data,
-            within_seconds=200,
-        )
-        for name, fields, real_data in (
-            ("good", {"micro_batch": 8}, False),
-            ("loader", {"data.reader_workers": 2}, True),
-            ("bad", {"initial_weights": str(tmp_path / "absent.pth")}, False),
-        )
-    }
-    for name in ("good", "loader"):
-        assert found[name].problem == ""
-        assert found[name].samples_per_second > 0 and len(found[name].step_seconds) == 4
-    assert "absent.pth" in found["bad"].problem and found["bad"].samples_per_second == 0
-
-
-@pytest.mark.slow
-def test_what_it_writes_is_a_run_that_computes_the_same(
-    packed_synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_rate_is_that_of_the_whole_batch_with_one_update(
+    global_batch: int, ranks: int, passes: float, expected: float, tmp_path: Path
 ) -> None:
-    before = tiny_run(packed_synthetic, tmp_path / "run", engine=EngineConfig(dtype="fp32"))
-    save_config(before, tmp_path / "config.json")
-    tuned = tmp_path / "tuned" / "run.json"
-    flags = ["--budget", "30s", "--save", str(tuned), "--out", str(tmp_path / "results")]
-    assert autotune.main([str(tmp_path / "config.json"), *flags]) == 0
-    shown = capsys.readouterr().out
-    assert "fields to use: --micro-batch" in shown
-    assert "left out: " in shown, "not all can be tried in that time"
-    (record,) = (tmp_path / "results").glob("autotune-*.json")
-    results = read_record(record).results
-    rates = [trial["samples_per_second"] for trial in results["trials"]]
-    fields = json.loads(record.read_text())["results"]["fields"]
-    best = next(trial for trial in results["trials"] if trial["fields"] == fields)
-    assert max(rates) <= autotune.FASTER * best["samples_per_second"]
-    after = load_run_config(tuned)
-    assert all(getattr(after, name) == getattr(before, name) for name in before.FIXED)
-    assert after.micro_batch == fields["micro_batch"]
-
-
-def test_ranks_that_cannot_share_the_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="--ranks is 3; use a number that divides global_batch"):
-        autotune.main(["demo", "--ranks", "3"])
+    config = tiny_run(tmp_path, tmp_path)
+    config = dataclasses.replace(config, global_batch=global_batch, micro_batch=4)
+    assert expected_rate(config, ranks, timed_steps(passes, 1.0)) == pytest.approx(expected)

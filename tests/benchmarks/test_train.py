@@ -42,8 +42,8 @@ def step(data: float, loop: float) -> dict[str, Any]:
     }
 
 
-def setting(ranks: int = 1, judged: bool = True) -> Setting:
-    return Setting(MODEL, 4, ranks, "fp32", torch.device("cpu"), judged)
+def setting(ranks: int = 1, judged: bool = True, zero_stage: int = 1) -> Setting:
+    return Setting(MODEL, 4, ranks, zero_stage, "fp32", torch.device("cpu"), judged)
 
 
 def test_rates_are_of_all_ranks_and_mfu_of_the_whole_machine() -> None:
@@ -71,7 +71,7 @@ def test_the_loop_is_all_but_model_loss_and_update() -> None:
 def test_shards_are_compared_with_synthetic_batches_and_judged_on_a_gpu_alone() -> None:
     slower = [{name: {kind: 2 * s for kind, s in one.items()} for name, one in step(0, 0).items()}]
     both: dict[Source, Any] = {"synthetic": found([step(0, 0)], []), "shards": found(slower, [])}
-    gpu = Setting(MODEL, 4, 1, "fp32", torch.device("cuda"), True)
+    gpu = Setting(MODEL, 4, 1, 1, "fp32", torch.device("cuda"), True)
     for place, met in ((setting(), None), (gpu, False)):
         bar = summarize(both, place, RATES)["bars"]["samples/s from shards over synthetic"]
         assert bar["value"] == pytest.approx(0.5)
@@ -93,6 +93,17 @@ def test_a_part_stands_beside_its_floor_and_one_without_work_has_none() -> None:
     for one in decoder.values():
         assert one["floor_seconds"] == max(one["flops"] / 1e12, one["bytes"] / 1e10)
     assert "floor_seconds" not in parts["synthetic"]["parts"]["loop"]["step"]
+
+
+def test_without_zero_each_rank_updates_all_weights() -> None:
+    timed = [{"optimizer": {"step": 1.0}}]
+    alone, replicated, shared = (
+        summarize({"synthetic": found([step(0, 0)], timed)}, setting, RATES)
+        ["synthetic"]["parts"]["optimizer"]["step"]
+        for setting in (setting(ranks=1), setting(ranks=2, zero_stage=0), setting(ranks=2))
+    )  # fmt: skip
+    assert replicated["bytes"] == alone["bytes"]
+    assert shared["bytes"] == alone["bytes"] / 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Attention by every means that runs here: the same values and gradients, nothing stored."""
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,29 @@ def test_the_ends_of_packed_segments_are_those_of_every_sample() -> None:
     ends = segment_ends(2, [4, 1, 3], torch.device("cpu"))
     assert ends.dtype == torch.int32
     assert ends.tolist() == [0, 4, 5, 8, 12, 13, 16]
+
+
+@pytest.mark.parametrize("lengths", [None, [4, 2, 3]], ids=["one segment", "three segments"])
+def test_flash_attn_gets_every_segment_of_every_sample(
+    lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package needs a GPU; here its two functions are written out by what their documentation
+    # says of arguments and shapes.
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return written_out(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q: int, longest_k: int) -> torch.Tensor:
+        assert torch.equal(ends_q, ends_k) and ends_q[-1] == len(q)
+        assert longest_q == longest_k == int(ends_q.diff().max())
+        pieces = [tensor.split(ends_q.diff().tolist()) for tensor in (q, k, v)]
+        return torch.cat([dense(*(x[None] for x in one))[0] for one in zip(*pieces, strict=True)])
+
+    package = SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    tensors = inputs((2, 3, 9, 9, 8), torch.float32)
+    module = sys.modules[attention.__module__]
+    found = module._flash_attn(*tensors, lengths or [9])
+    torch.testing.assert_close(found, attend(*tensors, lengths, backend="sdpa"))
 
 
 def test_no_attention_matrix_is_kept_for_the_backward_pass() -> None:

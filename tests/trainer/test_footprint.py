@@ -12,6 +12,7 @@ from tiny_run import MODEL
 
 from cavmae.cluster import train
 from cavmae.trainer.activations import Passes
+from cavmae.trainer.arguments import parse
 from cavmae.trainer.config import EngineConfig, PretrainConfig
 from cavmae.trainer.footprint import (
     Sizes,
@@ -126,6 +127,24 @@ def test_a_gpu_can_leave_the_optimizer_in_host_memory() -> None:
     limit = footprint(config, SIZES, 1, gpu=True).total - 1
     assert "--engine.offload-optimizer" in what_would_fit(config, SIZES, 1, limit, gpu=True)
     assert "--engine.offload-optimizer" not in what_would_fit(config, SIZES, 1, limit, gpu=False)
+
+
+def test_an_optimizer_that_a_cpu_rank_offloads_stays_in_its_memory() -> None:
+    engine = EngineConfig(zero_stage=1, dtype="bf16", offload_optimizer=True)
+    config = PretrainConfig(global_batch=8, micro_batch=8, lanes=8, engine=engine)
+    cpu, card = (footprint(config, SIZES, 1, gpu=gpu).optimizer for gpu in (False, True))
+    assert (cpu, card) == (12 * TENSORS.trainable[0], 0)
+
+
+def test_every_advice_is_a_run_that_is_accepted() -> None:
+    engine = EngineConfig(zero_stage=1, dtype="bf16", compile=True)
+    config = PretrainConfig(global_batch=8, micro_batch=1, lanes=8, engine=engine)
+    third = dataclasses.replace(engine, zero_stage=3, compile=False)
+    limit = footprint(dataclasses.replace(config, engine=third), SIZES, 8, gpu=True).total
+    changes = list(what_would_fit(config, SIZES, 8, limit, gpu=True))
+    assert "--engine.zero-stage 3 --engine.no-compile" in changes
+    for change in changes:
+        parse(["audioset_base", *change.split()], [PretrainConfig], "test")
 
 
 def test_what_is_said_at_once_is_never_less() -> None:

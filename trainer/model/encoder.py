@@ -103,7 +103,7 @@ class AudioVideoEncoder(nn.Module):
         dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VERSIONS)
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile(dynamic=False)
 
     def use_attention(self, backend: AttentionBackend | None) -> None:
         """Choose how attention is computed; None: the best means of the device."""

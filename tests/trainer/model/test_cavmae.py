@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from cavmae.kernels import mask_ids_from_shuffle
+from cavmae.trainer.config import EngineConfig
 from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.run import arrange
 
 SMALL = ModelConfig(
     audio_frames=48,
@@ -138,6 +140,16 @@ def test_learnable_positions_get_gradients() -> None:
     torch.manual_seed(0)
     model = CAVMAE(replace(SMALL, learnable_positions=True))
     assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
+
+
+def test_the_fields_of_the_engine_reach_every_block() -> None:
+    model = small_model()
+    arrange(model, EngineConfig(attention="sdpa", activation_checkpointing=True))
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert blocks and all(block.attn.backend == "sdpa" and block.recompute for block in blocks)
+    arrange(untouched := small_model(), EngineConfig())
+    blocks = [module for module in untouched.modules() if isinstance(module, Block)]
+    assert all(block.attn.backend is None and not block.recompute for block in blocks)
 
 
 def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
