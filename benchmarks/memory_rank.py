@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch comes after the threads are set
 
 WARM_UP_STEPS = 2
 """Stage 3 learns the order of modules, and allocators what they keep."""
-STEPS = 3
+STEPS = 5
 SMALLEST = ModelConfig(
     audio_frames=32,
     mel_bins=32,
