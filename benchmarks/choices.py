@@ -118,11 +118,12 @@ def change(
             elapsed, _ = timed(steps[way], device)
             if repeat >= 0:  # the first steps make the optimizer's state, and compile
                 seconds[way].append(elapsed)
-    peaks = {}
-    for way, choice in choices.items():
-        del steps[way]
-        gc.collect()
-        peaks[way] = _peak_bytes(config, batch, precision, device, choice)
+    steps.clear()  # both have let go of their memory before that of either is measured
+    gc.collect()
+    peaks = {
+        way: _peak_bytes(config, batch, precision, device, choice)
+        for way, choice in choices.items()
+    }
     pairs = zip(seconds["changed"], seconds["as_runs_do"], strict=True)
     ratios = [changed / usual for changed, usual in pairs]
     return {way: timing(seconds[way]) | {"peak_memory_bytes": peaks[way]} for way in seconds} | {

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 _HISTORY_ENTRIES = 100_000
 RAN_OUT = "ran out of"
 """What the line of a run that ended so has."""
+_LIMITS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+)
+"""Files of a control group: its limit, what it uses, and how its cache of files is called."""
 _CPU_FAILURES = ("can't allocate memory", "std::bad_alloc", "out of memory")
 
 
@@ -71,13 +76,6 @@ def machine_memory(root: Path = Path("/")) -> Memory:
                 total = int(text)
             available = min(available, max(0, int(text) - used))
     return Memory(total, available)
-
-
-_LIMITS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
-)
-"""Files of a control group: its limit, what it uses, and how its cache of files is called."""
 
 
 def _control_groups(root: Path) -> list[Path]:

@@ -154,12 +154,8 @@ class CAVMAE(AudioVideoEncoder):
             removed = torch.cat(
                 [audio_mask.removed, video_mask.removed + self.config.audio_tokens], dim=1
             )
-            if predict_all:
-                every = self._decode(latent, audio_mask, video_mask)
-                tokens = gather_tokens(every, removed)
-            else:
-                every = None
-                tokens = self._decode(latent, audio_mask, video_mask, removed)
+            decoded = self._decode(latent, audio_mask, video_mask, None if predict_all else removed)
+            tokens = gather_tokens(decoded, removed) if predict_all else decoded
             predicted_audio, predicted_video = self._predict(tokens, audio_mask.removed.shape[1])
             output = output._replace(
                 latent=latent,
@@ -170,8 +166,8 @@ class CAVMAE(AudioVideoEncoder):
                     predicted_video, frame, video_mask.removed, norm_pix
                 ),
             )
-            if every is not None:
-                predicted = self._predict(every, self.config.audio_tokens)
+            if predict_all:
+                predicted = self._predict(decoded, self.config.audio_tokens)
                 output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
         return output
 
