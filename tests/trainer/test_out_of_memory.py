@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import ROOT
 from tiny_run import MODEL, tiny_finetuning, tiny_run
 
+from cavmae.cluster.worker import is_lasting
+from cavmae.trainer.agreement import on_first_rank
 from cavmae.trainer.config import EngineConfig, PretrainConfig
 from cavmae.trainer.out_of_memory import (
     Memory,
@@ -101,6 +105,20 @@ def test_the_memory_is_that_of_the_control_group(tmp_path: Path) -> None:
     (group / "memory.max").write_text("4000000\n")
     (group / "memory.current").write_text("1000000\n")
     assert machine_memory(tmp_path) == Memory(4_000_000, 3_000_000)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    meeting = (tmp_path / "meeting").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_refusal_reaches_every_rank_as_what_no_restart_can_mend(one_rank: None) -> None:
+    with pytest.raises(OutOfMemory, match=r"this machine has 1\.0 GB") as refused:
+        on_first_rank(lambda: check_memory(BASE, ALONE, Memory(GB, GB)))
+    assert is_lasting(refused.value)
 
 
 def test_files_in_the_cache_of_a_control_group_count_as_free(tmp_path: Path) -> None:
