@@ -169,7 +169,12 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     ours, theirs = (torch.load(tmp_path / name / "run/weights.pt") for name in ("two", "one"))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+        mine, other = ours[name], theirs[name]
+        if name.endswith("attn.qkv.bias"):
+            # A key's bias moves all of a query's scores alike, so its gradient is zero but for
+            # rounding, which Adam makes a step of like any other.
+            mine, other = (bias.unflatten(0, (3, -1))[[0, 2]] for bias in (mine, other))
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
     scores = [
         json.loads((tmp_path / name / "run/summary.json").read_text())["scores"]
         for name in ("two", "one")
