@@ -170,7 +170,7 @@ class Search:
             "no micro_batch fits: with 1 the ranks of this machine take "
             f"{self._needed(fields) / 1e9:.3f} GB and {self._there() / 1e9:.3f} GB are there; "
             f"raise --engine.zero-stage (it is {self._config.engine.zero_stage}), set "
-            "--engine.activation-checkpointing, or use a smaller model"
+            "--engine.activation-checkpointing full, or use a smaller model"
         )
 
     def _begin(self, start: Fields) -> int:

@@ -25,7 +25,8 @@ CHANGED: dict[str, Choices] = {
     "every patch predicted": Choices(predict_all=True),
     "update not fused": Choices(fused_update=False),
     "blocks compiled": Choices(compile=True),
-    "blocks recomputed": Choices(recompute=True),
+    "norms and GELU kept": Choices(recompute="none"),
+    "blocks recomputed": Choices(recompute="full"),
 }
 
 

@@ -67,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
         "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="the model's blocks"
     )
     arguments.add_argument(
-        "--activation-checkpointing", action="store_true", help="compute activations again"
+        "--activation-checkpointing",
+        choices=["none", "selective", "full"],
+        default=EngineConfig().activation_checkpointing,
+        help="what the backward pass computes again",
     )
     arguments.add_argument("--steps", type=int, default=20 if gpu else 5, help="timed ones")
     arguments.add_argument("--part-steps", type=int, default=3, help="timed by parts; 0: none")

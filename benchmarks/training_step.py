@@ -12,6 +12,7 @@ from torch import nn
 
 from cavmae.benchmarks.baselines.published import PublishedCAVMAE
 from cavmae.kernels import AttentionBackend, contrastive_loss
+from cavmae.trainer.model.blocks import Recompute
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
@@ -35,14 +36,14 @@ class Choices:
         fused_update: Adam in one pass over weights, gradients and moments.
         predict_all: predict every patch, as the published code does, not the removed ones alone.
         compile: torch.compile each block.
-        recompute: keep a block's input alone, and compute it again in the backward pass.
+        recompute: see `cavmae.trainer.config.EngineConfig.activation_checkpointing`.
     """
 
     attention: AttentionBackend | None = None
     fused_update: bool = True
     predict_all: bool = False
     compile: bool = False
-    recompute: bool = False
+    recompute: Recompute = "selective"
 
 
 class MasterAdam:
@@ -130,8 +131,7 @@ class TrainingStep:
             model.freeze_unused(reconstruct=True, contrast=True)
             self.model = model.to(device, torch.bfloat16 if bf16 else torch.float32)
             model.use_attention(self.choices.attention)
-            if self.choices.recompute:
-                model.recompute_blocks()
+            model.recompute_blocks(self.choices.recompute)
             if self.choices.compile:
                 model.compile_blocks()
         trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -159,8 +159,7 @@ def _count(config: PretrainConfig, samples: int) -> _Count:
     with torch.device("meta"):
         model = CAVMAE(shape)
     model.freeze_unused(**losses)
-    if config.engine.activation_checkpointing:
-        model.recompute_blocks()
+    model.recompute_blocks(config.engine.activation_checkpointing)
     count = _Count()
     with FakeTensorMode():
         for name, one in list(model.named_parameters()):

@@ -122,9 +122,10 @@ class EngineConfig:
     attention; `flash-attn`: that package, with one call for the joint encoder's three streams (bf16
     on GPUs). `auto`: `blocks` on a CPU, `sdpa` on a GPU, with `flash-attn` for the joint encoder
     where it is installed."""
-    activation_checkpointing: bool = False
-    """Keep of each transformer block its input alone, and compute it again in the backward pass: a
-    fraction of the memory for a third more work."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What the backward pass computes again instead of keeping it. `selective`: the norms and the
+    GELU before each matrix product, a third of the activations for hardly any work; `full`: all but
+    the input of each transformer block, most of the memory for a third more work."""
     maximum_skipped_updates: int = 20
     """Updates in a row that may be left out for a non-finite loss or gradient before the run
     stops."""

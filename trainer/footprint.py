@@ -248,12 +248,12 @@ def what_would_fit(
                 uncompiled = " --engine.no-compile" if engine.compile and not compiled else ""
                 yield f"--engine.zero-stage {stage}{uncompiled}"
                 break
-    if not engine.activation_checkpointing:
-        changed = dataclasses.replace(engine, activation_checkpointing=True)
+    if engine.activation_checkpointing != "full":
+        changed = dataclasses.replace(engine, activation_checkpointing="full")
         recomputed = dataclasses.replace(config, engine=changed)
         counted = Sizes(sizes.tensors, count_passes(recomputed))
         if footprint(recomputed, counted, world_size, gpu=gpu).total <= limit_bytes:
-            yield "--engine.activation-checkpointing"
+            yield "--engine.activation-checkpointing full"
     if gpu and engine.zero_stage and not engine.offload_optimizer:
         changed = dataclasses.replace(engine, offload_optimizer=True)
         if fits(dataclasses.replace(config, engine=changed)):

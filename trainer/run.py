@@ -108,8 +108,7 @@ def arrange(model: "AudioVideoEncoder", engine: EngineConfig) -> None:
     """Have the model's blocks run as the fields say."""
     if engine.attention != "auto":
         model.use_attention(engine.attention)
-    if engine.activation_checkpointing:
-        model.recompute_blocks()
+    model.recompute_blocks(engine.activation_checkpointing)
     if engine.compile:
         model.compile_blocks()
 

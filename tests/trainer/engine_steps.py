@@ -86,8 +86,7 @@ class Run:
         torch.manual_seed(0)
         model = CAVMAE(self.config.model)
         model.freeze_unused(reconstruct=True, contrast=self.config.loss.contrastive_weight > 0)
-        if case.get("recompute"):
-            model.recompute_blocks()
+        model.recompute_blocks(case.get("recompute", "selective"))
         self.tensors = tensor_sizes(model)
         self.task = PretrainTask(
             self.config, rank=ranks.rank, world_size=ranks.world_size, device=device

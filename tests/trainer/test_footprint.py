@@ -117,7 +117,7 @@ def test_what_would_fit_is_what_costs_least() -> None:
     assert list(what_would_fit(config, SIZES, 8, full - 1, gpu=True)) == [
         "--micro-batch 16",
         "--engine.zero-stage 1",
-        "--engine.activation-checkpointing",
+        "--engine.activation-checkpointing full",
     ]
     assert list(what_would_fit(config, SIZES, 8, 4 << 30, gpu=True)) == []
 

@@ -4,6 +4,8 @@ The joint encoder uses one block for three token sequences: audio alone, video a
 are packed into one sequence, so that each weight is read once and each matrix product is large.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,12 +17,29 @@ from cavmae.kernels import AttentionBackend, attention, gather_tokens
 
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
+Recompute = Literal["none", "selective", "full"]
+Tensors = Callable[[torch.Tensor], torch.Tensor]
 _SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
 _NORM_STREAM: dict[str, Stream] = {
     norm + suffix: stream
     for stream, suffix in _SUFFIX.items()
     for norm in ("norm", "norm1", "norm2")
 }
+
+
+class LinearAfter(nn.Linear):
+    """A linear layer of what a norm or an activation gives, which costs little to compute."""
+
+    recompute = False
+    """Keep what `before` takes, and compute what it gives again in the backward pass."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: torch.Tensor, before: Tensors
+    ) -> torch.Tensor:
+        """(..., in features) to (..., out features): the layer of `before(x)`."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().forward(before(x))
+        return recomputed(lambda x: F.linear(before(x), self.weight, self.bias), x)
 
 
 class Attention(nn.Module):
@@ -30,16 +49,20 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend | None = None
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = LinearAfter(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(
-        self, x: torch.Tensor, lengths: list[int], wanted: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        norm: Tensors,
+        lengths: list[int],
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, tokens, width) to the same, or to (batch, wanted, width); `lengths` are the
         tokens of each segment."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x, norm).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.unbind(2)  # (batch, tokens, heads, head width)
         if wanted is not None:
             query = gather_tokens(query.flatten(2), wanted).unflatten(2, (self.heads, -1))
@@ -54,12 +77,12 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = LinearAfter(width, hidden)
+        self.fc2 = LinearAfter(hidden, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: Tensors) -> torch.Tensor:
         """(batch, tokens, width) to the same."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x, norm), F.gelu)
 
 
 class Block(nn.Module):
@@ -72,8 +95,15 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2, self.norm2_a, self.norm2_v = (nn.LayerNorm(width) for _ in range(3))
         self.mlp = Mlp(width, 4 * width)
-        self.recompute = False
-        """In the backward pass, instead of keeping activations from the forward pass."""
+        self._recompute_all = False
+
+    def recompute(self, how: Recompute) -> None:
+        """What the backward pass computes again, instead of keeping it: nothing; the norms and the
+        activation before each linear layer; or everything but the block's input."""
+        self._recompute_all = how == "full"
+        for module in self.modules():
+            if isinstance(module, LinearAfter):
+                module.recompute = how == "selective"
 
     def forward(
         self,
@@ -94,23 +124,20 @@ class Block(nn.Module):
             (batch, tokens, width), or (batch, wanted, width).
         """
         segments = segments or {"joint": x.shape[1]}
-        if not (self.recompute and torch.is_grad_enabled()):
+        if not (self._recompute_all and torch.is_grad_enabled()):
             return self._forward(x, segments, wanted)
-        # Nothing in a block is drawn at random, so no random state has to be kept.
-        return checkpoint(
-            self._forward, x, segments, wanted, use_reentrant=False, preserve_rng_state=False
-        )
+        return recomputed(partial(self._forward, segments=segments, wanted=wanted), x)
 
     def _forward(
         self, x: torch.Tensor, segments: dict[Stream, int], wanted: torch.Tensor | None
     ) -> torch.Tensor:
-        lengths = list(segments.values())
-        mixed = self.attn(self._segment_norm("norm1", x, segments), lengths, wanted)
+        norm1, norm2 = (partial(self._segment_norm, name, segments) for name in ("norm1", "norm2"))
+        mixed = self.attn(x, norm1, list(segments.values()), wanted)
         x = mixed + (x if wanted is None else gather_tokens(x, wanted))
-        return x + self.mlp(self._segment_norm("norm2", x, segments))
+        return x + self.mlp(x, norm2)
 
     def _segment_norm(
-        self, name: str, x: torch.Tensor, segments: dict[Stream, int]
+        self, name: str, segments: dict[Stream, int], x: torch.Tensor
     ) -> torch.Tensor:
         """Statistics once over the packed sequence, then each segment's own affine."""
         norms = [getattr(self, name + _SUFFIX[stream]) for stream in segments]
@@ -125,6 +152,12 @@ class Block(nn.Module):
             ],
             dim=1,
         )
+
+
+def recomputed(function: Tensors, x: torch.Tensor) -> torch.Tensor:
+    """`function(x)`, of which `x` alone is kept; the backward pass computes as much of the rest
+    again as it needs. Nothing in a model is drawn at random, so no random state is kept."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def norm_stream(name: str) -> Stream | None:

@@ -17,6 +17,7 @@ from cavmae.trainer.model.blocks import (
     Attention,
     Block,
     Modality,
+    Recompute,
     Stream,
     norm_stream,
     pass_streams,
@@ -111,12 +112,12 @@ class AudioVideoEncoder(nn.Module):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def recompute_blocks(self) -> None:
-        """Keep of every transformer block its input alone, and compute the rest again in the
-        backward pass: activation checkpointing."""
+    def recompute_blocks(self, how: Recompute) -> None:
+        """Have every transformer block compute again in the backward pass what `Block.recompute`
+        says: activation checkpointing."""
         for module in self.modules():
             if isinstance(module, Block):
-                module.recompute = True
+                module.recompute(how)
 
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
         """(batch, audio_frames, mel_bins) to the unmasked embedding (batch, width), float32."""

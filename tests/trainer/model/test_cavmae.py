@@ -7,7 +7,7 @@ import torch
 
 from cavmae.kernels import mask_ids_from_shuffle
 from cavmae.trainer.config import EngineConfig
-from cavmae.trainer.model.blocks import Block
+from cavmae.trainer.model.blocks import Block, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
@@ -144,12 +144,13 @@ def test_learnable_positions_get_gradients() -> None:
 
 def test_the_fields_of_the_engine_reach_every_block() -> None:
     model = small_model()
-    arrange(model, EngineConfig(attention="sdpa", activation_checkpointing=True))
+    arrange(model, EngineConfig(attention="sdpa", activation_checkpointing="none"))
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    assert blocks and all(block.attn.backend == "sdpa" and block.recompute for block in blocks)
+    assert blocks and all(block.attn.backend == "sdpa" for block in blocks)
+    assert not any(block.mlp.fc2.recompute for block in blocks)
     arrange(untouched := small_model(), EngineConfig())
     blocks = [module for module in untouched.modules() if isinstance(module, Block)]
-    assert all(block.attn.backend is None and not block.recompute for block in blocks)
+    assert all(block.attn.backend is None and block.mlp.fc2.recompute for block in blocks)
 
 
 def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
@@ -172,18 +173,20 @@ def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_recomputed_blocks_give_the_same_losses_and_gradients() -> None:
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputed_blocks_give_the_same_losses_and_gradients(how: Recompute) -> None:
     kept, recomputed = small_model(), small_model()
-    recomputed.recompute_blocks()
+    recomputed.recompute_blocks(how)
     assert used_parameters(kept, forward(kept)) == used_parameters(recomputed, forward(recomputed))
     for (name, ours), theirs in zip(recomputed.named_parameters(), kept.parameters(), strict=True):
         if theirs.grad is not None:
             assert ours.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
-def test_recomputed_blocks_keep_a_fraction_of_the_activations() -> None:
+@pytest.mark.parametrize(("how", "share"), [("selective", 0.8), ("full", 0.7)])
+def test_recomputed_blocks_keep_a_fraction_of_the_activations(how: Recompute, share: float) -> None:
     kept, recomputed = small_model(), small_model()
-    recomputed.recompute_blocks()
+    recomputed.recompute_blocks(how)
     sizes = []
     for model in (kept, recomputed):
         held: dict[int, int] = {}
@@ -197,15 +200,14 @@ def test_recomputed_blocks_keep_a_fraction_of_the_activations() -> None:
             output = forward(model)
         sizes.append(sum(held.values()))
         del output
-    assert sizes[1] < 0.75 * sizes[0], sizes
+    assert sizes[1] < share * sizes[0], sizes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(recompute) -> None:
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(how: Recompute) -> None:
     eager, compiled = small_model(), small_model()
-    if recompute:
-        compiled.recompute_blocks()
+    compiled.recompute_blocks(how)
     compiled.compile_blocks()
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     torch._dynamo.reset()
