@@ -51,6 +51,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     from cavmae.dataloaders.batch import ClipShape
     from cavmae.trainer.engine import Engine, start_process_group
     from cavmae.trainer.pretraining import Pretraining
+    from cavmae.trainer.run import arrange
 
     device = start_process_group(ranks)
     times = config.global_batch // ranks.world_size // config.micro_batch
@@ -72,6 +73,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
         stage = Pretraining(config, ranks, device)
         model, groups = stage.model()
+        arrange(model, config.engine)
         engine = Engine(
             model,
             config.engine,
