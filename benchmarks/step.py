@@ -20,9 +20,12 @@ from cavmae.benchmarks.step_memory import step_peak_bytes
 from cavmae.benchmarks.training_step import Choices, ModelName, Precision, TrainingStep
 from cavmae.trainer.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.recipes import audioset_huge, audioset_large
 
 SIZES = {
     "base": ModelConfig(),
+    "large": audioset_large().model,
+    "huge": audioset_huge().model,
     "tiny": ModelConfig(
         audio_frames=128,
         image_size=64,
