@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from cavmae.benchmarks.deviations import (
@@ -20,12 +19,11 @@ from cavmae.benchmarks.deviations import (
     relative,
 )
 from cavmae.benchmarks.golden import final_deviations
-from cavmae.benchmarks.golden_forward import gradient_deviations
+from cavmae.benchmarks.golden_forward import GoldenCase, gradient_deviations
 from cavmae.benchmarks.golden_recipe import (
     config_from_arguments,
     fill_from_recipe,
     noise,
-    read_json,
     recipe_inputs,
 )
 from cavmae.trainer.classification_loss import LossName, classification_loss
@@ -40,47 +38,15 @@ def recipe_targets(clips: int, classes: int, seed: int, threshold: float) -> tor
     return torch.from_numpy(noise("target", (clips, classes), seed) > threshold).float()
 
 
-@dataclass(frozen=True)
-class FinetuneCase:
-    """One case of `finetune_forward`.
+class FinetuneCase(GoldenCase):
+    """One case of fine-tuning."""
 
-    Attributes:
-        folder: the golden folder.
-        entry: the case's entry in the index.
-    """
-
-    folder: Path
-    entry: Mapping[str, Any]
-
-    @staticmethod
-    def all(folder: Path) -> list["FinetuneCase"]:
-        """The cases of a folder; empty without an index."""
-        index = folder / "finetune_forward" / "index.json"
-        entries = read_json(index) if index.exists() else []
-        return [FinetuneCase(folder, entry) for entry in entries]
-
-    @property
-    def name(self) -> str:
-        return Path(self.entry["file"]).stem
-
-    @property
-    def has_gradients(self) -> bool:
-        return "grad_file" in self.entry
-
-    @cached_property
-    def files(self) -> dict[str, np.ndarray]:
-        with np.load(self.folder / self.entry["file"]) as arrays:
-            return dict(arrays)
-
-    @cached_property
-    def gradients(self) -> dict[str, Any]:
-        """`bce`, `ce_prob_targets` and the gradients of the first."""
-        return read_json(self.folder / self.entry["grad_file"])
+    part = "finetune_forward"
 
     @property
     def shapes_file(self) -> Path:
         """File with the names and shapes of the parameters; a folder may lack it."""
-        return self.folder / "finetune_forward" / f"{self.name}_shapes.json"
+        return self.folder / self.part / f"{self.name}_shapes.json"
 
     @cached_property
     def config(self) -> ModelConfig:

@@ -5,11 +5,11 @@ inputs from the recipe, masks from the file, outputs and (in some cases) gradien
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -58,8 +58,8 @@ class ForwardNumbers:
 
 
 @dataclass(frozen=True)
-class ForwardCase:
-    """One case of `pretrain_forward`.
+class GoldenCase:
+    """One case of a part of a golden folder.
 
     Attributes:
         folder: the golden folder.
@@ -68,15 +68,13 @@ class ForwardCase:
 
     folder: Path
     entry: Mapping[str, Any]
+    part: ClassVar[str]
 
-    @staticmethod
-    def all(folder: Path) -> list["ForwardCase"]:
-        """The cases of a folder, those that share weights together; empty without an index."""
-        index = folder / "pretrain_forward" / "index.json"
-        if not index.exists():
-            return []
-        cases = [ForwardCase(folder, entry) for entry in read_json(index)]
-        return sorted(cases, key=lambda case: str(case.weights))
+    @classmethod
+    def all(cls, folder: Path) -> Sequence[Self]:
+        """The cases of a folder; empty without an index."""
+        index = folder / cls.part / "index.json"
+        return [cls(folder, entry) for entry in read_json(index)] if index.exists() else []
 
     @property
     def name(self) -> str:
@@ -93,13 +91,25 @@ class ForwardCase:
 
     @cached_property
     def gradients(self) -> dict[str, Any]:
+        """Their check values, and losses that belong to them."""
         return read_json(self.folder / self.entry["grad_file"])
+
+
+class ForwardCase(GoldenCase):
+    """One case of pretraining."""
+
+    part = "pretrain_forward"
+
+    @classmethod
+    def all(cls, folder: Path) -> Sequence[Self]:
+        """The cases of a folder, those that share weights together; empty without an index."""
+        return sorted(super().all(folder), key=lambda case: str(case.weights))
 
     @cached_property
     def weights_check(self) -> Path | None:
         """File with the shapes and check values of this case's weights, where there is one."""
         name = f"weights_seed{self.entry['seed']}_T{self.entry['audio_length']}"
-        path = self.folder / "pretrain_forward" / f"{name}_{self.entry['pos']}_check.json"
+        path = self.folder / self.part / f"{name}_{self.entry['pos']}_check.json"
         return path if path.exists() else None
 
     @cached_property

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,7 +185,7 @@ def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
     return {"cases": cases, "cases_without_time": asked - len(cases), "beyond": beyond}
 
 
-def _models(check: Check, cases: list[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
+def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
     """Each case with its model on the device, while there is time; equal weights share a model."""
     weights, model = None, None
     for case in cases:
