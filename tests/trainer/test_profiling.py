@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from starts import Start
 from tiny_run import losses, tiny_finetuning, tiny_run
 
-from cavmae.trainer.config import ProfileConfig, RunConfig
+from cavmae.trainer.config import PretrainConfig, ProfileConfig, RunConfig
+from cavmae.trainer.out_of_memory import out_of_memory_told
+from cavmae.trainer.profiling import StepProfile
+from cavmae.trainer.ranks import Ranks
 
 PARTS = ("data wait", "begin step", "forward", "backward", "update")
 
@@ -73,3 +77,37 @@ def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path
 def test_fields_out_of_range_are_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"profile\.{field} is {value}"):
         ProfileConfig(**{field: value})
+
+
+def test_allocations_of_a_gpu_are_recorded_in_the_profiled_steps_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorded, gpu = [], torch.device("cuda")
+
+    def record_history(enabled: str | None = "all", max_entries: int = 0) -> None:
+        recorded.append(enabled)
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record_history)
+    config = PretrainConfig(profile=ProfileConfig(steps=2, after_steps=3))
+    states = []
+    with out_of_memory_told(config, tmp_path, Ranks(0, 1, 0, 1), gpu):
+        profile = StepProfile(config.profile, tmp_path, rank=0, start_step=10, device=gpu)
+        for _ in range(7):
+            states.append(recorded[-1] if recorded else None)
+            profile.step()
+        profile.close()
+    assert states == [None, None, None, "all", "all", None, None]
+
+
+def test_a_run_that_ends_in_a_profiled_step_keeps_its_history_of_allocations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorded = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **how: recorded.append(how)
+    )
+    config = ProfileConfig(steps=2, after_steps=1)
+    profile = StepProfile(config, tmp_path, rank=0, start_step=0, device=torch.device("cuda"))
+    profile.step()
+    profile.close()
+    assert len(recorded) == 1
