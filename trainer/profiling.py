@@ -64,6 +64,13 @@ class StepProfile:
             )
             self._profiler.start()
 
+    @property
+    def ends(self) -> bool:
+        """Whether the step at hand is the last one that is traced: `step` will write the trace,
+        which may take longer than a step."""
+        last = self._config.after_steps + self._config.steps
+        return self._profiler is not None and self._steps_done + 1 == last
+
     def step(self) -> None:
         """Note that a step is done."""
         if self._profiler is None:
