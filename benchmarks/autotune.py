@@ -72,8 +72,7 @@ def main(argv: list[str]) -> int:
     unwind_on_sigterm()
     work = Path(tempfile.mkdtemp(prefix="cavmae-autotune-"))
     try:
-        tried = config if config.data.train else _with_generated_clips(config, work)
-        search = Search(tried, flags.ranks, work, budget)
+        search = Search(config, flags.ranks, work, budget)
         search.run()
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -114,8 +113,8 @@ class Search:
     Args:
         config: the run that is tuned.
         ranks: on this machine.
-        work: folder for the trials.
-        budget_seconds: for all of them.
+        work: folder for the trials, and for clips where the run names none.
+        budget_seconds: for all trials.
 
     Attributes:
         best: fields to use, empty until a trial has ended well.
@@ -128,7 +127,7 @@ class Search:
     ) -> None:
         self._config, self._ranks, self._work = config, ranks, work
         self._gpu = torch.cuda.is_available()
-        self._end = time.monotonic() + budget_seconds
+        self._budget_seconds = budget_seconds
         self._rate = 0.0
         self._sizes: dict[str, Sizes] = {}
         self.best: Fields = {}
@@ -141,7 +140,11 @@ class Search:
         Raises:
             ValueError: no micro-batch fits, by the model of memory.
         """
-        failed = self._begin(self._start())
+        start = self._start()
+        if not self._config.data.train:
+            self._config = _with_generated_clips(self._config, self._work)
+        self._end = time.monotonic() + self._budget_seconds
+        failed = self._begin(start)
         if not self.best:
             return
         self._each("engine.dtype", self._dtypes())

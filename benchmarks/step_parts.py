@@ -8,6 +8,7 @@ the model: a part that has a new name is an error and never a number that is too
 """
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,10 +43,6 @@ FUNCTIONS = {
     "cavmae.trainer.task.local_loss": "losses",
     "cavmae.trainer.task.exchanged_loss": "losses",
 }
-_COLLECTIVES = (
-    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "barrier"),
-    *("reduce_scatter_tensor", "broadcast", "batch_isend_irecv"),
-)
 PARTS = ("mask", "embed", "encoders", "joint", "decoder", "losses")
 """Of the forward pass."""
 REST = "rest of the model"
@@ -140,9 +137,23 @@ class PartObserver:
 
 
 def observe_collectives(timeline: Timeline) -> None:
-    """Label the calls of torch's collectives, as long as they keep the caller waiting."""
-    for name in _COLLECTIVES:
-        setattr(dist, name, timeline.during(COMMUNICATION, getattr(dist, name)))
+    """Label all collectives of this process, as long as they keep a caller waiting.
+
+    They are seen in the classes that every function for them ends in, as DeepSpeed keeps some of
+    torch's functions from before and waits for others when it needs what they bring.
+    """
+    begin = [name for name in dir(dist.ProcessGroup) if _begins_work(name)]
+    assert {"allreduce", "broadcast", "send", "barrier"} <= set(begin)
+    for owner, names in ((dist.ProcessGroup, begin), (dist.Work, ["wait"])):
+        for name in names:
+            setattr(owner, name, timeline.during(COMMUNICATION, getattr(owner, name)))
+
+
+def _begins_work(name: str) -> bool:
+    """Whether a method of process groups is a collective, by what its signature says it returns:
+    which ones there are differs between versions of torch."""
+    signatures = getattr(dist.ProcessGroup, name).__doc__ or ""
+    return re.search(r"-> \S*Work\b", signatures) is not None
 
 
 def _next_node() -> int:

@@ -1,7 +1,8 @@
 """What a device is at, over the steps of a run: every moment belongs to exactly one label.
 
 So the labels of a step sum to the step. Where one begins, the time is noted: on a GPU as an event
-in its stream, for which nothing waits; on a CPU from its clock.
+in the stream that was the current one when the timeline was made, for which nothing waits; on a CPU
+from its clock. What other streams do at the same time takes none.
 """
 
 import time
@@ -33,6 +34,7 @@ class Timeline:
 
     def __init__(self, device: torch.device, first: Label) -> None:
         self._device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._starts: list[int] = []
         self._marks: list[tuple[float | torch.cuda.Event, Label]] = []
         self.label = first
@@ -49,10 +51,10 @@ class Timeline:
         self._marks.append((self._now(), label))
 
     def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
+        if self._stream is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self._stream)  # a library may have made another one current
         return event
 
     @contextmanager
@@ -78,7 +80,7 @@ class Timeline:
 
     def seconds(self) -> list[dict[Label, float]]:
         """Of each step that has ended, by label; waits for the device."""
-        if self._device.type == "cuda":
+        if self._stream is not None:
             torch.cuda.synchronize(self._device)
         found = []
         for first, after in zip(self._starts, self._starts[1:], strict=False):

@@ -193,7 +193,8 @@ class WatchdogConfig:
     minimum_seconds: float = 300.0
     """Nothing shorter is."""
     longest_pause_seconds: float = 3600.0
-    """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint."""
+    """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint, the
+    trace of a profile."""
     straggler_ratio: float = 1.5
     """A rank that works so many times as long as the median rank before it meets the others is
     named, where that costs a tenth of the step; 0: never."""

@@ -125,7 +125,7 @@ def train(
     step, save_again = start_step, -1
     if step >= steps:  # killed after its last checkpoint: the scores are still to be told
         evaluate(step)
-    with stop, closing(watchdog), closing(profile):
+    with stop, closing(profile), closing(watchdog):  # no step is watched while a trace is written
         while step < steps:
             watchdog.step()
             own_time.step()
@@ -209,7 +209,12 @@ def train(
                 else:
                     with watchdog.pause(), record_function("checkpoint"):
                         saver.begin(step)
-            profile.step()
+            if profile.ends:
+                with watchdog.pause():
+                    profile.step()
+                    dist.barrier()  # else the next step waits for the rank that writes longest
+            else:
+                profile.step()
             if last or stops:
                 with watchdog.pause():
                     _commit_last(saver, step)

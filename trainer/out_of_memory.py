@@ -27,7 +27,6 @@ from cavmae.trainer.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-_HISTORY_ENTRIES = 100_000
 RAN_OUT = "ran out of"
 """What the line of a run that ended so has."""
 _LIMITS = (
@@ -144,21 +143,18 @@ def out_of_memory_told(
     """What ends for want of memory ends with advice.
 
     On a GPU `out-of-memory/rank-N.pickle` of the run folder then has what was allocated, with the
-    history of allocations where steps are profiled: it costs microseconds for each of them.
+    history of allocations where it was in a profiled step (`profiling.py`).
 
     Raises:
         OutOfMemory: an allocation failed, here or in a library.
     """
-    cuda = device.type == "cuda"
-    if cuda and config.profile.steps:
-        torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         snapshot = ""
-        if cuda:
+        if device.type == "cuda":
             path = run_dir / "out-of-memory" / f"rank-{ranks.rank}.pickle"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))

@@ -1,7 +1,8 @@
 """A trace of some steps: what the processor and the GPU did, by torch's profiler.
 
-Every rank writes its own, so that one sees who waits for whom. Nothing is recorded outside of the
-steps that were asked for.
+Every rank writes its own, so that one sees who waits for whom. Nothing is kept of what happens
+outside of the steps that were asked for; on a GPU the history of allocations, for the snapshot of a
+run that runs out of memory, is recorded in these steps alone as well.
 """
 
 import logging
@@ -16,6 +17,8 @@ from cavmae.trainer.config import ProfileConfig
 log = logging.getLogger(__name__)
 
 OPERATORS_SHOWN = 8
+_HISTORY_ENTRIES = 100_000
+"""Allocations and releases, of which each costs microseconds."""
 
 
 class StepProfile:
@@ -42,6 +45,7 @@ class StepProfile:
         first = start_step + config.after_steps
         self._path = folder / f"step-{first:09d}-rank-{rank}.json.gz"
         self._profiler: profile | None = None
+        self._steps_done = 0  # in this start
         self._written = False
         if config.steps:
             # Kineto, torch's recorder, would print its own comings and goings.
@@ -60,15 +64,32 @@ class StepProfile:
             )
             self._profiler.start()
 
+    @property
+    def ends(self) -> bool:
+        """Whether the step at hand is the last one that is traced: `step` will write the trace,
+        which may take longer than a step."""
+        last = self._config.after_steps + self._config.steps
+        return self._profiler is not None and self._steps_done + 1 == last
+
     def step(self) -> None:
         """Note that a step is done."""
-        if self._profiler is not None:
-            self._profiler.step()
-            if self._written:
-                self._profiler = None
+        if self._profiler is None:
+            return
+        self._profiler.step()
+        self._steps_done += 1
+        if self._steps_done == self._config.after_steps and self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
+        if self._written:
+            self._profiler = None
+            if self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def close(self) -> None:
-        """Write what there is of a trace that was not finished."""
+        """Write what there is of a trace that was not finished.
+
+        The history of allocations stays: what ends a run in a profiled step may be want of memory,
+        whose snapshot is still to be written.
+        """
         if self._profiler is None:
             return
         self._profiler.stop()

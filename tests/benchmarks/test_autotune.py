@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from cavmae.benchmarks.autotune_trial import (
     expected_rate,
 )
 from cavmae.command import exit_code
+from cavmae.dataloaders.config import DataConfig
+from cavmae.trainer.config import PretrainConfig
 from cavmae.trainer.out_of_memory import Memory
 from cavmae.trainer.run_folder import save_config
 
@@ -159,6 +162,32 @@ def test_nothing_that_fits_ends_with_the_reason_and_without_a_record(
     assert "error: no micro_batch fits" in said.err and "0.001 GB are there" in said.err
     assert "fields to use" not in said.out
     assert not saved.exists() and not out.exists()
+
+
+@pytest.mark.parametrize(("available", "fits"), [(10**6, False), (10**12, True)])
+def test_clips_are_generated_only_where_something_fits(
+    available: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    trained_on: list[str] = []
+
+    def generated(folder: Path, *_: Any, **__: Any) -> Path:
+        folders.append(folder)
+        return folder
+
+    def failed(config: PretrainConfig, fields: Fields, *_: Any, **__: Any) -> Trial:
+        trained_on.append(config.data.train)
+        return Trial(fields, False, 0.0, "out of memory", [], 0, 0.0)
+
+    monkeypatch.setattr(autotune, "generate", generated)
+    monkeypatch.setattr(autotune, "pack", lambda *_: None)
+    monkeypatch.setattr(autotune, "run_trial", failed)
+    monkeypatch.setattr(autotune, "machine_memory", lambda: Memory(available, available))
+    config = tiny_run(tmp_path, tmp_path, data=DataConfig())
+    with nullcontext() if fits else pytest.raises(ValueError, match="no micro_batch fits"):
+        Search(config, 1, tmp_path, 600).run()
+    assert len(folders) == fits
+    assert set(trained_on) == ({str(tmp_path / "shards/frames")} if fits else set())
 
 
 def test_no_trial_that_ends_well_ends_with_code_1_and_without_a_record(

@@ -1,6 +1,7 @@
 """`cavmae bench gpu-check` where little is installed, and what it makes of failures."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cavmae.benchmarks import gpu_check
+from cavmae.benchmarks.step import SIZES
 
 REPOSITORY = Path(__file__).parents[2]
 EXCERPT = REPOSITORY / "tests" / "golden" / "data"
 
-BLOCKED = ["deepspeed", "ray", "nvidia", "mlflow", "tyro", "rich", "av", "webdataset", "matplotlib"]
+BLOCKED = [
+    *("deepspeed", "ray", "nvidia", "mlflow", "tyro", "rich", "av", "webdataset", "matplotlib"),
+    "psutil",
+]
 BLOCKING = """
 import sys
 
@@ -114,3 +120,23 @@ def test_a_part_that_breaks_fails_alone(
 def test_a_golden_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--golden is .*absent, which is no folder"):
         gpu_check.main(["--golden", str(tmp_path / "absent")])
+
+
+def test_the_training_loop_is_left_out_where_a_package_that_it_needs_is_absent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in BLOCKED:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "cavmae.benchmarks.processes", raising=False)
+    check = gpu_check.Check(
+        device=torch.device("cuda"),
+        golden=None,
+        config=SIZES["tiny"],
+        batches=[8],
+        repeats=1,
+        deadline=math.inf,
+        model="tiny",
+        best=(8, False),
+    )
+    with pytest.raises(gpu_check.Skip, match=r"needs .*psutil.*; install cavmae whole"):
+        gpu_check.training_loop(check)

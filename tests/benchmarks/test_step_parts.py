@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import run_ranks
 from tiny_run import MODEL
 
 from cavmae.benchmarks import step_parts, timeline
@@ -17,6 +19,8 @@ from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.cavmae import CAVMAE
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 1.0, 10.0
+LATE_SECONDS = 0.2
+COLLECTIVE_RANKS = Path(__file__).with_name("collective_ranks.py")
 
 
 class Slow(torch.autograd.Function):
@@ -174,3 +178,14 @@ def test_a_part_that_nothing_calls_is_an_error(wait: Callable[[float], None]) ->
         observer.check()
     timed_step(model, observer, line)
     observer.check()
+
+
+@pytest.mark.slow
+def test_in_every_stage_all_waiting_for_other_ranks_is_communication(tmp_path: Path) -> None:
+    stages = run_ranks(COLLECTIVE_RANKS, 2, [LATE_SECONDS], tmp_path)
+    assert len(stages) == 4
+    for stage, steps in enumerate(stages):
+        # The least of some steps: the cores have other work as well.
+        work = min(seconds for seconds, _ in steps)
+        assert work < LATE_SECONDS / 2, f"stage {stage} has a collective that is not seen: {steps}"
+        assert all(communication > 5 * LATE_SECONDS for _, communication in steps), steps

@@ -60,3 +60,21 @@ def test_a_call_that_fails_leaves_its_label(clock: Clock) -> None:
     clock.pass_seconds(2)
     line.begin_step(OUTER)
     assert line.seconds() == [{OUTER: 2, INNER: 1}]
+
+
+def test_moments_of_a_gpu_are_those_of_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, streams = "compute", []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None: ...
+
+        def record(self, stream: str | None = None) -> None:
+            streams.append(stream or current)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: current)
+    line = Timeline(torch.device("cuda"), OUTER)
+    current = "gathered weights"
+    with line.within(INNER):
+        pass
+    assert streams == ["compute"] * 3

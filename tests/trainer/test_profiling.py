@@ -2,16 +2,29 @@
 
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from starts import Start
 from tiny_run import losses, tiny_finetuning, tiny_run
 
-from cavmae.trainer.config import ProfileConfig, RunConfig
+from cavmae.trainer import loop
+from cavmae.trainer.config import PretrainConfig, ProfileConfig, RunConfig, WatchdogConfig
+from cavmae.trainer.engine import Update
+from cavmae.trainer.out_of_memory import out_of_memory_told
+from cavmae.trainer.profiling import StepProfile
+from cavmae.trainer.ranks import Ranks
+from cavmae.trainer.stopping import StopRequest
+from cavmae.trainer.stragglers import OwnTime, StragglerReport
+from cavmae.trainer.watchdog import Watchdog
 
 PARTS = ("data wait", "begin step", "forward", "backward", "update")
+CPU = torch.device("cpu")
 
 
 def trace(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +82,133 @@ def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path
     assert not (tmp_path / "run/profile").exists()
 
 
+class Watching(Watchdog):
+    """Attributes: watches, whether something long would be taken for a step that hangs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(WatchdogConfig(medians=0), folder, 0)
+        self.watches = True
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        with super().pause():
+            self.watches = False
+            yield
+            self.watches = True
+
+    def close(self) -> None:
+        super().close()
+        self.watches = False
+
+
+class Batches(list[Any]):
+    """Of a loader that is never waited for."""
+
+    wait_seconds = 0.0
+
+
+def watched_while_written(
+    config: ProfileConfig, folder: Path, patch: pytest.MonkeyPatch
+) -> list[tuple[str, bool]]:
+    """Ten steps of the loop in which nothing is computed; for the trace and for each barrier of the
+    ranks, in order, whether the watchdog watched."""
+    found: list[tuple[str, bool]] = []
+    watchdog = Watching(folder)
+
+    class NotedProfile(StepProfile):
+        def _write(self, profiler: torch.profiler.profile) -> None:
+            found.append(("trace", watchdog.watches))
+            super()._write(profiler)
+
+    patch.setattr(loop.dist, "barrier", lambda: found.append(("barrier", watchdog.watches)))
+    patch.setattr(loop, "_over_ranks", lambda *_: ({}, [0, 0], [1.0]))
+    engine: Any = SimpleNamespace(
+        zero_stage=0, backward=lambda _: None, update=lambda _: Update(True, gradient_norm=1.0)
+    )
+    nothing: Any = SimpleNamespace(
+        **dict.fromkeys(("begin_step", "loss", "begin"), lambda *_: None),
+        metrics=dict,
+        commit=lambda: True,
+        **{"failures": 0, "open": False, "writing": False},
+    )
+    batches: Any = Batches([SimpleNamespace(to=lambda _: None)] * 10)
+    loop.train(
+        engine,
+        nothing,
+        batches,
+        start_step=0,
+        steps=10,
+        accumulation=1,
+        global_batch=1,
+        learning_rate=float,
+        maximum_skipped_updates=1,
+        report_every=10,
+        report=lambda _: None,
+        evaluate_every=10,
+        evaluate=lambda _: None,
+        end_step=lambda _: None,
+        save_every=10,
+        saver=nothing,
+        stop=StopRequest(None, 60.0),
+        own_time=OwnTime(CPU),
+        stragglers=StragglerReport(0, ["host"]),
+        watchdog=watchdog,
+        profile=NotedProfile(config, folder, rank=0, start_step=0, device=CPU),
+        device=CPU,
+    )
+    return found
+
+
+def test_ranks_write_their_traces_and_wait_for_each_other_in_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ProfileConfig(steps=2, after_steps=3)
+    found = watched_while_written(config, tmp_path, monkeypatch)
+    assert found == [("trace", False), ("barrier", False)]
+
+
+def test_a_trace_that_the_end_of_a_run_cuts_off_is_written_in_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ProfileConfig(steps=20, after_steps=3)
+    assert watched_while_written(config, tmp_path, monkeypatch) == [("trace", False)]
+
+
 @pytest.mark.parametrize(("field", "value"), [("steps", -1), ("after_steps", 0)])
 def test_fields_out_of_range_are_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"profile\.{field} is {value}"):
         ProfileConfig(**{field: value})
+
+
+def test_allocations_of_a_gpu_are_recorded_in_the_profiled_steps_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorded, gpu = [], torch.device("cuda")
+
+    def record_history(enabled: str | None = "all", max_entries: int = 0) -> None:
+        recorded.append(enabled)
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record_history)
+    config = PretrainConfig(profile=ProfileConfig(steps=2, after_steps=3))
+    states = []
+    with out_of_memory_told(config, tmp_path, Ranks(0, 1, 0, 1), gpu):
+        profile = StepProfile(config.profile, tmp_path, rank=0, start_step=10, device=gpu)
+        for _ in range(7):
+            states.append(recorded[-1] if recorded else None)
+            profile.step()
+        profile.close()
+    assert states == [None, None, None, "all", "all", None, None]
+
+
+def test_a_run_that_ends_in_a_profiled_step_keeps_its_history_of_allocations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorded = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **how: recorded.append(how)
+    )
+    config = ProfileConfig(steps=2, after_steps=1)
+    profile = StepProfile(config, tmp_path, rank=0, start_step=0, device=torch.device("cuda"))
+    profile.step()
+    profile.close()
+    assert len(recorded) == 1
