@@ -7,6 +7,7 @@ that has the numbers, and leaves a snapshot of what was allocated.
 """
 
 import logging
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from cavmae.trainer.agreement import on_all_ranks
 from cavmae.trainer.config import PretrainConfig, RunConfig
 from cavmae.trainer.footprint import (
     Sizes,
@@ -99,6 +101,25 @@ def _statistic(folder: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
+def check_machines(config: RunConfig, ranks: Ranks) -> None:
+    """Compare a run of CPU ranks with the memory of each of their machines, which the first rank
+    there looks at; all ranks call it.
+
+    Args:
+        config: resolved.
+        ranks: this process's place.
+
+    Raises:
+        OutOfMemory: `check_memory` raised it for some machine; on all ranks, the same one.
+    """
+
+    def check() -> None:
+        if ranks.local_rank == 0:
+            check_memory(config, ranks, machine_memory())
+
+    on_all_ranks(check)
+
+
 def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
     """Compare a run of CPU ranks with the memory of their machine; says nothing of fine-tuning.
 
@@ -122,16 +143,18 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
     if here * needed.tensors > memory.total:
         raise OutOfMemory(
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
-            f"({needed.peak_part}) and this machine has {_gigabytes(memory.total)}; "
+            f"({needed.peak_part}) and machine {socket.gethostname()} has "
+            f"{_gigabytes(memory.total)}; "
             f"{_advice(config, sizes, ranks, memory.total // here, gpu=False)}"
         )
     if here * needed.total > memory.available:
         log.warning(
-            "%d ranks take %s at the peak of a step (%s) and %s are free: the kernel may end them; "
-            "%s",
+            "%d ranks take %s at the peak of a step (%s) and machine %s has %s free: the kernel "
+            "may end them; %s",
             here,
             _gigabytes(here * needed.total),
             needed.peak_part,
+            socket.gethostname(),
             _gigabytes(memory.available),
             _advice(config, sizes, ranks, memory.available // here, gpu=False),
         )
