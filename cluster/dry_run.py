@@ -9,7 +9,7 @@ from rich.table import Table
 from cavmae.cluster.config import RayFinetuneConfig, RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
 from cavmae.dataloaders.plan import default_lanes
-from cavmae.trainer.footprint import footprint, model_sizes, what_would_fit
+from cavmae.trainer.footprint import footprint, model_sizes
 from cavmae.trainer.resolve import native_dtype, resolve
 from cavmae.trainer.step_time import (
     ASSUMED_SHARE_OF_MATRIX_SPEED,
@@ -19,6 +19,7 @@ from cavmae.trainer.step_time import (
     Links,
     step_time,
 )
+from cavmae.trainer.what_fits import advice
 from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
 
 _NODES_SHOWN = 8
@@ -80,11 +81,10 @@ def dry_run(config: RayRunConfig) -> int:
         console.print(line)
     limit = int(cluster.memory_gb_per_worker * 1e9)
     if limit and needed.total > limit:
-        changes = list(what_would_fit(config, sizes, cluster.workers, limit, gpu=gpu))
         raise ValueError(
             f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "
             f"{cluster.memory_gb_per_worker:g}; "
-            + (f"what fits: {' or '.join(changes)}" if changes else "no other split of it fits")
+            + advice(config, sizes, cluster.workers, limit, gpu=gpu)
         )
     return 0
 

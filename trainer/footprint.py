@@ -8,7 +8,6 @@ gradients and optimizer state are how DeepSpeed 0.19 lays them out with the sett
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -223,38 +222,3 @@ def _kept(
         heap, update = max(heap, update), 0
     large = max(large, gradients.reduction - gradients.single, update)
     return max(0, int((1 + HEAP_HOLES) * heap) + large - peak)
-
-
-def what_would_fit(
-    config: PretrainConfig, sizes: Sizes, world_size: int, limit_bytes: int, *, gpu: bool
-) -> Iterator[str]:
-    """Changes each of which makes the run fit, the smallest loss of speed first."""
-
-    def fits(changed: PretrainConfig) -> bool:
-        return footprint(changed, sizes, world_size, gpu=gpu).total <= limit_bytes
-
-    per_rank, engine = config.global_batch // world_size, config.engine
-    for micro_batch in range(config.micro_batch - 1, 0, -1):
-        changed = dataclasses.replace(config, micro_batch=micro_batch)
-        if per_rank % micro_batch == 0 and fits(changed):
-            yield f"--micro-batch {micro_batch}"
-            break
-    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    for stage in stages:
-        if stage > engine.zero_stage:
-            compiled = engine.compile and stage < 3  # stage 3 runs uncompiled
-            changed = dataclasses.replace(engine, zero_stage=stage, compile=compiled)
-            if fits(dataclasses.replace(config, engine=changed)):
-                uncompiled = " --engine.no-compile" if engine.compile and not compiled else ""
-                yield f"--engine.zero-stage {stage}{uncompiled}"
-                break
-    if engine.activation_checkpointing != "full":
-        changed = dataclasses.replace(engine, activation_checkpointing="full")
-        recomputed = dataclasses.replace(config, engine=changed)
-        counted = Sizes(sizes.tensors, count_passes(recomputed))
-        if footprint(recomputed, counted, world_size, gpu=gpu).total <= limit_bytes:
-            yield "--engine.activation-checkpointing full"
-    if gpu and engine.zero_stage and not engine.offload_optimizer:
-        changed = dataclasses.replace(engine, offload_optimizer=True)
-        if fits(dataclasses.replace(config, engine=changed)):
-            yield "--engine.offload-optimizer"

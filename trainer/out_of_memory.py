@@ -17,15 +17,12 @@ from pathlib import Path
 import torch
 
 from cavmae.trainer.agreement import on_all_ranks
+from cavmae.trainer.checkpoint import checkpoints
+from cavmae.trainer.checkpoint_store import Store
 from cavmae.trainer.config import PretrainConfig, RunConfig
-from cavmae.trainer.footprint import (
-    Sizes,
-    footprint,
-    model_sizes,
-    sizes_at_most,
-    what_would_fit,
-)
+from cavmae.trainer.footprint import footprint, model_sizes, sizes_at_most
 from cavmae.trainer.ranks import Ranks
+from cavmae.trainer.what_fits import advice
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +98,14 @@ def _statistic(folder: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
-def check_machines(config: RunConfig, ranks: Ranks) -> None:
+def check_machines(config: RunConfig, ranks: Ranks, store: Store) -> None:
     """Compare a run of CPU ranks with the memory of each of their machines, which the first rank
     there looks at; all ranks call it.
 
     Args:
         config: resolved.
         ranks: this process's place.
+        store: of the run's checkpoints.
 
     Raises:
         OutOfMemory: `check_memory` raised it for some machine; on all ranks, the same one.
@@ -115,18 +113,19 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
 
     def check() -> None:
         if ranks.local_rank == 0:
-            check_memory(config, ranks, machine_memory())
+            check_memory(config, ranks, machine_memory(), begun=bool(checkpoints(store)))
 
     on_all_ranks(check)
 
 
-def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
+def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool = False) -> None:
     """Compare a run of CPU ranks with the memory of their machine; says nothing of fine-tuning.
 
     Args:
         config: resolved.
         ranks: those of this machine share its memory.
         memory: of this machine.
+        begun: whether the run has checkpoints.
 
     Raises:
         OutOfMemory: the tensors of this machine's ranks alone are more than there is, with what
@@ -145,7 +144,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
             f"({needed.peak_part}) and machine {socket.gethostname()} has "
             f"{_gigabytes(memory.total)}; "
-            f"{_advice(config, sizes, ranks, memory.total // here, gpu=False)}"
+            + advice(config, sizes, ranks.world_size, memory.total // here, gpu=False, begun=begun)
         )
     if here * needed.total > memory.available:
         log.warning(
@@ -156,13 +155,15 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
             needed.peak_part,
             socket.gethostname(),
             _gigabytes(memory.available),
-            _advice(config, sizes, ranks, memory.available // here, gpu=False),
+            advice(
+                config, sizes, ranks.world_size, memory.available // here, gpu=False, begun=begun
+            ),
         )
 
 
 @contextmanager
 def out_of_memory_told(
-    config: RunConfig, run_dir: Path, ranks: Ranks, device: torch.device
+    config: RunConfig, run_dir: Path, store: Store, ranks: Ranks, device: torch.device
 ) -> Iterator[None]:
     """What ends for want of memory ends with advice.
 
@@ -188,7 +189,8 @@ def out_of_memory_told(
             snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
         log.error("rank %d: %s", ranks.rank, error)
         traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
-        raise OutOfMemory(_what_now(config, ranks, device) + snapshot) from error
+        what_now = _what_now(config, ranks, device, begun=bool(checkpoints(store)))
+        raise OutOfMemory(what_now + snapshot) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -198,7 +200,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_FAILURES)
 
 
-def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
+def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: bool) -> str:
     """The run's one line: what it takes, what there is, what would fit."""
     gpu = device.type == "cuda"
     if gpu:
@@ -218,15 +220,9 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
     limit = min(there, int(0.9 * needed.total))
     return (
         f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; {_advice(config, sizes, ranks, limit, gpu=gpu)}"
+        f"{_gigabytes(there)}; "
+        + advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
     )
-
-
-def _advice(config: PretrainConfig, sizes: Sizes, ranks: Ranks, limit: int, *, gpu: bool) -> str:
-    changes = list(what_would_fit(config, sizes, ranks.world_size, limit, gpu=gpu))
-    if not changes:
-        return "no single change of it fits: combine them, use more ranks, or a smaller model"
-    return f"what fits: {' or '.join(changes)}"
 
 
 def _gigabytes(count: int) -> str:

@@ -99,8 +99,8 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
     if device.type == "cpu":
-        check_machines(config, ranks)
-    with out_of_memory_told(config, run_dir, ranks, device):
+        check_machines(config, ranks, store)
+    with out_of_memory_told(config, run_dir, store, ranks, device):
         return _train(config, notice, ranks, device, run_dir, store, train_set)
 
 

@@ -12,15 +12,8 @@ from tiny_run import MODEL
 
 from cavmae.cluster import train
 from cavmae.trainer.activations import Passes
-from cavmae.trainer.arguments import parse
 from cavmae.trainer.config import EngineConfig, PretrainConfig
-from cavmae.trainer.footprint import (
-    Sizes,
-    footprint,
-    model_sizes,
-    sizes_at_most,
-    what_would_fit,
-)
+from cavmae.trainer.footprint import Sizes, footprint, model_sizes, sizes_at_most
 from cavmae.trainer.recipes import demo
 from cavmae.trainer.wire import TensorSizes
 
@@ -111,40 +104,11 @@ def test_zero_shares_out_what_it_says() -> None:
     assert by_stage[3].weights * 8 == by_stage[2].weights
 
 
-def test_what_would_fit_is_what_costs_least() -> None:
-    config = config_of(0, "bf16", global_batch=256, micro_batch=32)
-    full = footprint(config, SIZES, 8, gpu=True).total
-    assert list(what_would_fit(config, SIZES, 8, full - 1, gpu=True)) == [
-        "--micro-batch 16",
-        "--engine.zero-stage 1",
-        "--engine.activation-checkpointing full",
-    ]
-    assert list(what_would_fit(config, SIZES, 8, 4 << 30, gpu=True)) == []
-
-
-def test_a_gpu_can_leave_the_optimizer_in_host_memory() -> None:
-    config = config_of(1, "bf16", global_batch=8, micro_batch=1)
-    limit = footprint(config, SIZES, 1, gpu=True).total - 1
-    assert "--engine.offload-optimizer" in what_would_fit(config, SIZES, 1, limit, gpu=True)
-    assert "--engine.offload-optimizer" not in what_would_fit(config, SIZES, 1, limit, gpu=False)
-
-
 def test_an_optimizer_that_a_cpu_rank_offloads_stays_in_its_memory() -> None:
     engine = EngineConfig(zero_stage=1, dtype="bf16", offload_optimizer=True)
     config = PretrainConfig(global_batch=8, micro_batch=8, lanes=8, engine=engine)
     cpu, card = (footprint(config, SIZES, 1, gpu=gpu).optimizer for gpu in (False, True))
     assert (cpu, card) == (12 * TENSORS.trainable[0], 0)
-
-
-def test_every_advice_is_a_run_that_is_accepted() -> None:
-    engine = EngineConfig(zero_stage=1, dtype="bf16", compile=True)
-    config = PretrainConfig(global_batch=8, micro_batch=1, lanes=8, engine=engine)
-    third = dataclasses.replace(engine, zero_stage=3, compile=False)
-    limit = footprint(dataclasses.replace(config, engine=third), SIZES, 8, gpu=True).total
-    changes = list(what_would_fit(config, SIZES, 8, limit, gpu=True))
-    assert "--engine.zero-stage 3 --engine.no-compile" in changes
-    for change in changes:
-        parse(["audioset_base", *change.split()], [PretrainConfig], "test")
 
 
 def test_what_is_said_at_once_is_never_less() -> None:
