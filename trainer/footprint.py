@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from cavmae.trainer.activations import Passes, count_passes, passes_at_most
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.gradient_memory import (
     Gradients,
@@ -23,7 +23,7 @@ from cavmae.trainer.gradient_memory import (
     share_of,
     small,
 )
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.trained_model import trained_model
 from cavmae.trainer.wire import TensorSizes, tensor_sizes
 
 GPU_ALLOWANCE_BYTES = 3 << 30
@@ -109,7 +109,7 @@ class Sizes:
         return sum(self.tensors.trainable)
 
 
-def model_sizes(config: PretrainConfig) -> Sizes:
+def model_sizes(config: RunConfig) -> Sizes:
     """Of the run's model, which is not built; takes seconds.
 
     Args:
@@ -118,25 +118,18 @@ def model_sizes(config: PretrainConfig) -> Sizes:
     return Sizes(_tensors(config), count_passes(config))
 
 
-def sizes_at_most(config: PretrainConfig) -> Sizes:
+def sizes_at_most(config: RunConfig) -> Sizes:
     """The same at once, with passes that keep more than those of `model_sizes`."""
     tensors = _tensors(config)
     return Sizes(tensors, passes_at_most(config, element_bytes(config) * sum(tensors.trainable)))
 
 
-def _tensors(config: PretrainConfig) -> TensorSizes:
+def _tensors(config: RunConfig) -> TensorSizes:
     with torch.device("meta"):
-        model = CAVMAE(config.model)
-    model.freeze_unused(
-        reconstruct=config.loss.reconstruction_weight > 0,
-        contrast=config.loss.contrastive_weight > 0,
-    )
-    return tensor_sizes(model)
+        return tensor_sizes(trained_model(config))
 
 
-def state_bytes(
-    config: PretrainConfig, tensors: TensorSizes, world_size: int, *, gpu: bool
-) -> State:
+def state_bytes(config: RunConfig, tensors: TensorSizes, world_size: int, *, gpu: bool) -> State:
     """Of each of `world_size` ranks.
 
     Args:
@@ -168,7 +161,7 @@ def state_bytes(
     )
 
 
-def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: bool) -> Footprint:
+def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) -> Footprint:
     """Of each of `world_size` ranks.
 
     Args:
@@ -198,7 +191,7 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
 
 
 def _kept(
-    config: PretrainConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
+    config: RunConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
 ) -> int:
     """What a CPU rank has beyond the largest part: glibc hands large blocks back when they are
     freed, and small ones hardly ever, so those of the passes stay while gradients are reduced.

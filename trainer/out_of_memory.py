@@ -19,7 +19,7 @@ import torch
 from cavmae.trainer.agreement import on_all_ranks
 from cavmae.trainer.checkpoint import checkpoints
 from cavmae.trainer.checkpoint_store import Store
-from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.footprint import footprint, model_sizes, sizes_at_most
 from cavmae.trainer.ranks import Ranks
 from cavmae.trainer.what_fits import advice
@@ -119,7 +119,7 @@ def check_machines(config: RunConfig, ranks: Ranks, store: Store) -> None:
 
 
 def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool = False) -> None:
-    """Compare a run of CPU ranks with the memory of their machine; says nothing of fine-tuning.
+    """Compare a run of CPU ranks with the memory of their machine.
 
     Args:
         config: resolved.
@@ -131,8 +131,6 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
         OutOfMemory: the tensors of this machine's ranks alone are more than there is, with what
             would fit.
     """
-    if not isinstance(config, PretrainConfig):
-        return
     here = ranks.local_world_size
     at_most = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
     if here * at_most.total <= memory.available:
@@ -208,12 +206,6 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: b
     else:
         there = machine_memory().total // ranks.local_world_size
     began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
-    if not isinstance(config, PretrainConfig):
-        return (
-            f"{began} with micro_batch {config.micro_batch}; lower --micro-batch, raise "
-            f"--engine.zero-stage (it is {config.engine.zero_stage}), or set "
-            "--engine.activation-checkpointing"
-        )
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was said of it: what is advised has to take clearly less.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cavmae.trainer.activations import Passes, count_passes
-from cavmae.trainer.config import EngineConfig, PretrainConfig
+from cavmae.trainer.config import EngineConfig, RunConfig
 from cavmae.trainer.footprint import Sizes, footprint
 from cavmae.trainer.model.blocks import Recompute
 
@@ -33,7 +33,7 @@ class _Change:
 
 
 def advice(
-    config: PretrainConfig,
+    config: RunConfig,
     sizes: Sizes,
     world_size: int,
     limit_bytes: int,
@@ -49,7 +49,7 @@ def advice(
 
 
 def what_would_fit(
-    config: PretrainConfig,
+    config: RunConfig,
     sizes: Sizes,
     world_size: int,
     limit_bytes: int,
@@ -98,9 +98,7 @@ def what_would_fit(
             return
 
 
-def _kinds(
-    config: PretrainConfig, world_size: int, *, gpu: bool, begun: bool
-) -> list[list[_Change]]:
+def _kinds(config: RunConfig, world_size: int, *, gpu: bool, begun: bool) -> list[list[_Change]]:
     """Changes of one kind, of which a run takes one; kinds and changes by the speed they cost."""
     per_rank, engine = config.global_batch // world_size, config.engine
     kinds = [
@@ -133,7 +131,7 @@ def _sharded(engine: EngineConfig, stage: int) -> _Change:
     return _Change(f"--engine.zero-stage {stage}", engine={"zero_stage": stage})
 
 
-def _changed(config: PretrainConfig, changes: Sequence[_Change]) -> PretrainConfig | None:
+def _changed(config: RunConfig, changes: Sequence[_Change]) -> RunConfig | None:
     """The run with all of the changes; None where its own checks refuse them together."""
     values: dict[str, Any] = {}
     for change in changes:

@@ -13,6 +13,7 @@ from tiny_run import MODEL
 from cavmae.cluster import train
 from cavmae.trainer.activations import Passes
 from cavmae.trainer.config import EngineConfig, PretrainConfig
+from cavmae.trainer.finetune_recipes import demo_finetune
 from cavmae.trainer.footprint import Sizes, footprint, model_sizes, sizes_at_most
 from cavmae.trainer.recipes import demo
 from cavmae.trainer.wire import TensorSizes
@@ -112,7 +113,7 @@ def test_an_optimizer_that_a_cpu_rank_offloads_stays_in_its_memory() -> None:
 
 
 def test_what_is_said_at_once_is_never_less() -> None:
-    for config in (demo(), config_of(1, "fp32", global_batch=8, micro_batch=4)):
+    for config in (demo(), demo_finetune(), config_of(1, "fp32", global_batch=8, micro_batch=4)):
         for dtype in ("fp32", "bf16"):
             config = dataclasses.replace(config, engine=EngineConfig(dtype=dtype))
             counted = footprint(config, model_sizes(config), 1, gpu=False)
@@ -145,6 +146,18 @@ def test_the_command_prints_what_a_rank_takes_and_starts_nothing(
     assert "4 ranks" in shown and "at the peak" in shown and "sent in a step: gradients" in shown
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"a rank takes .* GB and memory_gb_per_worker"):
+        train.main([*words, "--memory-gb-per-worker", "0.1"])
+
+
+def test_the_command_prints_what_fine_tuning_takes_without_its_clips_and_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["demo_finetune", "--workers", "2", "--dry-run"]
+    assert train.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "at the peak" in shown and "rank 0 to 1" in shown and "527 classes" in shown
+    with pytest.raises(ValueError, match=r"a rank takes 1\.\d GB and memory_gb_per_worker is 0\.1"):
         train.main([*words, "--memory-gb-per-worker", "0.1"])
 
 

@@ -16,7 +16,10 @@ import torch.distributed as dist
 from launch import ROOT, run_ranks
 from tiny_run import MODEL, tiny_finetuning, tiny_run
 
-from cavmae.trainer.config import EngineConfig, PretrainConfig
+from cavmae.trainer.checkpoint import MANIFEST
+from cavmae.trainer.checkpoint_store import open_store
+from cavmae.trainer.config import EngineConfig, PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.out_of_memory import (
     Memory,
     OutOfMemory,
@@ -75,6 +78,15 @@ def test_ranks_that_need_more_than_the_machine_has_are_refused() -> None:
         check_memory(BASE, ALONE, Memory(16 * GB, 15 * GB))
 
 
+def test_fine_tuning_that_needs_more_than_the_machine_has_is_refused() -> None:
+    config = FinetuneConfig(
+        global_batch=48, micro_batch=48, lanes=48, engine=EngineConfig(dtype="fp32")
+    )
+    check_memory(config, ALONE, Memory(200 * GB, 190 * GB))
+    with pytest.raises(OutOfMemory, match=r"has 12\.0 GB; what fits: --micro-batch \d+"):
+        check_memory(config, ALONE, Memory(12 * GB, 11 * GB))
+
+
 def test_ranks_of_one_machine_share_its_memory() -> None:
     check_memory(BASE, ALONE, Memory(30 * GB, 29 * GB))
     with pytest.raises(OutOfMemory, match="2 ranks take"):
@@ -123,16 +135,23 @@ def test_what_one_machine_refuses_reaches_every_rank_as_what_no_restart_can_mend
 
 
 def test_only_the_first_rank_of_a_machine_looks_at_it(
-    monkeypatch: pytest.MonkeyPatch, one_rank: None
+    monkeypatch: pytest.MonkeyPatch, one_rank: None, tmp_path: Path
 ) -> None:
-    looked: list[Ranks] = []
-    monkeypatch.setattr(
-        "cavmae.trainer.out_of_memory.check_memory", lambda _, ranks, memory: looked.append(ranks)
-    )
+    looked: list[tuple[Ranks, bool]] = []
+
+    def look(_: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool) -> None:
+        looked.append((ranks, begun))
+
+    monkeypatch.setattr("cavmae.trainer.out_of_memory.check_memory", look)
+    store = open_store(str(tmp_path / "checkpoints"))
     first, second = Ranks(2, 4, 0, 2), Ranks(3, 4, 1, 2)
     for ranks in (first, second):
-        check_machines(BASE, ranks)
-    assert looked == [first]
+        check_machines(BASE, ranks, store)
+    assert looked == [(first, False)]
+    (tmp_path / "checkpoints/step-000000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000000002" / MANIFEST).touch()
+    check_machines(BASE, first, store)
+    assert looked[1:] == [(first, True)]
 
 
 @pytest.fixture
@@ -197,13 +216,14 @@ def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
     assert not is_out_of_memory(other.value)
 
 
-def test_fine_tuning_is_told_which_fields_help(tmp_path: Path) -> None:
-    config = tiny_finetuning(tmp_path, tmp_path / "run")
+def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
+    config = tiny_finetuning(tmp_path, tmp_path / "run", global_batch=4096, micro_batch=4096)
+    store = open_store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(
-            OutOfMemory, match=r"micro_batch 4; lower --micro-batch, raise --engine.zero"
+            OutOfMemory, match=r"0 ran out of CPU memory: a step .*; what fits: --micro-batch 2048"
         ),
-        out_of_memory_told(config, tmp_path, ALONE, CPU),
+        out_of_memory_told(config, tmp_path, store, ALONE, CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
@@ -212,6 +232,6 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (
         pytest.raises(RuntimeError, match="unrelated"),
-        out_of_memory_told(config, tmp_path, ALONE, CPU),
+        out_of_memory_told(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
     ):
         raise RuntimeError("unrelated")
