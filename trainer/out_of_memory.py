@@ -137,12 +137,17 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
         return  # nothing has to be counted, which takes seconds
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=False)
+
+    def advised(there: int) -> str:
+        """What would fit where this machine's ranks have so many bytes together."""
+        limit = there // here
+        return advice(config, sizes, ranks.world_size, limit, gpu=False, begun=begun)
+
     if here * needed.tensors > memory.total:
         raise OutOfMemory(
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
             f"({needed.peak_part}) and machine {socket.gethostname()} has "
-            f"{_gigabytes(memory.total)}; "
-            + advice(config, sizes, ranks.world_size, memory.total // here, gpu=False, begun=begun)
+            f"{_gigabytes(memory.total)}; {advised(memory.total)}"
         )
     if here * needed.total > memory.available:
         log.warning(
@@ -153,9 +158,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
             needed.peak_part,
             socket.gethostname(),
             _gigabytes(memory.available),
-            advice(
-                config, sizes, ranks.world_size, memory.available // here, gpu=False, begun=begun
-            ),
+            advised(memory.available),
         )
 
 
@@ -210,10 +213,10 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: b
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was said of it: what is advised has to take clearly less.
     limit = min(there, int(0.9 * needed.total))
+    changes = advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
     return (
         f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; "
-        + advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
+        f"{_gigabytes(there)}; {changes}"
     )
 
 
