@@ -6,10 +6,10 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.cluster.config import RayFinetuneConfig, RayPretrainConfig, RayRunConfig
+from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
 from cavmae.dataloaders.plan import default_lanes
-from cavmae.trainer.footprint import footprint, model_sizes, what_would_fit
+from cavmae.trainer.footprint import footprint, model_sizes
 from cavmae.trainer.resolve import native_dtype, resolve
 from cavmae.trainer.step_time import (
     ASSUMED_SHARE_OF_MATRIX_SPEED,
@@ -19,6 +19,8 @@ from cavmae.trainer.step_time import (
     Links,
     step_time,
 )
+from cavmae.trainer.trained_model import ASSUMED_CLASSES
+from cavmae.trainer.what_fits import advice
 from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
 
 _NODES_SHOWN = 8
@@ -34,18 +36,13 @@ _MEMORY = {
 
 
 def dry_run(config: RayRunConfig) -> int:
-    """Print memory of each rank, bytes on the wire, where the ranks would be and how fast; returns
-    the exit code.
+    """Print memory of each rank and where the ranks would be, for pretraining bytes on the wire and
+    how fast as well; returns the exit code.
 
     Raises:
         ValueError: the ranks cannot share the batch, or a rank's memory is too small, with what
             would fit.
     """
-    if isinstance(config, RayFinetuneConfig):
-        raise ValueError(
-            "dry_run is set, and knows what pretraining takes and not yet what fine-tuning does; "
-            "leave --dry-run out"
-        )
     cluster = config.cluster
     if config.engine.dtype == "auto":
         dtype = native_dtype(gpu=cluster.gpus_per_worker > 0)
@@ -64,10 +61,15 @@ def dry_run(config: RayRunConfig) -> int:
     for name, value in dataclasses.asdict(needed).items():
         table.add_row(_MEMORY.get(name, name), f"{value / 1e9:.2f}")
     table.add_row(f"all, at the peak ({needed.peak_part})", f"{needed.total / 1e9:.2f}")
-    found = collectives(config, sizes.tensors, cluster.workers)
-    sent = sent_by_purpose(found, cluster.workers)
-    for name, value in sent.items():
-        table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
+    where = placement(cluster)
+    lines = _where(where)
+    if isinstance(config, RayPretrainConfig):
+        found = collectives(config, sizes.tensors, cluster.workers)
+        for name, value in sent_by_purpose(found, cluster.workers).items():
+            table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
+        lines.append(_how_fast(config, sizes.tensors, where))
+    else:
+        lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed is not known")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(
@@ -75,16 +77,14 @@ def dry_run(config: RayRunConfig) -> int:
         f"rank takes {config.micro_batch} samples at once, {times} times a step; "
         f"{config.lanes} lanes"
     )
-    where = placement(cluster)
-    for line in (*_where(where), _how_fast(config, sizes.tensors, where)):
+    for line in lines:
         console.print(line)
     limit = int(cluster.memory_gb_per_worker * 1e9)
     if limit and needed.total > limit:
-        changes = list(what_would_fit(config, sizes, cluster.workers, limit, gpu=gpu))
         raise ValueError(
             f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "
             f"{cluster.memory_gb_per_worker:g}; "
-            + (f"what fits: {' or '.join(changes)}" if changes else "no other split of it fits")
+            + advice(config, sizes, cluster.workers, limit, gpu=gpu)
         )
     return 0
 

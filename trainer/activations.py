@@ -20,9 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.classification_loss import classification_loss
+from cavmae.trainer.config import PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.trained_model import trained_model
 
 _SAMPLES = (2, 3)
 """Of the two passes; a batch of one is a special case to some operations."""
@@ -77,7 +81,7 @@ class Passes:
         return int(self.fixed[self.gradient].sum())
 
 
-def count_passes(config: PretrainConfig) -> Passes:
+def count_passes(config: RunConfig) -> Passes:
     """Of a micro-batch of the run; takes seconds.
 
     Args:
@@ -150,15 +154,10 @@ class _Count(TorchDispatchMode):
         self.died.setdefault(number, self.operations)
 
 
-def _count(config: PretrainConfig, samples: int) -> _Count:
-    shape, dtype = config.model, torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    losses = {
-        "reconstruct": config.loss.reconstruction_weight > 0,
-        "contrast": config.loss.contrastive_weight > 0,
-    }
+def _count(config: RunConfig, samples: int) -> _Count:
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     with torch.device("meta"):
-        model = CAVMAE(shape)
-    model.freeze_unused(**losses)
+        model = trained_model(config)
     model.recompute_blocks(config.engine.activation_checkpointing)
     count = _Count()
     with FakeTensorMode():
@@ -169,34 +168,66 @@ def _count(config: PretrainConfig, samples: int) -> _Count:
             count.leave_out(weight)
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(count.gradient_is_there)
-        masks = random_masks(
-            shape,
-            torch.arange(samples),
-            seed=0,
-            audio_ratio=config.mask.audio_ratio,
-            video_ratio=config.mask.video_ratio,
-            audio_mode=config.mask.audio_mode,
-        )
-        inputs = (
-            torch.empty(samples, shape.audio_frames, shape.mel_bins),
-            torch.empty(samples, 3, shape.image_size, shape.image_size),
-        )
-        for tensor in inputs:
+        shape = config.model
+        log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
+        frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
+        for tensor in (log_mel, frame):
             count.leave_out(tensor)
-        with count:
-            output = model(*inputs, *masks, **losses, norm_pix=config.loss.norm_pix)
-            loss = torch.zeros(())
-            if losses["reconstruct"]:
-                loss = loss + output.reconstruction_audio + output.reconstruction_video
-            if losses["contrast"]:
-                loss = loss + (output.audio_embedding * output.video_embedding).sum()
-            loss.backward()
+        if isinstance(config, FinetuneConfig):
+            assert isinstance(model, CAVMAEClassifier)
+            _finetuning_passes(config, model, log_mel, frame, count)
+        else:
+            assert isinstance(config, PretrainConfig) and isinstance(model, CAVMAE)
+            _pretraining_passes(config, model, log_mel, frame, count)
         done = copy.copy(count)
         done.died = dict(count.died)  # the model and its gradients are still there
     return done
 
 
-def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
+def _pretraining_passes(
+    config: PretrainConfig,
+    model: CAVMAE,
+    log_mel: torch.Tensor,
+    frame: torch.Tensor,
+    count: _Count,
+) -> None:
+    losses = {
+        "reconstruct": config.loss.reconstruction_weight > 0,
+        "contrast": config.loss.contrastive_weight > 0,
+    }
+    masks = random_masks(
+        config.model,
+        torch.arange(len(log_mel)),
+        seed=0,
+        audio_ratio=config.mask.audio_ratio,
+        video_ratio=config.mask.video_ratio,
+        audio_mode=config.mask.audio_mode,
+    )
+    with count:
+        output = model(log_mel, frame, *masks, **losses, norm_pix=config.loss.norm_pix)
+        loss = torch.zeros(())
+        if losses["reconstruct"]:
+            loss = loss + output.reconstruction_audio + output.reconstruction_video
+        if losses["contrast"]:
+            loss = loss + (output.audio_embedding * output.video_embedding).sum()
+        loss.backward()
+
+
+def _finetuning_passes(
+    config: FinetuneConfig,
+    model: CAVMAEClassifier,
+    log_mel: torch.Tensor,
+    frame: torch.Tensor,
+    count: _Count,
+) -> None:
+    targets = torch.empty(len(log_mel), model.classes)
+    count.leave_out(targets)
+    with count:
+        logits = model(log_mel, frame, mode=config.classifier.mode).logits
+        classification_loss(logits, targets, config.classifier.loss).backward()
+
+
+def passes_at_most(config: RunConfig, gradient_bytes: int) -> Passes:
     """What `count_passes` finds is less than this, which takes no time.
 
     A block keeps less than 40 values for each channel of a token; what is not in a block is less
@@ -206,13 +237,13 @@ def passes_at_most(config: PretrainConfig, gradient_bytes: int) -> Passes:
         config: `engine.dtype` is bf16 or fp32.
         gradient_bytes: of all parameters that are trained.
     """
-    shape, mask = config.model, config.mask
-    audio = int(shape.audio_tokens * (1 - mask.audio_ratio)) + 1
-    video = int(shape.video_tokens * (1 - mask.video_ratio)) + 1
-    everything = shape.audio_tokens + shape.video_tokens
-
+    shape = config.model
+    audio, video, decoder = shape.audio_tokens, shape.video_tokens, 0
+    if isinstance(config, PretrainConfig):
+        decoder = shape.decoder_depth * (audio + video) * shape.decoder_width
+        audio = int(audio * (1 - config.mask.audio_ratio)) + 1
+        video = int(video * (1 - config.mask.video_ratio)) + 1
     encoders = (shape.modality_depth + 2 * shape.joint_depth) * (audio + video) * shape.width
-    decoder = shape.decoder_depth * everything * shape.decoder_width
     pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
     element = 2 if config.engine.dtype == "bf16" else 4
     per_sample = element * 40 * (encoders + decoder) + 4 * pixels

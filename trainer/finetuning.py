@@ -21,6 +21,7 @@ from cavmae.trainer.held_out import Scored
 from cavmae.trainer.labels import LabelSet
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights
+from cavmae.trainer.trained_model import classifier
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +46,12 @@ class Finetuning:
             ValueError: weights that do not fit the model.
             FileNotFoundError: no such weights.
         """
-        config, asked = self._config, self._config.classifier
-        model = CAVMAEClassifier(config.model, len(self._labels))
+        config = self._config
+        model = classifier(config, len(self._labels))
         if config.initial_weights:
             load_classifier_weights(model, config.initial_weights)
-        model.freeze_unused(asked.mode)
-        if not asked.train_encoders:
-            encoders, _ = model.parameter_groups()
-            for parameter in encoders:
-                parameter.requires_grad_(False)
         encoders, head = model.parameter_groups()
-        groups = [RateGroup(encoders, 1.0), RateGroup(head, asked.head_rate_ratio)]
+        groups = [RateGroup(encoders, 1.0), RateGroup(head, config.classifier.head_rate_ratio)]
         return model, [group for group in groups if group.parameters]
 
     def task(self, before_exchange: Callable[[], None]) -> "FinetuneTask":

@@ -8,14 +8,13 @@ gradients and optimizer state are how DeepSpeed 0.19 lays them out with the sett
 """
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from cavmae.trainer.activations import Passes, count_passes, passes_at_most
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.gradient_memory import (
     Gradients,
@@ -24,7 +23,7 @@ from cavmae.trainer.gradient_memory import (
     share_of,
     small,
 )
-from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.trained_model import trained_model
 from cavmae.trainer.wire import TensorSizes, tensor_sizes
 
 GPU_ALLOWANCE_BYTES = 3 << 30
@@ -110,7 +109,7 @@ class Sizes:
         return sum(self.tensors.trainable)
 
 
-def model_sizes(config: PretrainConfig) -> Sizes:
+def model_sizes(config: RunConfig) -> Sizes:
     """Of the run's model, which is not built; takes seconds.
 
     Args:
@@ -119,25 +118,18 @@ def model_sizes(config: PretrainConfig) -> Sizes:
     return Sizes(_tensors(config), count_passes(config))
 
 
-def sizes_at_most(config: PretrainConfig) -> Sizes:
+def sizes_at_most(config: RunConfig) -> Sizes:
     """The same at once, with passes that keep more than those of `model_sizes`."""
     tensors = _tensors(config)
     return Sizes(tensors, passes_at_most(config, element_bytes(config) * sum(tensors.trainable)))
 
 
-def _tensors(config: PretrainConfig) -> TensorSizes:
+def _tensors(config: RunConfig) -> TensorSizes:
     with torch.device("meta"):
-        model = CAVMAE(config.model)
-    model.freeze_unused(
-        reconstruct=config.loss.reconstruction_weight > 0,
-        contrast=config.loss.contrastive_weight > 0,
-    )
-    return tensor_sizes(model)
+        return tensor_sizes(trained_model(config))
 
 
-def state_bytes(
-    config: PretrainConfig, tensors: TensorSizes, world_size: int, *, gpu: bool
-) -> State:
+def state_bytes(config: RunConfig, tensors: TensorSizes, world_size: int, *, gpu: bool) -> State:
     """Of each of `world_size` ranks.
 
     Args:
@@ -169,7 +161,7 @@ def state_bytes(
     )
 
 
-def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: bool) -> Footprint:
+def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) -> Footprint:
     """Of each of `world_size` ranks.
 
     Args:
@@ -199,7 +191,7 @@ def footprint(config: PretrainConfig, sizes: Sizes, world_size: int, *, gpu: boo
 
 
 def _kept(
-    config: PretrainConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
+    config: RunConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
 ) -> int:
     """What a CPU rank has beyond the largest part: glibc hands large blocks back when they are
     freed, and small ones hardly ever, so those of the passes stay while gradients are reduced.
@@ -223,38 +215,3 @@ def _kept(
         heap, update = max(heap, update), 0
     large = max(large, gradients.reduction - gradients.single, update)
     return max(0, int((1 + HEAP_HOLES) * heap) + large - peak)
-
-
-def what_would_fit(
-    config: PretrainConfig, sizes: Sizes, world_size: int, limit_bytes: int, *, gpu: bool
-) -> Iterator[str]:
-    """Changes each of which makes the run fit, the smallest loss of speed first."""
-
-    def fits(changed: PretrainConfig) -> bool:
-        return footprint(changed, sizes, world_size, gpu=gpu).total <= limit_bytes
-
-    per_rank, engine = config.global_batch // world_size, config.engine
-    for micro_batch in range(config.micro_batch - 1, 0, -1):
-        changed = dataclasses.replace(config, micro_batch=micro_batch)
-        if per_rank % micro_batch == 0 and fits(changed):
-            yield f"--micro-batch {micro_batch}"
-            break
-    stages: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    for stage in stages:
-        if stage > engine.zero_stage:
-            compiled = engine.compile and stage < 3  # stage 3 runs uncompiled
-            changed = dataclasses.replace(engine, zero_stage=stage, compile=compiled)
-            if fits(dataclasses.replace(config, engine=changed)):
-                uncompiled = " --engine.no-compile" if engine.compile and not compiled else ""
-                yield f"--engine.zero-stage {stage}{uncompiled}"
-                break
-    if engine.activation_checkpointing != "full":
-        changed = dataclasses.replace(engine, activation_checkpointing="full")
-        recomputed = dataclasses.replace(config, engine=changed)
-        counted = Sizes(sizes.tensors, count_passes(recomputed))
-        if footprint(recomputed, counted, world_size, gpu=gpu).total <= limit_bytes:
-            yield "--engine.activation-checkpointing full"
-    if gpu and engine.zero_stage and not engine.offload_optimizer:
-        changed = dataclasses.replace(engine, offload_optimizer=True)
-        if fits(dataclasses.replace(config, engine=changed)):
-            yield "--engine.offload-optimizer"

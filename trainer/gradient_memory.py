@@ -3,7 +3,7 @@ of `engine.py`, as the allocator of real ranks counts them (`tests/trainer/test_
 
 from dataclasses import dataclass
 
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config import RunConfig
 from cavmae.trainer.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.wire import PERSISTENT_ELEMENTS, PREFETCH_ELEMENTS, TensorSizes
 
@@ -31,7 +31,7 @@ class Gradients:
 
 
 def gradients_of(
-    config: PretrainConfig, tensors: TensorSizes, world_size: int, *, accumulated: bool
+    config: RunConfig, tensors: TensorSizes, world_size: int, *, accumulated: bool
 ) -> Gradients:
     """Of each of `world_size` ranks.
 
@@ -105,11 +105,11 @@ def shared(tensors: TensorSizes) -> list[int]:
     return [one for one in tensors.trainable + tensors.frozen if one > PERSISTENT_ELEMENTS]
 
 
-def element_bytes(config: PretrainConfig) -> int:
+def element_bytes(config: RunConfig) -> int:
     """Of a weight."""
     return 2 if config.engine.dtype == "bf16" else 4
 
 
-def share_of(config: PretrainConfig, world_size: int) -> float:
+def share_of(config: RunConfig, world_size: int) -> float:
     """Of the optimizer's state that a rank has."""
     return 1 / world_size if config.engine.zero_stage else 1.0

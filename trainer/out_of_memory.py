@@ -7,6 +7,7 @@ that has the numbers, and leaves a snapshot of what was allocated.
 """
 
 import logging
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,13 @@ from pathlib import Path
 
 import torch
 
-from cavmae.trainer.config import PretrainConfig, RunConfig
-from cavmae.trainer.footprint import (
-    Sizes,
-    footprint,
-    model_sizes,
-    sizes_at_most,
-    what_would_fit,
-)
+from cavmae.trainer.agreement import on_all_ranks
+from cavmae.trainer.checkpoint import checkpoints
+from cavmae.trainer.checkpoint_store import Store
+from cavmae.trainer.config import RunConfig
+from cavmae.trainer.footprint import footprint, model_sizes, sizes_at_most
 from cavmae.trainer.ranks import Ranks
+from cavmae.trainer.what_fits import advice
 
 log = logging.getLogger(__name__)
 
@@ -98,47 +97,73 @@ def _statistic(folder: Path, name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
 
 
-def check_memory(config: RunConfig, ranks: Ranks, memory: Memory) -> None:
-    """Compare a run of CPU ranks with the memory of their machine; says nothing of fine-tuning.
+def check_machines(config: RunConfig, ranks: Ranks, store: Store) -> None:
+    """Compare a run of CPU ranks with the memory of each of their machines, which the first rank
+    there looks at; all ranks call it.
+
+    Args:
+        config: resolved.
+        ranks: this process's place.
+        store: of the run's checkpoints.
+
+    Raises:
+        OutOfMemory: `check_memory` raised it for some machine; on all ranks, the same one.
+    """
+
+    def check() -> None:
+        if ranks.local_rank == 0:
+            check_memory(config, ranks, machine_memory(), begun=bool(checkpoints(store)))
+
+    on_all_ranks(check)
+
+
+def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool = False) -> None:
+    """Compare a run of CPU ranks with the memory of their machine.
 
     Args:
         config: resolved.
         ranks: those of this machine share its memory.
         memory: of this machine.
+        begun: whether the run has checkpoints.
 
     Raises:
         OutOfMemory: the tensors of this machine's ranks alone are more than there is, with what
             would fit.
     """
-    if not isinstance(config, PretrainConfig):
-        return
     here = ranks.local_world_size
     at_most = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
     if here * at_most.total <= memory.available:
         return  # nothing has to be counted, which takes seconds
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=False)
+
+    def advised(there: int) -> str:
+        """What would fit where this machine's ranks have so many bytes together."""
+        limit = there // here
+        return advice(config, sizes, ranks.world_size, limit, gpu=False, begun=begun)
+
     if here * needed.tensors > memory.total:
         raise OutOfMemory(
             f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
-            f"({needed.peak_part}) and this machine has {_gigabytes(memory.total)}; "
-            f"{_advice(config, sizes, ranks, memory.total // here, gpu=False)}"
+            f"({needed.peak_part}) and machine {socket.gethostname()} has "
+            f"{_gigabytes(memory.total)}; {advised(memory.total)}"
         )
     if here * needed.total > memory.available:
         log.warning(
-            "%d ranks take %s at the peak of a step (%s) and %s are free: the kernel may end them; "
-            "%s",
+            "%d ranks take %s at the peak of a step (%s) and machine %s has %s free: the kernel "
+            "may end them; %s",
             here,
             _gigabytes(here * needed.total),
             needed.peak_part,
+            socket.gethostname(),
             _gigabytes(memory.available),
-            _advice(config, sizes, ranks, memory.available // here, gpu=False),
+            advised(memory.available),
         )
 
 
 @contextmanager
 def out_of_memory_told(
-    config: RunConfig, run_dir: Path, ranks: Ranks, device: torch.device
+    config: RunConfig, run_dir: Path, store: Store, ranks: Ranks, device: torch.device
 ) -> Iterator[None]:
     """What ends for want of memory ends with advice.
 
@@ -161,7 +186,8 @@ def out_of_memory_told(
             snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
         log.error("rank %d: %s", ranks.rank, error)
         traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
-        raise OutOfMemory(_what_now(config, ranks, device) + snapshot) from error
+        what_now = _what_now(config, ranks, device, begun=bool(checkpoints(store)))
+        raise OutOfMemory(what_now + snapshot) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -171,7 +197,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_FAILURES)
 
 
-def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
+def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: bool) -> str:
     """The run's one line: what it takes, what there is, what would fit."""
     gpu = device.type == "cuda"
     if gpu:
@@ -179,27 +205,15 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device) -> str:
     else:
         there = machine_memory().total // ranks.local_world_size
     began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
-    if not isinstance(config, PretrainConfig):
-        return (
-            f"{began} with micro_batch {config.micro_batch}; lower --micro-batch, raise "
-            f"--engine.zero-stage (it is {config.engine.zero_stage}), or set "
-            "--engine.activation-checkpointing"
-        )
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was said of it: what is advised has to take clearly less.
     limit = min(there, int(0.9 * needed.total))
+    changes = advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
     return (
         f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; {_advice(config, sizes, ranks, limit, gpu=gpu)}"
+        f"{_gigabytes(there)}; {changes}"
     )
-
-
-def _advice(config: PretrainConfig, sizes: Sizes, ranks: Ranks, limit: int, *, gpu: bool) -> str:
-    changes = list(what_would_fit(config, sizes, ranks.world_size, limit, gpu=gpu))
-    if not changes:
-        return "no single change of it fits: combine them, use more ranks, or a smaller model"
-    return f"what fits: {' or '.join(changes)}"
 
 
 def _gigabytes(count: int) -> str:

@@ -16,6 +16,7 @@ from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.pictures import reconstruction_picture, similarity_picture
 from cavmae.trainer.ranks import Ranks
 from cavmae.trainer.task import PretrainTask
+from cavmae.trainer.trained_model import autoencoder
 
 
 class Pretraining:
@@ -38,14 +39,9 @@ class Pretraining:
             ValueError: weights that do not fit the model.
             FileNotFoundError: no such weights.
         """
-        config = self._config
-        model = CAVMAE(config.model)
-        if config.initial_weights:
-            load_initial_weights(model, config.initial_weights)
-        model.freeze_unused(
-            reconstruct=config.loss.reconstruction_weight > 0,
-            contrast=config.loss.contrastive_weight > 0,
-        )
+        model = autoencoder(self._config)
+        if self._config.initial_weights:
+            load_initial_weights(model, self._config.initial_weights)
         return model, []
 
     def task(self, before_exchange: Callable[[], None]) -> PretrainTask:

@@ -85,7 +85,7 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     from cavmae.trainer.checkpoint_store import open_store
     from cavmae.trainer.engine import start_process_group
     from cavmae.trainer.opening import open_run_folder
-    from cavmae.trainer.out_of_memory import check_memory, machine_memory, out_of_memory_told
+    from cavmae.trainer.out_of_memory import check_machines, out_of_memory_told
     from cavmae.trainer.resolve import resolve
 
     log_to_stderr(ranks.rank)
@@ -99,8 +99,8 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
     if device.type == "cpu":
-        on_first_rank(lambda: check_memory(config, ranks, machine_memory()))
-    with out_of_memory_told(config, run_dir, ranks, device):
+        check_machines(config, ranks, store)
+    with out_of_memory_told(config, run_dir, store, ranks, device):
         return _train(config, notice, ranks, device, run_dir, store, train_set)
 
 

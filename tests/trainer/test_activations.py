@@ -1,6 +1,7 @@
 """What passes are said to keep is what the allocator gives to a real forward and backward pass."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from tiny_run import MODEL
 from torch.profiler import ProfilerActivity, profile
 
 from cavmae.trainer.activations import count_passes
+from cavmae.trainer.classification_loss import classification_loss
 from cavmae.trainer.config import EngineConfig, LossConfig, PretrainConfig
+from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.trained_model import ASSUMED_CLASSES, trained_model
 
 SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64, decoder_depth=2)
 
@@ -19,6 +23,16 @@ SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64,
 def config_of(**engine: Any) -> PretrainConfig:
     return PretrainConfig(
         global_batch=64, micro_batch=16, model=SHAPE, engine=EngineConfig(**engine)
+    )
+
+
+def finetuning_of(dtype: Any, recompute: Any, classifier: ClassifierConfig) -> FinetuneConfig:
+    return FinetuneConfig(
+        global_batch=64,
+        micro_batch=16,
+        model=SHAPE,
+        engine=EngineConfig(dtype=dtype, activation_checkpointing=recompute),
+        classifier=classifier,
     )
 
 
@@ -31,10 +45,35 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
     masks = random_masks(SHAPE, torch.arange(samples), seed=0, audio_ratio=0.75, video_ratio=0.75)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def passes() -> None:
         output = model(log_mel, frame, *masks)
         loss = output.reconstruction_audio + output.reconstruction_video
         (loss + (output.audio_embedding * output.video_embedding).sum()).backward()
+
+    return most_allocated(passes)
+
+
+def peak_of_a_classifier(config: FinetuneConfig, samples: int) -> int:
+    """The same of fine-tuning."""
+    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+    model = trained_model(config).to(dtype)
+    model.recompute_blocks(config.engine.activation_checkpointing)
+    log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
+    frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
+    targets = torch.rand(samples, ASSUMED_CLASSES)
+
+    def passes() -> None:
+        logits = model(log_mel, frame, mode=config.classifier.mode).logits
+        classification_loss(logits, targets, config.classifier.loss).backward()
+
+    return most_allocated(passes)
+
+
+def most_allocated(work: Callable[[], None]) -> int:
+    """Bytes beyond those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events: list[Any] = profiler.profiler.kineto_results.events()
     changes = sorted((one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]")
@@ -54,6 +93,37 @@ def test_counted_is_what_the_allocator_gave(
     config = config_of(dtype=dtype, activation_checkpointing=activation_checkpointing)
     counted = count_passes(config).peak(samples, gradients_stay=True)
     assert counted == pytest.approx(peak_of_the_allocator(config, samples), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "mode"),
+    [
+        ("none", "multimodal"),
+        ("selective", "multimodal"),
+        ("full", "multimodal"),
+        ("selective", "audioonly"),
+        ("full", "videoonly"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_counted_is_what_the_allocator_gave_to_a_classifier(
+    dtype: Any, recompute: Any, mode: Any
+) -> None:
+    config = finetuning_of(dtype, recompute, ClassifierConfig(mode=mode))
+    for samples in (8, 64):
+        counted = count_passes(config).peak(samples, gradients_stay=True)
+        assert counted == pytest.approx(peak_of_a_classifier(config, samples), rel=0.1)
+
+
+def test_encoders_that_are_not_trained_keep_nothing_for_a_backward_pass() -> None:
+    asked = ClassifierConfig(train_encoders=False, loss="cross_entropy")
+    probe = finetuning_of("fp32", "selective", asked)
+    counted = count_passes(probe)
+    assert counted.peak(32, gradients_stay=True) == pytest.approx(
+        peak_of_a_classifier(probe, 32), rel=0.1
+    )
+    whole = count_passes(finetuning_of("fp32", "selective", ClassifierConfig()))
+    assert counted.peak(32, gradients_stay=True) < 0.3 * whole.peak(32, gradients_stay=True)
 
 
 def test_gradients_that_go_elsewhere_are_not_in_the_peak() -> None:

@@ -12,15 +12,9 @@ from tiny_run import MODEL
 
 from cavmae.cluster import train
 from cavmae.trainer.activations import Passes
-from cavmae.trainer.arguments import parse
 from cavmae.trainer.config import EngineConfig, PretrainConfig
-from cavmae.trainer.footprint import (
-    Sizes,
-    footprint,
-    model_sizes,
-    sizes_at_most,
-    what_would_fit,
-)
+from cavmae.trainer.finetune_recipes import demo_finetune
+from cavmae.trainer.footprint import Sizes, footprint, model_sizes, sizes_at_most
 from cavmae.trainer.recipes import demo
 from cavmae.trainer.wire import TensorSizes
 
@@ -111,24 +105,6 @@ def test_zero_shares_out_what_it_says() -> None:
     assert by_stage[3].weights * 8 == by_stage[2].weights
 
 
-def test_what_would_fit_is_what_costs_least() -> None:
-    config = config_of(0, "bf16", global_batch=256, micro_batch=32)
-    full = footprint(config, SIZES, 8, gpu=True).total
-    assert list(what_would_fit(config, SIZES, 8, full - 1, gpu=True)) == [
-        "--micro-batch 16",
-        "--engine.zero-stage 1",
-        "--engine.activation-checkpointing full",
-    ]
-    assert list(what_would_fit(config, SIZES, 8, 4 << 30, gpu=True)) == []
-
-
-def test_a_gpu_can_leave_the_optimizer_in_host_memory() -> None:
-    config = config_of(1, "bf16", global_batch=8, micro_batch=1)
-    limit = footprint(config, SIZES, 1, gpu=True).total - 1
-    assert "--engine.offload-optimizer" in what_would_fit(config, SIZES, 1, limit, gpu=True)
-    assert "--engine.offload-optimizer" not in what_would_fit(config, SIZES, 1, limit, gpu=False)
-
-
 def test_an_optimizer_that_a_cpu_rank_offloads_stays_in_its_memory() -> None:
     engine = EngineConfig(zero_stage=1, dtype="bf16", offload_optimizer=True)
     config = PretrainConfig(global_batch=8, micro_batch=8, lanes=8, engine=engine)
@@ -136,19 +112,8 @@ def test_an_optimizer_that_a_cpu_rank_offloads_stays_in_its_memory() -> None:
     assert (cpu, card) == (12 * TENSORS.trainable[0], 0)
 
 
-def test_every_advice_is_a_run_that_is_accepted() -> None:
-    engine = EngineConfig(zero_stage=1, dtype="bf16", compile=True)
-    config = PretrainConfig(global_batch=8, micro_batch=1, lanes=8, engine=engine)
-    third = dataclasses.replace(engine, zero_stage=3, compile=False)
-    limit = footprint(dataclasses.replace(config, engine=third), SIZES, 8, gpu=True).total
-    changes = list(what_would_fit(config, SIZES, 8, limit, gpu=True))
-    assert "--engine.zero-stage 3 --engine.no-compile" in changes
-    for change in changes:
-        parse(["audioset_base", *change.split()], [PretrainConfig], "test")
-
-
 def test_what_is_said_at_once_is_never_less() -> None:
-    for config in (demo(), config_of(1, "fp32", global_batch=8, micro_batch=4)):
+    for config in (demo(), demo_finetune(), config_of(1, "fp32", global_batch=8, micro_batch=4)):
         for dtype in ("fp32", "bf16"):
             config = dataclasses.replace(config, engine=EngineConfig(dtype=dtype))
             counted = footprint(config, model_sizes(config), 1, gpu=False)
@@ -181,6 +146,18 @@ def test_the_command_prints_what_a_rank_takes_and_starts_nothing(
     assert "4 ranks" in shown and "at the peak" in shown and "sent in a step: gradients" in shown
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"a rank takes .* GB and memory_gb_per_worker"):
+        train.main([*words, "--memory-gb-per-worker", "0.1"])
+
+
+def test_the_command_prints_what_fine_tuning_takes_without_its_clips_and_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["demo_finetune", "--workers", "2", "--dry-run"]
+    assert train.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "at the peak" in shown and "rank 0 to 1" in shown and "527 classes" in shown
+    with pytest.raises(ValueError, match=r"a rank takes 1\.\d GB and memory_gb_per_worker is 0\.1"):
         train.main([*words, "--memory-gb-per-worker", "0.1"])
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import ROOT
+from launch import ROOT, run_ranks
 from tiny_run import MODEL, tiny_finetuning, tiny_run
 
-from cavmae.cluster.worker import is_lasting
-from cavmae.trainer.agreement import on_first_rank
-from cavmae.trainer.config import EngineConfig, PretrainConfig
+from cavmae.trainer.checkpoint import MANIFEST
+from cavmae.trainer.checkpoint_store import open_store
+from cavmae.trainer.config import EngineConfig, PretrainConfig, RunConfig
+from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.out_of_memory import (
     Memory,
     OutOfMemory,
+    check_machines,
     check_memory,
     is_out_of_memory,
     machine_memory,
@@ -30,6 +33,7 @@ from cavmae.trainer.ranks import Ranks
 from cavmae.trainer.run_folder import save_config
 
 CHILD = Path(__file__).with_name("short_of_memory.py")
+MACHINES = Path(__file__).with_name("machine_ranks.py")
 ALONE, TWO = Ranks(0, 1, 0, 1), Ranks(0, 2, 0, 2)
 CPU = torch.device("cpu")
 BASE = PretrainConfig(
@@ -67,10 +71,20 @@ def test_a_run_whose_allocation_fails_ends_with_one_line_of_advice(
 def test_ranks_that_need_more_than_the_machine_has_are_refused() -> None:
     with pytest.raises(
         OutOfMemory,
-        match=r"1 ranks take 1\d\.\d GB at the peak of a step \(passes\) and this machine has "
-        r"16\.0 GB; what fits: --micro-batch \d+ or --engine.activation-checkpointing full",
+        match=r"1 ranks take 1\d\.\d GB at the peak of a step \(passes\) and machine "
+        rf"{re.escape(socket.gethostname())} has 16\.0 GB; what fits: --micro-batch \d+ or "
+        "--engine.activation-checkpointing full",
     ):
         check_memory(BASE, ALONE, Memory(16 * GB, 15 * GB))
+
+
+def test_fine_tuning_that_needs_more_than_the_machine_has_is_refused() -> None:
+    config = FinetuneConfig(
+        global_batch=48, micro_batch=48, lanes=48, engine=EngineConfig(dtype="fp32")
+    )
+    check_memory(config, ALONE, Memory(200 * GB, 190 * GB))
+    with pytest.raises(OutOfMemory, match=r"has 12\.0 GB; what fits: --micro-batch \d+"):
+        check_memory(config, ALONE, Memory(12 * GB, 11 * GB))
 
 
 def test_ranks_of_one_machine_share_its_memory() -> None:
@@ -82,7 +96,7 @@ def test_ranks_of_one_machine_share_its_memory() -> None:
 def test_what_others_use_is_a_warning_alone(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_memory(BASE, ALONE, Memory(64 * GB, 15 * GB))
-    assert re.search(r"1 ranks take .* and 15\.0 GB are free.*what fits: --micro-b", caplog.text)
+    assert re.search(r"1 ranks take .* has 15\.0 GB free.*what fits: --micro-b", caplog.text)
 
 
 def test_a_run_that_surely_fits_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,18 +121,45 @@ def test_the_memory_is_that_of_the_control_group(tmp_path: Path) -> None:
     assert machine_memory(tmp_path) == Memory(4_000_000, 3_000_000)
 
 
+@pytest.mark.slow
+def test_what_one_machine_refuses_reaches_every_rank_as_what_no_restart_can_mend(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run")
+    save_config(config, tmp_path / "config.json")
+    said = run_ranks(MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, GB // 1000]], tmp_path)
+    assert said[0] == said[1]
+    error, lasting = said[0]
+    assert re.match(r"1 ranks take .* and machine machine-1 has 0\.0 GB; ", error), error
+    assert lasting
+
+
+def test_only_the_first_rank_of_a_machine_looks_at_it(
+    monkeypatch: pytest.MonkeyPatch, one_rank: None, tmp_path: Path
+) -> None:
+    looked: list[tuple[Ranks, bool]] = []
+
+    def look(_: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool) -> None:
+        looked.append((ranks, begun))
+
+    monkeypatch.setattr("cavmae.trainer.out_of_memory.check_memory", look)
+    store = open_store(str(tmp_path / "checkpoints"))
+    first, second = Ranks(2, 4, 0, 2), Ranks(3, 4, 1, 2)
+    for ranks in (first, second):
+        check_machines(BASE, ranks, store)
+    assert looked == [(first, False)]
+    (tmp_path / "checkpoints/step-000000002").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-000000002" / MANIFEST).touch()
+    check_machines(BASE, first, store)
+    assert looked[1:] == [(first, True)]
+
+
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     meeting = (tmp_path / "meeting").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def test_a_refusal_reaches_every_rank_as_what_no_restart_can_mend(one_rank: None) -> None:
-    with pytest.raises(OutOfMemory, match=r"this machine has 1\.0 GB") as refused:
-        on_first_rank(lambda: check_memory(BASE, ALONE, Memory(GB, GB)))
-    assert is_lasting(refused.value)
 
 
 def test_files_in_the_cache_of_a_control_group_count_as_free(tmp_path: Path) -> None:
@@ -175,13 +216,14 @@ def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
     assert not is_out_of_memory(other.value)
 
 
-def test_fine_tuning_is_told_which_fields_help(tmp_path: Path) -> None:
-    config = tiny_finetuning(tmp_path, tmp_path / "run")
+def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
+    config = tiny_finetuning(tmp_path, tmp_path / "run", global_batch=4096, micro_batch=4096)
+    store = open_store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(
-            OutOfMemory, match=r"micro_batch 4; lower --micro-batch, raise --engine.zero"
+            OutOfMemory, match=r"0 ran out of CPU memory: a step .*; what fits: --micro-batch 2048"
         ),
-        out_of_memory_told(config, tmp_path, ALONE, CPU),
+        out_of_memory_told(config, tmp_path, store, ALONE, CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
@@ -190,6 +232,6 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (
         pytest.raises(RuntimeError, match="unrelated"),
-        out_of_memory_told(config, tmp_path, ALONE, CPU),
+        out_of_memory_told(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
     ):
         raise RuntimeError("unrelated")

@@ -14,11 +14,9 @@ from starts import Start
 from tiny_run import losses, tiny_finetuning, tiny_run
 
 from cavmae.trainer import loop
-from cavmae.trainer.config import PretrainConfig, ProfileConfig, RunConfig, WatchdogConfig
+from cavmae.trainer.config import ProfileConfig, RunConfig, WatchdogConfig
 from cavmae.trainer.engine import Update
-from cavmae.trainer.out_of_memory import out_of_memory_told
 from cavmae.trainer.profiling import StepProfile
-from cavmae.trainer.ranks import Ranks
 from cavmae.trainer.stopping import StopRequest
 from cavmae.trainer.stragglers import OwnTime, StragglerReport
 from cavmae.trainer.watchdog import Watchdog
@@ -189,14 +187,13 @@ def test_allocations_of_a_gpu_are_recorded_in_the_profiled_steps_alone(
         recorded.append(enabled)
 
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record_history)
-    config = PretrainConfig(profile=ProfileConfig(steps=2, after_steps=3))
+    config = ProfileConfig(steps=2, after_steps=3)
     states = []
-    with out_of_memory_told(config, tmp_path, Ranks(0, 1, 0, 1), gpu):
-        profile = StepProfile(config.profile, tmp_path, rank=0, start_step=10, device=gpu)
-        for _ in range(7):
-            states.append(recorded[-1] if recorded else None)
-            profile.step()
-        profile.close()
+    profile = StepProfile(config, tmp_path, rank=0, start_step=10, device=gpu)
+    for _ in range(7):
+        states.append(recorded[-1] if recorded else None)
+        profile.step()
+    profile.close()
     assert states == [None, None, None, "all", "all", None, None]
 
 

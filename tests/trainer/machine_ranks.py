@@ -1,0 +1,44 @@
+"""Ranks of a run that take themselves for machines with different memory, and what each one ends
+with.
+
+Run by `launch.run_ranks` with the configuration's path and the bytes of each machine.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cavmae.cluster.worker import is_lasting
+from cavmae.trainer import out_of_memory
+from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.engine import end_rank
+from cavmae.trainer.out_of_memory import Memory, OutOfMemory
+from cavmae.trainer.run import run
+from cavmae.trainer.run_folder import load_config
+
+
+def main() -> None:
+    config_path, memory_bytes = json.loads(sys.argv[1])
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    socket.gethostname = lambda: f"machine-{rank}"
+    there = Memory(memory_bytes[rank], memory_bytes[rank])
+    out_of_memory.machine_memory = lambda root=Path("/"): there
+    said: tuple[str, bool] | None = None
+    try:
+        run(load_config(config_path, PretrainConfig))
+    except OutOfMemory as error:
+        said = str(error), is_lasting(error)
+    of_all = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, said)
+    if rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(of_all))
+    end_rank()
+
+
+if __name__ == "__main__":
+    main()
