@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from launch import ROOT
-from starts import Start
+from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
@@ -104,6 +104,7 @@ def start_on(
 ) -> "subprocess.Popen[bytes]":
     """`cavmae train` of two ranks; what it says is in `log`."""
     save_config(config, tmp_path / "config.json")
+    place_store(tmp_path)
     with (tmp_path / "log").open("w") as log:
         return subprocess.Popen(
             [
