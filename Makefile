@@ -10,7 +10,7 @@ demo-full: .venv/installed
 
 test: check
 	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
-	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --durations 25
+	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

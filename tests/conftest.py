@@ -35,6 +35,29 @@ NOT_COMPARED = {
     "deviations.json": "where the tolerances come from, nothing to compute",
 }
 
+# The files that take longest: begun first, they don't keep one process at work when the other has
+# nothing left.
+LONG_FILES = (
+    "cluster/test_demo.py",
+    "cluster/test_elastic.py",
+    "trainer/test_engine.py",
+    "trainer/test_resume.py",
+    "trainer/test_starters.py",
+    "golden/test_pretrain_forward.py",
+    "golden/test_finetune.py",
+    "cluster/test_train.py",
+    "cluster/test_queue.py",
+    "cluster/test_sweep.py",
+    "golden/test_gradients.py",
+    "benchmarks/test_gpu_check.py",
+    "benchmarks/test_faults.py",
+    "benchmarks/test_train.py",
+    "kernels/test_compile_ahead.py",
+    "benchmarks/test_data_day.py",
+    "trainer/test_wire.py",
+    "trainer/test_finetuning.py",
+)
+
 _NOTED = "golden deviations"
 """Among the properties of a test's report, which reach the summary from any process."""
 
@@ -118,6 +141,8 @@ def _list(path: Path) -> list[dict[str, Any]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {REPOSITORY / "tests" / file: place for place, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -55,7 +55,16 @@ os.environ.setdefault(
 # of ninja would compile everything again.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
+# DeepSpeed's autotuner imports MLflow where it is there, and nothing here calls the autotuner: a
+# third of a rank's start, on every rank.
+if _no_mlflow := "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
+
 import deepspeed  # noqa: E402
+
+if _no_mlflow:
+    del sys.modules["mlflow"]
+
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (  # noqa: E402
     CheckpointCommitInfo,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launch import ROOT
 
+from cavmae.cluster import demo_full
 from cavmae.cluster.demo import DemoConfig, main
 from cavmae.command import exit_code
 from cavmae.trainer.run_folder import read_json, write_json
@@ -23,10 +24,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+def words_of(folder: Path) -> list[str]:
+    return ["--folder", str(folder), "--clips", "500", "--unseen-clips", "100", "--steps", "80"]
+
+
 def run_demo(folder: Path, command: str = "demo", *more: str) -> "subprocess.CompletedProcess[str]":
-    words = ["--folder", str(folder), "--clips", "500", "--unseen-clips", "100", "--steps", "80"]
     return subprocess.run(
-        [sys.executable, "-m", "cavmae", command, *words, *more],
+        [sys.executable, "-m", "cavmae", command, *words_of(folder), *more],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -65,20 +69,30 @@ def test_everything_that_the_demo_names_is_there(demo: tuple[Path, str]) -> None
     assert (folder / "mlflow.db").exists()
 
 
+FULL = ("demo-full", "--finetune-epochs", "2")
+
+
+@pytest.fixture(scope="module")
+def full(demo: tuple[Path, str]) -> "subprocess.CompletedProcess[str]":
+    """The full demo, which begins with `cavmae demo` on the demo that is finished."""
+    return run_demo(demo[0], *FULL)
+
+
 @pytest.mark.slow
-def test_a_finished_demo_is_shown_again_without_training(demo: tuple[Path, str]) -> None:
-    again = run_demo(demo[0])
-    assert again.returncode == 0, again.stderr
-    assert "Videos and shards of an earlier start are used" in again.stdout
-    assert "Finished by an earlier start" in again.stdout
+def test_a_finished_demo_is_shown_again_without_training(
+    demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
+) -> None:
+    assert "Videos and shards of an earlier start are used" in full.stdout
+    assert "Finished by an earlier start" in full.stdout
     table = demo[1][demo[1].index("Retrieval among") : demo[1].index("The videos are drawn")]
-    assert table in again.stdout
+    assert table in full.stdout
 
 
 @pytest.mark.slow
-def test_the_full_demo_goes_on_to_all_that_a_model_is_for(demo: tuple[Path, str]) -> None:
+def test_the_full_demo_goes_on_to_all_that_a_model_is_for(
+    demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
+) -> None:
     """So short a training meets some margins and not others; every command has to work."""
-    done = run_demo(demo[0], "demo-full", "--finetune-epochs", "2")
     lines = {
         line["step"]: line["good"]
         for line in read_json(demo[0] / "results/demo-full.json")["lines"]
@@ -89,17 +103,35 @@ def test_the_full_demo_goes_on_to_all_that_a_model_is_for(demo: tuple[Path, str]
     ]
     assert lines["embed"] and lines["export"]
     missed = [step for step, good in lines.items() if not good]
-    assert done.returncode == bool(missed), done.stderr
-    assert done.stderr.endswith(f"must be: {', '.join(missed)}\n" if missed else "")
-    assert f"cavmae embed {demo[0]}/run" in done.stdout, "a command as a user would type it"
+    assert full.returncode == bool(missed), full.stderr
+    assert full.stderr.endswith(f"must be: {', '.join(missed)}\n" if missed else "")
+    assert f"cavmae embed {demo[0]}/run" in full.stdout, "a command as a user would type it"
 
+
+@pytest.mark.slow
+def test_a_full_demo_makes_anew_what_was_made_of_other_weights(
+    demo: tuple[Path, str],
+    full: "subprocess.CompletedProcess[str]",
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the commands that look at what is there, one search is made, for all."""
     weights = torch.load(demo[0] / "classifier/weights.pt")
     torch.save(weights | {"norm.bias": weights["norm.bias"] + 1}, demo[0] / "classifier/weights.pt")
-    again = run_demo(demo[0], "demo-full", "--finetune-epochs", "2")
-    kept = re.findall(r"done by an earlier start: \S+/(\S+)", again.stdout)
+    start, started = demo_full._start, []
+
+    def start_some(words: list[str]) -> None:
+        started.append(words[0])
+        if words[0] != "demo" and started.count("search") < 2:
+            start(words)
+
+    monkeypatch.setattr(demo_full, "_start", start_some)
+    assert demo_full.main([*words_of(demo[0]), *FULL[1:]]) in (0, 1)
+    kept = re.findall(r"done by an earlier start: \S+/(\S+)", capsys.readouterr().out)
     assert kept == [
         *("classifier", "retrieve.json", "probe.json", "reconstructed", "embeddings", "exported")
-    ], "what was made of other weights is made anew"
+    ]
+    assert started == ["demo", "evaluate", *["search"] * demo_full.SEARCHES]
 
 
 def test_a_folder_of_other_videos_is_refused(

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from launch import ROOT
-from starts import Start
+from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
@@ -56,9 +56,15 @@ class Nodes:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self.added = 0
         self.address = self._answer()
 
+    def add_up_to(self, count: int) -> None:
+        while self.added < count:
+            self.order("add")
+
     def order(self, line: str) -> int:
+        self.added += line == "add"
         assert self._process.stdin is not None
         print(line, file=self._process.stdin, flush=True)
         return int(self._answer())
@@ -86,6 +92,15 @@ class Nodes:
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
+    """Of this test alone."""
+    made = Nodes()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def lasting_nodes() -> Iterator[Nodes]:
+    """For tests that take none away; after the first of them there are two."""
     made = Nodes()
     yield made
     made.close()
@@ -104,6 +119,7 @@ def start_on(
 ) -> "subprocess.Popen[bytes]":
     """`cavmae train` of two ranks; what it says is in `log`."""
     save_config(config, tmp_path / "config.json")
+    place_store(tmp_path)
     with (tmp_path / "log").open("w") as log:
         return subprocess.Popen(
             [
@@ -115,44 +131,6 @@ def start_on(
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-
-
-@pytest.mark.slow
-def test_ranks_start_together_or_wait_together(
-    packed_synthetic: Path, tmp_path: Path, nodes: Nodes
-) -> None:
-    config = tiny_run(packed_synthetic, tmp_path / "run", steps=3)
-    text = (tmp_path / "log").read_text
-    nodes.order("add")
-    start = start_on(nodes, config, tmp_path)
-    try:
-        wait_until(lambda: "waiting for 2 CPUs; the cluster has 1" in text(), text)
-        time.sleep(8)  # a rank that did not wait would have begun
-        assert not nodes.ranks()
-        nodes.order("add")
-        wait_until(lambda: len(nodes.ranks()) == 2, text)
-        assert start.wait(timeout=200) == 0, text()[-5000:]
-    finally:
-        start.kill()
-        start.wait()
-    assert len(losses(tmp_path / "run")) == 3
-
-
-@pytest.mark.slow
-def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(nodes: Nodes) -> None:
-    nodes.order("add")
-    nodes.order("add")
-    words = ["demo", "--workers=4", "--dry-run", f"--address={nodes.address}"]
-    shown = subprocess.run(
-        [sys.executable, "-m", "cavmae.cluster.train", *words],
-        cwd=ROOT,
-        env=os.environ | LOOPBACK,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert f"the nodes of {nodes.address}" in shown and ": rank 1\n" in shown
-    assert "without a place: 2" in shown
 
 
 @pytest.mark.slow
@@ -200,3 +178,41 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
     straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"), steps=len(found))
     Start(straight, 1, tmp_path).finish()
     assert found == pytest.approx(losses(tmp_path / "straight/run"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_start_together_or_wait_together(
+    packed_synthetic: Path, tmp_path: Path, lasting_nodes: Nodes
+) -> None:
+    config = tiny_run(packed_synthetic, tmp_path / "run", steps=3)
+    text, nodes = (tmp_path / "log").read_text, lasting_nodes
+    nodes.add_up_to(1)
+    start = start_on(nodes, config, tmp_path)
+    try:
+        wait_until(lambda: "waiting for 2 CPUs; the cluster has 1" in text(), text)
+        time.sleep(8)  # a rank that did not wait would have begun
+        assert not nodes.ranks()
+        nodes.add_up_to(2)
+        wait_until(lambda: len(nodes.ranks()) == 2, text)
+        assert start.wait(timeout=200) == 0, text()[-5000:]
+    finally:
+        start.kill()
+        start.wait()
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.slow
+def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(lasting_nodes: Nodes) -> None:
+    lasting_nodes.add_up_to(2)
+    address = lasting_nodes.address
+    words = ["demo", "--workers=4", "--dry-run", f"--address={address}"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "cavmae.cluster.train", *words],
+        cwd=ROOT,
+        env=os.environ | LOOPBACK,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert f"the nodes of {address}" in shown and ": rank 1\n" in shown
+    assert "without a place: 2" in shown

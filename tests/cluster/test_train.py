@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import ROOT, free_port, rank_environment
+from launch import ROOT
+from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayFinetuneConfig, RayPretrainConfig
@@ -110,6 +111,7 @@ def test_a_ray_job_refuses_paths_into_its_own_copy_of_the_code() -> None:
 
 def start_on_ray(config: PretrainConfig, folder: Path, *words: str) -> "subprocess.Popen[str]":
     save_config(config, folder / "config.json")
+    place_store(folder)
     return subprocess.Popen(
         [sys.executable, "-m", "cavmae.cluster.train", str(folder / "config.json"), *words],
         cwd=ROOT,
@@ -162,25 +164,8 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
     assert "going on from" in text
     assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
 
-    (tmp_path / "straight").mkdir()
     straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"))
-    save_config(straight, tmp_path / "straight/config.json")
-    port = free_port()
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "cavmae.trainer.pretrain",
-                str(tmp_path / "straight/config.json"),
-            ],
-            cwd=ROOT,
-            env=rank_environment(rank, 2, port),
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    Start(straight, 2, tmp_path).finish()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight/run")
 
 

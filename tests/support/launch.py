@@ -3,10 +3,10 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from forks import start_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,17 +37,18 @@ def run_ranks(script: Path, world_size: int, arguments: Any, tmp_path: Path) -> 
     """
     output = tmp_path / f"result-{world_size}.json"
     port = free_port()
+    logs = [tmp_path / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), json.dumps(arguments), str(output)],
-            env=rank_environment(rank, world_size, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        start_program(
+            str(script),
+            [json.dumps(arguments), str(output)],
+            ROOT,
+            rank_environment(rank, world_size, port),
+            log,
         )
-        for rank in range(world_size)
+        for rank, log in enumerate(logs)
     ]
-    texts = [process.communicate(timeout=540)[0] for process in processes]
-    failed = [n for n, process in enumerate(processes) if process.returncode != 0]
-    assert not failed, "\n".join(f"rank {n}:\n{texts[n][-6000:]}" for n in failed)
+    codes = [process.wait(timeout=540) for process in processes]
+    failed = [rank for rank, code in enumerate(codes) if code != 0]
+    assert not failed, "\n".join(f"rank {n}:\n{logs[n].read_text()[-6000:]}" for n in failed)
     return json.loads(output.read_text())

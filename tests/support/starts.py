@@ -1,18 +1,37 @@
 """A training run as its users start it: processes, their log, and signals to them."""
 
+import functools
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from forks import start_program
 from launch import ROOT, free_port, rank_environment
 
 from cavmae.trainer.config import RunConfig
 from cavmae.trainer.finetune_config import FinetuneConfig
 from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.tracking import _make_store
+
+
+@functools.cache
+def _empty_store() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        _make_store(f"sqlite:///{folder}/mlflow.db")
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def place_store(folder: Path) -> None:
+    """An empty MLflow store for the runs in `folder`, which takes longer to make than they do.
+
+    That a run makes its own is seen in `test_starters.py` and `test_tracking.py`.
+    """
+    if not (folder / "mlflow.db").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mlflow.db").write_bytes(_empty_store())
 
 
 class Start:
@@ -24,17 +43,18 @@ class Start:
         command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
         port = free_port()
         self.log = path.with_suffix(".log")
-        with self.log.open("w") as log:
-            self.processes = [
-                subprocess.Popen(
-                    [sys.executable, "-m", f"cavmae.trainer.{command}", str(path)],
-                    cwd=ROOT,
-                    env=rank_environment(rank, world_size, port),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                for rank in range(world_size)
-            ]
+        self.log.touch()
+        place_store(Path(config.run_dir).parent)
+        self.processes = [
+            start_program(
+                f"cavmae.trainer.{command}",
+                [str(path)],
+                ROOT,
+                rank_environment(rank, world_size, port),
+                self.log,
+            )
+            for rank in range(world_size)
+        ]
 
     def finish(self) -> str:
         codes = [process.wait(timeout=300) for process in self.processes]

@@ -1,7 +1,7 @@
 """What a run is said to take is what real ranks take."""
 
 import dataclasses
-import tracemalloc
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +122,18 @@ def test_what_is_said_at_once_is_never_less() -> None:
             assert counted.passes <= at_once.passes
 
 
+def peak_bytes() -> int:
+    """The most that this process has taken so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def test_the_largest_recipe_is_counted_without_its_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tracemalloc.start()
-    try:
-        words = ["audioset_huge", "--workers", "8", "--gpus-per-worker", "1", "--dry-run"]
-        assert train.main(words) == 0
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 500e6
+    words = ["audioset_huge", "--workers", "8", "--gpus-per-worker", "1", "--dry-run"]
+    before = peak_bytes()
+    assert train.main(words) == 0
+    assert peak_bytes() - before < 500e6, "its weights alone are 5 GB"
     assert "1267.4 M trainable parameters, ZeRO 3" in capsys.readouterr().out
 
 

@@ -1,0 +1,25 @@
+"""All that a rank of a test imports, imported; see `forks.py`."""
+
+import importlib
+import os
+
+_before = dict(os.environ)
+for name in (
+    "torch._inductor.compile_fx",
+    "cavmae.dataloaders.loader",
+    "cavmae.trainer.averaging",
+    "cavmae.trainer.checkpoint_reader",
+    "cavmae.trainer.checkpoint_writer",
+    "cavmae.trainer.finetuning",
+    "cavmae.trainer.held_out",
+    "cavmae.trainer.loop",
+    "cavmae.trainer.out_of_memory",
+    "cavmae.trainer.pretraining",
+    "cavmae.trainer.report",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.system_metrics.system_metrics_monitor",
+):
+    importlib.import_module(name)
+
+SET = {name: value for name, value in os.environ.items() if _before.get(name) != value}
+"""Variables that these modules set when they are imported, which a rank has too."""
