@@ -10,14 +10,12 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-_ERRORS = (OSError, ValueError, RuntimeError)
-
 
 def on_first_rank(work: Callable[[], T]) -> T:
     """What `work` returns on the first rank; all ranks call it.
 
     Raises:
-        OSError, ValueError, RuntimeError: `work` raised it, on the first rank.
+        Exception: what `work` raised on the first rank; a library's own as an OSError.
     """
     outcome: list[Any] = [_outcome(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome)
@@ -28,7 +26,8 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     """What `work` returns on each rank, by rank; all ranks call it.
 
     Raises:
-        OSError, ValueError, RuntimeError: `work` raised it on some rank, the first that did.
+        Exception: what `work` raised on some rank, the first that did; a library's own as an
+            OSError.
     """
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, _outcome(work))
@@ -38,7 +37,7 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
 def _outcome(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except _ERRORS as error:
+    except Exception as error:
         # Errors of libraries may not survive the way to the other ranks.
         if type(error).__module__.partition(".")[0] in ("builtins", "cavmae"):
             return None, error

@@ -59,11 +59,11 @@ os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.
 # third of a rank's start, on every rank.
 if _no_mlflow := "mlflow" not in sys.modules:
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
-
-import deepspeed  # noqa: E402
-
-if _no_mlflow:
-    del sys.modules["mlflow"]
+try:
+    import deepspeed
+finally:
+    if _no_mlflow:
+        del sys.modules["mlflow"]
 
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (  # noqa: E402

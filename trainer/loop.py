@@ -209,15 +209,15 @@ def train(
                 else:
                     with watchdog.pause(), record_function("checkpoint"):
                         saver.begin(step)
+            if last or stops:
+                with watchdog.pause():
+                    _commit_last(saver, step)
             if profile.ends:
                 with watchdog.pause():
                     profile.step()
                     dist.barrier()  # else the next step waits for the rank that writes longest
             else:
                 profile.step()
-            if last or stops:
-                with watchdog.pause():
-                    _commit_last(saver, step)
             if stops and not last:
                 return LoopOutcome(step, _first_reason(stop), skipped)
     return LoopOutcome(step, "", skipped)

@@ -186,7 +186,11 @@ def out_of_memory_told(
             snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
         log.error("rank %d: %s", ranks.rank, error)
         traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
-        what_now = _what_now(config, ranks, device, begun=bool(checkpoints(store)))
+        try:
+            begun = bool(checkpoints(store))
+        except OSError:
+            begun = True  # advises less
+        what_now = _what_now(config, ranks, device, begun=begun)
         raise OutOfMemory(what_now + snapshot) from error
 
 

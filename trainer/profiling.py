@@ -102,10 +102,14 @@ class StepProfile:
 
     def _write(self, profiler: profile) -> None:
         self._written = True
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial.gz")
-        profiler.export_chrome_trace(str(partial))
-        partial.replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(partial))
+            partial.replace(self._path)
+        except (OSError, RuntimeError) as error:  # the other ranks wait, and the run is worth more
+            log.warning("the trace %s could not be written: %s", self._path, error)
+            return
         log.info(
             "trace of steps: %s, and one for each rank; open it at https://ui.perfetto.dev, in the "
             "browser alone",

@@ -122,7 +122,7 @@ def test_what_is_computed_again_counts_to_the_backward_pass(wait: Callable[[floa
     model, line = new_model(), Timeline(torch.device("cpu"), Label("loop"))
     (block,) = model.decoder_blocks
     assert isinstance(block, Block)
-    block.recompute("full")
+    block.set_recomputed("full")
     block.attn.register_forward_hook(lambda _module, _inputs, output: Slow.apply(output, wait))
     assert timed_step(model, PartObserver(model, line), line) == {
         Label("decoder", "forward"): FORWARD_SECONDS,

@@ -40,6 +40,7 @@ class Fork:
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+        atexit.register(self.kill)  # or `multiprocessing` waits for what a failed test left
 
     @property
     def returncode(self) -> int | None:

@@ -228,6 +228,21 @@ def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
+def test_a_store_that_is_down_hides_no_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(_store: object) -> list[int]:
+        raise OSError("the store is down")
+
+    monkeypatch.setattr("cavmae.trainer.out_of_memory.checkpoints", down)
+    config, store = tiny_run(tmp_path, tmp_path / "run"), open_store(str(tmp_path / "checkpoints"))
+    with (
+        pytest.raises(OutOfMemory, match="0 ran out of CPU memory"),
+        out_of_memory_told(config, tmp_path, store, ALONE, CPU),
+    ):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (

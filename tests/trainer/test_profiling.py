@@ -209,3 +209,15 @@ def test_a_run_that_ends_in_a_profiled_step_keeps_its_history_of_allocations(
     profile.step()
     profile.close()
     assert len(recorded) == 1
+
+
+def test_a_trace_that_cannot_be_written_is_told_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile").write_text("no folder")
+    config = ProfileConfig(steps=1, after_steps=1)
+    profile = StepProfile(config, tmp_path / "profile", rank=0, start_step=0, device=CPU)
+    for _ in range(3):
+        profile.step()
+    profile.close()
+    assert "could not be written" in caplog.text

@@ -97,7 +97,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width)
         self._recompute_all = False
 
-    def recompute(self, how: Recompute) -> None:
+    def set_recomputed(self, how: Recompute) -> None:
         """What the backward pass computes again, instead of keeping it: nothing; the norms and the
         activation before each linear layer; or everything but the block's input."""
         self._recompute_all = how == "full"

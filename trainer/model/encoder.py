@@ -113,11 +113,11 @@ class AudioVideoEncoder(nn.Module):
                 module.backend = backend
 
     def recompute_blocks(self, how: Recompute) -> None:
-        """Have every transformer block compute again in the backward pass what `Block.recompute`
-        says: activation checkpointing."""
+        """Have every transformer block compute again in the backward pass what
+        `Block.set_recomputed` says: activation checkpointing."""
         for module in self.modules():
             if isinstance(module, Block):
-                module.recompute(how)
+                module.set_recomputed(how)
 
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
         """(batch, audio_frames, mel_bins) to the unmasked embedding (batch, width), float32."""
