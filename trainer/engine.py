@@ -55,8 +55,8 @@ os.environ.setdefault(
 # of ninja would compile everything again.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
-# DeepSpeed's autotuner imports MLflow where it is there, and nothing here calls the autotuner: a
-# third of a rank's start, on every rank.
+# DeepSpeed's autotuner imports MLflow where it is there, on every rank, and nothing here calls the
+# autotuner.
 if _no_mlflow := "mlflow" not in sys.modules:
     sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
 try:

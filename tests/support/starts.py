@@ -1,4 +1,4 @@
-"""A training run as its users start it: processes, their log, and signals to them."""
+"""A training run in ranks of its own (see `forks.py`): their log, and signals to them."""
 
 import functools
 import os

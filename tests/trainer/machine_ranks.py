@@ -26,12 +26,12 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     socket.gethostname = lambda: f"machine-{rank}"
-    there = Memory(memory_bytes[rank], memory_bytes[rank])
-    out_of_memory.machine_memory = lambda root=Path("/"): there
+    here = {"MemTotal": memory_bytes[rank]} if memory_bytes[rank] else {}
+    out_of_memory.machine_memory = lambda root=Path("/"): Memory(*[here["MemTotal"]] * 2)
     said: tuple[str, bool] | None = None
     try:
         run(load_config(config_path, PretrainConfig))
-    except OutOfMemory as error:
+    except (OutOfMemory, KeyError) as error:
         said = str(error), is_lasting(error)
     of_all = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, said)

@@ -134,6 +134,15 @@ def test_what_one_machine_refuses_reaches_every_rank_as_what_no_restart_can_mend
     assert lasting
 
 
+@pytest.mark.slow
+def test_an_error_of_any_kind_on_one_machine_reaches_all_ranks(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    save_config(tiny_run(packed_synthetic, tmp_path / "run"), tmp_path / "config.json")
+    said = run_ranks(MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, None]], tmp_path)
+    assert said == [["'MemTotal'", False]] * 2
+
+
 def test_only_the_first_rank_of_a_machine_looks_at_it(
     monkeypatch: pytest.MonkeyPatch, one_rank: None, tmp_path: Path
 ) -> None:

@@ -108,8 +108,8 @@ class Batches(list[Any]):
 def watched_while_written(
     config: ProfileConfig, folder: Path, patch: pytest.MonkeyPatch
 ) -> list[tuple[str, bool]]:
-    """Ten steps of the loop in which nothing is computed; for the trace and for each barrier of the
-    ranks, in order, whether the watchdog watched."""
+    """Ten steps of the loop in which nothing is computed; for the trace, each barrier of the ranks
+    and the last commit, in order, whether the watchdog watched."""
     found: list[tuple[str, bool]] = []
     watchdog = Watching(folder)
 
@@ -126,7 +126,7 @@ def watched_while_written(
     nothing: Any = SimpleNamespace(
         **dict.fromkeys(("begin_step", "loss", "begin"), lambda *_: None),
         metrics=dict,
-        commit=lambda: True,
+        commit=lambda: not found.append(("commit", watchdog.watches)),
         **{"failures": 0, "open": False, "writing": False},
     )
     batches: Any = Batches([SimpleNamespace(to=lambda _: None)] * 10)
@@ -162,14 +162,25 @@ def test_ranks_write_their_traces_and_wait_for_each_other_in_no_step(
 ) -> None:
     config = ProfileConfig(steps=2, after_steps=3)
     found = watched_while_written(config, tmp_path, monkeypatch)
-    assert found == [("trace", False), ("barrier", False)]
+    assert found == [("trace", False), ("barrier", False), ("commit", False)]
+
+
+def test_the_last_checkpoint_is_there_before_a_trace_of_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ProfileConfig(steps=2, after_steps=8)
+    found = watched_while_written(config, tmp_path, monkeypatch)
+    assert found == [("commit", False), ("trace", False), ("barrier", False)]
 
 
 def test_a_trace_that_the_end_of_a_run_cuts_off_is_written_in_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ProfileConfig(steps=20, after_steps=3)
-    assert watched_while_written(config, tmp_path, monkeypatch) == [("trace", False)]
+    assert watched_while_written(config, tmp_path, monkeypatch) == [
+        ("commit", False),
+        ("trace", False),
+    ]
 
 
 @pytest.mark.parametrize(("field", "value"), [("steps", -1), ("after_steps", 0)])

@@ -18,7 +18,7 @@ from cavmae.kernels import AttentionBackend, attention, gather_tokens
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
 Recompute = Literal["none", "selective", "full"]
-Tensors = Callable[[torch.Tensor], torch.Tensor]
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 _SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
 _NORM_STREAM: dict[str, Stream] = {
     norm + suffix: stream
@@ -34,7 +34,7 @@ class LinearAfter(nn.Linear):
     """Keep what `before` takes, and compute what it gives again in the backward pass."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: torch.Tensor, before: Tensors
+        self, x: torch.Tensor, before: TensorFunction
     ) -> torch.Tensor:
         """(..., in features) to (..., out features): the layer of `before(x)`."""
         if not (self.recompute and torch.is_grad_enabled()):
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        norm: Tensors,
+        norm: TensorFunction,
         lengths: list[int],
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Mlp(nn.Module):
         self.fc1 = LinearAfter(width, hidden)
         self.fc2 = LinearAfter(hidden, width)
 
-    def forward(self, x: torch.Tensor, norm: Tensors) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: TensorFunction) -> torch.Tensor:
         """(batch, tokens, width) to the same."""
         return self.fc2(self.fc1(x, norm), F.gelu)
 
@@ -154,7 +154,7 @@ class Block(nn.Module):
         )
 
 
-def recomputed(function: Tensors, x: torch.Tensor) -> torch.Tensor:
+def recomputed(function: TensorFunction, x: torch.Tensor) -> torch.Tensor:
     """`function(x)`, of which `x` alone is kept; the backward pass computes as much of the rest
     again as it needs. Nothing in a model is drawn at random, so no random state is kept."""
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
