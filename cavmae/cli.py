@@ -10,8 +10,11 @@ from cavmae.command import exit_code
 # Module, or module:function where it is not `main`.
 COMMANDS = {
     "pack": ("cavmae.cluster.pack", "Pack a folder of videos into shards."),
-    "verify": ("cavmae.dataloaders.verify", "Check a packed set against its index."),
-    "inspect": ("cavmae.dataloaders.inspect", "Print what a packed set holds; a sheet of clips."),
+    "verify": ("cavmae.dataloaders.tools.verify", "Check a packed set against its index."),
+    "inspect": (
+        "cavmae.dataloaders.tools.inspect",
+        "Print what a packed set holds; a sheet of clips.",
+    ),
     "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": (
@@ -24,39 +27,75 @@ COMMANDS = {
     ),
     "export": ("cavmae.trainer.release.export", "Write a trained model for others: Hub, graphs."),
     "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
-    "search": ("cavmae.trainer.evaluation.search", "A sound finds videos, a picture finds sounds."),
+    "search": ("cavmae.trainer.embeddings.search", "A sound finds videos, a picture finds sounds."),
     "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
     "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
     "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
-    "queue": ("cavmae.cluster.queue", "Run the experiments of a file, and compare them."),
-    "sweep": ("cavmae.cluster.sweep", "Search fields with Ray Tune, giving up what falls behind."),
-    "cluster-files": ("cavmae.cluster.files", "Files for Kubernetes, Slurm and clouds."),
-    "doctor": ("cavmae.cluster.doctor", "Whether this machine can train, and what it lacks."),
-    "demo": ("cavmae.cluster.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
-    "demo-full": ("cavmae.cluster.demo_full", "That, and all that the model is for, to an export."),
+    "queue": (
+        "cavmae.cluster.experiments.queue",
+        "Run the experiments of a file, and compare them.",
+    ),
+    "sweep": (
+        "cavmae.cluster.experiments.sweep",
+        "Search fields with Ray Tune, giving up what falls behind.",
+    ),
+    "cluster-files": ("cavmae.cluster.manifests", "Files for Kubernetes, Slurm and clouds."),
+    "doctor": ("cavmae.cluster.local.doctor", "Whether this machine can train, and what it lacks."),
+    "demo": (
+        "cavmae.cluster.local.demo",
+        "Generate videos, pack them, train and evaluate, on a CPU.",
+    ),
+    "demo-full": (
+        "cavmae.cluster.local.demo_full",
+        "That, and all that the model is for, to an export.",
+    ),
 }
 BENCHMARKS = {
-    "step": ("cavmae.benchmarks.step", "Time of a training step, with memory and FLOP/s."),
-    "choices": ("cavmae.benchmarks.choices", "What each choice about a step is worth here."),
-    "train": ("cavmae.benchmarks.train", "The training loop, and a step's time by parts."),
-    "kernels": ("cavmae.benchmarks.kernels", "Kernels against torch and published methods."),
-    "data": ("cavmae.benchmarks.data", "The loader against the published one and raw video."),
-    "tiers": ("cavmae.benchmarks.tiers", "Size, cost and quality of each way to store a clip."),
-    "faults": ("cavmae.benchmarks.faults", "What a run makes of each fault, done for real."),
-    "soak": ("cavmae.benchmarks.soak", "One run for an hour with a fault every few minutes."),
-    "overhead": ("cavmae.benchmarks.overhead", "What Ray and checkpoints add to a step."),
-    "order": ("cavmae.benchmarks.order", "The order of samples against a perfect shuffle."),
-    "data-day": ("cavmae.benchmarks.data_day", "The loader under kills and a failing store."),
-    "scaling": ("cavmae.benchmarks.scaling", "A step on 1 to 4,096 GPUs, computed."),
-    "gpu-check": ("cavmae.benchmarks.gpu_check", "Check kernels and model on this GPU."),
-    "video-check": ("cavmae.benchmarks.video_check", "Check video decoding on this GPU (NVDEC)."),
-    "memory": ("cavmae.benchmarks.memory", "What a run is said to take, and what it takes."),
-    "autotune": ("cavmae.benchmarks.autotune", "The fields with which a run is fastest here."),
-    "all": ("cavmae.benchmarks.suite", "What this machine can measure within a time."),
-    "compare": ("cavmae.benchmarks.compare", "What became slower from one record to another."),
-    "report": ("cavmae.benchmarks.report", "The newest records as a page with plots."),
+    "step": ("cavmae.benchmarks.step.step", "Time of a training step, with memory and FLOP/s."),
+    "choices": ("cavmae.benchmarks.step.ablations", "What each choice about a step is worth here."),
+    "train": ("cavmae.benchmarks.training.train", "The training loop, and a step's time by parts."),
+    "kernels": ("cavmae.benchmarks.kernels.bench", "Kernels against torch and published methods."),
+    "data": (
+        "cavmae.benchmarks.data.loader",
+        "The loader against the published one and raw video.",
+    ),
+    "tiers": (
+        "cavmae.benchmarks.data.tiers",
+        "Size, cost and quality of each way to store a clip.",
+    ),
+    "faults": ("cavmae.benchmarks.faults.faults", "What a run makes of each fault, done for real."),
+    "soak": (
+        "cavmae.benchmarks.faults.soak",
+        "One run for an hour with a fault every few minutes.",
+    ),
+    "overhead": ("cavmae.benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
+    "order": (
+        "cavmae.benchmarks.data.shuffle_quality",
+        "The order of samples against a perfect shuffle.",
+    ),
+    "data-day": (
+        "cavmae.benchmarks.data.storage_faults",
+        "The loader under kills and a failing store.",
+    ),
+    "scaling": ("cavmae.benchmarks.training.scaling", "A step on 1 to 4,096 GPUs, computed."),
+    "gpu-check": ("cavmae.benchmarks.gpu.check", "Check kernels and model on this GPU."),
+    "video-check": ("cavmae.benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
+    "memory": (
+        "cavmae.benchmarks.training.memory",
+        "What a run is said to take, and what it takes.",
+    ),
+    "autotune": (
+        "cavmae.benchmarks.training.autotune",
+        "The fields with which a run is fastest here.",
+    ),
+    "all": ("cavmae.benchmarks.report.suite", "What this machine can measure within a time."),
+    "compare": (
+        "cavmae.benchmarks.report.compare",
+        "What became slower from one record to another.",
+    ),
+    "report": ("cavmae.benchmarks.report.report", "The newest records as a page with plots."),
 }
 EVALUATIONS = {
     "classify": (

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from cavmae.trainer.config import PretrainConfig, RunConfig
-from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.config.finetune_config import FinetuneConfig
 
 
 @dataclass(frozen=True)

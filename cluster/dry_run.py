@@ -8,10 +8,12 @@ from rich.table import Table
 
 from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
-from cavmae.dataloaders.plan import default_lanes
-from cavmae.trainer.footprint import footprint, model_sizes
-from cavmae.trainer.resolve import native_dtype, resolve
-from cavmae.trainer.step_time import (
+from cavmae.dataloaders.sampling.sample_plan import default_lanes
+from cavmae.trainer.config.resolve import native_dtype, resolve
+from cavmae.trainer.cost_model.comm_volume import TensorSizes, collectives, sent_by_purpose
+from cavmae.trainer.cost_model.memory import footprint, model_sizes
+from cavmae.trainer.cost_model.memory_advice import advice
+from cavmae.trainer.cost_model.step_time import (
     ASSUMED_SHARE_OF_MATRIX_SPEED,
     CPU_CORE_FLOPS_PER_SECOND,
     H200_MATRIX_FLOPS_PER_SECOND,
@@ -19,9 +21,7 @@ from cavmae.trainer.step_time import (
     Links,
     step_time,
 )
-from cavmae.trainer.trained_model import ASSUMED_CLASSES
-from cavmae.trainer.what_fits import advice
-from cavmae.trainer.wire import TensorSizes, collectives, sent_by_purpose
+from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES
 
 _NODES_SHOWN = 8
 _MEMORY = {
@@ -128,5 +128,5 @@ def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement)
     return (
         f"expected: {config.global_batch / seconds.total:,.4g} samples/s, {seconds.total:.3g} s a "
         f"step ({parts}). Computed, not measured: {flops / 1e12:.3g} TFLOP/s a rank ({source}); "
-        f"{network}; docs/scaling.md"
+        f"{network}; docs/performance/scaling.md"
     )

@@ -18,8 +18,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from cavmae.dataloaders.plan import largest_rank_count
-from cavmae.trainer.stopping import request_stop
+from cavmae.dataloaders.sampling.sample_plan import largest_rank_count
+from cavmae.trainer.fault_tolerance.preemption import request_stop
 
 MORE_FIT = "more ranks fit"
 """How the reason begins for which ranks leave and more of them go on."""

@@ -17,15 +17,15 @@ import tyro
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import absolute_path, connected, tell_shortage
 from cavmae.command import exit_code
-from cavmae.trainer.evaluation.embed import (
+from cavmae.trainer.embeddings.embed import (
     EmbedConfig,
     embed_set,
     in_this_process,
     tell,
     write_files,
 )
-from cavmae.trainer.evaluation.embedding_files import Origin
-from cavmae.trainer.evaluation.finished_run import AnyRun, open_finished_encoders
+from cavmae.trainer.embeddings.parquet_store import Origin
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_finished_encoders
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PARTS_PER_WORKER = 4

@@ -24,9 +24,9 @@ from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.train import check_run, with_absolute_paths
-from cavmae.trainer.arguments import parse
-from cavmae.trainer.run_folder import git_commit, read_json
-from cavmae.trainer.stopping import request_stop, requested_stop
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
+from cavmae.trainer.run_dir import git_commit, read_json
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -154,7 +154,7 @@ def run_state(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: it is none.
     """
-    from cavmae.trainer.tracking import read_metrics
+    from cavmae.trainer.tracking.tracker import read_metrics
 
     _check_run_folder(folder)
     steps = read_json(folder / "config.json")["steps"]  # of any version

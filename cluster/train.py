@@ -16,12 +16,16 @@ from types import FrameType
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
 from cavmae.cluster.connection import absolute_path, address_of, connected, tell_shortage
 from cavmae.command import exit_code
-from cavmae.dataloaders.plan import check_ranks, default_lanes
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.arguments import parse
-from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.fault_tolerance.preemption import (
+    START_AGAIN_EXIT_CODE,
+    request_stop,
+    withdraw_request,
+)
 from cavmae.trainer.run import RunSummary
-from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, withdraw_request
 
 _SECONDS_TO_END = 10.0
 """What the driver waits longer than the ranks, which may be starting."""

@@ -11,7 +11,7 @@ from typing import Any
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
-from cavmae.trainer.config import RunConfig
+from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.run import RunSummary, run
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def node_notice() -> str:
 def is_lasting(error: Exception) -> bool:
     """Whether a repetition would fail alike and the message alone tells the user what to mend."""
     # They need torch, which the ranks have by now and `cavmae train --help` has not.
-    from cavmae.dataloaders.quarantine import DataFaultError
+    from cavmae.dataloaders.loading.quarantine import DataFaultError
 
     if isinstance(error, (*_LASTING_OS_ERRORS, DataFaultError)):
         return True
@@ -98,7 +98,7 @@ class FailureReport(UserCallback):
         self._not_finite = ""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        from cavmae.trainer.loop import NonFiniteError
+        from cavmae.trainer.trainer import NonFiniteError
 
         for error in worker_exceptions.values():
             if isinstance(error, LastingError):

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from cavmae.dataloaders.storage import CacheSettings
+from cavmae.dataloaders.shards.storage import CacheSettings
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _default(query: torch.Tensor, lengths: list[int]) -> AttentionBackend:
 def _check_flash_attn(query: torch.Tensor) -> None:
     if not FLASH_ATTN_IS_INSTALLED:
         raise ValueError(
-            "backend is 'flash-attn', which is not installed; docs/install.md says how, or "
+            "backend is 'flash-attn', which is not installed; docs/start/install.md says how, or "
             "use 'sdpa'"
         )
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):

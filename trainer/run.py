@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cavmae.trainer.config import EngineConfig, PretrainConfig, RunConfig
-from cavmae.trainer.finetune_config import FinetuneConfig
-from cavmae.trainer.rank_log import log_to_file, log_to_stderr
-from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
-from cavmae.trainer.run_folder import write_json
+from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.run_dir import write_json
+from cavmae.trainer.tracking.rank_logging import log_to_file, log_to_stderr
 
 if TYPE_CHECKING:  # torch comes after the threads are set
     import torch
 
-    from cavmae.dataloaders.shards import ShardSet
-    from cavmae.trainer.checkpoint_store import Store
-    from cavmae.trainer.finetuning import Finetuning
+    from cavmae.dataloaders.shards.shard_set import ShardSet
+    from cavmae.trainer.checkpoint.store import Store
     from cavmae.trainer.model.encoder import AudioVideoEncoder
-    from cavmae.trainer.pretraining import Pretraining
+    from cavmae.trainer.tasks.finetune import Finetuning
+    from cavmae.trainer.tasks.pretraining import Pretraining
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +79,14 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     ranks = ranks_from_environment()
     threads = limit_threads(config.threads_per_rank, ranks)
     # torch and what needs it come after the threads are set.
-    from cavmae.dataloaders.shards import ShardSet
-    from cavmae.trainer.agreement import on_first_rank
-    from cavmae.trainer.checkpoint import checkpoint_folder
-    from cavmae.trainer.checkpoint_store import open_store
-    from cavmae.trainer.engine import start_process_group
+    from cavmae.dataloaders.shards.shard_set import ShardSet
+    from cavmae.trainer.checkpoint.format import checkpoint_folder
+    from cavmae.trainer.checkpoint.store import open_store
+    from cavmae.trainer.config.resolve import resolve
+    from cavmae.trainer.distributed.collectives import on_first_rank
+    from cavmae.trainer.distributed.engine import start_process_group
+    from cavmae.trainer.fault_tolerance.oom import check_machines, out_of_memory_told
     from cavmae.trainer.opening import open_run_folder
-    from cavmae.trainer.out_of_memory import check_machines, out_of_memory_told
-    from cavmae.trainer.resolve import resolve
 
     log_to_stderr(ranks.rank)
     if not config.data.train_folders:
@@ -127,20 +127,20 @@ def _train(
     import torch.distributed as dist
 
     from cavmae.dataloaders.batch import ClipShape
-    from cavmae.dataloaders.loader import TrainLoader
-    from cavmae.trainer.averaging import EpochWeights
-    from cavmae.trainer.checkpoint import RunState
-    from cavmae.trainer.checkpoint_reader import load_newest
-    from cavmae.trainer.checkpoint_writer import CheckpointWriter
-    from cavmae.trainer.engine import Engine
-    from cavmae.trainer.held_out import HeldOut
-    from cavmae.trainer.loop import train
-    from cavmae.trainer.profiling import StepProfile
-    from cavmae.trainer.report import RunReport
-    from cavmae.trainer.schedule import learning_rate
-    from cavmae.trainer.stopping import StopRequest, withdraw_request
-    from cavmae.trainer.stragglers import OwnTime, StragglerReport
-    from cavmae.trainer.watchdog import Watchdog
+    from cavmae.dataloaders.loading.loader import TrainLoader
+    from cavmae.trainer.checkpoint.format import RunState
+    from cavmae.trainer.checkpoint.load import load_newest
+    from cavmae.trainer.checkpoint.save import CheckpointWriter
+    from cavmae.trainer.checkpoint.weight_average import EpochWeights
+    from cavmae.trainer.distributed.engine import Engine
+    from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
+    from cavmae.trainer.fault_tolerance.stragglers import OwnTime, StragglerReport
+    from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+    from cavmae.trainer.lr_schedule import learning_rate
+    from cavmae.trainer.tracking.profiler import StepProfile
+    from cavmae.trainer.tracking.run_logger import RunReport
+    from cavmae.trainer.trainer import train
+    from cavmae.trainer.validator import HeldOut
 
     # Build.
     torch.manual_seed(config.seed)
@@ -312,11 +312,11 @@ def _train(
 
 def run_as_rank(config: RunConfig) -> NoReturn:
     """Run as the rank that the environment names, and end the process."""
-    from cavmae.trainer.stopping import withdraw_request
+    from cavmae.trainer.fault_tolerance.preemption import withdraw_request
 
     withdraw_request(Path(config.run_dir))  # one of a start before
     run(config)
-    from cavmae.trainer.engine import end_rank
+    from cavmae.trainer.distributed.engine import end_rank
 
     end_rank()
 
@@ -326,15 +326,15 @@ def _stage(
 ) -> "Pretraining | Finetuning":
     """What the run trains; the first rank keeps the classes of fine-tuning in the run folder."""
     if isinstance(config, FinetuneConfig):
-        from cavmae.trainer.agreement import on_first_rank
-        from cavmae.trainer.checkpoint import checkpoints
-        from cavmae.trainer.finetuning import Finetuning
-        from cavmae.trainer.labels import open_labels
+        from cavmae.trainer.checkpoint.format import checkpoints
+        from cavmae.trainer.distributed.collectives import on_first_rank
+        from cavmae.trainer.tasks.finetune import Finetuning
+        from cavmae.trainer.tasks.labels import open_labels
 
         labels = on_first_rank(lambda: open_labels(config, run_dir, begun=bool(checkpoints(store))))
         return Finetuning(config, labels, device)
     assert isinstance(config, PretrainConfig)
-    from cavmae.trainer.pretraining import Pretraining
+    from cavmae.trainer.tasks.pretraining import Pretraining
 
     return Pretraining(config, ranks, device)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.positions import position_table
+from cavmae.trainer.model.pos_embed import position_table
 
 PATCH = 16
 TEMPERATURE = 0.05

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cavmae.dataloaders.augment import resize_and_crop
-from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
-from cavmae.dataloaders.log_mel import (
+from cavmae.dataloaders.loading.augment import resize_and_crop
+from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.dataloaders.media.log_mel import (
     AUDIO_HZ,
     FFT_SAMPLES,
     HOP_SAMPLES,

@@ -19,10 +19,10 @@ from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.dataloaders.plan import largest_rank_count
-from cavmae.trainer.config import CheckpointConfig, PretrainConfig
-from cavmae.trainer.run_folder import save_config
-from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE
+from cavmae.dataloaders.sampling.sample_plan import largest_rank_count
+from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig
+from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
+from cavmae.trainer.run_dir import save_config
 
 LOOPBACK = {
     "RAY_AUTH_MODE": "token",

@@ -9,7 +9,7 @@ import pytest
 from tiny_run import save_untrained
 
 from cavmae import cli
-from cavmae.benchmarks.processes import Start, module_command
+from cavmae.benchmarks.harness.processes import Start, module_command
 from cavmae.cluster.embed import RayEmbedConfig
 
 

@@ -1,5 +1,5 @@
 """What is told of a job, and what is refused before it becomes one (the real thing is in
-tests/trainer/test_starters.py)."""
+tests/trainer/test_launchers.py)."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 from tiny_run import tiny_run
 
 from cavmae.cluster.jobs import _without_address, job_state, logs, run_state, status, stop, submit
-from cavmae.trainer.run_folder import save_config
-from cavmae.trainer.stopping import requested_stop
+from cavmae.trainer.fault_tolerance.preemption import requested_stop
+from cavmae.trainer.run_dir import save_config
 
 STEPS = "step 10/40  loss 1.2  3.0 samples/s\nstep 20/40  loss 1.1  3.0 samples/s\n"
 

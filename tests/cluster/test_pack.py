@@ -12,9 +12,9 @@ from launch import ROOT
 from rich.console import Console
 
 from cavmae.cluster import pack as cluster_pack
-from cavmae.dataloaders import pack as local_pack
-from cavmae.dataloaders.pack import PackConfig
-from cavmae.dataloaders.synthetic import generate
+from cavmae.dataloaders.packing import pack as local_pack
+from cavmae.dataloaders.packing.pack import PackConfig
+from cavmae.dataloaders.tools.synthetic import generate
 
 
 def files(folder: Path) -> dict[str, bytes]:

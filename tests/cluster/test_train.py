@@ -18,12 +18,12 @@ from tiny_run import losses, tiny_run
 from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayFinetuneConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, LastingError
-from cavmae.trainer.arguments import parse
-from cavmae.trainer.checkpoint import MANIFEST
-from cavmae.trainer.config import CheckpointConfig, PretrainConfig, TrackingConfig
-from cavmae.trainer.loop import NonFiniteError
-from cavmae.trainer.recipes import demo
-from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.checkpoint.format import MANIFEST
+from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.config.recipes import demo
+from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.trainer import NonFiniteError
 
 
 def test_cluster_fields_are_given_beside_those_of_the_run() -> None:

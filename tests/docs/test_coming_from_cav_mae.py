@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fields_page import fields
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "coming-from-cav-mae.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs/start/coming-from-cav-mae.md").read_text()
 ROWS = re.findall(r"^\| `(--[\w-]+)` \| ([^|]*) \|", PAGE, flags=re.MULTILINE)
 
 # Of run_cavmae_pretrain.py and run_cavmae_ft.py, as far as they are published.

@@ -10,9 +10,9 @@ from fields_page import fields, fields_page
 
 from cavmae.cli import COMMANDS, GROUPS
 from cavmae.cluster.config import ClusterConfig
-from cavmae.trainer.arguments import RECIPES
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.parse import RECIPES
 
 ALL = commands()
 

@@ -28,25 +28,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_page_of_the_folder_is_in_the_site(site: Path) -> None:
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).with_suffix("") for path in docs.rglob("*.md")}
     assert [page for page in sorted(pages) if not (site / page / "index.html").is_file()] == []
 
 
 @pytest.mark.slow
 def test_the_site_has_the_pages_made_from_the_code(site: Path) -> None:
-    assert "--clips-per-shard" in (site / "commands" / "index.html").read_text()
-    assert "optimizer.learning_rate" in (site / "fields" / "index.html").read_text()
+    assert "--clips-per-shard" in (site / "reference/commands/index.html").read_text()
+    assert "optimizer.learning_rate" in (site / "reference/fields/index.html").read_text()
 
 
 @pytest.mark.slow
 def test_a_file_that_a_page_links_to_is_in_the_site(site: Path) -> None:
     assert (site / "repository" / "Dockerfile").read_bytes() == (ROOT / "Dockerfile").read_bytes()
-    assert 'href="../repository/Dockerfile"' in (site / "clusters" / "index.html").read_text()
+    assert (
+        'href="../../repository/Dockerfile"' in (site / "training/clusters/index.html").read_text()
+    )
 
 
 @pytest.mark.slow
 def test_the_readme_is_the_first_page_and_its_links_stay_in_the_site(site: Path) -> None:
-    assert 'href="install/"' in (site / "index.html").read_text()
+    assert 'href="start/install/"' in (site / "index.html").read_text()
 
 
 @pytest.mark.slow

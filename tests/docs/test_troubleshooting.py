@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 
-from cavmae.dataloaders.clip_errors import Reason
+from cavmae.dataloaders.media.errors import Reason
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+PAGE = (ROOT / "docs/reference/troubleshooting.md").read_text()
 QUOTED = re.findall(r"```text\n(.*?)\n```", PAGE, flags=re.DOTALL)
 SHORTEST = 12
 """Characters of its own that a message needs, so that `{a}: {b}` does not pass for any."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cavmae.benchmarks.golden_finetune import LOSSES, FinetuneTraining
-from cavmae.benchmarks.golden_recipe import read_json
-from cavmae.trainer.classification_loss import classification_loss
-from cavmae.trainer.config import EngineConfig, OptimizerConfig
-from cavmae.trainer.engine import Engine, RateGroup, end_rank, start_process_group
-from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
+from cavmae.benchmarks.conformance.cases import read_json
+from cavmae.benchmarks.conformance.finetune import LOSSES, FinetuneTraining
+from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
+from cavmae.trainer.distributed.engine import Engine, RateGroup, end_rank, start_process_group
+from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.losses.classification import classification_loss
 
 
 def train(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.kernels import MaskIds
-from cavmae.trainer.config import EngineConfig, LossConfig, OptimizerConfig
-from cavmae.trainer.contrastive import Pairs, exchanged_loss, own_groups
-from cavmae.trainer.engine import Engine, end_rank, start_process_group
-from cavmae.trainer.ranks import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerConfig
+from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss, own_groups
 
 
 def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import Deviation, check_deviations
-from cavmae.benchmarks.golden_recipe import config_from_shapes, read_json, recipe
+from cavmae.benchmarks.conformance.cases import config_from_shapes, read_json, recipe
+from cavmae.benchmarks.conformance.tolerances import Deviation, check_deviations
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.weights import adapt_mae
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS = [

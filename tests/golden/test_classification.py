@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import Deviation, array_deviation, check_deviations, relative
-from cavmae.benchmarks.golden_recipe import noise
-from cavmae.trainer.classification import classification_scores, mean_over_frames
+from cavmae.benchmarks.conformance.cases import noise
+from cavmae.benchmarks.conformance.tolerances import (
+    Deviation,
+    array_deviation,
+    check_deviations,
+    relative,
+)
+from cavmae.trainer.metrics.classification import classification_scores, mean_over_frames
 
 pytestmark = pytest.mark.golden
 LIMIT = 1e-12  # both are float64 sums of the same ranks

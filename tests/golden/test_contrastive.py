@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import LIMITS, Deviation, check_deviations, relative
-from cavmae.benchmarks.golden_recipe import noise
+from cavmae.benchmarks.conformance.cases import noise
+from cavmae.benchmarks.conformance.tolerances import LIMITS, Deviation, check_deviations, relative
 from cavmae.kernels import contrastive_loss
 
 pytestmark = pytest.mark.golden

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from launch import run_ranks
 
-from cavmae.benchmarks.deviations import Deviation
+from cavmae.benchmarks.conformance.tolerances import Deviation
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]
 

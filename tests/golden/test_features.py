@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import LIMITS, Deviation, array_deviation
-from cavmae.benchmarks.golden_finetune import FinetuneCase
-from cavmae.benchmarks.golden_recipe import fill_from_recipe
+from cavmae.benchmarks.conformance.cases import fill_from_recipe
+from cavmae.benchmarks.conformance.finetune import FinetuneCase
+from cavmae.benchmarks.conformance.tolerances import LIMITS, Deviation, array_deviation
 from cavmae.trainer.model.cavmae import CAVMAE
 
 pytestmark = [pytest.mark.golden, pytest.mark.slow]

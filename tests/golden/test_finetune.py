@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import LIMITS, Deviation, array_deviation
-from cavmae.benchmarks.golden_finetune import FinetuneCase, FinetuneTraining
-from cavmae.benchmarks.golden_recipe import read_json
+from cavmae.benchmarks.conformance.cases import read_json
+from cavmae.benchmarks.conformance.finetune import FinetuneCase, FinetuneTraining
+from cavmae.benchmarks.conformance.tolerances import LIMITS, Deviation, array_deviation
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import published_state
 

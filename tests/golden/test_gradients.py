@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import Deviation
-from cavmae.benchmarks.golden_forward import ForwardCase
+from cavmae.benchmarks.conformance.forward import ForwardCase
+from cavmae.benchmarks.conformance.tolerances import Deviation
 from cavmae.trainer.model.cavmae import CAVMAE
 
 pytestmark = pytest.mark.golden

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cavmae.benchmarks.baselines.published import PublishedCAVMAE
-from cavmae.benchmarks.golden_recipe import fill_from_recipe, recipe_inputs
+from cavmae.benchmarks.conformance.cases import fill_from_recipe, recipe_inputs
 from cavmae.trainer.model.config import ModelConfig
 
 REPOSITORY = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import Deviation, mismatches
+from cavmae.benchmarks.conformance.tolerances import Deviation, mismatches
 from cavmae.kernels import gather_patches, masked_reconstruction_loss
 
 pytestmark = pytest.mark.golden

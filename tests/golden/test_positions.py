@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cavmae.benchmarks.deviations import LIMITS, Deviation, array_deviation
-from cavmae.trainer.model.positions import position_table
+from cavmae.benchmarks.conformance.tolerances import LIMITS, Deviation, array_deviation
+from cavmae.trainer.model.pos_embed import position_table
 
 pytestmark = pytest.mark.golden
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cavmae.benchmarks.deviations import Deviation, check_deviations
-from cavmae.benchmarks.golden_forward import ForwardCase
-from cavmae.benchmarks.golden_recipe import config_from_shapes, read_json, recipe
+from cavmae.benchmarks.conformance.cases import config_from_shapes, read_json, recipe
+from cavmae.benchmarks.conformance.forward import ForwardCase
+from cavmae.benchmarks.conformance.tolerances import Deviation, check_deviations
 from cavmae.trainer.model.cavmae import CAVMAE
 
 pytestmark = pytest.mark.golden

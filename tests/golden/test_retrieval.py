@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae.benchmarks.deviations import Deviation, relative
-from cavmae.benchmarks.golden_recipe import noise
-from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores, similarity_scores
+from cavmae.benchmarks.conformance.cases import noise
+from cavmae.benchmarks.conformance.tolerances import Deviation, relative
+from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores, similarity_scores
 
 pytestmark = pytest.mark.golden
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cavmae.benchmarks.deviations import Deviation
-from cavmae.benchmarks.golden import TinyTrain
+from cavmae.benchmarks.conformance.tiny_train import TinyTrain
+from cavmae.benchmarks.conformance.tolerances import Deviation
 
 pytestmark = pytest.mark.golden
 

@@ -1,7 +1,8 @@
 """Ranks as forks of one process that has imported torch, DeepSpeed and MLflow.
 
 Nine tenths of a rank of a tiny run are imports, which would be the same each time. What a user's
-start is, from the first line of the interpreter on, is for `test_starters.py` and the tests of Ray.
+start is, from the first line of the interpreter on, is for `test_launchers.py` and the tests of
+Ray.
 """
 
 import atexit

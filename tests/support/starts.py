@@ -11,10 +11,10 @@ from pathlib import Path
 from forks import start_program
 from launch import ROOT, free_port, rank_environment
 
-from cavmae.trainer.config import RunConfig
-from cavmae.trainer.finetune_config import FinetuneConfig
-from cavmae.trainer.run_folder import save_config
-from cavmae.trainer.tracking import _make_store
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.tracking.tracker import _make_store
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def _empty_store() -> bytes:
 def place_store(folder: Path) -> None:
     """An empty MLflow store for the runs in `folder`, which takes longer to make than they do.
 
-    That a run makes its own is seen in `test_starters.py` and `test_tracking.py`.
+    That a run makes its own is seen in `test_launchers.py` and `test_tracker.py`.
     """
     if not (folder / "mlflow.db").exists():
         folder.mkdir(parents=True, exist_ok=True)

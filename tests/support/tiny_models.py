@@ -8,7 +8,7 @@ from tiny_run import MODEL
 
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.release.model_description import ModelDescription, Preprocessing
+from cavmae.trainer.release.model_spec import ModelDescription, Preprocessing
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

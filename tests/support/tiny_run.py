@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.synthetic import CLASSES
-from cavmae.trainer.config import (
+from cavmae.dataloaders.tools.synthetic import CLASSES
+from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
     LossConfig,
@@ -17,12 +17,12 @@ from cavmae.trainer.config import (
     PretrainConfig,
     TrackingConfig,
 )
-from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.labels import LabelSet
+from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.tasks.labels import LabelSet
 
 MODEL = ModelConfig(
     audio_frames=192,

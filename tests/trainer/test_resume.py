@@ -14,12 +14,16 @@ import torch
 from starts import Start
 from tiny_run import losses, tiny_run
 
-from cavmae.benchmarks.object_store import object_store
-from cavmae.trainer.checkpoint import MANIFEST, checkpoint_problem, checkpoints, step_of
-from cavmae.trainer.checkpoint_store import open_store
-from cavmae.trainer.config import CheckpointConfig, EngineConfig, WatchdogConfig
-from cavmae.trainer.stopping import START_AGAIN_EXIT_CODE, request_stop, requested_stop
-from cavmae.trainer.watchdog import HANG_EXIT_CODE
+from cavmae.benchmarks.harness.object_store import object_store
+from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_problem, checkpoints, step_of
+from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, WatchdogConfig
+from cavmae.trainer.fault_tolerance.preemption import (
+    START_AGAIN_EXIT_CODE,
+    request_stop,
+    requested_stop,
+)
+from cavmae.trainer.fault_tolerance.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.slow
 

@@ -20,25 +20,25 @@ from rich.table import Column, Table
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.classification import (
-    ClassificationScores,
-    Estimate,
-    classification_scores,
-    mean_over_frames,
-)
-from cavmae.trainer.evaluation.clip_outputs import ClipOutputs, clip_outputs, whole_clips
-from cavmae.trainer.evaluation.contamination import check_not_trained_on
-from cavmae.trainer.evaluation.finished_run import (
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
+from cavmae.trainer.evaluation.leakage import check_not_trained_on
+from cavmae.trainer.evaluation.trained_run import (
     FinishedClassifier,
     open_finished_classifier,
     trained_on,
     write_evaluation,
 )
-from cavmae.trainer.finetune_config import FinetuneConfig
-from cavmae.trainer.labels import LabelSet, label_counts
+from cavmae.trainer.metrics.classification import (
+    ClassificationScores,
+    Estimate,
+    classification_scores,
+    mean_over_frames,
+)
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
-from cavmae.trainer.pictures import class_picture
+from cavmae.trainer.tasks.labels import LabelSet, label_counts
+from cavmae.trainer.tracking.figures import class_picture
 
 
 @dataclass(frozen=True)

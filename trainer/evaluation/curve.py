@@ -14,9 +14,9 @@ from typing import Annotated
 import tyro
 
 from cavmae.command import exit_code
-from cavmae.trainer.config import PretrainConfig, RunConfig
-from cavmae.trainer.run_folder import load_run_config
-from cavmae.trainer.tracking import read_metrics
+from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.run_dir import load_run_config
+from cavmae.trainer.tracking.tracker import read_metrics
 
 # Of the published log, and of a run.
 _COLUMNS = {

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.loader import ValidationLoader
-from cavmae.dataloaders.reader import MIDDLE_FRAME
-from cavmae.dataloaders.shards import FRAMES_PER_CLIP
-from cavmae.trainer.config import RunConfig
-from cavmae.trainer.evaluation.clip_outputs import (
+from cavmae.dataloaders.loading.loader import ValidationLoader
+from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
+from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.evaluation.inference import (
     Forward,
     clip_outputs,
     output_batches,

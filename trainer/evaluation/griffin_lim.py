@@ -10,7 +10,7 @@ exactly. The mean that Kaldi takes from each window stays lost, and is hardly he
 import torch
 import torch.nn.functional as F
 
-from cavmae.dataloaders.log_mel import (
+from cavmae.dataloaders.media.log_mel import (
     FFT_SAMPLES,
     HOP_SAMPLES,
     PREEMPHASIS,

@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.command import exit_code
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.classification import ClassificationScores, classification_scores
-from cavmae.trainer.classification_loss import classification_loss
-from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.embeddings import Embeddings, embed
-from cavmae.trainer.evaluation.finished_run import (
+from cavmae.trainer.evaluation.leakage import check_not_trained_on
+from cavmae.trainer.evaluation.trained_run import (
     open_finished_encoders,
     trained_on,
     write_evaluation,
 )
-from cavmae.trainer.labels import LabelSet
+from cavmae.trainer.losses.classification import classification_loss
+from cavmae.trainer.metrics.classification import ClassificationScores, classification_scores
+from cavmae.trainer.tasks.labels import LabelSet
 
 _NEIGHBOUR_TEMPERATURE = 0.07
 """A neighbour's vote is exp(cosine / this), as in Wu et al., CVPR 2018."""

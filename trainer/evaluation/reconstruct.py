@@ -17,18 +17,22 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.decode import IMAGE_DEVIATION
-from cavmae.dataloaders.loader import ValidationLoader
-from cavmae.dataloaders.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
-from cavmae.dataloaders.stored_sound import encode_sound
+from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION
+from cavmae.dataloaders.loading.loader import ValidationLoader
+from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
-from cavmae.trainer.config import PretrainConfig
-from cavmae.trainer.evaluation.finished_run import FinishedRun, open_finished_run
+from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
+from cavmae.trainer.evaluation.trained_run import FinishedRun, open_finished_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.pictures import masked_and_reconstructed, patchify, reconstruction_picture
-from cavmae.trainer.run_folder import write_json
+from cavmae.trainer.run_dir import write_json
+from cavmae.trainer.tracking.figures import (
+    masked_and_reconstructed,
+    patchify,
+    reconstruction_picture,
+)
 
 ERRORS = (
     "mean_squared_error",

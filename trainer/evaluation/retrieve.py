@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.command import exit_code
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.trainer.evaluation.contamination import check_not_trained_on
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.embeddings import embed
-from cavmae.trainer.evaluation.finished_run import (
+from cavmae.trainer.evaluation.leakage import check_not_trained_on
+from cavmae.trainer.evaluation.trained_run import (
     open_finished_encoders,
     trained_on,
     write_evaluation,
 )
-from cavmae.trainer.retrieval import RetrievalScores, retrieval_scores
+from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cavmae.trainer.model.blocks import (
     pass_streams,
 )
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.positions import position_table
+from cavmae.trainer.model.pos_embed import position_table
 
 PATCH = 16
 COMPILED_VERSIONS = 64

@@ -18,8 +18,8 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.release.model_card import model_card
-from cavmae.trainer.release.model_description import ModelDescription
-from cavmae.trainer.run_folder import load_config, save_config
+from cavmae.trainer.release.model_spec import ModelDescription
+from cavmae.trainer.run_dir import load_config, save_config
 
 
 class _HubFolder(ModelHubMixin):

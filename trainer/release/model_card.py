@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cavmae.trainer.release.model_description import ModelDescription
+from cavmae.trainer.release.model_spec import ModelDescription
 
 NOT_TOLD = "## Training\n\nNot told: these weights were saved without their run.\n"
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cavmae.dataloaders.augment import middle_box
-from cavmae.dataloaders.log_mel import log_mel
+from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.trainer.release.hub import {class_name}
 
 model = {class_name}.from_pretrained(".")  # this folder, or a repository of the Hub

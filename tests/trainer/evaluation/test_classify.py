@@ -16,15 +16,15 @@ from starts import Start
 from tiny_run import save_untrained, save_untrained_classifier, tiny_finetuning
 
 from cavmae import cli
-from cavmae.dataloaders.pack import PackConfig, pack
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.dataloaders.synthetic import CLASSES, generate
-from cavmae.trainer.classification import classification_scores
+from cavmae.dataloaders.packing.pack import PackConfig, pack
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.tools.synthetic import CLASSES, generate
+from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified, score_modes
-from cavmae.trainer.evaluation.finished_run import open_finished_classifier, trained_on
-from cavmae.trainer.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.labels import LabelSet
+from cavmae.trainer.evaluation.trained_run import open_finished_classifier, trained_on
+from cavmae.trainer.metrics.classification import classification_scores
 from cavmae.trainer.model.classifier import STREAMS
+from cavmae.trainer.tasks.labels import LabelSet
 
 SCORES = ("mean_average_precision", "mean_auc", "d_prime", "accuracy")
 

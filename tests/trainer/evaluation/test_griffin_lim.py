@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cavmae.dataloaders.log_mel import hann_window, log_mel, mel_filters
+from cavmae.dataloaders.media.log_mel import hann_window, log_mel, mel_filters
 from cavmae.trainer.evaluation.griffin_lim import power_from_mel, waveform_from_log_mel
 
 CPU = torch.device("cpu")

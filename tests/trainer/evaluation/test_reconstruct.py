@@ -13,11 +13,11 @@ import tiny_run
 import torch
 
 from cavmae import cli
-from cavmae.dataloaders.log_mel import log_mel
-from cavmae.dataloaders.shards import ShardSet
-from cavmae.dataloaders.stored_sound import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.log_mel import log_mel
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
-from cavmae.trainer.config import LossConfig
+from cavmae.trainer.config.configs import LossConfig
 from cavmae.trainer.evaluation.reconstruct import (
     ERRORS,
     ReconstructConfig,
@@ -26,7 +26,7 @@ from cavmae.trainer.evaluation.reconstruct import (
     removed_ratios,
 )
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.pictures import masked_and_reconstructed, patchify, unpatchify
+from cavmae.trainer.tracking.figures import masked_and_reconstructed, patchify, unpatchify
 
 
 @pytest.fixture(scope="module")

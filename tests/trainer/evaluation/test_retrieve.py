@@ -12,12 +12,12 @@ import torch
 from tiny_run import save_untrained, save_untrained_classifier
 
 from cavmae import cli
-from cavmae.dataloaders.shards import ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
-from cavmae.trainer.evaluation.contamination import check_not_trained_on
 from cavmae.trainer.evaluation.embeddings import embed
-from cavmae.trainer.evaluation.finished_run import open_finished_classifier, open_finished_run
+from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
+from cavmae.trainer.evaluation.trained_run import open_finished_classifier, open_finished_run
 
 
 @pytest.fixture(scope="module")

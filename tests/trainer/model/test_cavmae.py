@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cavmae.kernels import mask_ids_from_shuffle
-from cavmae.trainer.config import EngineConfig
+from cavmae.trainer.config.configs import EngineConfig
 from cavmae.trainer.model.blocks import Block, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig

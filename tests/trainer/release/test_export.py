@@ -26,10 +26,9 @@ from unsafe_pickle import save_malicious
 
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.decode import IMAGE_DEVIATION, IMAGE_MEAN
-from cavmae.trainer.evaluation.finished_run import open_finished_run
-from cavmae.trainer.finetune_config import ClassifierConfig
-from cavmae.trainer.labels import LabelSet
+from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.trainer.config.finetune_config import ClassifierConfig
+from cavmae.trainer.evaluation.trained_run import open_finished_run
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_published
 from cavmae.trainer.release import export
@@ -41,8 +40,9 @@ from cavmae.trainer.release.graphs import (
     random_inputs,
 )
 from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
-from cavmae.trainer.release.model_description import ModelDescription
-from cavmae.trainer.run_folder import save_config
+from cavmae.trainer.release.model_spec import ModelDescription
+from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.tasks.labels import LabelSet
 
 SIZES = [
     f"--model.{name.replace('_', '-')}={getattr(MODEL, name)}"

@@ -1,0 +1,196 @@
+"""The published fine-tuning model, compared with ours: every mode, gradients, eight training steps.
+
+Weights and inputs come from the recipe of the golden folder, as those of pretraining do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from cavmae.benchmarks.conformance.cases import (
+    config_from_arguments,
+    fill_from_recipe,
+    noise,
+    recipe_inputs,
+)
+from cavmae.benchmarks.conformance.forward import GoldenCase, gradient_deviations
+from cavmae.benchmarks.conformance.tiny_train import final_deviations
+from cavmae.benchmarks.conformance.tolerances import (
+    LIMITS,
+    Deviation,
+    array_deviation,
+    check_deviations,
+    relative,
+)
+from cavmae.trainer.losses.classification import LossName, classification_loss
+from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
+from cavmae.trainer.model.config import ModelConfig
+
+LOSSES: dict[str, LossName] = {"BCE": "bce", "CE": "cross_entropy"}
+
+
+def recipe_targets(clips: int, classes: int, seed: int, threshold: float) -> torch.Tensor:
+    """(clips, classes) float32 labels, 1 where noise is above the threshold."""
+    return torch.from_numpy(noise("target", (clips, classes), seed) > threshold).float()
+
+
+class FinetuneCase(GoldenCase):
+    """One case of fine-tuning."""
+
+    part = "finetune_forward"
+
+    @property
+    def shapes_file(self) -> Path:
+        """File with the names and shapes of the parameters; a folder may lack it."""
+        return self.folder / self.part / f"{self.name}_shapes.json"
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        arguments = {"audio_length": self.entry["audio_length"]}
+        return config_from_arguments(arguments | self.entry.get("model", {}))
+
+    def build(self, *, video: bool = True) -> CAVMAEClassifier:
+        """The model, or the audio-only one, with the weights of this case."""
+        model = CAVMAEClassifier(self.config, self.entry["label_dim"], video=video)
+        fill_from_recipe(model, self.entry["seed"], self.entry["pos"])
+        return model
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-mel and image, float32."""
+        return recipe_inputs(self.entry["batch"], self.config, self.entry["seed"])
+
+    def targets(self) -> torch.Tensor:
+        """(batch, classes) float32."""
+        entry = self.entry
+        return recipe_targets(entry["batch"], entry["label_dim"], entry["seed"], threshold=1.5)
+
+    def input_deviations(self) -> list[Deviation]:
+        """Inputs and targets against their recorded check values."""
+        audio, image = self.inputs()
+        checks = self.entry["input_check"]
+        return [
+            *check_deviations("input audio", audio, checks["audio"]),
+            *check_deviations("input image", image, checks["image"]),
+            *check_deviations("targets", self.targets(), self.entry["target_check"]),
+        ]
+
+    def run(self, model: CAVMAEClassifier) -> dict[str, torch.Tensor]:
+        """Logits of every mode, `logits_<mode>`, tokens of both streams, `feat_a` and `feat_v`
+        (batch, tokens, width), and their means, without gradients."""
+        audio, image = self.inputs()
+        with torch.no_grad():
+            outputs = {mode: model(audio, image, mode) for mode in STREAMS}
+            return {f"logits_{mode}": output.logits for mode, output in outputs.items()} | {
+                "feat_a": model.audio_tokens(audio),
+                "feat_v": model.video_tokens(image),
+                "feat_a_mean": outputs["audioonly"].embedding,
+                "feat_v_mean": outputs["videoonly"].embedding,
+            }
+
+    def deviations(self, arrays: Mapping[str, torch.Tensor]) -> list[Deviation]:
+        """Every recorded array but that of the audio-only model, which is a model of its own."""
+        deviations = []
+        for key, expected in self.files.items():
+            if key == "logits_audio_model":
+                continue
+            measured = arrays[key.removesuffix("_s16")]
+            if key.endswith("_s16"):
+                measured = measured[:, ::16, ::16]
+            deviations.append(array_deviation(key, measured, expected, LIMITS.array))
+        return deviations
+
+    def gradient_deviations(self, model: CAVMAEClassifier) -> list[Deviation]:
+        """Both losses in the multimodal mode, and the gradient of binary cross-entropy by every
+        parameter."""
+        targets = self.targets()
+        model.zero_grad(set_to_none=True)
+        logits = model(*self.inputs()).logits
+        losses = {name: classification_loss(logits, targets, name) for name in LOSSES.values()}
+        losses["bce"].backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        recorded = {"bce": "bce", "cross_entropy": "ce_prob_targets"}
+        return [
+            relative(key, losses[name].item(), self.gradients[key], LIMITS.loss)
+            for name, key in recorded.items()
+        ] + gradient_deviations(gradients, self.gradients["grad"])
+
+
+@dataclass(frozen=True)
+class FinetuneTraining:
+    """One training run of `finetune_forward`.
+
+    Attributes:
+        record: the parsed file.
+    """
+
+    record: Mapping[str, Any]
+
+    def build(self) -> CAVMAEClassifier:
+        """A model with the initial weights; parameters that the mode does not use are frozen."""
+        arguments = self.record["model"]
+        model = CAVMAEClassifier(config_from_arguments(arguments), arguments["label_dim"])
+        fill_from_recipe(model, self.record["seed"])
+        model.freeze_unused(self.mode)
+        return model
+
+    @property
+    def mode(self) -> Mode:
+        return cast(Mode, self.record["mode"])
+
+    def inputs(self, model: CAVMAEClassifier) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-mel and image, float32."""
+        return recipe_inputs(self.record["batch"], model.config, self.record["seed"])
+
+    def targets(self, model: CAVMAEClassifier) -> torch.Tensor:
+        """(batch, classes) float32."""
+        record = self.record
+        return recipe_targets(record["batch"], model.classes, record["seed"], threshold=1.0)
+
+    def train(self, model: CAVMAEClassifier) -> list[float]:
+        """Repeat the run in plain torch.
+
+        Args:
+            model: what `build` returned; trained in place.
+
+        Returns:
+            The loss before each update, and after the last.
+        """
+        record = self.record
+        encoders, head = model.parameter_groups()
+        optimizer = torch.optim.Adam(
+            [
+                {"params": encoders, "lr": record["lr"]},
+                {"params": head, "lr": record["lr"] * record["head_lr"]},
+            ],
+            betas=(0.95, 0.999),
+            weight_decay=5e-7,
+        )
+        inputs, targets = self.inputs(model), self.targets(model)
+        history = []
+        for step in range(record["steps"] + 1):
+            logits = model(*inputs, self.mode).logits
+            loss = classification_loss(logits, targets, LOSSES[record["loss"]])
+            history.append(loss.item())
+            if step < record["steps"]:
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        return history
+
+    def deviations(
+        self, history: list[float], state: Mapping[str, torch.Tensor]
+    ) -> list[Deviation]:
+        """A history in float32 and float64, and the trained parameters, against the record."""
+        deviations = [Deviation("rows", abs(len(history) - self.record["steps"] - 1), 0)]
+        for kind in ("history", "history_float64"):
+            deviations += [
+                relative(f"{kind} step {step}", measured, expected, LIMITS.training_loss)
+                for step, (measured, expected) in enumerate(
+                    zip(history, self.record[kind], strict=True)
+                )
+            ]
+        return deviations + final_deviations(self.record, state, self.build().state_dict())

@@ -1,0 +1,406 @@
+"""`cavmae bench data`: our loader against the published one and against raw video, in one run.
+
+Every contender loads the same 10 s clips as batches on this machine's CPUs, in turn and several
+times; clips/s and CPU-seconds a clip are of the process and all its children. Then what a loader
+costs beside decoding, the time to the first batch from any position, the plan of a set of 10^8
+samples, and the memory over many samples.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cavmae.benchmarks.baselines.published_loader import (
+    PublishedDataset,
+    RawVideoDataset,
+    batches,
+)
+from cavmae.benchmarks.data.clips import make_clips
+from cavmae.benchmarks.harness.records import timing, write_record
+from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.loading.dali import ClipDecoder
+from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
+from cavmae.dataloaders.shards.shard_set import ShardSet
+
+SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
+BATCH, LANES = 16, 4
+CPU = torch.device("cpu")
+POSITIONS = (0, 10**4, 10**7, 10**12)
+
+_PLAN = """
+import json, time
+import numpy as np
+from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
+
+def peak_bytes():
+    return 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+began = time.perf_counter()
+plan = SamplePlan([1000] * 100_000, seed=0, lanes=4096, window=4096)
+made = time.perf_counter() - began
+times = []
+for step in range(10**6, 10**6 + 50):
+    began = time.perf_counter()
+    plan.at(rank_positions(step, rank=17, world_size=4096, global_batch=4096 * 512, lanes=4096))
+    times.append(time.perf_counter() - began)
+print(json.dumps({"make_seconds": made, "first_seconds": times[0],
+                  "warm_seconds": float(np.median(times[1:])), "peak_bytes": peak_bytes()}))
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench data", description="Our loader against others, on the CPUs."
+    )
+    arguments.add_argument("--clips", type=int, default=32, help="different clips")
+    arguments.add_argument("--rounds", type=int, default=3, help="times each contender has a turn")
+    arguments.add_argument("--batches", type=int, default=12, help="timed ones of a turn")
+    arguments.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="reader processes, one turn for each"
+    )
+    arguments.add_argument(
+        "--memory-samples", type=int, default=20_000, help="samples over which memory is watched"
+    )
+    arguments.add_argument("--work-dir", default="runs/bench-data", help="kept for the next run")
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print, write the record and a plot; returns the exit code."""
+    flags = parser().parse_args(argv)
+    for name in ("clips", "rounds", "batches", "memory_samples"):
+        if getattr(flags, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is {getattr(flags, name)}; use 1 or more")
+    work = Path(flags.work_dir) / f"{flags.clips}-clips"
+    print(f"clips in {work}: made where they are not there yet")
+    make_clips(work, flags.clips)
+    results: dict[str, Any] = {
+        "contenders": _contest(work, flags.workers, flags.rounds, flags.batches),
+        "parts": {tier: _parts(work / "wav" / tier) for tier in ("frames", "video")},
+        "first_batch": _first_batches(work / "wav" / "frames"),
+        "plan": json.loads(
+            subprocess.run(
+                [sys.executable, "-c", _PLAN], check=True, capture_output=True, text=True
+            ).stdout
+        ),
+        "memory": _memory(work / "wav" / "frames", flags.memory_samples),
+    }
+    results["bars"] = bars(results)
+    for line in report(results):
+        print(line)
+    path = write_record(flags.out, "data", CPU, vars(flags), results)
+    print(f"record: {path}")
+    _plot(results, str(path.with_suffix(".png")))
+    print(f"plot: {path.with_suffix('.png')}")
+    return 0
+
+
+# ------------------------------------------------------------------------------ contenders
+
+
+@contextmanager
+def _ours(folder: Path, workers: int) -> Iterator[Iterator[Any]]:
+    loader = _loader(folder, workers)
+    try:
+        yield iter(loader)
+    finally:
+        loader.close()
+
+
+def _loader(folder: Path, workers: int = 2, start_position: int = 0) -> TrainLoader:
+    return TrainLoader(
+        DataConfig(train=str(folder), reader_workers=workers, decode_threads=workers),
+        SHAPE,
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        lanes=LANES,
+        rank=0,
+        world_size=1,
+        device=CPU,
+        start_position=start_position,
+    )
+
+
+@contextmanager
+def _theirs(make: Callable[[int], Dataset], workers: int) -> Iterator[Iterator[Any]]:
+    iterator = iter(batches(make(10**6), BATCH, workers))
+    try:
+        yield iterator
+    finally:
+        del iterator
+
+
+def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[str, Any]:
+    """Clips/s and CPU-seconds a clip of every contender."""
+    videos = sorted((work / "raw").glob("*.mp4"))
+    ways: dict[str, Callable[[int], Any]] = {
+        "cavmae frames": lambda n: _ours(work / "wav" / "frames", n),
+        "cavmae frames with FLAC": lambda n: _ours(work / "flac" / "frames", n),
+        "cavmae video": lambda n: _ours(work / "wav" / "video", n),
+        "published": lambda n: _theirs(lambda k: PublishedDataset(work / "published", k), n),
+        "PyAV, raw 720p": lambda n: _theirs(lambda k: RawVideoDataset(videos, k, "pyav"), n),
+    }
+    try:
+        import decord  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+        ways["decord, raw 720p"] = lambda n: _theirs(
+            lambda k: RawVideoDataset(videos, k, "decord"), n
+        )
+    except ImportError:
+        print("decord is not installed: left out")
+    found: dict[str, dict[str, list[float]]] = {
+        f"{name}, {number} workers": {"seconds": [], "cpu_seconds": [], "first_batch_seconds": []}
+        for name in ways
+        for number in workers
+    }
+    for _ in range(rounds):
+        for (name, way), number in itertools.product(ways.items(), workers):
+            # Raw videos are slow: fewer batches, one of them not timed.
+            turns = count if "raw" not in name else max(1, count // 6)
+            began = time.perf_counter()
+            with way(number) as iterator:
+                next(iterator)
+                first = time.perf_counter() - began
+                for _ in range(1 if "raw" in name else 4):
+                    next(iterator)
+                cpu, began = cpu_seconds(), time.perf_counter()
+                for _ in range(turns):
+                    next(iterator)
+                spent = time.perf_counter() - began
+                used = cpu_seconds() - cpu
+            numbers = found[f"{name}, {number} workers"]
+            numbers["seconds"].append(spent / turns / BATCH)
+            numbers["cpu_seconds"].append(used / turns / BATCH)
+            numbers["first_batch_seconds"].append(first)
+    return {
+        name: {
+            "clips_per_second": 1 / statistics.median(numbers["seconds"]),
+            "cpu_seconds_per_clip": statistics.median(numbers["cpu_seconds"]),
+            "first_batch_seconds": statistics.median(numbers["first_batch_seconds"]),
+            "seconds_per_clip": timing(numbers["seconds"]),
+            "all_cpu_seconds_per_clip": numbers["cpu_seconds"],
+        }
+        for name, numbers in found.items()
+    }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its descendants, those included that were waited for."""
+    total = 0
+    for process in _family():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            total += sum(_stat(process)[11:15])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes() -> int:
+    """Memory of this process and its descendants that no other process shares (Linux)."""
+    total = 0
+    for process in _family():
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        private = [line.split()[1] for line in text.splitlines() if line.startswith("Private_")]
+        total += 1024 * sum(map(int, private))
+    return total
+
+
+def _family() -> list[int]:
+    """This process and its descendants."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = _stat(int(entry.name))[1]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    family = [os.getpid()]
+    for member in family:
+        family += [process for process, parent in parents.items() if parent == member]
+    return family
+
+
+def _stat(process: int) -> list[int]:
+    """Numbers of /proc/PID/stat from the third field on (0 for the letter that stands there)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return [0, *map(int, fields[1:])]
+
+
+# ------------------------------------------------------------------------------ other numbers
+
+
+def _parts(folder: Path) -> dict[str, float]:
+    """CPU-seconds a clip of decoding alone, and of the log-mel alone."""
+    samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
+    shards = ShardSet(folder)
+    reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, None))
+    clips = [reader(ReadTask(number, 0, 0, number % shards.sizes[0])) for number in range(BATCH)]
+    sound = [clip for clip in clips if isinstance(clip, EncodedClip)]
+    decoder = ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, None)
+    waveforms: list[torch.Tensor] = []
+    costs: dict[str, list[float]] = {"decode": [], "log_mel": []}
+    for _ in range(12):
+        cpu = cpu_seconds()
+        decoder.schedule(sound)
+        waveforms = [torch.from_numpy(one) for one in decoder.collect().waveforms]
+        costs["decode"].append(cpu_seconds() - cpu)
+        cpu = cpu_seconds()
+        log_mel(waveforms, SHAPE.mel_bins, SHAPE.audio_frames, CPU)
+        costs["log_mel"].append(cpu_seconds() - cpu)
+    return {
+        f"{name}_cpu_seconds_per_clip": sum(some[2:]) / len(some[2:]) / len(sound)
+        for name, some in costs.items()
+    }
+
+
+def _first_batches(folder: Path) -> dict[str, float]:
+    """Seconds from nothing to the first batch, by position."""
+    found = {}
+    for position in POSITIONS:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            loader = _loader(folder, start_position=position // LANES * LANES)
+            next(iter(loader))
+            times.append(time.perf_counter() - began)
+            loader.close()
+        found[str(position)] = statistics.median(times)
+    return found
+
+
+def _memory(folder: Path, samples: int) -> dict[str, Any]:
+    """Private memory of all processes at ten points of a run over so many samples.
+
+    Frames and spectrograms are small, so that the samples pass quickly: what could pile up is kept
+    by clip, shard or batch, not by pixel.
+    """
+    loader = TrainLoader(
+        DataConfig(train=str(folder), reader_workers=1, decode_threads=2),
+        ClipShape(audio_frames=32, mel_bins=64, image_size=32),
+        seed=0,
+        global_batch=64,
+        micro_batch=64,
+        lanes=LANES,
+        rank=0,
+        world_size=1,
+        device=CPU,
+    )
+    points, seen = [], 0
+    marks = [samples * part // 10 for part in range(1, 11)]
+    for batch in loader:
+        seen += len(batch.positions)
+        if seen >= marks[len(points)]:
+            points.append({"samples": seen, "bytes": memory_bytes()})
+            if len(points) == len(marks):
+                break
+    loader.close()
+    sizes = np.array([point["bytes"] for point in points], dtype=np.float64)
+    # Buffers grow to the largest clip at first: the first three points are left out.
+    return {"points": points, "growth": float(sizes[7:].mean() / sizes[3:7].mean() - 1)}
+
+
+# ------------------------------------------------------------------------------ what follows
+
+
+def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The numbers that were asked for: value, bar, and whether it is met."""
+    by = results["contenders"]
+
+    def best(name: str) -> dict[str, Any]:
+        found = [value for key, value in by.items() if key.startswith(f"{name}, ")]
+        return max(found, key=lambda one: one["clips_per_second"])
+
+    frames, video, published = best("cavmae frames"), best("cavmae video"), best("published")
+    raw = best("PyAV, raw 720p")
+    parts = results["parts"]["frames"]
+    log_mel_seconds = parts["log_mel_cpu_seconds_per_clip"]
+    total = frames["cpu_seconds_per_clip"]
+    known = log_mel_seconds + parts["decode_cpu_seconds_per_clip"]
+    values = {
+        "frames over raw 720p": (frames["clips_per_second"] / raw["clips_per_second"], ">=", 8),
+        "video over raw 720p": (video["clips_per_second"] / raw["clips_per_second"], ">=", 8),
+        "frames over published": (
+            frames["clips_per_second"] / published["clips_per_second"],
+            ">=",
+            1.1,
+        ),
+        "published over frames, host CPU without log-mel": (
+            published["cpu_seconds_per_clip"] / (total - log_mel_seconds),
+            ">=",
+            2.5,
+        ),
+        "share of CPU outside decoding and log-mel": (1 - known / total, "<", 0.1),
+        "seconds to the first batch at 10^7": (results["first_batch"]["10000000"], "<", 1),
+        "plan slice of 512, seconds": (results["plan"]["warm_seconds"], "<", 1e-3),
+        "plan memory, bytes": (results["plan"]["peak_bytes"], "<", 200e6),
+        "growth of memory": (results["memory"]["growth"], "<", 0.02),
+    }
+    return {
+        name: {
+            "value": value,
+            "bar": f"{sign} {bar:g}",
+            "met": value >= bar if sign == ">=" else value < bar,
+        }
+        for name, (value, sign, bar) in values.items()
+    }
+
+
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """Lines for people."""
+    for name, found in results["contenders"].items():
+        yield (
+            f"{name:>28}: {found['clips_per_second']:7.1f} clips/s, "
+            f"{1e3 * found['cpu_seconds_per_clip']:7.2f} ms of CPU a clip, first batch after "
+            f"{found['first_batch_seconds']:.2f} s"
+        )
+    for tier, found in results["parts"].items():
+        parts = ", ".join(
+            f"{key.partition('_cpu')[0]} {1e3 * value:.2f} ms" for key, value in found.items()
+        )
+        yield f"{tier} alone, CPU a clip: {parts}"
+    times = ", ".join(f"{key}: {value:.2f} s" for key, value in results["first_batch"].items())
+    yield f"first batch by position: {times}"
+    for name, found in results["bars"].items():
+        met = "met" if found["met"] else "NOT MET"
+        yield f"{met:>8}: {name} {found['value']:.4g} ({found['bar']})"
+
+
+def _plot(results: dict[str, Any], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    names = list(results["contenders"])
+    axes[0].barh(names, [results["contenders"][name]["clips_per_second"] for name in names])
+    axes[0].set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
+    axes[0].invert_yaxis()
+    points = results["memory"]["points"]
+    axes[1].plot(
+        [point["samples"] for point in points], [point["bytes"] / 1e6 for point in points], "o-"
+    )
+    axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,311 @@
+"""`cavmae bench tiers`: what each way to store a clip costs, and what is left of the picture.
+
+The same videos are packed in every way. Bytes and CPU time are of one clip; decoding is what a
+reader and DALI do for a clip with one frame at a moment drawn for it. PSNR is of the ten frames
+against those that were decoded from the source, in RGB, over the whole clip; the median of the
+clips. On a GPU, decoding is timed there too, with one pipeline for each NVDEC and fewer.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from rich.console import Console
+
+from cavmae.benchmarks.data.clips import make_videos
+from cavmae.benchmarks.harness.records import write_record
+from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.loading.dali import ClipDecoder
+from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
+from cavmae.dataloaders.media.audio_codec import decode_sound, encode_sound
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
+from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode_video
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.media.video_track import rgb_pixels
+from cavmae.dataloaders.packing.pack import PackConfig, pack
+from cavmae.dataloaders.shards.shard_set import AUDIO_CODECS, FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.tools.inspect import frame_pixels
+
+T = TypeVar("T")
+SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
+BATCH = 16
+PIPELINES = (1, 2, 4, 7)
+"""An H100 has 7 NVDEC."""
+SOUND_TURNS = 5
+LOSSLESS_DB = 99.0
+"""PSNR that is written down where nothing is lost."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench tiers", description="Size, cost and quality of each way to store a clip."
+    )
+    arguments.add_argument("--videos", help="folder of videos; without it 720p ones are drawn")
+    arguments.add_argument("--clips", type=int, default=32, help="videos to draw")
+    arguments.add_argument("--rounds", type=int, default=5, help="times each decoder has a turn")
+    arguments.add_argument("--work-dir", default="runs/bench-tiers", help="kept for the next run")
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print and write the record; returns the exit code."""
+    flags = parser().parse_args(argv)
+    for name in ("clips", "rounds"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name} is {getattr(flags, name)}; use 1 or more")
+    work = Path(flags.work_dir)
+    videos = Path(flags.videos) if flags.videos else make_videos(work, flags.clips)
+    sets = _packed(videos, work / "sets" / videos.resolve().name)
+    gpu = 0 if torch.cuda.is_available() else None
+    results: dict[str, Any] = {
+        "clips": sets["frames"].samples,
+        "pictures": {},
+        "sound": _sounds(sets),
+    }
+    costs = _encoding(videos, sets["frames"])
+    results["source"] = {
+        **_lengths(sets["original"]),
+        "decode_cpu_seconds": costs.pop("decoding the source"),
+    }
+    decoding = _in_turn(sets, flags.rounds, lambda shards: _decoding(shards, None, 1))
+    for name, shards in sets.items():
+        results["pictures"][name] = {
+            "bytes": _picture_bytes(shards),
+            "pack_cpu_seconds": costs.get(name, 0.0),
+            "decode_cpu_seconds": statistics.median(decoding[name]["cpu_seconds"]),
+            "decode_clips_per_second": statistics.median(decoding[name]["clips_per_second"]),
+            "psnr_db": _quality(videos, shards),
+            "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, flags.rounds),
+        }
+    for line in report(results):
+        print(line)
+    device = torch.device("cpu" if gpu is None else "cuda")
+    print(f"record: {write_record(flags.out, 'tiers', device, vars(flags), results)}")
+    return 0
+
+
+# ----------------------------------------------------------------------------------- storing
+
+
+def _packed(videos: Path, work: Path) -> dict[str, ShardSet]:
+    """The videos in every way."""
+    sets = {}
+    for codec in ENCODERS:
+        tiers = "frames,original,video" if codec == "vp9" else "video"
+        config = PackConfig(
+            str(videos), str(work / codec), tiers=tiers, video_codec=codec, audio_codec="wav"
+        )
+        pack(config, Console(quiet=True))
+        sets[f"video, {codec}"] = ShardSet(work / codec / "video")
+    others = {tier: ShardSet(work / "vp9" / tier) for tier in ("frames", "original")}
+    return {"frames": others["frames"], **sets, "original": others["original"]}
+
+
+def _places(shards: ShardSet) -> Iterator[tuple[int, int]]:
+    for shard, size in enumerate(shards.sizes):
+        for sample in range(size):
+            yield shard, sample
+
+
+def _picture_bytes(shards: ShardSet) -> float:
+    """Bytes of a clip without its sound and description."""
+    names = [name for name in shards.members if name not in ("json", shards.audio_codec)]
+    sizes = [sum(shards.member_size(*place, name) for name in names) for place in _places(shards)]
+    return statistics.fmean(sizes)
+
+
+def _lengths(original: ShardSet) -> dict[str, float]:
+    seconds, frames = [], []
+    for place in _places(original):
+        described = original.description(*place)
+        seconds.append(described["audio"]["samples"] / described["audio"]["hz"])
+        frames.append(described["video"]["frames"])
+    return {"seconds": statistics.fmean(seconds), "frames": statistics.fmean(frames)}
+
+
+def _timed(function: Callable[[], T]) -> tuple[float, T]:
+    began = time.process_time()
+    result = function()
+    return time.process_time() - began, result
+
+
+def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
+    """CPU-seconds a clip of encoding, and of decoding the source, which comes before any."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    for place in _places(frames):
+        seconds, clip = _timed(lambda place=place: _source_clip(videos, frames, place))
+        spent["decoding the source"].append(seconds)
+        ten = [one["index"] for one in frames.description(*place)["ten_frames"]]
+        pictures = [clip.frames[index] for index in sorted(set(ten))]
+        spent["frames"].append(_timed(lambda some=pictures: encode_jpegs(some))[0])
+        for codec in ENCODERS:
+            seconds, _ = _timed(
+                lambda clip=clip, codec=codec: encode_video(
+                    clip.frames, codec, clip.frames_per_second
+                )
+            )
+            spent[f"video, {codec}"].append(seconds)
+    return {name: statistics.fmean(some) for name, some in spent.items()}
+
+
+def _source_clip(videos: Path, shards: ShardSet, place: tuple[int, int]) -> DecodedClip:
+    """The clip as packing decodes it."""
+    path = videos / shards.description(*place)["source"]["path"]
+    config = PackConfig(str(videos), "")
+    return decode_clip(str(path), 0.0, config.clip_seconds, config.decode_settings())
+
+
+def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
+    """Bytes, and CPU-seconds of encoding and decoding, of the sound of a clip by codec."""
+    shards = sets["frames"]
+    found: dict[str, dict[str, float]] = {}
+    sounds = [decode_sound(shards.member(*place, "wav")) for place in _places(shards)]
+    for codec in AUDIO_CODECS:
+        packing, stored = _timed(
+            lambda codec=codec: [encode_sound(sound, codec) for sound in sounds]
+        )
+        # What a moment of sound takes is the rest of the pipeline's.
+        moment = encode_sound(np.ones(400, dtype=np.int16), codec)
+        decoding = _sound_decoding(stored) - _sound_decoding([moment] * len(stored))
+        found[codec] = {
+            "bytes": statistics.fmean(map(len, stored)),
+            "pack_cpu_seconds": packing / len(sounds),
+            "decode_cpu_seconds": decoding / len(sounds),
+        }
+    return found
+
+
+def _sound_decoding(stored: list[bytes]) -> float:
+    """CPU-seconds of a pipeline that decodes these sounds, with pictures of a few pixels."""
+    pixels = (np.zeros((8, 8, 3), dtype=np.uint8),)
+    box, task = (0.0, 0.0, 1.0, 1.0), ReadTask(0, 0, 0, 0)
+    clips = [
+        EncodedClip(task, "", (), sound, (b"\0",), pixels, box, False, (0.0,), (0.0, 1.0))
+        for sound in stored
+    ]
+    decoder = ClipDecoder("original", 8, len(clips), 2, None)
+
+    def turn() -> None:
+        decoder.schedule(clips)
+        decoder.collect()
+
+    return min(_timed(turn)[0] for _ in range(SOUND_TURNS))
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+def _in_turn(
+    sets: dict[str, ShardSet], rounds: int, measure: Callable[[ShardSet], dict[str, float]]
+) -> dict[str, dict[str, list[float]]]:
+    """Numbers of every set, measured by turns; a turn before them is not counted."""
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
+    for number in range(rounds + 1):
+        for name, shards in sets.items():
+            for key, value in measure(shards).items():
+                if number:
+                    found[name][key].append(value)
+    return found
+
+
+def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, float]:
+    """Clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
+    samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
+    reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, gpu))
+    decoders = [ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, gpu) for _ in range(pipelines)]
+    places = list(_places(shards))
+    batches = max(2, 4 * pipelines)
+    clips = 0
+    cpu = began = 0.0
+    under_way: list[ClipDecoder] = []
+    for number in range(batches + pipelines):
+        if number == pipelines:  # Each pipeline has had its first, slow one.
+            while under_way:
+                under_way.pop(0).collect()
+            clips, cpu, began = 0, time.process_time(), time.perf_counter()
+        some = []
+        for position in range(number * BATCH, (number + 1) * BATCH):
+            shard, sample = places[position % len(places)]
+            clip = reader(ReadTask(position, 0, shard, sample))
+            if not isinstance(clip, EncodedClip):
+                raise RuntimeError(f"a clip of {shards.folder} cannot be read: {clip}")
+            some.append(clip)
+        if len(under_way) == pipelines:
+            under_way.pop(0).collect()
+        decoder = decoders[number % pipelines]
+        decoder.schedule(some)
+        under_way.append(decoder)
+        clips += len(some)
+    while under_way:
+        under_way.pop(0).collect()
+    return {
+        "clips_per_second": clips / (time.perf_counter() - began),
+        "cpu_seconds": (time.process_time() - cpu) / clips,
+    }
+
+
+def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
+    """Clips/s by number of pipelines."""
+    counts = PIPELINES if shards.tier == "video" else (1,)
+    return {
+        str(count): statistics.median(
+            _decoding(shards, gpu, count)["clips_per_second"] for _ in range(rounds)
+        )
+        for count in counts
+    }
+
+
+# ----------------------------------------------------------------------------------- quality
+
+
+def _quality(videos: Path, shards: ShardSet) -> float:
+    """PSNR in dB of the ten frames against those of the source."""
+    reformatter = VideoReformatter()
+    values = []
+    for place in _places(shards):
+        source = _source_clip(videos, shards, place)
+        errors = []
+        for number in range(FRAMES_PER_CLIP):
+            index = shards.description(*place)["ten_frames"][number]["index"]
+            planes = av.VideoFrame.from_ndarray(source.frames[index], format="yuv420p")
+            truth = rgb_pixels(planes, reformatter).astype(np.float64)
+            errors.append(((frame_pixels(shards, *place, number) - truth) ** 2).mean())
+        error = float(np.mean(errors))
+        values.append(10 * np.log10(255**2 / error) if error > 0 else LOSSLESS_DB)
+    return float(np.median(values))
+
+
+def report(results: dict[str, Any]) -> Iterator[str]:
+    """Lines for people."""
+    source = results["source"]
+    yield (
+        f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "
+        f"per clip:"
+    )
+    yield f"decoding the source for packing: {1e3 * source['decode_cpu_seconds']:.0f} ms of CPU"
+    yield f"{'':>14} {'kB':>8} {'encode':>10} {'decode':>10} {'clips/s':>8} {'PSNR':>8}  on GPU"
+    for name, found in results["pictures"].items():
+        on_gpu = found["gpu_clips_per_second"]
+        shown = "not measured: no GPU"
+        if on_gpu is not None:
+            shown = ", ".join(f"{rate:.0f} with {count}" for count, rate in on_gpu.items())
+        yield (
+            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
+            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms {found['decode_clips_per_second']:8.0f} "
+            f"{found['psnr_db']:5.1f} dB  {shown}"
+        )
+    for name, found in results["sound"].items():
+        yield (
+            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
+            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms"
+        )

@@ -1,0 +1,185 @@
+"""A rank of a training run that notes what it trains on, and can be made to go wrong.
+
+The run is the product's own: `cavmae pretrain` or `cavmae train`, started through this module.
+Around it, in each rank, the task notes the sample ids of every step before it computes on them; and
+what a file beside the run folder orders is done: one gradient that isn't finite, clips in
+quarantine from the start, a pause in each step. The product has no hooks for any of that.
+
+    python -m cavmae.benchmarks.faults.observed_rank pretrain CONFIG [--field value ...]
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cavmae.cluster import train
+from cavmae.cluster.config import ClusterConfig
+from cavmae.command import exit_code
+from cavmae.trainer import pretrain
+from cavmae.trainer.run import RunSummary
+from cavmae.trainer.run_dir import load_config, write_json
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the ranks of a run are to do besides training.
+
+    Attributes:
+        quarantine: sample ids to leave out from the start.
+        pause_seconds: slept in each step.
+    """
+
+    quarantine: tuple[str, ...] = ()
+    pause_seconds: float = 0.0
+
+
+def give_orders(run_dir: Path, orders: Orders) -> None:
+    """For all starts of a run from now on."""
+    write_json(_orders_file(run_dir), dataclasses.asdict(orders))
+
+
+def order_nan(run_dir: Path, rank: int, step: int) -> Path:
+    """Have one rank of a run compute one gradient that is NaN, once.
+
+    Args:
+        run_dir: of the run.
+        rank: that computes it.
+        step: steps done before the one that goes wrong; the next one where that is over.
+
+    Returns:
+        A file that is gone as soon as the order is carried out.
+    """
+    path = _nan_file(run_dir, rank)
+    partial = path.with_suffix(".partial")
+    partial.write_text(str(step))
+    partial.replace(path)
+    return path
+
+
+def trained_samples(run_dir: Path) -> dict[int, str]:
+    """Sample id by position of the plan, of all ranks; of steps that were run again, the last time.
+
+    A line that a killed rank has not finished belongs to a step that it has not computed.
+    """
+    samples: dict[int, str] = {}
+    for path in sorted(_samples_folder(run_dir).glob("*.jsonl")):
+        for line in path.read_text().split("\n")[:-1]:
+            noted = json.loads(line)
+            samples |= zip(noted["positions"], noted["sample_ids"], strict=True)
+    return samples
+
+
+def main(arguments: list[str]) -> int:
+    """Run `pretrain` or `train` with observed ranks; returns its exit code."""
+    command, *words = arguments
+    if command == "pretrain":
+        observe()
+        return pretrain.main(words)
+    assert command == "train", command
+    connected = train.connected
+
+    @contextmanager
+    def observing(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
+        with connected(cluster, threads) as folder:
+            from cavmae.benchmarks.faults import (
+                observed_rank,
+            )  # by this name workers find it
+            from cavmae.cluster import worker  # imports Ray, which `connected` prepares
+
+            worker.train_rank = observed_rank.train_observed_rank
+            yield folder
+
+    train.connected = observing
+    return train.main(words)
+
+
+def train_observed_rank(settings: dict[str, Any]) -> RunSummary:
+    """`cavmae.cluster.worker.train_rank` in a Ray process."""
+    from cavmae.cluster.worker import train_rank
+
+    observe()
+    return train_rank(settings)
+
+
+def observe() -> None:
+    """Have this process's run use the task and loader of this module."""
+    # The run sets threads before it imports torch; here they are set by the starter's environment.
+    assert "OMP_NUM_THREADS" in os.environ
+    from cavmae.dataloaders.batch import AudioVideoBatch
+    from cavmae.dataloaders.loading import loader
+    from cavmae.trainer.config.configs import PretrainConfig
+    from cavmae.trainer.tasks import pretraining
+
+    class ObservedTask(pretraining.PretrainTask):
+        def __init__(self, config: PretrainConfig, *, rank: int, **options: Any) -> None:
+            super().__init__(config, rank=rank, **options)
+            run_dir = Path(config.run_dir)
+            folder = _samples_folder(run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{time.time_ns()}-rank-{rank}.jsonl"  # sorted by time: the last one counts
+            self._samples = (folder / name).open("w", buffering=1)
+            self._pause_seconds = _orders(run_dir).pause_seconds
+            self._nan_file = _nan_file(run_dir, rank)
+            self._global_batch = config.global_batch
+
+        def begin_step(self, engine: Any, batches: list[AudioVideoBatch]) -> None:
+            noted = {
+                "positions": [one for batch in batches for one in batch.positions.tolist()],
+                "sample_ids": [one for batch in batches for one in batch.sample_ids],
+            }
+            self._samples.write(json.dumps(noted) + "\n")
+            time.sleep(self._pause_seconds)
+            step = noted["positions"][0] // self._global_batch
+            if self._nan_file.exists() and step >= int(self._nan_file.read_text()):
+                self._nan_file.unlink()
+                _make_next_gradient_nan(engine)
+            super().begin_step(engine, batches)
+
+    class OrderedLoader(loader.TrainLoader):
+        def __init__(self, *arguments: Any, quarantine: Any = (), journal: Path, **options: Any):
+            ordered = _orders(journal.parents[1]).quarantine
+            super().__init__(
+                *arguments, quarantine=[*quarantine, *ordered], journal=journal, **options
+            )
+
+    pretraining.PretrainTask = ObservedTask
+    loader.TrainLoader = OrderedLoader
+
+
+def _make_next_gradient_nan(engine: Any) -> None:
+    """Of the first parameter that is trained, in this rank's next backward pass."""
+    parameter = next(one for one in engine.module.parameters() if one.requires_grad)
+
+    def spoil(gradient: Any) -> Any:
+        handle.remove()
+        return gradient * float("nan")
+
+    handle = parameter.register_hook(spoil)
+
+
+def _samples_folder(run_dir: Path) -> Path:
+    return run_dir / "samples"
+
+
+def _orders_file(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.orders.json")
+
+
+def _nan_file(run_dir: Path, rank: int) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.rank-{rank}.nan")
+
+
+def _orders(run_dir: Path) -> Orders:
+    path = _orders_file(run_dir)
+    return load_config(path, Orders) if path.exists() else Orders()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

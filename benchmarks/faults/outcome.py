@@ -1,0 +1,113 @@
+"""What came of a fault: times, steps lost, and whether the run is the one that it had to be.
+
+Two runs are the same where every position of the plan was trained on with the same clip and the
+losses of all steps are equal, bit for bit on the same number of ranks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cavmae.benchmarks.faults.observed_rank import trained_samples
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.tracking.tracker import read_metrics
+
+NOTICED_WITHIN_SECONDS = 30.0
+"""The bar for every fault."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run has to come to.
+
+    Attributes:
+        losses: of every step.
+        samples: id by position of the plan.
+        run: which run that was, for people.
+    """
+
+    losses: list[float]
+    samples: dict[int, str]
+    run: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a fault.
+
+    Attributes:
+        noticed_seconds: from the fault to the line in the log that names it.
+        again_seconds: from the fault to the next step that is new; 0: training went on meanwhile.
+        steps_lost: steps done before the fault that had to be done again.
+        steps_allowed: most of them: an interval, and what was done while a checkpoint was written.
+        samples_equal: every position of the plan was trained on with the expected clip.
+        largest_difference: of the losses, relative to the expected ones; 0: bit for bit.
+        tolerance: of it.
+        compared_with: the run that samples and losses are compared with.
+        said: the line of the log.
+    """
+
+    noticed_seconds: float
+    again_seconds: float
+    steps_lost: int
+    steps_allowed: int
+    samples_equal: bool
+    largest_difference: float
+    tolerance: float
+    compared_with: str
+    said: str
+
+    @property
+    def as_it_should_be(self) -> bool:
+        """Whether the fault was noticed in time, no more was lost than an interval, and the run
+        ended as it was expected to."""
+        return (
+            self.noticed_seconds < NOTICED_WITHIN_SECONDS
+            and self.steps_lost <= self.steps_allowed
+            and self.samples_equal
+            and self.largest_difference <= self.tolerance
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A fault that this machine cannot have. Attributes: skipped, why."""
+
+    skipped: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A fault after which the run did not come to its end. Attributes: failed, what happened."""
+
+    failed: str
+
+
+def outcome(config: PretrainConfig, run: str) -> Expected:
+    """What a run that has ended came to."""
+    run_dir = Path(config.run_dir)
+    return Expected(losses(run_dir), trained_samples(run_dir), run)
+
+
+def largest_difference(found: Expected, expected: Expected) -> float:
+    """Of the losses, relative to the expected ones; 0: bit for bit.
+
+    Raises:
+        RuntimeError: there are not as many.
+    """
+    steps, due = len(found.losses), len(expected.losses)
+    if steps != due:
+        raise RuntimeError(f"{found.run} has {steps} steps and {expected.run} {due}")
+    pairs = zip(found.losses, expected.losses, strict=True)
+    return max(abs(ours / theirs - 1) for ours, theirs in pairs)
+
+
+def step_records(run_dir: Path) -> list[dict[str, float]]:
+    """Metrics of every step that was logged; none before the first one."""
+    path = run_dir / "metrics.jsonl"
+    return [one for one in read_metrics(path) if "loss" in one] if path.exists() else []
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of every step, as it was computed last."""
+    by_step = {one["step"]: one["loss"] for one in step_records(run_dir)}
+    return [loss for _, loss in sorted(by_step.items())]

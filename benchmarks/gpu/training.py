@@ -1,0 +1,198 @@
+"""Training as a part of a GPU check: throughput over batch sizes, the loop, and what fits."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
+from cavmae.benchmarks.kernels.timing import median_seconds
+from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, TrainingStep
+from cavmae.kernels import contrastive_loss
+from cavmae.trainer.cost_model.flops import training_flops
+from cavmae.trainer.model.config import ModelConfig
+
+CONTRASTIVE_BATCH = 65_536
+SEARCH_SHARE = 1 / 16
+"""The largest batch is searched to within this share of it."""
+
+
+def throughput(
+    config: ModelConfig,
+    batches: Sequence[int],
+    device: torch.device,
+    *,
+    repeats: int,
+    deadline: float,
+) -> dict[str, Any]:
+    """Samples a second and memory of our bf16 step over batch sizes, eager and compiled.
+
+    Args:
+        config: sizes of the model.
+        batches: in rising order; those above one that does not fit are left out.
+        device: a GPU.
+        repeats: timed steps of each.
+        deadline: `time.monotonic()` after which no further one starts.
+    """
+    rates = measure_rates(device, "bf16", config, max(batches))
+    rows: list[dict[str, Any]] = []
+    for compile in (False, True):
+        for batch in batches:
+            if time.monotonic() > deadline:
+                rows.append({"batch": batch, "compile": compile, "skipped": "time is spent"})
+                continue
+            try:
+                row = _throughput_of(config, batch, device, repeats=repeats, compile=compile)
+                rows.append(row | utilization(row["tflops"] * 1e12, rates, "bf16"))
+            except torch.cuda.OutOfMemoryError as error:
+                rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
+                break
+            finally:
+                torch.cuda.empty_cache()
+    return {"machine": rates, "rows": rows}
+
+
+def _throughput_of(
+    config: ModelConfig, batch: int, device: torch.device, *, repeats: int, compile: bool
+) -> dict[str, Any]:
+    torch.cuda.reset_peak_memory_stats(device)
+    step = TrainingStep("cavmae", config, batch, "bf16", device, choices=Choices(compile=compile))
+    for _ in range(3):
+        step()
+    starts, ends = (
+        [torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2)
+    )
+    for start, end in zip(starts, ends, strict=True):
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize(device)
+    seconds = sorted(
+        start.elapsed_time(end) / 1000 for start, end in zip(starts, ends, strict=True)
+    )
+    median = seconds[len(seconds) // 2]
+    row = {
+        "batch": batch,
+        "compile": compile,
+        "all_seconds": seconds,
+        "samples_per_second": batch / median,
+        "tflops": training_flops(config) * batch / median / 1e12,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+    }
+    print(
+        f"  batch {batch}{' compiled' if compile else ''}: {row['samples_per_second']:.0f} "
+        f"samples/s, {row['tflops']:.0f} TFLOP/s, {row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        flush=True,
+    )
+    return row
+
+
+def best(rows: list[dict[str, Any]]) -> tuple[int, bool] | None:
+    """Batch and whether it is compiled, of the fastest row; None where nothing was measured."""
+    measured = [row for row in rows if "samples_per_second" in row]
+    if not measured:
+        return None
+    fastest = max(measured, key=lambda row: row["samples_per_second"])
+    return fastest["batch"], fastest["compile"]
+
+
+def training_loop(model: str, batch: int, compile: bool, within_seconds: float) -> dict[str, Any]:
+    """Results of `cavmae bench train`: synthetic batches, then shards through DALI.
+
+    Args:
+        model: name of its sizes.
+        batch, compile: of the step.
+        within_seconds: or it is ended.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said, or it was not done in time.
+    """
+    # It takes psutil, which a machine that has only torch and triton lacks.
+    from cavmae.benchmarks.harness.processes import Start, module_command
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = module_command(
+            *(
+                "cavmae.benchmarks.training.train",
+                "--model",
+                model,
+                "--batch",
+                str(batch),
+                "--out",
+                folder,
+            ),
+            "--compile" if compile else "--no-compile",
+        )
+        # A loop that is ended leaves its clips, which go with this folder.
+        start = Start([(command, {"TMPDIR": folder})], Path(folder) / "log")
+        try:
+            start.finish(within_seconds)
+        finally:
+            start.kill()
+        (record,) = Path(folder).glob("train-*.json")
+        return json.loads(record.read_text())["results"]
+
+
+def largest_batch(fits: Callable[[int], bool], known: int) -> int:
+    """The largest batch that fits, to within a share of it.
+
+    Args:
+        fits: whether a batch does.
+        known: one that does.
+    """
+    above = 2 * known
+    while fits(above):
+        known, above = above, 2 * above
+    while above - known > max(1, SEARCH_SHARE * known):
+        middle = (known + above) // 2
+        known, above = (middle, above) if fits(middle) else (known, middle)
+    return known
+
+
+def step_fits(
+    config: ModelConfig, batch: int, device: torch.device, *, compile: bool = False
+) -> bool:
+    """Whether two training steps in bf16 fit into the memory of a GPU; the second one has the
+    optimizer's state beside everything else."""
+    torch.cuda.empty_cache()  # of a try before, whose error still held its tensors then
+    try:
+        step = TrainingStep(
+            "cavmae", config, batch, "bf16", device, choices=Choices(compile=compile)
+        )
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError:
+        return False
+    print(f"  batch {batch} fits", flush=True)
+    return True
+
+
+def large_contrast(pairs: int, width: int, device: torch.device, repeats: int) -> dict[str, Any]:
+    """Time and memory of the contrastive loss over so many pairs in bf16, with backward."""
+    audio, video = (
+        F.normalize(torch.randn(pairs, width, device=device), dim=1)
+        .to(torch.bfloat16)
+        .requires_grad_()
+        for _ in range(2)
+    )
+
+    def run() -> None:
+        loss = contrastive_loss(audio, video, TEMPERATURE, True).loss
+        torch.autograd.grad(loss, [audio, video])
+
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    seconds = median_seconds(run, device, repeats)
+    found: dict[str, Any] = {"contrastive_pairs": pairs, "contrastive_seconds": seconds}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        found["contrastive_workspace_bytes"] = peak - before
+    return found

@@ -1,0 +1,120 @@
+"""What a machine can do at most, measured: a copy, and matrix products as the model has them.
+
+A share of these says how far a step is from its own machine's limit, a share of the datasheet how
+far the machine is from what it is sold as.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from cavmae.benchmarks.kernels.timing import ceilings, median_seconds
+from cavmae.trainer.model.config import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Datasheet:
+    """What the maker states of a GPU, without sparsity.
+
+    Attributes:
+        name: of the GPU, as its driver calls it, or the beginning of it.
+        fp32, bf16: matrix operations a second; fp32 without TF32.
+        bytes_per_second: of its memory.
+        source: where it is stated.
+    """
+
+    name: str
+    fp32: float
+    bf16: float
+    bytes_per_second: float
+    source: str
+
+
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet"
+_H100 = "NVIDIA H100 Tensor Core GPU datasheet"
+_H200 = "NVIDIA H200 Tensor Core GPU datasheet"
+_B200 = "NVIDIA Blackwell architecture and HGX B200 datasheets"
+DATASHEETS = (
+    Datasheet("NVIDIA A100 80GB PCIe", 19.5e12, 312e12, 1.935e12, _A100),
+    Datasheet("NVIDIA A100-PCIE-40GB", 19.5e12, 312e12, 1.555e12, _A100),
+    Datasheet("NVIDIA A100-SXM4-40GB", 19.5e12, 312e12, 1.555e12, _A100),
+    Datasheet("NVIDIA A100-SXM4-80GB", 19.5e12, 312e12, 2.039e12, _A100),
+    Datasheet("NVIDIA H100 80GB HBM3", 67e12, 989.5e12, 3.35e12, _H100),
+    Datasheet("NVIDIA H100 PCIe", 51e12, 756.5e12, 2.0e12, _H100),
+    Datasheet("NVIDIA H100 NVL", 60e12, 835.5e12, 3.9e12, _H100),
+    Datasheet("NVIDIA H200 NVL", 60e12, 835.5e12, 4.8e12, _H200),
+    Datasheet("NVIDIA H200", 67e12, 989.5e12, 4.8e12, _H200),
+    Datasheet("NVIDIA B200", 75e12, 2250e12, 8.0e12, _B200),
+)
+"""A name that begins another one comes after it. Where the maker states products with sparsity
+only, half of that."""
+
+
+def datasheet(gpu: str) -> Datasheet | None:
+    """Of a GPU by its driver's name; None where it is not known here.
+
+    CPUs have none: how many multiply units a core has can't be read.
+    """
+    return next((one for one in DATASHEETS if gpu.startswith(one.name)), None)
+
+
+def measure_rates(
+    device: torch.device, dtype: Literal["fp32", "bf16"], config: ModelConfig, batch: int
+) -> dict[str, Any]:
+    """Rates of the machine in one dtype, for a record.
+
+    Args:
+        device: to be measured.
+        dtype: of the matrices; TF32 stays as the process has it.
+        config, batch: whose products are measured beside a square one.
+
+    Returns:
+        `bytes_per_second` of a copy, read and written; `flops_per_second` of the fastest product,
+        which is what shares are of; `products`: of each; `datasheet`: as stated, or None.
+    """
+    ceiling = ceilings(device, DTYPES[dtype])
+    products = {"square": ceiling["flops_per_second"]}
+    kept = int(config.audio_tokens * 0.25) + int(config.video_tokens * 0.25)
+    layers = {
+        "encoder": (batch * kept, config.width),
+        "decoder": (batch * (config.audio_tokens + config.video_tokens), config.decoder_width),
+    }
+    for name, (rows, width) in layers.items():
+        tokens = torch.randn(rows, width, device=device, dtype=DTYPES[dtype])
+        weight = torch.randn(4 * width, width, device=device, dtype=DTYPES[dtype])
+        seconds = median_seconds(
+            lambda tokens=tokens, weight=weight: torch.nn.functional.linear(tokens, weight),
+            device,
+            _REPEATS,
+        )
+        products[f"{name} mlp"] = 2 * rows * width * 4 * width / seconds
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    stated = datasheet(gpu)
+    return {
+        "bytes_per_second": ceiling["bytes_per_second"],
+        "flops_per_second": max(products.values()),
+        "products": {name: {"flops_per_second": rate} for name, rate in products.items()},
+        "datasheet": stated and asdict(stated),
+    }
+
+
+def utilization(flops_per_second: float, rates: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Shares of the matrix rate, for a record.
+
+    Args:
+        flops_per_second: of the arithmetic that the losses need.
+        rates: from `measure_rates`.
+        dtype: that they are of.
+
+    Returns:
+        `mfu`: of the fastest product measured; `mfu_of_datasheet`: None where there is none.
+    """
+    stated = rates["datasheet"]
+    return {
+        "mfu": flops_per_second / rates["flops_per_second"],
+        "mfu_of_datasheet": flops_per_second / stated[dtype] if stated else None,
+    }

@@ -1,0 +1,258 @@
+"""`cavmae bench kernels`: our operations against torch, torch.compile and published methods.
+
+All contenders of an operation are timed in turn in one run, and stand beside what the machine can
+do at most, measured in the same run: a large copy and a large matrix product. On a GPU ours are the
+Triton kernels, on a CPU the torch references, which is what runs there.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cavmae.benchmarks.harness.machine_peaks import DTYPES
+from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.kernels.cases import cases
+from cavmae.benchmarks.kernels.timing import ceilings, measured
+from cavmae.kernels import default_backend
+
+TITLES = {"forward": "forward", "both": "with backward"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench kernels", description="Kernels against torch and published methods."
+    )
+    arguments.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="`cuda` or `cpu`; a GPU where there is one",
+    )
+    arguments.add_argument("--batch", type=int, help="samples; 512 on a GPU, 8 on a CPU")
+    arguments.add_argument("--dtype", choices=list(DTYPES), help="bf16 on a GPU, fp32 on a CPU")
+    arguments.add_argument(
+        "--contrastive",
+        type=int,
+        nargs="+",
+        help="batches of the contrastive loss; 512 4096 32768 on a GPU, 512 on a CPU",
+    )
+    arguments.add_argument("--repeats", type=int, default=10, help="timed runs of each contender")
+    arguments.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile is a contender; on a GPU it is unless told otherwise",
+    )
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Time everything, write the record and the plot; returns the exit code."""
+    flags = parser().parse_args(argv)
+    device = torch.device(flags.device)
+    for name, values in (
+        ("batch", [flags.batch]),
+        ("repeats", [flags.repeats]),
+        ("contrastive", flags.contrastive or []),
+    ):
+        for value in values:
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}; use 1 or more")
+    results = measure(
+        device,
+        batch=flags.batch,
+        dtype=flags.dtype,
+        contrastive=flags.contrastive,
+        repeats=flags.repeats,
+        compile=flags.compile,
+    )
+    path = write_record(flags.out, "kernels", device, vars(flags) | results.pop("sizes"), results)
+    print(f"record: {path}")
+    print(f"plot: {plot(results, path.with_suffix('.png'))}")
+    return 0
+
+
+def measure(
+    device: torch.device,
+    *,
+    batch: int | None = None,
+    dtype: str | None = None,
+    contrastive: list[int] | None = None,
+    repeats: int,
+    compile: bool | None = None,
+    deadline: float = math.inf,
+) -> dict[str, Any]:
+    """Ceilings, all cases and the bars.
+
+    Args:
+        device: where to run.
+        batch, dtype, contrastive, compile: None for what fits the device.
+        repeats: timed runs of each contender.
+        deadline: `time.monotonic()` after which no further case starts.
+    """
+    gpu = device.type == "cuda"
+    batch = batch or (512 if gpu else 8)
+    dtype = dtype or ("bf16" if gpu else "fp32")
+    contrastive = contrastive or ([512, 4096, 32768] if gpu else [512])
+    compile = gpu if compile is None else compile
+    ceiling = ceilings(device, DTYPES[dtype])
+    print(
+        f"{default_backend(device)} kernels on {device}, {dtype}, batch {batch}; ceilings: copy "
+        f"{ceiling['bytes_per_second'] / 1e9:.1f} GB/s, product "
+        f"{ceiling['flops_per_second'] / 1e12:.3g} TFLOP/s"
+    )
+    found: dict[str, Any] = {}
+    for case in cases(device, batch, DTYPES[dtype], contrastive):
+        if time.monotonic() > deadline:
+            found[case.name] = {"skipped": "the time given was spent before"}
+            continue
+        found[case.name] = measured(case, device, repeats, compile, ceiling)
+        print(line(case.name, found[case.name]), flush=True)
+    judged = bars(found, device)
+    met = [entry["met"] for entry in judged.values()]
+    if gpu:
+        print(f"bars met: {met.count(True)}, not met: {met.count(False)}, not measured: "
+              f"{met.count(None)}")  # fmt: skip
+    return {
+        "sizes": {
+            "batch": batch, "dtype": dtype, "contrastive": contrastive, "compile": compile,
+        },
+        "backend": default_backend(device),
+        "ceilings": ceiling,
+        "cases": found,
+        "bars": judged,
+    }  # fmt: skip
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """One case for people."""
+    parts = []
+    for kind, title in TITLES.items():
+        if "ours" not in result.get(kind, {}):
+            continue
+        ours = result[kind]["ours"]
+        ratios = ", ".join(
+            f"{contender} {entry['times_ours']['median']:.2f}x "
+            f"({entry['times_ours']['minimum']:.2f} to {entry['times_ours']['maximum']:.2f}) and "
+            f"{entry['peak_bytes'] / max(1, ours['peak_bytes']):.2f}x the memory"
+            for contender, entry in result[kind].items()
+            if contender != "ours"
+        )
+        shares = "".join(
+            f", {ours[share]:.0%} of {what}"
+            for share, what in (("share_of_copy", "copy"), ("share_of_product", "product"))
+            if ours[share]
+        )
+        parts.append(f"{title} {ours['median_seconds'] * 1e3:.3g} ms{shares}; {ratios}")
+    parts += [f"failed: {what}, {why[:80]}" for what, why in result["failed"].items()]
+    return f"{name}: " + " | ".join(parts)
+
+
+def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
+    """What is to be reached on a GPU, and whether it was.
+
+    Returns:
+        By name: the value (None: not measured), the bar, whether it was met (None: not judged) and
+        the verdict in words.
+    """
+    judged: dict[str, dict[str, Any]] = {}
+
+    def judge(name: str, value: float | None, bar: float, at_least: bool = True) -> None:
+        if device.type != "cuda":
+            met, verdict = None, f"not judged on {device.type}"
+        elif value is None:
+            met, verdict = None, "not measured"
+        else:
+            met = value >= bar if at_least else value < bar
+            verdict = "met" if met else "not met"
+        judged[name] = {
+            "value": value,
+            "bar": f"{'at least' if at_least else 'below'} {bar}",
+            "met": met,
+            "verdict": verdict,
+        }
+
+    for name in ("gather_tokens", "restore_tokens", "reconstruction_audio", "reconstruction_video"):
+        for kind, title in TITLES.items():
+            value = _of(found, name, kind, "ours", "share_of_copy")
+            judge(f"{name} {title}: share of copy", value, 0.85)
+    for name in ("patch_embedding_audio", "patch_embedding_video"):
+        judge(f"{name} with backward: times eager", _against(found, name, "both", "eager"), 3)
+    large = "contrastive_32768"
+    share = _of(found, large, "forward", "ours", "share_of_product")
+    judge(f"{large} forward: share of product", share, 0.65)
+    judge(f"{large} with backward: times tiled", _against(found, large, "both", "tiled"), 2)
+    workspace = _of(found, large, "both", "ours", "workspace_share_of_matrix")
+    judge(f"{large} with backward: workspace over matrix", workspace, 0.01, at_least=False)
+    for name in ("contrastive_4096", large):
+        for kind, title in TITLES.items():
+            judge(f"{name} {title}: times eager", _against(found, name, kind, "eager"), 1)
+    for kind, title in TITLES.items():
+        value = _against(found, "contrastive_512", kind, "compiled")
+        judge(f"contrastive_512 {title}: times compiled", value, 1)
+    return judged
+
+
+def _of(found: dict[str, Any], name: str, kind: str, contender: str, key: str) -> Any:
+    """One entry of the results, None where it wasn't measured."""
+    return found.get(name, {}).get(kind, {}).get(contender, {}).get(key)
+
+
+def _against(found: dict[str, Any], name: str, kind: str, contender: str) -> float | None:
+    ratio = _of(found, name, kind, contender, "times_ours")
+    return ratio["median"] if ratio else None
+
+
+def plot(results: dict[str, Any], path: Path) -> str:
+    """Draw how long others take, ours being 1, and our share of the ceilings.
+
+    Returns:
+        Where it is, or why there is none.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "none, because matplotlib is not installed"
+    passes = {
+        f"{name}\n{title}": case[kind]
+        for name, case in results["cases"].items()
+        for kind, title in TITLES.items()
+        if "ours" in case.get(kind, {})
+    }
+    if not passes:
+        return "none, because nothing was measured"
+    others = dict.fromkeys(name for row in passes.values() for name in row if name != "ours")
+    figure = Figure(figsize=(13, 1.5 + 0.45 * len(passes)), dpi=100, layout="constrained")
+    ratios, shares = figure.subplots(1, 2, sharey=True)
+    height = 0.8 / max(1, len(others))
+    for number, contender in enumerate(others):
+        rows = [place for place, row in enumerate(passes.values()) if contender in row]
+        values = [row[contender]["times_ours"]["median"] for row in passes.values()
+                  if contender in row]  # fmt: skip
+        offset = (number - (len(others) - 1) / 2) * height
+        ratios.barh([row + offset for row in rows], values, height=height, label=contender)
+    ratios.axvline(1, color="black", linewidth=0.8)
+    ratios.set_xscale("log")
+    ratios.set_yticks(range(len(passes)), list(passes), fontsize=7)
+    ratios.invert_yaxis()
+    ratios.set_xlabel("times as long as ours")
+    ratios.legend(fontsize=8)
+    for key, label in (("share_of_copy", "of a copy"), ("share_of_product", "of a product")):
+        rows = [place for place, row in enumerate(passes.values()) if row["ours"][key]]
+        values = [row["ours"][key] for row in passes.values() if row["ours"][key]]
+        offset = -0.2 if key == "share_of_copy" else 0.2
+        shares.barh([row + offset for row in rows], values, height=0.4, label=label)
+    shares.axvline(1, color="black", linewidth=0.8)
+    shares.set_xlabel(f"share of the measured ceiling, ours ({results['backend']})")
+    shares.legend(fontsize=8)
+    figure.savefig(path)
+    return str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""The most memory that a training step takes on a CPU, measured in a process of its own.
+
+torch doesn't count memory on CPUs, and a process that has trained another model still holds pages
+of it. So each model gets a process, whose peak begins anew before the model is built.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+from cavmae.benchmarks.step.training_step import Choices, ModelName, Precision, TrainingStep
+from cavmae.trainer.model.config import ModelConfig
+
+STEPS = 2
+"""The first one makes the optimizer's state, so the second one holds everything."""
+
+
+def step_peak_bytes(
+    name: ModelName,
+    config: ModelConfig,
+    batch: int,
+    precision: Precision,
+    choices: Choices | None = None,
+) -> int:
+    """Resident memory of a training step on the CPU at its most, beyond what the process had
+    before: model, optimizer, batch, activations, and what the allocator holds.
+
+    Args:
+        name, config, batch, precision, choices: as `TrainingStep` takes them.
+
+    Raises:
+        OSError: the system does not let a process reset its peak.
+        RuntimeError: the process was ended, most likely for lack of memory.
+    """
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawned) as pool:
+        try:
+            return pool.submit(_peak, name, config, batch, precision, choices).result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"the process of a {name} step of batch {batch} in {precision} was ended, most "
+                "likely for lack of memory; use a smaller --batch, or --no-memory"
+            ) from None
+
+
+def _peak(
+    name: ModelName,
+    config: ModelConfig,
+    batch: int,
+    precision: Precision,
+    choices: Choices | None,
+) -> int:
+    cpu = torch.device("cpu")
+    before = resident_bytes()
+    reset_peak()
+    step = TrainingStep(name, config, batch, precision, cpu, choices=choices)
+    for _ in range(STEPS):
+        step()
+    return peak_bytes(cpu) - before

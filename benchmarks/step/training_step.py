@@ -1,0 +1,164 @@
+"""One training step (forward, backward, update) of our model or of the baseline, without engine.
+
+Inputs are random and fixed; masks are drawn anew in every step, as in training.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cavmae.benchmarks.baselines.published import PublishedCAVMAE
+from cavmae.kernels import AttentionBackend, contrastive_loss
+from cavmae.trainer.model.blocks import Recompute
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.masking import random_masks
+
+Precision = Literal["fp32", "bf16"]
+ModelName = Literal["cavmae", "published"]
+
+LEARNING_RATE = 1e-4
+CONTRASTIVE_WEIGHT = 0.01
+TEMPERATURE = 0.05
+SLICE_ELEMENTS = 16_000_000
+"""Parameters that have float32 gradients at the same time."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How our step is done; the defaults are those of a run.
+
+    Attributes:
+        attention: see `cavmae.kernels.attention`.
+        fused_update: Adam in one pass over weights, gradients and moments.
+        predict_all: predict every patch, as the published code does, not the removed ones alone.
+        compile: torch.compile each block.
+        recompute: see `cavmae.trainer.config.configs.EngineConfig.activation_checkpointing`.
+    """
+
+    attention: AttentionBackend | None = None
+    fused_update: bool = True
+    predict_all: bool = False
+    compile: bool = False
+    recompute: Recompute = "selective"
+
+
+class MasterAdam:
+    """Adam on float32 copies of bfloat16 parameters, a slice of them after the other: gradients in
+    float32 are there for one slice only."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, fused: bool = True) -> None:
+        self.parameters = list(parameters)
+        self.masters = [p.detach().float().requires_grad_() for p in self.parameters]
+        self._slices: list[tuple[list[int], torch.optim.Adam]] = []
+        members: list[int] = []
+        for index, master in enumerate(self.masters):
+            members.append(index)
+            elements = sum(self.masters[member].numel() for member in members)
+            if elements >= SLICE_ELEMENTS or master is self.masters[-1]:
+                adam = _adam([self.masters[member] for member in members], fused=fused)
+                self._slices.append((members, adam))
+                members = []
+
+    def step(self) -> None:
+        for members, adam in self._slices:
+            used = [m for m in members if self.parameters[m].grad is not None]
+            for member in used:
+                gradient = self.parameters[member].grad
+                assert gradient is not None
+                self.masters[member].grad = gradient.float()
+            adam.step()
+            with torch.no_grad():
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [self.parameters[m] for m in used], [self.masters[m] for m in used]
+                )
+            adam.zero_grad()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def _adam(parameters: list[nn.Parameter] | list[torch.Tensor], *, fused: bool) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        parameters,
+        lr=LEARNING_RATE,
+        betas=(0.95, 0.999),
+        weight_decay=5e-7,
+        fused=fused or None,  # None: as torch chooses, which is what the published code gets
+    )
+
+
+class TrainingStep:
+    """A model with its optimizer and a fixed batch; calling it trains one step.
+
+    In bf16 our model holds bf16 parameters beside float32 masters, as it does under the engine; the
+    baseline runs under autocast, as the published code does.
+
+    Args:
+        name: `cavmae` (ours) or `published` (the baseline).
+        config: sizes of the model.
+        batch: samples.
+        precision: `fp32` (TF32 stays as the process has it) or `bf16`.
+        device: where everything lives.
+        choices: of our model; the baseline has none.
+    """
+
+    def __init__(
+        self,
+        name: ModelName,
+        config: ModelConfig,
+        batch: int,
+        precision: Precision,
+        device: torch.device,
+        *,
+        choices: Choices | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        self.config, self.batch, self.device = config, batch, device
+        self.position, self.choices = 0, choices or Choices()
+        self.log_mel = torch.randn(batch, config.audio_frames, config.mel_bins, device=device)
+        self.frame = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+        bf16 = precision == "bf16"
+        self.autocast = bf16 and name == "published"
+        if name == "published":
+            self.model: nn.Module = PublishedCAVMAE(config).to(device)
+        else:
+            model = CAVMAE(config)
+            model.freeze_unused(reconstruct=True, contrast=True)
+            self.model = model.to(device, torch.bfloat16 if bf16 else torch.float32)
+            model.use_attention(self.choices.attention)
+            model.recompute_blocks(self.choices.recompute)
+            if self.choices.compile:
+                model.compile_blocks()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if bf16 and not self.autocast:
+            self.optimizer = MasterAdam(trained, fused=self.choices.fused_update)
+        else:
+            fused = name == "cavmae" and self.choices.fused_update
+            self.optimizer = _adam(trained, fused=fused)
+
+    def __call__(self) -> torch.Tensor:
+        """Train one step and return its loss, a detached scalar on the device."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self._loss()
+        loss.backward()
+        self.optimizer.step()
+        self.position += self.batch
+        return loss.detach()
+
+    def _loss(self) -> torch.Tensor:
+        if isinstance(self.model, PublishedCAVMAE):
+            return self.model(self.log_mel, self.frame, contrastive_weight=CONTRASTIVE_WEIGHT).loss
+        positions = torch.arange(self.position, self.position + self.batch, device=self.device)
+        masks = random_masks(self.config, positions, seed=0, audio_ratio=0.75, video_ratio=0.75)
+        output = self.model(self.log_mel, self.frame, *masks, predict_all=self.choices.predict_all)
+        contrast = contrastive_loss(
+            output.audio_embedding, output.video_embedding, TEMPERATURE, False
+        )
+        reconstruction = output.reconstruction_audio + output.reconstruction_video
+        return reconstruction + CONTRASTIVE_WEIGHT * contrast.loss

@@ -1,0 +1,190 @@
+"""One trial of `cavmae bench autotune`: a few steps of the real run with some fields changed, in
+processes of their own, so that a trial that runs out of memory or crashes is an answer too."""
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
+from cavmae.benchmarks.training.timed_loop import OPTIMIZER
+from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.dataloaders.sampling.sample_plan import default_lanes
+from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
+from cavmae.trainer.fault_tolerance.oom import RAN_OUT
+from cavmae.trainer.run_dir import read_json, save_config
+
+WARM_UP_STEPS, STEPS = 2, 4
+
+Fields = dict[str, Any]
+"""Values of a run's fields by their dotted names, as on the command line."""
+Step = dict[str, dict[str, float]]
+"""Seconds of a timed step by part and kind."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one.
+
+    Attributes:
+        fields: that were changed.
+        real_data: whether clips came from the loader.
+        samples_per_second: to expect of the run with its whole batch; 0 where it did not end well.
+        problem: why it did not; empty where it did.
+        step_seconds: of each timed step, which has two micro-batches at most.
+        peak_memory_bytes: of the first rank.
+        seconds: that the trial took in all.
+    """
+
+    fields: Fields
+    real_data: bool
+    samples_per_second: float
+    problem: str
+    step_seconds: list[float]
+    peak_memory_bytes: int
+    seconds: float
+
+
+def with_fields(config: PretrainConfig, fields: Fields) -> PretrainConfig:
+    """The run with other values.
+
+    Raises:
+        ValueError: fields that do not go together.
+    """
+    parts: dict[str, Fields] = {}
+    for name, value in fields.items():
+        part, _, field = name.rpartition(".")
+        parts.setdefault(part, {})[field] = value
+    changes = parts.pop("", {})
+    for part, values in parts.items():
+        changes[part] = dataclasses.replace(getattr(config, part), **values)
+    return dataclasses.replace(config, **changes)
+
+
+def words(fields: Fields) -> str:
+    """The fields as words of a command line."""
+    return " ".join(_word(name.replace("_", "-"), value) for name, value in fields.items())
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        part, dot, field = name.rpartition(".")
+        return f"--{name}" if value else f"--{part}{dot}no-{field}"
+    return f"--{name} {value}"
+
+
+def short_run(config: PretrainConfig, ranks: int, run_dir: Path) -> PretrainConfig:
+    """The run as a trial: two micro-batches a step at most, as a step with more repeats them."""
+    times = config.global_batch // ranks // config.micro_batch
+    global_batch = ranks * config.micro_batch * min(times, 2)
+    group = config.loss.contrastive_group
+    return dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        steps=WARM_UP_STEPS + STEPS + 1,
+        global_batch=global_batch,
+        lanes=default_lanes(global_batch),
+        loss=dataclasses.replace(
+            config.loss, contrastive_group=group if group and global_batch % group == 0 else 0
+        ),
+        data=dataclasses.replace(config.data, validation=""),
+        checkpoint=CheckpointConfig(every_steps=10**9),
+        evaluation=EvaluationConfig(every_steps=10**9),
+    )
+
+
+def run_trial(
+    config: PretrainConfig,
+    fields: Fields,
+    folder: Path,
+    *,
+    ranks: int,
+    gpus: bool,
+    real_data: bool,
+    within_seconds: float,
+) -> Trial:
+    """Train a few steps with some fields changed.
+
+    Args:
+        config: the run that is tuned.
+        fields: to change.
+        folder: made, for the files of the trial.
+        ranks: on this machine.
+        gpus: whether each has one.
+        real_data: whether clips come from the loader; else they are on the device already.
+        within_seconds: a trial that takes longer has failed.
+    """
+    began = time.monotonic()
+
+    def ended(problem: str, found: dict[str, Any] | None = None) -> Trial:
+        steps: list[Step] = found["steps"] if found else []
+        return Trial(
+            fields=fields,
+            real_data=real_data,
+            samples_per_second=expected_rate(changed, ranks, steps) if found else 0.0,
+            problem=problem,
+            step_seconds=[_seconds(step) for step in steps],
+            peak_memory_bytes=found["peak_memory_bytes"] if found else 0,
+            seconds=time.monotonic() - began,
+        )
+
+    changed = with_fields(config, fields)
+    folder.mkdir()
+    plan = TimedPlan(
+        config=str(folder / "config.json"),
+        synthetic=not real_data,
+        warm_up=WARM_UP_STEPS,
+        steps=STEPS,
+        part_steps=0,
+        result=str(folder / "result.json"),
+    )
+    save_config(short_run(changed, ranks, folder / "run"), plan.config)
+    save_config(plan, folder / "plan.json")
+    module = ("cavmae.benchmarks.training.timed_rank", str(folder / "plan.json"))
+    command = (
+        (module_command(*module), {})
+        if ranks == 1
+        else deepspeed_command(*module, ranks=ranks, gpus=gpus)
+    )
+    start = Start([command], folder / "log")
+    try:
+        start.finish(within_seconds)
+    except RuntimeError as error:
+        return ended(_problem(str(error).splitlines()[0], start.text()))
+    finally:
+        start.kill()
+    return ended("", read_json(plan.result))
+
+
+def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> float:
+    """Samples a second with as many micro-batches a step as the run has: they repeat, the update
+    does not.
+
+    Args:
+        config: the run, not its trial.
+        ranks: of both.
+        steps: of the trial.
+    """
+    times = config.global_batch // ranks // config.micro_batch
+    update = statistics.median(sum(step.get(OPTIMIZER.part, {}).values()) for step in steps)
+    whole = statistics.median(map(_seconds, steps))
+    micro_batch = (whole - update) / min(times, 2)
+    return ranks * config.micro_batch * times / (times * micro_batch + update)
+
+
+def _seconds(step: Step) -> float:
+    return sum(sum(kinds.values()) for kinds in step.values())
+
+
+def _problem(ending: str, text: str) -> str:
+    """Why a trial failed, in a line."""
+    if RAN_OUT in text:
+        return "out of memory"
+    if "-9" in ending:
+        return "killed, as for want of memory"
+    if "nothing in" in ending:
+        return "took too long"
+    said = [line for line in text.strip().splitlines() if line.strip()]
+    return said[-1] if said else ending

@@ -1,0 +1,167 @@
+"""`cavmae bench memory`: what a run is said to take beside what real processes take.
+
+Each case is a few steps of new processes. Said is what `trainer/cost_model/memory.py` counts for
+all tensors at the peak of a step, clips left out, and with what the C library keeps of freed
+memory; measured is the peak of a process's resident memory, less what is resident when the same
+steps were done with a model that takes next to nothing. A run's peak is that of its worst step:
+gloo's threads may hold gradients into the update, or not.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.benchmarks.harness.processes import Start, free_port, module_command, unwind_on_sigterm
+from cavmae.benchmarks.harness.records import write_record
+from cavmae.dataloaders.sampling.sample_plan import default_lanes
+from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
+from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.cost_model.memory import footprint, model_sizes
+from cavmae.trainer.run_dir import read_json, save_config
+
+Case = tuple[str, int, str, int, int, int]
+"""Recipe, ranks, dtype, ZeRO stage, micro-batch of a rank, micro-batches of a step."""
+
+CASES: tuple[Case, ...] = (
+    *(("audioset_base", 1, "fp32", 1, batch, 1) for batch in (2, 8)),
+    *(("audioset_base", 1, "bf16", stage, 8, 1) for stage in (0, 1, 2, 3)),
+    ("audioset_base", 1, "bf16", 0, 24, 1),
+    ("audioset_base", 1, "bf16", 2, 2, 2),
+    *(("audioset_base", 2, "bf16", stage, 4, 1) for stage in (1, 3)),
+    *(("demo", ranks, "fp32", stage, 64, 1) for ranks in (1, 2) for stage in (0, 1, 2, 3)),
+    ("demo", 1, "bf16", 1, 128, 1),
+)
+_PATIENCE_SECONDS = 3600.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench memory", description="What a run is said to take, and what it takes."
+    )
+    names = sorted({case[0] for case in CASES})
+    arguments.add_argument("--recipes", nargs="+", choices=names, default=names, help="their cases")
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print and write the record."""
+    flags = parser().parse_args(argv)
+    unwind_on_sigterm()
+    work = Path(tempfile.mkdtemp(prefix="cavmae-memory-"))
+    rows: list[dict[str, object]] = []
+    try:
+        for number, case in enumerate(case for case in CASES if case[0] in flags.recipes):
+            rows.append(_row(case, work / str(number)))
+            said = f"said / measured {rows[-1]['ratio']:.3f}"
+            print(f"{_name(case)}: {said}", file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    Console(width=120).print(_table(rows))
+    device = torch.device("cpu")
+    print(f"record: {write_record(flags.out, 'memory', device, vars(flags), {'rows': rows})}")
+    return 0
+
+
+def config_of(case: Case) -> PretrainConfig:
+    """A run that needs no data."""
+    recipe, ranks, dtype, stage, micro_batch, times = case
+    global_batch = ranks * micro_batch * times
+    return dataclasses.replace(
+        PRETRAIN_RECIPES[recipe](),
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        lanes=default_lanes(global_batch),
+        threads_per_rank=1,
+        data=DataConfig(prefetch_batches=1),
+        engine=EngineConfig(zero_stage=stage, dtype=dtype),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _row(case: Case, folder: Path) -> dict[str, object]:
+    config, ranks = config_of(case), case[1]
+    said = footprint(config, model_sizes(config), ranks, gpu=False)
+    measured = _measured(config, ranks, folder)
+    said_bytes = said.tensors + said.kept - said.clips
+    peaks = [peak - measured["before_bytes"] for peak in measured["peak_bytes"]]
+    return {
+        "case": _name(case),
+        "said_bytes": said_bytes,
+        "said_tensor_bytes": said.tensors - said.clips,
+        "said": dataclasses.asdict(said),
+        "peak_part": said.peak_part,
+        "before_bytes": measured["before_bytes"],
+        "measured_bytes": peaks,
+        "ratio": said_bytes / max(peaks),
+    }
+
+
+def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    save_config(config, folder / "config.json")
+    words = (str(folder / "config.json"), str(folder / "found.json"))
+    command, port = (
+        module_command("cavmae.benchmarks.training.memory_rank", *words),
+        str(free_port()),
+    )
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+    start = Start(
+        [
+            (
+                command,
+                {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"} | shared,
+            )
+            for rank in range(ranks)
+        ],
+        folder / "log",
+    )
+    try:
+        start.finish(_PATIENCE_SECONDS)
+    finally:
+        start.kill()
+    return read_json(folder / "found.json")
+
+
+def _name(case: Case) -> str:
+    recipe, ranks, dtype, stage, micro_batch, times = case
+    accumulated = f" x {times} accumulated" if times > 1 else ""
+    return f"{recipe}, {ranks} ranks, {dtype}, ZeRO {stage}, batch {micro_batch}{accumulated}"
+
+
+def _table(rows: list[dict[str, object]]) -> Table:
+    table = Table(
+        "case",
+        "tensors said, GB",
+        "in memory said, GB",
+        "peak is in",
+        "measured, GB (least of a step)",
+        "said / measured",
+    )
+    for row in rows:
+        peaks, said, tensors = (
+            row[name] for name in ("measured_bytes", "said_bytes", "said_tensor_bytes")
+        )
+        assert isinstance(peaks, list) and isinstance(said, int) and isinstance(tensors, int)
+        low, high = (f"{value / 1e9:.3f}" for value in (min(peaks), max(peaks)))
+        table.add_row(
+            str(row["case"]),
+            f"{tensors / 1e9:.3f}",
+            f"{said / 1e9:.3f}",
+            str(row["peak_part"]),
+            f"{high} ({low})",
+            f"{row['ratio']:.3f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

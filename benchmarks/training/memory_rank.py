@@ -1,0 +1,121 @@
+"""One rank that trains a few steps on random clips and says how much memory its process took.
+
+python -m cavmae.benchmarks.training.memory_rank CONFIG OUTPUT
+"""
+
+import dataclasses
+import gc
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.run_dir import load_config, write_json
+
+if TYPE_CHECKING:  # torch comes after the threads are set
+    from cavmae.dataloaders.batch import AudioVideoBatch
+
+WARM_UP_STEPS = 2
+"""Stage 3 learns the order of modules, and allocators what they keep."""
+STEPS = 5
+SMALLEST = ModelConfig(
+    audio_frames=32,
+    mel_bins=32,
+    image_size=32,
+    width=32,
+    modality_depth=1,
+    heads=2,
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=2,
+)
+"""A model that takes next to nothing."""
+
+
+def measure(config: PretrainConfig) -> dict[str, object]:
+    """Train and look; every rank calls it.
+
+    Returns:
+        `before_bytes`, resident when a model that takes next to nothing has been trained, clips
+        included; `peak_bytes`, of each step.
+    """
+    ranks = ranks_from_environment()
+    limit_threads(config.threads_per_rank, ranks)
+    import torch.distributed as dist
+
+    from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+    from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
+    from cavmae.dataloaders.batch import ClipShape
+    from cavmae.trainer.distributed.engine import Engine, start_process_group
+    from cavmae.trainer.run import arrange
+    from cavmae.trainer.tasks.pretraining import Pretraining
+
+    device = start_process_group(ranks)
+    times = config.global_batch // ranks.world_size // config.micro_batch
+
+    def clips(config: PretrainConfig) -> "list[AudioVideoBatch]":
+        shape = config.model
+        batches = SyntheticBatches(
+            config.data,
+            ClipShape(shape.audio_frames, shape.mel_bins, shape.image_size),
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            lanes=config.lanes,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+        )
+        return list(itertools.islice(batches, times))
+
+    def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
+        stage = Pretraining(config, ranks, device)
+        model, groups = stage.model()
+        arrange(model, config.engine)
+        engine = Engine(
+            model,
+            config.engine,
+            config.optimizer,
+            micro_batch=config.micro_batch,
+            accumulation=times,
+            device=device,
+            groups=groups,
+        )
+        task = stage.task(lambda: None)
+        found = []
+        for _ in range(WARM_UP_STEPS + STEPS):
+            dist.barrier()
+            reset_peak()
+            task.begin_step(engine, parts)
+            for number, part in enumerate(parts):
+                engine.backward(task.loss(engine, part))
+                if number + 1 < times:
+                    engine.count_micro_batch()
+            engine.update(1e-5)
+            found.append(peak_bytes(device))
+        return found[WARM_UP_STEPS:]
+
+    # Code that is run for the first time is read into memory, and libraries make their buffers.
+    small = dataclasses.replace(config, model=SMALLEST)
+    peaks(small, clips(small))
+    gc.collect()
+    parts = clips(config)
+    before = resident_bytes()
+    return {"before_bytes": before, "peak_bytes": peaks(config, parts)}
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Measure the run of a saved configuration; rank 0 writes what it found. Does not return."""
+    config, output = load_config(arguments[0], PretrainConfig), Path(arguments[1])
+    found = measure(config)
+    if ranks_from_environment().rank == 0:
+        write_json(output, found)
+    from cavmae.trainer.distributed.engine import end_rank
+
+    end_rank()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

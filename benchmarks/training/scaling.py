@@ -1,0 +1,308 @@
+"""`cavmae bench scaling`: what a step would take on 1 to 4,096 GPUs. A model, not a measurement.
+
+Bytes on the wire are those that the tests count in real runs of 2, 4 and 8 ranks; the speed of one
+GPU, of links and of loaders, and how often GPUs fail, are the inputs, each printed with where it
+comes from. Two series: `weak`, in which each GPU has 128 clips a step however many there are, and
+`strong`, in which a global batch is shared out.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.training.goodput import (
+    LLAMA_3_GPU_SECONDS_PER_FAILURE,
+    Failures,
+    best_interval,
+    goodput,
+)
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.recipes import audioset_base
+from cavmae.trainer.cost_model.comm_volume import (
+    TensorSizes,
+    collectives,
+    sent_by_purpose,
+    tensor_sizes,
+)
+from cavmae.trainer.cost_model.memory import state_bytes
+from cavmae.trainer.cost_model.step_time import (
+    ASSUMED_SHARE_OF_MATRIX_SPEED,
+    H200_MATRIX_FLOPS_PER_SECOND,
+    Device,
+    Links,
+    step_time,
+)
+from cavmae.trainer.model.cavmae import CAVMAE
+
+STAGES = (0, 1, 2, 3)
+EXCHANGES = ("gather", "ring")
+EFFICIENCIES = {
+    "stage 0": (0, "gather"),
+    "2": (2, "gather"),
+    "3": (3, "gather"),
+    "1, ring": (1, "ring"),
+}
+"""Columns of the table."""
+# What an input is where no flag says otherwise, and where that comes from.
+INPUTS: dict[str, tuple[float, str]] = {
+    "matrix_tflops": (
+        H200_MATRIX_FLOPS_PER_SECOND / 1e12,
+        "bf16 matrix products measured on an H200",
+    ),
+    "share_of_matrix_speed": (
+        ASSUMED_SHARE_OF_MATRIX_SPEED,
+        "ASSUMED: the goal of one H200; no step of this system has been timed on a GPU",
+    ),
+    "gpus_per_node": (8, "an HGX node"),
+    "within_node_gbytes": (Links.within_node / 1e9, "NVLink 4, data sheet, one direction"),
+    "between_nodes_gbytes": (
+        Links.between_nodes / 1e9,
+        "a 400 Gb/s card for each GPU, data sheet",
+    ),
+    "share_of_links": (Links.share, "ASSUMED share of both that large collectives reach"),
+    "loader_core_seconds": (
+        0.008125,
+        "measured on CPU, log-mel included: data-20261125T165254-8c4112c768.json",
+    ),
+    "cores_per_gpu": (14, "a DGX H200: 112 cores, 8 GPUs"),
+    "copy_gbytes": (10, "ASSUMED: state to host memory while training stands still, a GPU"),
+    "gpu_hours_per_failure": (
+        round(LLAMA_3_GPU_SECONDS_PER_FAILURE / 3600),
+        "Llama 3 (2024), section 3.3.4: 419 failures in 54 days on 16,384 H100",
+    ),
+    "restart_seconds": (
+        15.0,
+        "measured, 2 CPU ranks killed: faults-20261125T153805-060cf2cb92.json",
+    ),
+    "node_seconds": (300, "ASSUMED: until another node has taken the place of a broken one"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
+        prog="cavmae bench scaling", description="A step on 1 to 4,096 GPUs, computed."
+    )
+    for name, (value, source) in INPUTS.items():
+        flag = "--" + name.replace("_", "-")
+        arguments.add_argument(flag, type=float, help=f"{value:g}: {source}")
+    arguments.add_argument("--clips-per-gpu", type=int, default=128, help="of the weak series")
+    arguments.add_argument("--global-batch", type=int, default=16_384, help="of the strong series")
+    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
+    return arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A step on so many GPUs.
+
+    Attributes:
+        gpus, zero_stage, exchange, global_batch: what is trained on what.
+        seconds: of the parts of a step, by name; they add up to `step_seconds`.
+        sent_gbytes: that each GPU sends in a step.
+        samples_per_second: without failures and checkpoints.
+        efficiency: samples a second of a GPU, relative to one GPU alone in the same series.
+        hours_between_failures: of the whole run.
+        goodput: share of the time that goes into steps that last, with the recipe's checkpoints.
+        best_interval_seconds: between checkpoints, with which that share would be highest if
+            writing one took no time beside the steps.
+    """
+
+    gpus: int
+    zero_stage: int
+    exchange: str
+    global_batch: int
+    seconds: dict[str, float]
+    step_seconds: float
+    sent_gbytes: float
+    samples_per_second: float
+    efficiency: float
+    hours_between_failures: float
+    goodput: float
+    best_interval_seconds: float
+
+
+def main(argv: list[str]) -> int:
+    """Compute both series, print, write a record and a plot; returns the exit code.
+
+    Raises:
+        ValueError: an input that is not above 0.
+    """
+    flags = parser().parse_args(argv)
+    inputs = {
+        name: (value, source) if getattr(flags, name) is None else (getattr(flags, name), "given")
+        for name, (value, source) in INPUTS.items()
+    }
+    values = {name: value for name, (value, _) in inputs.items()}
+    for name in (*values, "clips_per_gpu", "global_batch"):
+        value = values.get(name, getattr(flags, name))
+        if value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; use a number above 0")
+    model = CAVMAE(audioset_base().model)
+    model.freeze_unused(reconstruct=True, contrast=True)
+    tensors = tensor_sizes(model)
+    series = {
+        "weak": rows(values, tensors, flags.clips_per_gpu),
+        "strong": rows(values, tensors, flags.clips_per_gpu, flags.global_batch),
+    }
+    console = Console(width=140)
+    for name, found in series.items():
+        console.print(_table(name, found))
+    for name, (value, source) in inputs.items():
+        console.print(f"{name} {value:g}: {source}", highlight=False)
+    results: dict[str, Any] = {
+        "inputs": {name: {"value": one[0], "source": one[1]} for name, one in inputs.items()},
+        **{name: [dataclasses.asdict(row) for row in found] for name, found in series.items()},
+    }
+    path = write_record(flags.out, "scaling", torch.device("cpu"), vars(flags), results)
+    print(f"record: {path}")
+    plot = path.with_suffix(".png")
+    _plot(series, str(plot))
+    print(f"plot: {plot}")
+    return 0
+
+
+def rows(
+    values: dict[str, float], tensors: TensorSizes, clips_per_gpu: int, global_batch: int = 0
+) -> list[Row]:
+    """A series: every stage and exchange on 1, 2, 4, ... GPUs, as long as they share the batch.
+
+    Args:
+        values: of `INPUTS`.
+        tensors: of the model of `audioset_base`.
+        clips_per_gpu: that a GPU takes at once, at most.
+        global_batch: clips of a step; 0: `clips_per_gpu` for each GPU.
+    """
+    found: list[Row] = []
+    for stage, exchange in itertools.product(STAGES, EXCHANGES):
+        alone = 0.0
+        for gpus in (2**power for power in range(13)):
+            batch = global_batch or gpus * clips_per_gpu
+            if batch % gpus == 0:
+                config = _config(stage, exchange, batch, gpus, clips_per_gpu)
+                row = _row(values, tensors, config, gpus, alone)
+                alone = alone or row.samples_per_second
+                found.append(row)
+    return found
+
+
+def _config(
+    stage: int, exchange: str, global_batch: int, gpus: int, clips_per_gpu: int
+) -> PretrainConfig:
+    recipe = audioset_base()
+    settings: dict[str, Any] = {"zero_stage": stage, "dtype": "bf16", "compile": False}
+    loss: dict[str, Any] = {"exchange": exchange}
+    return dataclasses.replace(
+        recipe,
+        global_batch=global_batch,
+        micro_batch=math.gcd(clips_per_gpu, global_batch // gpus),
+        lanes=gpus,
+        engine=dataclasses.replace(recipe.engine, **settings),
+        loss=dataclasses.replace(recipe.loss, **loss),
+    )
+
+
+def _row(
+    values: dict[str, float],
+    tensors: TensorSizes,
+    config: PretrainConfig,
+    gpus: int,
+    alone_samples_per_second: float,
+) -> Row:
+    device = Device(
+        flops_per_second=values["matrix_tflops"] * 1e12 * values["share_of_matrix_speed"],
+        clips_per_second=values["cores_per_gpu"] / values["loader_core_seconds"],
+    )
+    links = Links(
+        ranks_per_node=int(values["gpus_per_node"]),
+        within_node=values["within_node_gbytes"] * 1e9,
+        between_nodes=values["between_nodes_gbytes"] * 1e9,
+        share=values["share_of_links"],
+    )
+    step = step_time(config, tensors, gpus, device, links)
+    state = state_bytes(config, tensors, gpus, gpu=True)
+    failures = Failures(
+        seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
+        recovery_seconds=values["restart_seconds"] + values["node_seconds"],
+        checkpoint_seconds=(state.weights + state.optimizer) / (values["copy_gbytes"] * 1e9),
+    )
+    samples_per_second = config.global_batch / step.total
+    sent = sent_by_purpose(collectives(config, tensors, gpus), gpus)
+    return Row(
+        gpus=gpus,
+        zero_stage=config.engine.zero_stage,
+        exchange=config.loss.exchange,
+        global_batch=config.global_batch,
+        seconds=dataclasses.asdict(step),
+        step_seconds=step.total,
+        sent_gbytes=sum(sent.values()) / 1e9,
+        samples_per_second=samples_per_second,
+        efficiency=samples_per_second / gpus / (alone_samples_per_second or samples_per_second),
+        hours_between_failures=failures.seconds_between / 3600,
+        goodput=goodput(failures, config.checkpoint.every_steps * step.total),
+        best_interval_seconds=best_interval(failures),
+    )
+
+
+def _table(name: str, found: list[Row]) -> Table:
+    """Of stage 1 with gathered embeddings, and the efficiency of the others."""
+    by_kind = {(row.gpus, row.zero_stage, row.exchange): row for row in found}
+    headings = ("GPUs", "clips a step", "step, ms", "sent, GB", "samples/s", "goodput", "lasting/s")
+    table = Table(*headings, "efficiency", *EFFICIENCIES, title=f"{name} scaling, stage 1, gather")
+    for row in found:
+        if (row.zero_stage, row.exchange) != (1, "gather"):
+            continue
+        others = [by_kind[row.gpus, stage, form] for stage, form in EFFICIENCIES.values()]
+        table.add_row(
+            f"{row.gpus:,}",
+            f"{row.global_batch:,}",
+            f"{row.step_seconds * 1e3:.1f}",
+            f"{row.sent_gbytes:.2f}",
+            f"{row.samples_per_second:,.0f}",
+            f"{row.goodput:.4f}",
+            f"{row.samples_per_second * row.goodput:,.0f}",
+            *(f"{one.efficiency:.3f}" for one in (row, *others)),
+        )
+    return table
+
+
+def _plot(series: dict[str, list[Row]], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axis, (name, found) in zip(axes, series.items(), strict=False):
+        for stage, exchange in itertools.product(STAGES, EXCHANGES):
+            line = [one for one in found if (one.zero_stage, one.exchange) == (stage, exchange)]
+            axis.plot(
+                [one.gpus for one in line],
+                [one.efficiency for one in line],
+                "-" if exchange == "gather" else ":",
+                color=f"C{stage}",
+                label=f"ZeRO {stage}, {exchange}",
+            )
+        axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.2))
+        axis.set_xscale("log", base=2)
+    axes[0].legend(fontsize="small")
+    line = [one for one in series["weak"] if (one.zero_stage, one.exchange) == (1, "gather")]
+    parts = [name for name in line[0].seconds if any(one.seconds[name] for one in line)]
+    axes[2].stackplot(
+        [one.gpus for one in line],
+        [[one.seconds[name] * 1e3 for one in line] for name in parts],
+        labels=parts,
+    )
+    axes[2].set_xscale("log", base=2)
+    axes[2].set(xlabel="GPUs", title="weak, ZeRO 1, gather: ms of a step")
+    axes[2].legend(fontsize="small", loc="lower right")
+    figure.suptitle("Computed, not measured")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

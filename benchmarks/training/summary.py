@@ -1,0 +1,198 @@
+"""What the timed steps of a training run say: rates, shares, parts beside their floors, bars."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+
+from cavmae.benchmarks.harness.machine_peaks import DTYPES, utilization
+from cavmae.benchmarks.harness.power import Energy
+from cavmae.benchmarks.harness.records import timing
+from cavmae.benchmarks.harness.timeline import Label
+from cavmae.benchmarks.step.parts import COMMUNICATION, GRADIENTS, PARTS, REST
+from cavmae.benchmarks.step.roofline import part_work
+from cavmae.benchmarks.training.timed_loop import DATA, LOOP, OPTIMIZER
+from cavmae.trainer.cost_model.flops import training_flops
+from cavmae.trainer.model.config import ModelConfig
+
+Source = Literal["synthetic", "shards"]
+SOURCES: tuple[Source, ...] = ("synthetic", "shards")
+LOOP_BAR, SHARDS_BAR = 0.03, 0.95
+ORDER = (DATA.part, *PARTS, REST, GRADIENTS.part, OPTIMIZER.part, COMMUNICATION.part, LOOP.part)
+"""Of the parts of a step, as they come."""
+
+Step = dict[str, dict[str, float]]
+"""Seconds by part and kind."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was trained.
+
+    Attributes:
+        config: sizes of the model.
+        batch: samples of each of `ranks` on this machine.
+        zero_stage: of the ranks.
+        precision: of weights and activations.
+        device: of the ranks; a CPU is shared by them.
+        judged: whether the bars are about a model of these sizes.
+    """
+
+    config: ModelConfig
+    batch: int
+    ranks: int
+    zero_stage: int
+    precision: Literal["fp32", "bf16"]
+    device: torch.device
+    judged: bool
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share a device's rates."""
+        return 1 if self.device.type == "cuda" else self.ranks
+
+
+def summarize(
+    found: dict[Source, dict[str, Any]], setting: Setting, rates: dict[str, Any]
+) -> dict[str, Any]:
+    """The results of a record.
+
+    Args:
+        found: by source of the batches, what `TimedLoop.results` gave on the first rank.
+        setting: of the ranks.
+        rates: of the machine, from `measure_rates`.
+    """
+    results: dict[str, Any] = {"machine": rates}
+    for source, one in found.items():
+        seconds = [_total(step) for step in one["steps"]]
+        rate = setting.batch / statistics.median(seconds)  # of a rank
+        flops_per_second = training_flops(setting.config) * rate
+        samples = setting.batch * setting.sharers * len(seconds)
+        results[source] = {
+            "step": timing(seconds),
+            "samples_per_second": rate * setting.ranks,
+            "tflops": flops_per_second * setting.ranks / 1e12,
+            **utilization(flops_per_second * setting.sharers, rates, setting.precision),
+            "shares": _shares(one["steps"]),
+            "peak_memory_bytes": one["peak_memory_bytes"],
+            "energy": Energy(**one["energy"]).record(samples),
+            "parts": _parts(one["part_steps"], setting, rates),
+        }
+    results["bars"] = _bars(results, setting)
+    return results
+
+
+def _total(step: Step) -> float:
+    return sum(seconds for kinds in step.values() for seconds in kinds.values())
+
+
+def _shares(steps: list[Step]) -> dict[str, float]:
+    """Of the time of all steps, as the loop sees them."""
+    total = sum(map(_total, steps))
+
+    def share(label: Label) -> float:
+        return sum(step.get(label.part, {}).get(label.kind, 0.0) for step in steps) / total
+
+    return {
+        "data_wait": share(DATA),
+        "forward": share(Label(REST, "forward")),
+        "backward": share(Label(REST, "backward")),
+        "optimizer": share(OPTIMIZER),
+        "loop": share(LOOP),
+    }
+
+
+def _parts(steps: list[Step], setting: Setting, rates: dict[str, Any]) -> dict[str, Any]:
+    """By part and kind: times over the steps by parts, and what the part needs; empty without."""
+    work = part_work(
+        setting.config,
+        setting.batch,
+        DTYPES[setting.precision],
+        ranks=setting.ranks,
+        zero_stage=setting.zero_stage,
+    )
+    parts: dict[str, Any] = {}
+    for part in ORDER:
+        for kind in ("forward", "backward", "step"):
+            seconds = [step.get(part, {}).get(kind, 0.0) for step in steps]
+            if not any(seconds):
+                continue
+            entry = timing(seconds)
+            if needs := work.get(Label(part, kind)):
+                entry |= {
+                    "flops": needs.flops,
+                    "bytes": needs.bytes,
+                    "floor_seconds": setting.sharers
+                    * needs.floor_seconds(rates["flops_per_second"], rates["bytes_per_second"]),
+                }
+            parts.setdefault(part, {})[kind] = entry
+    return parts
+
+
+def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]]:
+    """What is to be reached, and whether it was; `met` is None where it is not judged here."""
+    bars: dict[str, dict[str, Any]] = {}
+    if synthetic := results.get("synthetic"):
+        shares = synthetic["shares"]
+        around = shares["loop"] + shares["data_wait"]
+        bars["share of the loop: all but model, loss and update"] = {
+            "value": around,
+            "bar": f"below {LOOP_BAR}",
+            "met": around < LOOP_BAR if setting.judged else None,
+        }
+        if shards := results.get("shards"):
+            ratio = shards["samples_per_second"] / synthetic["samples_per_second"]
+            bars["samples/s from shards over synthetic"] = {
+                "value": ratio,
+                "bar": f"at least {SHARDS_BAR}",
+                # On a CPU, loader and model share the cores.
+                "met": ratio >= SHARDS_BAR
+                if setting.judged and setting.device.type == "cuda"
+                else None,
+            }
+    return bars
+
+
+def lines(results: dict[str, Any]) -> Iterator[str]:
+    """Rates and bars for people."""
+    rates = results["machine"]
+    yield (
+        f"machine: product {rates['flops_per_second'] / 1e12:.3g} TFLOP/s, copy "
+        f"{rates['bytes_per_second'] / 1e9:.3g} GB/s"
+    )
+    for source in SOURCES:
+        if source not in results:
+            continue
+        one = results[source]
+        stated = one["mfu_of_datasheet"]
+        joules = one["energy"]["joules_per_sample"]
+        yield (
+            f"{source}: {one['step']['median_seconds']:.4g} s a step, "
+            f"{one['samples_per_second']:.4g} samples/s, {one['tflops']:.3g} TFLOP/s, MFU "
+            f"{one['mfu']:.1%} of the measured rate, "
+            f"{'no datasheet' if stated is None else f'{stated:.1%} of the datasheet'}; "
+            f"waits for data {one['shares']['data_wait']:.2%}, loop {one['shares']['loop']:.2%}; "
+            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB; "
+            + (one["energy"]["source"] if joules is None else f"{joules:.3g} J a sample")
+        )
+    for name, bar in results["bars"].items():
+        verdict = {True: "met", False: "NOT MET", None: "not judged here"}[bar["met"]]
+        yield f"{name}: {bar['value']:.4g} ({bar['bar']}: {verdict})"
+
+
+def parts_table(source: Source, results: dict[str, Any]) -> Table:
+    """The parts of a step for people, with each one's floor."""
+    table = Table(
+        "part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches"
+    )
+    for part, kinds in results[source]["parts"].items():
+        cells = []
+        for entry in (kinds.get("forward") or kinds.get("step"), kinds.get("backward")):
+            floor = entry and entry.get("floor_seconds")
+            cells.append(f"{entry['median_seconds'] * 1e3:.1f}" if entry else "")
+            cells.append("" if floor is None else f"{floor * 1e3:.1f}")
+        table.add_row(part, *cells)
+    return table

@@ -1,0 +1,205 @@
+"""The only file that knows DALI: encoded clips in, waveforms and normalised frames out.
+
+One graph for CPU and GPU. Everything random was drawn by the readers, so all operators here are
+deterministic. The pipeline is fed batch by batch (`feed_input`) from the loader's thread; its own
+threads decode one batch at a time, so that an error belongs to that batch. torch is imported only
+for a GPU: the processes that try out suspicious clips start in a second without it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
+
+from cavmae.dataloaders.loading.reader import EncodedClip
+
+IMAGE_MEAN = (0.4850, 0.4560, 0.4060)
+IMAGE_DEVIATION = (0.2290, 0.2240, 0.2250)
+
+_NOTHING = np.zeros(1, dtype=np.uint8)
+_NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
+
+
+class DecodeError(RuntimeError):
+    """DALI refused a batch; the decoder that raised this cannot be used any more.
+
+    Attributes:
+        reason: `audio_undecodable`, `video_undecodable` or `undecodable`.
+    """
+
+    def __init__(self, detail: str):
+        super().__init__(detail)
+        self.reason = "undecodable"
+        if "decoders.audio" in detail:
+            self.reason = "audio_undecodable"
+        elif "decoders." in detail:
+            self.reason = "video_undecodable"
+
+
+@dataclass
+class DecodedClips:
+    """What one batch decodes to."""
+
+    waveforms: list[np.ndarray]
+    """`(samples,)` int16 each, as long as the clip's audio."""
+    frames: Any
+    """`(batch, frames_per_clip, 3, image_size, image_size)` float32, ImageNet-normalised: a numpy
+    array, or a torch tensor on the GPU."""
+
+
+class ClipDecoder:
+    """Decodes batches of clips of one tier; `schedule` and `collect` take turns.
+
+    Args:
+        tier: of the shards.
+        image_size: height and width of the frames that come out.
+        maximum_batch: most clips in a batch.
+        threads: CPU threads that decode.
+        frames_per_clip: frames of every clip.
+        gpu: number of the GPU that decodes the frames and where they are left; None: the CPU does.
+            Audio is always decoded by the CPU.
+    """
+
+    def __init__(
+        self,
+        tier: str,
+        image_size: int,
+        maximum_batch: int,
+        threads: int,
+        gpu: int | None,
+        frames_per_clip: int = 1,
+    ):
+        self.tier = tier
+        self.gpu = gpu
+        self._frames_per_clip = frames_per_clip
+        graph: Any = _image_graph if tier == "frames" else _video_graph
+        self._pipeline: Pipeline = graph(
+            on_gpu=gpu is not None,
+            image_size=image_size,
+            batch_size=maximum_batch * frames_per_clip,
+            num_threads=threads,
+            device_id=gpu,
+            prefetch_queue_depth=1,
+        )
+        self._pipeline.build()
+
+    def schedule(self, clips: Sequence[EncodedClip]) -> None:
+        """Begin to decode a batch; returns at once."""
+        feed = self._pipeline.feed_input
+        frames = [(clip, place) for clip in clips for place in range(self._frames_per_clip)]
+        # A row of the pipeline is a frame; a clip's sound goes with its first one.
+        feed("has_sound", [np.bool_(place == 0) for _, place in frames])
+        feed("sound", [_bytes(clip.sound) if place == 0 else _NOTHING for clip, place in frames])
+        if self.tier != "frames":
+            pixels = [clip.pixels[place] if clip.pixels else None for clip, place in frames]
+            feed("has_pixels", [np.bool_(one is not None) for one in pixels])
+            feed("pixels", [_NO_PIXELS if one is None else one[None] for one in pixels])
+        feed("encoded", [_bytes(clip.pictures[place]) for clip, place in frames])
+        feed("box_start", [np.array(clip.box[:2], dtype=np.float32) for clip, _ in frames])
+        feed("box_end", [np.array(clip.box[2:], dtype=np.float32) for clip, _ in frames])
+        feed("mirrored", [np.array(clip.mirrored, dtype=np.int32) for clip, _ in frames])
+        self._pipeline.schedule_run()
+
+    def collect(self) -> DecodedClips:
+        """Wait for the batch.
+
+        Raises:
+            DecodeError: it cannot be decoded.
+        """
+        try:
+            waveforms, frames = self._pipeline.outputs()
+        except RuntimeError as error:
+            raise DecodeError(str(error)) from error
+        # A later batch overwrites DALI's memory.
+        firsts = range(0, len(waveforms), self._frames_per_clip)
+        return DecodedClips(
+            [np.array(waveforms.at(place)).reshape(-1) for place in firsts], self._copied(frames)
+        )
+
+    def _copied(self, frames: Any) -> Any:
+        if self.gpu is None:
+            copy = np.array(frames.as_array())
+        else:
+            import torch
+            from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+
+            dense = frames.as_tensor()
+            device = torch.device("cuda", self.gpu)
+            copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
+            feed_ndarray(dense, copy, cuda_stream=torch.cuda.current_stream(device))
+        return copy.reshape(-1, self._frames_per_clip, *copy.shape[-3:])
+
+
+def _bytes(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout)
+
+
+def _waveform() -> Any:
+    """Sound of the rows that have any; DALI's conditionals reach into this function."""
+    has_sound: Any = _source("has_sound", DALIDataType.BOOL, 0)
+    sound = _source("sound", DALIDataType.UINT8, 1)
+    if has_sound:
+        waveform, _ = fn.decoders.audio(sound, dtype=DALIDataType.INT16, downmix=False)
+    else:
+        waveform = Constant(np.zeros((1, 1), dtype=np.int16), device="cpu")
+    return waveform
+
+
+def _to_input(picture: Any, image_size: int, layout: str) -> Any:
+    """Resize the box as PIL does (antialiased triangle filter, uint8 result), flip, normalise.
+
+    The filter looks beyond the edges of the box: the middle box gives what a resize of the whole
+    picture and a crop would.
+    """
+    resized: Any = fn.resize(
+        picture,
+        size=(image_size, image_size),
+        roi_start=_source("box_start", DALIDataType.FLOAT, 1),
+        roi_end=_source("box_end", DALIDataType.FLOAT, 1),
+        roi_relative=True,
+        interp_type=DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+    )
+    return fn.crop_mirror_normalize(
+        resized,
+        mirror=_source("mirrored", DALIDataType.INT32, 0),
+        dtype=DALIDataType.FLOAT,
+        output_layout=layout,
+        mean=[255 * mean for mean in IMAGE_MEAN],
+        std=[255 * deviation for deviation in IMAGE_DEVIATION],
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def _video_graph(on_gpu: bool, image_size: int):
+    has_pixels = _source("has_pixels", DALIDataType.BOOL, 0)
+    encoded = _source("encoded", DALIDataType.UINT8, 1)
+    pixels = _source("pixels", DALIDataType.UINT8, 4, "FHWC")
+    if has_pixels:
+        picture = pixels.gpu() if on_gpu else pixels
+    else:
+        # Out of range must raise: the default is a black frame.
+        device = "mixed" if on_gpu else "cpu"
+        picture = fn.decoders.video(encoded, device=device, frames=[0], pad_mode="none")
+    return _waveform(), _to_input(picture, image_size, "FCHW")
+
+
+@pipeline_def(enable_conditionals=True)
+def _image_graph(on_gpu: bool, image_size: int):
+    encoded = _source("encoded", DALIDataType.UINT8, 1)
+    picture = fn.decoders.image(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=DALIImageType.RGB,
+        jpeg_fancy_upsampling=True,
+        adjust_orientation=False,
+    )
+    return _waveform(), _to_input(picture, image_size, "CHW")

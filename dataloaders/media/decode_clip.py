@@ -1,0 +1,359 @@
+"""Decoding of one clip from a file that nobody has checked, with PyAV.
+
+Everything that pretraining needs to be able to trust is settled here, once, when clips are packed:
+what a file is (by its content, never its name), which of its streams are used, where sound and
+frames lie on the presentation timeline, and whether enough of it can be decoded. What cannot be
+used is refused with a reason that a program can count.
+
+Conventions:
+- Time zero of a file is the earlier start of the two streams used, as `ffmpeg -ss` counts; time
+  zero of a clip is its `start_seconds` on that timeline. Sound that starts late follows zeros,
+  sound that ends early is shorter. A frame already shown at the start has time 0.
+- The stream marked as default counts, else the first; a cover picture is no video.
+- Frames are turned as the display matrix says (mirroring is ignored), stretched to square pixels,
+  scaled down (never up) to the short side, cut to even sizes, and kept as 8-bit 4:2:0 with BT.601
+  coefficients and limited range, which is what video decoders assume without being told.
+- Corrupt frames are left out and counted. A damaged clip is kept if more frames and packets of it
+  decode than fail, and `minimum_seconds` of both sound and video do.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import av
+import av.container
+import av.stream
+import numpy as np
+from av.error import FFmpegError
+
+from cavmae.dataloaders.media.audio_track import SoundTrack
+from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
+from cavmae.dataloaders.media.video_track import VideoTrack
+
+SILENT_PEAK = 3
+"""Samples of int16 up to this (-80 dBFS) are silence: lossy codecs return zeros as such values."""
+PREROLL_SECONDS = 2.0
+"""A seek aims this much early: codecs need some frames before the first that they decode well."""
+ONE_FRAME_SECONDS = 1e-3
+"""A window with one frame."""
+INTERLEAVING_SECONDS = 60.0
+"""Sound and video of the same moment lie at most this far apart in a file."""
+MAXIMUM_SOURCE_PIXELS = 1 << 27
+"""Largest frame that is decoded (16k x 8k); a header can claim any size."""
+
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,wtv,gxf,rm"
+SOUND_CONTAINERS = "wav,flac"
+"""Formats that are opened. Playlists (HLS, concat) are not: they name other files and hosts."""
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Sound and frames of one clip; all times in seconds from the start of the clip."""
+
+    audio: np.ndarray
+    """(samples,) int16, 16 kHz mono."""
+    frames: list[np.ndarray]
+    """Each (height * 3 / 2, width) uint8: planes of 4:2:0, BT.601, limited range."""
+    times_seconds: list[float]
+    """Presentation time of each frame, ascending."""
+    video_seconds: float
+    """End of the last frame."""
+    frames_per_second: float
+    width: int
+    height: int
+    video_codec: str
+    """Of the file, as ffmpeg calls it."""
+    decode_errors: int
+    """Packets or frames that failed, plus one if the file ends before its header says."""
+
+
+def decode_clip(
+    path: str,
+    start_seconds: float,
+    end_seconds: float,
+    settings: DecodeSettings,
+    part: tuple[int, int] | None = None,
+) -> DecodedClip:
+    """Decode the part of a file from `start_seconds` up to `end_seconds` (may be infinite).
+
+    Args:
+        part: offset and size in bytes of the video in the file; None: it is the file.
+
+    Raises:
+        ClipError: the clip cannot be used; see `Reason`.
+        OSError: the file is there and cannot be looked at.
+    """
+    url = _url(path, part)
+    tracks = None
+    if start_seconds > PREROLL_SECONDS:
+        tracks = _read(url, start_seconds, end_seconds, settings, seek=True)
+    if tracks is None:  # Nothing to skip, or the file cannot be sought in: read it through.
+        tracks = _read(url, start_seconds, end_seconds, settings, seek=False)
+    assert tracks is not None
+    return _checked_clip(*tracks, start_seconds, end_seconds, settings)
+
+
+def decode_sound_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
+    """`(samples,)` int16 at 16 kHz: the first `seconds` of a file's sound.
+
+    Raises:
+        ClipError: the file cannot be used.
+        OSError: it is there and cannot be looked at.
+    """
+    with _open(_url(path, None), f"{SOUND_CONTAINERS},{CONTAINERS}") as container:
+        audio = next(iter(container.streams.audio), None)
+        if audio is None or audio.codec_context is None:
+            raise ClipError("no_audio", "no audio stream that can be decoded")
+        zero = float((audio.start_time or 0) * (audio.time_base or 0))
+        sound = SoundTrack(audio, zero, seconds, settings)
+        errors: list[str] = []
+        for packet in _packets(container, [audio], errors):
+            sound.decode(packet)
+            if sound.done:
+                break
+    errors = [*sound.errors, *errors]
+    if sound.samples == 0 or len(sound.errors) > sound.frames:
+        raise ClipError("decode_error", f"no sound decodes; {errors[0] if errors else ''}")
+    return _checked_sound(sound, settings)
+
+
+def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> np.ndarray:
+    """The frame that a file shows at a moment of the timeline of `decode_clip`.
+
+    Args:
+        video: the file.
+        seconds: as `DecodedClip.times_seconds` of a clip from 0 has them.
+        size: width and height to scale to.
+
+    Returns:
+        `(height * 3 / 2, width)` uint8 planes as those of `DecodedClip.frames`.
+
+    Raises:
+        ClipError: it cannot be decoded.
+    """
+    errors: list[str] = []
+    for seek in (True, False) if seconds > PREROLL_SECONDS else (False,):
+        with _open(io.BytesIO(video)) as container:
+            stream, audio = _choose_streams(container)
+            zero = _origin_seconds(stream, audio) + seconds
+            track = VideoTrack(stream, zero, ONE_FRAME_SECONDS, DecodeSettings())
+            track.size = size
+            try:
+                if seek:
+                    container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
+            except FFmpegError:
+                continue
+            for packet in _packets(container, [stream], errors):
+                track.decode(packet)
+                if track.done or (seek and track.begins_late):
+                    break
+            track.finish()
+            if track.frames and not (seek and track.begins_late):
+                return track.frames[0]
+            errors.extend(track.errors)
+    raise ClipError("decode_error", f"no frame at {seconds:g} s; {errors[0] if errors else ''}")
+
+
+def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
+    """Seconds from time zero to the last packet's end, from the packets and not the header.
+
+    Raises:
+        ClipError: the file has no sound or video, or cannot be opened.
+    """
+    with _open(_url(path, part)) as container:
+        video, audio = _choose_streams(container)
+        origin = _origin_seconds(video, audio)
+        end = 0.0
+        for packet in _packets(container, [video, audio], []):
+            if packet.pts is not None and packet.time_base is not None:
+                last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                end = max(end, last - origin)
+    return end
+
+
+def _url(path: str, part: tuple[int, int] | None) -> str:
+    """What libavformat is to open: a file that is there, or a part of it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise ClipError("missing_file", "no such file") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ClipError("not_a_file", "not a regular file")
+    if (part[1] if part else status.st_size) == 0:
+        raise ClipError("empty_file", "0 bytes")
+    if part is None:
+        return f"file:{path}"
+    return f"subfile,,start,{part[0]},end,{sum(part)},,:file:{path}"
+
+
+def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.InputContainer:
+    # Files alone: neither the content nor the name can make libavformat fetch a URL.
+    options = {"format_whitelist": formats, "protocol_whitelist": "file,subfile"}
+    try:
+        return av.open(url, "r", options=options, metadata_errors="replace")
+    except (FFmpegError, UnicodeError) as error:
+        raise ClipError("open_failed", error_text(error)) from error
+
+
+def _choose_streams(
+    container: av.container.InputContainer,
+) -> tuple[av.VideoStream, av.AudioStream]:
+    cover = av.stream.Disposition.attached_pic
+    default = av.stream.Disposition.default
+    videos = [stream for stream in container.streams.video if not stream.disposition & cover]
+    audios = list(container.streams.audio)
+    if not videos and not audios:
+        raise ClipError("open_failed", f"a {container.format.name} file without sound or video")
+    if not videos:
+        raise ClipError("no_video", "no video stream (a cover picture is none)")
+    if not audios:
+        raise ClipError("no_audio", "no audio stream")
+    video = next((stream for stream in videos if stream.disposition & default), videos[0])
+    audio = next((stream for stream in audios if stream.disposition & default), audios[0])
+    for stream in (video, audio):
+        if stream.codec_context is None:
+            raise ClipError("decode_error", f"no decoder for {stream.type} stream {stream.index}")
+        stream.codec_context.thread_count = 1  # Clips are decoded in parallel already.
+        stream.codec_context.options = {"max_pixels": str(MAXIMUM_SOURCE_PIXELS)}
+    return video, audio
+
+
+def _origin_seconds(video: av.VideoStream, audio: av.AudioStream) -> float:
+    starts = [
+        float(stream.start_time * stream.time_base)
+        for stream in (video, audio)
+        if stream.start_time is not None and stream.time_base is not None
+    ]
+    return min(starts, default=0.0)
+
+
+def _packets(
+    container: av.container.InputContainer,
+    streams: Sequence[av.VideoStream | av.AudioStream],
+    errors: list[str],
+) -> Iterator[av.Packet]:
+    """Packets until the end or until the container can't be read on, which is noted."""
+    packets = container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except FFmpegError as error:
+            errors.append(error_text(error))
+            return
+        yield packet
+
+
+def _read(
+    url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
+) -> tuple[VideoTrack, SoundTrack] | None:
+    """Decode the window; None if seeking fails or skips a part of it."""
+    with _open(url) as container:
+        video, audio = _choose_streams(container)
+        zero = _origin_seconds(video, audio) + start
+        length = end - start
+        frames = VideoTrack(video, zero, length, settings)
+        sound = SoundTrack(audio, zero, length, settings)
+        if seek:
+            try:
+                container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
+            except FFmpegError:
+                return None
+        errors: list[str] = []
+        for packet in _packets(container, [video, audio], errors):
+            track = frames if packet.stream is video else sound
+            if not track.done:
+                track.decode(packet)
+            if seek and track.begins_late:
+                return None
+            if (frames.done and sound.done) or _far_past(packet, zero + length):
+                break
+        frames.errors.extend(errors)
+        frames.finish()
+        if seek and not (frames.frames and sound.samples):
+            return None
+        return frames, sound
+
+
+def _far_past(packet: av.Packet, end: float) -> bool:
+    """Whether a packet lies so far after the window that the other stream has ended as well."""
+    if packet.dts is None or packet.time_base is None:
+        return False
+    return float(packet.dts * packet.time_base) > end + INTERLEAVING_SECONDS
+
+
+def _checked_clip(
+    frames: VideoTrack, sound: SoundTrack, start: float, end: float, settings: DecodeSettings
+) -> DecodedClip:
+    errors = [*frames.errors, *sound.errors]
+    reason: Reason = "decode_error"
+    detail = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
+    if not errors and _ends_early(frames, start, end):
+        reason, detail = "short_read", "the file ends before its header says"
+        errors = [detail]
+    if not frames.frames or sound.samples == 0:
+        missing = "video frame" if not frames.frames else "sound"
+        if errors:
+            raise ClipError(reason, f"no {missing} decodes; {detail}")
+        if start > 0:
+            raise ClipError("window_outside", f"the file has no {missing} from {start:g} s on")
+        raise ClipError(
+            "no_video" if not frames.frames else "no_audio", f"the stream has no {missing}"
+        )
+    video_seconds = min(frames.times[-1] + _last_frame_seconds(frames), end - start)
+    audio_seconds = sound.samples / sound.hz
+    if errors:
+        if len(frames.errors) > frames.decoded or len(sound.errors) > sound.frames:
+            raise ClipError(reason, f"most of it does not decode; {detail}")
+        if min(video_seconds, audio_seconds) < settings.minimum_seconds:
+            raise ClipError(
+                reason,
+                f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of sound decode; "
+                f"{detail}",
+            )
+    audio = _checked_sound(sound, settings)
+    assert frames.size is not None
+    rate = min(frames.rate, settings.video_fps) if settings.video_fps > 0 else frames.rate
+    return DecodedClip(
+        audio=audio,
+        frames=frames.frames,
+        times_seconds=frames.times,
+        video_seconds=video_seconds,
+        frames_per_second=rate,
+        width=frames.size[0],
+        height=frames.size[1],
+        video_codec=frames.codec,
+        decode_errors=len(errors),
+    )
+
+
+def _checked_sound(sound: SoundTrack, settings: DecodeSettings) -> np.ndarray:
+    seconds = sound.samples / sound.hz
+    if seconds < settings.minimum_seconds:
+        raise ClipError(
+            "too_short", f"{seconds:.3f} s of sound, {settings.minimum_seconds:g} s needed"
+        )
+    audio = sound.waveform()
+    peak = int(np.abs(audio.astype(np.int32)).max())
+    if peak <= SILENT_PEAK and not settings.keep_silent:
+        raise ClipError("silent_audio", f"the largest sample is {peak} of 32768")
+    return audio
+
+
+def _last_frame_seconds(frames: VideoTrack) -> float:
+    if len(frames.times) < 2:
+        return 1 / frames.rate
+    return float(np.median(np.diff(frames.times)))
+
+
+def _ends_early(frames: VideoTrack, start: float, end: float) -> bool:
+    """Whether the video stops over half a second before the stream's own table says."""
+    stream = frames.stream
+    if frames.done or stream.duration is None or stream.time_base is None:
+        return False
+    stated = float(stream.duration * stream.time_base)
+    return start + frames.reached + 0.5 < min(stated, end)

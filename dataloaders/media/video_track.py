@@ -1,0 +1,213 @@
+"""The video frames of a clip as they are decoded: when they are shown, and scaled for storage."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from cavmae.dataloaders.media.errors import (
+    MAXIMUM_CLIP_BYTES,
+    ClipError,
+    DecodeSettings,
+    error_text,
+    within,
+)
+
+EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+"""Without these, libswscale's colours come out up to 1.4 of 255 too dark."""
+
+
+class VideoTrack:
+    """Takes the video frames of a window.
+
+    Args:
+        stream: the stream whose packets `decode` is given.
+        zero: start of the window on the stream's timeline, seconds.
+        length: seconds; may be infinite.
+    """
+
+    def __init__(
+        self, stream: av.VideoStream, zero: float, length: float, settings: DecodeSettings
+    ):
+        self.stream = stream
+        self.zero = zero
+        self.length = length
+        self.settings = settings
+        self.codec = stream.codec_context.name
+        self.rate = float(stream.average_rate or stream.guessed_rate or 25)
+        self.frames: list[np.ndarray] = []
+        """Each (height * 3 / 2, width) uint8, as `scale_frame` returns them."""
+        self.times: list[float] = []
+        """Seconds from the start of the window, ascending."""
+        self.decoded = 0
+        """Frames decoded, kept or not."""
+        self.errors: list[str] = []
+        """Packets and frames of the window that failed."""
+        self.done = False
+        """No further frame can belong to the window."""
+        self.begins_late = False
+        """The first frame decoded comes after the start of the window."""
+        self.size: tuple[int, int] | None = None
+        self.reached = 0.0
+        """End of the last frame decoded, seconds from the start of the window."""
+        self._reformatter = VideoReformatter()
+        self._clock: float | None = None
+        self._shown_at_start: av.VideoFrame | None = None
+        self._next_slot = 0.0
+        self._last_pts: int | None = None
+        self._last_dts: int | None = None
+        self._faulty_pts = self._faulty_dts = 0
+
+    def decode(self, packet: av.Packet) -> None:
+        """Decode a packet of the stream; failures are noted in `errors`.
+
+        Raises:
+            ClipError: the frames take too much memory.
+        """
+        try:
+            decoded = packet.decode()
+        except (FFmpegError, MemoryError) as error:
+            if within(packet, self.zero, self.length):
+                self.errors.append(error_text(error))
+            return
+        for frame in decoded:
+            assert isinstance(frame, av.VideoFrame)
+            if frame.is_corrupt:
+                if within(packet, self.zero, self.length):
+                    self.errors.append("corrupt frame")
+                continue
+            self.decoded += 1
+            if not self.done:
+                self._take(frame)
+
+    def finish(self) -> None:
+        """At the end of the file: a frame from before the window may still be shown in it."""
+        if self._shown_at_start is not None and self.reached > 1e-3:
+            self._keep(self._shown_at_start, 0.0)
+        self._shown_at_start = None
+
+    def _take(self, frame: av.VideoFrame) -> None:
+        shown_seconds = 1 / self.rate
+        if frame.duration and frame.time_base:
+            shown_seconds = float(frame.duration * frame.time_base)
+        stamp = self._timestamp(frame)
+        if stamp is not None and frame.time_base is not None:
+            time = float(stamp * frame.time_base) - self.zero
+        elif self._clock is not None:  # Raw streams carry no times.
+            time = self._clock + shown_seconds
+        else:
+            time = -self.zero
+        if self._clock is None:
+            self.begins_late = time > 0
+        elif time <= self._clock:
+            return  # Never shown: another frame has this time.
+        self._clock = time
+        self.reached = time + shown_seconds
+        if time < -1e-4:
+            self._shown_at_start = frame
+            return
+        if self._shown_at_start is not None and time > 1e-3:
+            self._keep(self._shown_at_start, 0.0)
+        self._shown_at_start = None
+        if time >= self.length - 1e-6:
+            self.done = True
+        else:
+            self._keep(frame, max(0.0, time))
+
+    def _timestamp(self, frame: av.VideoFrame) -> int | None:
+        """The timestamp to believe, as ffmpeg's `guess_correct_pts` decides.
+
+        AVI stores one time per packet in decoding order, so that frames which are reordered carry
+        the times of others; their decoding times ascend.
+        """
+        pts, dts = frame.pts, frame.dts
+        if dts is not None:
+            self._faulty_dts += self._last_dts is not None and dts <= self._last_dts
+            self._last_dts = dts
+        if pts is not None:
+            self._faulty_pts += self._last_pts is not None and pts <= self._last_pts
+            self._last_pts = pts
+        if pts is not None and (self._faulty_pts <= self._faulty_dts or dts is None):
+            return pts
+        return dts
+
+    def _keep(self, frame: av.VideoFrame, time: float) -> None:
+        fps = self.settings.video_fps
+        if fps > 0:  # The first frame in each slot of 1 / fps seconds.
+            if time < self._next_slot - 1e-6:
+                return
+            self._next_slot = (int(time * fps + 1e-6) + 1) / fps
+        if self.size is None:
+            aspect = self.stream.sample_aspect_ratio or Fraction(1)
+            self.size = scaled_size(frame, aspect, self.settings.short_side)
+        width, height = self.size
+        if (len(self.frames) + 1) * width * height * 3 // 2 > MAXIMUM_CLIP_BYTES:
+            raise ClipError(
+                "too_large",
+                f"more than {MAXIMUM_CLIP_BYTES} bytes of {width}x{height} frames; "
+                f"set video_fps or a shorter clip",
+            )
+        self.frames.append(scale_frame(frame, width, height, self._reformatter))
+        self.times.append(time)
+
+
+def scaled_size(frame: av.VideoFrame, pixel_aspect: Fraction, short_side: int) -> tuple[int, int]:
+    """Width and height to store: square pixels, turned, short side at most `short_side`, even."""
+    width, height = float(frame.width), float(frame.height)
+    if pixel_aspect > 1:
+        width *= float(pixel_aspect)
+    elif pixel_aspect > 0:
+        height /= float(pixel_aspect)
+    if _quarter_turns(frame) % 2:
+        width, height = height, width
+    scale = min(1.0, short_side / min(width, height))
+    return max(2, int(width * scale / 2 + 1e-6) * 2), max(2, int(height * scale / 2 + 1e-6) * 2)
+
+
+def scale_frame(
+    frame: av.VideoFrame, width: int, height: int, reformatter: VideoReformatter
+) -> np.ndarray:
+    """Turn and scale to (height * 3 / 2, width) uint8: the planes of 4:2:0, BT.601, limited range.
+
+    Colours are converted from what the frame states; one that states nothing is BT.601. The
+    reformatter keeps its tables from frame to frame, which takes longer than small frames do.
+    """
+    turns = _quarter_turns(frame)
+    unturned = (height, width) if turns % 2 else (width, height)
+    shrinks = unturned[0] * unturned[1] < frame.width * frame.height
+    scaled = reformatter.reformat(
+        frame,
+        *unturned,
+        format="yuv420p",
+        interpolation=EXACT | (Interpolation.AREA if shrinks else Interpolation.BILINEAR),
+        dst_colorspace=Colorspace.ITU601,
+        dst_color_range="MPEG",
+    )
+    planes = scaled.to_ndarray()
+    if turns == 0:
+        return planes
+    columns, rows = unturned
+    chroma = planes[rows:].reshape(2, rows // 2, columns // 2)
+    turned = [np.rot90(plane, turns).reshape(-1) for plane in (planes[:rows], *chroma)]
+    return np.concatenate(turned).reshape(height * 3 // 2, width)
+
+
+def rgb_pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """`(height, width, 3)` uint8 RGB, without gaps, of a frame of 4:2:0, BT.601, limited range
+    unless it states another."""
+    picture = reformatter.reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=Colorspace.ITU601,
+        src_color_range="JPEG" if frame.color_range == ColorRange.JPEG else "MPEG",
+        dst_color_range="JPEG",
+        interpolation=EXACT | Interpolation.BILINEAR,
+    )
+    return np.ascontiguousarray(picture.to_ndarray())
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counterclockwise quarter turns that show the frame upright."""
+    return round(frame.rotation / 90) % 4

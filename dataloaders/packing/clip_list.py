@@ -1,0 +1,238 @@
+"""The list of clips to pack: a folder of videos or tars, a tar, a CSV file, or published JSON.
+
+The order of this list is the order of the shards, and a clip's place in it is its key, so the list
+depends on nothing but names: folders are sorted by path, CSV files keep their order.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cavmae.dataloaders.packing.tar_source import list_tar
+
+TEXT = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".rst", ".xml", ".yaml", ".yml", ".log")
+SUBTITLES_AND_SUMS = (".srt", ".vtt", ".ass", ".md5", ".sha256")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+SIDECAR_SUFFIXES = frozenset({*TEXT, *SUBTITLES_AND_SUMS, *PICTURES})
+"""What lies beside videos and is not tried."""
+COLUMNS = ("path", "start", "end", "labels")
+MAXIMUM_WINDOW_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class ListedClip:
+    """A line of the list."""
+
+    path: str
+    """Where the file is."""
+    source: str
+    """How the list names it: relative to the folder, or as the CSV has it."""
+    start_seconds: float = 0.0
+    end_seconds: float | None = None
+    """None: not stated."""
+    labels: tuple[str, ...] = ()
+    part: tuple[int, int] | None = None
+    """Offset and size of the video in a tar at `path`, in bytes."""
+    frames: str | None = None
+    """Folder of the ten JPEGs that belong to the sound at `path`; None: `path` is a video."""
+
+
+def list_clips(videos: Path, out: Path) -> list[ListedClip]:
+    """Clips of a folder (all its files, sorted; tars by their videos), a tar, a CSV file, or a
+    JSON file of the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`).
+
+    Raises:
+        FileNotFoundError: no such folder or file, or nothing to pack in it.
+        ValueError: a line or an entry cannot be used (named), or a tar is refused.
+    """
+    if videos.is_dir():
+        return _list_folder(videos, out)
+    if videos.suffix.lower() == ".tar" and videos.is_file():
+        return _found(_list_tar(videos, videos.name), videos)
+    if videos.suffix.lower() == ".json" and videos.is_file():
+        return _found(_list_json(videos), videos)
+    if videos.is_file():
+        return _list_csv(videos)
+    raise FileNotFoundError(
+        f"{videos} does not exist; give a folder of videos or tars, a tar, a CSV or a JSON file"
+    )
+
+
+def _found(clips: list[ListedClip], place: Path) -> list[ListedClip]:
+    if not clips:
+        raise FileNotFoundError(f"no videos in {place}")
+    return clips
+
+
+def _list_tar(path: Path, source: str) -> list[ListedClip]:
+    clips = []
+    for video in list_tar(path):
+        place = f"{video.name} in {path}"
+        labels = video.description.get("labels", ())
+        if isinstance(labels, str):
+            labels = labels.split(",")
+        if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
+            raise ValueError(f"{place}: labels is {labels!r}; use texts")
+        window = {"start": "", "end": ""} | {
+            name: str(video.description[name])
+            for name in ("start", "end")
+            if video.description.get(name) is not None
+        }
+        clips.append(
+            replace(
+                _window(place, "key", window),
+                path=str(path),
+                source=f"{source}/{video.name}",
+                labels=tuple(label.strip() for label in labels if label.strip()),
+                part=(video.offset, video.size),
+            )
+        )
+    return clips
+
+
+def _list_json(path: Path) -> list[ListedClip]:
+    """The published list; its paths count from the folder of the list where they are relative."""
+    try:
+        entries = json.loads(path.read_bytes())["data"]
+        assert isinstance(entries, list)
+    except (ValueError, RecursionError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is not a list of the published format, "
+            f'{{"data": [{{"wav", "video_id", "video_path", "labels"}}]}} ({error})'
+        ) from error
+    clips = []
+    for number, entry in enumerate(entries):
+        fields = ("wav", "video_id", "video_path", "labels")
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), str) for name in fields
+        ):
+            raise ValueError(f"{path}, entry {number}: {', '.join(fields)} have to be texts")
+        wav, video_id, frames, labels = (entry[name] for name in fields)
+        clips.append(
+            ListedClip(
+                path=str(path.parent / wav),
+                source=video_id,
+                labels=tuple(label.strip() for label in labels.split(",") if label.strip()),
+                frames=str(path.parent / frames),
+            )
+        )
+    return clips
+
+
+def _list_folder(folder: Path, out: Path) -> list[ListedClip]:
+    skipped_folder = out.resolve()
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and Path(parent, name).resolve() != skipped_folder
+        ]
+        for name in names:
+            path = Path(parent, name)
+            if name.startswith(".") or path.suffix.lower() in SIDECAR_SUFFIXES:
+                continue
+            if path.is_file() or path.is_symlink():  # Never a pipe or a device.
+                found.append(path.relative_to(folder).as_posix())
+    if not found:
+        raise FileNotFoundError(f"no videos in {folder}: it holds no files that could be one")
+    clips = []
+    for source in sorted(found):
+        if source.lower().endswith(".tar"):
+            clips += _list_tar(folder / source, source)
+        else:
+            clips.append(ListedClip(path=str(folder / source), source=source))
+    return clips
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _list_csv(path: Path) -> list[ListedClip]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, None)
+            if header is None:
+                raise ValueError(f"{path} is empty; its first line must be {','.join(COLUMNS)}")
+            _check_header(path, header)
+            clips = []
+            for row in rows:
+                if row:
+                    place = f"{path}, line {rows.line_num}"
+                    if len(row) != len(header):
+                        raise ValueError(
+                            f"{place}: {len(row)} columns, the header has {len(header)}"
+                        )
+                    clips.append(_row(place, path.parent, dict(zip(header, row, strict=True))))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is not a CSV file in UTF-8 ({error}); give a folder or a CSV file"
+            ) from error
+    if not clips:
+        raise FileNotFoundError(f"no videos in {path}: it has a header and no lines")
+    return clips
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    for column in header:
+        if column not in COLUMNS:
+            raise ValueError(
+                f"{path}, line 1: unknown column {column!r}; the columns are {','.join(COLUMNS)}"
+            )
+        if header.count(column) > 1:
+            raise ValueError(f"{path}, line 1: column {column!r} is there twice")
+    if "path" not in header:
+        raise ValueError(f"{path}, line 1: there is no column 'path'")
+
+
+def _row(place: str, folder: Path, row: dict[str, str]) -> ListedClip:
+    if not row["path"]:
+        raise ValueError(f"{place}, column path: it is empty")
+    labels = tuple(label.strip() for label in row.get("labels", "").split(";") if label.strip())
+    return replace(
+        _window(place, "column", row),
+        path=str(folder / row["path"]),
+        source=row["path"],
+        labels=labels,
+    )
+
+
+def _window(place: str, kind: str, row: Mapping[str, str]) -> ListedClip:
+    """A clip of which only start and end are known yet."""
+    start = _seconds(f"{place}, {kind} start", row.get("start", ""))
+    end = _seconds(f"{place}, {kind} end", row.get("end", ""))
+    start = 0.0 if start is None else start
+    if end is not None and not start < end <= start + MAXIMUM_WINDOW_SECONDS:
+        raise ValueError(
+            f"{place}, {kind} end: {end:g} must be after start {start:g}, "
+            f"by {MAXIMUM_WINDOW_SECONDS:g} s at most"
+        )
+    return ListedClip("", "", start, end)
+
+
+def _seconds(place: str, text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"{place}: {text!r} is not a number of seconds") from None
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{place}: {text!r} is not 0 or more seconds")
+    return seconds
+
+
+def list_digest(clips: list[ListedClip]) -> str:
+    """SHA-256 of what the list says, wherever it lies."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        line = [clip.source, clip.start_seconds, clip.end_seconds, clip.labels, clip.part]
+        digest.update(json.dumps(line).encode() + b"\n")
+    return digest.hexdigest()

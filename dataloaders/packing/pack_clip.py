@@ -1,0 +1,234 @@
+"""From a listed clip to the members of its samples: what one packing worker does.
+
+Kept apart from `pack.py` so that a worker process imports neither torch nor the command line.
+"""
+
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_sound
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
+from cavmae.dataloaders.media.encode_video import (
+    VideoCodec,
+    encode_jpegs,
+    encode_video,
+    fragment_sizes,
+)
+from cavmae.dataloaders.media.errors import MAXIMUM_CLIP_BYTES, ClipError, DecodeSettings
+from cavmae.dataloaders.packing.clip_list import ListedClip
+from cavmae.dataloaders.packing.published_source import read_published
+from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA, description_bytes
+
+PUBLISHED_SECONDS = 10
+"""The original code looks at the first ten seconds."""
+
+FrameChoice = Literal["by_time", "published"]
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """Everything that a worker needs to make the samples of one clip."""
+
+    number: int
+    clip: ListedClip
+    clip_seconds: float
+    tiers: tuple[str, ...]
+    audio_codec: AudioCodec
+    video_codec: VideoCodec
+    frame_choice: FrameChoice
+    decode: DecodeSettings
+
+
+@dataclass(frozen=True)
+class PackedClip:
+    """Samples of one clip: tier, extension, bytes."""
+
+    key: str
+    members: dict[str, dict[str, bytes]]
+    seconds: float
+    codec: str
+    """Of the source's video."""
+    content: str
+    """SHA-256 of the sound and the pictures of the first tier."""
+
+
+@dataclass(frozen=True)
+class SkippedClip:
+    """A clip that was not packed, and why."""
+
+    reason: str
+    detail: str
+
+
+def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
+    """Decode one clip and encode its samples for all tiers."""
+    clip = task.clip
+    end = clip.start_seconds + task.clip_seconds if clip.end_seconds is None else clip.end_seconds
+    key = f"{task.number:09d}"
+    try:
+        if clip.frames is not None:
+            return _pack_published(task, key, end - clip.start_seconds)
+        decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
+        source = _source_bytes(clip) if "original" in task.tiers else b""
+    except ClipError as error:
+        return SkippedClip(error.reason, error.detail)
+    chosen = ten_frames(
+        decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
+    )
+    sound = {task.audio_codec: encode_sound(decoded.audio, task.audio_codec)}
+    description = describe(task, key, decoded, chosen)
+    members = {}
+    for tier in task.tiers:
+        described, media = description, sound
+        if tier == "video":
+            video = encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
+            media = {**sound, "mp4": video}
+            described = {**description, "fragments": _fragments(video)}
+        elif tier == "original":
+            media = {**sound, "source": source}
+        else:
+            distinct = sorted(set(chosen))
+            pictures = encode_jpegs([decoded.frames[index] for index in distinct])
+            jpegs = dict(zip(distinct, pictures, strict=True))
+            named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
+            media = {**sound, **named}
+        members[tier] = _members(described, media)
+    seconds = len(decoded.audio) / AUDIO_HZ
+    content = _content(members[task.tiers[0]])
+    return PackedClip(key, members, seconds, decoded.video_codec, content)
+
+
+def _source_bytes(clip: ListedClip) -> bytes:
+    """The file, or its part of a tar, as it is."""
+    with open(clip.path, "rb") as file:
+        offset, size = clip.part or (0, os.fstat(file.fileno()).st_size)
+        if size > MAXIMUM_CLIP_BYTES:
+            raise ClipError(
+                "too_large",
+                f"{size} bytes, and the original tier keeps files up to {MAXIMUM_CLIP_BYTES}; "
+                f"cut it into clips first",
+            )
+        file.seek(offset)
+        return file.read(size)
+
+
+def _fragments(video: bytes) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of the header and of each frame: what reading one frame needs to know."""
+    sizes = fragment_sizes(video)
+    ends = list(accumulate(sizes))
+    parts = [video[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return {"bytes": sizes, "crc32": [zlib.crc32(part) for part in parts]}
+
+
+def _members(description: dict[str, Any], media: dict[str, bytes]) -> dict[str, bytes]:
+    crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
+    return {"json": description_bytes(description, crc32), **media}
+
+
+def _content(members: dict[str, bytes]) -> str:
+    """SHA-256 of all but the JSON."""
+    content = hashlib.sha256()
+    for name, data in members.items():
+        if name != "json":
+            content.update(data)
+    return content.hexdigest()
+
+
+def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
+    """The `frames` sample of sound and pictures that were prepared the published way.
+
+    When the pictures were shown is not known: each is given the middle of its tenth.
+    """
+    clip = task.clip
+    assert clip.frames is not None
+    audio, pictures, (width, height) = read_published(
+        clip.path, clip.frames, clip.source, seconds, task.decode
+    )
+    length = len(audio) / AUDIO_HZ
+    times = [round((place + 0.5) / FRAMES_PER_CLIP * length, 6) for place in range(FRAMES_PER_CLIP)]
+    description = _description(
+        task,
+        key,
+        audio_samples=len(audio),
+        video={
+            "frames": FRAMES_PER_CLIP,
+            "width": width,
+            "height": height,
+            "codec": None,
+            "seconds": round(length, 6),
+            "times_seconds": times,
+        },
+        chosen=list(range(FRAMES_PER_CLIP)),
+    )
+    named = {f"{place}.jpg": data for place, data in enumerate(pictures)}
+    sound = {task.audio_codec: encode_sound(audio, task.audio_codec)}
+    members = {"frames": _members(description, {**sound, **named})}
+    return PackedClip(key, members, length, "jpeg", _content(members["frames"]))
+
+
+def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
+    """The sample's JSON without the checksums, which differ between tiers."""
+    description = _description(
+        task,
+        key,
+        audio_samples=len(decoded.audio),
+        video={
+            "frames": len(decoded.frames),
+            "width": decoded.width,
+            "height": decoded.height,
+            "codec": task.video_codec if "video" in task.tiers else None,
+            "seconds": round(decoded.video_seconds, 6),
+            "times_seconds": [round(time, 6) for time in decoded.times_seconds],
+        },
+        chosen=chosen,
+    )
+    if decoded.decode_errors:
+        description["decode_errors"] = decoded.decode_errors
+    return description
+
+
+def _description(
+    task: ClipTask, key: str, audio_samples: int, video: dict[str, Any], chosen: list[int]
+) -> dict[str, Any]:
+    times = video["times_seconds"]
+    return {
+        "schema": SCHEMA,
+        "key": key,
+        "source": {
+            "path": task.clip.source,
+            "start_seconds": task.clip.start_seconds,
+            "end_seconds": task.clip.end_seconds,
+        },
+        "labels": list(task.clip.labels),
+        "audio": {"hz": AUDIO_HZ, "samples": audio_samples},
+        "video": video,
+        "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
+    }
+
+
+def ten_frames(
+    times_seconds: list[float],
+    video_seconds: float,
+    frames_per_second: float,
+    choice: FrameChoice,
+) -> list[int]:
+    """Indexes of the ten frames of a clip; a frame may come more than once.
+
+    `by_time`: the frame shown at (i + 0.5) / 10 of the video. `published`: the index of the
+    original code, `int(i * (min(frames, int(10 * fps)) / 10))`, less one because of the way it
+    reads (the first stays 0).
+    """
+    frames = len(times_seconds)
+    if choice == "published":
+        span = min(frames, int(PUBLISHED_SECONDS * frames_per_second))
+        return [max(0, int(i * (span / FRAMES_PER_CLIP)) - 1) for i in range(FRAMES_PER_CLIP)]
+    chosen = []
+    for i in range(FRAMES_PER_CLIP):
+        moment = (i + 0.5) / FRAMES_PER_CLIP * video_seconds
+        shown = [index for index, time in enumerate(times_seconds) if time <= moment]
+        chosen.append(shown[-1] if shown else 0)
+    return chosen

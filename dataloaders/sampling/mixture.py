@@ -1,0 +1,148 @@
+"""Several sets in one order, each with its share: a pure function of the position as well.
+
+Lanes stay what they are. The places of a lane come in blocks of `BLOCK`; in each block every set
+has the same number of places, in an order drawn for the lane and block. The `n`-th place of a set
+in a lane reads the `n`-th place of that lane in the set's own plan. So a set keeps its epochs, each
+sample once, and its locality, and sets of very different sizes can be mixed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.sampling.philox import random_permutation
+from cavmae.dataloaders.sampling.sample_plan import PlannedSample, SamplePlan
+from cavmae.dataloaders.shards.shard_set import ShardSet
+
+BLOCK = 1000
+"""Places of a lane among which each set has its share; shares are kept to a part in this many."""
+
+
+class _Block(NamedTuple):
+    """Of each place of a block: its set, and how many of that set come before it in the block."""
+
+    which: np.ndarray
+    before: np.ndarray
+
+
+class MixturePlan:
+    """The order of samples of several sets.
+
+    Args:
+        plans: of each set, all with the same seed and lanes; shards are numbered through.
+        shares: of the places that each set has, in proportion.
+
+    Raises:
+        ValueError: shares that cannot be used.
+    """
+
+    def __init__(self, plans: Sequence[SamplePlan], shares: Sequence[float]):
+        if len(shares) != len(plans):
+            raise ValueError(f"mixture has {len(shares)} shares for {len(plans)} sets")
+        if not all(0 < share < float("inf") for share in shares):
+            raise ValueError(f"mixture is {tuple(shares)}; use shares above 0")
+        self.plans = plans
+        self.seed, self.lanes = plans[0].seed, plans[0].lanes
+        self.ends = np.cumsum(np.concatenate([plan.sizes for plan in plans]))
+        self.count = int(self.ends[-1])
+        self._first_shard = np.cumsum([0, *(len(plan.sizes) for plan in plans)]).tolist()
+        self.quotas = _quotas(shares)
+        if 0 in self.quotas:
+            raise ValueError(
+                f"mixture is {tuple(shares)}: a share of less than 1 in {BLOCK} is never drawn"
+            )
+        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+
+    def at(self, positions: np.ndarray) -> list[PlannedSample]:
+        """The samples at any positions.
+
+        Args:
+            positions: `(count,)` int64, in any order.
+        """
+        which, inside = self._places(positions)
+        planned: list[PlannedSample] = [PlannedSample(0, 0, 0)] * len(positions)
+        for number, plan in enumerate(self.plans):
+            chosen = np.flatnonzero(which == number)
+            for place, sample in zip(chosen.tolist(), plan.at(inside[chosen]), strict=True):
+                planned[place] = self._numbered(number, sample)
+        return planned
+
+    def substitute(self, position: int, attempt: int) -> PlannedSample:
+        """As `SamplePlan.substitute`, from the set that the position has."""
+        which, inside = self._places(np.array([position]))
+        number = int(which[0])
+        sample = self.plans[number].substitute(position, attempt)
+        epoch = int(inside[0]) // self.plans[number].count
+        return self._numbered(number, PlannedSample(sample.shard, sample.sample, epoch))
+
+    def _numbered(self, number: int, sample: PlannedSample) -> PlannedSample:
+        return PlannedSample(self._first_shard[number] + sample.shard, sample.sample, sample.epoch)
+
+    def _places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The set of each position, and the position in that set's own plan."""
+        rows, lanes = np.divmod(positions, self.lanes)
+        numbers, slots = np.divmod(rows, BLOCK)
+        which = np.empty(len(positions), dtype=np.int64)
+        inside = np.empty(len(positions), dtype=np.int64)
+        quotas = np.array(self.quotas)
+        for place, (lane, number, slot) in enumerate(
+            zip(lanes.tolist(), numbers.tolist(), slots.tolist(), strict=True)
+        ):
+            block = self._block(lane, number)
+            which[place] = chosen = block.which[slot]
+            inside[place] = (number * quotas[chosen] + block.before[slot]) * self.lanes + lane
+        return which, inside
+
+    def _block(self, lane: int, number: int) -> _Block:
+        name = (lane, number)
+        if name in self._blocks:
+            self._blocks.move_to_end(name)
+        else:
+            drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
+            which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
+            before = np.empty(BLOCK, dtype=np.int64)
+            for of_set in range(len(self.plans)):
+                before[which == of_set] = np.arange(self.quotas[of_set])
+            self._blocks[name] = _Block(which, before)
+            if len(self._blocks) > 2 * self.lanes:
+                self._blocks.popitem(last=False)
+        return self._blocks[name]
+
+
+def _quotas(shares: Sequence[float]) -> list[int]:
+    """Places of a block for each share: those that add up to `BLOCK` and are nearest to it."""
+    exact = np.array(shares, dtype=np.float64) / np.sum(shares) * BLOCK
+    quotas = np.floor(exact).astype(np.int64)
+    by_rest = np.argsort(quotas - exact, kind="stable")
+    quotas[by_rest[: BLOCK - quotas.sum()]] += 1
+    return quotas.tolist()
+
+
+def training_plan(
+    config: DataConfig, shards: ShardSet, seed: int, lanes: int
+) -> SamplePlan | MixturePlan:
+    """The order in which the training sets are read.
+
+    Raises:
+        ValueError: a set that is too small, or weights or shares that cannot be used.
+    """
+
+    def plan(first_shard: int, last_shard: int, weights: np.ndarray | None) -> SamplePlan:
+        sizes = shards.sizes[first_shard:last_shard]
+        return SamplePlan(sizes, seed, lanes, config.shuffle_window, weights)
+
+    weights = [
+        shards.weights(number) if config.sampling == "weighted" else None
+        for number in range(len(shards.set_shards))
+    ]
+    if not config.mixture:
+        every = [one for one in weights if one is not None]
+        joined = np.concatenate(every) if len(every) > 1 else weights[0]
+        return plan(0, len(shards.sizes), joined)
+    ends = list(accumulate(shards.set_shards))
+    starts = [0, *ends[:-1]]
+    return MixturePlan([*map(plan, starts, ends, weights)], config.mixture)

@@ -1,0 +1,293 @@
+"""Which sample is at which place of the training order: a pure function, the same on every machine.
+
+Position `p` of the endless order belongs to lane `p % lanes` and to epoch `p // samples`. In each
+epoch the shards are permuted and laid end to end; the result is cut into one run per lane, and each
+run is shuffled within windows of `window` samples. So
+
+- every sample comes exactly once an epoch, without padding; batches may straddle epochs;
+- a rank owns whole lanes, hence reads a contiguous part of the permuted shards once an epoch;
+- the order does not depend on ranks, workers or machines, and any position can be computed alone:
+  a restart needs a position, not a loader's state.
+
+With weights, samples are laid end to end with lengths in proportion to them (systematic
+resampling): an epoch has as many places as there are samples, and a sample of `w` times the mean
+weight has `w` of them, give or take one. All else stays.
+
+Memory is proportional to the number of shards, plus the windows in use; weights are mapped.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cavmae.dataloaders.sampling.philox import random_permutation, random_words
+
+MAXIMUM_LANES = 64
+_SHARD_ORDER = 1 << 62
+_WEIGHT_OFFSET = 1 << 63
+"""Counters of the shard permutations and of the epochs' offsets among the weights start at these,
+beyond every position that a run can reach."""
+
+
+class PlannedSample(NamedTuple):
+    """Where a sample is read, and in which epoch."""
+
+    shard: int
+    sample: int
+    epoch: int
+
+
+class _Epoch(NamedTuple):
+    """One epoch's permuted shards.
+
+    Attributes:
+        shards: `(shards,)` in the order of this epoch.
+        ends: `(shards,)` where each ends when they are laid end to end: in samples, or in weight.
+        run_starts: `(lanes,)` places at which the lanes' runs start.
+        offset: 0 to 1: where in its place a sample is looked for among the weights.
+    """
+
+    shards: np.ndarray
+    ends: np.ndarray
+    run_starts: np.ndarray
+    offset: float
+
+
+class SamplePlan:
+    """The order of samples for one set, seed and number of lanes.
+
+    Args:
+        shard_sizes: samples in each shard, in the set's order.
+        seed: of the run.
+        lanes: contiguous parts into which each epoch is cut; see `default_lanes`.
+        window: samples of a lane among which the order is shuffled.
+        weights: `(samples,)` float, 0 or more: how often each sample comes, in proportion; may be a
+            mapped file. None: all alike.
+
+    Raises:
+        ValueError: fewer samples than lanes, a count below 1, or weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        seed: int,
+        lanes: int,
+        window: int,
+        weights: np.ndarray | None = None,
+    ):
+        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.ends = np.cumsum(self.sizes)
+        self.count = int(self.sizes.sum())
+        if lanes < 1:
+            raise ValueError(f"lanes is {lanes}; use 1 or more")
+        if window < 1:
+            raise ValueError(f"shuffle_window is {window}; use 1 or more")
+        if self.count < lanes:
+            raise ValueError(
+                f"the set has {self.count} samples, fewer than lanes = {lanes}; "
+                f"pack more clips or set lanes to {max(self.count, 1)} or less"
+            )
+        self.seed = seed
+        self.lanes = lanes
+        self.window = window
+        self._weights = weights
+        self._lengths = self.sizes if weights is None else self._shard_weights(weights)
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def _shard_weights(self, weights: np.ndarray) -> np.ndarray:
+        """`(shards,)` float64 sum of the weights of each shard's samples."""
+        if weights.shape != (self.count,):
+            raise ValueError(
+                f"weights has shape {weights.shape}; use ({self.count},): one a sample"
+            )
+        sums = np.empty(len(self.sizes))
+        low = 0.0
+        for shard, (end, size) in enumerate(zip(self.ends, self.sizes, strict=True)):
+            part = weights[end - size : end]
+            sums[shard] = part.sum(dtype=np.float64)
+            low = min(low, float(part.min(initial=0)))
+        if not np.isfinite(sums).all() or low < 0 or sums.sum() <= 0:
+            raise ValueError("weights has numbers below 0, or not finite, or all are 0")
+        return sums
+
+    def sample(self, position: int) -> PlannedSample:
+        """The sample at one position."""
+        return self.samples(position, 1)[0]
+
+    def samples(self, start: int, count: int) -> list[PlannedSample]:
+        """The samples at positions `start .. start + count - 1`."""
+        return self.at(np.arange(start, start + count, dtype=np.int64))
+
+    def at(self, positions: np.ndarray) -> list[PlannedSample]:
+        """The samples at any positions.
+
+        Args:
+            positions: `(count,)` int64, in any order.
+        """
+        shards = np.empty(len(positions), dtype=np.int64)
+        samples = np.empty(len(positions), dtype=np.int64)
+        epochs = positions // self.count
+        for number in np.unique(epochs).tolist():
+            chosen = np.flatnonzero(epochs == number)
+            epoch = self._epoch(number)
+            index = self._shuffled(number, epoch.run_starts, positions[chosen])
+            find = self._by_place if self._weights is None else self._by_weight
+            shards[chosen], samples[chosen] = find(epoch, index)
+        return [
+            PlannedSample(*planned)
+            for planned in zip(shards.tolist(), samples.tolist(), epochs.tolist(), strict=True)
+        ]
+
+    def _by_place(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and sample at places of the epoch."""
+        place = np.searchsorted(epoch.ends, index, side="right")
+        shards = epoch.shards[place]
+        return shards, index - (epoch.ends[place] - self.sizes[shards])
+
+    def _by_weight(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same with weights."""
+        assert self._weights is not None
+        total = epoch.ends[-1]
+        target = (index + epoch.offset) * (total / self.count)
+        target = np.minimum(target, np.nextafter(total, 0))
+        place = np.searchsorted(epoch.ends, target, side="right")
+        shards = epoch.shards[place]
+        within = np.maximum(target - (epoch.ends[place] - self._lengths[shards]), 0)
+        samples = np.empty_like(index)
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            end, size = int(self.ends[shard]), int(self.sizes[shard])
+            ends = np.cumsum(self._weights[end - size : end], dtype=np.float64)
+            last = np.searchsorted(ends, ends[-1])  # Rounding must not lead to a weight of 0.
+            found = np.searchsorted(ends, within[chosen], side="right")
+            samples[chosen] = np.minimum(found, last)
+        return shards, samples
+
+    def substitute(self, position: int, attempt: int) -> PlannedSample:
+        """What is read at `position` when the planned sample, and `attempt` substitutes before
+        this one, are in quarantine: any sample of the set, drawn for the position."""
+        shard, sample = any_sample(self.ends, self.seed, "substitute", position, attempt)
+        return PlannedSample(shard, sample, position // self.count)
+
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            order = random_permutation(self.seed, "order", _SHARD_ORDER + number, len(self.sizes))
+            # The lane of the epoch's first position turns with the epoch when lanes do not divide
+            # the set, so the lanes that are one sample longer do too.
+            distance = (np.arange(self.lanes) - number * self.count) % self.lanes
+            lengths = (self.count - distance + self.lanes - 1) // self.lanes
+            word = random_words(self.seed, "order", _WEIGHT_OFFSET + number, 1)[0]
+            self._epochs[number] = _Epoch(
+                order,
+                np.cumsum(self._lengths[order]),
+                np.cumsum(lengths) - lengths,
+                float(word) / 2**32,
+            )
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[number]
+
+    def _shuffled(self, epoch: int, run_starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Place of each position of one epoch in its permuted shards laid end to end."""
+        first = epoch * self.count
+        lanes = positions % self.lanes
+        in_run = (positions - (first + (lanes - first) % self.lanes)) // self.lanes
+        windows = run_starts[lanes] + in_run // self.window * self.window
+        shuffled = np.empty(len(positions), dtype=np.int64)
+        by_window = np.argsort(windows, kind="stable")
+        cuts = np.flatnonzero(np.diff(windows[by_window])) + 1
+        for chosen in np.split(by_window, cuts):
+            lane = int(lanes[chosen[0]])
+            start = int(windows[chosen[0]])
+            run_end = int(run_starts[lane + 1]) if lane + 1 < self.lanes else self.count
+            permutation = self._window(epoch, start, min(self.window, run_end - start))
+            shuffled[chosen] = permutation[in_run[chosen] % self.window]
+            shuffled[chosen] += start
+        return shuffled
+
+    def _window(self, epoch: int, start: int, length: int) -> np.ndarray:
+        """The permutation of one window, which begins at place `start` of the epoch."""
+        name = (epoch, start)
+        if name in self._windows:
+            self._windows.move_to_end(name)
+        else:
+            permutation = random_permutation(self.seed, "order", epoch * self.count + start, length)
+            self._windows[name] = permutation.astype(np.min_scalar_type(length))
+            if len(self._windows) > 2 * self.lanes:
+                self._windows.popitem(last=False)
+        return self._windows[name]
+
+
+def any_sample(
+    ends: np.ndarray, seed: int, stream: str, position: int, attempt: int
+) -> tuple[int, int]:
+    """Any sample of a set, drawn for a position and the number of draws there before this one.
+
+    Args:
+        ends: `(shards,)` samples up to each shard's end.
+
+    Returns:
+        Shard and sample.
+    """
+    block = random_words(seed, stream, position, 4 * (attempt + 1))[-4:]
+    index = ((int(block[1]) << 32) | int(block[0])) % int(ends[-1])
+    shard = int(np.searchsorted(ends, index, side="right"))
+    return shard, index - (int(ends[shard - 1]) if shard else 0)
+
+
+def default_lanes(global_batch: int) -> int:
+    """The largest divisor of the global batch up to 64."""
+    return max(
+        lanes
+        for lanes in range(1, min(global_batch, MAXIMUM_LANES) + 1)
+        if global_batch % lanes == 0
+    )
+
+
+def check_ranks(lanes: int, world_size: int) -> None:
+    """Refuse a number of ranks that does not divide the lanes.
+
+    Raises:
+        ValueError: names the next number of ranks that does.
+    """
+    if world_size < 1 or lanes % world_size:
+        next_count = next(
+            (count for count in range(max(world_size, 1), lanes + 1) if lanes % count == 0), lanes
+        )
+        raise ValueError(
+            f"world_size is {world_size}, which does not divide the run's {lanes} lanes; "
+            f"use {next_count} ranks"
+        )
+
+
+def largest_rank_count(lanes: int, most: int) -> int:
+    """The largest number of ranks, up to `most`, that divides the lanes; 0 where `most` is 0."""
+    return next((count for count in range(min(most, lanes), 0, -1) if lanes % count == 0), 0)
+
+
+def rank_positions(
+    step: int, rank: int, world_size: int, global_batch: int, lanes: int
+) -> np.ndarray:
+    """Positions of one rank in one optimizer step, ascending.
+
+    Returns:
+        `(global_batch // world_size,)` int64: all `p` of the step with `p % lanes` in the rank's
+        lanes.
+
+    Raises:
+        ValueError: lanes do not divide the global batch, or ranks the lanes.
+    """
+    check_ranks(lanes, world_size)
+    if global_batch % lanes:
+        raise ValueError(
+            f"lanes is {lanes}, which does not divide global_batch = {global_batch}; "
+            f"use {default_lanes(global_batch)}"
+        )
+    owned = lanes // world_size
+    rows = np.arange(0, global_batch, lanes, dtype=np.int64)
+    of_rank = np.arange(rank * owned, (rank + 1) * owned, dtype=np.int64)
+    return step * global_batch + (rows[:, None] + of_rank).reshape(-1)

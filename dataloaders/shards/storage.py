@@ -1,0 +1,366 @@
+"""Where shards lie: a folder, or any URL that fsspec opens (s3://, gs://, https://, ...).
+
+Both read whole files and ranges, and both try again when reading fails. What comes from far away is
+kept in pieces on a disk of the node, so that an epoch costs the bytes of the set once.
+"""
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from cavmae.dataloaders.shards.cache import ChunkCache
+
+OPEN_FILES = 384
+"""Files that a local folder keeps open; 64 lanes with a window of 4,096 samples have about 320
+shards in use at once, and processes may commonly hold 1,024 files."""
+LOCAL_TRIES = 3
+REMOTE_TRIES = 6
+FIRST_WAIT_SECONDS = 0.5
+"""Before the second try; doubled before each further one, up to half as much again by chance."""
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How a node keeps pieces of remote shards.
+
+    Attributes:
+        folder: on a disk of the node; processes that name the same one share it.
+        limit_bytes: of all pieces; 0: nothing is kept.
+        chunk_bytes: of a piece.
+    """
+
+    folder: str
+    limit_bytes: int
+    chunk_bytes: int = 8 << 20
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file whose bytes are known to be these.
+
+    Attributes:
+        name: in its folder.
+        version: changes when the bytes do; pieces are kept under it.
+        bytes: its length.
+    """
+
+    name: str
+    version: str
+    bytes: int
+
+
+class Storage(Protocol):
+    """Files of one folder, for reading. Pickled copies open their own files."""
+
+    def place(self, name: str) -> str:
+        """The file's path or URL, for people."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """A whole file as it is now.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            OSError: it could not be read, however often it was tried.
+        """
+        ...
+
+    def read_beside(self, name: str, file: StoredFile) -> bytes:
+        """A whole file that belongs to another one and changes only with it; raises as `read`."""
+        ...
+
+    def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
+        """Bytes `offset` to `offset + size`; fewer where the file is shorter than it should be.
+
+        Raises:
+            OSError: it could not be read, however often it was tried.
+        """
+        ...
+
+    def forget(self, file: StoredFile, offset: int, size: int) -> bool:
+        """Drop what is kept of a range because its bytes are wrong; False: nothing is kept here."""
+        ...
+
+
+def open_storage(folder: str | Path, cache: CacheSettings | None) -> Storage:
+    """The storage of a folder or URL.
+
+    Raises:
+        ValueError: no package is installed for this kind of URL, or it is `pipe:`.
+    """
+    text = str(folder)
+    protocol, colon, _ = text.partition(":")
+    if colon and protocol.lower() == "pipe":
+        raise ValueError(f"{text} would run a command; give a folder or a URL of an object store")
+    if "://" not in text:
+        return LocalFolder(Path(text))
+    if protocol == "file":
+        return LocalFolder(Path(text.removeprefix("file://")))
+    return RemoteFolder(text, cache)
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the URL's path in it.
+
+    Raises:
+        ValueError: no package is installed for this kind of URL.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{url} cannot be opened ({error}); s3:// needs `pip install 'cavmae[s3]'`, "
+            f"gs:// `pip install gcsfs`"
+        ) from error
+
+
+def retried(
+    call: Callable[[], T],
+    place: str,
+    tries: int,
+    *,
+    may_be_missing: bool,
+    again: Callable[[], None] = lambda: None,
+    done: str = "read",
+) -> T:
+    """The result of `call`, called up to `tries` times with growing waits between.
+
+    Args:
+        call: raises `OSError` for what may pass.
+        place: what is read, for the error.
+        tries: calls in all.
+        may_be_missing: `FileNotFoundError` is an answer; otherwise a mount may be lost.
+        again: called before each further try.
+        done: what could not be done, for the error.
+
+    Raises:
+        FileNotFoundError: at once, where the file may be missing.
+        OSError: the last try failed as well.
+    """
+    wait_seconds = FIRST_WAIT_SECONDS
+    for number in range(1, tries + 1):
+        try:
+            return call()
+        except OSError as error:
+            if may_be_missing and isinstance(error, FileNotFoundError):
+                raise
+            if number == tries:
+                raise OSError(
+                    f"{place} could not be {done} in {tries} tries "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+            log.warning("%s: try %d of %d failed: %s", place, number, tries, error)
+            time.sleep(wait_seconds * random.uniform(1.0, 1.5))
+            wait_seconds *= 2
+            again()
+    raise AssertionError("unreachable")
+
+
+class LocalFolder:
+    """A folder that this machine mounts."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder = state["folder"]
+        self._start()
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str) -> bytes:
+        path = self.folder / name
+        return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=True)
+
+    def read_beside(self, name: str, file: StoredFile) -> bytes:
+        path = self.folder / name
+        return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=False)
+
+    def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
+        return retried(
+            lambda: self._read_range(file.name, offset, size),
+            self.place(file.name),
+            LOCAL_TRIES,
+            may_be_missing=False,
+            again=self._start,  # A network file system that came back wants its files opened again.
+        )
+
+    def forget(self, file: StoredFile, offset: int, size: int) -> bool:
+        return False
+
+    def _read_range(self, name: str, offset: int, size: int) -> bytes:
+        descriptor = self._file(name).descriptor
+        parts = []
+        while size > 0:
+            part = os.pread(descriptor, size, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _file(self, name: str) -> "_OpenFile":
+        with self._lock:
+            opened = self._open.get(name)
+            if opened is None:
+                opened = self._open[name] = _OpenFile(self.folder / name)
+            self._open.move_to_end(name)
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+            return opened
+
+
+class _OpenFile:
+    """Closed when the last thread that reads it is done."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class RemoteFolder:
+    """A URL's files, fetched by range and kept in pieces.
+
+    Credentials and end points are fsspec's: the store's own environment variables (such as
+    `AWS_ACCESS_KEY_ID`), or `FSSPEC_S3_ENDPOINT_URL` and the like.
+
+    Args:
+        url: such as `s3://bucket/shards/video`.
+        cache: where pieces are kept; None: nowhere.
+
+    Raises:
+        ValueError: no package is installed for this kind of URL.
+    """
+
+    def __init__(self, url: str, cache: CacheSettings | None):
+        self.url = url.rstrip("/")
+        self.settings = cache if cache and cache.limit_bytes else None
+        _ = self._files  # What is not installed is told at once.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "settings": self.settings}
+
+    @cached_property
+    def _files(self) -> tuple[Any, str]:
+        return open_url(self.url)
+
+    @cached_property
+    def _cache(self) -> ChunkCache | None:
+        if self.settings is None:
+            return None
+        return ChunkCache(Path(self.settings.folder), self.settings.limit_bytes)
+
+    def place(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def read(self, name: str) -> bytes:
+        try:
+            data = self._fetched(name, None, may_be_missing=True)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            kept = None if self._cache is None else self._cache.kept(self.place(name))
+            if kept is None:
+                raise
+            log.warning("%s; going on with what was kept of it", error)
+            return kept
+        if self._cache is not None:
+            self._cache.keep(self.place(name), data)
+        return data
+
+    def read_beside(self, name: str, file: StoredFile) -> bytes:
+        def fetch() -> bytes:
+            return self._fetched(name, None)
+
+        return fetch() if self._cache is None else self._cache.whole(_beside(name, file), fetch)
+
+    def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
+        stop = min(offset + size, file.bytes)
+        if offset >= stop:
+            return b""
+        if self._cache is None:
+            return self._fetched(file.name, (offset, stop))
+        parts = [
+            self._cache.part(
+                piece,
+                end - first,
+                max(offset, first) - first,
+                min(stop, end) - first,
+                lambda ends=(first, end): self._fetched(file.name, ends),
+            )
+            for piece, first, end in self._pieces(file, offset, stop)
+        ]
+        return b"".join(parts)
+
+    def forget(self, file: StoredFile, offset: int, size: int) -> bool:
+        if self._cache is None:
+            return False
+        for piece, _, _ in self._pieces(file, offset, offset + size):
+            self._cache.forget(piece)
+        return True
+
+    def _pieces(self, file: StoredFile, offset: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Name, first byte and end of the pieces that a range touches."""
+        assert self.settings is not None
+        chunk = self.settings.chunk_bytes
+        for number in range(offset // chunk, -(-stop // chunk)):
+            first, end = number * chunk, min((number + 1) * chunk, file.bytes)
+            yield f"{file.version} {first} {end}", first, end
+
+    def _fetched(
+        self, name: str, ends: tuple[int, int] | None, *, may_be_missing: bool = False
+    ) -> bytes:
+        files, folder = self._files
+        path = f"{folder}/{name}"
+        start, stop = ends or (None, None)
+
+        def fetch() -> bytes:
+            with as_os_errors():
+                data = files.cat_file(path, start=start, end=stop)
+            if ends and len(data) != ends[1] - ends[0]:
+                raise OSError(f"{len(data)} bytes came instead of {ends[1] - ends[0]}")
+            return data
+
+        return retried(fetch, self.place(name), REMOTE_TRIES, may_be_missing=may_be_missing)
+
+
+def _beside(name: str, file: StoredFile) -> str:
+    return f"{file.version} {name}"
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Object stores raise what their libraries have: most of it may pass."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,306 @@
+"""`cavmae inspect`: look at packed clips before paying for a run.
+
+Prints what a set holds, and writes a sheet of clips drawn by counter: the frame and the spectrogram
+that a model would get, with label and key. Works on a folder and on a URL.
+"""
+
+import base64
+import html
+import io
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
+from cavmae.dataloaders.sampling.philox import random_permutation
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import LocalFolder
+
+LARGEST_SURVEY = 2000
+"""Clips whose descriptions are read for the tables; of larger sets a part is drawn."""
+HISTOGRAM_ROWS = 8
+LABELS_SHOWN = 20
+AUDIO_FRAMES, MEL_BINS = 1024, 128
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Print what packed shards hold and write a sheet of clips.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """One tier of packed shards, such as `shards/video`; a folder or a URL."""
+    out: str = "inspect.html"
+    """The sheet: a self-contained page (.html) or a picture (.png)."""
+    clips: int = 16
+    """Clips on it."""
+    seed: int = 0
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.clips < 1:
+            raise ValueError(f"clips is {self.clips}; use 1 or more")
+        if Path(self.out).suffix not in (".html", ".png"):
+            raise ValueError(f"out is {self.out!r}; use a name that ends in .html or .png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        config = tyro.cli(InspectConfig, prog="cavmae inspect", args=argv)
+        shards = ShardSet(config.shards)
+        for table in survey(shards, config.seed):
+            Console().print(table)
+        cards = draw(shards, config.clips, config.seed)
+        write_sheet(Path(config.out), config.shards, cards)
+    except (ValueError, OSError, RuntimeError) as error:
+        errors.print(f"error: {error}")
+        return 1
+    Console().print(f"{len(cards)} clips: {config.out}")
+    return 0
+
+
+def _places(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
+    """Shard and sample of clips drawn from the set, in the set's order."""
+    chosen = np.sort(random_permutation(seed, "order", 0, shards.samples)[:count])
+    return [shards.at(position) for position in chosen.tolist()]
+
+
+# ---------------------------------------------------------------------------------- numbers
+
+
+def survey(shards: ShardSet, seed: int) -> list[Table]:
+    """Tables of what the set holds.
+
+    Raises:
+        OSError: a shard cannot be read.
+        ShardError: a sample's JSON is damaged.
+    """
+    places = _places(shards, LARGEST_SURVEY, seed)
+    found = [shards.description(*place) for place in places]
+    table = Table(title=shards.folder, show_header=False)
+    table.add_row("tier", shards.tier)
+    table.add_row("clips", f"{shards.samples} in {len(shards.sizes)} shards")
+    size = sum(file.bytes for file in shards.files)
+    table.add_row("bytes", f"{size / 1e9:.2f} GB, {size / shards.samples / 1e3:.0f} kB a clip")
+    if len(found) < shards.samples:
+        table.add_row("looked at", f"{len(found)} clips, drawn")
+    seconds = np.array([one["audio"]["samples"] / one["audio"]["hz"] for one in found])
+    table.add_row("sound", f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
+    frames = np.array([one["video"]["frames"] for one in found])
+    table.add_row("frames", _spread(frames))
+    table.add_row("codec", f"{shards.video_codec or 'JPEG'}, {shards.audio_codec} sound")
+    sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
+    table.add_row("frame sizes", _most_common(sizes, 5))
+    tables = [table, _histogram(seconds)]
+    labels = Counter(label for one in found for label in one["labels"])
+    if labels:
+        of_labels = Table("label", "clips", title=f"{len(labels)} labels")
+        for label, count in labels.most_common(LABELS_SHOWN):
+            of_labels.add_row(label, str(count))
+        tables.append(of_labels)
+    skipped = _skipped(shards)
+    if skipped:
+        of_skipped = Table("reason", "clips", title="not packed")
+        for reason, count in skipped.most_common():
+            of_skipped.add_row(reason, str(count))
+        tables.append(of_skipped)
+    return tables
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():g} to {values.max():g}, median {np.median(values):g}"
+
+
+def _most_common(counts: Counter[str], count: int) -> str:
+    shown = ", ".join(f"{name} ({number})" for name, number in counts.most_common(count))
+    return shown + (f", {len(counts) - count} more" if len(counts) > count else "")
+
+
+def _histogram(seconds: np.ndarray) -> Table:
+    counts, edges = np.histogram(seconds, HISTOGRAM_ROWS)
+    table = Table("seconds", "clips", "", title="length of the sound")
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        table.add_row(f"{low:.1f} to {high:.1f}", str(count), "#" * round(40 * count / max(counts)))
+    return table
+
+
+def _skipped(shards: ShardSet) -> Counter[str]:
+    """Reasons in the report beside the tiers, where there is one."""
+    found: Counter[str] = Counter()
+    for storage in {id(one.storage): one.storage for one in shards.sets}.values():
+        if isinstance(storage, LocalFolder):
+            report = storage.folder.parent / "report.jsonl"
+            lines = report.read_text().splitlines() if report.is_file() else []
+            found.update(json.loads(line)["reason"] for line in lines)
+    return found
+
+
+# ------------------------------------------------------------------------------------ sheet
+
+
+@dataclass(frozen=True)
+class Card:
+    """A clip on the sheet.
+
+    Attributes:
+        sample_id, labels, facts: what is written under it.
+        frame: `(height, width, 3)` uint8.
+        log_mel: `(frames, bins)` float32, not normalised.
+    """
+
+    sample_id: str
+    labels: tuple[str, ...]
+    facts: str
+    frame: np.ndarray
+    log_mel: np.ndarray
+
+
+def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
+    """Clips drawn by counter; raises as `card_of`."""
+    return [card_of(shards, *place) for place in _places(shards, count, seed)]
+
+
+def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
+    """A clip with its middle frame.
+
+    Raises:
+        OSError: the shard cannot be read.
+        ShardError: the clip is damaged.
+        ValueError: it does not decode.
+    """
+    import torch
+    from av.error import FFmpegError
+
+    from cavmae.dataloaders.media.audio_codec import decode_sound
+    from cavmae.dataloaders.media.decode_frame import FrameError
+    from cavmae.dataloaders.media.log_mel import log_mel
+
+    described = shards.description(shard, sample)
+    frame = described["ten_frames"][MIDDLE_FRAME]
+    sample_id = shards.sample_id(shard, sample)
+    sound = shards.member(shard, sample, shards.audio_codec)
+    try:
+        waveform = torch.from_numpy(decode_sound(sound))
+        pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
+    except (FFmpegError, FrameError, OSError) as error:
+        raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
+    spectrogram = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))[0]
+    source = described["source"]
+    facts = (
+        f"{source['path']} from {source['start_seconds']:g} s, "
+        f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of sound, "
+        f"{described['video']['frames']} frames, the one at {frame['seconds']:.2f} s"
+    )
+    return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram.numpy())
+
+
+def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.ndarray:
+    """`(height, width, 3)` uint8: one of the ten frames of a clip.
+
+    Raises:
+        OSError: the shard cannot be read.
+        ShardError: the clip is damaged.
+        FrameError: it does not decode.
+    """
+    from PIL import Image
+
+    from cavmae.dataloaders.media.decode_frame import decode_frame, decode_original
+
+    described = shards.description(shard, sample)
+    frame = described["ten_frames"][number]
+    if shards.tier == "video":
+        return decode_frame(shards.frame(shard, sample, frame["index"]))
+    if shards.tier == "original":
+        video = described["video"]
+        source = shards.member(shard, sample, "source")
+        return decode_original(source, frame["seconds"], video["width"], video["height"])
+    jpeg = shards.member(shard, sample, f"{number}.jpg")
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
+    """Clips beside each other, as a page (.html) or a picture.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    write = _write_page if path.suffix == ".html" else _write_picture
+    write(path, title, cards)
+
+
+def _write_page(path: Path, title: str, cards: list[Card]) -> None:
+    rows = "".join(
+        f"<figure><img src='data:image/jpeg;base64,{_jpeg(card.frame)}' alt='frame'>"
+        f"<img src='data:image/jpeg;base64,{_jpeg(_colours(card.log_mel))}' alt='log-mel'>"
+        f"<figcaption><b>{html.escape(card.sample_id)}</b> "
+        f"{html.escape(', '.join(card.labels) or 'no label')}<br>{html.escape(card.facts)}"
+        f"</figcaption></figure>"
+        for card in cards
+    )
+    style = (
+        "body{font:14px sans-serif;margin:2em}figure{display:inline-block;width:640px;margin:8px}"
+        "img{height:200px;margin-right:4px;max-width:420px}figcaption{color:#333}"
+    )
+    path.write_text(
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n"
+    )
+
+
+def _write_picture(path: Path, title: str, cards: list[Card]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(4, len(cards))
+    rows = -(-len(cards) // columns)
+    figure, axes = pyplot.subplots(
+        2 * rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for number, card in enumerate(cards):
+        row, column = divmod(number, columns)
+        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        above.imshow(card.frame)
+        above.set_title(f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}", fontsize=8)
+        below.imshow(card.log_mel.T, origin="lower", aspect="auto")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def _colours(log_mel: np.ndarray) -> np.ndarray:
+    """`(bins, frames, 3)` uint8, low frequencies at the bottom."""
+    from matplotlib import colormaps
+
+    low, high = float(log_mel.min()), float(log_mel.max())
+    values = (log_mel.T[::-1] - low) / max(high - low, 1e-6)
+    coloured: Any = colormaps["viridis"](values)
+    return (255 * coloured[..., :3]).astype(np.uint8)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG", quality=85)
+    return base64.b64encode(encoded.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

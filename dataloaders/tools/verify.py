@@ -1,0 +1,336 @@
+"""`cavmae verify`: whether packed shards are what they were when they were written.
+
+Disks and transfers damage files without a word. This reads everything once and compares it with
+what the packer noted: sizes and SHA-256 of the shards, the index against the tar, the CRC-32 and
+the description of every sample, and on request whether every member still decodes. Works on a
+folder and on a URL.
+"""
+
+import hashlib
+import io
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import av
+import tyro
+from av.error import FFmpegError
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
+from cavmae.dataloaders.media.encode_video import fragment_sizes
+from cavmae.dataloaders.packing.worker_pool import Failure, TaskLimits, run_in_order
+from cavmae.dataloaders.shards.shard_set import (
+    AUDIO_CODECS,
+    AUDIO_HZ,
+    FRAMES_PER_CLIP,
+    SCHEMA,
+    TIERS,
+    MemberIndex,
+    ShardEntry,
+    ShardError,
+    member_names,
+    parse_description,
+    parse_member_index,
+    read_index,
+)
+from cavmae.dataloaders.shards.storage import Storage, StoredFile, open_storage
+
+SHARD_LIMITS = TaskLimits(seconds=7200.0)
+READ_BYTES = 1 << 23
+LISTED_PROBLEMS = 50
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check packed shards: sizes, checksums, index, descriptions."""
+
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """What `cavmae pack` made, or one tier of it; a folder or a URL."""
+    decode: bool = False
+    """Decode every member as well."""
+    workers: int = 1
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; use 1 or more")
+
+
+@dataclass(frozen=True)
+class _Check:
+    folder: str
+    tier: str
+    audio_codec: str
+    entry: ShardEntry
+    decode: bool
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return member_names(self.tier, self.audio_codec)
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What was found in one shard."""
+
+    tier: str
+    name: str
+    samples: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+def verify(config: VerifyConfig) -> list[ShardResult]:
+    """Check every shard of every tier in a folder.
+
+    Raises:
+        FileNotFoundError: no finished shards there.
+        OSError: `index.json` cannot be read.
+        ValueError: `index.json` is damaged.
+    """
+    checks, results = [], []
+    for folder in _tiers(config.shards):
+        index = read_index(folder)
+        tier, stated = index["tier"], index["samples"]
+        found = sum(entry.samples for entry in index["shards"])
+        if stated != found:
+            problem = f"states {stated} samples, its shards have {found}"
+            results.append(ShardResult(tier, "index.json", found, 0, (problem,)))
+        for entry in index["shards"]:
+            checks.append(_Check(folder, tier, index["audio_codec"], entry, config.decode))
+    checked = run_in_order(check_shard, checks, workers=config.workers, limits=SHARD_LIMITS)
+    for check, result in zip(checks, checked, strict=True):
+        if isinstance(result, Failure):  # A decoder crashed on damaged data.
+            problems = (f"{result.reason}: {result.detail}",)
+            result = ShardResult(check.tier, check.entry.name, 0, 0, problems)
+        results.append(result)
+    return results
+
+
+def _tiers(shards: str) -> list[str]:
+    """The tiers in a folder or at a URL; itself, where it is one."""
+    places = [f"{shards.rstrip('/')}/{tier}" for tier in TIERS]
+    if "://" in shards:
+        return [place for place in places if _has_index(place)] or [shards]
+    return [place for place in places if Path(place).is_dir()] or [shards]
+
+
+def _has_index(folder: str) -> bool:
+    try:
+        read_index(folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+class _HashedReader(io.RawIOBase):
+    """Reads a shard once from its start, and knows what it read."""
+
+    def __init__(self, storage: Storage, file: StoredFile):
+        self._storage = storage
+        self._file = file
+        self.bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._storage.read_range(self._file, self.bytes, len(buffer))
+        self.bytes += len(data)
+        self.sha256.update(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def check_shard(check: _Check) -> ShardResult:
+    """Check one shard; the problems name the sample."""
+    entry, storage = check.entry, open_storage(check.folder, None)
+    hashed = _HashedReader(storage, StoredFile(entry.name, entry.sha256, entry.bytes))
+    problems: list[str] = []
+    of_file: list[str] = []
+    samples = 0
+    with io.BufferedReader(hashed, READ_BYTES) as stream:
+        try:
+            name = f"{Path(entry.name).stem}.idx"
+            index = parse_member_index(storage.read(name), storage.place(name))
+            samples = _check_samples(check, index, stream, problems)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            problems.append(str(error))
+        try:
+            while stream.read(READ_BYTES):
+                pass
+        except OSError as error:
+            of_file.append(str(error))
+        else:
+            if hashed.bytes != entry.bytes:
+                of_file.append(f"{hashed.bytes} bytes, index.json says {entry.bytes}")
+            if hashed.sha256.hexdigest() != entry.sha256:
+                of_file.append("its SHA-256 is not that of index.json")
+    if samples != entry.samples:
+        problems.append(f"{samples} samples, index.json says {entry.samples}")
+    found = tuple(dict.fromkeys([*of_file, *problems]))
+    return ShardResult(check.tier, entry.name, samples, hashed.bytes, found)
+
+
+def _check_samples(
+    check: _Check, index: MemberIndex, stream: "io.BufferedReader[Any]", problems: list[str]
+) -> int:
+    """Read the tar through and compare it with its index; returns the number of samples."""
+    if index.extensions != check.members:
+        listed, due = " ".join(index.extensions), " ".join(check.members)
+        problems.append(f"its .idx lists {listed}, not {due}")
+        return len(index.keys)
+    samples = 0
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES) as tar:
+        members = iter(tar)
+        for sample, key in enumerate(index.keys):
+            data = {}
+            for column, extension in enumerate(check.members):
+                member = next(members, None)
+                name = f"{key}.{extension}"
+                if member is None:
+                    problems.append(f"the tar ends before {name}")
+                    return samples
+                place = (name, int(index.offset[sample, column]), int(index.size[sample, column]))
+                if (member.name, member.offset_data, member.size) != place or not member.isfile():
+                    problems.append(f"the tar has {member.name} where the .idx has {name}")
+                    return samples
+                content = tar.extractfile(member)
+                assert content is not None
+                data[extension] = content.read()
+            samples += 1
+            problems += [f"{key}: {problem}" for problem in _check_sample(check, str(key), data)]
+        if next(members, None) is not None:
+            problems.append("the tar has members that the .idx does not list")
+    return samples
+
+
+def _check_sample(check: _Check, key: str, data: dict[str, bytes]) -> list[str]:
+    try:
+        description = parse_description(data["json"])
+    except ShardError as error:
+        return [f"its JSON is damaged: {error}"]
+    wrong = description_problem(description, key, check.members)
+    if wrong:
+        return [f"its JSON is not as it should be: {wrong}"]
+    damaged = [
+        extension
+        for extension in check.members[1:]
+        if zlib.crc32(data[extension]) != description["crc32"][extension]
+    ]
+    if damaged:
+        return [f"{extension} is damaged (CRC-32)" for extension in damaged]
+    problems = _fragment_problems(description, data["mp4"]) if "mp4" in data else []
+    return problems + (_decode_problems(description, data) if check.decode else [])
+
+
+def description_problem(description: Any, key: str, members: Iterable[str]) -> str | None:
+    """What is wrong with a sample's JSON (schema 2), or None."""
+    try:
+        audio, video = description["audio"], description["video"]
+        times, ten = video["times_seconds"], description["ten_frames"]
+        source = description["source"]
+        rules = {
+            f"schema is {SCHEMA}": description["schema"] == SCHEMA,
+            f"key is {key}": description["key"] == key,
+            "source.path is text": isinstance(source["path"], str),
+            "source.start_seconds is 0 or more": source["start_seconds"] >= 0,
+            "source.end_seconds is after the start or null": source["end_seconds"] is None
+            or source["end_seconds"] > source["start_seconds"],
+            "labels are texts": isinstance(description["labels"], list)
+            and all(isinstance(label, str) for label in description["labels"]),
+            f"audio.hz is {AUDIO_HZ}": audio["hz"] == AUDIO_HZ,
+            "audio.samples is above 0": audio["samples"] > 0,
+            "video.width and height are even": video["width"] % 2 == video["height"] % 2 == 0,
+            "video.frames is the number of times": video["frames"] == len(times) > 0,
+            "times_seconds ascend from 0": times[0] >= 0
+            and all(before < after for before, after in pairwise(times)),
+            f"there are {FRAMES_PER_CLIP} ten_frames": len(ten) == FRAMES_PER_CLIP,
+            "ten_frames have the times of their indexes": all(
+                0 <= one["index"] < len(times) and one["seconds"] == times[one["index"]]
+                for one in ten
+            ),
+            "every member has a crc32": set(description["crc32"]) == set(members),
+        }
+    except (KeyError, TypeError, IndexError) as error:
+        return f"{type(error).__name__}: {error}"
+    return next((f"not true that {rule}" for rule, holds in rules.items() if not holds), None)
+
+
+def _fragment_problems(description: dict[str, Any], video: bytes) -> list[str]:
+    """Whether the frames lie where the JSON says, and are what it says."""
+    try:
+        sizes, sums = description["fragments"]["bytes"], description["fragments"]["crc32"]
+        if sizes != fragment_sizes(video) or len(sizes) != description["video"]["frames"] + 1:
+            raise ValueError(f"{len(sizes)} fragments that are not those of the mp4")
+        ends = list(accumulate(sizes))
+        found = [zlib.crc32(video[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        if sums != found:
+            raise ValueError("a CRC-32 that is not that of its fragment")
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"its JSON is not as it should be: fragments: {type(error).__name__}: {error}"]
+    return []
+
+
+def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> list[str]:
+    problems = []
+    video = description["video"]
+    size = (video["width"], video["height"])
+    for extension, content in data.items():
+        if extension == "json":
+            continue
+        try:
+            if extension in AUDIO_CODECS:
+                found: Any = len(decode_sound(content))
+                expected: Any = description["audio"]["samples"]
+            elif extension == "source":  # The last frame wanted takes the most of the file.
+                last = max(frame["seconds"] for frame in description["ten_frames"])
+                found, expected = decode_original(content, last, *size).shape[1::-1], size
+            else:
+                expected = [size] * (video["frames"] if extension == "mp4" else 1)
+                with av.open(io.BytesIO(content), "r") as container:
+                    found = [(frame.width, frame.height) for frame in container.decode(video=0)]
+        except (FFmpegError, FrameError) as error:
+            problems.append(f"{extension} does not decode: {error}")
+            continue
+        if found != expected:
+            problems.append(f"{extension} decodes to something else than its JSON says")
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 1 if anything is wrong."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        results = verify(tyro.cli(VerifyConfig, prog="cavmae verify", args=argv))
+    except (ValueError, OSError, RuntimeError) as error:
+        errors.print(f"error: {error}")
+        return 1
+    table = Table("tier", "shard", "samples", "MB", "problems")
+    for result in results:
+        row = (result.tier, result.name, str(result.samples), f"{result.bytes / 1e6:.1f}")
+        table.add_row(*row, str(len(result.problems)) if result.problems else "none")
+    Console().print(table)
+    problems = [
+        f"{result.tier}/{result.name}: {problem}"
+        for result in results
+        for problem in result.problems
+    ]
+    for problem in problems[:LISTED_PROBLEMS]:
+        errors.print(f"error: {problem}")
+    if len(problems) > LISTED_PROBLEMS:
+        errors.print(f"and {len(problems) - LISTED_PROBLEMS} more problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""`cavmae bench faults` does what it says to real runs, and tells when one does not end well."""
+
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cavmae.benchmarks.faults import faults
+from cavmae.benchmarks.faults.observed_rank import trained_samples
+from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, largest_difference
+from cavmae.benchmarks.harness.processes import Start
+from cavmae.dataloaders.shards.shard_set import ShardSet
+
+GOOD = Row(
+    noticed_seconds=1.0,
+    again_seconds=2.0,
+    steps_lost=5,
+    steps_allowed=10,
+    samples_equal=True,
+    largest_difference=0.0,
+    tolerance=0.0,
+    compared_with="the undisturbed run",
+    said="rank 0 failed",
+)
+
+
+@pytest.mark.slow
+def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Faults that the product's own tests leave out."""
+    names = ["a gradient is NaN: update left out", "a shard is damaged"]
+    words = ["--steps", "40", "--only", *names, "--work-dir", str(tmp_path / "work")]
+    assert faults.main([*words, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("faults-*.json")
+    results = json.loads(path.read_text())["results"]
+    for row in results.values():
+        assert row["samples_equal"] and row["largest_difference"] == 0
+        assert row["steps_lost"] == 0 and row["noticed_seconds"] > 0
+    assert "step 21: the loss" in results[names[0]]["said"]
+    assert "crc_mismatch" in results[names[1]]["said"]
+    assert "bit for bit" in capsys.readouterr().out
+    # The runs themselves: all positions were noted, and damaged clips are in none of them.
+    undisturbed = trained_samples(tmp_path / "work/undisturbed")
+    assert sorted(undisturbed) == list(range(40 * 8))
+    assert set(undisturbed.values()) == set(clips_of(tmp_path / "work/shards/frames"))
+    damaged = trained_samples(tmp_path / "work/a-shard-is-damaged")
+    assert len(set(undisturbed.values()) - set(damaged.values())) == 4
+
+
+def clips_of(folder: Path) -> list[str]:
+    shards = ShardSet(folder)
+    return [
+        shards.sample_id(shard, sample)
+        for shard, size in enumerate(shards.sizes)
+        for sample in range(size)
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps_lost": 11},
+        {"largest_difference": 1e-9},
+        {"samples_equal": False},
+        {"noticed_seconds": 30.0},
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_a_run_that_ends_otherwise_is_no_success(bad: dict[str, float]) -> None:
+    row = dataclasses.replace(GOOD, **bad)
+    assert faults.exit_code({"good": GOOD}) == 0
+    assert faults.exit_code({"good": GOOD, "bad": row}) == 1
+    assert "bad: NOT AS IT SHOULD BE" in shown({"good": GOOD, "bad": row})
+
+
+def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> None:
+    rows = {"a node is killed": Skipped("network namespaces need root")}
+    assert "SKIPPED: network namespaces need root" in shown(rows)
+    assert faults.exit_code(rows) == 0
+    assert dataclasses.asdict(rows["a node is killed"]) == {
+        "skipped": "network namespaces need root"
+    }
+
+
+def test_a_run_that_does_not_come_to_its_end_is_no_success() -> None:
+    rows = {"good": GOOD, "the disk is full": Failed("checkpoint 20 did not happen:\nlog\nlog")}
+    assert faults.exit_code(rows) == 1
+    assert re.search("the disk is full: FAILED .* checkpoint 20 did not happen: ", shown(rows))
+
+
+def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    start = Start([([sys.executable, "-c", "print('late')"], {})], tmp_path / "log")
+    assert start.wait_for(lambda: start.line("late"), "a line") == "late"
+    with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
+        start.wait_for(lambda: False, "a step")
+
+
+def test_losses_are_compared_step_by_step() -> None:
+    expected = Expected([2.0, 4.0], {}, "the undisturbed run")
+    assert largest_difference(Expected([2.0, 4.0], {}, "a run"), expected) == 0
+    assert largest_difference(Expected([2.0, 4.5], {}, "a run"), expected) == 0.125
+    with pytest.raises(RuntimeError, match="a run has 1 steps and the undisturbed run 2"):
+        largest_difference(Expected([2.0], {}, "a run"), expected)
+
+
+def test_the_clip_of_a_position_is_the_one_trained_on_last(tmp_path: Path) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    torn = '{"positions": [8], "sample_'
+    (folder / "1-rank-0.jsonl").write_text(line([0, 1], ["a", "b"]) + line([4, 5], ["c", "d"]))
+    (folder / "2-rank-1.jsonl").write_text(line([2], ["e"]) + torn)
+    (folder / "3-rank-0.jsonl").write_text(line([4], ["again"]))
+    assert trained_samples(tmp_path) == {0: "a", 1: "b", 2: "e", 4: "again", 5: "d"}
+
+
+def line(positions: list[int], sample_ids: list[str]) -> str:
+    return json.dumps({"positions": positions, "sample_ids": sample_ids}) + "\n"
+
+
+def test_too_few_steps_are_refused() -> None:
+    with pytest.raises(ValueError, match="--steps is 5; use 40 or more"):
+        faults.main(["--steps", "5"])
+
+
+def shown(rows: Mapping[str, Row | Skipped | Failed]) -> str:
+    output = io.StringIO()
+    Console(file=output, width=200).print(faults.table(rows))
+    return output.getvalue()

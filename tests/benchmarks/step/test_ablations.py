@@ -1,0 +1,52 @@
+"""`cavmae bench choices` times our step with one thing changed, and every change is a real one."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from cavmae.benchmarks.step.ablations import CHANGED, main, possible
+from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import Choices, TrainingStep
+
+CPU = torch.device("cpu")
+
+
+def test_a_change_is_timed_beside_the_step_that_runs_do(tmp_path: Path) -> None:
+    words = ["--model", "tiny", "--device", "cpu", "--batch", "2", "--repeats", "2"]
+    only = ["--only", "attention by sdpa", "--precision", "fp32"]
+    assert main([*words, *only, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("choices-*.json")
+    found = json.loads(path.read_text())["results"]["fp32"]["attention by sdpa"]
+    for way in ("as_runs_do", "changed"):
+        assert len(found[way]["all_seconds"]) == 2
+        assert found[way]["peak_memory_bytes"] > 0
+    changed, usual = found["changed"], found["as_runs_do"]
+    pairs = zip(changed["all_seconds"], usual["all_seconds"], strict=True)
+    ratios = [slow / fast for slow, fast in pairs]
+    assert found["ratio"] == {
+        "median": statistics.median(ratios),
+        "minimum": min(ratios),
+        "maximum": max(ratios),
+    }
+    assert found["memory_ratio"] == changed["peak_memory_bytes"] / usual["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize("name", [name for name in possible(CPU) if name != "blocks compiled"])
+def test_every_change_trains_like_the_step_that_runs_do(name: str) -> None:
+    losses = []
+    for choices in (Choices(), CHANGED[name]):
+        step = TrainingStep("cavmae", SIZES["tiny"], 4, "fp32", CPU, choices=choices)
+        losses.append([float(step()) for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_every_change_is_one() -> None:
+    assert Choices() not in CHANGED.values()
+
+
+def test_no_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="--repeats is 0"):
+        main(["--repeats", "0"])

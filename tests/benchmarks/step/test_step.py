@@ -1,0 +1,86 @@
+"""`cavmae bench step` times both models in one run and writes a record."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cavmae.benchmarks.step.step import main, memory_ratio
+
+SMALL = ["--model", "tiny", "--device", "cpu"]
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    (path,) = folder.glob("step-*.json")
+    return json.loads(path.read_text())["results"]
+
+
+def test_step_record_compares_both_models_in_each_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*SMALL, "--batch", "2", "--repeats", "3", "--no-memory"]
+    assert main([*small, "--decoder-depth", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("step-*.json")
+    record = json.loads(path.read_text())
+    assert record["configuration"]["sizes"]["decoder_depth"] == 1
+    for precision in ("fp32", "bf16"):
+        result = record["results"][precision]
+        for name in ("cavmae", "published"):
+            assert len(result[name]["all_seconds"]) == 3
+            assert result[name]["samples_per_second"] > 0
+            assert result[name]["peak_memory_bytes"] is None
+            assert result[name]["mfu"] * record["results"]["machine"][precision][
+                "flops_per_second"
+            ] == pytest.approx(1e12 * result[name]["tflops"])
+        ratios = [
+            published / ours
+            for published, ours in zip(
+                result["published"]["all_seconds"], result["cavmae"]["all_seconds"], strict=True
+            )
+        ]
+        assert result["speedup"] == {
+            "median": statistics.median(ratios),
+            "minimum": min(ratios),
+            "maximum": max(ratios),
+        }
+        # Equal weights and inputs are not needed for a time, but both must really train.
+        losses = [result[name]["last_loss"] for name in ("cavmae", "published")]
+        assert losses[0] == pytest.approx(losses[1], rel=0.5)
+    assert "fp32 batch 2" in capsys.readouterr().out
+
+
+def test_less_memory_than_the_published_step_is_a_ratio_below_1() -> None:
+    half = {"cavmae": {"peak_memory_bytes": 100}, "published": {"peak_memory_bytes": 200}}
+    assert memory_ratio(half) == {"memory": {"ratio": 0.5, "bar": 0.7, "met": True}}
+
+
+@pytest.mark.slow
+def test_memory_of_ours_is_compared_with_the_published_step(tmp_path: Path) -> None:
+    words = ["--batch", "2", "--repeats", "1", "--precision", "fp32", "--out", str(tmp_path)]
+    assert main([*SMALL, *words]) == 0
+    result = results_in(tmp_path)["fp32"]
+    peaks = [result[name]["peak_memory_bytes"] for name in ("cavmae", "published")]
+    ratio = peaks[0] / peaks[1]
+    assert result["memory"] == {"ratio": ratio, "bar": 0.7, "met": ratio <= 0.7}
+
+
+def test_batch_sizes_are_swept_in_each_precision(tmp_path: Path) -> None:
+    words = ["--batch", "1", "2", "--repeats", "1", "--only", "cavmae", "--no-memory"]
+    assert main([*SMALL, *words, "--out", str(tmp_path)]) == 0
+    results = results_in(tmp_path)
+    del results["machine"]
+    assert {(one["precision"], one["batch"]) for one in results.values()} == {
+        (precision, batch) for precision in ("fp32", "bf16") for batch in (1, 2)
+    }
+    for one in results.values():
+        assert "published" not in one and "speedup" not in one
+        assert one["cavmae"]["samples_per_second"] == pytest.approx(
+            one["batch"] / one["cavmae"]["median_seconds"]
+        )
+
+
+def test_no_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="--repeats is 0"):
+        main(["--repeats", "0"])

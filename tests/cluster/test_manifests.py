@@ -1,0 +1,138 @@
+"""Files for clusters: valid for those who read them, and of one mind about ranks and tokens."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from cavmae.cluster.config import RAY_KINDS
+from cavmae.cluster.manifests import FILES, ClusterFilesConfig, main
+from cavmae.trainer.config.parse import parse
+
+SCHEMAS = Path(__file__).parents[3] / "shared" / "schemas"
+RUN = "audioset_base --data.train s3://clips/frames --run-dir '/shared/runs/my base'"
+CONFIG = ClusterFilesConfig(
+    "deploy",
+    run=RUN,
+    image="registry/cavmae:0.1",
+    name="base",
+    nodes=4,
+    gpus_per_node=4,
+    cpus_per_node=50,
+    volume_claim="work",
+)
+
+
+def made(name: str) -> str:
+    return FILES[name](CONFIG)
+
+
+def strict(schema: Any) -> Any:
+    """A custom resource's schema that refuses unknown fields, which Kubernetes drops silently."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {name: strict(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        result.setdefault(
+            "additionalProperties", schema.get("x-kubernetes-preserve-unknown-fields", False)
+        )
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "resource"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")]
+)
+def test_manifests_are_what_kuberay_publishes(name: str, resource: str) -> None:
+    path = SCHEMAS / f"ray.io_{resource}.yaml"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    definition = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+    (version,) = [one for one in definition["spec"]["versions"] if one["name"] == "v1"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    document = yaml.safe_load(made(name))
+    assert document["apiVersion"] == f"{definition['spec']['group']}/v1"
+    assert document["kind"] == definition["spec"]["names"]["kind"]
+    validator = jsonschema.Draft202012Validator(strict(spec))
+    validator.validate(document["spec"])
+    spoilt = json.loads(json.dumps(document["spec"]).replace("volumeMounts", "volumeMount"))
+    assert not validator.is_valid(spoilt), "a field that does not exist is noticed"
+
+
+def test_the_cloud_s_file_is_one_that_ray_up_takes() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    document = yaml.safe_load(made("ray-aws.yaml"))
+    jsonschema.validate(document, schema)
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert "RAY_AUTH_MODE=token" in document[commands][-1]
+    assert document["available_node_types"]["gpu"]["resources"] == {"CPU": 50, "GPU": 4}
+
+
+def test_the_batch_script_is_one_that_bash_takes() -> None:
+    subprocess.run(["bash", "-n"], input=made("slurm.sh"), text=True, check=True)
+    assert "#SBATCH --nodes=4\n" in made("slurm.sh")
+    assert "#SBATCH --gpus-per-node=4\n" in made("slurm.sh")
+    assert "RAY_AUTH_MODE=token" in made("slurm.sh")
+
+
+def test_all_start_the_same_run_with_a_rank_for_each_gpu() -> None:
+    entrypoint = yaml.safe_load(made("rayjob.yaml"))["spec"]["entrypoint"]
+    assert entrypoint in made("slurm.sh")
+    program, command, *words = shlex.split(entrypoint)
+    assert (program, command) == ("cavmae", "train")
+    run = parse(words, RAY_KINDS, "cavmae train")
+    assert run.run_dir == "/shared/runs/my base"
+    assert (run.cluster.workers, run.cluster.gpus_per_worker) == (16, 1)
+    assert run.cluster.cpus_per_worker == 12 and run.cluster.address == "auto"
+
+
+def test_pods_ask_for_the_token_and_train_on_the_nodes_alone() -> None:
+    spec = yaml.safe_load(made("raycluster.yaml"))["spec"]
+    assert spec == yaml.safe_load(made("rayjob.yaml"))["spec"]["rayClusterSpec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    head, (workers,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert head["serviceType"] == "ClusterIP" and head["rayStartParams"]["num-cpus"] == "0"
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 4
+    for group, gpus in ((head, None), (workers, 4)):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "registry/cavmae:0.1"
+        assert container["resources"]["limits"].get("nvidia.com/gpu") == gpus
+        assert {"name": "shared", "mountPath": "/shared"} in container["volumeMounts"]
+
+
+def test_the_command_writes_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tmp_path / "deploy"), "--run", RUN, "--image", "i", "--gpus-per-node", "4"]
+    assert main([*words, "--nodes", "4"]) == 0
+    assert {path.name for path in (tmp_path / "deploy").iterdir()} == set(FILES)
+    assert capsys.readouterr().out.split() == [str(tmp_path / "deploy" / name) for name in FILES]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("audioset_base", "data.train is empty"),
+        ("audioset_base --data.train s3://c/frames", "run_dir is 'runs/.*relative"),
+        (f"{RUN} --global-batch 100", "world_size is 16"),
+        ("no_recipe", "'no_recipe' is no recipe"),
+    ],
+)
+def test_a_run_that_could_not_start_is_refused_here(run: str, message: str, tmp_path: Path) -> None:
+    words = [str(tmp_path), "--run", run, "--image", "i", "--gpus-per-node", "4", "--nodes", "4"]
+    with pytest.raises(ValueError, match=message):
+        main(words)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("nodes", 0), ("cpus_per_node", 3), ("name", "My Run"), ("run", " ")]
+)
+def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
+    fields: dict[str, Any] = {"run": RUN, "image": "i", "gpus_per_node": 4} | {field: value}
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        ClusterFilesConfig("deploy", **fields)

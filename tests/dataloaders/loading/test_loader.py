@@ -1,0 +1,410 @@
+"""The loaders: the planned samples, bit for bit, from any start, with any readers and ranks."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
+from cavmae.dataloaders.sampling.sample_plan import SamplePlan
+from cavmae.dataloaders.shards.shard_set import ShardSet
+
+CPU = torch.device("cpu")
+SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
+CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
+SEED, BATCH, LANES = 11, 8, 4
+
+
+@pytest.fixture
+def start(packed_synthetic: Path) -> Iterator[Callable[..., TrainLoader]]:
+    """Start a loader of the `video` tier that ends with the test."""
+    loaders = []
+
+    def loader(tier: str = "video", **fields: Any) -> TrainLoader:
+        config = replace(CONFIG, train=str(packed_synthetic / tier), **fields.pop("config", {}))
+        arguments: dict[str, Any] = dict(
+            seed=SEED,
+            global_batch=BATCH,
+            micro_batch=BATCH,
+            lanes=LANES,
+            rank=0,
+            world_size=1,
+            device=CPU,
+        )
+        loaders.append(TrainLoader(config, SHAPE, **(arguments | fields)))
+        return loaders[-1]
+
+    yield loader
+    for one in loaders:
+        one.close()
+
+
+def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
+    return list(itertools.islice(loader, batches))
+
+
+def assert_equal(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for field, value in vars(other).items():
+            mine = getattr(one, field)
+            equal = torch.equal(mine, value) if torch.is_tensor(value) else mine == value
+            assert equal, field
+
+
+def reader_processes(parent: int) -> list[int]:
+    """Process ids of the readers of a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(status[1]) == parent and status[0] != "Z" and b"reader_pool" in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("tier", ["video", "frames"])
+def test_a_batch_has_the_promised_shapes_and_facts(
+    start: Callable[..., TrainLoader], packed_synthetic: Path, tier: str
+) -> None:
+    batch = take(start(tier), 1)[0]
+    shards = ShardSet(packed_synthetic / tier)
+    planned = SamplePlan(shards.sizes, SEED, LANES, CONFIG.shuffle_window).samples(0, BATCH)
+    assert batch.log_mel.shape == (BATCH, 208, 32)
+    assert batch.frames.shape == (BATCH, 1, 3, 48, 48)
+    assert batch.log_mel.dtype == batch.frames.dtype == torch.float32
+    assert batch.positions.tolist() == list(range(BATCH))
+    assert batch.epochs.tolist() == [0] * BATCH
+    assert batch.sample_ids == tuple(shards.sample_id(p.shard, p.sample) for p in planned)
+    for row, one in enumerate(planned):
+        described = shards.description(one.shard, one.sample)
+        assert batch.labels[row] == tuple(described["labels"])
+        assert batch.frame_seconds[row].item() in described["video"]["times_seconds"]
+        seconds = described["audio"]["samples"] / 16000
+        assert batch.audio_seconds[row].tolist() == pytest.approx([0.0, seconds])
+    assert batch.frames.std() > 0.1
+    assert batch.log_mel.std() > 0.1
+
+
+def test_padding_is_zero_before_the_log_mel_is_normalised(
+    start: Callable[..., TrainLoader],
+) -> None:
+    batch = take(start(), 1)[0]
+    silence = (0 - CONFIG.log_mel_mean) / CONFIG.log_mel_deviation
+    heard = [int((seconds * 16000 - 400) // 160) + 1 for seconds in batch.audio_seconds[:, 1]]
+    assert max(heard) < 208
+    for row, frames in enumerate(heard):
+        assert torch.allclose(batch.log_mel[row, frames:], torch.tensor(silence))
+        assert not torch.allclose(batch.log_mel[row, :frames], torch.tensor(silence))
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize("tier", ["video", "frames"])
+def test_a_loader_started_in_the_middle_goes_on_bit_for_bit(
+    start: Callable[..., TrainLoader], tier: str, readers: int
+) -> None:
+    """Over the end of an epoch (24 clips), with another number of readers."""
+    whole = take(start(tier), 7)
+    resumed = start(tier, start_position=2 * BATCH, config={"reader_workers": readers})
+    assert_equal(take(resumed, 5), whole[2:])
+    assert [sorted(set(batch.epochs.tolist())) for batch in whole] == [[0]] * 3 + [[1]] * 3 + [[2]]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_and_accumulation_together_see_the_same_clips(
+    start: Callable[..., TrainLoader], world_size: int
+) -> None:
+    """Two steps of 8 clips, in micro-batches of one lane's clips each."""
+
+    def rows(batches: list[AudioVideoBatch]) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
+        return {
+            position: (batch.sample_ids[row], batch.log_mel[row], batch.frames[row])
+            for batch in batches
+            for row, position in enumerate(batch.positions.tolist())
+        }
+
+    whole = rows(take(start(), 2))
+    shared = {}
+    micro_batch = BATCH // world_size // 2
+    for rank in range(world_size):
+        batches = take(start(rank=rank, world_size=world_size, micro_batch=micro_batch), 4)
+        assert {len(batch.sample_ids) for batch in batches} == {micro_batch}
+        positions = [p for batch in batches for p in batch.positions.tolist()]
+        assert positions == sorted(positions)
+        shared |= rows(batches)
+    assert sorted(shared) == sorted(whole)
+    for position, (sample_id, log_mel, frames) in whole.items():
+        assert shared[position][0] == sample_id
+        assert torch.allclose(shared[position][1], log_mel, atol=1e-5)
+        assert torch.equal(shared[position][2], frames)
+
+
+def test_every_clip_comes_once_an_epoch(start: Callable[..., TrainLoader]) -> None:
+    batches = take(start("frames"), 6)
+    for epoch in (0, 1):
+        ids = [
+            sample_id
+            for batch in batches
+            for sample_id, its_epoch in zip(batch.sample_ids, batch.epochs.tolist(), strict=True)
+            if its_epoch == epoch
+        ]
+        assert len(ids) == len(set(ids)) == 24
+
+
+def test_a_second_iterator_goes_on_where_the_first_stopped(
+    start: Callable[..., TrainLoader],
+) -> None:
+    loader = start("frames")
+    positions = [
+        position
+        for _ in range(3)
+        for batch in take(loader, 1)
+        for position in batch.positions.tolist()
+    ]
+    assert positions == list(range(3 * BATCH))
+    assert loader.wait_seconds > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("limit", [0, 10])
+def test_validation_has_every_clip_once_in_packing_order(
+    packed_synthetic: Path, world_size: int, limit: int
+) -> None:
+    shards = ShardSet(packed_synthetic / "frames")
+    everything = [
+        shards.sample_id(shard, sample)
+        for shard, size in enumerate(shards.sizes)
+        for sample in range(size)
+    ]
+    ids = []
+    for rank in range(world_size):
+        loader = ValidationLoader(
+            CONFIG,
+            SHAPE,
+            folder=str(packed_synthetic / "frames"),
+            batch=5,
+            rank=rank,
+            world_size=world_size,
+            device=CPU,
+            limit=limit,
+        )
+        assert len(loader) == (limit or 24)
+        ids += [sample_id for batch in loader for sample_id in batch.sample_ids]
+    assert ids == everything[: limit or 24]
+
+
+def test_validation_repeats_exactly_and_does_not_depend_on_the_batch(
+    packed_synthetic: Path,
+) -> None:
+    def loader(batch: int) -> ValidationLoader:
+        return ValidationLoader(
+            CONFIG,
+            SHAPE,
+            folder=str(packed_synthetic / "video"),
+            batch=batch,
+            rank=0,
+            world_size=1,
+            device=CPU,
+            limit=7,
+        )
+
+    by_three = loader(3)
+    first = list(by_three)
+    assert_equal(list(by_three), first)
+    at_once = next(iter(loader(7)))
+    assert torch.equal(torch.cat([batch.frames for batch in first]), at_once.frames)
+    log_mel = torch.cat([batch.log_mel for batch in first])
+    assert torch.allclose(log_mel, at_once.log_mel, atol=1e-5)
+    middle = ShardSet(packed_synthetic / "video").description(0, 0)["ten_frames"][5]["seconds"]
+    assert at_once.frame_seconds[0].item() == pytest.approx(middle)
+
+
+def test_parts_of_a_set_have_batches_of_their_own(packed_synthetic: Path) -> None:
+    loader = ValidationLoader(
+        CONFIG,
+        SHAPE,
+        folder=str(packed_synthetic / "frames"),
+        batch=5,
+        rank=0,
+        world_size=1,
+        device=CPU,
+        limit=0,
+        parts=[range(0, 8), range(16, 24)],
+    )
+    assert len(loader) == 16
+    positions = [batch.positions.tolist() for batch in loader]
+    assert positions == [[*range(5)], [5, 6, 7], [*range(16, 21)], [21, 22, 23]]
+
+
+@pytest.mark.parametrize("tier", ["video", "frames"])
+def test_ten_frames_of_a_clip_in_validation_are_the_ten_in_order(
+    tier: str, packed_synthetic: Path
+) -> None:
+    """What a classifier averages over; one frame is the sixth of them."""
+    batches = [
+        next(
+            iter(
+                ValidationLoader(
+                    replace(CONFIG, frames_per_clip=count),
+                    SHAPE,
+                    folder=str(packed_synthetic / tier),
+                    batch=4,
+                    rank=0,
+                    world_size=1,
+                    device=CPU,
+                    limit=4,
+                )
+            )
+        )
+        for count in (1, 10)
+    ]
+    shards = ShardSet(str(packed_synthetic / tier))
+    times = [
+        [frame["seconds"] for frame in shards.description(0, clip)["ten_frames"]]
+        for clip in range(4)
+    ]
+    torch.testing.assert_close(batches[1].frame_seconds, torch.tensor(times))
+    assert torch.equal(batches[1].frames[:, 5], batches[0].frames[:, 0])
+    assert torch.equal(batches[1].log_mel, batches[0].log_mel)
+
+
+def test_an_unfinished_validation_can_be_begun_again(packed_synthetic: Path) -> None:
+    loader = ValidationLoader(
+        CONFIG,
+        SHAPE,
+        folder=str(packed_synthetic / "frames"),
+        batch=4,
+        rank=0,
+        world_size=1,
+        device=CPU,
+        limit=0,
+    )
+    first = next(iter(loader))
+    assert [len(batch.sample_ids) for batch in loader] == [4] * 6
+    assert first.positions.tolist() == [0, 1, 2, 3]
+    assert reader_processes(os.getpid()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"micro_batch": 3}, r"micro_batch is 3, .* global_batch = 8; use micro_batch = 2"),
+        ({"lanes": 3}, r"lanes is 3.* does not divide global_batch = 8; use 8"),
+        ({"world_size": 3}, r"world_size is 3, .* 4 lanes; use 4 ranks"),
+        ({"lanes": 64, "global_batch": 64, "micro_batch": 64}, r"24 samples, fewer than lanes"),
+        ({"start_position": 3}, r"start_position is 3, .* a multiple of lanes = 4"),
+        ({"config": {"frame_choice": "published"}}, r"data.frame_choice is published, but"),
+    ],
+    ids=["micro_batch", "lanes", "world_size", "small_set", "start_position", "frame_choice"],
+)
+def test_what_does_not_fit_is_refused_with_the_field_its_value_and_the_fix(
+    start: Callable[..., TrainLoader], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(**fields)
+
+
+def test_a_loader_that_is_closed_or_forgotten_leaves_no_process_and_no_thread(
+    start: Callable[..., TrainLoader], packed_synthetic: Path
+) -> None:
+    threads = threading.active_count()
+    loader = start()
+    take(loader, 1)
+    assert len(reader_processes(os.getpid())) == 1
+    loader.close()
+    loader.close()
+    assert reader_processes(os.getpid()) == []
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(iter(loader))
+    config = replace(CONFIG, train=str(packed_synthetic / "video"))
+    forgotten = TrainLoader(
+        config,
+        SHAPE,
+        seed=SEED,
+        global_batch=8,
+        micro_batch=8,
+        lanes=4,
+        rank=0,
+        world_size=1,
+        device=CPU,
+    )
+    take(forgotten, 1)
+    del forgotten
+    gc.collect()
+    assert reader_processes(os.getpid()) == []
+    assert threading.active_count() == threads
+
+
+def test_a_loader_works_in_a_thread_that_is_not_the_main_one(
+    start: Callable[..., TrainLoader],
+) -> None:
+    """Ray Train runs the training loop in one."""
+    main = take(start(), 2)
+    batches: list[AudioVideoBatch] = []
+    thread = threading.Thread(target=lambda: batches.extend(take(start(), 2)))
+    thread.start()
+    thread.join(120)
+    assert_equal(batches, main)
+
+
+SCRIPT = """
+import itertools, os, sys, threading
+from pathlib import Path
+import torch
+from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.loading.loader import TrainLoader
+def say(line):
+    # One write: `print` of an unbuffered process makes two, and two processes mix theirs.
+    os.write(1, (line + "\\n").encode())
+say("the script's body runs")
+config = DataConfig(train=sys.argv[1], reader_workers=2, decode_threads=1)
+loader = TrainLoader(
+    config, ClipShape(64, 32, 32), seed=0, global_batch=4, micro_batch=2, lanes=4,
+    rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    device=torch.device("cpu"), journal=Path(sys.argv[2]) / f"{os.environ.get('RANK', 0)}.txt",
+)
+for batch in itertools.islice(loader, 3):
+    say(" ".join(map(str, batch.positions.tolist())))
+if "raise" in sys.argv:
+    raise RuntimeError("something else went wrong")
+"""
+
+
+def test_a_script_without_a_main_guard_that_fails_before_it_closes_ends_at_once(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(packed_synthetic / "video"), str(tmp_path), "raise"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["the script's body runs", "0 1", "2 3", "4 5"]
+    assert done.returncode == 1
+    assert "something else went wrong" in done.stderr
+    assert not list(tmp_path.glob("*.txt")), "a journal is left, as after a crash"
+
+
+@pytest.mark.slow
+def test_loaders_work_under_torchrun(packed_synthetic: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(script), str(packed_synthetic / "video"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line[0].isdigit())
+    assert lines == ["0 1", "10 11", "2 3", "4 5", "6 7", "8 9"]

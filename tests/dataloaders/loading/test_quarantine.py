@@ -1,0 +1,517 @@
+"""Clips that cannot be decoded are left out by name and reason; nothing else of the run changes."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.loading import reader
+from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
+from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
+from cavmae.dataloaders.loading.reader import ReadTask
+from cavmae.dataloaders.media.encode_video import fragment_sizes
+from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.writer import ShardWriter, write_index
+
+CPU = torch.device("cpu")
+SHAPE = ClipShape(audio_frames=64, mel_bins=32, image_size=32)
+CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
+SEED, BATCH, LANES = 5, 4, 2
+
+Damage = Callable[[dict[str, bytes]], None]
+
+
+def bits_flipped(extension: str) -> Damage:
+    """Bytes that are not those that were packed, in all of a member's frames: the checksum
+    tells."""
+
+    def damage(members: dict[str, bytes]) -> None:
+        data = bytearray(members[extension])
+        for place in range(0, len(data), 64):
+            data[place] ^= 0xFF
+        members[extension] = bytes(data)
+
+    return damage
+
+
+def packed_as(extension: str, data: bytes | None = None) -> Damage:
+    """Bytes that were packed as they are, with the right checksum: only a decoder can tell.
+    Without `data`, a video whose frames hold no picture."""
+
+    def damage(members: dict[str, bytes]) -> None:
+        description = json.loads(members["json"])
+        damaged = _without_pictures(members[extension]) if data is None else data
+        members[extension] = damaged
+        if extension == "mp4":
+            frames = description["video"]["frames"]
+            piece = len(damaged) // (frames + 1)
+            sizes = [len(damaged) - frames * piece, *[piece] * frames]
+            if data is None:
+                sizes = fragment_sizes(damaged)
+            ends = list(itertools.accumulate(sizes))
+            parts = [damaged[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            sums = [zlib.crc32(part) for part in parts]
+            description["fragments"] = {"bytes": sizes, "crc32": sums}
+        description["crc32"][extension] = zlib.crc32(damaged)
+        members["json"] = json.dumps(description).encode()
+
+    return damage
+
+
+def _without_pictures(video: bytes) -> bytes:
+    damaged = bytearray(video)
+    start = video.find(b"mdat")
+    while start >= 0:
+        end = start - 4 + int.from_bytes(video[start - 4 : start], "big")
+        damaged[start + 4 : end] = b"\xff" * (end - start - 4)
+        start = video.find(b"mdat", end)
+    return bytes(damaged)
+
+
+def described_as(**fields: object) -> Damage:
+    def damage(members: dict[str, bytes]) -> None:
+        members["json"] = json.dumps({**json.loads(members["json"]), **fields}).encode()
+
+    return damage
+
+
+def damaged_copy(tier: Path, out: Path, damages: dict[tuple[int, int], Damage]) -> str:
+    """A copy of a tier in which some samples, by (shard, sample), are damaged."""
+    whole = ShardSet(tier)
+    out.mkdir()
+    entries = []
+    for shard in range(len(whole.sizes)):
+        writer = ShardWriter(out, whole.shard_id(shard))
+        for sample in range(whole.sizes[shard]):
+            members = {
+                extension: whole.member(shard, sample, extension) for extension in whole.members
+            }
+            damages.get((shard, sample), lambda members: None)(members)
+            writer.add(whole.sample_id(shard, sample).split("/")[1], members)
+        entries.append(writer.finish())
+    index = json.loads((tier / "index.json").read_text())
+    kept = ("tier", "audio_codec", "video_codec", "short_side", "frame_choice", "skipped")
+    write_index(out, **{field: index[field] for field in kept}, shards=entries)
+    return str(out)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., TrainLoader]]:
+    """Start a loader that ends with the test."""
+    loaders = []
+
+    def loader(folder: str | Path, **fields: Any) -> TrainLoader:
+        config = dataclasses.replace(CONFIG, train=str(folder), **fields.pop("config", {}))
+        arguments: dict[str, Any] = dict(
+            seed=SEED,
+            global_batch=BATCH,
+            micro_batch=BATCH,
+            lanes=LANES,
+            rank=0,
+            world_size=1,
+            device=CPU,
+        )
+        loaders.append(TrainLoader(config, SHAPE, **(arguments | fields)))
+        return loaders[-1]
+
+    yield loader
+    for one in loaders:
+        one.close()
+
+
+def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
+    return list(itertools.islice(loader, batches))
+
+
+def by_position(
+    batches: list[AudioVideoBatch],
+) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
+    return {
+        position: (batch.sample_ids[row], batch.log_mel[row], batch.frames[row])
+        for batch in batches
+        for row, position in enumerate(batch.positions.tolist())
+    }
+
+
+DAMAGES = {
+    "flac_bits": (bits_flipped("flac"), "crc_mismatch"),
+    "mp4_bits": (bits_flipped("mp4"), "crc_mismatch"),
+    "flac_garbage": (packed_as("flac", b"not a flac file" * 100), "audio_undecodable"),
+    "mp4_garbage": (packed_as("mp4", b"not a video" * 100), "video_undecodable"),
+    "mp4_without_pictures": (packed_as("mp4"), "video_undecodable"),
+    "no_sound": (described_as(audio={"hz": 16000, "samples": 3}), "audio_too_short"),
+    "no_video_fields": (described_as(video=None), "bad_schema"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
+    damage: str,
+    packed_synthetic: Path,
+    tmp_path: Path,
+    start: Callable[..., TrainLoader],
+) -> None:
+    tier = packed_synthetic / "video"
+    whole = ShardSet(tier)
+    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    bad = plan.sample(6)
+    break_it, reason = DAMAGES[damage]
+    copy = damaged_copy(tier, tmp_path / "copy", {(bad.shard, bad.sample): break_it})
+
+    sound = by_position(take(start(tier), 5))
+    loader = start(copy)
+    batches = take(loader, 5)
+
+    bad_id = whole.sample_id(bad.shard, bad.sample)
+    found = loader.quarantine
+    assert [(one.sample_id, one.reason, one.position) for one in found] == [(bad_id, reason, 6)]
+    substitute = plan.substitute(6, 0)
+    ours = by_position(batches)
+    assert ours[6][0] == whole.sample_id(substitute.shard, substitute.sample)
+    for position in set(sound) - {6}:
+        assert ours[position][0] == sound[position][0]
+        assert torch.equal(ours[position][1], sound[position][1])
+        assert torch.equal(ours[position][2], sound[position][2])
+
+
+@pytest.mark.parametrize("damage", ["flac_bits", "flac_garbage"])
+def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
+    damage: str,
+    packed_synthetic: Path,
+    tmp_path: Path,
+    start: Callable[..., TrainLoader],
+) -> None:
+    """Found by its checksum in a reader, or refused by DALI."""
+    tier = packed_synthetic / "video"
+    whole = ShardSet(tier)
+    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    own = [tuple(one[:2]) for one in plan.samples(0, 12)]
+    partners = [any_sample(plan.ends, SEED, "partner", position, 0) for position in range(12)]
+    place = next(p for p in range(4, 12) if partners[p] not in own[: p + 1] + partners[:p])
+    break_it, reason = DAMAGES[damage]
+    copy = damaged_copy(tier, tmp_path / "copy", {partners[place]: break_it})
+    mixing = {"augmentation": Augmentation(mix_rate=1.0)}
+
+    loader = start(copy, config=mixing)
+    batches = take(loader, 3)
+    bad_id = whole.sample_id(*partners[place])
+    found = loader.quarantine
+    assert [(one.sample_id, one.reason, one.position) for one in found] == [(bad_id, reason, place)]
+    ours, sound = by_position(batches), by_position(take(start(tier, config=mixing), 3))
+    assert ours[place][0] == sound[place][0] == whole.sample_id(*own[place])
+    assert not torch.equal(ours[place][2], sound[place][2])
+    knowing = by_position(take(start(copy, config=mixing, quarantine=[bad_id]), 3))
+    for position, (sample_id, log_mel, frames) in knowing.items():
+        assert ours[position][0] == sample_id
+        assert torch.equal(ours[position][1], log_mel)
+        assert torch.equal(ours[position][2], frames)
+
+
+def test_a_restart_that_knows_the_bad_clips_goes_on_bit_for_bit(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    plan = SamplePlan(
+        ShardSet(packed_synthetic / "video").sizes, SEED, LANES, CONFIG.shuffle_window
+    )
+    bad = {(one.shard, one.sample): packed_as("flac", b"x" * 99) for one in plan.samples(5, 3)}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", bad)
+    loader = start(copy)
+    take(loader, 3)
+    known = [(one.sample_id, one.reason) for one in loader.quarantine]
+    rest = by_position(take(loader, 5))
+    again = start(copy, start_position=12, quarantine=known)
+    resumed = by_position(take(again, 5))
+    assert [item[0] for item in known] != []
+    assert [(one.sample_id, one.reason) for one in again.quarantine][: len(known)] == known
+    assert list(resumed) == list(rest)
+    for position, (sample_id, log_mel, frames) in rest.items():
+        assert resumed[position][0] == sample_id
+        assert torch.equal(resumed[position][1], log_mel)
+        assert torch.equal(resumed[position][2], frames)
+
+
+def test_bad_clips_read_ahead_are_not_reported_before_their_batch(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """A checkpoint made now must not know what only a later position has shown."""
+    plan = SamplePlan(
+        ShardSet(packed_synthetic / "video").sizes, SEED, LANES, CONFIG.shuffle_window
+    )
+    bad = plan.sample(9)
+    copy = damaged_copy(
+        packed_synthetic / "video",
+        tmp_path / "copy",
+        {(bad.shard, bad.sample): bits_flipped("flac")},
+    )
+    loader = start(copy, config={"prefetch_batches": 4})
+    counts = []
+    for batch in itertools.islice(loader, 4):
+        counts.append((int(batch.positions[-1]), len(loader.quarantine)))
+    assert counts == [(3, 0), (7, 0), (11, 1), (15, 1)]
+
+
+def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    places = [(shard, sample) for shard in range(3) for sample in range(8)]
+    damages = {place: bits_flipped("flac") for place in places[:7]}
+    damages |= {place: bits_flipped("mp4") for place in places[7:10]}
+    damages |= {place: packed_as("mp4", b"no video" * 100) for place in places[10:15]}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    with pytest.raises(DataFaultError) as stopped:
+        take(start(copy), 100)
+    assert "11 clips of" in str(stopped.value)
+    assert "data.maximum_bad_share = 0.01" in str(stopped.value)
+    assert "crc_mismatch" in str(stopped.value)
+    assert "video_undecodable" in str(stopped.value)
+    tolerant = start(copy, config={"maximum_bad_share": 1.0})
+    take(tolerant, 6)
+    assert len(tolerant.quarantine) == 15
+
+
+def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic: Path) -> None:
+    """Readers are ahead: a substitute may be found damaged before the batch that they have read."""
+    quarantine = Quarantine(ShardSet(packed_synthetic / "video"), (), 0.0)
+    for position, reason in ((20, "first"), (5, "second"), (30, "third")):
+        task = ReadTask(position, 0, 1, 2)
+        quarantine.add(reader.Damage(task, "000001/000000010", reason, ""))
+    assert [(one.position, one.reason) for one in quarantine.samples] == [(5, "second")]
+    assert quarantine.leaves_out(ReadTask(5, 0, 1, 2))
+    assert not quarantine.leaves_out(ReadTask(4, 0, 1, 2))
+
+
+def test_ten_bad_clips_never_stop_a_run(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    damages = {(0, sample): bits_flipped("flac") for sample in range(8)}
+    damages |= {(1, sample): bits_flipped("flac") for sample in range(2)}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    loader = start(copy)
+    ids = {sample_id for batch in take(loader, 12) for sample_id in batch.sample_ids}
+    assert len(loader.quarantine) == 10
+    assert len(ids) == 14
+
+
+def test_validation_leaves_bad_clips_out_and_names_them(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    damages = {(0, 1): packed_as("flac", b"x"), (2, 0): bits_flipped("mp4")}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    whole = ShardSet(copy)
+    loader = ValidationLoader(
+        CONFIG, SHAPE, folder=copy, batch=5, rank=0, world_size=1, device=CPU, limit=0
+    )
+    positions = [position for batch in loader for position in batch.positions.tolist()]
+    assert positions == [position for position in range(24) if position not in (1, 16)]
+    assert {one.sample_id for one in loader.quarantine} == {
+        whole.sample_id(0, 1),
+        whole.sample_id(2, 0),
+    }
+
+
+def test_a_damaged_clip_ends_one_of_several_pipelines(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """Sound by its checksum and refused by DALI: found, replaced, in the same order."""
+    damages = {(0, 1): packed_as("flac", b"x"), (2, 3): packed_as("flac", b"y")}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    found = []
+    for count in (1, 3):
+        loader = start(copy, config={"video_pipelines": count})
+        batches = take(loader, 8)
+        names = {one.sample_id: one.reason for one in loader.quarantine}
+        assert set(names.values()) == {"audio_undecodable"} and len(names) == 2
+        found.append([(batch.sample_ids, batch.log_mel, batch.frames) for batch in batches])
+    for (ids, log_mel, frames), (ids_3, log_mel_3, frames_3) in zip(*found, strict=True):
+        assert ids == ids_3
+        assert torch.equal(log_mel, log_mel_3) and torch.equal(frames, frames_3)
+
+
+def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """One picture of a clip is damaged. From there on the clip must not come, whole pictures of it
+    included, however many batches were being decoded."""
+    places = [(shard, sample) for shard in range(3) for sample in range(0, 8, 2)]
+    damages = {place: packed_as("4.jpg", b"no picture") for place in places}
+    copy = damaged_copy(packed_synthetic / "frames", tmp_path / "copy", damages)
+    found = []
+    for count in (1, 4):
+        loader = start(copy, config={"video_pipelines": count, "maximum_bad_share": 1.0})
+        batches = take(loader, 30)
+        left_out = {one.sample_id: one.position for one in loader.quarantine}
+        assert len(left_out) > 4
+        for batch in batches:
+            for position, sample_id in zip(batch.positions.tolist(), batch.sample_ids, strict=True):
+                assert position < left_out.get(sample_id, 10**9)
+        found.append([batch.sample_ids for batch in batches])
+    assert found[0] == found[1]
+
+
+def test_a_quarantine_of_another_set_is_refused(
+    packed_synthetic: Path, start: Callable[..., TrainLoader]
+) -> None:
+    with pytest.raises(ValueError, match="quarantine names 000009/000000001, which is not in"):
+        start(packed_synthetic / "video", quarantine=["000009/000000001"])
+
+
+def test_a_shard_that_cannot_be_read_stops_the_run_by_name(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """A failed read says nothing about the clips, so none is put in quarantine."""
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", {})
+    (Path(copy) / "000001.tar").unlink()
+    loader = start(copy)
+    with pytest.raises(OSError, match=r"000001\.tar could not be read in 3 tries"):
+        take(loader, 6)
+    assert loader.quarantine == []
+
+
+ABORTED_RUN = """
+import itertools, os, sys
+from pathlib import Path
+import torch
+from cavmae.dataloaders.loading import reader
+from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.media.encode_video import fragment_sizes
+from cavmae.dataloaders.loading.loader import TrainLoader
+config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
+loader = TrainLoader(
+    config, ClipShape(64, 32, 32), seed=5, global_batch=4, micro_batch=4, lanes=2, rank=0,
+    world_size=1, device=torch.device("cpu"), journal=Path(sys.argv[2]),
+)
+for batch in itertools.islice(loader, 3):
+    pass
+os.abort()
+"""
+
+
+def test_a_crash_leaves_the_names_of_what_was_being_decoded(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    whole = ShardSet(packed_synthetic / "video")
+    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    journal = tmp_path / "journal" / "rank-0.txt"
+    command = [sys.executable, "-c", ABORTED_RUN, str(packed_synthetic / "video"), str(journal)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGABRT
+    lines = [line.split() for line in journal.read_text().splitlines()]
+    assert len(lines) == BATCH
+    for position, epoch, shard, sample, sample_id in lines:
+        planned = plan.sample(int(position))
+        assert (int(epoch), int(shard), int(sample)) == (
+            planned.epoch,
+            planned.shard,
+            planned.sample,
+        )
+        assert sample_id == whole.sample_id(int(shard), int(sample))
+
+
+def test_a_proper_end_leaves_no_journal(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    journal = tmp_path / "journal" / "rank-0.txt"
+    loader = start(packed_synthetic / "video", journal=journal)
+    take(loader, 1)
+    assert journal.exists()
+    loader.close()
+    assert list(journal.parent.iterdir()) == []
+
+
+def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
+    packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """Also by another rank: a run may go on with fewer than it had. Only positions still to come,
+    and only those of the rank's own lanes."""
+    tier = packed_synthetic / "video"
+    whole = ShardSet(tier)
+    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    journal = tmp_path / "journal" / "rank-0.txt"
+    journal.parent.mkdir()
+    lines = []
+    damages = {}
+    for position in (2, 5, 8, 9):
+        one = plan.sample(position)
+        damages[one.shard, one.sample] = packed_as("flac", b"x")
+        sample_id = whole.sample_id(one.shard, one.sample)
+        lines.append(f"{position} {one.epoch} {one.shard} {one.sample} {sample_id}\n")
+    (journal.parent / "rank-7.txt").write_text("".join(lines))
+    copy = damaged_copy(tier, tmp_path / "copy", damages)
+    loader = start(copy, start_position=4, rank=1, world_size=2, micro_batch=2, journal=journal)
+    tried = {one.position for one in loader._quarantine.samples}
+    assert tried == {5, 9}  # 2 is past, 8 is of the other rank's lane
+    assert loader.quarantine == []
+    ids = [sample_id for batch in take(loader, 3) for sample_id in batch.sample_ids]
+    assert not {whole.sample_id(*place) for place in damages} & set(ids)
+
+
+TRIAL = """
+import os, time
+def trial(task):
+    if task.sample == 1:
+        os.abort()
+    if task.sample == 3:
+        time.sleep(600)
+"""
+
+
+def test_decoders_that_crash_or_hang_are_found_out_apart_from_the_rank(
+    packed_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trial_that_crashes.py").write_text(TRIAL)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from trial_that_crashes import trial  # pyright: ignore[reportMissingImports]
+
+    shards = ShardSet(packed_synthetic / "video")
+    tasks = [ReadTask(10 + sample, 0, 0, sample) for sample in range(5)]
+    culprits = find_culprits(trial, shards, tasks, seconds=5.0)
+    assert [(one.task.sample, one.reason) for one in culprits] == [
+        (1, "decoder_crash"),
+        (3, "decoder_hang"),
+    ]
+    assert [one.sample_id for one in culprits] == [shards.sample_id(0, 1), shards.sample_id(0, 3)]
+
+
+def reader_processes() -> list[int]:
+    """Process ids of this process's readers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == os.getpid() and b"reader_pool" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_reader_that_is_killed_costs_no_clip(
+    packed_synthetic: Path, start: Callable[..., TrainLoader]
+) -> None:
+    """As by the kernel when memory is short: the clip at hand is tried out and found sound."""
+    undisturbed = by_position(take(start(packed_synthetic / "video"), 12))
+    loader = start(packed_synthetic / "video", config={"prefetch_batches": 1})
+    batches = take(loader, 2)
+    before = set(reader_processes())
+    for process in before:
+        os.kill(process, signal.SIGKILL)
+    batches += take(loader, 10)
+    assert before
+    assert loader.quarantine == []
+    assert {position: one[0] for position, one in by_position(batches).items()} == {
+        position: one[0] for position, one in undisturbed.items()
+    }

@@ -1,0 +1,206 @@
+"""Lists that others have made: the published JSON, and tars of videos."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from cavmae.benchmarks.baselines.published_loader import write_published
+from cavmae.dataloaders.packing.clip_list import list_clips
+from cavmae.dataloaders.packing.pack import PackConfig, pack
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.tools.verify import VerifyConfig, verify
+
+WriteVideo = Callable[..., Path]
+
+
+def packed(videos: Path, out: Path, **fields: object) -> Path:
+    options = {"workers": 1, **fields}
+    pack(PackConfig(str(videos), str(out), **options), Console(quiet=True))  # pyright: ignore[reportArgumentType]
+    assert all(not result.problems for result in verify(VerifyConfig(str(out))))
+    return out
+
+
+def samples(tier: Path) -> list[dict]:
+    shards = ShardSet(tier)
+    return [
+        shards.description(shard, sample)
+        for shard, size in enumerate(shards.sizes)
+        for sample in range(size)
+    ]
+
+
+def skipped(out: Path) -> list[tuple[str, str]]:
+    lines = (out / "report.jsonl").read_text().splitlines()
+    return [(line["source"], line["reason"]) for line in map(json.loads, lines)]
+
+
+# ------------------------------------------------------------------------- the published list
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """Two clips as the published preparation leaves them, and one without its pictures."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("one", "two", "bare"):
+        sound = (rng.normal(0, 3000, 16000 * 12)).astype(np.int16)
+        frames = [Image.fromarray(np.full((300, 400, 3), 20 * n, np.uint8)) for n in range(10)]
+        write_published(folder, name, sound, frames)
+    (folder / "frame_7" / "bare.jpg").unlink()
+    entries = [
+        {"wav": f"{name}.wav", "video_id": name, "video_path": ".", "labels": "/m/09x0r,/m/05zppz"}
+        for name in ("one", "two", "bare")
+    ]
+    (folder / "list.json").write_text(json.dumps({"data": entries}))
+    return folder / "list.json"
+
+
+def test_the_published_list_packs_with_its_pictures_as_they_are(
+    published: Path, tmp_path: Path
+) -> None:
+    out = packed(published, tmp_path / "set", tiers="frames")
+    assert skipped(out) == [("bare", "no_video")]
+    first = samples(out / "frames")[0]
+    assert first["labels"] == ["/m/09x0r", "/m/05zppz"] and first["source"]["path"] == "one"
+    assert first["audio"]["samples"] == 160000, "the first ten seconds of twelve"
+    assert first["video"]["width"] == first["video"]["height"] == 224
+    shards = ShardSet(out / "frames")
+    for number in range(10):
+        assert (
+            shards.member(0, 0, f"{number}.jpg")
+            == (published.parent / f"frame_{number}" / "one.jpg").read_bytes()
+        )
+    assert json.loads((out / "statistics.json").read_bytes())["classes"] == {
+        "/m/09x0r": 2,
+        "/m/05zppz": 2,
+    }
+
+
+def test_the_video_tier_of_pictures_is_refused(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tiers is 'frames,video', and .* use --tiers frames"):
+        packed(published, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "not a list of the published format"),
+        ('{"data": 3}', "not a list of the published format"),
+        ("{", "not a list of the published format"),
+        ('{"data": [{"wav": "a.wav"}]}', "entry 0: wav, video_id, video_path, labels have to be"),
+    ],
+)
+def test_a_json_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list_clips(tmp_path / "list.json", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------- tars of videos
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path: Path, write_video: WriteVideo) -> Path:
+    """Two tars; the second clip has a window, the third no description and a pickle beside it."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    videos = []
+    for number in range(3):
+        frames = [np.full((48, 64, 3), 30 + 60 * number + f, np.uint8) for f in range(20)]
+        tone = (np.sin(np.arange(32000) * (0.05 + 0.02 * number)) * 9000).astype(np.int16)
+        path = write_video(tmp_path / f"{number}.mkv", frames=frames, sound=tone)
+        videos.append(path.read_bytes())
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        add(tar, "x/0001.mkv", videos[0])
+        add(tar, "x/0001.json", b'{"labels": ["dog", "cat"]}')
+        add(tar, "x/0002.json", b'{"labels": "bird", "start": 0.5, "end": 1.5}')
+        add(tar, "x/0002.mkv", videos[1])
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        add(tar, "0003.pickle", b"cos\nsystem\n(S'false'\ntR.")
+        add(tar, "0003.mkv", videos[2])
+        add(tar, "0004.mp4", b"no video at all")
+    return folder
+
+
+def test_videos_are_packed_out_of_their_tars(tars: Path, tmp_path: Path) -> None:
+    out = packed(tars, tmp_path / "set")
+    first, second, third = samples(out / "video")
+    assert [one["source"]["path"] for one in (first, second, third)] == [
+        "a.tar/x/0001.mkv",
+        "a.tar/x/0002.mkv",
+        "b.tar/0003.mkv",
+    ]
+    assert [one["labels"] for one in (first, second, third)] == [["dog", "cat"], ["bird"], []]
+    assert first["video"]["frames"] == 20 and second["video"]["frames"] == 10
+    assert second["audio"]["samples"] == 16000
+    assert skipped(out) == [("b.tar/0004.mp4", "open_failed")]
+
+
+def test_a_video_in_a_tar_packs_to_the_same_as_alone(tars: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for number in range(3):
+        shutil.copy(tmp_path / f"{number}.mkv", alone)
+    ours, theirs = packed(tars / "b.tar", tmp_path / "s1"), packed(alone, tmp_path / "s2")
+    for tier, extensions in {"video": ["flac", "mp4"], "frames": ["flac", "3.jpg"]}.items():
+        for extension in extensions:
+            one = ShardSet(ours / tier).member(0, 0, extension)
+            assert one == ShardSet(theirs / tier).member(0, 2, extension)
+
+
+@pytest.mark.parametrize("name", ["../escape.mp4", "/etc/escape.mp4", "a/../../b.mp4"])
+def test_names_that_lead_out_of_a_tar_are_refused(name: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        add(tar, name, b"x")
+    with pytest.raises(ValueError, match="which leads out of it"):
+        list_clips(tmp_path / "bad.tar", tmp_path / "out")
+
+
+def test_links_and_devices_are_no_videos(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, kind in (("a.mp4", tarfile.SYMTYPE), ("b.mp4", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    with pytest.raises(FileNotFoundError, match="no videos in"):
+        list_clips(tmp_path / "odd.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (b"[1]", "not a JSON object"),
+        (b"{", "is not JSON"),
+        (b" " * (1 << 21), "has more than"),
+        (b'{"labels": [3]}', r"labels is \[3\]; use texts"),
+        (b'{"start": "soon"}', "key start: 'soon' is not a number of seconds"),
+        (b'{"start": 5, "end": 2}', "key end: 2 must be after start 5"),
+    ],
+)
+def test_a_damaged_description_is_named(description: bytes, message: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        add(tar, "clip.mp4", b"x")
+        add(tar, "clip.json", description)
+    with pytest.raises(ValueError, match=rf"clip\.(json|mp4) in .*bad\.tar.*{message}"):
+        list_clips(tmp_path / "bad.tar", tmp_path / "out")
+
+
+def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "no.tar").write_bytes(b"something else" * 100)
+    with pytest.raises(ValueError, match=r"no\.tar is not a tar of videos"):
+        list_clips(tmp_path / "no.tar", tmp_path / "out")

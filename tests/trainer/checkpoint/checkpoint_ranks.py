@@ -1,0 +1,98 @@
+"""Ranks that write checkpoints and go on from them, while something fails on one of them.
+
+Run by `launch.run_ranks` with the folder to use.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from cavmae.trainer.checkpoint.format import RunState
+from cavmae.trainer.checkpoint.load import load_newest
+from cavmae.trainer.checkpoint.save import CheckpointWriter
+from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.config.configs import CheckpointConfig
+from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
+from cavmae.trainer.distributed.engine import Engine
+
+
+class Part:
+    """A rank's part of an engine's state: a file of its own."""
+
+    zero_stage = 1
+    dtype = "fp32"
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def snapshot(self) -> dict[str, Any]:
+        return {self.file: torch.tensor(self.step)}
+
+    def load(self, folder: Path) -> None:
+        self.step = int(torch.load(folder / self.file))
+
+    @property
+    def file(self) -> str:
+        return f"state/zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
+
+
+def error_of(call: Callable[[], Any]) -> list[str]:
+    try:
+        call()
+    except (OSError, ValueError) as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def on_rank(rank: int, error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        if dist.get_rank() == rank:
+            raise error
+
+    return work
+
+
+def main() -> None:
+    folder, output = Path(json.loads(sys.argv[1])), Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    first, second = PermissionError(13, "of rank 0"), ValueError("of rank 1")
+    errors = [
+        error_of(lambda: on_first_rank(on_rank(0, first))),
+        error_of(lambda: on_all_ranks(on_rank(1, second))),
+    ]
+
+    store, part = open_store(folder / "checkpoints"), Part()
+    writer = CheckpointWriter(
+        store,
+        CheckpointConfig(every_steps=10),
+        cast(Engine, part),
+        lambda step: RunState(step, step, (), "set", 2, 1, "fp32"),
+        start_step=0,
+    )
+    saved = []
+    for part.step in (10, 20, 30):
+        if part.step == 20 and dist.get_rank() == 1:
+            full = folder / "checkpoints/step-000000020" / part.file
+            full.parent.mkdir(parents=True, exist_ok=True)  # the other rank may be ahead
+            full.symlink_to("/dev/full")
+        writer.begin(part.step)
+        saved.append(writer.commit())
+
+    load_newest(store, cast(Engine, part))
+    loaded = part.step
+    on_first_rank(lambda: store.put(f"step-000000030/{part.file}", b"damaged"))
+    load_newest(store, cast(Engine, part))
+    found = on_all_ranks(lambda: (errors, saved, loaded, part.step))
+    if dist.get_rank() == 0:
+        names = ("errors", "saved", "loaded", "without the newest")
+        output.write_text(json.dumps(dict(zip(names, zip(*found, strict=True), strict=True))))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Checkpoints in a folder and at an object store: whole or absent, and never lost from sight."""
+
+import dataclasses
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import run_ranks
+
+from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
+from cavmae.trainer.checkpoint.format import (
+    MANIFEST,
+    RunState,
+    check_not_left_behind,
+    checkpoint_folder,
+    checkpoint_name,
+    checkpoint_problem,
+    checkpoints,
+)
+from cavmae.trainer.checkpoint.load import load_newest
+from cavmae.trainer.checkpoint.save import CheckpointWriter
+from cavmae.trainer.checkpoint.store import LocalStore, Store, check_writable, open_store
+from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
+from cavmae.trainer.distributed.engine import Engine, files_of_rank
+from cavmae.trainer.opening import open_run_folder
+
+WEIGHTS = "state/mp_rank_00_model_states.pt"
+MOMENTS = "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    with object_store() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # a store that is down is told within seconds
+        running.make_bucket("checkpoints")
+        yield running
+
+
+@pytest.fixture(params=["folder", "object store"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return request.getfixturevalue("remote") if "object" in request.param else local(tmp_path)
+
+
+@pytest.fixture
+def remote(server: ObjectStore) -> Store:
+    return open_store(f"s3://checkpoints/{uuid.uuid4().hex}")
+
+
+def local(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "checkpoints")
+
+
+def damage(store: Store, name: str) -> None:
+    """Change a byte of a file."""
+    data = bytearray(store.read(name))
+    data[len(data) // 2] ^= 1
+    store.put(name, bytes(data))
+
+
+# ---------------------------------------------------------------------------------- places
+
+
+def test_a_store_gives_back_what_it_was_given(store: Store) -> None:
+    check_writable(store)
+    assert store.folders() == [] and store.files("a") == {} and store.size("a/b") is None
+    content = torch.arange(1000)
+    written = store.write("a/state/b.pt", lambda file: torch.save(content, file))
+    store.put("a/c", b"small")
+    assert store.folders() == ["a"]
+    assert store.files("a") == {"state/b.pt": written.bytes, "c": 5}
+    assert store.size("a/state/b.pt") == written.bytes
+    assert b"".join(store.blocks("a/state/b.pt", written.bytes)) == store.read("a/state/b.pt")
+    for _ in range(2):  # what is gone already is no error
+        store.remove_file("a/c")
+        assert store.files("a") == {"state/b.pt": written.bytes}
+    for _ in range(2):
+        store.remove_folder("a")
+        assert store.folders() == []
+
+
+def test_what_was_half_written_is_not_at_a_store(remote: Store) -> None:
+    def save(file: IO[bytes]) -> None:
+        file.write(b"half")
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        remote.write("a/b", save)
+    assert remote.files("a") == {}
+
+
+def test_what_went_wrong_is_told_by_its_name(
+    server: ObjectStore, remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.save says `unexpected pos 64 vs 0` of a file that failed in its midst."""
+    monkeypatch.setattr("cavmae.trainer.checkpoint.store.BLOCK_BYTES", 5 << 20)
+    content = torch.zeros(3 << 20)
+    server.down(True)
+    try:
+        with pytest.raises(OSError, match=r"a/b could not be written in 2 tries .*Service Un"):
+            remote.write("a/b", lambda file: torch.save(content, file))
+    finally:
+        server.down(False)
+    assert remote.files("a") == {}
+
+
+def test_what_others_did_at_a_store_is_seen(server: ObjectStore) -> None:
+    store = open_store("s3://checkpoints/others")
+    store.put("a/b", b"12")
+    assert store.files("a") == {"b": 2} and store.folders() == ["a"] and store.size("a/c") is None
+    server.replace("checkpoints", "others/a/c", b"123")
+    server.replace("checkpoints", "others/d/e", b"")
+    assert store.files("a") == {"b": 2, "c": 3} and store.folders() == ["a", "d"]
+    assert store.size("a/c") == 3
+
+
+@pytest.mark.parametrize(
+    ("folder", "text"),
+    [
+        ("gopher://host/runs", "checkpoint.folder: gopher://host/runs cannot be opened"),
+        ("pipe:cat", "checkpoint.folder: pipe:cat would run a command"),
+        ("s3://nowhere/runs", "s3://nowhere/runs cannot be .*bucket does not exist; make the buck"),
+    ],
+)
+def test_a_place_that_cannot_be_is_told_at_once(
+    server: ObjectStore, folder: str, text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        check_writable(open_store(folder))
+
+
+def test_only_what_has_a_manifest_and_the_right_name_is_a_checkpoint(store: Store) -> None:
+    for name in ("step-000000010", "step-1000000000", "step-000000020", "step-000000010-copy"):
+        store.put(f"{name}/{MANIFEST}", b"{}")
+    store.put("step-000000030/state", b"torn")
+    store.remove_file(f"step-000000020/{MANIFEST}")
+    store.put("step-000000020/state", b"half removed")
+    assert checkpoints(store) == ["step-000000010", "step-1000000000"]
+
+
+def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
+    tmp_path: Path, remote: Store
+) -> None:
+    before = LocalStore(tmp_path / "before")
+    for step in (10, 20):
+        before.put(f"{checkpoint_name(step)}/{MANIFEST}", b"{}")
+    with pytest.raises(ValueError, match=r"before, the newest at step 20, .* which has none; copy"):
+        check_not_left_behind(remote, str(before.folder), tmp_path)
+    remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    with pytest.raises(ValueError, match=r"the newest at step 20, .* up to step 10; copy them"):
+        check_not_left_behind(remote, str(before.folder), tmp_path)
+    remote.put(f"{checkpoint_name(20)}/{MANIFEST}", b"{}")
+    check_not_left_behind(remote, str(before.folder), tmp_path)
+    check_not_left_behind(remote, str(tmp_path / "gone"), tmp_path)
+    with pytest.raises(ValueError, match=r"gone .a folder that is not there.*which has none"):
+        check_not_left_behind(local(tmp_path), str(tmp_path / "gone"), tmp_path)
+
+
+def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
+    tmp_path: Path, remote: Store
+) -> None:
+    run_dir = tmp_path / "run"
+    engine = EngineConfig(dtype="fp32")
+    first = PretrainConfig(run_dir=str(run_dir), engine=engine)
+    moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.place()))
+    former = open_store(checkpoint_folder(first))
+    open_run_folder(moved, run_dir, remote, "cpu")
+    open_run_folder(first, run_dir, former, "cpu")  # there was none yet
+    former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
+            open_run_folder(moved, run_dir, remote, "cpu")
+    remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    open_run_folder(moved, run_dir, remote, "cpu")
+    former.remove_folder(checkpoint_name(10))
+    with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
+        open_run_folder(first, run_dir, former, "cpu")
+    with pytest.raises(ValueError, match="they are of another run; give another folder"):
+        open_run_folder(moved, tmp_path / "other", remote, "cpu")
+
+
+# --------------------------------------------------------------------- writing and going on
+
+
+class OneRank:
+    """The part of an engine that a checkpoint needs, with files named as DeepSpeed names them."""
+
+    zero_stage = 1
+    dtype = "fp32"
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def snapshot(self) -> dict[str, Any]:
+        return {WEIGHTS: {"step": self.step}, MOMENTS: torch.full((1000,), float(self.step))}
+
+    def load(self, folder: Path, *, converted: bool = False) -> None:
+        assert not converted
+        self.step = torch.load(folder / WEIGHTS)["step"]
+        assert torch.load(folder / MOMENTS).unique().tolist() == [self.step]
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of this process; what is copied from a store lies in `tmp_path/scratch`."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def state_at(step: int) -> RunState:
+    return RunState(step, 8 * step, (("clip", "decode"),), "set", 1, 1, "fp32")
+
+
+def writer_of(
+    store: Store, start_step: int = 0, keep_last: int = 2, keep_every: int = 0
+) -> CheckpointWriter:
+    config = CheckpointConfig(every_steps=10, keep_last=keep_last, keep_every=keep_every)
+    return CheckpointWriter(store, config, cast(Engine, OneRank()), state_at, start_step)
+
+
+def save(writer: CheckpointWriter, *steps: int) -> list[bool]:
+    done = []
+    for step in steps:
+        cast(OneRank, writer._engine).step = step
+        writer.begin(step)
+        done.append(writer.commit())
+    return done
+
+
+def loaded(store: Store) -> int:
+    """The step that a start goes on from."""
+    engine = OneRank()
+    newest = load_newest(store, cast(Engine, engine))
+    assert newest is not None
+    place, state = newest
+    assert place == store.place(checkpoint_name(engine.step)) and state == state_at(engine.step)
+    return engine.step
+
+
+def test_old_ones_go_when_the_new_one_is_there(alone: None, store: Store) -> None:
+    assert load_newest(store, cast(Engine, OneRank())) is None
+    writer = writer_of(store, keep_last=2, keep_every=30)
+    assert save(writer, 10, 20, 30, 40, 50, 60) == [True] * 6
+    assert store.folders() == ["step-000000030", "step-000000050", "step-000000060"]
+    assert [checkpoint_problem(store, name) for name in checkpoints(store)] == [None] * 3
+    assert loaded(store) == 60
+
+
+def test_torn_ones_are_passed_over_and_cleared(alone: None, store: Store) -> None:
+    save(writer_of(store), 10, 20)
+    store.put(f"step-000000030/{WEIGHTS}", b"killed while it was written")
+    store.put("step-000000040-mine/state", b"not ours")
+    assert loaded(store) == 20
+    writer_of(store, start_step=20)
+    assert store.folders() == ["step-000000010", "step-000000020", "step-000000040-mine"]
+
+
+@pytest.mark.parametrize("spoil", [damage, lambda store, name: store.remove_file(name)])
+@pytest.mark.parametrize("file", [WEIGHTS, MOMENTS, "run_state.json", MANIFEST])
+def test_a_damaged_one_is_named_and_the_one_before_is_used(
+    alone: None,
+    remote: Store,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+    spoil: Callable[[Store, str], None],
+) -> None:
+    save(writer_of(remote), 10, 20)
+    spoil(remote, f"step-000000020/{file}")
+    assert loaded(remote) == 10
+    if file != MANIFEST:
+        assert f"{remote.place('step-000000020')} is not whole" in caplog.text
+        assert file in caplog.text
+    assert save(writer_of(remote, start_step=10, keep_last=1), 15) == [True]
+    assert remote.folders() == ["step-000000015"], "the damaged one does not count as newest"
+
+
+def test_none_whole_is_an_error(alone: None, store: Store) -> None:
+    save(writer_of(store), 10, 20)
+    for step in (10, 20):
+        damage(store, f"{checkpoint_name(step)}/{MOMENTS}")
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is whole; restore one"):
+        loaded(store)
+
+
+def test_a_store_that_is_down_costs_a_checkpoint_and_not_the_run(
+    alone: None, server: ObjectStore, remote: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = writer_of(remote)
+    save(writer, 10)
+    server.down(True)
+    try:
+        assert save(writer, 20) == [False]
+    finally:
+        server.down(False)
+    assert "ALARM: the checkpoint of step 20 could not be written (rank 0: s3://" in caplog.text
+    assert writer.failures == 1 and not writer.open
+    assert save(writer, 21) == [True]
+    assert remote.folders() == ["step-000000010", "step-000000021"]
+    assert loaded(remote) == 21
+
+
+def test_what_cannot_be_removed_is_no_failure_and_is_tried_again(
+    alone: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = local(tmp_path)
+    writer = writer_of(store, keep_last=1)
+    save(writer, 10)
+    manifest = tmp_path / "checkpoints/step-000000010" / MANIFEST
+    manifest.unlink()
+    manifest.mkdir()  # no file: cannot be unlinked
+    assert save(writer, 20) == [True] and writer.failures == 0
+    assert "step-000000010 could not be removed" in caplog.text
+    manifest.rmdir()
+    assert save(writer, 30) == [True]
+    assert store.folders() == ["step-000000030"]
+
+
+def test_one_written_over_another_that_could_not_be_removed_stays(
+    alone: None, remote: Store, server: ObjectStore
+) -> None:
+    writer = writer_of(remote)
+    server.down(True)
+    try:
+        assert save(writer, 20) == [False]
+    finally:
+        server.down(False)
+    assert save(writer, 20, 30) == [True, True]
+    assert checkpoints(remote) == ["step-000000020", "step-000000030"]
+
+
+def test_a_thread_that_cannot_start_is_a_failed_checkpoint(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of the system, met by one rank: it must still come to the collectives."""
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    writer = writer_of(local(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", start)
+        assert save(writer, 10) == [False]
+    assert save(writer, 11) == [True]
+    assert checkpoints(local(tmp_path)) == ["step-000000011"]
+
+
+def test_a_copy_that_a_killed_start_left_is_cleared(
+    alone: None, remote: Store, tmp_path: Path
+) -> None:
+    save(writer_of(remote), 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        loaded(remote)
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
+    assert loaded(remote) == 10
+
+
+def test_a_rank_copies_what_it_loads_and_no_more() -> None:
+    names = [
+        f"state/{kind}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        for rank in (1, 11)
+        for kind in ("", "bf16_")
+    ]
+    assert files_of_rank([WEIGHTS, *names], 1) == [WEIGHTS, *names[:2]]
+    names = [f"state/zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(3)]
+    assert files_of_rank(names, 2) == names[2:]
+
+
+def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    ranks = run_ranks(Path(__file__).with_name("checkpoint_ranks.py"), 2, str(tmp_path), tmp_path)
+    told = [["PermissionError", "[Errno 13] of rank 0"], ["ValueError", "of rank 1"]]
+    assert ranks["errors"] == [told, told]
+    assert ranks["saved"] == [[True, False, True]] * 2, "the second rank's disk is full at step 20"
+    assert ranks["loaded"] == [30, 30] and ranks["without the newest"] == [10, 10]

@@ -1,0 +1,98 @@
+"""Fields that cannot be: an error that names the field, its value and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from cavmae.trainer.config.configs import (
+    EngineConfig,
+    EvaluationConfig,
+    LossConfig,
+    MaskConfig,
+    PretrainConfig,
+)
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.parse import RECIPES, parse
+from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
+from cavmae.trainer.model.config import ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(audio_frames=1000), r"audio_frames is 1000.* such as 992"),
+        (lambda: ModelConfig(width=100), r"model.width is 100, which 12 heads do not divide"),
+        (lambda: ModelConfig(joint_depth=0), r"model.joint_depth is 0; use 1 or more"),
+        (lambda: MaskConfig(audio_ratio=1.0), r"mask.audio_ratio is 1.0"),
+        (lambda: LossConfig(0, 0), r"both loss weights are 0"),
+        (lambda: LossConfig(temperature=0), r"loss.temperature is 0"),
+        (lambda: EngineConfig(compile=True, zero_stage=3), r"engine.compile.*zero_stage is 3"),
+        (lambda: EngineConfig(offload_optimizer=True, zero_stage=0), r"engine.zero_stage is 0"),
+        (lambda: EvaluationConfig(every_steps=0), r"evaluation.every_steps is 0"),
+        (lambda: PretrainConfig(lanes=7), r"lanes is 7.*global_batch 48"),
+        (lambda: PretrainConfig(loss=LossConfig(contrastive_group=7)), r"contrastive_group is 7"),
+    ],
+)
+def test_an_impossible_field_is_named_with_its_value(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_takes_overrides(name: str) -> None:
+    words = [name, "--seed", "3", "--data.train", "shards/frames"]
+    config = parse(words, [PretrainConfig, FinetuneConfig], "cavmae")
+    assert (config.seed, config.data.train) == (3, "shards/frames")
+    assert config.model == RECIPES[name]().model
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'dmo' is no recipe; use one of demo, paper_audioset"):
+        parse(["dmo"], [PretrainConfig], "cavmae pretrain")
+
+
+def test_a_recipe_of_the_other_kind_is_sent_to_its_command() -> None:
+    with pytest.raises(ValueError, match="vggsound is for `cavmae finetune`"):
+        parse(["vggsound"], [PretrainConfig], "cavmae pretrain")
+
+
+def test_help_explains_every_field_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["demo", "--help"], [PretrainConfig], "cavmae pretrain")
+    text = capsys.readouterr().out
+    for field in ("--global-batch", "--loss.temperature", "--engine.zero-stage", "--data.train"):
+        assert field in text
+    assert "(default: 0.05)" in text
+
+
+def test_open_fields_are_resolved_once() -> None:
+    config = PretrainConfig(epochs=2, global_batch=48, micro_batch=10)
+    done = resolve(config, world_size=2, samples=480, threads=3)
+    assert (done.lanes, done.steps, done.micro_batch, done.threads_per_rank) == (48, 20, 8, 3)
+    again = resolve(done, world_size=2, samples=480, threads=3)
+    assert again == done
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fpu avx2 fma", "fp32"), ("avx512f avx512_bf16", "bf16"), ("amx_tile amx_bf16", "bf16")],
+)
+def test_bf16_is_chosen_where_the_processor_multiplies_it(
+    flags: str, dtype: str, tmp_path: Path
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: some\nflags\t\t: {flags}\n")
+    assert native_dtype(gpu=False, cpuinfo=tmp_path / "cpuinfo") == dtype
+    assert native_dtype(gpu=True, cpuinfo=tmp_path / "cpuinfo") == "bf16"
+
+
+def test_a_rank_count_that_does_not_divide_the_lanes_is_answered_with_one_that_does() -> None:
+    with pytest.raises(ValueError, match="6"):
+        resolve(PretrainConfig(), world_size=5, samples=1000, threads=1)
+
+
+def test_a_run_that_goes_on_may_change_its_length_but_not_its_loss() -> None:
+    before = PretrainConfig(steps=10)
+    check_same_run(before, PretrainConfig(steps=20))
+    check_same_run(before, PretrainConfig(loss=LossConfig(exchange="ring")))
+    with pytest.raises(ValueError, match=r"loss.temperature 0.05 and this start has 0.1"):
+        check_same_run(before, PretrainConfig(loss=LossConfig(temperature=0.1)))

@@ -1,0 +1,56 @@
+"""Ranks of the engine tests: train a tiny model on fixed batches and report what happened.
+
+Run by `launch.run_ranks`; several cases share one start-up, which costs more than they do.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine_run import Run
+
+from cavmae.trainer.distributed.engine import end_rank, start_process_group
+from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+
+
+def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, Any]:
+    run = Run(case, ranks, device)
+    steps = case.get("steps", 20)
+    poison = case.get("poison", {})
+    history, states = [], []
+    for step in range(steps):
+        before = run.snapshot() if str(step) in poison else []
+        history.append(run.step(step, poison.get(str(step))))
+        if before:
+            after = run.snapshot()
+            same = [torch.equal(old, new) for old, new in zip(before, after, strict=True)]
+            states.append(all(same))
+    final = run.engine.full_state_dict()
+    norm = math.sqrt(sum(value.double().square().sum().item() for value in final.values()))
+    return {
+        "history": history,
+        "unchanged": states,
+        "final_norm": norm,
+        "layout": run.task.layout,
+        "case": case,
+        "config": dataclasses.asdict(run.config.engine),
+    }
+
+
+def main() -> None:
+    cases, output = json.loads(sys.argv[1]), Path(sys.argv[2])
+    ranks = ranks_from_environment()
+    limit_threads(1, ranks)
+    device = start_process_group(ranks)
+    results = [train(case, ranks, device) for case in cases]
+    if ranks.rank == 0:
+        output.write_text(json.dumps(results))
+    end_rank()
+
+
+if __name__ == "__main__":
+    main()

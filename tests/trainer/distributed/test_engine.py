@@ -1,0 +1,128 @@
+"""The engine on real ranks: parity of every stage and split, and non-finite updates left out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+STEPS = Path(__file__).with_name("engine_ranks.py")
+STAGES = (0, 1, 2, 3)
+pytestmark = pytest.mark.slow
+
+
+def case_name(case: dict[str, Any]) -> str:
+    return "-".join(f"{name}{value}" for name, value in case.items() if name != "poison")
+
+
+def losses(result: dict[str, Any], name: str = "loss") -> list[float]:
+    return [step[name] for step in result["history"]]
+
+
+def largest_relative(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+ONE_RANK = [
+    {"zero_stage": 0},
+    {"zero_stage": 0, "group": 4},
+    {"zero_stage": 0, "group": 8, "bidirectional": True, "clip": 1.0},
+    *({"zero_stage": stage, "micro_batch": 4} for stage in STAGES),
+]
+TWO_RANKS = [
+    *({"zero_stage": stage} for stage in STAGES),
+    {"zero_stage": 1, "group": 4},
+    {"zero_stage": 1, "exchange": "ring"},
+    {"zero_stage": 1, "recompute": "full"},
+    {"zero_stage": 3, "recompute": "full"},
+    {"zero_stage": 2, "group": 8, "bidirectional": True, "clip": 1.0, "exchange": "ring"},
+    *(
+        {"zero_stage": stage, "group": 8, "bidirectional": True, "clip": 1.0, "micro_batch": 4}
+        for stage in STAGES
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(STEPS, 1, ONE_RANK, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(STEPS, 2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+
+
+def baseline_of(case: dict[str, Any], one_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """One process, one forward, stage 0, with the same groups."""
+    return one_rank[{0: 0, 4: 1, 8: 2}[case.get("group", 0)]]
+
+
+@pytest.mark.parametrize("index", range(3, len(ONE_RANK)), ids=lambda i: case_name(ONE_RANK[i]))
+def test_accumulation_on_one_rank_equals_one_forward(one_rank, index: int) -> None:
+    result = one_rank[index]
+    assert result["layout"] == "cached"
+    assert largest_relative(losses(result), losses(one_rank[0])) < 1e-5
+
+
+@pytest.mark.parametrize("index", range(len(TWO_RANKS)), ids=lambda i: case_name(TWO_RANKS[i]))
+def test_two_ranks_equal_one_process_over_20_steps(one_rank, two_ranks, index: int) -> None:
+    result = two_ranks[index]
+    baseline = baseline_of(result["case"], one_rank)
+    for name in ("loss", "loss_contrastive", "contrastive_accuracy", "gradient_norm"):
+        # An accuracy of 0 on both sides is equality, so compare absolutely below 1e-12.
+        for ours, theirs in zip(losses(result, name), losses(baseline, name), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-12), name
+    assert result["final_norm"] == pytest.approx(baseline["final_norm"], rel=1e-6)
+
+
+def test_the_baseline_learns_and_never_skips(one_rank) -> None:
+    history = losses(one_rank[0])
+    assert history[-1] < 0.8 * history[0]
+    assert all(step["applied"] for step in one_rank[0]["history"])
+
+
+def test_groups_change_the_loss(one_rank) -> None:
+    assert abs(losses(one_rank[0])[0] - losses(one_rank[1])[0]) > 0.1
+
+
+def test_groups_lie_where_the_layout_says(one_rank, two_ranks) -> None:
+    assert [result["layout"] for result in one_rank[:3]] == ["local", "local", "local"]
+    assert {result["layout"] for result in two_ranks[:4]} == {"gathered"}
+    assert two_ranks[4]["layout"] == "local"
+    assert {result["layout"] for result in two_ranks[9:]} == {"cached"}
+
+
+POISONED = [
+    {
+        "zero_stage": stage,
+        "dtype": dtype,
+        "steps": 5,
+        "micro_batch": 4,
+        "poison": {"1": "nan", "2": "inf", "3": "gradient"},
+    }
+    for stage in STAGES
+    for dtype in ("fp32", "bf16")
+]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(STEPS, 2, POISONED, tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.mark.parametrize("index", range(len(POISONED)), ids=lambda i: case_name(POISONED[i]))
+def test_a_non_finite_loss_or_gradient_on_one_rank_changes_nothing_on_any(
+    poisoned, index: int
+) -> None:
+    result = poisoned[index]
+    assert [step["applied"] for step in result["history"]] == [True, False, False, False, True]
+    assert result["unchanged"] == [True, True, True]
+
+
+BF16 = [{"zero_stage": stage, "dtype": "bf16"} for stage in STAGES]
+
+
+def test_every_stage_trains_in_bf16_within_half_a_percent_of_fp32(one_rank, tmp_path) -> None:
+    for result in run_ranks(STEPS, 2, BF16, tmp_path):
+        assert largest_relative(losses(result), losses(one_rank[0])) < 5e-3, result["case"]

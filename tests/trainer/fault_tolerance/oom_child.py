@@ -1,0 +1,39 @@
+"""A run whose address space is closed after its first step: what it allocates from then on fails.
+
+Started by `test_oom.py`.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+from cavmae.command import exit_code
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.run import run
+from cavmae.trainer.run_dir import load_config
+
+LEFT_BYTES = 100 << 20
+"""For Python's own needs; a step of the test takes several times as much."""
+
+
+class Closing:
+    """A starter's notice, which closes the address space when it is asked for the first time."""
+
+    asked = False
+
+    def __call__(self) -> str:
+        if not self.asked:
+            self.asked = True
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + LEFT_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return ""
+
+
+def main(arguments: list[str]) -> int:
+    run(load_config(arguments[0], PretrainConfig), Closing())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""The contrastive loss over ranks is that of one process, in both forms of the exchange."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import run_ranks
+
+from cavmae.trainer.cost_model.comm_volume import exchange_collectives, sent_bytes
+from cavmae.trainer.losses.contrastive import contrastive_layout
+from cavmae.trainer.losses.embedding_exchange import Form
+
+SCRIPT = Path(__file__).with_name("contrastive_ranks.py")
+WORLD_SIZE = 3
+# With 12 lanes each of the 3 ranks has 4 of every 12 positions: a group of 24 takes equal parts of
+# all ranks, one of 6 four clips of one rank and two of the next, one of 4 lies in one rank.
+CASES = [
+    {"global_batch": 24, "lanes": 12, "group": group, "bidirectional": both, "exchange": form}
+    for group, both, form in product((24, 12, 6, 4), (False, True), ("gather", "ring"))
+]
+
+
+def case_name(index: int) -> str:
+    case = CASES[index]
+    return f"group{case['group']}-{'both' if case['bidirectional'] else 'one'}-{case['exchange']}"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(SCRIPT, WORLD_SIZE, CASES, tmp_path_factory.mktemp("contrastive"))
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=case_name)
+def test_loss_accuracy_and_gradients_are_those_of_one_process(results, index: int) -> None:
+    result = results[index]
+    for name in ("loss", "accuracy"):
+        ours, theirs = result[name]
+        assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-12), name
+    assert result["gradient_deviation"] < 1e-12 * result["largest_gradient"]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=case_name)
+def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: int) -> None:
+    case = CASES[index]
+    form: Form = "ring" if case["exchange"] == "ring" else "gather"
+    expected = exchange_collectives(
+        form,
+        world_size=WORLD_SIZE,
+        rows=case["global_batch"] // WORLD_SIZE,
+        width=16,
+        value_bytes=8,
+        log_sum_bytes=8,
+        bidirectional=case["bidirectional"],
+    )
+    assert results[index]["received_bytes"] == sum(sent_bytes(one, WORLD_SIZE) for one in expected)
+
+
+@pytest.mark.parametrize(
+    ("group", "micro_batch", "world_size", "layout"),
+    [
+        (24, 24, 1, "local"),
+        (24, 12, 1, "cached"),
+        (24, 8, 3, "gathered"),
+        (24, 4, 3, "cached"),
+        (6, 8, 3, "gathered"),
+        (4, 8, 3, "local"),
+    ],
+)
+def test_the_layout_follows_from_where_the_groups_lie(
+    group: int, micro_batch: int, world_size: int, layout: str
+) -> None:
+    found = contrastive_layout(
+        group_size=group, global_batch=24, micro_batch=micro_batch, lanes=12, world_size=world_size
+    )
+    assert found == layout

@@ -1,0 +1,105 @@
+"""A terminal gets a bar, a log file gets plain lines, other ranks get nothing."""
+
+import contextlib
+import io
+import os
+import pty
+import re
+import time
+
+import pytest
+
+from cavmae.trainer.tracking.progress import Progress, clock
+
+STEPS = ((1, 2.5), (2, 2.25), (3, 2.0), (4, 1.75), (5, 1.5))
+
+
+def run(progress: Progress) -> None:
+    for step, loss in STEPS:
+        progress.update(step, loss, samples_per_second=96.25, data_wait_share=0.125)
+    progress.close()
+
+
+def on_terminal(enabled: bool = True) -> str:
+    """What a terminal receives."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        run(Progress(5, 0, 1, enabled, stream=terminal))
+    received = b""
+    with contextlib.suppress(OSError):
+        # What is written arrives a little later; a terminal that is closed and read to the end
+        # answers with an error.
+        while part := os.read(master, 1_000_000):
+            received += part
+    os.close(master)
+    return received.decode()
+
+
+def plain(text: str) -> list[str]:
+    """Lines without control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "\n").strip().splitlines()
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_log_file_gets_a_plain_line_every_few_steps_and_for_the_last() -> None:
+    stream = io.StringIO()
+    run(Progress(total_steps=5, start_step=0, every_steps=2, stream=stream))
+    assert stream.getvalue().splitlines() == [
+        "step 2/5  loss 2.2500  96.2 samples/s  data wait 12%  0:00:00 left",
+        "step 4/5  loss 1.7500  96.2 samples/s  data wait 12%  0:00:00 left",
+        "step 5/5  loss 1.5000  96.2 samples/s  data wait 12%  0:00:00 left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_that_ends_with_the_last_numbers() -> None:
+    text = on_terminal()
+    assert "━" in text
+    last = plain(text)[-1]
+    for part in ("5/5", "loss 1.5000", "96.2 samples/s", "data wait 12%", "left"):
+        assert part in last
+
+
+def test_the_bar_fits_on_one_line_of_80_columns() -> None:
+    lines = [line for line in plain(on_terminal()) if line]
+    assert all(len(line) <= 80 and "step" in line for line in lines)
+
+
+def test_a_bar_gives_the_cursor_back() -> None:
+    text = on_terminal()
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_other_ranks_write_nothing() -> None:
+    stream = io.StringIO()
+    run(Progress(5, 0, 1, enabled=False, stream=stream))
+    assert stream.getvalue() == ""
+    assert on_terminal(enabled=False) == ""
+
+
+def test_the_time_left_is_that_of_the_steps_of_this_start() -> None:
+    stream = io.StringIO()
+    progress = Progress(total_steps=100_000, start_step=50_000, every_steps=1, stream=stream)
+    time.sleep(0.05)
+    progress.update(50_001, 1.0, 1.0, 0.0)
+    (left,) = re.findall(r"(\d+):\d\d:\d\d left", stream.getvalue())
+    assert int(left) >= 49_999 * 0.05 // 3600  # counting all 50,001 steps would say 0:00:00
+
+
+def test_no_time_left_is_said_before_a_step_is_done() -> None:
+    stream = io.StringIO()
+    Progress(10, 5, 1, stream=stream).update(5, 1.0, 1.0, 0.0)
+    assert stream.getvalue().endswith("-:--:-- left\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
+)
+def test_clock_writes_hours_minutes_and_seconds(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -1,0 +1,102 @@
+"""The mean of a run's weights at the ends of its last epochs, as the published fine-tuning ends.
+
+The weights of each of those epochs lie in the run folder, so that a run that goes on has them; they
+are on the disk before the checkpoint of their step is begun.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from cavmae.trainer.checkpoint.store import sync_folder
+from cavmae.trainer.distributed.collectives import on_first_rank
+from cavmae.trainer.distributed.engine import Engine
+from cavmae.trainer.model.weights import read_state
+
+
+class EpochWeights:
+    """Keeps the weights at the ends of epochs.
+
+    Args:
+        folder: where; the first rank's.
+        first_epoch: first epoch whose end is kept, counted from 1; 0: none.
+        steps: optimizer steps of the run; its end is that of its last epoch.
+        steps_per_epoch: optimizer steps of a pass over the training set.
+
+    Raises:
+        ValueError: the run ends before that epoch.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_epoch: int, steps: int, steps_per_epoch: float
+    ) -> None:
+        last_epoch = math.ceil(steps / steps_per_epoch - 1e-9)
+        if first_epoch > last_epoch:
+            raise ValueError(
+                f"average_from_epoch is {first_epoch} and the run has {last_epoch} epochs; use "
+                f"{last_epoch} or less, or 0 to take the last weights"
+            )
+        self._folder = folder
+        epochs = range(first_epoch, last_epoch + 1) if first_epoch else ()
+        # An epoch may be shorter than a step.
+        self._ends = {max(1, min(steps, round(epoch * steps_per_epoch))): epoch for epoch in epochs}
+
+    def keep(self, engine: Engine, step: int) -> None:
+        """Write the weights where `step` ends an epoch that counts; all ranks call it.
+
+        Raises:
+            OSError: they could not be written.
+        """
+        if step not in self._ends:
+            return
+        weights = engine.full_state_dict()
+
+        def write() -> None:
+            self._folder.mkdir(exist_ok=True)
+            path = self._path(step)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                torch.save(weights, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(self._folder)
+
+        on_first_rank(write)
+
+    def mean(self) -> dict[str, torch.Tensor]:
+        """Mean of the kept weights in float32 on rank 0, summed in float64; empty elsewhere. All
+        ranks call it.
+
+        Raises:
+            ValueError: those of an epoch are not there or can't be read.
+        """
+        mean: dict[str, torch.Tensor] = {}
+
+        def read() -> None:
+            for step in self._ends:
+                for name, tensor in self._kept(step).items():
+                    share = tensor.double() / len(self._ends)
+                    mean[name] = mean[name] + share if name in mean else share
+
+        on_first_rank(read)
+        return {name: tensor.float() for name, tensor in mean.items()}
+
+    def _kept(self, step: int) -> dict[str, torch.Tensor]:
+        path = self._path(step)
+        try:
+            return read_state(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the weights at the end of epoch {self._ends[step]}, which average_from_epoch "
+                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on: "
+                "the run then goes on from before them"
+            ) from error
+
+    def __bool__(self) -> bool:
+        return bool(self._ends)
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"epoch-{self._ends[step]:04d}.pt"

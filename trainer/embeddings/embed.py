@@ -1,0 +1,231 @@
+"""`cavmae embed RUN SHARDS OUT`: embeddings of a packed set, as Parquet files for others to use.
+
+One file for each shard. A file is whole or not there, so a start that was killed goes on at the
+shards that have none, in any number of processes. Batches end with their shard: what a file holds
+depends on no other one.
+"""
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from cavmae.command import exit_code
+from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.embeddings.parquet_store import (
+    DESCRIPTION,
+    FileWriter,
+    Origin,
+    claimed,
+    file_account,
+    file_name,
+)
+from cavmae.trainer.evaluation.embeddings import embedded_batches
+from cavmae.trainer.evaluation.inference import whole_clips
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_finished_encoders, rests_on
+from cavmae.trainer.model.encoder import AudioVideoEncoder
+from cavmae.trainer.run_dir import write_json
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Write what a finished run makes of the sound and the frames of every clip of a packed set.
+
+    Run the same command again to go on after an interruption.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a finished run."""
+    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
+    """One tier of packed shards; a folder or a URL."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Folder for the files; new, empty, or of an earlier start of the same command."""
+    frames: Literal[1, 10] = 1
+    """Frames of each clip: the middle one, or also each of the ten by itself."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """That embeddings are stored in; they are computed in float32."""
+    batch: int = 64
+    """Clips that are embedded together."""
+    maximum_bad_share: float = 0.01
+    """Share of the clips that a process has read in a row that may be unreadable before it stops
+    with a table of them; the first ten never stop it."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; use 1 or more")
+        if not 0 <= self.maximum_bad_share <= 1:
+            raise ValueError(f"maximum_bad_share is {self.maximum_bad_share}; use 0 to 1")
+
+
+Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
+"""Writes the files of some shards, wherever; yields the number of each that is there."""
+
+
+def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
+    """Embed what is missing, account for every clip; returns what `embeddings.json` says.
+
+    Args:
+        config: what to embed, and how.
+        executor: where it is done; it decides nothing about the values.
+
+    Raises:
+        ValueError: the run or the set does not fit, or `out` has embeddings of others.
+        OSError: a file can't be read or written.
+        DataFaultError: too many clips are damaged.
+    """
+    run = open_finished_encoders(config.run_dir)
+    shards = ShardSet(config.shards, run.config.data.cache)
+    out, origin = Path(config.out), origin_of(run, shards, config)
+    with claimed(out, origin):
+        files = [out / file_name(shards, shard) for shard in range(len(shards.sizes))]
+        missing = [shard for shard, file in enumerate(files) if not file.exists()]
+        for shard in set(range(len(files))) - set(missing):
+            file_account(files[shard], origin)  # told now, not when all others are there
+        if missing:
+            (out / DESCRIPTION).unlink(missing_ok=True)
+        _write_missing(config, origin, executor, missing, len(files))
+        accounts = [file_account(file, origin) for file in files]
+        rows = [count for count, _ in accounts]
+        left_out = [clip for _, clips in accounts for clip in clips]
+        assert sum(rows) + len(left_out) == shards.samples
+        place = config.shards if "://" in config.shards else str(Path(config.shards).absolute())
+        description = {
+            "run": str(run.folder.absolute()),
+            "shards": place,
+            "clips": shards.samples,
+            "rows": sum(rows),
+            "left_out": left_out,
+            "files": [
+                {"name": file.name, "rows": count} for file, count in zip(files, rows, strict=True)
+            ],
+            "bytes": sum(file.stat().st_size for file in files),
+            **rests_on(run, shards),
+        }
+        write_json(out / DESCRIPTION, description)
+    return description
+
+
+def _write_missing(
+    config: EmbedConfig, origin: Origin, executor: Executor, missing: Sequence[int], files: int
+) -> None:
+    """Have the missing files written, and say now and then how many there are."""
+    done, told = files - len(missing), time.monotonic()
+    if done:
+        print(f"{done} of {files} files are there", file=sys.stderr)
+    for _ in executor(config, origin, missing) if missing else ():
+        done += 1
+        if time.monotonic() - told > PLAIN_PROGRESS_SECONDS:
+            told = time.monotonic()
+            print(f"{done} of {files} files", file=sys.stderr, flush=True)
+
+
+def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
+    """What the values will come from."""
+    return Origin(
+        weights_sha256=run.weights_sha256,
+        config_sha256=hashlib.sha256((run.folder / "config.json").read_bytes()).hexdigest(),
+        shards_fingerprint=shards.fingerprint,
+        width=run.config.model.width,
+        frames=config.frames,
+        dtype=config.dtype,
+    )
+
+
+def in_this_process(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
+    """The executor of one process, on its GPU where it has one."""
+    run = open_finished_encoders(config.run_dir)
+    model = run.model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    yield from write_files(run, model, config, origin, numbers)
+
+
+def write_files(
+    run: AnyRun,
+    model: AudioVideoEncoder,
+    config: EmbedConfig,
+    origin: Origin,
+    numbers: Sequence[int],
+) -> Generator[int]:
+    """Embed some shards and write their files, but for those that are there; yields the number of
+    each that is written.
+
+    Args:
+        run: whose model it is.
+        model: set to evaluate.
+        config: what to embed, and how.
+        origin: of the values.
+        numbers: of the shards, ascending.
+
+    Raises:
+        ValueError: an embedding is not finite, or run or shards are not those of `origin`.
+        OSError: a shard can't be read, or a file can't be written.
+        DataFaultError: too many clips are damaged.
+    """
+    shards = ShardSet(config.shards, run.config.data.cache)
+    if origin_of(run, shards, config) != origin:
+        raise ValueError(
+            f"run {config.run_dir} or shards {config.shards} has changed since the command began, "
+            "or is another one on this node; give paths that every node has the same files at"
+        )
+    out = Path(config.out)
+    numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
+    places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
+    data = dataclasses.replace(run.config.data, maximum_bad_share=config.maximum_bad_share)
+    loader = whole_clips(
+        data,
+        run.config.model,
+        config.shards,
+        model.norm.weight.device,
+        batch=config.batch,
+        frames=config.frames,
+        parts=places,
+    )
+    try:
+        batches = embedded_batches(model, loader, origin.torch_dtype)
+        batch = next(batches, None)
+        for number, here in zip(numbers, places, strict=True):
+            with FileWriter(out, shards, number, origin) as file:
+                while batch is not None and int(batch.positions[0]) in here:
+                    file.add(batch)
+                    batch = next(batches, None)
+                file.finish(
+                    [
+                        (clip.sample_id, clip.reason, clip.detail)
+                        for clip in loader.quarantine
+                        if clip.position in here
+                    ]
+                )
+            yield number
+    finally:
+        loader.close()
+
+
+def tell(config: EmbedConfig, description: dict[str, Any]) -> None:
+    """Print what is there."""
+    left_out = len(description["left_out"])
+    print(
+        f"{config.out}: {description['rows']} clips in {len(description['files'])} files, "
+        f"{description['bytes'] / 1e6:.1f} MB"
+        + (f"; {left_out} left out, {DESCRIPTION} there says why" if left_out else "")
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The command in one process; returns its exit code."""
+    config = tyro.cli(EmbedConfig, prog="cavmae embed", args=arguments)
+    tell(config, embed_set(config, in_this_process))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,0 +1,350 @@
+"""Embeddings of a packed set on disk: one Parquet file for each shard, whole or not at all.
+
+`origin.json` says what the values come from, so that a restart can't mix two models or two sets;
+`embeddings.json` is written last: a folder that has it is complete, and it accounts for every clip.
+A file's own metadata repeats its origin and names the clips of its shard that were left out. Rows
+are in packing order, vectors as the model gives them, not normalised.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from cavmae.dataloaders.packing.output_folder import locked
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.evaluation.embeddings import EmbeddedBatch
+from cavmae.trainer.run_dir import load_config, read_json, save_config
+
+SCHEMA = 1
+ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"
+VECTORS = ("audio_embedding", "video_embedding")
+ROWS_TOGETHER = 1024
+"""Rows that are held before they are written, and read together."""
+
+_NOTE = b"cavmae"
+"""Key of a file's own metadata."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the values of a folder of embeddings come from; another origin, another folder.
+
+    Attributes:
+        config_sha256: of the run's `config.json`, which says how clips are heard and seen.
+        frames: of each clip.
+        dtype: that values are stored in.
+    """
+
+    weights_sha256: str
+    config_sha256: str
+    shards_fingerprint: str
+    width: int
+    frames: int
+    dtype: Literal["float32", "float16"]
+    schema: int = SCHEMA
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def file_name(shards: ShardSet, shard: int) -> str:
+    """Of the embeddings of a shard: `000003.parquet`."""
+    return f"{Path(shards.files[shard].name).stem}.parquet"
+
+
+@contextmanager
+def claimed(out: Path, origin: Origin) -> Iterator[None]:
+    """Make the folder, refuse one of another origin, and keep other processes out.
+
+    Raises:
+        OSError: it can't be written, holds other things, or another process writes into it.
+        ValueError: it was begun with another model, set or settings.
+    """
+    path = out / ORIGIN
+    if path.is_file():
+        before = dataclasses.asdict(load_config(path, Origin))
+        for name, value in dataclasses.asdict(origin).items():
+            if before[name] != value:
+                raise ValueError(
+                    f"out is {out}, which was begun with {name} {before[name]}, and this is "
+                    f"{value}; give another folder, or remove that one"
+                )
+    elif out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(
+            f"out is {out}, which holds something else already; give a new or empty folder"
+        )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(origin, path)
+    with locked(path, f"embedding into {out}"):
+        for partial in out.glob("*.partial"):
+            partial.unlink()
+        yield
+
+
+class FileWriter:
+    """Writes the embeddings of one shard; a context that `finish` was not called in leaves nothing.
+
+    Args:
+        folder: of the embeddings.
+        shards: the set.
+        shard: its number.
+        origin: of the folder.
+    """
+
+    def __init__(self, folder: Path, shards: ShardSet, shard: int, origin: Origin) -> None:
+        self._path = folder / file_name(shards, shard)
+        # Two processes may write the same file where one was given up and lives on.
+        self._partial = folder / f"{self._path.name}.{secrets.token_hex(4)}.partial"
+        self._shards, self._shard, self._origin = shards, shard, origin
+        self._schema = _arrow_schema(origin)
+        strings = ["sample_id", "source_path", "labels.list.element"]
+        # Vectors do not get smaller.
+        options: dict[str, Any] = {
+            "compression": dict.fromkeys(strings, "zstd"),
+            "use_dictionary": strings,
+        }
+        self._writer = pq.ParquetWriter(self._partial, self._schema, **options)
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        with suppress(FileNotFoundError):
+            self._partial.unlink()
+
+    def add(self, batch: EmbeddedBatch) -> None:
+        """Add clips of the shard, in packing order."""
+        self._rows += len(batch.positions)
+        self._waiting.append(self._table(batch))
+        if sum(map(len, self._waiting)) >= ROWS_TOGETHER:
+            self._flush()
+
+    def finish(self, left_out: Sequence[tuple[str, str, str]]) -> None:
+        """Put the file in its place.
+
+        Args:
+            left_out: id, reason and detail of each clip of the shard that has no row.
+        """
+        assert self._rows + len(left_out) == self._shards.sizes[self._shard]
+        self._flush()
+        note = {"origin": dataclasses.asdict(self._origin), "left_out": left_out}
+        self._writer.add_key_value_metadata({_NOTE: json.dumps(note)})
+        self._writer.close()
+        with self._partial.open("rb") as file:
+            os.fsync(file.fileno())
+        self._partial.replace(self._path)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting = []
+
+    def _table(self, batch: EmbeddedBatch) -> pa.Table:
+        places = [self._shards.at(position) for position in batch.positions.tolist()]
+        described = [self._shards.description(*place) for place in places]
+        sources = [one["source"] for one in described]
+        columns = {
+            "position": batch.positions.numpy(),
+            "sample_id": batch.sample_ids,
+            "labels": batch.labels,
+            "source_path": [source["path"] for source in sources],
+            "source_start_seconds": [source["start_seconds"] for source in sources],
+            "source_end_seconds": [source["end_seconds"] for source in sources],
+            "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
+            "frame_seconds": _lists(batch.frame_seconds.numpy()),
+            "audio_embedding": _lists(batch.audio.numpy()),
+            "video_embedding": _lists(batch.video.contiguous().numpy()),
+        }
+        if self._origin.frames > 1:
+            columns["frame_embeddings"] = _lists(batch.frames.numpy())
+        return pa.table(columns, schema=self._schema)
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    """Rows of an array as fixed-size lists (of fixed-size lists)."""
+    lists = pa.array(values.ravel())
+    for size in reversed(values.shape[1:]):
+        lists = pa.FixedSizeListArray.from_arrays(lists, size)
+    return lists
+
+
+def _arrow_schema(origin: Origin) -> pa.Schema:
+    vector = pa.list_(pa.from_numpy_dtype(origin.dtype), origin.width)
+    fields = {
+        "position": pa.int64(),
+        "sample_id": pa.string(),
+        "labels": pa.list_(pa.string()),
+        "source_path": pa.string(),
+        "source_start_seconds": pa.float64(),
+        "source_end_seconds": pa.float64(),
+        "seconds": pa.float64(),
+        "frame_seconds": pa.list_(pa.float32(), origin.frames),
+        "audio_embedding": vector,
+        "video_embedding": vector,
+    }
+    if origin.frames > 1:
+        fields["frame_embeddings"] = pa.list_(vector, origin.frames)
+    return pa.schema(list(fields.items()))
+
+
+def file_account(path: Path, origin: Origin) -> tuple[int, list[list[str]]]:
+    """Rows of a file, and id, reason and detail of the clips that have none.
+
+    Raises:
+        ValueError: it is damaged, or of another origin.
+        OSError: it can't be read.
+    """
+    try:
+        found = pq.read_metadata(path)
+        note = json.loads((found.metadata or {})[_NOTE])
+        if note["origin"] != dataclasses.asdict(origin):
+            raise ValueError("it comes from another model, set or settings")
+        return found.num_rows, note["left_out"]
+    except (ValueError, KeyError, TypeError) as error:  # pyarrow's error is a ValueError
+        raise ValueError(
+            f"{path} can't be used ({type(error).__name__}: {error}); remove it and embed again"
+        ) from error
+
+
+class EmbeddingSet:
+    """A complete folder of embeddings, read file by file.
+
+    Args:
+        folder: that `cavmae embed` wrote.
+
+    Attributes:
+        folder: that one.
+        origin: what the values come from.
+        description: `embeddings.json`.
+        rows: clips that have embeddings.
+
+    Raises:
+        ValueError: no complete folder of embeddings, or one without clips.
+        OSError: it can't be read.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / ORIGIN).is_file():
+            raise ValueError(
+                f"embeddings is {folder}, which has no {ORIGIN}; give a folder that `cavmae embed` "
+                "wrote"
+            )
+        if not (self.folder / DESCRIPTION).is_file():
+            raise ValueError(
+                f"embeddings is {folder}, which is not complete: it has no {DESCRIPTION}; run the "
+                "`cavmae embed` that began it once more"
+            )
+        self.origin = load_config(self.folder / ORIGIN, Origin)
+        self.description = read_json(self.folder / DESCRIPTION)
+        self._names = [file["name"] for file in self.description["files"]]
+        self._ends = list(accumulate(file["rows"] for file in self.description["files"]))
+        self.rows = self._ends[-1]
+        if not self.rows:
+            raise ValueError(
+                f"embeddings is {folder}, which has no clip: all {self.description['clips']} were "
+                f"left out; {DESCRIPTION} there says why"
+            )
+
+    def unit_vectors(self, column: str) -> Iterator[np.ndarray]:
+        """All rows of a column in order, some at a time: (rows, width) float32 of length 1.
+
+        Raises:
+            ValueError: a vector that has no direction, or a damaged file.
+            OSError: a file can't be read.
+        """
+        for number in range(len(self._names)):
+            with self._opened(number) as file:
+                for batch in file.iter_batches(ROWS_TOGETHER, columns=[column, "sample_id"]):
+                    values = _matrix(batch.column(column), self.origin.width)
+                    norms = np.linalg.norm(values, axis=1, keepdims=True)
+                    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+                    if len(bad):
+                        raise ValueError(
+                            f"{column} of {batch.column('sample_id')[int(bad[0])]} in "
+                            f"{self.folder / self._names[number]} is not finite, or all zeros; "
+                            "remove the folder and embed again"
+                        )
+                    yield values / norms
+
+    def clips(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Some rows by their numbers: every column but embeddings.
+
+        Raises:
+            ValueError: a damaged file.
+            OSError: a file can't be read.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        wanted = [name for name in _arrow_schema(self.origin).names if "embedding" not in name]
+        for number in sorted({self._file_of(row) for row in rows}):
+            first = self._ends[number - 1] if number else 0
+            here = [row for row in rows if self._file_of(row) == number]
+            with self._opened(number) as file:
+                table = file.read(columns=wanted).take([row - first for row in here])
+            found |= zip(here, table.to_pylist(), strict=True)
+        return [found[row] for row in rows]
+
+    def vectors_of(self, sample_id: str) -> dict[str, np.ndarray]:
+        """The embeddings of a clip: (width,) float32 by column.
+
+        Raises:
+            ValueError: no such clip, or a damaged file.
+            OSError: a file can't be read.
+        """
+        name = f"{sample_id.rpartition('/')[0]}.parquet"
+        if name in self._names:
+            with self._opened(self._names.index(name)) as file:
+                table = file.read(columns=["sample_id", *VECTORS])
+            row = pc.index(table["sample_id"], sample_id).as_py()
+            if row >= 0:
+                return {
+                    column: _matrix(table[column][row : row + 1], self.origin.width)[0]
+                    for column in VECTORS
+                }
+        raise ValueError(
+            f"query is {sample_id!r}, which is no file, and no clip that {self.folder} has "
+            "embeddings of; give a media file, or a sample id such as "
+            f"{self.clips([0])[0]['sample_id']}"
+        )
+
+    def beside(self, name: str) -> Path:
+        """Where something made of these values is kept; other values, another place."""
+        values = json.dumps([dataclasses.asdict(self.origin), self.description["files"]])
+        digest = hashlib.sha256(values.encode()).hexdigest()[:8]
+        return self.folder / f"index-{digest}" / name
+
+    def _file_of(self, row: int) -> int:
+        return bisect_right(self._ends, row)
+
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[pq.ParquetFile]:
+        path = self.folder / self._names[number]
+        file_account(path, self.origin)
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
+
+
+def _matrix(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray:
+    """(rows, width) float32 of a column of fixed-size lists."""
+    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return flat.flatten().to_numpy().reshape(-1, width).astype(np.float32, copy=False)

@@ -1,0 +1,140 @@
+"""A media file as a query: its sound and a frame, as packing and the loader would take them."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from av import VideoFrame
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.loading.dali import ClipDecoder
+from cavmae.dataloaders.loading.reader import (
+    MIDDLE_FRAME,
+    SHORTEST_AUDIO_SAMPLES,
+    EncodedClip,
+    ReadTask,
+)
+from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.decode_clip import decode_clip, decode_sound_file
+from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
+from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES, log_mel
+from cavmae.dataloaders.media.video_track import rgb_pixels
+from cavmae.dataloaders.packing.pack_clip import ten_frames
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.model.encoder import AudioVideoEncoder
+
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+@dataclass(frozen=True)
+class MediaQuery:
+    """What a file has.
+
+    Attributes:
+        audio: (samples,) int16, 16 kHz mono; None: no sound.
+        frame: (height, width, 3) uint8; None: no picture.
+    """
+
+    audio: np.ndarray | None
+    frame: np.ndarray | None
+
+
+def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
+    """Sound and middle frame of the beginning of a file; of a picture the picture.
+
+    Args:
+        path: sound, picture, or video with sound; what it is, its content says.
+        seconds: of it; 0: as long as the run's model hears.
+        run: whose model is asked.
+
+    Raises:
+        ValueError: the file can't be used.
+        OSError: it can't be read.
+    """
+    picture = _picture(path)
+    if picture is not None:
+        return MediaQuery(None, picture)
+    heard = ((run.model.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES) / AUDIO_HZ
+    seconds = seconds or run.data.window_seconds or heard
+    settings = DecodeSettings()
+    try:
+        try:
+            clip = decode_clip(path, 0.0, seconds, settings)
+        except ClipError as error:
+            if error.reason not in ("no_video", "open_failed"):  # sound files are no clips
+                raise
+            return MediaQuery(decode_sound_file(path, seconds, settings), None)
+    except ClipError as error:
+        if error.reason == "no_audio":
+            raise ValueError(
+                f"query {path} is a video without sound; give one of its frames as a picture, or a "
+                "file with sound"
+            ) from error
+        raise ValueError(
+            f"query {path} can't be used ({error}); give a sound, a picture, or a video with sound"
+        ) from error
+    chosen = ten_frames(
+        clip.times_seconds, clip.video_seconds, clip.frames_per_second, run.data.frame_choice
+    )
+    planes = VideoFrame.from_ndarray(clip.frames[chosen[MIDDLE_FRAME]], format="yuv420p")
+    return MediaQuery(clip.audio, rgb_pixels(planes, VideoReformatter()))
+
+
+def _picture(path: str) -> np.ndarray | None:
+    """`(height, width, 3)` uint8, turned as its camera noted; None: it is no picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError:
+        return None
+    except (OSError, ValueError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"query {path} can't be used as a picture: {error}") from error
+
+
+@torch.no_grad()
+def embed_query(
+    model: AudioVideoEncoder, run: RunConfig, query: MediaQuery
+) -> dict[str, np.ndarray]:
+    """Embeddings of what the query has, `audio_embedding` and `video_embedding`: (width,) float32.
+
+    Args:
+        model: of the run, set to evaluate.
+        run: its configuration.
+        query: with a sound, a frame, or both.
+    """
+    device, embedded = model.norm.weight.device, {}
+    if query.audio is not None:
+        heard = log_mel(
+            [torch.from_numpy(query.audio)], run.model.mel_bins, run.model.audio_frames, device
+        )
+        heard = (heard - run.data.log_mel_mean) / run.data.log_mel_deviation
+        embedded["audio_embedding"] = model.embed_audio(heard)[0].cpu().numpy()
+    if query.frame is not None:
+        seen = torch.from_numpy(_as_input(query.frame, run.model.image_size)).to(device)
+        embedded["video_embedding"] = model.embed_video(seen)[0].cpu().numpy()
+    return embedded
+
+
+def _as_input(frame: np.ndarray, image_size: int) -> np.ndarray:
+    """(1, 3, image_size, image_size) float32 by the loader's own graph, which wants a sound too."""
+    height, width, _ = frame.shape
+    decoder = ClipDecoder("original", image_size, maximum_batch=1, threads=1, gpu=None)
+    clip = EncodedClip(
+        task=ReadTask(0, 0, 0, 0),
+        sample_id="query",
+        labels=(),
+        sound=encode_sound(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav"),
+        pictures=(b"\0",),
+        pixels=(frame,),
+        box=middle_box(height, width, image_size),
+        mirrored=False,
+        frame_seconds=(0.0,),
+        audio_seconds=(0.0, 0.0),
+    )
+    decoder.schedule([clip])
+    return decoder.collect().frames[:, 0]

@@ -1,0 +1,206 @@
+"""`cavmae search EMBEDDINGS QUERY`: a sound finds videos, a frame finds sounds, without a word.
+
+The query is a media file, which the run's model embeds, or a clip of the set, whose embeddings are
+there.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cavmae.command import exit_code
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.tools.inspect import card_of, write_sheet
+from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
+from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
+from cavmae.trainer.embeddings.query import embed_query, read_query
+from cavmae.trainer.evaluation.trained_run import open_finished_encoders
+from cavmae.trainer.run_dir import write_json
+
+FOUND_BY = {"video": "sound", "sound": "picture"}
+"""What is found, and by what of the query."""
+EXACT_ROWS = 1_000_000
+"""Up to so many clips `auto` is exact: 3 GB are read for a query at width 768."""
+COLUMNS = {"video": "video_embedding", "sound": "audio_embedding", "picture": "video_embedding"}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Rank the clips of EMBEDDINGS for a query: by its sound the videos, by its picture the sounds.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    embeddings: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EMBEDDINGS")]
+    """Folder that `cavmae embed` wrote."""
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
+    """A sound, picture or video file; or a sample id of the set, such as 000003/000003017."""
+    top: int = 10
+    """Clips that are listed."""
+    wanted: Annotated[Literal["all", "video", "sound"], tyro.conf.arg(name="for")] = "all"
+    """What to find: videos, by the query's sound; sounds, by its picture; all: what it can find."""
+    index: Literal["auto", "exact", "hnsw"] = "auto"
+    """`exact` compares with every clip; `hnsw` with some, by a graph that is built once; `auto`:
+    exact up to a million clips, hnsw above."""
+    run: str = ""
+    """Folder of the run that made the embeddings; empty: where it was then."""
+    seconds: float = 0.0
+    """Of a query file, from its start; 0: as long as the model hears."""
+    out: str = ""
+    """Also write the result: .json, or a sheet of the clips found as .html or .png."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"top is {self.top}; use 1 or more")
+        if not 0 <= self.seconds < float("inf"):
+            raise ValueError(f"seconds is {self.seconds}; use seconds above 0, or 0")
+        if self.out and Path(self.out).suffix not in (".json", ".html", ".png"):
+            raise ValueError(f"out is {self.out!r}; use a name that ends in .json, .html or .png")
+
+
+def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
+    """Clips found, best first, by what they were found as: `video`, `sound`.
+
+    Raises:
+        ValueError: embeddings, run or query can't be used, or do not go together.
+        OSError: a file can't be read.
+    """
+    embeddings = EmbeddingSet(config.embeddings)
+    query = query_embeddings(config, embeddings)
+    wanted = [
+        kind
+        for kind in FOUND_BY
+        if config.wanted in ("all", kind) and COLUMNS[FOUND_BY[kind]] in query
+    ]
+    if not wanted:
+        raise ValueError(
+            f"query {config.query} has no {FOUND_BY[config.wanted]}, by which a {config.wanted} is "
+            "found; give a file that has one, or leave --for out"
+        )
+    found = {}
+    for kind in wanted:
+        vector = query[COLUMNS[FOUND_BY[kind]]]
+        ranked = _ranked(config, embeddings, COLUMNS[kind], vector)
+        clips = embeddings.clips([row for row, _ in ranked])
+        found[kind] = [
+            {"rank": rank, "score": score, **clip}
+            for rank, ((_, score), clip) in enumerate(zip(ranked, clips, strict=True), start=1)
+        ]
+    return found
+
+
+def _ranked(
+    config: SearchConfig, embeddings: EmbeddingSet, column: str, query: np.ndarray
+) -> Ranked:
+    """Rows of the embeddings by the cosine of a column with the query."""
+    length = np.linalg.norm(query)
+    if not np.isfinite(length) or length == 0:
+        raise ValueError(
+            f"the embedding of query {config.query} is not finite, or all zeros; look at the query "
+            "or at the weights"
+        )
+    unit, top = query / length, min(config.top, embeddings.rows)
+    if config.index == "exact" or (config.index == "auto" and embeddings.rows <= EXACT_ROWS):
+        return nearest(embeddings.unit_vectors(column), unit, top)
+    graph = embeddings.beside(f"{column}.hnsw")
+    if not graph.exists():
+        print(f"building {graph} of {embeddings.rows} clips, once", file=sys.stderr, flush=True)
+        build_graph(embeddings.unit_vectors(column), embeddings.origin.width, graph)
+    return nearest_by_graph(graph, unit, top)
+
+
+def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str, np.ndarray]:
+    """`audio_embedding` and `video_embedding` of the query, (width,) float32, where it has them.
+
+    Raises:
+        ValueError: the query can't be used, or the run is not that of the embeddings.
+        OSError: a file can't be read.
+    """
+    if not Path(config.query).is_file():
+        return embeddings.vectors_of(config.query)
+    folder = config.run or embeddings.description["run"]
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"run {folder}, which is to embed the query, is not there; give its folder by --run, "
+            "or a sample id as the query"
+        )
+    run = open_finished_encoders(folder)
+    if run.weights_sha256 != embeddings.origin.weights_sha256:
+        raise ValueError(
+            f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
+            f"{config.embeddings} ({embeddings.origin.weights_sha256[:12]}); give that run by --run"
+        )
+    query = read_query(config.query, config.seconds, run.config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return embed_query(run.model(device), run.config, query)
+
+
+def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Write what was found to `config.out`.
+
+    Raises:
+        ValueError: the clips of a sheet are not the shards' any more.
+        OSError: a file can't be read or written.
+    """
+    embeddings = EmbeddingSet(config.embeddings)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".json":
+        origin = dataclasses.asdict(embeddings.origin)
+        write_json(out, {"asked": dataclasses.asdict(config), "origin": origin, "found": found})
+        return
+    shards = ShardSet(embeddings.description["shards"])
+    if shards.fingerprint != embeddings.origin.shards_fingerprint:
+        raise ValueError(
+            f"shards {shards.folder} have changed since {config.embeddings} was made; embed them "
+            "again, or write the result as .json"
+        )
+    cards = []
+    for kind, clips in found.items():
+        for clip in clips:
+            card = card_of(shards, *shards.at(clip["position"]))
+            name = f"{kind} {clip['rank']}, score {clip['score']:.3f}: {card.sample_id}"
+            cards.append(dataclasses.replace(card, sample_id=name))
+    write_sheet(out, f"found by {config.query}", cards)
+
+
+def _table(kind: str, clips: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{kind} found by the query's {FOUND_BY[kind]}")
+    for name in ("rank", "score", "sample id", "source", "start", "seconds", "labels"):
+        table.add_column(name, overflow="fold", no_wrap=name == "sample id")
+    for clip in clips:
+        table.add_row(
+            str(clip["rank"]),
+            f"{clip['score']:.3f}",
+            clip["sample_id"],
+            clip["source_path"],
+            f"{clip['source_start_seconds']:g}",
+            f"{clip['seconds']:.1f}",
+            ", ".join(clip["labels"]),
+        )
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    config = tyro.cli(SearchConfig, prog="cavmae search", args=arguments)
+    found = search(config)
+    for kind, clips in found.items():
+        Console().print(_table(kind, clips))
+    if config.out:
+        write_result(config, found)
+        print(f"result: {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,0 +1,223 @@
+"""A run that has come to its end, as everything that uses its weights opens it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
+from cavmae.trainer.model.weights import load_classifier_weights, load_published
+from cavmae.trainer.run_dir import (
+    git_commit,
+    load_run_config,
+    read_json,
+    save_code,
+    write_json,
+)
+from cavmae.trainer.tasks.labels import LabelSet, read_labels
+
+_NOT_ASKED = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
+"""Fields of a command that no score depends on, or that the name has already."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
+
+    folder: Path
+    config: PretrainConfig
+    weights_sha256: str
+
+    def model(self, device: torch.device) -> CAVMAE:
+        """The trained model in float32, set to evaluate."""
+        model = CAVMAE(self.config.model)
+        load_published(model, self.folder / "weights.pt")
+        return model.to(device).eval()
+
+    def untrained_model(self, device: torch.device) -> CAVMAE:
+        """The same model with the random weights that its run would begin with."""
+        torch.manual_seed(self.config.seed)
+        return CAVMAE(self.config.model).to(device).eval()
+
+
+@dataclass(frozen=True)
+class FinishedClassifier:
+    """Attributes: folder; config; labels; weights_sha256, of `weights.pt`, in hexadecimal."""
+
+    folder: Path
+    config: FinetuneConfig
+    labels: LabelSet
+    weights_sha256: str
+
+    def model(self, device: torch.device) -> CAVMAEClassifier:
+        """The trained classifier in float32, set to evaluate.
+
+        Raises:
+            ValueError: weights of another architecture, of other classes, or without a classifier.
+        """
+        model = CAVMAEClassifier(self.config.model, len(self.labels))
+        weights = self.folder / "weights.pt"
+        untrained = load_classifier_weights(model, weights)
+        if untrained:
+            raise ValueError(
+                f"{weights} has no classifier ({', '.join(untrained)}), so it is of a pretraining "
+                "run; put back the weights.pt that the fine-tuning left"
+            )
+        return model.to(device).eval()
+
+    def untrained_model(self, device: torch.device) -> CAVMAEClassifier:
+        """The same model with random weights."""
+        torch.manual_seed(self.config.seed)
+        return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
+
+
+AnyRun = FinishedRun | FinishedClassifier
+
+
+@dataclass(frozen=True)
+class Training:
+    """Attributes: tiers, that a run and those it started from were trained on; unknown, weights
+    that it started from whose training is not known, empty where there are none."""
+
+    tiers: tuple[str, ...]
+    unknown: str
+
+    @property
+    def leakage(self) -> str:
+        """What a result says that found no clip of the training."""
+        return f"none in trained_on; not known of {self.unknown}" if self.unknown else "none"
+
+
+def trained_on(config: RunConfig) -> Training:
+    """What a run was trained on, and the runs that it started from, as far as these are where
+    `initial_weights` says."""
+    tiers, weights = [config.data.train], config.initial_weights
+    seen: set[Path] = set()
+    unknown = ""
+    while weights:
+        start = Path(weights).with_name("config.json").resolve()
+        if start in seen or not start.is_file():
+            unknown = str(weights)
+            break
+        seen.add(start)
+        # What lies beside weights may be of another version of this package, or of another one.
+        document = read_json(start)
+        tiers.append(str(document.get("data", {}).get("train", "")))
+        weights = document.get("initial_weights")
+    folders = (tier for some in tiers for tier in DataConfig(train=some).train_folders)
+    return Training(tuple(dict.fromkeys(folders)), unknown)
+
+
+def write_evaluation(
+    run: AnyRun,
+    out: str,
+    kind: str,
+    shards: ShardSet,
+    result: Mapping[str, Any],
+) -> Path:
+    """Write a result with what it rests on: weights and what they were trained on, clips and code;
+    returns the file.
+
+    Args:
+        run: that was scored.
+        out: JSON file; empty: in `evaluation` of the run folder.
+        kind: of evaluation, for the file's name.
+        shards: that it was scored on.
+        result: JSON values; `asked`, the command's fields, is in the file's name too.
+    """
+    asked = {name: value for name, value in result["asked"].items() if name not in _NOT_ASKED}
+    asked_hash = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    name = f"{kind}-{shards.fingerprint[:8]}-{asked_hash[:6]}.json"
+    path = Path(out or run.folder / "evaluation" / name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**result, **rests_on(run, shards)})
+    return path
+
+
+def rests_on(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
+    """Weights, clips and code of a result; the code is kept in the run folder."""
+    return {
+        "shards_fingerprint": shards.fingerprint,
+        "weights_sha256": run.weights_sha256,
+        "trained_on": list(trained_on(run.config).tiers),
+        "code": _kept_code(run.folder),
+        "git_commit": git_commit(),
+    }
+
+
+def _kept_code(folder: Path) -> str:
+    try:
+        return save_code(folder)
+    except OSError as error:  # somebody else's run; the commit says it too
+        return f"not kept: {error}"
+
+
+def open_finished_run(run_dir: str | Path) -> FinishedRun:
+    """Open the folder of a pretraining run.
+
+    Raises:
+        ValueError: the folder is no run's, or of another kind, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier):
+        raise ValueError(
+            f"run_dir is {run_dir}, a fine-tuning run; give the folder of a pretraining run"
+        )
+    return run
+
+
+def open_finished_classifier(run_dir: str | Path) -> FinishedClassifier:
+    """Open the folder of a fine-tuning run; raises as `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedRun):
+        raise ValueError(
+            f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
+            "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
+        )
+    return run
+
+
+def open_finished_encoders(run_dir: str | Path) -> AnyRun:
+    """Open a run of any kind that has trained encoders of sound and picture; raises as
+    `open_finished_run` does."""
+    run = open_finished(run_dir)
+    if isinstance(run, FinishedClassifier) and run.config.classifier.mode != "multimodal":
+        raise ValueError(
+            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
+            "which trains the encoder of one modality; give a run of both"
+        )
+    return run
+
+
+def open_finished(run_dir: str | Path) -> AnyRun:
+    """Open the folder of a run of any kind.
+
+    Raises:
+        ValueError: the folder is no run's, or the run has not finished.
+        OSError: a file can't be read.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"run_dir is {folder}, which has no config.json; give the folder of a run")
+    config = load_run_config(folder / "config.json")
+    if not (folder / "weights.pt").is_file():
+        raise ValueError(
+            f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
+            "to its end (the command that started it goes on)"
+        )
+    with (folder / "weights.pt").open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if isinstance(config, FinetuneConfig):
+        return FinishedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
+    assert isinstance(config, PretrainConfig)
+    return FinishedRun(folder, config, sha256)

@@ -1,0 +1,105 @@
+"""Ends a rank whose steps have stopped, after writing down where every thread stands.
+
+A collective that waits for a rank which is gone, stopped or lost in a loop waits without an error,
+on every other rank. So each rank watches its own steps: one that takes far longer than they did so
+far ends the process, and the starter begins again from the newest checkpoint.
+"""
+
+import faulthandler
+import logging
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cavmae.trainer.config.configs import WatchdogConfig
+
+log = logging.getLogger(__name__)
+
+HANG_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: another start may do."""
+_REMEMBERED_STEPS = 100
+_STEPS_TO_KNOW = 3
+
+
+class Watchdog:
+    """Watches the steps of one rank from a thread, from the first `step` until `close`.
+
+    Args:
+        config: what is too long.
+        folder: gets `rank-N.txt`, the stacks of a rank that hung.
+        rank: this one.
+        end: ends the process.
+    """
+
+    def __init__(
+        self,
+        config: WatchdogConfig,
+        folder: Path,
+        rank: int,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._config = config
+        self._path = folder / f"rank-{rank}.txt"
+        self._end = end
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._began = time.monotonic()
+        self._counts = False
+        self._limit = config.longest_pause_seconds
+        self._closed = threading.Event()
+        if config.medians:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def step(self) -> None:
+        """Note that a step is done and the next begins."""
+        now = time.monotonic()
+        if self._counts:
+            self._seconds.append(now - self._began)
+        self._began, self._counts = now, True
+        if len(self._seconds) >= _STEPS_TO_KNOW:
+            median = statistics.median(self._seconds)
+            self._limit = max(self._config.minimum_seconds, self._config.medians * median)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Something that takes longer than a step, such as an evaluation."""
+        limit, self._limit = self._limit, self._config.longest_pause_seconds
+        self._began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began, self._counts = time.monotonic(), False
+            self._limit = limit
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._limit / 4)):
+            waited = time.monotonic() - self._began
+            if waited > self._limit:
+                self._dump(waited)
+                self._end(HANG_EXIT_CODE)
+                return
+
+    def _dump(self, waited: float) -> None:
+        log.error(
+            "HANG: no step for %.0f s (the limit is %.0f s); all threads' stacks are in %s; this "
+            "process ends, so that the run can be started again",
+            waited,
+            self._limit,
+            self._path,
+        )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: no step for {waited:.0f} s\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            log.error("the stacks could not be written: %s", error)

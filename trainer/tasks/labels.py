@@ -1,0 +1,215 @@
+"""The classes of a classifier: which label is which number.
+
+A label file is the published one: CSV with the columns index, mid, display_name. A clip is labelled
+by mid; the display name is for people.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.run_dir import read_json
+
+_COLUMNS = ["index", "mid", "display_name"]
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Classes in the order of the classifier's outputs.
+
+    Attributes:
+        labels: as clips have them.
+        names: for people.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def targets(self, of_clips: Sequence[Sequence[str]], sample_ids: Sequence[str]) -> torch.Tensor:
+        """Which classes each clip has.
+
+        Args:
+            of_clips: labels of each clip.
+            sample_ids: of the clips, for errors.
+
+        Returns:
+            (clips, classes) float32, 1 where a clip has the class and 0 elsewhere.
+
+        Raises:
+            ValueError: a clip without a label, or with one that is no class.
+        """
+        targets = torch.zeros(len(of_clips), len(self))
+        for row, (labels, sample_id) in enumerate(zip(of_clips, sample_ids, strict=True)):
+            if not labels:
+                raise ValueError(
+                    f"clip {sample_id} has no label; pack the videos from a list with labels"
+                )
+            for label in labels:
+                if label not in self._numbers:
+                    raise ValueError(
+                        f"clip {sample_id} has the label {label!r}, which is none of the "
+                        f"{len(self)} classes ({', '.join(self.labels[:_LISTED])}, ...); add it to "
+                        "them, or pack the videos with labels that are classes"
+                    )
+                targets[row, self._numbers[label]] = 1
+        return targets
+
+    def as_csv(self) -> str:
+        """The label file."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(_COLUMNS)
+        rows = zip(self.labels, self.names, strict=True)
+        writer.writerows([number, *row] for number, row in enumerate(rows))
+        return text.getvalue()
+
+
+def read_labels(path: str | Path) -> LabelSet:
+    """Read a label file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other columns, an index out of order, a label twice, or none at all.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as CSV in UTF-8: {error}") from error
+    if columns:
+        raise ValueError(
+            f"{path}: the column {columns[0]} is missing; a label file has {', '.join(_COLUMNS)}"
+        )
+    labels = tuple(row["mid"] for row in rows)
+    if not rows:
+        raise ValueError(f"{path} has no classes")
+    for number, row in enumerate(rows):
+        if row["index"] != str(number):
+            raise ValueError(
+                f"{path}: class {number} has the index {row['index']!r}; number them from 0"
+            )
+        empty = [name for name in _COLUMNS if not row[name]]
+        if empty:
+            raise ValueError(f"{path}: class {number} has no {empty[0]}; fill it in")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: the label {twice!r} is there twice")
+    return LabelSet(labels, tuple(row["display_name"] for row in rows))
+
+
+def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelSet:
+    """The classes of a run, those of a label file or the labels of its training set; they are kept
+    as `labels.csv` of the run folder.
+
+    Args:
+        config: the run.
+        run_dir: its folder.
+        begun: whether it goes on; then its classes must be those that it began with.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that can't be used, no label file and none can be made, a class without
+            a clip, or a set with labels that are no classes.
+    """
+    labels = _classes(config)
+    for name, tiers in (("train", config.data.train_folders), ("validation", _validation(config))):
+        unlabelled = clips_without_label(tiers)
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} clips of data.{name} have no label; pack the videos from a list "
+                "with labels"
+            )
+        unknown = sorted((label_counts(tiers) or {}).keys() - set(labels.labels))
+        if unknown:
+            raise ValueError(
+                f"data.{name} has {len(unknown)} labels that are no classes, such as "
+                f"{_some(unknown)}; add them to the label file (classifier.labels), or pack the "
+                "videos with labels of that file"
+            )
+    saved = run_dir / "labels.csv"
+    if begun and saved.exists() and read_labels(saved) != labels:
+        raise ValueError(
+            f"the run in {run_dir} was started with other classes ({saved}); give the former "
+            "label file, or another --run-dir to start anew"
+        )
+    partial = saved.with_suffix(".partial")
+    partial.write_text(labels.as_csv(), encoding="utf-8")
+    partial.replace(saved)
+    return labels
+
+
+def label_counts(tiers: Iterable[str]) -> dict[str, int] | None:
+    """Clips of each label in packed sets as packing counted them; None where that is not there to
+    be read.
+
+    Args:
+        tiers: of the sets.
+    """
+    counts: dict[str, int] = {}
+    for statistics in map(_statistics, tiers):
+        if statistics is None:
+            return None
+        for label, count in statistics["classes"].items():
+            counts[label] = counts.get(label, 0) + count
+    return counts
+
+
+def clips_without_label(tiers: Iterable[str]) -> int:
+    """Clips of packed sets that have no label, as far as packing's counts are there to be read."""
+    return sum(found["clips_without_label"] for found in map(_statistics, tiers) if found)
+
+
+def _statistics(tier: str) -> dict[str, Any] | None:
+    path = Path(tier).parent / "statistics.json"
+    return read_json(path) if path.is_file() else None
+
+
+def _classes(config: FinetuneConfig) -> LabelSet:
+    asked = config.classifier
+    counts = label_counts(config.data.train_folders)
+    if asked.labels:
+        labels = read_labels(asked.labels)
+        empty = [] if counts is None else [one for one in labels.labels if not counts.get(one)]
+        if empty and not asked.allow_empty_classes:
+            raise ValueError(
+                f"{asked.labels} has {len(empty)} classes of which data.train has no clip, such as "
+                f"{_some(empty)}; take them out, or set classifier.allow_empty_classes"
+            )
+        return labels
+    if counts is None:
+        raise ValueError(
+            "classifier.labels is empty, and what packing counted (statistics.json beside the "
+            "folder of the tier) can't be read; give the label file"
+        )
+    if not counts:
+        raise ValueError(
+            f"no clip of data.train {config.data.train} has a label; pack the videos from a list "
+            "with labels"
+        )
+    names = tuple(sorted(counts))
+    return LabelSet(names, names)
+
+
+def _validation(config: FinetuneConfig) -> list[str]:
+    return [config.data.validation] if config.data.validation else []
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels[:_LISTED]))

@@ -1,0 +1,269 @@
+"""Pictures of what the model sees and makes: people find a wrong mask, a flipped spectrogram or a
+collapsed embedding in a picture long before they find it in a number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.kernels import MaskIds
+from cavmae.trainer.metrics.retrieval import similarity_scores
+
+PATCH = 16
+FRAME_SECONDS = 0.01  # hop of the log-mel
+REMOVED_GRAY = "0.75"
+NAMED_CLASSES = 8
+"""At either end of the picture of classes."""
+
+
+def patchify(pixels: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
+    """Cut pixels into patch vectors, ordered row, column, channel within a patch.
+
+    Args:
+        pixels: (batch, channels, height, width); `patch` divides height and width.
+
+    Returns:
+        (batch, tokens, patch * patch * channels), tokens row-major over the grid of patches.
+    """
+    batch, channels, height, width = pixels.shape
+    grid = pixels.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    grid = grid.permute(0, 2, 4, 3, 5, 1)  # (batch, rows, columns, patch, patch, channels)
+    return grid.reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch: int = PATCH) -> torch.Tensor:
+    """Put patch vectors together again, the inverse of `patchify`.
+
+    Args:
+        patches: (batch, rows * columns, patch * patch * channels).
+        grid: (rows, columns) of patches.
+
+    Returns:
+        (batch, channels, rows * patch, columns * patch).
+    """
+    batch, _, values = patches.shape
+    rows, columns = grid
+    pixels = patches.reshape(batch, rows, columns, patch, patch, values // patch**2)
+    pixels = pixels.permute(0, 5, 1, 3, 2, 4)  # (batch, channels, rows, patch, columns, patch)
+    return pixels.reshape(batch, -1, rows * patch, columns * patch)
+
+
+def masked_and_reconstructed(
+    pixels: torch.Tensor, mask: MaskIds, predicted: torch.Tensor, norm_pix: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the encoder saw, and that with the decoder's predictions in the gaps.
+
+    Args:
+        pixels: (batch, channels, height, width).
+        mask: ids of the kept and the removed patches.
+        predicted: (batch, tokens, patch * patch * channels) for every patch, original order.
+        norm_pix: predictions are of patches at mean 0 and variance 1; each is brought back with
+            the mean and the deviation of the original patch, which the model does not know.
+
+    Returns:
+        Masked (NaN where removed) and reconstructed, both shaped like `pixels`.
+    """
+    patches = patchify(pixels)  # (batch, tokens, values)
+    removed = mask.removed[:, :, None].expand(-1, -1, patches.shape[2])
+    if norm_pix:
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    reconstructed = patches.scatter(1, removed, predicted.gather(1, removed))
+    masked = patches.scatter(1, removed, torch.nan)
+    grid = (pixels.shape[2] // PATCH, pixels.shape[3] // PATCH)
+    return unpatchify(masked, grid), unpatchify(reconstructed, grid)
+
+
+def reconstruction_picture(
+    path: Path,
+    log_mel: torch.Tensor,
+    frame: torch.Tensor,
+    audio_mask: MaskIds,
+    video_mask: MaskIds,
+    predicted_audio: torch.Tensor,
+    predicted_video: torch.Tensor,
+    *,
+    norm_pix: bool,
+    names: Sequence[str] = (),
+) -> None:
+    """Write a PNG: a row for each clip; original, masked and reconstructed sound, then frame.
+
+    Args:
+        path: Where; its folder is created.
+        log_mel: (batch, audio_frames, mel_bins), normalised as the loader does.
+        frame: (batch, 3, height, width), normalised as the loader does.
+        audio_mask: Patch ids over the (mel, time) grid, frequency-major.
+        video_mask: Patch ids over the frame's grid.
+        predicted_audio: (batch, audio tokens, 256), every patch in original order.
+        predicted_video: (batch, video tokens, 768).
+        norm_pix: whether predictions are of normalised patches.
+        names: of the clips, written beside the rows.
+    """
+    spectrogram = _on_cpu(log_mel).transpose(1, 2)[:, None]  # (batch, 1, mel_bins, audio_frames)
+    pixels = _on_cpu(frame)
+    sounds = (
+        spectrogram,
+        *masked_and_reconstructed(
+            spectrogram, _mask_on_cpu(audio_mask), _on_cpu(predicted_audio), norm_pix
+        ),
+    )
+    frames = (
+        pixels,
+        *masked_and_reconstructed(
+            pixels, _mask_on_cpu(video_mask), _on_cpu(predicted_video), norm_pix
+        ),
+    )
+    titles = ("original", f"masked ({_removed_share(audio_mask):.0%} removed)", "reconstructed")
+    frame_titles = ("original", f"masked ({_removed_share(video_mask):.0%})", "reconstructed")
+
+    clips = len(pixels)
+    figure = Figure(figsize=(18, 1.0 + 1.9 * clips), dpi=100, layout="constrained")
+    axes = figure.subplots(
+        clips, 6, squeeze=False, gridspec_kw={"width_ratios": [2.2, 2.2, 2.2, 1, 1, 1]}
+    )
+    for clip in range(clips):
+        # One scale for the three, so that a reconstruction that is too loud or too dark shows.
+        low, high = spectrogram[clip].min().item(), spectrogram[clip].max().item()
+        for column, (sound, title) in enumerate(zip(sounds, titles, strict=True)):
+            _show_sound(axes[clip, column], sound[clip, 0], low, high)
+            axes[clip, column].set_title(title if clip == 0 else "", fontsize=10)
+        for column, (image, title) in enumerate(zip(frames, frame_titles, strict=True), start=3):
+            _show_frame(axes[clip, column], image[clip])
+            axes[clip, column].set_title(title if clip == 0 else "", fontsize=10)
+        axes[clip, 0].set_ylabel(names[clip] if names else "mel bin", fontsize=8)
+    for axis in axes[-1, :3]:
+        axis.set_xlabel("seconds", fontsize=8)
+    note = "Reconstructed: visible patches are the original's, removed ones are predicted"
+    if norm_pix:
+        note += " (brightness and contrast of each removed patch taken from the original)"
+    figure.suptitle(note, fontsize=10)
+    _save(figure, path)
+
+
+def similarity_title(similarity: torch.Tensor) -> str:
+    """R@1 both ways of a (clips, clips) similarity matrix, audio clips in rows."""
+    audio_to_video, video_to_audio = similarity_scores(similarity), similarity_scores(similarity.T)
+    return (
+        f"R@1 audio to video {audio_to_video.r1.value:.1%}, "
+        f"video to audio {video_to_audio.r1.value:.1%}, chance {audio_to_video.r1.chance:.1%}"
+    )
+
+
+def similarity_picture(path: Path, similarity: torch.Tensor) -> None:
+    """Write a PNG of a similarity matrix, with R@1 both ways in its title.
+
+    Args:
+        path: Where; its folder is created.
+        similarity: (clips, clips) cosine similarities, audio clips in rows, videos in columns.
+    """
+    matrix = _on_cpu(similarity)
+
+    figure = Figure(figsize=(7, 6), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(matrix.numpy(), interpolation="nearest", cmap="viridis")
+    last = len(matrix) - 0.5
+    axis.plot((-0.5, last), (-0.5, last), color="red", linewidth=0.6, linestyle=(0, (2, 6)))
+    axis.set(xlabel="video of clip", ylabel="audio of clip")
+    axis.set_title(
+        f"Similarity of {len(matrix)} held-out clips; the dashed line marks the true pairs\n"
+        f"{similarity_title(matrix)}",
+        fontsize=10,
+    )
+    figure.colorbar(image, ax=axis, label="cosine similarity")
+    _save(figure, path)
+
+
+def class_picture(
+    path: Path,
+    title: str,
+    names: Sequence[str],
+    clips: Sequence[int],
+    average_precision: Sequence[float | None],
+) -> None:
+    """Write a PNG of the average precision of all classes, the worst first, with the clips of each.
+
+    Args:
+        path: Where; its folder is created.
+        title: above it.
+        names: of the classes.
+        clips: positive ones of each class.
+        average_precision: of each class; those without one are not shown.
+    """
+    scored = [
+        (value, names[number], clips[number])
+        for number, value in enumerate(average_precision)
+        if value is not None
+    ]
+    scored.sort()
+    places = range(1, len(scored) + 1)
+    figure = Figure(figsize=(9, 7), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    above.bar(places, [value for value, _, _ in scored], width=1.0)
+    above.set(ylim=(0, 1), ylabel="average precision")
+    above.set_title(title, fontsize=10)
+    below.bar(places, [count for _, _, count in scored], width=1.0, color="0.5")
+    below.set(yscale="log", ylim=(0.5, None), xlabel="classes by average precision", ylabel="clips")
+    named = min(NAMED_CLASSES, len(scored) // 2)
+    # The bars rise to the right: these two corners are free.
+    corners = (("worst", scored[:named], 0.02, 0.97), ("best", scored[::-1][:named], 0.98, 0.03))
+    for word, some, x, y in corners:
+        lines = [f"{value:.2f}  {name[:40]} ({count})" for value, name, count in some]
+        above.text(
+            x,
+            y,
+            "\n".join([f"{word} (clips)", *lines]),
+            transform=above.transAxes,
+            horizontalalignment="left" if x < 0.5 else "right",
+            verticalalignment="top" if y > 0.5 else "bottom",
+            multialignment="left",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
+            parse_math=False,  # a name may have dollar signs
+        )
+    _save(figure, path)
+
+
+def _show_sound(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
+    """`mel`: (mel_bins, audio_frames)."""
+    bins, frames = mel.shape
+    axis.set_facecolor(REMOVED_GRAY)  # shows where values are NaN
+    axis.imshow(
+        mel.numpy(),
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+        extent=(0, frames * FRAME_SECONDS, 0, bins),
+    )
+    axis.tick_params(labelsize=7)
+
+
+def _show_frame(axis: Axes, frame: torch.Tensor) -> None:
+    """`frame`: (3, height, width), normalised."""
+    colours = frame.permute(1, 2, 0).numpy() * IMAGE_DEVIATION + IMAGE_MEAN  # (height, width, 3)
+    shown = np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
+    axis.imshow(shown, interpolation="nearest")
+    axis.set_axis_off()
+
+
+def _removed_share(mask: MaskIds) -> float:
+    return mask.removed.shape[1] / mask.restore.shape[1]
+
+
+def _on_cpu(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().float().cpu()
+
+
+def _mask_on_cpu(mask: MaskIds) -> MaskIds:
+    return MaskIds(*(ids.cpu() for ids in mask))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
