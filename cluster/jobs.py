@@ -25,8 +25,9 @@ from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.train import check_run, with_absolute_paths
 from cavmae.trainer.config.parse import parse
+from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
-from cavmae.trainer.run_dir import git_commit, read_json
+from cavmae.trainer.tracking.code_snapshot import git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
-from cavmae.trainer.run_dir import write_json
 from cavmae.trainer.tracking.rank_logging import log_to_file, log_to_stderr
 
 if TYPE_CHECKING:  # torch comes after the threads are set
@@ -86,7 +86,7 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     from cavmae.trainer.distributed.collectives import on_first_rank
     from cavmae.trainer.distributed.engine import start_process_group
     from cavmae.trainer.fault_tolerance.oom import check_machines, out_of_memory_told
-    from cavmae.trainer.opening import open_run_folder
+    from cavmae.trainer.run_dir import open_run_folder
 
     log_to_stderr(ranks.rank)
     if not config.data.train_folders:

@@ -1,193 +1,65 @@
-"""The files of a run folder that say what the run is: `config.json` and `run.json`.
-
-Configurations are read back strictly: a run that goes on with a field misread, or silently at its
-default, is another run.
-"""
+"""How a start takes up its run folder: a new run, or one that goes on."""
 
 import dataclasses
-import gzip
-import hashlib
-import io
-import json
-import os
-import subprocess
-import tarfile
-import types
-import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoints
+from cavmae.trainer.checkpoint.store import Store, check_writable
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.resolve import check_same_run, native_dtype
+from cavmae.trainer.config.serialize import load_run_config, read_json, save_config, write_json
+from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 
-Config = TypeVar("Config")
-
-_PARTS = ("trainer", "kernels", "dataloaders", "cluster")
-
-
-def save_config(config: object, path: str | Path) -> None:
-    """Write a configuration dataclass as JSON, whole or not at all.
-
-    Raises:
-        ValueError: a float that is not finite, which JSON can't hold.
-    """
-    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    write_json(path, dataclasses.asdict(config))
+Config = TypeVar("Config", bound=RunConfig)
 
 
-def load_config(path: str | Path, kind: type[Config]) -> Config:
-    """Read a configuration that `save_config` wrote.
+def open_run_folder(config: Config, run_dir: Path, store: Store, device: str) -> Config:
+    """Make the folder, or check that this start goes on with the run that is there; one rank calls
+    it.
 
     Args:
-        path: JSON file.
-        kind: Dataclass to build; nested dataclasses are built from nested objects.
+        config: resolved.
+        run_dir: its folder.
+        store: of its checkpoints.
+        device: type of the ranks' devices.
+
+    Returns:
+        The configuration with the dtype of the run.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, an unknown or missing field, or a value of another type, with the
-            field's full name; or what the dataclass itself refuses.
+        ValueError: the folder or the checkpoints are of another run, or the store is no place to
+            write to.
+        OSError: one of them can't be written.
     """
-    return _build(read_json(path), kind, "", Path(path))
-
-
-def load_run_config(path: str | Path) -> RunConfig:
-    """Read the configuration of a run of any kind; raises as `load_config` does."""
-    kind = FinetuneConfig if "classifier" in read_json(path) else PretrainConfig
-    return load_config(path, kind)
-
-
-def write_json(path: str | Path, document: object) -> None:
-    """Write a JSON file so that a reader, or a power cut, meets the old or the new one.
-
-    Raises:
-        ValueError: a float that is not finite.
-    """
-    path = Path(path)
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        document = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}; expected a JSON object")
-    return document
-
-
-def save_code(run_dir: Path) -> str:
-    """Keep the Python files that are running, in `code/HASH.tar.gz`; returns the hash.
-
-    Where the code is as in a former start, nothing is added.
-    """
-    root = Path(__file__).resolve().parents[1]  # of a checkout, or the package of a wheel
-    top = root / "cavmae" if (root / "cavmae").is_dir() else root
-    files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
-    for part in _PARTS:
-        for path in (root / part).rglob("*.py"):
-            files[f"cavmae/{path.relative_to(root)}"] = path
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name, path in sorted(files.items()):
-            content = path.read_bytes()
-            entry = tarfile.TarInfo(name)  # no times and owners: the same files, the same bytes
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    code = hashlib.sha256(packed.getvalue()).hexdigest()[:16]
-    target = run_dir / "code" / f"{code}.tar.gz"
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(gzip.compress(packed.getvalue()))
-        partial.replace(target)
-    return code
-
-
-def git_commit() -> str | None:
-    """Commit of the running code, with `-dirty` where tracked files differ from it.
-
-    In a Ray `working_dir`, which has no repository, that of the tree it was made from, which
-    `cavmae submit` tells. None where the code is of neither, as in an installed wheel.
-    """
-    if told := os.environ.get("CAVMAE_COMMIT"):
-        return told
-    file = Path(__file__).resolve()
-    # An installed copy may lie inside somebody else's checkout: only a tracked file counts.
-    tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)
-    if tracked is None:
-        return None
-    return _git(file.parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None  # git is not installed
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _build(values: dict[str, Any], kind: type[Config], prefix: str, path: Path) -> Config:
-    """`prefix` is the dotted name of the object being built, for error messages."""
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
-    unknown = sorted(values.keys() - fields.keys())
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown field {prefix + unknown[0]}; this version of {kind.__name__} has no "
-            f"such field: take it out, or use the version that wrote the file"
-        )
-    missing = sorted(fields.keys() - values.keys())
-    if missing:
-        raise ValueError(
-            f"{path}: field {prefix + missing[0]} is missing; add it, or use the version that "
-            f"wrote the file"
-        )
-    return kind(
-        **{name: _convert(values[name], hints[name], prefix + name, path) for name in fields}
-    )
-
-
-def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
-    """`value` as read from JSON, in the type that the field declares."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _build(value, hint, f"{name}.", path)
-    if origin is typing.Literal and any(
-        value == choice and type(value) is type(choice) for choice in arguments
-    ):
-        return value
-    if origin is tuple and isinstance(value, list):
-        repeated = len(arguments) == 2 and arguments[1] is ...
-        if repeated or len(value) == len(arguments):
-            hints = arguments[:1] * len(value) if repeated else arguments
-            return tuple(
-                _convert(item, item_hint, f"{name}[{index}]", path)
-                for index, (item, item_hint) in enumerate(zip(value, hints, strict=True))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    saved, run_file = run_dir / "config.json", run_dir / "run.json"
+    record = read_json(run_file) if run_file.exists() else {}
+    check_writable(store)
+    folder = config.checkpoint.folder
+    if folder and "://" not in folder:
+        folder = str(Path(folder).absolute())
+    folder_before = record.get("checkpoint_folder", "")
+    if record and folder_before != folder:
+        check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
+    before = None
+    if checkpoints(store):
+        if not saved.exists():
+            raise ValueError(
+                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
+                "config.json: they are of another run; give another folder, or that run's run_dir"
             )
-    if (
-        origin in (types.UnionType, typing.Union)
-        and len(arguments) == 2
-        and types.NoneType in arguments
-    ):
-        (some,) = set(arguments) - {types.NoneType}
-        return None if value is None else _convert(value, some, name, path)
-    if hint is float and type(value) is int:  # JSON of another writer may drop the ".0"
-        return float(value)
-    if hint in (bool, int, float, str) and type(value) is hint:
-        return value
-    expected = hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
-    raise ValueError(f"{path}: field {name} is {value!r}; expected {expected}")
+        before = load_run_config(saved)
+    if config.engine.dtype == "auto":
+        dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
+    if before:
+        check_same_run(before, config)
+    save_config(config, saved)
+    commits = [*record.get("git_commits", []), git_commit()]
+    code = [*record.get("code", []), save_code(run_dir)]
+    write_json(
+        run_file,
+        record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
+    )
+    return config

@@ -23,8 +23,8 @@ from cavmae.cluster import train
 from cavmae.cluster.config import ClusterConfig
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
+from cavmae.trainer.config.serialize import load_config, write_json
 from cavmae.trainer.run import RunSummary
-from cavmae.trainer.run_dir import load_config, write_json
 
 
 @dataclass(frozen=True)

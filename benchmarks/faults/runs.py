@@ -46,8 +46,8 @@ from cavmae.trainer.config.configs import (
     TrackingConfig,
     WatchdogConfig,
 )
+from cavmae.trainer.config.serialize import save_config, write_json
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_dir import save_config, write_json
 
 RANKS = 2
 CLIPS = 24

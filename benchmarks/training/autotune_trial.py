@@ -13,8 +13,8 @@ from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
+from cavmae.trainer.config.serialize import read_json, save_config
 from cavmae.trainer.fault_tolerance.oom import RAN_OUT
-from cavmae.trainer.run_dir import read_json, save_config
 
 WARM_UP_STEPS, STEPS = 2, 4
 

@@ -24,8 +24,8 @@ from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.config.serialize import read_json, save_config
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
-from cavmae.trainer.run_dir import read_json, save_config
 
 Case = tuple[str, int, str, int, int, int]
 """Recipe, ranks, dtype, ZeRO stage, micro-batch of a rank, micro-batches of a step."""

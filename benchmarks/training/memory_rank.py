@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.serialize import load_config, write_json
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_dir import load_config, write_json
 
 if TYPE_CHECKING:  # torch comes after the threads are set
     from cavmae.dataloaders.batch import AudioVideoBatch

@@ -28,7 +28,7 @@ from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tracking.tracker import read_metrics
 
 RANKS = 2

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.serialize import load_config, write_json
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-from cavmae.trainer.run_dir import load_config, write_json
 
 
 @dataclass(frozen=True)

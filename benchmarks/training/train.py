@@ -38,7 +38,7 @@ from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
-from cavmae.trainer.run_dir import read_json, save_config
+from cavmae.trainer.config.serialize import read_json, save_config
 
 CLIP_SECONDS, CLIP_SIDE = 10.0, 256
 """Of the clips that are generated: what the base model takes, and what packing keeps of a frame."""

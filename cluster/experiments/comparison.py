@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.trainer.run_dir import read_json
+from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.tracking.tracker import log_files, read_metrics
 
 _LEFT_OUT = ("_low", "_high", "_chance", "_p_value")

@@ -15,7 +15,7 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.run_dir import read_json
+from cavmae.trainer.config.serialize import read_json
 
 State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
 

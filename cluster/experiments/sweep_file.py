@@ -16,7 +16,7 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.run_dir import read_json, write_json
+from cavmae.trainer.config.serialize import read_json, write_json
 
 DISTRIBUTIONS = ("choice", "grid", "uniform", "log_uniform", "whole")
 

@@ -29,7 +29,7 @@ from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import demo as demo_recipe
-from cavmae.trainer.run_dir import load_config, read_json, write_json
+from cavmae.trainer.config.serialize import load_config, read_json, write_json
 
 UNSEEN_START_INDEX = 1_000_000
 """Clips are a function of seed and index: from here on, none of the training clips."""

@@ -25,7 +25,7 @@ from rich.table import Table
 from cavmae.cluster.local.demo import DemoConfig
 from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.run_dir import read_json, write_json
+from cavmae.trainer.config.serialize import read_json, write_json
 
 SEARCHES = 8
 """Sounds that are looked up. By chance a sound finds its video among ten of 200 once in 20 times:

@@ -21,8 +21,8 @@ from tiny_run import losses, tiny_run
 from cavmae.cluster.config import ClusterConfig
 from cavmae.dataloaders.sampling.sample_plan import largest_rank_count
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
-from cavmae.trainer.run_dir import save_config
 
 LOOPBACK = {
     "RAY_AUTH_MODE": "token",

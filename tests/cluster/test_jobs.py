@@ -7,8 +7,8 @@ import pytest
 from tiny_run import tiny_run
 
 from cavmae.cluster.jobs import _without_address, job_state, logs, run_state, status, stop, submit
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import requested_stop
-from cavmae.trainer.run_dir import save_config
 
 STEPS = "step 10/40  loss 1.2  3.0 samples/s\nstep 20/40  loss 1.1  3.0 samples/s\n"
 

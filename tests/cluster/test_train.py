@@ -22,7 +22,7 @@ from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.recipes import demo
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.trainer import NonFiniteError
 
 

@@ -13,7 +13,7 @@ from launch import ROOT, free_port, rank_environment
 
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tracking.tracker import _make_store
 
 

@@ -18,10 +18,10 @@ from cavmae.trainer.config.configs import (
     TrackingConfig,
 )
 from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_dir import save_config
 from cavmae.trainer.tasks.labels import LabelSet
 
 MODEL = ModelConfig(

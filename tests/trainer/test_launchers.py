@@ -18,7 +18,8 @@ import pytest
 from launch import ROOT, free_port, rank_environment
 from tiny_run import losses, tiny_run
 
-from cavmae.trainer.run_dir import git_commit, save_config
+from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.tracking.code_snapshot import git_commit
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
-from cavmae.trainer.run_dir import load_run_config
+from cavmae.trainer.config.serialize import load_run_config
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES}
 

@@ -20,6 +20,7 @@ import tyro
 from cavmae.command import exit_code
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
     FileWriter,
@@ -32,7 +33,6 @@ from cavmae.trainer.evaluation.embeddings import embedded_batches
 from cavmae.trainer.evaluation.inference import whole_clips
 from cavmae.trainer.evaluation.trained_run import AnyRun, open_finished_encoders, rests_on
 from cavmae.trainer.model.encoder import AudioVideoEncoder
-from cavmae.trainer.run_dir import write_json
 
 
 @dataclass(frozen=True)

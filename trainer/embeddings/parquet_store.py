@@ -27,8 +27,8 @@ import torch
 
 from cavmae.dataloaders.packing.output_folder import locked
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.serialize import load_config, read_json, save_config
 from cavmae.trainer.evaluation.embeddings import EmbeddedBatch
-from cavmae.trainer.run_dir import load_config, read_json, save_config
 
 SCHEMA = 1
 ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"

@@ -15,7 +15,7 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.run_dir import load_run_config
+from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.tracking.tracker import read_metrics
 
 # Of the published log, and of a run.

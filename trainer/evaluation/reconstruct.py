@@ -23,11 +23,11 @@ from cavmae.dataloaders.media.audio_codec import encode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.trained_run import FinishedRun, open_finished_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.run_dir import write_json
 from cavmae.trainer.tracking.figures import (
     masked_and_reconstructed,
     patchify,

@@ -13,17 +13,12 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.serialize import load_run_config, read_json, write_json
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
-from cavmae.trainer.run_dir import (
-    git_commit,
-    load_run_config,
-    read_json,
-    save_code,
-    write_json,
-)
 from cavmae.trainer.tasks.labels import LabelSet, read_labels
+from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 
 _NOT_ASKED = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
 """Fields of a command that no score depends on, or that the name has already."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cavmae.trainer.run_dir import read_json, write_json
+from cavmae.trainer.config.serialize import read_json, write_json
 
 log = logging.getLogger(__name__)
 

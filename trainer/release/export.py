@@ -19,6 +19,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
 from cavmae.dataloaders.media import log_mel
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import FinishedClassifier, open_finished
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -44,7 +45,6 @@ from cavmae.trainer.release.hub import hub_model
 from cavmae.trainer.release.model_card import model_card
 from cavmae.trainer.release.model_spec import ModelDescription, Preprocessing
 from cavmae.trainer.release.provenance import provenance_of_file, provenance_of_run
-from cavmae.trainer.run_dir import save_config
 
 Format = Literal["hub", "torch", "onnx", "published"]
 _GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}

@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.release.model_card import model_card
 from cavmae.trainer.release.model_spec import ModelDescription
-from cavmae.trainer.run_dir import load_config, save_config
 
 
 class _HubFolder(ModelHubMixin):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.evaluation.trained_run import AnyRun
 from cavmae.trainer.release.model_card import table
-from cavmae.trainer.run_dir import read_json
 from cavmae.trainer.tracking.tracker import flatten
 
 _FIELDS = (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.run_dir import read_json
+from cavmae.trainer.config.serialize import read_json
 
 _COLUMNS = ["index", "mid", "display_name"]
 _LISTED = 5

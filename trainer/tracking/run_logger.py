@@ -12,8 +12,8 @@ import torch
 
 from cavmae.kernels import default_backend
 from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.distributed.env import Ranks
-from cavmae.trainer.run_dir import read_json, write_json
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker
 from cavmae.trainer.trainer import StepReport

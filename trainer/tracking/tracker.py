@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cavmae.trainer.config.configs import TrackingConfig
-from cavmae.trainer.run_dir import git_commit, read_json, write_json
+from cavmae.trainer.config.serialize import read_json, write_json
+from cavmae.trainer.tracking.code_snapshot import git_commit
 
 log = logging.getLogger(__name__)
 

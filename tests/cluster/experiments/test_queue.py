@@ -18,7 +18,7 @@ from tiny_run import losses, tiny_run
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tracking.tracker import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"

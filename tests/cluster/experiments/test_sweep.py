@@ -13,7 +13,7 @@ from launch import ROOT
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.experiments.sweep_file import Varied, keep_or_compare, read_sweep
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 
 SWEEP: dict[str, Any] = {
     "recipe": "demo",

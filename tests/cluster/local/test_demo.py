@@ -12,7 +12,7 @@ from launch import ROOT
 from cavmae.cluster.local import demo_full
 from cavmae.cluster.local.demo import DemoConfig, main
 from cavmae.command import exit_code
-from cavmae.trainer.run_dir import read_json, write_json
+from cavmae.trainer.config.serialize import read_json, write_json
 
 
 @pytest.fixture(scope="module")

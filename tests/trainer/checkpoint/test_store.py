@@ -27,7 +27,7 @@ from cavmae.trainer.checkpoint.save import CheckpointWriter
 from cavmae.trainer.checkpoint.store import LocalStore, Store, check_writable, open_store
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, files_of_rank
-from cavmae.trainer.opening import open_run_folder
+from cavmae.trainer.run_dir import open_run_folder
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
 MOMENTS = "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"

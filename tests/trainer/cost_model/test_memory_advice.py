@@ -11,11 +11,11 @@ from tiny_run import MODEL
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import resolve
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model import memory_advice
 from cavmae.trainer.cost_model.activations import Passes, count_passes
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
 from cavmae.trainer.cost_model.memory_advice import advice, what_would_fit
-from cavmae.trainer.run_dir import save_config
 
 RANKS = 8
 CONFIG = PretrainConfig(

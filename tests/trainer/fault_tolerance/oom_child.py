@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.run import run
-from cavmae.trainer.run_dir import load_config
 
 LEFT_BYTES = 100 << 20
 """For Python's own needs; a step of the test takes several times as much."""

@@ -20,6 +20,7 @@ from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.fault_tolerance.oom import (
     Memory,
@@ -30,7 +31,6 @@ from cavmae.trainer.fault_tolerance.oom import (
     machine_memory,
     out_of_memory_told,
 )
-from cavmae.trainer.run_dir import save_config
 
 CHILD = Path(__file__).with_name("oom_child.py")
 MACHINES = Path(__file__).with_name("host_memory_ranks.py")

@@ -28,6 +28,7 @@ from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
 from cavmae.trainer.config.finetune_config import ClassifierConfig
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import open_finished_run
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_published
@@ -41,7 +42,6 @@ from cavmae.trainer.release.graphs import (
 )
 from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
 from cavmae.trainer.release.model_spec import ModelDescription
-from cavmae.trainer.run_dir import save_config
 from cavmae.trainer.tasks.labels import LabelSet
 
 SIZES = [

@@ -22,7 +22,7 @@ from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
 from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.run_dir import save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
 from cavmae.trainer.tracking.tracker import read_metrics

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cavmae.trainer.config.configs import TrackingConfig
-from cavmae.trainer.run_dir import git_commit
+from cavmae.trainer.tracking.code_snapshot import git_commit
 from cavmae.trainer.tracking.tracker import Tracker, flatten, read_metrics
 
 PARAMETERS: dict[str, object] = {

@@ -12,19 +12,13 @@ from typing import Literal
 
 import pytest
 
-from cavmae.trainer import run_dir
 from cavmae.trainer.config.configs import LossConfig, PretrainConfig
+from cavmae.trainer.config.serialize import load_config, read_json, save_config, write_json
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.run_dir import (
-    git_commit,
-    load_config,
-    read_json,
-    save_code,
-    save_config,
-    write_json,
-)
+from cavmae.trainer.tracking import code_snapshot
+from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +157,8 @@ def test_a_run_folder_keeps_each_version_of_the_code_once(tmp_path: Path) -> Non
     (kept,) = (tmp_path / "code").iterdir()
     with tarfile.open(kept) as archive:
         names = archive.getnames()
-        file = archive.extractfile("cavmae/trainer/run_dir.py")
-        assert file and file.read() == Path(run_dir.__file__).read_bytes()
+        file = archive.extractfile("cavmae/trainer/tracking/code_snapshot.py")
+        assert file and file.read() == Path(code_snapshot.__file__).read_bytes()
     assert {"cavmae/cli.py", "cavmae/kernels/similarity/tiles.py"} <= set(names)
     assert not [name for name in names if "tests" in name or ".venv" in name]
 
@@ -182,15 +176,15 @@ def test_git_commit_tells_clean_changed_and_untracked_copies_apart(tmp_path: Pat
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
 
     def commit_of_copy() -> str:
-        code = "import run_dir; print(run_dir.git_commit())"
+        code = "import code_snapshot; print(code_snapshot.git_commit())"
         return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
 
-    copy = tmp_path / "run_dir.py"
-    shutil.copy(ROOT / "trainer" / "run_dir.py", copy)
+    copy = tmp_path / "code_snapshot.py"
+    shutil.copy(ROOT / "trainer/tracking/code_snapshot.py", copy)
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "-m", "empty")
     assert commit_of_copy() == "None\n"
-    git("add", "run_dir.py")
+    git("add", "code_snapshot.py")
     git("commit", "--quiet", "-m", "code")
     assert re.fullmatch(r"[0-9a-f]{40}\n", commit_of_copy())
     copy.write_text(copy.read_text() + "\n")

@@ -1,0 +1,63 @@
+"""The code that a run was trained with: its commit, and a copy of its files in the run folder."""
+
+import gzip
+import hashlib
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+_PARTS = ("trainer", "kernels", "dataloaders", "cluster")
+
+
+def save_code(run_dir: Path) -> str:
+    """Keep the Python files that are running, in `code/HASH.tar.gz`; returns the hash.
+
+    Where the code is as in a former start, nothing is added.
+    """
+    root = Path(__file__).resolve().parents[2]  # of a checkout, or the package of a wheel
+    top = root / "cavmae" if (root / "cavmae").is_dir() else root
+    files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
+    for part in _PARTS:
+        for path in (root / part).rglob("*.py"):
+            files[f"cavmae/{path.relative_to(root)}"] = path
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, path in sorted(files.items()):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(name)  # no times and owners: the same files, the same bytes
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    code = hashlib.sha256(packed.getvalue()).hexdigest()[:16]
+    target = run_dir / "code" / f"{code}.tar.gz"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_bytes(gzip.compress(packed.getvalue()))
+        partial.replace(target)
+    return code
+
+
+def git_commit() -> str | None:
+    """Commit of the running code, with `-dirty` where tracked files differ from it.
+
+    In a Ray `working_dir`, which has no repository, that of the tree it was made from, which
+    `cavmae submit` tells. None where the code is of neither, as in an installed wheel.
+    """
+    if told := os.environ.get("CAVMAE_COMMIT"):
+        return told
+    file = Path(__file__).resolve()
+    # An installed copy may lie inside somebody else's checkout: only a tracked file counts.
+    tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)
+    if tracked is None:
+        return None
+    return _git(file.parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None  # git is not installed
+    return result.stdout.strip() if result.returncode == 0 else None
