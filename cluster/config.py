@@ -19,11 +19,11 @@ class ClusterConfig:
 
     workers: int = 2
     """Ranks: one Ray worker each."""
-    minimum_workers: int = 0
+    min_workers: int = 0
     """Fewer ranks to go on with while nodes are missing: any number from here to `workers` that
     divides the lanes. Nodes that come back are used again. 0: `workers` or none."""
     resize_every_seconds: float = 60.0
-    """How often nodes that have come are looked for, where `minimum_workers` is set."""
+    """How often nodes that have come are looked for, where `min_workers` is set."""
     gpus_per_worker: int = 0
     """1: each rank has a GPU of its own; 0: train on CPUs."""
     cpus_per_worker: int = 1
@@ -31,7 +31,7 @@ class ClusterConfig:
     address: str = ""
     """Ray cluster to use, such as `auto` (the one on this machine) or HOST:6379; empty: the one
     that RAY_ADDRESS names, else one that is started for this run and ends with it."""
-    maximum_failures: int = 3
+    max_failures: int = 3
     """Times that dead or failed ranks are started again, from the run folder's newest checkpoint.
     Errors that a repetition cannot mend end the run at once."""
     collective_timeout_seconds: int = 1800
@@ -60,9 +60,9 @@ class ClusterConfig:
                 f"gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
                 "or 0 to train on CPUs, and set workers to the number of GPUs"
             )
-        if not 0 <= self.minimum_workers <= self.workers:
+        if not 0 <= self.min_workers <= self.workers:
             raise ValueError(
-                f"minimum_workers is {self.minimum_workers} and workers "
+                f"min_workers is {self.min_workers} and workers "
                 f"{self.workers}; use 0 (always all) or 1 to {self.workers}"
             )
         if self.resize_every_seconds <= 0:
@@ -72,9 +72,9 @@ class ClusterConfig:
         for name in ("memory_gb_per_worker", "teraflops_per_worker"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
-        if self.maximum_failures < 0:
+        if self.max_failures < 0:
             raise ValueError(
-                f"maximum_failures is {self.maximum_failures}; use 0 (never start again) or more"
+                f"max_failures is {self.max_failures}; use 0 (never start again) or more"
             )
 
 

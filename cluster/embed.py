@@ -25,7 +25,7 @@ from cavmae.trainer.embeddings.embed import (
     write_files,
 )
 from cavmae.trainer.embeddings.parquet_store import Origin
-from cavmae.trainer.evaluation.trained_run import AnyRun, open_finished_encoders
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PARTS_PER_WORKER = 4
@@ -53,7 +53,7 @@ class RayEmbedConfig(EmbedConfig):
     address: str = ""
     """Ray cluster to use, such as `auto` or HOST:6379; empty: the one that RAY_ADDRESS names, else
     one that is started for this command and ends with it."""
-    maximum_failures: int = 3
+    max_failures: int = 3
     """Times that a process that died is started again."""
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class RayEmbedConfig(EmbedConfig):
 
     def cluster(self) -> ClusterConfig:
         """Where the processes are."""
-        names = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "maximum_failures")
+        names = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "max_failures")
         return ClusterConfig(**{name: getattr(self, name) for name in names})
 
 
@@ -98,7 +98,7 @@ class Embedder:
 
     @cached_property
     def _opened(self) -> tuple[AnyRun, AudioVideoEncoder]:
-        run = open_finished_encoders(self._config.run_dir)
+        run = open_trained_encoders(self._config.run_dir)
         return run, run.model(torch.device(self._device))
 
 
@@ -122,8 +122,8 @@ def _on_ray(
         remote: Any = ray.remote(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
-            max_restarts=cluster.maximum_failures,
-            max_task_retries=cluster.maximum_failures,
+            max_restarts=cluster.max_failures,
+            max_task_retries=cluster.max_failures,
         )(Embedder)
         device = "cuda" if cluster.gpus_per_worker else "cpu"
         pool = ActorPool(
@@ -141,7 +141,7 @@ def _on_ray(
             raise ValueError(str(error.cause)) from None
         except RayActorError as error:
             raise RuntimeError(
-                f"a process died more often than maximum_failures = {cluster.maximum_failures} "
+                f"a process died more often than max_failures = {cluster.max_failures} "
                 "allows; the same command goes on with the shards that have no file: "
                 f"{str(error).strip().partition(chr(10))[0]}"
             ) from error

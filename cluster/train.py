@@ -65,7 +65,7 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
         resolved = dataclasses.replace(resolved, threads_per_rank=threads)
         run_dir = Path(resolved.run_dir)
         withdraw_request(run_dir)  # one of a start before
-        with _sigterm_asks_to_leave(run_dir, config.checkpoint.leave_within_seconds) as asked:
+        with _sigterm_asks_to_leave(run_dir, config.checkpoint.grace_seconds) as asked:
             while True:
                 summary = _fit(resolved)
                 if asked or not _goes_on(summary):
@@ -191,7 +191,7 @@ def _fit(config: RayRunConfig) -> RunSummary:
     from cavmae.cluster.worker import FailureReport, LastingError, train_rank
 
     cluster = config.cluster
-    least = cluster.minimum_workers
+    least = cluster.min_workers
     trainer = ElasticTorchTrainer(
         train_rank,
         lanes=config.lanes or default_lanes(config.global_batch),
@@ -208,8 +208,8 @@ def _fit(config: RayRunConfig) -> RunSummary:
         ),
         run_config=RunConfig(
             storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
-            failure_config=FailureConfig(max_failures=cluster.maximum_failures),
-            callbacks=[FailureReport(cluster.maximum_failures)],
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[FailureReport(cluster.max_failures)],
             # FailureReport and the exception of `fit` tell every failure once, and shorter.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
@@ -222,8 +222,8 @@ def _fit(config: RayRunConfig) -> RunSummary:
         raise TrainingError(str(error)) from error
     except TrainingFailedError as error:
         raise TrainingError(
-            f"the ranks failed more often than maximum_failures = "
-            f"{cluster.maximum_failures} allows (the same command goes on from the newest "
+            f"the ranks failed more often than max_failures = "
+            f"{cluster.max_failures} allows (the same command goes on from the newest "
             f"checkpoint); the last time: {error}"
         ) from error
     except (RayActorError, OutOfMemoryError) as error:

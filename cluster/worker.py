@@ -92,8 +92,8 @@ class FailureReport(UserCallback):
     Runs in Ray Train's controller, which takes an exception of a callback for its own and stops.
     """
 
-    def __init__(self, maximum_failures: int) -> None:
-        self._maximum_failures = maximum_failures
+    def __init__(self, max_failures: int) -> None:
+        self._maximum_failures = max_failures
         self._failures = 0
         self._not_finite = ""
 

@@ -17,7 +17,7 @@ class Augmentation:
         ValueError: a value out of its range.
     """
 
-    smallest_crop_area: float = 1.0
+    min_crop_area: float = 1.0
     """Least share of a frame's area that a random crop takes; 1: the middle, as published."""
     flip: bool = False
     """Flip frames left to right, half of the time."""
@@ -27,19 +27,19 @@ class Augmentation:
     """Frames of the log-mel at most that are masked (published fine-tuning: 192); 0: none."""
     noise: bool = False
     """Add noise to the log-mel and shift it in time, as published fine-tuning does."""
-    mix_rate: float = 0.0
+    mixup_prob: float = 0.0
     """Share of the clips that another clip of the training set is mixed into, sound and frames
     (published fine-tuning: 0.5); 0: none."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.smallest_crop_area <= 1:
+        if not 0 < self.min_crop_area <= 1:
             raise ValueError(
-                f"data.augmentation.smallest_crop_area is {self.smallest_crop_area}; "
+                f"data.augmentation.min_crop_area is {self.min_crop_area}; "
                 f"use a share above 0 and up to 1"
             )
-        if not 0 <= self.mix_rate <= 1:
+        if not 0 <= self.mixup_prob <= 1:
             raise ValueError(
-                f"data.augmentation.mix_rate is {self.mix_rate}; use a share from 0 to 1"
+                f"data.augmentation.mixup_prob is {self.mixup_prob}; use a share from 0 to 1"
             )
         for field in ("frequency_mask", "time_mask"):
             if getattr(self, field) < 0:
@@ -85,7 +85,7 @@ class DataConfig:
     augmentation: Augmentation = Augmentation()
     log_mel_mean: float = -5.081
     """Subtracted from the log-mel (natural log); the published AudioSet mean."""
-    log_mel_deviation: float = 4.4849
+    log_mel_std: float = 4.4849
     """The log-mel is divided by this after the mean is subtracted; the published value."""
     shuffle_window: int = 4096
     """Samples of a lane among which the order is shuffled (whole shards are shuffled as well)."""
@@ -97,7 +97,7 @@ class DataConfig:
     """DALI pipelines per rank that take turns; on a GPU each keeps about one NVDEC busy."""
     prefetch_batches: int = 2
     """Decoded micro-batches kept ready per rank."""
-    maximum_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     """Share of the clips seen that may be unreadable before the run stops with a table of them.
     The first ten bad clips never stop it."""
 
@@ -123,14 +123,12 @@ class DataConfig:
             raise ValueError(f"data.cache_gigabytes is {self.cache_gigabytes}; use 0 or more")
         if not 0 <= self.window_seconds < math.inf:
             raise ValueError(f"data.window_seconds is {self.window_seconds}; use 0 or more")
-        if not 0 <= self.maximum_bad_share <= 1:
+        if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(
-                f"data.maximum_bad_share is {self.maximum_bad_share}; use a share from 0 to 1"
+                f"data.max_bad_fraction is {self.max_bad_fraction}; use a share from 0 to 1"
             )
-        if self.log_mel_deviation <= 0:
-            raise ValueError(
-                f"data.log_mel_deviation is {self.log_mel_deviation}; use a value above 0"
-            )
+        if self.log_mel_std <= 0:
+            raise ValueError(f"data.log_mel_std is {self.log_mel_std}; use a value above 0")
 
     @property
     def train_folders(self) -> list[str]:

@@ -229,7 +229,7 @@ def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def val_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 other synthetic clips in the tier of frames: the OUT folder."""
     folder = tmp_path_factory.mktemp("held_out")
     listing = generate(folder / "others", 8, seed=2, start_index=100, seconds=2.0, workers=1)

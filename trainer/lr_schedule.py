@@ -10,9 +10,9 @@ def learning_rate(
 ) -> float:
     """The rate of optimizer step `step`, counted from 0.
 
-    `step` is the published schedule: times `step_factor` after `step_start_epochs` finished epochs
+    `step` is the published schedule: times `gamma` after `step_start_epochs` finished epochs
     and after every `step_every_epochs` more. `cosine` falls from the end of the warm-up to
-    `final_share` of the peak at the last step.
+    `min_lr_ratio` of the peak at the last step.
 
     Args:
         config: the schedule.
@@ -28,9 +28,9 @@ def learning_rate(
         decays = 0
         if finished >= config.step_start_epochs:
             decays = (finished - config.step_start_epochs) // config.step_every_epochs + 1
-        return peak * config.step_factor**decays
+        return peak * config.gamma**decays
     if config.name == "cosine":
         share = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        return peak * (config.final_share + (1 - config.final_share) * cosine)
+        return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
     return peak

@@ -85,8 +85,8 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     from cavmae.trainer.config.resolve import resolve
     from cavmae.trainer.distributed.collectives import on_first_rank
     from cavmae.trainer.distributed.engine import start_process_group
-    from cavmae.trainer.fault_tolerance.oom import check_machines, out_of_memory_told
-    from cavmae.trainer.run_dir import open_run_folder
+    from cavmae.trainer.fault_tolerance.oom import check_machines, oom_guard
+    from cavmae.trainer.run_dir import open_run_dir
 
     log_to_stderr(ranks.rank)
     if not config.data.train_folders:
@@ -96,15 +96,15 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     asked = resolve(config, world_size=ranks.world_size, samples=train_set.samples, threads=threads)
     device = start_process_group(ranks)
     run_dir = Path(asked.run_dir)
-    config = on_first_rank(lambda: open_run_folder(asked, run_dir, store, device.type))
+    config = on_first_rank(lambda: open_run_dir(asked, run_dir, store, device.type))
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
     if device.type == "cpu":
         check_machines(config, ranks, store)
-    with out_of_memory_told(config, run_dir, store, ranks, device):
+    with oom_guard(config, run_dir, store, ranks, device):
         return _train(config, notice, ranks, device, run_dir, store, train_set)
 
 
-def arrange(model: "AudioVideoEncoder", engine: EngineConfig) -> None:
+def configure_blocks(model: "AudioVideoEncoder", engine: EngineConfig) -> None:
     """Have the model's blocks run as the fields say."""
     if engine.attention != "auto":
         model.use_attention(engine.attention)
@@ -134,13 +134,13 @@ def _train(
     from cavmae.trainer.checkpoint.weight_average import EpochWeights
     from cavmae.trainer.distributed.engine import Engine
     from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
-    from cavmae.trainer.fault_tolerance.stragglers import OwnTime, StragglerReport
+    from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
     from cavmae.trainer.fault_tolerance.watchdog import Watchdog
     from cavmae.trainer.lr_schedule import learning_rate
     from cavmae.trainer.tracking.profiler import StepProfile
     from cavmae.trainer.tracking.run_logger import RunReport
     from cavmae.trainer.trainer import train
-    from cavmae.trainer.validator import HeldOut
+    from cavmae.trainer.validator import Validator
 
     # Build.
     torch.manual_seed(config.seed)
@@ -149,7 +149,7 @@ def _train(
         torch.use_deterministic_algorithms(True)
     stage = _stage(config, ranks, device, run_dir, store)
     model, groups = stage.model()
-    arrange(model, config.engine)
+    configure_blocks(model, config.engine)
     accumulation = config.global_batch // ranks.world_size // config.micro_batch
     engine = Engine(
         model,
@@ -160,8 +160,8 @@ def _train(
         device=device,
         groups=groups,
     )
-    own_time = OwnTime(device)
-    task = stage.task(own_time.meets_others)
+    rank_timer = RankTimer(device)
+    task = stage.task(rank_timer.before_sync)
     checkpoint, state = load_newest(store, engine) or (None, None)
     start_step = state.step if state else 0
     if state and state.train_set != train_set.fingerprint:
@@ -200,7 +200,7 @@ def _train(
         device=device,
     )
     report.opened(task.description, train_set, resumed_from=checkpoint)
-    held_out = HeldOut(config, shape, ranks, stage.score, report, device=device)
+    held_out = Validator(config, shape, ranks, stage.score, report, device=device)
 
     def state_at(step: int) -> RunState:
         quarantine: list[list[tuple[str, str]] | None] = [None] * ranks.world_size
@@ -240,7 +240,7 @@ def _train(
                 steps=config.steps,
                 steps_per_epoch=steps_per_epoch,
             ),
-            maximum_skipped_updates=config.engine.maximum_skipped_updates,
+            max_skipped_updates=config.engine.max_skipped_updates,
             report_every=config.tracking.every_steps,
             report=report.step,
             evaluate_every=config.evaluation.every_steps,
@@ -250,10 +250,10 @@ def _train(
             saver=saver,
             stop=StopRequest(
                 run_dir if ranks.rank == 0 else None,
-                config.checkpoint.leave_within_seconds,
+                config.checkpoint.grace_seconds,
                 notice,
             ),
-            own_time=own_time,
+            rank_timer=rank_timer,
             stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
             profile=StepProfile(

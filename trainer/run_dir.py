@@ -14,7 +14,7 @@ from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def open_run_folder(config: Config, run_dir: Path, store: Store, device: str) -> Config:
+def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Config:
     """Make the folder, or check that this start goes on with the run that is there; one rank calls
     it.
 

@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
-from cavmae.trainer.fault_tolerance.stragglers import OwnTime, StragglerReport
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
 from cavmae.trainer.tracking.profiler import StepProfile
 
@@ -93,7 +93,7 @@ def train(
     accumulation: int,
     global_batch: int,
     learning_rate: Callable[[int], float],
-    maximum_skipped_updates: int,
+    max_skipped_updates: int,
     report_every: int,
     report: Callable[[StepReport], None],
     evaluate_every: int,
@@ -102,7 +102,7 @@ def train(
     save_every: int,
     saver: Saver,
     stop: StopRequest,
-    own_time: OwnTime,
+    rank_timer: RankTimer,
     stragglers: StragglerReport,
     watchdog: Watchdog,
     profile: StepProfile,
@@ -116,7 +116,7 @@ def train(
 
     Raises:
         OSError: the last checkpoint could not be written; those before it stay.
-        NonFiniteError: `maximum_skipped_updates` updates in a row were left out. What was saved
+        NonFiniteError: `max_skipped_updates` updates in a row were left out. What was saved
             before stays.
     """
     batches = iter(loader)
@@ -128,22 +128,22 @@ def train(
     with stop, closing(profile), closing(watchdog):  # no step is watched while a trace is written
         while step < steps:
             watchdog.step()
-            own_time.step()
+            rank_timer.step()
             with record_function("data wait"):
                 parts = [next(batches).to(device) for _ in range(accumulation)]
-            own_time.batch_is_there()
+            rank_timer.batch_ready()
             if engine.zero_stage == 3:
-                own_time.meets_others()
+                rank_timer.before_sync()
             with record_function("begin step"):
                 task.begin_step(engine, parts)
             for index, part in enumerate(parts):
                 with record_function("forward"):
                     loss = task.loss(engine, part)
-                own_time.meets_others()
+                rank_timer.before_sync()
                 with record_function("backward"):
                     engine.backward(loss)
                     if index + 1 < len(parts):
-                        engine.count_micro_batch()
+                        engine.accumulate()
             rate = learning_rate(step)
             with record_function("update"):
                 update = engine.update(rate)
@@ -156,7 +156,7 @@ def train(
             means, (stops, writers), own_seconds = _over_ranks(
                 task.metrics() if due or not update.applied else {},
                 (bool(stop.reason), saver.writing),
-                own_time.take() if due else None,
+                rank_timer.take() if due else None,
                 device,
             )
             if stops:
@@ -172,11 +172,11 @@ def train(
                     skipped_in_a_row,
                     ", ".join(name for part in parts for name in part.sample_ids[:8]),
                 )
-                if skipped_in_a_row >= maximum_skipped_updates:
+                if skipped_in_a_row >= max_skipped_updates:
                     raise NonFiniteError(
                         f"{skipped_in_a_row} updates in a row were not finite, up to step {step}; "
-                        "lower optimizer.learning_rate, set engine.clip_gradient_norm, or raise "
-                        "engine.maximum_skipped_updates"
+                        "lower optimizer.learning_rate, set engine.clip_grad_norm, or raise "
+                        "engine.max_skipped_updates"
                     )
             if due:
                 now = time.monotonic()

@@ -33,7 +33,7 @@ Scorer = Callable[[nn.Module, Iterable[AudioVideoBatch]], Scored]
 the clips' places in the set."""
 
 
-class HeldOut:
+class Validator:
     """Scores the run's model on `data.validation`; does nothing where that is empty.
 
     Args:
@@ -67,13 +67,13 @@ class HeldOut:
         """Whether there are held-out clips."""
         return bool(self._config.data.validation)
 
-    def score(self, model: nn.Module, step: int, kind: str = "held_out") -> None:
+    def score(self, model: nn.Module, step: int, kind: str = "val") -> None:
         """Evaluate after `step` optimizer steps; all ranks call it.
 
         Args:
             model: what is scored.
             step: of the run.
-            kind: what the scores are reported as; `scores` has them as `held_out_`.
+            kind: what the scores are reported as; `scores` has them as `val_`.
         """
         config = self._config
         if not self.there:
@@ -96,7 +96,7 @@ class HeldOut:
             loader.close()
         self.scores = scored.metrics
         reported = {
-            name.replace("held_out", kind, 1): value for name, value in scored.metrics.items()
+            name.replace("val", kind, 1): value for name, value in scored.metrics.items()
         }
         self._report.scores(reported, step)
         if self._ranks.rank == 0:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from cavmae.dataloaders.loading.augment import resize_and_crop
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media.log_mel import (
     AUDIO_HZ,
     FFT_SAMPLES,
@@ -142,7 +142,7 @@ def _mel_filters() -> torch.Tensor:
 def _picture(frame: Image.Image) -> torch.Tensor:
     """`(3, 224, 224)` float32."""
     pixels = torch.from_numpy(np.array(_resized(frame))).permute(2, 0, 1).float() / 255
-    mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_DEVIATION)
+    mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     return (pixels - mean[:, None, None]) / deviation[:, None, None]
 
 

@@ -183,7 +183,7 @@ def disk_full(bench: Bench, name: str) -> Row:
 def nan_rolled_back(bench: Bench, name: str) -> Row:
     """A gradient of one rank is NaN once, and no update may be left out: Ray's run goes back."""
     config = bench.config(name)
-    strict = dataclasses.replace(config.engine, maximum_skipped_updates=1)
+    strict = dataclasses.replace(config.engine, max_skipped_updates=1)
     config = dataclasses.replace(config, engine=strict)
     carried_out = order_nan(Path(config.run_dir), rank=1, step=2 * INTERVAL + 5)
     start = bench.on_ray(config)

@@ -93,7 +93,7 @@ def _soak(
     bench = Bench(work, _STEPS, flags.zero_stage)
     config = bench.config("soak")
     # A gradient that is not finite sends the run back: an update left out would change the losses.
-    strict = dataclasses.replace(config.engine, maximum_skipped_updates=1)
+    strict = dataclasses.replace(config.engine, max_skipped_updates=1)
     config = dataclasses.replace(config, engine=strict)
     give_orders(Path(config.run_dir), Orders(pause_seconds=flags.pause_seconds))
     run = SoakedRun(bench, config)

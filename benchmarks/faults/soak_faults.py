@@ -27,7 +27,7 @@ from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
-_WORDS = ("--maximum-failures=100000",)
+_WORDS = ("--max-failures=100000",)
 
 
 class SoakedRun:

@@ -50,7 +50,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
     from cavmae.dataloaders.batch import ClipShape
     from cavmae.trainer.distributed.engine import Engine, start_process_group
-    from cavmae.trainer.run import arrange
+    from cavmae.trainer.run import configure_blocks
     from cavmae.trainer.tasks.pretraining import Pretraining
 
     device = start_process_group(ranks)
@@ -73,7 +73,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
         stage = Pretraining(config, ranks, device)
         model, groups = stage.model()
-        arrange(model, config.engine)
+        configure_blocks(model, config.engine)
         engine = Engine(
             model,
             config.engine,
@@ -92,7 +92,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             for number, part in enumerate(parts):
                 engine.backward(task.loss(engine, part))
                 if number + 1 < times:
-                    engine.count_micro_batch()
+                    engine.accumulate()
             engine.update(1e-5)
             found.append(peak_bytes(device))
         return found[WARM_UP_STEPS:]

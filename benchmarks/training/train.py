@@ -153,7 +153,7 @@ def _config(flags: argparse.Namespace, shards: str) -> PretrainConfig:
         engine=EngineConfig(
             zero_stage=flags.zero_stage,
             dtype=flags.precision,
-            clip_gradient_norm=recipe.engine.clip_gradient_norm,
+            clip_grad_norm=recipe.engine.clip_grad_norm,
             compile=flags.compile,
             activation_checkpointing=flags.activation_checkpointing,
         ),

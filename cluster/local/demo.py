@@ -255,7 +255,7 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
     finally:
         loader.close()
     return {
-        f"held_out_{direction}_{name}": value
+        f"val_{direction}_{name}": value
         for direction, scores in retrieval_scores(torch.cat(audio), torch.cat(video)).items()
         for name, value in scores.as_metrics().items()
     }
@@ -282,7 +282,7 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     for name, place in where.items():
         console.print(f"{name:<12}{place}", soft_wrap=True, highlight=False)
 
-    rows = [f"held_out_{direction}_r10" for direction in DIRECTIONS]
+    rows = [f"val_{direction}_r10" for direction in DIRECTIONS]
     if config.shuffled_pairs:
         if min(scores[f"{row}_p_value"] for row in rows) < CONTROL_P_VALUE:
             print("error: the control is above chance: something leaks", file=sys.stderr)
@@ -312,7 +312,7 @@ def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: i
     for column in ("trained", "95% CI", "chance", "x chance", "p", "untrained"):
         table.add_column(column, justify="right", no_wrap=True)
     for direction, title in DIRECTIONS.items():
-        prefix = f"held_out_{direction}_"
+        prefix = f"val_{direction}_"
         table.add_row(f"[bold]{title}")
         for name, recall in RECALLS.items():
             value, low, high, chance, p_value = (

@@ -47,7 +47,7 @@ class DemoFullConfig:
     steps: int = 0
     """Optimizer steps of pretraining; 0: as many as the recipe `demo` has."""
     finetune_epochs: float = 10.0
-    """Passes of fine-tuning over the videos."""
+    """ActivationTimeline of fine-tuning over the videos."""
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,14 @@ def _start(words: list[str]) -> None:
 
 def _pretrained(run: Path) -> Line:
     scores = read_json(run / "summary.json")["scores"]
-    name = "held_out_audio_to_video_r10"
+    name = "val_audio_to_video_r10"
     value, low, chance = (scores[name + part] for part in ("", "_low", "_chance"))
     score = f"R@10 {value:.1%}, 95% interval from {low:.1%}"
     return Line("pretrain", score, f"chance {chance:.1%}; 3 times that", low > 3 * chance)
 
 
 def _finetuned(classifier: Path) -> Line:
-    loss = read_json(classifier / "summary.json")["scores"]["held_out_loss"]
+    loss = read_json(classifier / "summary.json")["scores"]["val_loss"]
     # Cross-entropy of a guess that gives all classes the same probability.
     chance = math.log(_classes(classifier))
     baseline = f"no knowledge {chance:.3f}; half of it"

@@ -59,7 +59,7 @@ def random_box(
 
     Where no crop fits in ten tries, and where the least area is 1, the middle.
     """
-    smallest = augmentation.smallest_crop_area
+    smallest = augmentation.min_crop_area
     if smallest == 1:
         return middle_box(height, width, size)
     shares = _uniform(seed, "crop", position, 4 * CROP_TRIES).reshape(CROP_TRIES, 4)
@@ -90,10 +90,10 @@ def mix_share(augmentation: Augmentation, seed: int, position: int) -> float:
 
     The median of 19 uniform numbers has that very distribution.
     """
-    if not augmentation.mix_rate:
+    if not augmentation.mixup_prob:
         return 1.0
     decision, *uniform = _uniform(seed, "mix", position, 20).tolist()
-    return statistics.median(uniform) if decision < augmentation.mix_rate else 1.0
+    return statistics.median(uniform) if decision < augmentation.mixup_prob else 1.0
 
 
 def mixed_waveform(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:

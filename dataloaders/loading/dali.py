@@ -18,7 +18,7 @@ from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpT
 from cavmae.dataloaders.loading.reader import EncodedClip
 
 IMAGE_MEAN = (0.4850, 0.4560, 0.4060)
-IMAGE_DEVIATION = (0.2290, 0.2240, 0.2250)
+IMAGE_STD = (0.2290, 0.2240, 0.2250)
 
 _NOTHING = np.zeros(1, dtype=np.uint8)
 _NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
@@ -174,7 +174,7 @@ def _to_input(picture: Any, image_size: int, layout: str) -> Any:
         dtype=DALIDataType.FLOAT,
         output_layout=layout,
         mean=[255 * mean for mean in IMAGE_MEAN],
-        std=[255 * deviation for deviation in IMAGE_DEVIATION],
+        std=[255 * deviation for deviation in IMAGE_STD],
     )
 
 

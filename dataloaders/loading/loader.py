@@ -24,7 +24,7 @@ from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.dataloaders.loading.augment import mix_share
 from cavmae.dataloaders.loading.pipeline import ClipStream
-from cavmae.dataloaders.loading.prefetch import Ahead
+from cavmae.dataloaders.loading.prefetch import Prefetcher
 from cavmae.dataloaders.loading.quarantine import (
     ClipTrial,
     DataFaultError,
@@ -106,7 +106,7 @@ class TrainLoader:
         settings = _settings(config, shards, shape, seed, device, draw_frame=True)
         plan = training_plan(config, shards, seed, lanes)
         _check_cache(config, shards, lanes // world_size)
-        self._quarantine = Quarantine(shards, quarantine, config.maximum_bad_share)
+        self._quarantine = Quarantine(shards, quarantine, config.max_bad_fraction)
         self._last_position = -1
         self.wait_seconds = 0.0
         notes = None if journal is None else Journal(journal)
@@ -125,7 +125,7 @@ class TrainLoader:
             config,
             shape,
             device,
-            2 * micro_batch if config.augmentation.mix_rate else micro_batch,
+            2 * micro_batch if config.augmentation.mixup_prob else micro_batch,
             self._quarantine,
             partial(_planned, plan, config.augmentation, self._quarantine),
             notes,
@@ -136,7 +136,7 @@ class TrainLoader:
             for step in itertools.count()
             for some in np.split(offsets, len(offsets) // micro_batch)
         )
-        self._ahead = Ahead(stream.batches(positions), config.prefetch_batches)
+        self._ahead = Prefetcher(stream.batches(positions), config.prefetch_batches)
         self._end = weakref.finalize(self, _end, self._ahead, stream)
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
@@ -144,7 +144,7 @@ class TrainLoader:
 
         Raises:
             OSError: a shard cannot be read.
-            DataFaultError: more clips are damaged than `config.maximum_bad_share` allows.
+            DataFaultError: more clips are damaged than `config.max_bad_fraction` allows.
         """
         while True:
             batch = _taken(self._ahead.next())
@@ -217,7 +217,7 @@ class ValidationLoader:
         self._shards = ShardSet(folder, config.cache)
         check_frame_choice(self._shards, config.frame_choice)
         self._settings = _settings(config, self._shards, shape, 0, self._device, draw_frame=False)
-        self._quarantine = Quarantine(self._shards, (), config.maximum_bad_share)
+        self._quarantine = Quarantine(self._shards, (), config.max_bad_fraction)
         self._count = min(limit, self._shards.samples) if limit else self._shards.samples
         own = range(self._count * rank // world_size, self._count * (rank + 1) // world_size)
         self._parts = (own,) if parts is None else parts
@@ -234,7 +234,7 @@ class ValidationLoader:
 
         Raises:
             OSError: a shard cannot be read.
-            DataFaultError: more clips are damaged than `config.maximum_bad_share` allows.
+            DataFaultError: more clips are damaged than `config.max_bad_fraction` allows.
         """
         self.close()
         stream = ClipStream(
@@ -253,7 +253,7 @@ class ValidationLoader:
             for part in self._parts
             for start in range(part.start, part.stop, self._batch)
         )
-        ahead = Ahead(stream.batches(positions), self._config.prefetch_batches)
+        ahead = Prefetcher(stream.batches(positions), self._config.prefetch_batches)
         self._end = weakref.finalize(self, _end, ahead, stream)
         while True:
             try:
@@ -354,8 +354,8 @@ def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     in_use = min(remote, ranks * lanes * config.shuffle_window * remote // shards.samples)
     field = "data.shuffle_window"
-    if config.augmentation.mix_rate:  # Any clip of the set may be mixed in.
-        in_use, field = remote, "data.augmentation.mix_rate"
+    if config.augmentation.mixup_prob:  # Any clip of the set may be mixed in.
+        in_use, field = remote, "data.augmentation.mixup_prob"
     if in_use > config.cache.limit_bytes > 0:
         log.warning(
             "data.cache_gigabytes is %g, and %s draws from %.3g GB of %s at a time: much will be "
@@ -406,7 +406,7 @@ def _taken(batch: AudioVideoBatch) -> AudioVideoBatch:
     return batch
 
 
-def _end(ahead: Ahead[AudioVideoBatch], stream: ClipStream) -> None:
+def _end(ahead: Prefetcher[AudioVideoBatch], stream: ClipStream) -> None:
     ahead.stop()
     stream.interrupt()
     ahead.join()

@@ -26,12 +26,12 @@ from cavmae.dataloaders.loading.augment import (
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodedClips, DecodeError
 from cavmae.dataloaders.loading.quarantine import ClipTrial, Journal, Quarantine, find_culprits
 from cavmae.dataloaders.loading.reader import (
+    BadSample,
     ClipReader,
-    Damage,
     EncodedClip,
     ReaderSettings,
-    ReadFailure,
     ReadTask,
+    StorageError,
 )
 from cavmae.dataloaders.loading.reader_pool import WorkerDied, WorkerPool
 from cavmae.dataloaders.media.log_mel import log_mel
@@ -131,9 +131,9 @@ class ClipStream:
         """The clip that was asked for, what replaces it, or none."""
         while True:
             answer = self._answer(task, ticket)
-            if isinstance(answer, ReadFailure):
+            if isinstance(answer, StorageError):
                 raise OSError(answer.detail)
-            if isinstance(answer, Damage):
+            if isinstance(answer, BadSample):
                 self._quarantine.add(answer)
             if isinstance(answer, EncodedClip) and not self._quarantine.leaves_out(task):
                 return [answer]
@@ -148,7 +148,7 @@ class ClipStream:
         chosen = self._choose(np.array([task.position]))
         return [one for one in chosen if one.partner == task.partner]
 
-    def _answer(self, task: ReadTask, ticket: int) -> EncodedClip | Damage | ReadFailure:
+    def _answer(self, task: ReadTask, ticket: int) -> EncodedClip | BadSample | StorageError:
         while True:
             try:
                 return self._pool.result(ticket)
@@ -254,7 +254,7 @@ class ClipStream:
                 spectrogram[place, slice(*change.frames)] = 0
                 spectrogram[place, :, slice(*change.bins)] = 0
             spectrogram -= self._config.log_mel_mean
-            spectrogram /= self._config.log_mel_deviation
+            spectrogram /= self._config.log_mel_std
             for place, change in enumerate(changes):
                 if change.noise is not None:
                     noise = torch.from_numpy(change.noise).to(self._device)

@@ -13,7 +13,7 @@ CLOSE_SECONDS = 10.0
 """How long `close` waits for the item under way; a decoder that hangs is left behind."""
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Items of an iterator, made in a background thread; exceptions come out where the item would.
 
     Args:

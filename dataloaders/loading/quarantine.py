@@ -15,12 +15,12 @@ from pathlib import Path
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
 from cavmae.dataloaders.loading.reader import (
     PARTNER_DRAWS,
+    BadSample,
     ClipReader,
-    Damage,
     EncodedClip,
     ReaderSettings,
-    ReadFailure,
     ReadTask,
+    StorageError,
 )
 from cavmae.dataloaders.loading.reader_pool import WorkerDied, WorkerPool
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -47,7 +47,7 @@ class QuarantinedSample:
 
 
 class DataFaultError(RuntimeError):
-    """More clips cannot be used than `data.maximum_bad_share` allows; lists them by reason."""
+    """More clips cannot be used than `data.max_bad_fraction` allows; lists them by reason."""
 
 
 class Quarantine:
@@ -59,7 +59,7 @@ class Quarantine:
     Args:
         shards: the set.
         known: ids, or ids with reasons, of clips found bad before; left out from the start.
-        maximum_bad_share: of the clips seen from now on.
+        max_bad_fraction: of the clips seen from now on.
 
     Raises:
         ValueError: a known id is not in the set.
@@ -69,10 +69,10 @@ class Quarantine:
         self,
         shards: ShardSet,
         known: Iterable[str | tuple[str, str]],
-        maximum_bad_share: float,
+        max_bad_fraction: float,
     ):
         self._folder = shards.folder
-        self._maximum_bad_share = maximum_bad_share
+        self._maximum_bad_share = max_bad_fraction
         self._seen = 0
         reasons: dict[str, str] = {}
         for item in known:
@@ -89,7 +89,7 @@ class Quarantine:
         first = self._left_out_from.get((task.shard, task.sample))
         return first is not None and task.position >= first
 
-    def add(self, damage: Damage) -> None:
+    def add(self, damage: BadSample) -> None:
         """Leave a clip out from the position of its damage on; it is listed once, with the first
         position at which it was found.
 
@@ -125,7 +125,7 @@ class Quarantine:
         )
         raise DataFaultError(
             f"{len(bad)} clips of {self._folder} cannot be used and {self._seen} could so far, "
-            f"over data.maximum_bad_share = {self._maximum_bad_share}:\n{table}\n"
+            f"over data.max_bad_fraction = {self._maximum_bad_share}:\n{table}\n"
             f"See `cavmae verify {self._folder}`; pack the clips again, or raise the share."
         )
 
@@ -204,7 +204,7 @@ class ClipTrial:
     def __init__(self, settings: ReaderSettings):
         self._reader = ClipReader(settings)
 
-    def __call__(self, task: ReadTask) -> Damage | ReadFailure | None:
+    def __call__(self, task: ReadTask) -> BadSample | StorageError | None:
         clip = self._reader(task)
         if not isinstance(clip, EncodedClip):
             return clip
@@ -220,13 +220,13 @@ class ClipTrial:
             decoder.schedule([clip])
             decoder.collect()
         except DecodeError as error:
-            return Damage(task, clip.sample_id, error.reason, _last_line(str(error)))
+            return BadSample(task, clip.sample_id, error.reason, _last_line(str(error)))
         return None
 
 
 def find_culprits(
     trial: ClipTrial, shards: ShardSet, tasks: Iterable[ReadTask], seconds: float = TRIAL_SECONDS
-) -> list[Damage]:
+) -> list[BadSample]:
     """Try clips one by one, apart from this process; returns those that cannot be decoded.
 
     A crash or a hang of the decoder is a finding as well.
@@ -235,7 +235,7 @@ def find_culprits(
         OSError: a shard cannot be read.
     """
     tasks = list(tasks)
-    culprits: list[Damage] = []
+    culprits: list[BadSample] = []
     if not tasks:
         return culprits
     pool = WorkerPool(trial, 1)
@@ -246,13 +246,13 @@ def find_culprits(
                 finding = pool.result(pool.submit(task), seconds)
             except WorkerDied as death:
                 sample_id = shards.sample_id(task.shard, task.sample)
-                finding = Damage(task, sample_id, "decoder_crash", str(death))
+                finding = BadSample(task, sample_id, "decoder_crash", str(death))
             except TimeoutError:
                 pool.close()
                 pool = WorkerPool(trial, 1)
                 sample_id = shards.sample_id(task.shard, task.sample)
-                finding = Damage(task, sample_id, "decoder_hang", f"over {seconds:g} s")
-            if isinstance(finding, ReadFailure):
+                finding = BadSample(task, sample_id, "decoder_hang", f"over {seconds:g} s")
+            if isinstance(finding, StorageError):
                 raise OSError(finding.detail)
             if finding is not None:
                 culprits.append(finding)

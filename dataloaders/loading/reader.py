@@ -94,7 +94,7 @@ class EncodedClip:
 
 
 @dataclass(frozen=True)
-class Damage:
+class BadSample:
     """The sample can never be used."""
 
     task: ReadTask
@@ -104,14 +104,14 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class ReadFailure:
+class StorageError:
     """A shard could not be read, however often it was tried; says nothing about the sample."""
 
     detail: str
 
 
 class ClipReader:
-    """Callable that turns a `ReadTask` into an `EncodedClip`, `Damage` or `ReadFailure`.
+    """Callable that turns a `ReadTask` into an `EncodedClip`, `BadSample` or `StorageError`.
 
     Pickled without open files.
     """
@@ -120,21 +120,21 @@ class ClipReader:
         self.settings = settings
         self.shards = settings.shards
 
-    def __call__(self, task: ReadTask) -> EncodedClip | Damage | ReadFailure:
+    def __call__(self, task: ReadTask) -> EncodedClip | BadSample | StorageError:
         try:
             sample_id = self.shards.sample_id(task.shard, task.sample)
             try:
                 return self._read(task, sample_id)
             except ShardError as error:
-                return Damage(task, sample_id, error.reason, error.detail)
+                return BadSample(task, sample_id, error.reason, error.detail)
             except FrameError as error:
-                return Damage(task, sample_id, "video_unreadable", str(error))
+                return BadSample(task, sample_id, "video_unreadable", str(error))
         except OSError as error:
-            return ReadFailure(
+            return StorageError(
                 f"{error}; check the storage and start again: the run goes on where it was"
             )
 
-    def _read(self, task: ReadTask, sample_id: str) -> EncodedClip | Damage:
+    def _read(self, task: ReadTask, sample_id: str) -> EncodedClip | BadSample:
         description = self.shards.description(task.shard, task.sample)
         try:
             labels = tuple(str(label) for label in description["labels"])
@@ -146,9 +146,9 @@ class ClipReader:
             if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
                 raise ValueError(f"a video of {width} x {height} pixels")
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            return Damage(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
+            return BadSample(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
-            return Damage(task, sample_id, "audio_too_short", f"{audio_samples} samples")
+            return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
         pictures, pixels = self._pictures(task, frames, height, width)
         augmentation, size = self.settings.augmentation, self.settings.image_size
         box, mirrored = middle_box(height, width, size), False

@@ -40,8 +40,8 @@ def test_the_largest_rank_count_divides_the_lanes(lanes: int, most: int, expecte
 
 
 def test_more_ranks_at_least_than_at_most_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"minimum_workers is 4 and workers 2"):
-        ClusterConfig(workers=2, minimum_workers=4)
+    with pytest.raises(ValueError, match=r"min_workers is 4 and workers 2"):
+        ClusterConfig(workers=2, min_workers=4)
 
 
 class Nodes:
@@ -145,7 +145,7 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         checkpoint=CheckpointConfig(every_steps=10),
     )
     _, second = nodes.order("add"), nodes.order("add")
-    start = start_on(nodes, config, tmp_path, "--minimum-workers=1", "--resize-every-seconds=2")
+    start = start_on(nodes, config, tmp_path, "--min-workers=1", "--resize-every-seconds=2")
     text = (tmp_path / "log").read_text
 
     def wait_until_said(pattern: str, times: int = 1) -> None:

@@ -47,11 +47,11 @@ def test_the_recipe_decides_between_pretraining_and_fine_tuning(tmp_path: Path) 
 
 
 def test_failed_ranks_are_started_again_unless_forbidden() -> None:
-    assert ClusterConfig().maximum_failures > 0
+    assert ClusterConfig().max_failures > 0
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("workers", 0), ("gpus_per_worker", 2), ("maximum_failures", -1)]
+    ("field", "value"), [("workers", 0), ("gpus_per_worker", 2), ("max_failures", -1)]
 )
 def test_a_cluster_field_out_of_range_is_named(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=rf"^{field} is {value}"):
@@ -82,7 +82,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
     config = parse(
         [
             *("demo", "--run-dir", "runs/mine", "--data.train", "/shards/video"),
-            *("--data.validation", "held_out/video", "--tracking.uri", "sqlite:///runs/all.db"),
+            *("--data.validation", "val/video", "--tracking.uri", "sqlite:///runs/all.db"),
             *("--checkpoint.folder", "checkpoints/mine"),
         ],
         RAY_KINDS,
@@ -91,7 +91,7 @@ def test_ranks_get_absolute_paths(tmp_path: Path) -> None:
     absolute = with_absolute_paths(config, tmp_path)
     assert absolute.run_dir == f"{tmp_path}/runs/mine"
     assert absolute.data.train == "/shards/video"
-    assert absolute.data.validation == f"{tmp_path}/held_out/video"
+    assert absolute.data.validation == f"{tmp_path}/val/video"
     assert absolute.tracking.uri == f"sqlite:///{tmp_path}/runs/all.db"
     assert absolute.checkpoint.folder == f"{tmp_path}/checkpoints/mine"
     assert absolute.initial_weights == "", "nothing was given, nothing is looked for"
@@ -123,7 +123,7 @@ def start_on_ray(config: PretrainConfig, folder: Path, *words: str) -> "subproce
 
 def test_updates_that_are_not_finite_send_the_run_back_once() -> None:
     """To its newest checkpoint, as any failure does; the same again is the user's to mend."""
-    report = FailureReport(maximum_failures=3)
+    report = FailureReport(max_failures=3)
     report.after_exception(None, {0: NonFiniteError("up to step 7"), 1: OSError("gone")})
     report.after_exception(None, {1: NonFiniteError("up to step 9")})
     with pytest.raises(LastingError, match=r"again, after .* up to step 9"):

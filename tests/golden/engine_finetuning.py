@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cavmae.benchmarks.conformance.cases import read_json
 from cavmae.benchmarks.conformance.finetune import LOSSES, FinetuneTraining
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, RateGroup, end_rank, start_process_group
+from cavmae.trainer.distributed.engine import Engine, ParamGroup, end_rank, start_process_group
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.losses.classification import classification_loss
 
@@ -32,7 +32,7 @@ def train(
         micro_batch=record["batch"] // ranks.world_size,
         accumulation=1,
         device=device,
-        groups=[RateGroup(encoders, 1.0), RateGroup(head, record["head_lr"])],
+        groups=[ParamGroup(encoders, 1.0), ParamGroup(head, record["head_lr"])],
     )
     own = torch.arange(record["batch"]).chunk(ranks.world_size)[ranks.rank]
     log_mel, image = (tensor[own] for tensor in run.inputs(model))

@@ -71,7 +71,7 @@ class Run:
             engine=EngineConfig(
                 zero_stage=case["zero_stage"],
                 dtype=case.get("dtype", "fp32"),
-                clip_gradient_norm=case.get("clip", 0.0),
+                clip_grad_norm=case.get("clip", 0.0),
             ),
             optimizer=OptimizerConfig(learning_rate=1e-3),
         )
@@ -124,7 +124,7 @@ class Run:
                 )
             self.engine.backward(loss)
             if index + 1 < len(batches):
-                self.engine.count_micro_batch()
+                self.engine.accumulate()
         return self.engine.update(self.config.optimizer.learning_rate)
 
     def snapshot(self) -> list[torch.Tensor]:

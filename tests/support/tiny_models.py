@@ -8,11 +8,11 @@ from tiny_run import MODEL
 
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.release.model_spec import ModelDescription, Preprocessing
+from cavmae.trainer.release.model_spec import ModelSpec, Preprocessing
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-PRETRAINING = ModelDescription(
+PRETRAINING = ModelSpec(
     model=MODEL,
     mode="",
     classes=0,
@@ -26,9 +26,9 @@ PRETRAINING = ModelDescription(
         preemphasis=0.97,
         lowest_hz=20.0,
         log_mel_mean=-4.5,
-        log_mel_deviation=3.5,
+        log_mel_std=3.5,
         image_mean=(0.4, 0.5, 0.6),
-        image_deviation=(0.2, 0.25, 0.3),
+        image_std=(0.2, 0.25, 0.3),
     ),
 )
 CLASSIFIER = replace(PRETRAINING, mode="multimodal", classes=5, labels=tuple("abcde"))

@@ -65,7 +65,7 @@ def tiny_finetuning(shards: Path, run_dir: Path, **changes: Any) -> FinetuneConf
             for field in dataclasses.fields(FinetuneConfig)
             if field.name != "classifier"
         },
-        classifier=ClassifierConfig(loss="cross_entropy", head_rate_ratio=10.0),
+        classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10.0),
     )
     return dataclasses.replace(config, **changes)
 

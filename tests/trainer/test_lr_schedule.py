@@ -27,7 +27,7 @@ def test_warm_up_rises_linearly_to_the_peak() -> None:
 
 
 def test_cosine_falls_from_the_peak_to_the_final_share() -> None:
-    config = ScheduleConfig(name="cosine", warmup_steps=10, final_share=0.1)
+    config = ScheduleConfig(name="cosine", warmup_steps=10, min_lr_ratio=0.1)
     assert rate(config, 10, 111) == pytest.approx(5e-5)
     assert rate(config, 60, 111) == pytest.approx(5e-5 * 0.55)
     assert rate(config, 110, 111) == pytest.approx(5e-6)

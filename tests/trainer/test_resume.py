@@ -252,7 +252,7 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
     """The checkpoint is written to a pipe that nobody reads."""
-    checkpoint = CheckpointConfig(every_steps=10, leave_within_seconds=1.5)
+    checkpoint = CheckpointConfig(every_steps=10, grace_seconds=1.5)
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
     start = Start(config, 1, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
@@ -264,7 +264,7 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     assert start.processes[0].wait(timeout=200) == START_AGAIN_EXIT_CODE
     text = start.log.read_text()
     assert "SIGTERM: saving after this step" in text
-    assert "not saved within checkpoint.leave_within_seconds = 1.5" in text
+    assert "not saved within checkpoint.grace_seconds = 1.5" in text
     text = Start(dataclasses.replace(config, steps=20), 2, tmp_path).finish()
     assert "going on from" in text and "step-000000010" in text
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)

@@ -88,16 +88,16 @@ class ScheduleConfig:
     """The learning rate over the run."""
 
     name: Literal["constant", "step", "cosine"] = "step"
-    """`step` is the published one; `cosine` ends at `final_share` of the peak."""
+    """`step` is the published one; `cosine` ends at `min_lr_ratio` of the peak."""
     warmup_steps: int = 0
     """Optimizer steps over which the rate rises linearly from 0."""
     step_start_epochs: int = 10
     """`step`: epoch of the first decay."""
     step_every_epochs: int = 5
     """`step`: epochs between decays."""
-    step_factor: float = 0.5
+    gamma: float = 0.5
     """`step`: the rate is multiplied by this at each decay."""
-    final_share: float = 0.0
+    min_lr_ratio: float = 0.0
     """`cosine`: the last rate as a share of the peak."""
 
 
@@ -111,7 +111,7 @@ class EngineConfig:
     """Parameters and activations; the update always happens in fp32. `auto`: bf16 where the
     hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), fp32 elsewhere; a run that goes on
     keeps what it began with."""
-    clip_gradient_norm: float = 0.0
+    clip_grad_norm: float = 0.0
     """Gradients are scaled down to this norm; 0: never."""
     offload_optimizer: bool = False
     """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
@@ -126,7 +126,7 @@ class EngineConfig:
     """What the backward pass computes again instead of keeping it. `selective`: the norms and the
     GELU before each matrix product, a third of the activations for hardly any work; `full`: all but
     the input of each transformer block, most of the memory for a third more work."""
-    maximum_skipped_updates: int = 20
+    max_skipped_updates: int = 20
     """Updates in a row that may be left out for a non-finite loss or gradient before the run
     stops."""
 
@@ -141,13 +141,13 @@ class EngineConfig:
                 "engine.offload_optimizer is on and engine.zero_stage is 0; set engine.zero_stage "
                 "to 1 or more"
             )
-        if self.clip_gradient_norm < 0:
+        if self.clip_grad_norm < 0:
             raise ValueError(
-                f"engine.clip_gradient_norm is {self.clip_gradient_norm}; use 0 (never) or more"
+                f"engine.clip_grad_norm is {self.clip_grad_norm}; use 0 (never) or more"
             )
-        if self.maximum_skipped_updates < 1:
+        if self.max_skipped_updates < 1:
             raise ValueError(
-                f"engine.maximum_skipped_updates is {self.maximum_skipped_updates}; use 1 or more"
+                f"engine.max_skipped_updates is {self.max_skipped_updates}; use 1 or more"
             )
 
 
@@ -161,7 +161,7 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Checkpoints at multiples of so many steps are kept as well; 0: none."""
-    leave_within_seconds: float = 100.0
+    grace_seconds: float = 100.0
     """A rank that is asked to leave (SIGTERM, a spot notice) ends after this, saved or not; 0: no
     limit. A cloud takes a spot machine away after 120 s."""
     folder: str = ""
@@ -172,10 +172,9 @@ class CheckpointConfig:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} is {getattr(self, name)}; use 1 or more")
-        if self.leave_within_seconds < 0:
+        if self.grace_seconds < 0:
             raise ValueError(
-                f"checkpoint.leave_within_seconds is {self.leave_within_seconds}; use seconds, or "
-                "0 for no limit"
+                f"checkpoint.grace_seconds is {self.grace_seconds}; use seconds, or 0 for no limit"
             )
         if self.keep_every % self.every_steps:
             raise ValueError(
@@ -192,7 +191,7 @@ class WatchdogConfig:
     """A step that takes so many times the median of the steps before is a hang; 0: never."""
     minimum_seconds: float = 300.0
     """Nothing shorter is."""
-    longest_pause_seconds: float = 3600.0
+    max_pause_seconds: float = 3600.0
     """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint, the
     trace of a profile."""
     straggler_ratio: float = 1.5
@@ -206,7 +205,7 @@ class WatchdogConfig:
             raise ValueError(
                 f"watchdog.straggler_ratio is {self.straggler_ratio}; use 0 (never) or above 1"
             )
-        for name in ("minimum_seconds", "longest_pause_seconds"):
+        for name in ("minimum_seconds", "max_pause_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"watchdog.{name} is {getattr(self, name)}; use seconds above 0")
 
@@ -280,7 +279,7 @@ class RunConfig:
     steps: int = 0
     """Optimizer steps in all; 0: as many as `epochs` needs."""
     epochs: float = 25.0
-    """Passes over the training set, used where `steps` is 0."""
+    """ActivationTimeline over the training set, used where `steps` is 0."""
     average_from_epoch: int = 0
     """The result is the mean of the weights at the ends of the epochs from this one, counted from
     1, to the last; 0: the last weights."""

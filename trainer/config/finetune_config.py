@@ -25,7 +25,7 @@ class ClassifierConfig:
     """`bce` for clips of several labels (AudioSet), `cross_entropy` for clips of one (VGGSound)."""
     label_smoothing: float = 0.1
     """Share of a target that is spread over all classes; 0: none."""
-    head_rate_ratio: float = 1.0
+    head_lr_mult: float = 1.0
     """The learning rate of the classifier, which is new, as a multiple of the encoders'."""
     train_encoders: bool = True
     """Train all; otherwise the classifier alone, on frozen features (linear probe)."""
@@ -35,10 +35,8 @@ class ClassifierConfig:
             raise ValueError(
                 f"classifier.label_smoothing is {self.label_smoothing}; use 0 (none) up to below 1"
             )
-        if self.head_rate_ratio <= 0:
-            raise ValueError(
-                f"classifier.head_rate_ratio is {self.head_rate_ratio}; use a value above 0"
-            )
+        if self.head_lr_mult <= 0:
+            raise ValueError(f"classifier.head_lr_mult is {self.head_lr_mult}; use a value above 0")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cavmae.trainer.config.configs import (
 from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.config.recipes import demo
 
-PUBLISHED_AUGMENTATION = Augmentation(frequency_mask=48, time_mask=192, noise=True, mix_rate=0.5)
+PUBLISHED_AUGMENTATION = Augmentation(frequency_mask=48, time_mask=192, noise=True, mixup_prob=0.5)
 
 
 def audioset_20k() -> FinetuneConfig:
@@ -40,7 +40,7 @@ def audioset_20k() -> FinetuneConfig:
         optimizer=OptimizerConfig(learning_rate=5e-5),
         schedule=ScheduleConfig(step_start_epochs=5, step_every_epochs=1),
         evaluation=EvaluationConfig(every_steps=519, clips=20_000),
-        classifier=ClassifierConfig(head_rate_ratio=100),
+        classifier=ClassifierConfig(head_lr_mult=100),
     )
 
 
@@ -73,7 +73,7 @@ def audioset_2m() -> FinetuneConfig:
         optimizer=OptimizerConfig(learning_rate=1e-5),
         schedule=ScheduleConfig(step_start_epochs=2, step_every_epochs=1),
         evaluation=EvaluationConfig(every_steps=10_000, clips=20_000),
-        classifier=ClassifierConfig(head_rate_ratio=50),
+        classifier=ClassifierConfig(head_lr_mult=50),
     )
 
 
@@ -102,7 +102,7 @@ def vggsound() -> FinetuneConfig:
         optimizer=OptimizerConfig(learning_rate=1e-4),
         schedule=ScheduleConfig(step_start_epochs=2, step_every_epochs=1),
         evaluation=EvaluationConfig(every_steps=3_827, clips=16_000),
-        classifier=ClassifierConfig(loss="cross_entropy", head_rate_ratio=10),
+        classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )
 
 
@@ -119,16 +119,16 @@ def demo_finetune() -> FinetuneConfig:
         global_batch=32,
         micro_batch=16,
         model=pretraining.model,
-        data=replace(pretraining.data, augmentation=Augmentation(mix_rate=0.5)),
+        data=replace(pretraining.data, augmentation=Augmentation(mixup_prob=0.5)),
         optimizer=OptimizerConfig(
             name="adamw", learning_rate=3e-4, beta1=0.9, beta2=0.98, weight_decay=0.01
         ),
         schedule=ScheduleConfig(name="cosine", warmup_steps=20),
-        engine=EngineConfig(zero_stage=1, clip_gradient_norm=1.0),
+        engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=100),
         evaluation=EvaluationConfig(every_steps=100, clips=200),
         tracking=TrackingConfig(every_steps=20),
-        classifier=ClassifierConfig(loss="cross_entropy", head_rate_ratio=10),
+        classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )
 
 

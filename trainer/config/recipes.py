@@ -52,7 +52,7 @@ def demo() -> PretrainConfig:
             name="adamw", learning_rate=1e-3, beta1=0.9, beta2=0.98, weight_decay=0.01
         ),
         schedule=ScheduleConfig(name="cosine", warmup_steps=50),
-        engine=EngineConfig(zero_stage=1, clip_gradient_norm=1.0),
+        engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=200),
         evaluation=EvaluationConfig(every_steps=200, clips=200),
         tracking=TrackingConfig(every_steps=20),
@@ -113,7 +113,7 @@ def audioset_base() -> PretrainConfig:
             name="adamw", learning_rate=4e-4, beta1=0.9, beta2=0.95, weight_decay=0.01
         ),
         schedule=ScheduleConfig(name="cosine", warmup_steps=2000),
-        engine=EngineConfig(clip_gradient_norm=1.0, compile=True),
+        engine=EngineConfig(clip_grad_norm=1.0, compile=True),
     )
 
 
@@ -144,7 +144,7 @@ def audioset_huge() -> PretrainConfig:
         audioset_base(),
         run_dir="runs/audioset_huge",
         model=ModelConfig(width=1280, modality_depth=31, joint_depth=1, heads=16),
-        engine=EngineConfig(zero_stage=3, clip_gradient_norm=1.0),
+        engine=EngineConfig(zero_stage=3, clip_grad_norm=1.0),
     )
 
 

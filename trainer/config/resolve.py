@@ -14,7 +14,7 @@ Config = TypeVar("Config", bound=RunConfig)
 _FIXED_DATA = (
     "frame_choice",
     "log_mel_mean",
-    "log_mel_deviation",
+    "log_mel_std",
     "shuffle_window",
     "mixture",
     "sampling",

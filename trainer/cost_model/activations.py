@@ -33,18 +33,18 @@ _SAMPLES = (2, 3)
 
 
 @dataclass(frozen=True)
-class Passes:
+class ActivationTimeline:
     """The storages that a forward and a backward pass make, in the order in which they are made.
 
     Attributes:
-        born, died: (storages,) the operation that makes each, and the first one after its end.
+        alloc, free: (storages,) the operation that makes each, and the first one after its end.
         fixed, per_sample: (storages,) their bytes.
         gradient: (storages,) whether autograd leaves it in a parameter.
         operations: of both passes.
     """
 
-    born: np.ndarray
-    died: np.ndarray
+    alloc: np.ndarray
+    free: np.ndarray
     fixed: np.ndarray
     per_sample: np.ndarray
     gradient: np.ndarray
@@ -71,8 +71,8 @@ class Passes:
         if not gradients_stay:
             counted &= ~self.gradient
         changes = np.zeros(self.operations + 1)
-        np.add.at(changes, self.born[counted], sizes[counted])
-        np.subtract.at(changes, self.died[counted], sizes[counted])
+        np.add.at(changes, self.alloc[counted], sizes[counted])
+        np.subtract.at(changes, self.free[counted], sizes[counted])
         return int(changes.cumsum().max())
 
     @property
@@ -81,21 +81,21 @@ class Passes:
         return int(self.fixed[self.gradient].sum())
 
 
-def count_passes(config: RunConfig) -> Passes:
+def count_passes(config: RunConfig) -> ActivationTimeline:
     """Of a micro-batch of the run; takes seconds.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
     """
     few, more = (_count(config, samples) for samples in _SAMPLES)
-    assert few.born == more.born and few.died == more.died, "no operation depends on the batch"
+    assert few.alloc == more.alloc and few.free == more.free, "no operation depends on the batch"
     sizes = np.array([few.sizes, more.sizes], dtype=np.float64)
     per_sample = (sizes[1] - sizes[0]) / (_SAMPLES[1] - _SAMPLES[0])
-    gradient = np.zeros(len(few.born), dtype=bool)
+    gradient = np.zeros(len(few.alloc), dtype=bool)
     gradient[few.gradients] = True
-    return Passes(
-        born=np.array(few.born),
-        died=np.array([few.died.get(number, few.operations) for number in range(len(few.born))]),
+    return ActivationTimeline(
+        alloc=np.array(few.alloc),
+        free=np.array([few.free.get(number, few.operations) for number in range(len(few.alloc))]),
         fixed=sizes[0] - _SAMPLES[0] * per_sample,
         per_sample=per_sample,
         gradient=gradient,
@@ -107,17 +107,17 @@ class _Count(TorchDispatchMode):
     """Storages made since it was entered, by number.
 
     Attributes:
-        born, sizes: the operation that made each, and its bytes.
-        died: the operation before which it was gone, where it was.
+        alloc, sizes: the operation that made each, and its bytes.
+        free: the operation before which it was gone, where it was.
         gradients: those that are left in parameters.
         operations: done.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.born: list[int] = []
+        self.alloc: list[int] = []
         self.sizes: list[int] = []
-        self.died: dict[int, int] = {}
+        self.free: dict[int, int] = {}
         self.gradients: list[int] = []
         self.operations = 0
         self._numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int | None] = (
@@ -145,13 +145,13 @@ class _Count(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._numbers:
-            number = self._numbers[storage] = len(self.born)
-            self.born.append(self.operations)
+            number = self._numbers[storage] = len(self.alloc)
+            self.alloc.append(self.operations)
             self.sizes.append(storage.nbytes())
             weakref.finalize(storage, self._end, number)
 
     def _end(self, number: int) -> None:
-        self.died.setdefault(number, self.operations)
+        self.free.setdefault(number, self.operations)
 
 
 def _count(config: RunConfig, samples: int) -> _Count:
@@ -180,7 +180,7 @@ def _count(config: RunConfig, samples: int) -> _Count:
             assert isinstance(config, PretrainConfig) and isinstance(model, CAVMAE)
             _pretraining_passes(config, model, log_mel, frame, count)
         done = copy.copy(count)
-        done.died = dict(count.died)  # the model and its gradients are still there
+        done.free = dict(count.free)  # the model and its gradients are still there
     return done
 
 
@@ -227,7 +227,7 @@ def _finetuning_passes(
         classification_loss(logits, targets, config.classifier.loss).backward()
 
 
-def passes_at_most(config: RunConfig, gradient_bytes: int) -> Passes:
+def passes_at_most(config: RunConfig, gradient_bytes: int) -> ActivationTimeline:
     """What `count_passes` finds is less than this, which takes no time.
 
     A block keeps less than 40 values for each channel of a token; what is not in a block is less
@@ -247,9 +247,9 @@ def passes_at_most(config: RunConfig, gradient_bytes: int) -> Passes:
     pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
     element = 2 if config.engine.dtype == "bf16" else 4
     per_sample = element * 40 * (encoders + decoder) + 4 * pixels
-    return Passes(
-        born=np.array([0, 0]),
-        died=np.array([1, 1]),
+    return ActivationTimeline(
+        alloc=np.array([0, 0]),
+        free=np.array([1, 1]),
         fixed=np.array([0, gradient_bytes]),
         per_sample=np.array([per_sample, 0]),
         gradient=np.array([False, True]),

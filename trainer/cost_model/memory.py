@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.cost_model.activations import Passes, count_passes, passes_at_most
+from cavmae.trainer.cost_model.activations import ActivationTimeline, count_passes, passes_at_most
 from cavmae.trainer.cost_model.comm_volume import TensorSizes, tensor_sizes
 from cavmae.trainer.cost_model.gradient_memory import (
     Gradients,
@@ -101,7 +101,7 @@ class Sizes:
     """Of a model: its parameters, and what its passes keep."""
 
     tensors: TensorSizes
-    passes: Passes
+    passes: ActivationTimeline
 
     @property
     def trainable(self) -> int:
@@ -191,7 +191,7 @@ def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) ->
 
 
 def _kept(
-    config: RunConfig, passes: Passes, gradients: Gradients, peak: int, *, samples: int
+    config: RunConfig, passes: ActivationTimeline, gradients: Gradients, peak: int, *, samples: int
 ) -> int:
     """What a CPU rank has beyond the largest part: glibc hands large blocks back when they are
     freed, and small ones hardly ever, so those of the passes stay while gradients are reduced.

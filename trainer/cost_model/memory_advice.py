@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cavmae.trainer.config.configs import EngineConfig, RunConfig
-from cavmae.trainer.cost_model.activations import Passes, count_passes
+from cavmae.trainer.cost_model.activations import ActivationTimeline, count_passes
 from cavmae.trainer.cost_model.memory import Sizes, footprint
 from cavmae.trainer.model.blocks import Recompute
 
@@ -70,7 +70,7 @@ def what_would_fit(
     """
 
     @functools.cache
-    def passes(recompute: Recompute) -> Passes:
+    def passes(recompute: Recompute) -> ActivationTimeline:
         engine = dataclasses.replace(config.engine, activation_checkpointing=recompute)
         return count_passes(dataclasses.replace(config, engine=engine))
 

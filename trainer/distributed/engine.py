@@ -80,7 +80,7 @@ warnings.filterwarnings(
 
 
 @dataclass(frozen=True)
-class RateGroup:
+class ParamGroup:
     """Trained parameters that learn alike.
 
     Attributes:
@@ -277,14 +277,14 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         device: torch.device,
-        groups: Sequence[RateGroup] = (),
+        groups: Sequence[ParamGroup] = (),
     ) -> None:
         assert engine.dtype != "auto"  # settled when the run folder was opened
         self.zero_stage = engine.zero_stage
         self.dtype = engine.dtype
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         elements = sum(parameter.numel() for parameter in trainable)
-        groups = groups or [RateGroup(trainable, 1.0)]
+        groups = groups or [ParamGroup(trainable, 1.0)]
         assert sum(len(group.parameters) for group in groups) == len(trainable)
         self._ratios = [group.ratio for group in groups]
         settings = _deepspeed_settings(engine, micro_batch, accumulation, elements)
@@ -299,7 +299,7 @@ class Engine:
             weight_decay=optimizer.weight_decay,
             decoupled_weight_decay=optimizer.name == "adamw",
             fused=True,  # one pass over weights, gradients and moments
-            clip_norm=engine.clip_gradient_norm if plain else 0.0,
+            clip_norm=engine.clip_grad_norm if plain else 0.0,
         )
         with _no_chatter():
             initialized: tuple[Any, ...] = deepspeed.initialize(
@@ -334,7 +334,7 @@ class Engine:
             loss * torch.where(loss.detach().isfinite(), torch.ones_like(nan), nan)
         )
 
-    def count_micro_batch(self) -> None:
+    def accumulate(self) -> None:
         """Tell DeepSpeed that a micro-batch short of the update is done."""
         self._engine.step()
 
@@ -449,9 +449,7 @@ def _deepspeed_settings(
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0
-        if engine.zero_stage == 0 and not bf16
-        else engine.clip_gradient_norm,
+        "gradient_clipping": 0.0 if engine.zero_stage == 0 and not bf16 else engine.clip_grad_norm,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": accumulate},
         "zero_optimization": zero,

@@ -31,7 +31,7 @@ from cavmae.trainer.embeddings.parquet_store import (
 )
 from cavmae.trainer.evaluation.embeddings import embedded_batches
 from cavmae.trainer.evaluation.inference import whole_clips
-from cavmae.trainer.evaluation.trained_run import AnyRun, open_finished_encoders, rests_on
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, rests_on
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
@@ -57,15 +57,15 @@ class EmbedConfig:
     """That embeddings are stored in; they are computed in float32."""
     batch: int = 64
     """Clips that are embedded together."""
-    maximum_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     """Share of the clips that a process has read in a row that may be unreadable before it stops
     with a table of them; the first ten never stop it."""
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}; use 1 or more")
-        if not 0 <= self.maximum_bad_share <= 1:
-            raise ValueError(f"maximum_bad_share is {self.maximum_bad_share}; use 0 to 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; use 0 to 1")
 
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
@@ -84,7 +84,7 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finished_encoders(config.run_dir)
+    run = open_trained_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
     out, origin = Path(config.out), origin_of(run, shards, config)
     with claimed(out, origin):
@@ -144,7 +144,7 @@ def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
 
 def in_this_process(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
     """The executor of one process, on its GPU where it has one."""
-    run = open_finished_encoders(config.run_dir)
+    run = open_trained_encoders(config.run_dir)
     model = run.model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield from write_files(run, model, config, origin, numbers)
 
@@ -180,7 +180,7 @@ def write_files(
     out = Path(config.out)
     numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
     places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
-    data = dataclasses.replace(run.config.data, maximum_bad_share=config.maximum_bad_share)
+    data = dataclasses.replace(run.config.data, max_bad_fraction=config.max_bad_fraction)
     loader = whole_clips(
         data,
         run.config.model,

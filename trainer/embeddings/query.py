@@ -112,7 +112,7 @@ def embed_query(
         heard = log_mel(
             [torch.from_numpy(query.audio)], run.model.mel_bins, run.model.audio_frames, device
         )
-        heard = (heard - run.data.log_mel_mean) / run.data.log_mel_deviation
+        heard = (heard - run.data.log_mel_mean) / run.data.log_mel_std
         embedded["audio_embedding"] = model.embed_audio(heard)[0].cpu().numpy()
     if query.frame is not None:
         seen = torch.from_numpy(_as_input(query.frame, run.model.image_size)).to(device)

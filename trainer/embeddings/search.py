@@ -23,7 +23,7 @@ from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
 from cavmae.trainer.embeddings.query import embed_query, read_query
-from cavmae.trainer.evaluation.trained_run import open_finished_encoders
+from cavmae.trainer.evaluation.trained_run import open_trained_encoders
 
 FOUND_BY = {"video": "sound", "sound": "picture"}
 """What is found, and by what of the query."""
@@ -133,7 +133,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {folder}, which is to embed the query, is not there; give its folder by --run, "
             "or a sample id as the query"
         )
-    run = open_finished_encoders(folder)
+    run = open_trained_encoders(folder)
     if run.weights_sha256 != embeddings.origin.weights_sha256:
         raise ValueError(
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "

@@ -25,8 +25,8 @@ from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.trained_run import (
-    FinishedClassifier,
-    open_finished_classifier,
+    TrainedClassifier,
+    open_trained_classifier,
     trained_on,
     write_evaluation,
 )
@@ -134,7 +134,7 @@ def check_no_empty_class(labels: LabelSet, shards: str) -> None:
 
 
 def classified(
-    run: FinishedClassifier, modes: Sequence[Mode], config: ClassifyConfig
+    run: TrainedClassifier, modes: Sequence[Mode], config: ClassifyConfig
 ) -> ClipOutputs:
     """Logits (clips, frames, classes) of each mode by its name, and `targets` (clips, classes).
 
@@ -199,7 +199,7 @@ def classify(config: ClassifyConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finished_classifier(config.run_dir)
+    run = open_trained_classifier(config.run_dir)
     labels = run.labels
     modes = modes_to_ask(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)

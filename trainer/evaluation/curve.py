@@ -20,19 +20,19 @@ from cavmae.trainer.tracking.tracker import read_metrics
 
 # Of the published log, and of a run.
 _COLUMNS = {
-    "mAP": "held_out_mean_average_precision",
-    "acc": "held_out_accuracy",
-    "AUC": "held_out_mean_auc",
-    "d_prime": "held_out_d_prime",
+    "mAP": "val_mean_average_precision",
+    "acc": "val_accuracy",
+    "AUC": "val_mean_auc",
+    "d_prime": "val_d_prime",
     "train_loss": "loss",
-    "valid_loss": "held_out_loss",
+    "valid_loss": "val_loss",
     "Train Audio MAE Loss": "loss_reconstruction_audio",
     "Train Visual MAE Loss": "loss_reconstruction_video",
     "Train Contrastive Loss": "loss_contrastive",
-    "Eval Audio MAE Loss": "held_out_loss_reconstruction_audio",
-    "Eval Visual MAE Loss": "held_out_loss_reconstruction_video",
-    "Eval Contrastive Loss": "held_out_loss_contrastive",
-    "Eval Contrastive Accuracy": "held_out_contrastive_accuracy",
+    "Eval Audio MAE Loss": "val_loss_reconstruction_audio",
+    "Eval Visual MAE Loss": "val_loss_reconstruction_video",
+    "Eval Contrastive Loss": "val_loss_contrastive",
+    "Eval Contrastive Accuracy": "val_contrastive_accuracy",
 }
 _PANELS_A_ROW = 3
 

@@ -21,7 +21,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.embeddings import Embeddings, embed
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.trained_run import (
-    open_finished_encoders,
+    open_trained_encoders,
     trained_on,
     write_evaluation,
 )
@@ -137,7 +137,7 @@ def probe(config: ProbeConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_finished_encoders(config.run_dir)
+    run = open_trained_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
     training = trained_on(run.config)

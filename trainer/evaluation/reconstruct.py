@@ -17,7 +17,7 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION
+from cavmae.dataloaders.loading.dali import IMAGE_STD
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.dataloaders.media.audio_codec import encode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
@@ -25,7 +25,7 @@ from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
-from cavmae.trainer.evaluation.trained_run import FinishedRun, open_finished_run
+from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tracking.figures import (
@@ -84,14 +84,14 @@ class ReconstructConfig:
                 )
 
 
-def run_with_decoder(run_dir: str) -> FinishedRun:
+def run_with_decoder(run_dir: str) -> TrainedRun:
     """A finished run whose decoder was trained.
 
     Raises:
         ValueError: no finished run is there, or one that trained no decoder.
         OSError: a file can't be read.
     """
-    run = open_finished_run(run_dir)
+    run = open_trained_run(run_dir)
     if run.config.loss.reconstruction_weight == 0:
         raise ValueError(
             f"run_dir is {run_dir}, whose loss.reconstruction_weight is 0: its decoder was not "
@@ -282,7 +282,7 @@ def _reconstruct_clip(
     sounds = {"original": spectrogram, "reconstructed": inpainted}
     for kind, sound in sounds.items():
         waveform = waveform_from_log_mel(
-            sound[0, 0, :, :present].T * run.data.log_mel_deviation + run.data.log_mel_mean,
+            sound[0, 0, :, :present].T * run.data.log_mel_std + run.data.log_mel_mean,
             iterations=config.sound_iterations,
             seed=config.seed,
         )
@@ -297,7 +297,7 @@ def _reconstruct_clip(
             audio_mask,
             predicted[0],
             norm_pix=norm_pix,
-            deviation=torch.tensor([run.data.log_mel_deviation]),
+            deviation=torch.tensor([run.data.log_mel_std]),
             present_columns=present,
         ),
         "video": errors_of_removed(
@@ -305,7 +305,7 @@ def _reconstruct_clip(
             video_mask,
             predicted[1],
             norm_pix=norm_pix,
-            deviation=torch.tensor(IMAGE_DEVIATION),
+            deviation=torch.tensor(IMAGE_STD),
             present_columns=run.model.image_size,
         ),
     }

@@ -19,7 +19,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.embeddings import embed
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.trained_run import (
-    open_finished_encoders,
+    open_trained_encoders,
     trained_on,
     write_evaluation,
 )
@@ -82,7 +82,7 @@ def retrieve(config: RetrieveConfig) -> None:
         ValueError: the run or the set does not fit, or the set was trained on.
         OSError: a file can't be read or written.
     """
-    run = open_finished_encoders(config.run_dir)
+    run = open_trained_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
     training = trained_on(run.config)
     if not config.allow_leakage:

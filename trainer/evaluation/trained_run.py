@@ -25,7 +25,7 @@ _NOT_ASKED = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class TrainedRun:
     """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
 
     folder: Path
@@ -45,7 +45,7 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class FinishedClassifier:
+class TrainedClassifier:
     """Attributes: folder; config; labels; weights_sha256, of `weights.pt`, in hexadecimal."""
 
     folder: Path
@@ -75,7 +75,7 @@ class FinishedClassifier:
         return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
 
 
-AnyRun = FinishedRun | FinishedClassifier
+AnyRun = TrainedRun | TrainedClassifier
 
 
 @dataclass(frozen=True)
@@ -156,25 +156,25 @@ def _kept_code(folder: Path) -> str:
         return f"not kept: {error}"
 
 
-def open_finished_run(run_dir: str | Path) -> FinishedRun:
+def open_trained_run(run_dir: str | Path) -> TrainedRun:
     """Open the folder of a pretraining run.
 
     Raises:
         ValueError: the folder is no run's, or of another kind, or the run has not finished.
         OSError: a file can't be read.
     """
-    run = open_finished(run_dir)
-    if isinstance(run, FinishedClassifier):
+    run = open_trained(run_dir)
+    if isinstance(run, TrainedClassifier):
         raise ValueError(
             f"run_dir is {run_dir}, a fine-tuning run; give the folder of a pretraining run"
         )
     return run
 
 
-def open_finished_classifier(run_dir: str | Path) -> FinishedClassifier:
-    """Open the folder of a fine-tuning run; raises as `open_finished_run` does."""
-    run = open_finished(run_dir)
-    if isinstance(run, FinishedRun):
+def open_trained_classifier(run_dir: str | Path) -> TrainedClassifier:
+    """Open the folder of a fine-tuning run; raises as `open_trained_run` does."""
+    run = open_trained(run_dir)
+    if isinstance(run, TrainedRun):
         raise ValueError(
             f"run_dir is {run_dir}, a pretraining run, which has no classifier; give a run of "
             "`cavmae finetune` (`cavmae evaluate probe` scores frozen features)"
@@ -182,11 +182,11 @@ def open_finished_classifier(run_dir: str | Path) -> FinishedClassifier:
     return run
 
 
-def open_finished_encoders(run_dir: str | Path) -> AnyRun:
+def open_trained_encoders(run_dir: str | Path) -> AnyRun:
     """Open a run of any kind that has trained encoders of sound and picture; raises as
-    `open_finished_run` does."""
-    run = open_finished(run_dir)
-    if isinstance(run, FinishedClassifier) and run.config.classifier.mode != "multimodal":
+    `open_trained_run` does."""
+    run = open_trained(run_dir)
+    if isinstance(run, TrainedClassifier) and run.config.classifier.mode != "multimodal":
         raise ValueError(
             f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
             "which trains the encoder of one modality; give a run of both"
@@ -194,7 +194,7 @@ def open_finished_encoders(run_dir: str | Path) -> AnyRun:
     return run
 
 
-def open_finished(run_dir: str | Path) -> AnyRun:
+def open_trained(run_dir: str | Path) -> AnyRun:
     """Open the folder of a run of any kind.
 
     Raises:
@@ -213,6 +213,6 @@ def open_finished(run_dir: str | Path) -> AnyRun:
     with (folder / "weights.pt").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if isinstance(config, FinetuneConfig):
-        return FinishedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
+        return TrainedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
     assert isinstance(config, PretrainConfig)
-    return FinishedRun(folder, config, sha256)
+    return TrainedRun(folder, config, sha256)

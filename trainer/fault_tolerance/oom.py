@@ -162,7 +162,7 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
 
 
 @contextmanager
-def out_of_memory_told(
+def oom_guard(
     config: RunConfig, run_dir: Path, store: Store, ranks: Ranks, device: torch.device
 ) -> Iterator[None]:
     """What ends for want of memory ends with advice.

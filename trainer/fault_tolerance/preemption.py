@@ -110,7 +110,7 @@ class StopRequest:
 
     def _end(self) -> None:
         log.error(
-            "ALARM: asked to leave, and not saved within checkpoint.leave_within_seconds = %g; "
+            "ALARM: asked to leave, and not saved within checkpoint.grace_seconds = %g; "
             "this process ends, and the run goes on from the checkpoint before",
             self._budget,
         )

@@ -18,7 +18,7 @@ _MEETINGS = 3
 """Reports in a row with the same slowest rank, until it is told."""
 
 
-class OwnTime:
+class RankTimer:
     """Measures one rank; nothing is synchronized for it.
 
     Args:
@@ -40,7 +40,7 @@ class OwnTime:
         self._began = time.monotonic()
         self._measured = False
 
-    def batch_is_there(self) -> None:
+    def batch_ready(self) -> None:
         """The batch has come."""
         self._seconds += time.monotonic() - self._began
         self._began = time.monotonic()
@@ -48,7 +48,7 @@ class OwnTime:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
 
-    def meets_others(self) -> None:
+    def before_sync(self) -> None:
         """This rank is about to wait for others; only the first time in a step counts."""
         if self._measured:
             return
@@ -90,7 +90,7 @@ class StragglerReport:
         """Take each rank's own time; returns the metrics.
 
         Args:
-            own_seconds: by rank, as `OwnTime.take` gives it.
+            own_seconds: by rank, as `RankTimer.take` gives it.
             step_seconds: what a step took.
         """
         slowest = max(range(len(own_seconds)), key=own_seconds.__getitem__)

@@ -49,7 +49,7 @@ class Watchdog:
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
         self._began = time.monotonic()
         self._counts = False
-        self._limit = config.longest_pause_seconds
+        self._limit = config.max_pause_seconds
         self._closed = threading.Event()
         if config.medians:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -67,7 +67,7 @@ class Watchdog:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Something that takes longer than a step, such as an evaluation."""
-        limit, self._limit = self._limit, self._config.longest_pause_seconds
+        limit, self._limit = self._limit, self._config.max_pause_seconds
         self._began = time.monotonic()
         try:
             yield

@@ -27,7 +27,7 @@ _NORM_STREAM: dict[str, Stream] = {
 }
 
 
-class LinearAfter(nn.Linear):
+class RecomputedLinear(nn.Linear):
     """A linear layer of what a norm or an activation gives, which costs little to compute."""
 
     recompute = False
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend | None = None
-        self.qkv = LinearAfter(width, 3 * width)
+        self.qkv = RecomputedLinear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(
@@ -77,8 +77,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = LinearAfter(width, hidden)
-        self.fc2 = LinearAfter(hidden, width)
+        self.fc1 = RecomputedLinear(width, hidden)
+        self.fc2 = RecomputedLinear(hidden, width)
 
     def forward(self, x: torch.Tensor, norm: TensorFunction) -> torch.Tensor:
         """(batch, tokens, width) to the same."""
@@ -102,7 +102,7 @@ class Block(nn.Module):
         activation before each linear layer; or everything but the block's input."""
         self._recompute_all = how == "full"
         for module in self.modules():
-            if isinstance(module, LinearAfter):
+            if isinstance(module, RecomputedLinear):
                 module.recompute = how == "selective"
 
     def forward(

@@ -17,10 +17,10 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.evaluation.trained_run import FinishedClassifier, open_finished
+from cavmae.trainer.evaluation.trained_run import TrainedClassifier, open_trained
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
@@ -43,7 +43,7 @@ from cavmae.trainer.release.graphs import (
 )
 from cavmae.trainer.release.hub import hub_model
 from cavmae.trainer.release.model_card import model_card
-from cavmae.trainer.release.model_spec import ModelDescription, Preprocessing
+from cavmae.trainer.release.model_spec import ModelSpec, Preprocessing
 from cavmae.trainer.release.provenance import provenance_of_file, provenance_of_run
 
 Format = Literal["hub", "torch", "onnx", "published"]
@@ -68,7 +68,7 @@ class ExportConfig:
     """Sizes, for a file of weights; a run has its own."""
     log_mel_mean: float = DataConfig.log_mel_mean
     """Of the log-mel that a file of weights was trained on; a run has its own."""
-    log_mel_deviation: float = DataConfig.log_mel_deviation
+    log_mel_std: float = DataConfig.log_mel_std
     """Of the log-mel that a file of weights was trained on; a run has its own."""
 
 
@@ -83,7 +83,7 @@ class Source:
     """
 
     model: Model
-    description: ModelDescription
+    description: ModelSpec
     provenance: str
 
 
@@ -99,18 +99,18 @@ def open_source(config: ExportConfig) -> Source:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         model = _model_of_file(path, config.model)
-        described = _described(model, config.log_mel_mean, config.log_mel_deviation)
+        described = _described(model, config.log_mel_mean, config.log_mel_std)
         return Source(model, described, provenance_of_file(path, sha256))
-    run = open_finished(path)
+    run = open_trained(path)
     unset = ExportConfig(config.source, config.out)
-    for name in ("model", "log_mel_mean", "log_mel_deviation"):
+    for name in ("model", "log_mel_mean", "log_mel_std"):
         if getattr(config, name) != getattr(unset, name):
             raise ValueError(
                 f"{name} is set and {path} is a run, whose config.json says it; leave it out"
             )
     model, data = run.model(torch.device("cpu")), run.config.data
-    described = _described(model, data.log_mel_mean, data.log_mel_deviation)
-    if isinstance(run, FinishedClassifier):
+    described = _described(model, data.log_mel_mean, data.log_mel_std)
+    if isinstance(run, TrainedClassifier):
         mode, labels = run.config.classifier.mode, run.labels.names
         described = dataclasses.replace(described, mode=mode, labels=labels)
     return Source(model, described, provenance_of_run(run))
@@ -157,11 +157,11 @@ def export(config: ExportConfig) -> None:
     print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
 
 
-def _described(model: Model, log_mel_mean: float, log_mel_deviation: float) -> ModelDescription:
+def _described(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
     """The description of a model of which nothing else is known; its input is the loader's."""
     classifier = isinstance(model, CAVMAEClassifier)
     video = model.has_video if classifier else True
-    return ModelDescription(
+    return ModelSpec(
         model=model.config,
         mode=("multimodal" if video else "audioonly") if classifier else "",
         classes=model.classes if classifier else 0,
@@ -175,9 +175,9 @@ def _described(model: Model, log_mel_mean: float, log_mel_deviation: float) -> M
             preemphasis=log_mel.PREEMPHASIS,
             lowest_hz=log_mel.LOWEST_HZ,
             log_mel_mean=log_mel_mean,
-            log_mel_deviation=log_mel_deviation,
+            log_mel_std=log_mel_std,
             image_mean=IMAGE_MEAN,
-            image_deviation=IMAGE_DEVIATION,
+            image_std=IMAGE_STD,
         ),
     )
 

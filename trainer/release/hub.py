@@ -19,7 +19,7 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.release.model_card import model_card
-from cavmae.trainer.release.model_spec import ModelDescription
+from cavmae.trainer.release.model_spec import ModelSpec
 
 
 class _HubFolder(ModelHubMixin):
@@ -30,7 +30,7 @@ class _HubFolder(ModelHubMixin):
     evaluate.
     """
 
-    description: ModelDescription
+    description: ModelSpec
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, torch.nn.Module)
@@ -51,7 +51,7 @@ class _HubFolder(ModelHubMixin):
             else hf_hub_download(model_id, name, **fetching)
             for name in ("config.json", "model.safetensors")
         )
-        model = cls(load_config(config, ModelDescription))
+        model = cls(load_config(config, ModelSpec))
         assert isinstance(model, CAVMAE | CAVMAEClassifier)
         try:
             state = load_file(weights)
@@ -77,7 +77,7 @@ class HubCAVMAE(_HubFolder, CAVMAE):
         ValueError: the description is a classifier's.
     """
 
-    def __init__(self, description: ModelDescription) -> None:
+    def __init__(self, description: ModelSpec) -> None:
         if description.classes:
             raise ValueError(
                 f"classes is {description.classes}: this is a classifier; use HubCAVMAEClassifier"
@@ -96,7 +96,7 @@ class HubCAVMAEClassifier(_HubFolder, CAVMAEClassifier):
         ValueError: the description is a pretraining model's.
     """
 
-    def __init__(self, description: ModelDescription) -> None:
+    def __init__(self, description: ModelSpec) -> None:
         if not description.classes:
             raise ValueError("classes is 0: this is a pretraining model; use HubCAVMAE")
         super().__init__(description.model, description.classes, video=description.video)
@@ -104,7 +104,7 @@ class HubCAVMAEClassifier(_HubFolder, CAVMAEClassifier):
 
 
 def hub_model(
-    model: CAVMAE | CAVMAEClassifier, description: ModelDescription
+    model: CAVMAE | CAVMAEClassifier, description: ModelSpec
 ) -> HubCAVMAE | HubCAVMAEClassifier:
     """A model as one that can be saved and pushed; it shares the tensors of `model`.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cavmae.trainer.release.model_spec import ModelDescription
+from cavmae.trainer.release.model_spec import ModelSpec
 
 NOT_TOLD = "## Training\n\nNot told: these weights were saved without their run.\n"
 
@@ -28,7 +28,7 @@ sizes, made = model.description.model, model.description.preprocessing
 
 sound = torch.zeros(2 * made.audio_hz)  # yours: mono, -1 to 1
 spectrogram = log_mel([sound], sizes.mel_bins, sizes.audio_frames, torch.device("cpu"))
-spectrogram = (spectrogram - made.log_mel_mean) / made.log_mel_deviation
+spectrogram = (spectrogram - made.log_mel_mean) / made.log_mel_std
 
 picture = Image.new("RGB", (340, 256))  # yours
 (width, height), side = picture.size, sizes.image_size
@@ -37,7 +37,7 @@ box = (left * width, top * height, right * width, bottom * height)
 picture = picture.resize((side, side), Image.Resampling.BILINEAR, box)
 pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
 mean, deviation = (
-    torch.tensor(of)[:, None, None] for of in (made.image_mean, made.image_deviation)
+    torch.tensor(of)[:, None, None] for of in (made.image_mean, made.image_std)
 )
 frame = (pixels - mean) / deviation
 
@@ -78,7 +78,7 @@ other kinds of clips is not known, and it may have learned whatever bias its tra
 """
 
 
-def model_card(description: ModelDescription, provenance: str = NOT_TOLD) -> ModelCard:
+def model_card(description: ModelSpec, provenance: str = NOT_TOLD) -> ModelCard:
     """The card of a model.
 
     Args:

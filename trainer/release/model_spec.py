@@ -29,17 +29,17 @@ class Preprocessing:
     `audio_hz`. The natural log of the power is taken."""
     log_mel_mean: float
     """Subtracted from the log-mel."""
-    log_mel_deviation: float
+    log_mel_std: float
     """The log-mel is divided by this afterwards."""
     image_mean: tuple[float, float, float]
     """Subtracted from red, green and blue in 0 to 1 of the picture, whose short side is resized to
     `image_size` (bilinear with antialiasing, as PIL does) and whose middle is cut out."""
-    image_deviation: tuple[float, float, float]
+    image_std: tuple[float, float, float]
     """Red, green and blue are divided by this afterwards."""
 
 
 @dataclass(frozen=True)
-class ModelDescription:
+class ModelSpec:
     """Sizes, kind and input of a model."""
 
     model: ModelConfig

@@ -31,10 +31,10 @@ _FIELDS = (
     "classifier.mode",
     "classifier.loss",
     "classifier.label_smoothing",
-    "classifier.head_rate_ratio",
+    "classifier.head_lr_mult",
     "classifier.train_encoders",
     "engine.dtype",
-    "engine.clip_gradient_norm",
+    "engine.clip_grad_norm",
 )
 """Fields of a run, or the beginnings of their names, that tell how its model was made."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.distributed.engine import Engine, RateGroup
+from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.gathering import gather_uneven, in_step
 from cavmae.trainer.losses.classification import (
     classification_loss,
@@ -38,7 +38,7 @@ class Finetuning:
     def __init__(self, config: FinetuneConfig, labels: LabelSet, device: torch.device) -> None:
         self._config, self._labels, self._device = config, labels, device
 
-    def model(self) -> tuple[CAVMAEClassifier, list[RateGroup]]:
+    def model(self) -> tuple[CAVMAEClassifier, list[ParamGroup]]:
         """The classifier with its initial weights, on CPU; what is not trained is frozen. With it
         the encoders, where they are trained, and the head, which learn at different rates.
 
@@ -51,7 +51,7 @@ class Finetuning:
         if config.initial_weights:
             load_classifier_weights(model, config.initial_weights)
         encoders, head = model.parameter_groups()
-        groups = [RateGroup(encoders, 1.0), RateGroup(head, config.classifier.head_rate_ratio)]
+        groups = [ParamGroup(encoders, 1.0), ParamGroup(head, config.classifier.head_lr_mult)]
         return model, [group for group in groups if group.parameters]
 
     def task(self, before_exchange: Callable[[], None]) -> "FinetuneTask":
@@ -85,7 +85,7 @@ class Finetuning:
             )
             metrics = {}
         metrics["loss"] = classification_loss(logits, targets, self._config.classifier.loss).item()
-        return Scored({f"held_out_{name}": value for name, value in metrics.items()})
+        return Scored({f"val_{name}": value for name, value in metrics.items()})
 
 
 class FinetuneTask:

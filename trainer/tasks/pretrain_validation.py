@@ -115,7 +115,7 @@ def evaluate(
     assert shown is not None
 
     everyone = _in_order(_gather_pairs(concatenate(unmasked)))
-    metrics = _held_out_losses(_gather_pairs(concatenate(masked)), config)
+    metrics = _val_losses(_gather_pairs(concatenate(masked)), config)
     clips = len(everyone.positions)
     if clips < 2:
         raise ValueError(f"data.validation has {clips} clip; retrieval needs 2 or more")
@@ -137,7 +137,7 @@ def evaluate(
     audio = torch.nn.functional.normalize(everyone.audio[:shown_clips], dim=-1)
     video = torch.nn.functional.normalize(everyone.video[:shown_clips], dim=-1)
     return Evaluation(
-        metrics={f"held_out_{name}": value for name, value in metrics.items()},
+        metrics={f"val_{name}": value for name, value in metrics.items()},
         retrieval=retrieval,
         similarity=(audio @ video.T).cpu(),
         pictures=shown,
@@ -149,7 +149,7 @@ def _gather_pairs(own: Pairs) -> Pairs:
     return Pairs(*(gather_uneven(part) for part in (own.audio, own.video, own.positions)))
 
 
-def _held_out_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
+def _val_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
     """Contrastive loss over consecutive whole groups; clips after the last whole one wait."""
     group = min(config.loss.contrastive_group or config.global_batch, len(pairs.positions))
     whole = len(pairs.positions) // group * group

@@ -8,7 +8,7 @@ from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.distributed.engine import RateGroup
+from cavmae.trainer.distributed.engine import ParamGroup
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.weights import load_initial_weights
@@ -31,7 +31,7 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, ranks: Ranks, device: torch.device) -> None:
         self._config, self._ranks, self._device = config, ranks, device
 
-    def model(self) -> tuple[CAVMAE, list[RateGroup]]:
+    def model(self) -> tuple[CAVMAE, list[ParamGroup]]:
         """The model with its initial weights, on CPU; what no loss uses is frozen. All parameters
         learn alike.
 

@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
 from cavmae.kernels import MaskIds
 from cavmae.trainer.metrics.retrieval import similarity_scores
 
@@ -246,7 +246,7 @@ def _show_sound(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
 
 def _show_frame(axis: Axes, frame: torch.Tensor) -> None:
     """`frame`: (3, height, width), normalised."""
-    colours = frame.permute(1, 2, 0).numpy() * IMAGE_DEVIATION + IMAGE_MEAN  # (height, width, 3)
+    colours = frame.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN  # (height, width, 3)
     shown = np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
     axis.imshow(shown, interpolation="nearest")
     axis.set_axis_off()

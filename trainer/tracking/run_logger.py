@@ -130,7 +130,7 @@ class RunReport:
             "step %d held out: %s",
             step,
             ", ".join(
-                f"{name.removeprefix('held_out_')} {value:.4g}"
+                f"{name.removeprefix('val_')} {value:.4g}"
                 for name, value in metrics.items()
                 if not name.endswith(("_low", "_high", "_chance", "_p_value"))
             ),

@@ -52,7 +52,7 @@ def new_engine(zero_stage: Any, device: torch.device) -> Engine:
     torch.manual_seed(0)
     return Engine(
         nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)),
-        EngineConfig(zero_stage=zero_stage, dtype="fp32", clip_gradient_norm=1.0),
+        EngineConfig(zero_stage=zero_stage, dtype="fp32", clip_grad_norm=1.0),
         OptimizerConfig(),
         micro_batch=2,
         accumulation=1,

@@ -170,9 +170,7 @@ def test_a_function_that_is_gone_is_an_error(
     monkeypatch: pytest.MonkeyPatch, wait: Callable[[float], None]
 ) -> None:
     monkeypatch.setitem(FUNCTIONS, "cavmae.trainer.tasks.pretrain.local_losses", "losses")
-    with pytest.raises(
-        ValueError, match=r"tasks\.pretrain has no local_losses; name in"
-    ):
+    with pytest.raises(ValueError, match=r"tasks\.pretrain has no local_losses; name in"):
         PartObserver(new_model(), Timeline(torch.device("cpu"), Label("loop")))
 
 

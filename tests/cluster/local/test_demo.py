@@ -44,9 +44,9 @@ def test_the_right_clip_is_found_far_more_often_than_by_chance(
     demo: tuple[Path, str], direction: str
 ) -> None:
     scores = read_json(demo[0] / "run/summary.json")["scores"]
-    assert scores[f"held_out_{direction}_r10_chance"] == pytest.approx(0.1)
-    assert scores[f"held_out_{direction}_r10"] >= 0.25
-    assert scores[f"held_out_{direction}_r10_p_value"] < 1e-3
+    assert scores[f"val_{direction}_r10_chance"] == pytest.approx(0.1)
+    assert scores[f"val_{direction}_r10"] >= 0.25
+    assert scores[f"val_{direction}_r10_p_value"] < 1e-3
 
 
 @pytest.mark.slow

@@ -21,14 +21,14 @@ from cavmae.dataloaders.loading.augment import (
     resize_and_crop,
     spectrogram_change,
 )
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD, ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.audio_codec import encode_sound
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 EVERYTHING = Augmentation(
-    smallest_crop_area=0.2, flip=True, frequency_mask=12, time_mask=60, noise=True, mix_rate=0.5
+    min_crop_area=0.2, flip=True, frequency_mask=12, time_mask=60, noise=True, mixup_prob=0.5
 )
 SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
 
@@ -76,7 +76,7 @@ def assert_same(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> N
 
 
 def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
-    augmentation = Augmentation(smallest_crop_area=0.2)
+    augmentation = Augmentation(min_crop_area=0.2)
     boxes = np.array([random_box(240, 320, 224, augmentation, 3, p) for p in range(2000)])
     height, width = 240 * (boxes[:, 2] - boxes[:, 0]), 320 * (boxes[:, 3] - boxes[:, 1])
     assert (boxes >= 0).all() and (boxes <= 1 + 1e-12).all()
@@ -89,7 +89,7 @@ def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
 
 
 def test_a_picture_that_no_crop_fits_shows_its_middle() -> None:
-    augmentation = Augmentation(smallest_crop_area=0.99)
+    augmentation = Augmentation(min_crop_area=0.99)
     for position in range(20):
         assert random_box(16, 1600, 8, augmentation, 0, position) == middle_box(16, 1600, 8)
 
@@ -117,7 +117,7 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
     decoder = ClipDecoder("frames", 96, maximum_batch=1, threads=1, gpu=None)
     decoder.schedule([clip])
     frame = decoder.collect().frames[0, 0].transpose(1, 2, 0)
-    ours = 255 * (frame * np.array(IMAGE_DEVIATION) + np.array(IMAGE_MEAN))
+    ours = 255 * (frame * np.array(IMAGE_STD) + np.array(IMAGE_MEAN))
     decoded = Image.open(jpeg).convert("RGB")
     theirs = decoded.resize((96, 96), Image.Resampling.BILINEAR, (left, top, right, bottom))
     expected = np.asarray(theirs, dtype=np.float64)
@@ -165,7 +165,7 @@ def test_masks_come_before_the_normalisation_and_noise_after_it(
     for row, position in enumerate(plain.positions.tolist()):
         change = spectrogram_change(replace(masks, noise=True), 208, 32, 11, position)
         expected = plain.log_mel[row].clone()
-        value = (0 - config.log_mel_mean) / config.log_mel_deviation
+        value = (0 - config.log_mel_mean) / config.log_mel_std
         expected[slice(*change.frames)] = value
         expected[:, slice(*change.bins)] = value
         torch.testing.assert_close(masked.log_mel[row], expected)
@@ -259,11 +259,11 @@ def test_several_pipelines_give_the_same_batches(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"smallest_crop_area": 0.0}, r"smallest_crop_area is 0\.0; use a share above 0"),
-        ({"smallest_crop_area": 1.5}, r"smallest_crop_area is 1\.5"),
+        ({"min_crop_area": 0.0}, r"min_crop_area is 0\.0; use a share above 0"),
+        ({"min_crop_area": 1.5}, r"min_crop_area is 1\.5"),
         ({"time_mask": -1}, "time_mask is -1; use 0 or more"),
-        ({"mix_rate": 1.5}, r"mix_rate is 1\.5; use a share from 0 to 1"),
-        ({"mix_rate": float("nan")}, "mix_rate is nan"),
+        ({"mixup_prob": 1.5}, r"mixup_prob is 1\.5; use a share from 0 to 1"),
+        ({"mixup_prob": float("nan")}, "mixup_prob is nan"),
     ],
 )
 def test_values_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:

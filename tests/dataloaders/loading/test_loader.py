@@ -104,7 +104,7 @@ def test_padding_is_zero_before_the_log_mel_is_normalised(
     start: Callable[..., TrainLoader],
 ) -> None:
     batch = take(start(), 1)[0]
-    silence = (0 - CONFIG.log_mel_mean) / CONFIG.log_mel_deviation
+    silence = (0 - CONFIG.log_mel_mean) / CONFIG.log_mel_std
     heard = [int((seconds * 16000 - 400) // 160) + 1 for seconds in batch.audio_seconds[:, 1]]
     assert max(heard) < 208
     for row, frames in enumerate(heard):

@@ -25,7 +25,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 CPU = torch.device("cpu")
 SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
 SEED, LANES, WINDOW = 11, 4, 8
-CHANGES = {"smallest_crop_area": 0.2, "flip": True}
+CHANGES = {"min_crop_area": 0.2, "flip": True}
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def reader(shards: ShardSet, **settings: Any) -> ClipReader:
 
 def test_shares_have_the_published_distribution() -> None:
     """Beta(10, 10): mean 1/2, variance 1/84, symmetric, hardly ever far from the middle."""
-    always = Augmentation(mix_rate=1.0)
+    always = Augmentation(mixup_prob=1.0)
     shares = np.array([mix_share(always, 3, position) for position in range(6000)])
     assert abs(shares.mean() - 1 / 2) < 0.005
     assert abs(shares.var() * 84 - 1) < 0.06
     assert 0.05 < shares.min() < 0.2 and 0.8 < shares.max() < 0.95
-    sometimes = Augmentation(mix_rate=0.3)
+    sometimes = Augmentation(mixup_prob=0.3)
     mixed = np.array([mix_share(sometimes, 3, position) for position in range(6000)])
     assert abs((mixed < 1).mean() - 0.3) < 0.02
     assert (mixed[mixed < 1] == shares[mixed < 1]).all(), "a share does not depend on the rate"
@@ -126,7 +126,7 @@ def test_a_journal_keeps_which_clips_were_partners(packed_synthetic: Path, tmp_p
 def test_sound_and_frames_are_sums_of_those_of_two_clips(
     packed_synthetic: Path, rows: Callable[..., dict[int, dict[str, Any]]]
 ) -> None:
-    augmentation = Augmentation(mix_rate=1.0, **CHANGES)
+    augmentation = Augmentation(mixup_prob=1.0, **CHANGES)
     shards = ShardSet(packed_synthetic / "video")
     plan = SamplePlan(shards.sizes, SEED, LANES, WINDOW)
     read = reader(shards, augmentation=augmentation)
@@ -147,7 +147,7 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
         second = np.pad(second, (0, max(0, len(first) - len(second))))[: len(first)]
         sound = share.item() * first + (1 - share.item()) * second
         expected = log_mel([torch.from_numpy(sound).float()], 32, 208, CPU)[0]
-        expected = (expected - config.log_mel_mean) / config.log_mel_deviation
+        expected = (expected - config.log_mel_mean) / config.log_mel_std
         torch.testing.assert_close(row["log_mel"], expected, atol=5e-4, rtol=0)
 
         tasks = [ReadTask(position, 0, *place, place is places[1]) for place in places]
@@ -160,7 +160,7 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
 def test_half_mixed_batches_hold_the_rows_of_unmixed_and_mixed_ones(
     rows: Callable[..., dict[int, dict[str, Any]]],
 ) -> None:
-    none, half, every = (rows(Augmentation(mix_rate=rate, **CHANGES), 3) for rate in (0, 0.5, 1))
+    none, half, every = (rows(Augmentation(mixup_prob=rate, **CHANGES), 3) for rate in (0, 0.5, 1))
     assert {row["shares"].item() for row in none.values()} == {1.0}
     assert {row["mixed_labels"] for row in none.values()} == {()}
     assert all(row["shares"] < 1 for row in every.values())
@@ -176,7 +176,7 @@ def test_ranks_micro_batches_and_restarts_change_nothing(
     rows: Callable[..., dict[int, dict[str, Any]]], world_size: int, micro_batch: int
 ) -> None:
     augmentation = Augmentation(
-        mix_rate=0.5, frequency_mask=12, time_mask=60, noise=True, **CHANGES
+        mixup_prob=0.5, frequency_mask=12, time_mask=60, noise=True, **CHANGES
     )
     whole = rows(augmentation, 4)
     parts: dict[int, dict[str, Any]] = {}

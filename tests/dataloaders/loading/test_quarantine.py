@@ -203,7 +203,7 @@ def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
     place = next(p for p in range(4, 12) if partners[p] not in own[: p + 1] + partners[:p])
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {partners[place]: break_it})
-    mixing = {"augmentation": Augmentation(mix_rate=1.0)}
+    mixing = {"augmentation": Augmentation(mixup_prob=1.0)}
 
     loader = start(copy, config=mixing)
     batches = take(loader, 3)
@@ -274,10 +274,10 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     with pytest.raises(DataFaultError) as stopped:
         take(start(copy), 100)
     assert "11 clips of" in str(stopped.value)
-    assert "data.maximum_bad_share = 0.01" in str(stopped.value)
+    assert "data.max_bad_fraction = 0.01" in str(stopped.value)
     assert "crc_mismatch" in str(stopped.value)
     assert "video_undecodable" in str(stopped.value)
-    tolerant = start(copy, config={"maximum_bad_share": 1.0})
+    tolerant = start(copy, config={"max_bad_fraction": 1.0})
     take(tolerant, 6)
     assert len(tolerant.quarantine) == 15
 
@@ -287,7 +287,7 @@ def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic:
     quarantine = Quarantine(ShardSet(packed_synthetic / "video"), (), 0.0)
     for position, reason in ((20, "first"), (5, "second"), (30, "third")):
         task = ReadTask(position, 0, 1, 2)
-        quarantine.add(reader.Damage(task, "000001/000000010", reason, ""))
+        quarantine.add(reader.BadSample(task, "000001/000000010", reason, ""))
     assert [(one.position, one.reason) for one in quarantine.samples] == [(5, "second")]
     assert quarantine.leaves_out(ReadTask(5, 0, 1, 2))
     assert not quarantine.leaves_out(ReadTask(4, 0, 1, 2))
@@ -350,7 +350,7 @@ def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
     copy = damaged_copy(packed_synthetic / "frames", tmp_path / "copy", damages)
     found = []
     for count in (1, 4):
-        loader = start(copy, config={"video_pipelines": count, "maximum_bad_share": 1.0})
+        loader = start(copy, config={"video_pipelines": count, "max_bad_fraction": 1.0})
         batches = take(loader, 30)
         left_out = {one.sample_id: one.position for one in loader.quarantine}
         assert len(left_out) > 4

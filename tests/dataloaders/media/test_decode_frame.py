@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_models import PRETRAINING, random_pretraining_model
 
 from cavmae.dataloaders.loading.augment import middle_box, resize_and_crop
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN, ClipDecoder
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD, ClipDecoder
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.audio_codec import encode_sound
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame
@@ -34,7 +34,7 @@ def through_loader(picture: bytes, size: tuple[int, int], image_size: int) -> np
     decoder = ClipDecoder("frames", image_size, maximum_batch=1, threads=1, gpu=None)
     decoder.schedule([clip_of(picture, *size, image_size)])
     frame = decoder.collect().frames[0, 0].transpose(1, 2, 0)
-    return 255 * (frame * np.array(IMAGE_DEVIATION) + np.array(IMAGE_MEAN))
+    return 255 * (frame * np.array(IMAGE_STD) + np.array(IMAGE_MEAN))
 
 
 def through_pil(picture: bytes, image_size: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_the_code_on_a_models_card_makes_a_frame_as_the_loader_does(
     monkeypatch.chdir(tmp_path)
     frame = run_snippet(tmp_path, "picture.jpg")["frame"][0].permute(1, 2, 0).numpy()
     made = PRETRAINING.preprocessing
-    levels = 255 * (frame * np.array(made.image_deviation) + np.array(made.image_mean))
+    levels = 255 * (frame * np.array(made.image_std) + np.array(made.image_mean))
     difference = through_loader(picture, (90, 141), 32) - levels
     assert np.abs(difference).max() < 2.01
     assert np.abs(difference).mean() < 0.35
@@ -132,7 +132,7 @@ def test_published_frames_come_out_as_published(
     if not path.exists():
         pytest.skip(f"there is no {path}")
     published = np.load(path.parent / f"{clip}_image.npz")[f"frame_{number}"].astype(np.float64)
-    levels = 255 * (published.transpose(1, 2, 0) * np.array(IMAGE_DEVIATION) + np.array(IMAGE_MEAN))
+    levels = 255 * (published.transpose(1, 2, 0) * np.array(IMAGE_STD) + np.array(IMAGE_MEAN))
     assert np.abs(through_loader(path.read_bytes(), (224, 224), 224) - levels).max() < 2
 
 
@@ -175,7 +175,7 @@ def test_dali_sees_the_same_in_one_frame_as_in_the_whole_video(codec: VideoCodec
     decoder.schedule([clip_of(clip, 64, 90, 32) for clip in clips])
     whole, first, last = decoder.collect().frames
     assert np.array_equal(whole, first)
-    mean, deviation = np.mean(IMAGE_MEAN), np.mean(IMAGE_DEVIATION)
+    mean, deviation = np.mean(IMAGE_MEAN), np.mean(IMAGE_STD)
     assert abs(255 * (float(last.mean()) * deviation + mean) - 150) < 3
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from cavmae.dataloaders.loading.reader import (
+    BadSample,
     ClipReader,
-    Damage,
     EncodedClip,
     ReaderSettings,
-    ReadFailure,
     ReadTask,
+    StorageError,
 )
 from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.shards.shard_set import ShardError, ShardSet, parse_member_index
@@ -192,7 +192,7 @@ def test_a_reader_of_a_damaged_tar_answers(
         path.write_bytes(data)
         sample = number % 8
         answer = reader_of(copy)(ReadTask(sample, 0, 0, sample))
-        assert isinstance(answer, EncodedClip | Damage) and not isinstance(answer, ReadFailure)
+        assert isinstance(answer, EncodedClip | BadSample) and not isinstance(answer, StorageError)
         if isinstance(answer, EncodedClip):
             whole = truth[sample]
             assert isinstance(whole, EncodedClip)
@@ -221,7 +221,7 @@ def test_a_sample_s_json(copy: Path, record_property: Callable[[str, object], No
             json.dumps({**index, "samples": 1, "shards": [vars(entry)]})
         )
         answer = reader_of(copy)(ReadTask(0, 0, 0, 0))
-        assert isinstance(answer, EncodedClip | Damage)
+        assert isinstance(answer, EncodedClip | BadSample)
         outcomes["clip" if isinstance(answer, EncodedClip) else "damage"] += 1
     assert min(outcomes.values()) > 0
     record_property("json", outcomes)

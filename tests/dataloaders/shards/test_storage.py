@@ -338,18 +338,18 @@ def test_a_cache_smaller_than_what_is_drawn_from_is_said(
 ) -> None:
     url = store.upload(packed_synthetic / "frames", "warned")
     half = sum(file.bytes for file in ShardSet(packed_synthetic / "frames").files) / 2e9
-    for gigabytes, window, mix_rate, told in (
+    for gigabytes, window, mixup_prob, told in (
         (1.0, 4096, 0.5, None),
         (half, 4096, 0.0, "data.shuffle_window"),
         (half, 1, 0.0, None),
-        (half, 1, 0.5, "data.augmentation.mix_rate"),
+        (half, 1, 0.5, "data.augmentation.mixup_prob"),
     ):
         config = DataConfig(
             train=url,
             cache_folder=str(tmp_path),
             cache_gigabytes=gigabytes,
             shuffle_window=window,
-            augmentation=Augmentation(mix_rate=mix_rate),
+            augmentation=Augmentation(mixup_prob=mixup_prob),
             reader_workers=1,
         )
         caplog.clear()

@@ -27,7 +27,7 @@ from cavmae.trainer.checkpoint.save import CheckpointWriter
 from cavmae.trainer.checkpoint.store import LocalStore, Store, check_writable, open_store
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, files_of_rank
-from cavmae.trainer.run_dir import open_run_folder
+from cavmae.trainer.run_dir import open_run_dir
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
 MOMENTS = "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -170,19 +170,19 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
     moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.place()))
     former = open_store(checkpoint_folder(first))
-    open_run_folder(moved, run_dir, remote, "cpu")
-    open_run_folder(first, run_dir, former, "cpu")  # there was none yet
+    open_run_dir(moved, run_dir, remote, "cpu")
+    open_run_dir(first, run_dir, former, "cpu")  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
-            open_run_folder(moved, run_dir, remote, "cpu")
+            open_run_dir(moved, run_dir, remote, "cpu")
     remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
-    open_run_folder(moved, run_dir, remote, "cpu")
+    open_run_dir(moved, run_dir, remote, "cpu")
     former.remove_folder(checkpoint_name(10))
     with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
-        open_run_folder(first, run_dir, former, "cpu")
+        open_run_dir(first, run_dir, former, "cpu")
     with pytest.raises(ValueError, match="they are of another run; give another folder"):
-        open_run_folder(moved, tmp_path / "other", remote, "cpu")
+        open_run_dir(moved, tmp_path / "other", remote, "cpu")
 
 
 # --------------------------------------------------------------------- writing and going on

@@ -60,7 +60,7 @@ class Step:
                 loss = self.engine(self.values).float().mean()
                 self.engine.backward(loss)
             if number + 1 < self.accumulation:
-                self.engine.count_micro_batch()
+                self.engine.accumulate()
         with record_function("part update"):
             self.engine.update(1e-3)
         time.sleep(0.1)  # gloo lets go of a collective's tensors shortly after it is done

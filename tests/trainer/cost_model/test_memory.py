@@ -15,7 +15,7 @@ from cavmae.cluster import train
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.config.finetune_recipes import demo_finetune
 from cavmae.trainer.config.recipes import demo
-from cavmae.trainer.cost_model.activations import Passes
+from cavmae.trainer.cost_model.activations import ActivationTimeline
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes, sizes_at_most
 
@@ -28,11 +28,11 @@ CASES = [
 ]
 
 
-def passes_of(sample_bytes: int, gradient_bytes: int) -> Passes:
+def passes_of(sample_bytes: int, gradient_bytes: int) -> ActivationTimeline:
     """Of one activation, and one gradient that comes when it is gone."""
-    return Passes(
-        born=np.array([0, 1]),
-        died=np.array([1, 2]),
+    return ActivationTimeline(
+        alloc=np.array([0, 1]),
+        free=np.array([1, 2]),
         fixed=np.array([0, gradient_bytes]),
         per_sample=np.array([sample_bytes, 0]),
         gradient=np.array([False, True]),

@@ -13,7 +13,7 @@ from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import resolve
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model import memory_advice
-from cavmae.trainer.cost_model.activations import Passes, count_passes
+from cavmae.trainer.cost_model.activations import ActivationTimeline, count_passes
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
 from cavmae.trainer.cost_model.memory_advice import advice, what_would_fit
 
@@ -35,14 +35,16 @@ def as_it_is() -> Sizes:
 
 
 @pytest.fixture(scope="module")
-def counted(as_it_is: Sizes) -> dict[str, Passes]:
+def counted(as_it_is: Sizes) -> dict[str, ActivationTimeline]:
     """Of `CONFIG`, by what is computed again."""
     full = with_engine(activation_checkpointing="full")
     return {"selective": as_it_is.passes, "full": count_passes(full)}
 
 
 @pytest.fixture
-def sizes(as_it_is: Sizes, counted: dict[str, Passes], monkeypatch: pytest.MonkeyPatch) -> Sizes:
+def sizes(
+    as_it_is: Sizes, counted: dict[str, ActivationTimeline], monkeypatch: pytest.MonkeyPatch
+) -> Sizes:
     """Of `CONFIG`; what is advised counts nothing anew."""
     monkeypatch.setattr(
         memory_advice,
@@ -56,12 +58,14 @@ def with_engine(**engine: Any) -> PretrainConfig:
     return dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, **engine))
 
 
-def total(config: PretrainConfig, sizes: Sizes, counted: dict[str, Passes]) -> int:
+def total(config: PretrainConfig, sizes: Sizes, counted: dict[str, ActivationTimeline]) -> int:
     sizes = Sizes(sizes.tensors, counted[config.engine.activation_checkpointing])
     return footprint(config, sizes, RANKS, gpu=True).total
 
 
-def test_one_change_is_advised_where_it_is_enough(sizes: Sizes, counted: dict[str, Passes]) -> None:
+def test_one_change_is_advised_where_it_is_enough(
+    sizes: Sizes, counted: dict[str, ActivationTimeline]
+) -> None:
     limit = total(CONFIG, sizes, counted) - 1
     assert list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True)) == [
         "--micro-batch 16",
@@ -71,7 +75,7 @@ def test_one_change_is_advised_where_it_is_enough(sizes: Sizes, counted: dict[st
 
 
 def test_a_gpu_can_leave_the_optimizer_in_host_memory(
-    sizes: Sizes, counted: dict[str, Passes]
+    sizes: Sizes, counted: dict[str, ActivationTimeline]
 ) -> None:
     config = with_engine(zero_stage=1)
     limit = total(config, sizes, counted) - 1
@@ -81,7 +85,7 @@ def test_a_gpu_can_leave_the_optimizer_in_host_memory(
 
 
 def test_a_run_with_checkpoints_is_not_told_to_change_what_they_hold_it_to(
-    sizes: Sizes, counted: dict[str, Passes]
+    sizes: Sizes, counted: dict[str, ActivationTimeline]
 ) -> None:
     limit = total(CONFIG, sizes, counted) - 1
     changes = list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True, begun=True))
@@ -89,7 +93,7 @@ def test_a_run_with_checkpoints_is_not_told_to_change_what_they_hold_it_to(
 
 
 def test_what_fits_is_advised_whenever_there_is_such_a_run_and_is_accepted(
-    sizes: Sizes, counted: dict[str, Passes], tmp_path: Path
+    sizes: Sizes, counted: dict[str, ActivationTimeline], tmp_path: Path
 ) -> None:
     everything = [
         dataclasses.replace(
@@ -126,7 +130,7 @@ def test_what_fits_is_advised_whenever_there_is_such_a_run_and_is_accepted(
 
 
 def test_what_costs_more_goes_further_when_what_costs_less_has_gone_all_the_way(
-    sizes: Sizes, counted: dict[str, Passes]
+    sizes: Sizes, counted: dict[str, ActivationTimeline]
 ) -> None:
     both = dataclasses.replace(with_engine(zero_stage=2), micro_batch=1)
     limit = total(both, sizes, counted)

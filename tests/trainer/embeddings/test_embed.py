@@ -25,7 +25,7 @@ from cavmae.trainer.embeddings.embed import (
 )
 from cavmae.trainer.embeddings.parquet_store import ORIGIN, Origin, claimed
 from cavmae.trainer.evaluation.embeddings import embed
-from cavmae.trainer.evaluation.trained_run import open_finished_run
+from cavmae.trainer.evaluation.trained_run import open_trained_run
 
 CPU = torch.device("cpu")
 FILES = ["000000.parquet", "000001.parquet", "000002.parquet"]
@@ -53,7 +53,7 @@ def command(run_dir: Path, shards: Path, out: Path, *words: str) -> int:
 def begun(run_dir: Path, shards: Path, out: Path) -> tuple[EmbedConfig, Origin]:
     """What the command works with; its fields as those of `embedded`."""
     config = EmbedConfig(str(run_dir), str(shards / "frames"), str(out), frames=10, batch=5)
-    run = open_finished_run(run_dir)
+    run = open_trained_run(run_dir)
     return config, origin_of(run, ShardSet(config.shards), config)
 
 
@@ -89,7 +89,7 @@ def test_the_files_have_what_packing_noted_of_each_clip(
 def test_the_values_are_those_that_scores_rest_on_whatever_the_batch(
     embedded: Path, run_dir: Path, packed_synthetic: Path, batch: int
 ) -> None:
-    run = open_finished_run(run_dir)
+    run = open_trained_run(run_dir)
     shards = str(packed_synthetic / "frames")
     expected = embed(run.model(CPU), run.config, shards, clips=0, batch=batch)
     for name, values in (("audio", expected.audio), ("video", expected.video)):
@@ -120,7 +120,7 @@ def test_a_start_that_was_cut_short_ends_with_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     config, origin = begun(run_dir, packed_synthetic, out)
-    finished = open_finished_run(run_dir)
+    finished = open_trained_run(run_dir)
     with claimed(out, origin):
         written = write_files(finished, finished.model(CPU), config, origin, [0, 2])
         assert next(written) == 0
@@ -178,7 +178,7 @@ def test_too_many_damaged_clips_stop_it_with_a_table(
     for tar in (copy / "frames").glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
     assert command(run_dir, copy, tmp_path / "out") == 1
-    assert "over data.maximum_bad_share = 0.01" in capsys.readouterr().err
+    assert "over data.max_bad_fraction = 0.01" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
@@ -240,7 +240,7 @@ def test_a_run_that_is_another_one_on_a_node_is_refused(
     run_dir: Path, packed_synthetic: Path, tmp_path: Path
 ) -> None:
     config, origin = begun(run_dir, packed_synthetic, tmp_path)
-    finished = open_finished_run(run_dir)
+    finished = open_trained_run(run_dir)
     other = dataclasses.replace(origin, weights_sha256="ab")
     with pytest.raises(ValueError, match="has changed since the command began, or is another one"):
         next(write_files(finished, finished.model(CPU), config, other, [0]))

@@ -85,7 +85,7 @@ def test_a_sound_finds_videos_and_a_picture_sounds_by_cosine(embeddings: Path) -
 def test_the_file_of_a_packed_clip_has_the_embeddings_of_the_clip(
     embeddings: Path, run_dir: Path, video: Path
 ) -> None:
-    run = search_module.open_finished_encoders(run_dir)
+    run = search_module.open_trained_encoders(run_dir)
     query = read_query(str(video), 10.0, run.config)
     found = embed_query(run.model(torch.device("cpu")), run.config, query)
     stored = EmbeddingSet(embeddings).vectors_of("000001/000000009")
@@ -125,7 +125,7 @@ def test_a_picture_is_seen_as_its_camera_noted(run_dir: Path, tmp_path: Path) ->
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter turn clockwise
     Image.fromarray(pixels).save(tmp_path / "picture", "PNG", exif=turned)
-    run = search_module.open_finished_encoders(run_dir).config
+    run = search_module.open_trained_encoders(run_dir).config
     frame = read_query(str(tmp_path / "picture"), 0.0, run).frame
     np.testing.assert_array_equal(frame, np.rot90(pixels, -1))
 

@@ -21,7 +21,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.synthetic import CLASSES, generate
 from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified, score_modes
-from cavmae.trainer.evaluation.trained_run import open_finished_classifier, trained_on
+from cavmae.trainer.evaluation.trained_run import open_trained_classifier, trained_on
 from cavmae.trainer.metrics.classification import classification_scores
 from cavmae.trainer.model.classifier import STREAMS
 from cavmae.trainer.tasks.labels import LabelSet
@@ -66,8 +66,8 @@ def classify(run_dir: Path, shards: Path, *more: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, held_out: Path) -> None:
-    result = classify(run_dir, held_out)
+def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, val_shards: Path) -> None:
+    result = classify(run_dir, val_shards)
     assert result["modes"].keys() == STREAMS.keys()
     assert (result["clips"], sum(result["clips_of_class"])) == (8, 8)
     of_both = result["modes"]["multimodal"]
@@ -78,8 +78,8 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, held_ou
         result["weights_sha256"]
         == hashlib.sha256((run_dir / "weights.pt").read_bytes()).hexdigest()
     )
-    assert result["shards_fingerprint"] == ShardSet(str(held_out / "frames")).fingerprint
-    assert result["trained_on"] == list(trained_on(open_finished_classifier(run_dir).config).tiers)
+    assert result["shards_fingerprint"] == ShardSet(str(val_shards / "frames")).fingerprint
+    assert result["trained_on"] == list(trained_on(open_trained_classifier(run_dir).config).tiers)
 
     out = Path(result["asked"]["out"])
     rows = list(csv.DictReader(out.with_suffix(".csv").open(encoding="utf-8")))
@@ -91,9 +91,9 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, held_ou
 
 
 def test_the_sixth_of_ten_frames_is_the_one_frame_of_training(
-    run_dir: Path, held_out: Path
+    run_dir: Path, val_shards: Path
 ) -> None:
-    one, ten = (classify(run_dir, held_out, f"--frames={count}")["modes"] for count in (1, 10))
+    one, ten = (classify(run_dir, val_shards, f"--frames={count}")["modes"] for count in (1, 10))
     assert one["audioonly"]["frames"] == ten["audioonly"]["frames"] == 1, "it sees none"
     assert ten["audioonly"]["by_frame"] == []
     of_frames = ten["multimodal"]["by_frame"]
@@ -117,16 +117,16 @@ def test_probabilities_of_frames_are_averaged_and_one_frame_is_scored_by_its_log
 
 
 def test_a_run_of_one_modality_is_asked_for_that_alone(
-    packed_synthetic: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = ClassifierConfig(mode="audioonly")
     save_untrained_classifier(packed_synthetic, tmp_path / "run", classifier=one)
-    result = classify(tmp_path / "run", held_out, "--resamples=0")
+    result = classify(tmp_path / "run", val_shards, "--resamples=0")
     assert list(result["modes"]) == ["audioonly"]
     assert "mean_auc_low" not in result["modes"]["audioonly"]
-    assert cli.main(words(tmp_path / "run", held_out, "--modes=multimodal")) == 1
+    assert cli.main(words(tmp_path / "run", val_shards, "--modes=multimodal")) == 1
     assert "can be asked for audioonly" in capsys.readouterr().err
-    shards = str(held_out / "frames")
+    shards = str(val_shards / "frames")
     assert cli.main(["evaluate", "retrieve", str(tmp_path / "run"), shards]) == 1
     assert "trains the encoder of one modality" in capsys.readouterr().err
 
@@ -138,7 +138,7 @@ def test_a_clip_is_classified_alike_whatever_lies_beside_it_and_in_any_order(
     run_dir: Path, uneven: tuple[Path, Path]
 ) -> None:
     """Clips of two lengths: no clip's padding may depend on the others of its batch."""
-    run = open_finished_classifier(run_dir)
+    run = open_trained_classifier(run_dir)
     modes = tuple(STREAMS)
 
     def logits(shards: Path, batch: int) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_order(
 
 @pytest.mark.slow
 def test_scores_of_two_ranks_during_a_run_are_those_of_its_weights_afterwards(
-    packed_synthetic: Path, held_out: Path, tmp_path: Path
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path
 ) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text(LabelSet(CLASSES, CLASSES).as_csv())
@@ -178,17 +178,17 @@ def test_scores_of_two_ranks_during_a_run_are_those_of_its_weights_afterwards(
     config = replace(
         config,
         classifier=replace(config.classifier, labels=str(labels), allow_empty_classes=True),
-        data=replace(config.data, validation=str(held_out / "frames")),
+        data=replace(config.data, validation=str(val_shards / "frames")),
     )
     Start(config, 2, tmp_path).finish()
     during = json.loads((tmp_path / "run/summary.json").read_text())["scores"]
-    after = classify(tmp_path / "run", held_out)["modes"]["multimodal"]
+    after = classify(tmp_path / "run", val_shards)["modes"]["multimodal"]
     for name in SCORES:
-        assert after[name] == pytest.approx(during[f"held_out_{name}"], abs=1e-5)
+        assert after[name] == pytest.approx(during[f"val_{name}"], abs=1e-5)
 
 
 def test_weights_of_unknown_training_are_told_in_the_result(run_dir: Path) -> None:
-    config = open_finished_classifier(run_dir).config
+    config = open_trained_classifier(run_dir).config
     known = dataclasses.replace(config, initial_weights="")
     assert trained_on(known).leakage == "none"
     unknown = dataclasses.replace(config, initial_weights="/nowhere/published.pth")
@@ -198,17 +198,17 @@ def test_weights_of_unknown_training_are_told_in_the_result(run_dir: Path) -> No
 
 
 def test_what_a_run_started_from_counts_as_trained_on(
-    packed_synthetic: Path, held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_untrained(held_out, tmp_path / "pretrained")
+    save_untrained(val_shards, tmp_path / "pretrained")
     start = str(tmp_path / "pretrained/weights.pt")
     save_untrained_classifier(packed_synthetic, tmp_path / "run", initial_weights=start)
-    tiers = [str(packed_synthetic / "frames"), str(held_out / "frames")]
-    assert trained_on(open_finished_classifier(tmp_path / "run").config).tiers == tuple(tiers)
-    assert cli.main(words(tmp_path / "run", held_out)) == 1
+    tiers = [str(packed_synthetic / "frames"), str(val_shards / "frames")]
+    assert trained_on(open_trained_classifier(tmp_path / "run").config).tiers == tuple(tiers)
+    assert cli.main(words(tmp_path / "run", val_shards)) == 1
     assert "8 clips of" in (error := capsys.readouterr().err) and "were trained on" in error
     (tmp_path / "pretrained/config.json").write_text('{"architectures": ["of another package"]}')
-    assert trained_on(open_finished_classifier(tmp_path / "run").config).tiers == tuple(tiers)[:1]
+    assert trained_on(open_trained_classifier(tmp_path / "run").config).tiers == tuple(tiers)[:1]
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -248,7 +248,7 @@ def of_other_labels(run_dir: Path) -> None:
 )
 def test_a_run_that_does_not_fit_is_one_line(
     run_dir: Path,
-    held_out: Path,
+    val_shards: Path,
     tmp_path: Path,
     damage: Callable[[Path], None],
     message: str,
@@ -256,7 +256,7 @@ def test_a_run_that_does_not_fit_is_one_line(
 ) -> None:
     shutil.copytree(run_dir, tmp_path / "run")
     damage(tmp_path / "run")
-    assert cli.main(words(tmp_path / "run", held_out, "--allow-empty-classes")) == 1
+    assert cli.main(words(tmp_path / "run", val_shards, "--allow-empty-classes")) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -270,12 +270,12 @@ def test_a_run_that_does_not_fit_is_one_line(
 )
 def test_what_can_not_be_scored_is_one_line(
     run_dir: Path,
-    held_out: Path,
+    val_shards: Path,
     more: tuple[str, ...],
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(words(run_dir, held_out, *more)) == 1
+    assert cli.main(words(run_dir, val_shards, *more)) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -314,13 +314,13 @@ def test_the_set_that_was_trained_on_is_refused(
 def test_a_run_of_the_other_kind_is_one_line(
     run_dir: Path,
     packed_synthetic: Path,
-    held_out: Path,
+    val_shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_untrained(packed_synthetic, tmp_path / "pretrained")
-    assert cli.main(words(tmp_path / "pretrained", held_out)) == 1
+    assert cli.main(words(tmp_path / "pretrained", val_shards)) == 1
     assert "a pretraining run, which has no classifier" in capsys.readouterr().err
-    shards, out = str(held_out / "frames"), str(tmp_path / "out")
+    shards, out = str(val_shards / "frames"), str(tmp_path / "out")
     assert cli.main(["reconstruct", str(run_dir), shards, out]) == 1
     assert "a fine-tuning run; give the folder of a pretraining run" in capsys.readouterr().err

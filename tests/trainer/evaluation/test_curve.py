@@ -22,8 +22,8 @@ def test_published_pretraining_losses_are_brought_to_the_units_of_a_run(tmp_path
     records = [
         {"step": 3.0, "epoch": 1.0, "loss": 0.9},
         {
-            **{"step": 3.0, "epoch": 1.0, "held_out_loss_reconstruction_audio": 0.7},
-            "held_out_loss_contrastive": 2.1,
+            **{"step": 3.0, "epoch": 1.0, "val_loss_reconstruction_audio": 0.7},
+            "val_loss_contrastive": 2.1,
         },
     ]
     audio, contrastive = curves(run, records, log)
@@ -38,13 +38,13 @@ def test_the_command_draws_what_a_fine_tuning_has_logged(
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     save_config(tiny_finetuning(tmp_path, run_dir), run_dir / "config.json")
-    record = {"step": 6, "epoch": 2.0, "unix_seconds": 0.0, "held_out_accuracy": 0.25}
+    record = {"step": 6, "epoch": 2.0, "unix_seconds": 0.0, "val_accuracy": 0.25}
     (run_dir / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     log = tmp_path / "published.csv"
     log.write_text("epoch,acc,AUC\n1,0.5,0.9\n2,0.625,0.95\n")
     assert cli.main(["curve", str(run_dir), str(log)]) == 0
     printed = capsys.readouterr().out
-    assert "held_out_accuracy: 0.25 at epoch 2; published 0.625 at epoch 2" in printed
+    assert "val_accuracy: 0.25 at epoch 2; published 0.625 at epoch 2" in printed
     assert (run_dir / "pictures/curve-published.png").stat().st_size > 5000
 
     log.write_text("epoch,mAP\n1,0.5\n")

@@ -17,7 +17,7 @@ from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
 from cavmae.trainer.evaluation.embeddings import embed
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
-from cavmae.trainer.evaluation.trained_run import open_finished_classifier, open_finished_run
+from cavmae.trainer.evaluation.trained_run import open_trained_classifier, open_trained_run
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +34,24 @@ def retrieve(run_dir: Path, shards: Path, *words: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def test_the_result_names_the_clips_the_weights_and_the_code(run_dir: Path, held_out: Path) -> None:
-    result = retrieve(run_dir, held_out)
+def test_the_result_names_the_clips_the_weights_and_the_code(
+    run_dir: Path, val_shards: Path
+) -> None:
+    result = retrieve(run_dir, val_shards)
     assert result["clips"] == 8
     assert result["audio_to_video"]["r1_chance"] == 1 / 8
     assert result["video_to_audio"]["median_rank"] >= 1
-    assert result["shards_fingerprint"] == ShardSet(str(held_out / "frames")).fingerprint
+    assert result["shards_fingerprint"] == ShardSet(str(val_shards / "frames")).fingerprint
     weights = (run_dir / "weights.pt").read_bytes()
     assert result["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert (run_dir / "code" / f"{result['code']}.tar.gz").is_file()
     assert (result["leakage"], result["left_out"]) == ("none", [])
 
 
-def test_an_embedding_does_not_depend_on_the_clips_beside_it(run_dir: Path, held_out: Path) -> None:
-    run, shards = open_finished_run(run_dir), str(held_out / "frames")
+def test_an_embedding_does_not_depend_on_the_clips_beside_it(
+    run_dir: Path, val_shards: Path
+) -> None:
+    run, shards = open_trained_run(run_dir), str(val_shards / "frames")
     model = run.model(torch.device("cpu"))
     alone, five, all_of_them = (
         embed(model, run.config, shards, clips=0, batch=batch) for batch in (1, 5, 64)
@@ -58,24 +62,24 @@ def test_an_embedding_does_not_depend_on_the_clips_beside_it(run_dir: Path, held
         torch.testing.assert_close(other.video, alone.video, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_do_not_depend_on_the_batch(run_dir: Path, held_out: Path) -> None:
-    one, many = (retrieve(run_dir, held_out, f"--batch={batch}") for batch in (1, 64))
+def test_scores_do_not_depend_on_the_batch(run_dir: Path, val_shards: Path) -> None:
+    one, many = (retrieve(run_dir, val_shards, f"--batch={batch}") for batch in (1, 64))
     for direction in ("audio_to_video", "video_to_audio"):
         assert one[direction] == many[direction]
 
 
 def test_a_fine_tuned_run_ranks_by_the_encoders_that_its_classifier_has(
-    packed_synthetic: Path, held_out: Path, tmp_path: Path
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path
 ) -> None:
     save_untrained_classifier(packed_synthetic, tmp_path / "run")
-    run, shards = open_finished_classifier(tmp_path / "run"), str(held_out / "frames")
+    run, shards = open_trained_classifier(tmp_path / "run"), str(val_shards / "frames")
     model = run.model(torch.device("cpu"))
     found = embed(model, run.config, shards, clips=0, batch=3)
     logits = model.mlp_head(found.audio)
     asked = ClassifyConfig(str(tmp_path / "run"), shards)
     by_sound = classified(run, ("audioonly",), asked).values["audioonly"][:, 0]
     torch.testing.assert_close(logits, by_sound, rtol=1e-5, atol=1e-6)
-    assert retrieve(tmp_path / "run", held_out)["clips"] == 8
+    assert retrieve(tmp_path / "run", val_shards)["clips"] == 8
 
 
 def test_of_each_class_the_first_clips_are_ranked() -> None:
@@ -85,11 +89,11 @@ def test_of_each_class_the_first_clips_are_ranked() -> None:
         first_of_each_class((("a",), ()), 2)
 
 
-def test_clips_of_a_class_are_counted_in_the_result(run_dir: Path, held_out: Path) -> None:
-    shards = ShardSet(str(held_out / "frames"))
+def test_clips_of_a_class_are_counted_in_the_result(run_dir: Path, val_shards: Path) -> None:
+    shards = ShardSet(str(val_shards / "frames"))
     labels = {shards.description(0, clip)["labels"][0] for clip in range(8)}
     assert 2 <= len(labels) < 8
-    assert retrieve(run_dir, held_out, "--per-class=1")["clips"] == len(labels)
+    assert retrieve(run_dir, val_shards, "--per-class=1")["clips"] == len(labels)
 
 
 def test_a_set_that_was_trained_on_is_refused_unless_that_is_wanted(
@@ -102,30 +106,32 @@ def test_a_set_that_was_trained_on_is_refused_unless_that_is_wanted(
     assert retrieve(run_dir, packed_synthetic, "--allow-leakage")["leakage"] == "not checked"
 
 
-def test_a_clip_under_another_name_is_known_by_its_content(held_out: Path, tmp_path: Path) -> None:
+def test_a_clip_under_another_name_is_known_by_its_content(
+    val_shards: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(held_out, copy)
+    shutil.copytree(val_shards, copy)
     (report,) = (copy / "finished").glob("*.json")
     document = json.loads(report.read_text())
     for number, clip in enumerate(document["packed"]):
         clip["source"] = f"/elsewhere/renamed-{number}.mp4"
     report.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"8 clips of .* were trained on, by name or by content"):
-        check_not_trained_on(str(copy / "frames"), [str(held_out / "frames")])
+        check_not_trained_on(str(copy / "frames"), [str(val_shards / "frames")])
 
 
-def test_sets_of_which_it_can_not_be_known_are_refused(held_out: Path, tmp_path: Path) -> None:
-    shutil.copytree(held_out / "frames", tmp_path / "frames")
+def test_sets_of_which_it_can_not_be_known_are_refused(val_shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(val_shards / "frames", tmp_path / "frames")
     with pytest.raises(ValueError, match="what packing noted of its clips"):
-        check_not_trained_on(str(held_out / "frames"), [str(tmp_path / "frames")])
+        check_not_trained_on(str(val_shards / "frames"), [str(tmp_path / "frames")])
 
 
 def test_a_run_that_has_not_finished_is_refused(run_dir: Path, tmp_path: Path) -> None:
     shutil.copy(run_dir / "config.json", tmp_path)
     with pytest.raises(ValueError, match="has not finished"):
-        open_finished_run(tmp_path)
+        open_trained_run(tmp_path)
     with pytest.raises(ValueError, match=r"which has no config\.json"):
-        open_finished_run(tmp_path / "nothing")
+        open_trained_run(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("field", ["clips", "per_class"])

@@ -29,7 +29,7 @@ from cavmae.trainer.fault_tolerance.oom import (
     check_memory,
     is_out_of_memory,
     machine_memory,
-    out_of_memory_told,
+    oom_guard,
 )
 
 CHILD = Path(__file__).with_name("oom_child.py")
@@ -232,7 +232,7 @@ def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
         pytest.raises(
             OutOfMemory, match=r"0 ran out of CPU memory: a step .*; what fits: --micro-batch 2048"
         ),
-        out_of_memory_told(config, tmp_path, store, ALONE, CPU),
+        oom_guard(config, tmp_path, store, ALONE, CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
@@ -247,7 +247,7 @@ def test_a_store_that_is_down_hides_no_want_of_memory(
     config, store = tiny_run(tmp_path, tmp_path / "run"), open_store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(OutOfMemory, match="0 ran out of CPU memory"),
-        out_of_memory_told(config, tmp_path, store, ALONE, CPU),
+        oom_guard(config, tmp_path, store, ALONE, CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
@@ -256,6 +256,6 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (
         pytest.raises(RuntimeError, match="unrelated"),
-        out_of_memory_told(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
+        oom_guard(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
     ):
         raise RuntimeError("unrelated")

@@ -10,20 +10,20 @@ from starts import Start
 from tiny_run import tiny_run
 
 from cavmae.trainer.config.configs import TrackingConfig, WatchdogConfig
-from cavmae.trainer.fault_tolerance.stragglers import OwnTime, StragglerReport
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
 from cavmae.trainer.tracking.tracker import read_metrics
 
 
 def test_own_time_ends_where_the_rank_first_meets_others() -> None:
-    own = OwnTime(torch.device("cpu"))
+    own = RankTimer(torch.device("cpu"))
     for _ in range(2):
         own.step()
         time.sleep(0.02)
-        own.batch_is_there()
+        own.batch_ready()
         time.sleep(0.03)
-        own.meets_others()
+        own.before_sync()
         time.sleep(0.4)
-        own.meets_others()
+        own.before_sync()
     assert 0.05 <= own.take() < 0.15
     assert own.take() == 0.0, "what was taken is not counted again"
 

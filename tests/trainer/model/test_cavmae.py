@@ -11,7 +11,7 @@ from cavmae.trainer.model.blocks import Block, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.run import arrange
+from cavmae.trainer.run import configure_blocks
 
 SMALL = ModelConfig(
     audio_frames=48,
@@ -144,11 +144,11 @@ def test_learnable_positions_get_gradients() -> None:
 
 def test_the_fields_of_the_engine_reach_every_block() -> None:
     model = small_model()
-    arrange(model, EngineConfig(attention="sdpa", activation_checkpointing="none"))
+    configure_blocks(model, EngineConfig(attention="sdpa", activation_checkpointing="none"))
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     assert blocks and all(block.attn.backend == "sdpa" for block in blocks)
     assert not any(block.mlp.fc2.recompute for block in blocks)
-    arrange(untouched := small_model(), EngineConfig())
+    configure_blocks(untouched := small_model(), EngineConfig())
     blocks = [module for module in untouched.modules() if isinstance(module, Block)]
     assert all(block.attn.backend is None and block.mlp.fc2.recompute for block in blocks)
 

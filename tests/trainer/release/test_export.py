@@ -26,10 +26,10 @@ from unsafe_pickle import save_malicious
 
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_DEVIATION, IMAGE_MEAN
+from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
 from cavmae.trainer.config.finetune_config import ClassifierConfig
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.evaluation.trained_run import open_finished_run
+from cavmae.trainer.evaluation.trained_run import open_trained_run
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_published
 from cavmae.trainer.release import export
@@ -41,7 +41,7 @@ from cavmae.trainer.release.graphs import (
     random_inputs,
 )
 from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
-from cavmae.trainer.release.model_spec import ModelDescription
+from cavmae.trainer.release.model_spec import ModelSpec
 from cavmae.trainer.tasks.labels import LabelSet
 
 SIZES = [
@@ -114,11 +114,11 @@ def test_the_hub_folder_holds_the_weights_of_the_run(run_dir: Path, run_out: Pat
 
 def test_the_configuration_says_how_the_input_is_made(run_out: Path) -> None:
     made = HubCAVMAE.from_pretrained(run_out).description.preprocessing
-    assert (made.log_mel_mean, made.log_mel_deviation) == (
+    assert (made.log_mel_mean, made.log_mel_std) == (
         DataConfig.log_mel_mean,
-        DataConfig.log_mel_deviation,
+        DataConfig.log_mel_std,
     )
-    assert (made.image_mean, made.image_deviation) == (IMAGE_MEAN, IMAGE_DEVIATION)
+    assert (made.image_mean, made.image_std) == (IMAGE_MEAN, IMAGE_STD)
     assert (made.audio_hz, made.window_samples, made.hop_samples) == (16000, 400, 160)
 
 
@@ -226,7 +226,7 @@ def test_a_fine_tuning_run_is_exported_in_its_mode_with_its_classes(
 
 def test_a_fine_tuning_run_is_no_pretraining_run(fine_tuned: Path) -> None:
     with pytest.raises(ValueError, match="a fine-tuning run; give the folder of a pretraining run"):
-        open_finished_run(fine_tuned)
+        open_trained_run(fine_tuned)
 
 
 def test_a_deviation_is_seen_and_refused(
@@ -251,7 +251,7 @@ def test_a_deviation_is_seen_and_refused(
     ids=lambda description: description.mode or "pretraining",
 )
 def test_the_code_on_the_card_runs(
-    description: ModelDescription, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    description: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classifier = random_classifier(video=description.video)
     model = classifier if description.mode else random_pretraining_model()
@@ -325,17 +325,17 @@ def test_the_card_names_no_folder_of_the_machine(run_dir: Path, run_out: Path) -
 
 @pytest.mark.slow
 def test_the_card_tells_what_a_run_was_trained_on_and_how_it_scored(
-    packed_synthetic: Path, held_out: Path, tmp_path: Path
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path
 ) -> None:
     data = DataConfig(
         train=str(packed_synthetic / "frames"),
-        validation=str(held_out / "frames"),
+        validation=str(val_shards / "frames"),
         reader_workers=1,
         decode_threads=1,
     )
     run_dir, out = tmp_path / "run", tmp_path / "out"
     Start(tiny_run(packed_synthetic, run_dir, steps=4, data=data), 1, tmp_path).finish()
-    shards = str(held_out / "frames")
+    shards = str(val_shards / "frames")
     assert cli.main(["evaluate", "retrieve", str(run_dir), shards, "--per-class=0"]) == 0
     (evaluation,) = (run_dir / "evaluation").iterdir()
     of_other_weights = json.loads(evaluation.read_text()) | {"weights_sha256": "0" * 64}
@@ -346,7 +346,7 @@ def test_the_card_tells_what_a_run_was_trained_on_and_how_it_scored(
     assert card.data.to_dict()["license"] == "unknown"
     assert "**Licence: not chosen.**" in card.text
     summary = json.loads((run_dir / "summary.json").read_text())
-    for name in ("held_out_loss", "held_out_audio_to_video_r1"):
+    for name in ("val_loss", "val_audio_to_video_r1"):
         assert f"| {name} | {summary['scores'][name]:.4g} |" in card.text
     result = json.loads(evaluation.read_text())
     assert f"### {evaluation.stem}" in card.text

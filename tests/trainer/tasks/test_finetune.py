@@ -111,7 +111,7 @@ def test_held_out_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     loss = 4 * [0.0]
     loss[0] = 2.0
     expected = -torch.tensor(loss).log_softmax(0)[0].item()
-    assert scored.metrics == {"held_out_loss": pytest.approx(expected)}
+    assert scored.metrics == {"val_loss": pytest.approx(expected)}
 
 
 # ------------------------------------------------------------------------------- whole runs
@@ -124,10 +124,12 @@ def pretrained(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder / "weights.pt"
 
 
-def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path) -> FinetuneConfig:
+def published_way(
+    shards: Path, run_dir: Path, pretrained: Path, val_shards: Path
+) -> FinetuneConfig:
     """All that the published recipe has: mixed clips, masks, noise, weights of epochs averaged."""
     config = tiny_finetuning(shards, run_dir, initial_weights=str(pretrained))
-    names = tuple(sorted(label_counts([str(shards / "frames"), str(held_out / "frames")]) or {}))
+    names = tuple(sorted(label_counts([str(shards / "frames"), str(val_shards / "frames")]) or {}))
     labels = run_dir.with_name("labels.csv")
     labels.write_text(LabelSet(names, names).as_csv())
     return dataclasses.replace(
@@ -139,8 +141,8 @@ def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path)
         data=dataclasses.replace(
             config.data,
             sampling="weighted",
-            validation=str(held_out / "frames"),
-            augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mix_rate=0.5),
+            validation=str(val_shards / "frames"),
+            augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mixup_prob=0.5),
         ),
         evaluation=EvaluationConfig(every_steps=10),
     )
@@ -148,15 +150,15 @@ def published_way(shards: Path, run_dir: Path, pretrained: Path, held_out: Path)
 
 @pytest.mark.slow
 def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
-    packed_synthetic: Path, pretrained: Path, held_out: Path, tmp_path: Path
+    packed_synthetic: Path, pretrained: Path, val_shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "one").mkdir()
-    straight = published_way(packed_synthetic, tmp_path / "one/run", pretrained, held_out)
+    straight = published_way(packed_synthetic, tmp_path / "one/run", pretrained, val_shards)
     log = Start(straight, 1, tmp_path / "one").finish()
     assert "classes, multimodal, cross_entropy" in log
 
     (tmp_path / "two").mkdir()
-    config = published_way(packed_synthetic, tmp_path / "two/run", pretrained, held_out)
+    config = published_way(packed_synthetic, tmp_path / "two/run", pretrained, val_shards)
     killed = Start(config, 2, tmp_path / "two")
     killed.signal_after(signal.SIGKILL, tmp_path / "two/run/checkpoints/step-000000010" / MANIFEST)
     for process in killed.processes:
@@ -180,11 +182,11 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
         for name in ("two", "one")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
-    assert "held_out_mean_average_precision" in scores[0]
+    assert "val_mean_average_precision" in scores[0]
     noted = read_metrics(tmp_path / "one/run/metrics.jsonl")
     (averaged,) = [one["averaged_loss"] for one in noted if "averaged_loss" in one]
-    assert averaged == scores[1]["held_out_loss"], "the summary has the scores of the mean"
-    last = [one["held_out_loss"] for one in noted if "held_out_loss" in one][-1]
+    assert averaged == scores[1]["val_loss"], "the summary has the scores of the mean"
+    last = [one["val_loss"] for one in noted if "val_loss" in one][-1]
     assert averaged != last, "the last weights have others"
 
     epochs = [torch.load(path) for path in sorted((tmp_path / "one/run").glob("epoch-weights/*"))]
@@ -206,7 +208,7 @@ def test_a_linear_probe_on_ray_trains_the_head_alone_and_other_work_is_refused(
         initial_weights=str(pretrained),
         steps=6,
         engine=EngineConfig(zero_stage=2, dtype="fp32"),
-        classifier=ClassifierConfig(train_encoders=False, head_rate_ratio=10.0),
+        classifier=ClassifierConfig(train_encoders=False, head_lr_mult=10.0),
     )
     save_config(config, tmp_path / "config.json")
     done = subprocess.run(

@@ -86,7 +86,7 @@ def test_a_class_without_a_clip_is_refused_unless_allowed(run: FinetuneConfig) -
 
 
 def test_labels_that_are_no_classes_are_told_before_the_first_step(
-    run: FinetuneConfig, held_out: Path
+    run: FinetuneConfig, val_shards: Path
 ) -> None:
     own = open_labels(run, Path(run.run_dir), begun=False)
     fewer = LabelSet(own.labels[1:], own.names[1:]).as_csv()

@@ -17,7 +17,7 @@ from cavmae.trainer import trainer
 from cavmae.trainer.config.configs import ProfileConfig, RunConfig, WatchdogConfig
 from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
-from cavmae.trainer.fault_tolerance.stragglers import OwnTime, StragglerReport
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
 from cavmae.trainer.tracking.profiler import StepProfile
 
@@ -139,7 +139,7 @@ def watched_while_written(
         accumulation=1,
         global_batch=1,
         learning_rate=float,
-        maximum_skipped_updates=1,
+        max_skipped_updates=1,
         report_every=10,
         report=lambda _: None,
         evaluate_every=10,
@@ -148,7 +148,7 @@ def watched_while_written(
         save_every=10,
         saver=nothing,
         stop=StopRequest(None, 60.0),
-        own_time=OwnTime(CPU),
+        rank_timer=RankTimer(CPU),
         stragglers=StragglerReport(0, ["host"]),
         watchdog=watchdog,
         profile=NotedProfile(config, folder, rank=0, start_step=0, device=CPU),
