@@ -5,8 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Started in all the ways that `cavmae pretrain` is; it differs in the recipes tha
 import sys
 
 from cavmae.command import exit_code
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.run import run_as_rank
 

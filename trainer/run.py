@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import EngineConfig, FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.tracking.rank_logging import log_to_file, log_to_stderr

@@ -13,9 +13,8 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.recipes import RECIPES
 
 CLUSTER = "On Ray: `cavmae train`, `cavmae submit`"
 

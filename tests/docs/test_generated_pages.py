@@ -10,9 +10,8 @@ from fields_page import fields, fields_page
 
 from cavmae.cli import COMMANDS, GROUPS
 from cavmae.cluster.config import ClusterConfig
-from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
+from cavmae.trainer.config.recipes import RECIPES
 
 ALL = commands()
 

@@ -1,4 +1,4 @@
-"""Every field of a run, and of pretraining; those of fine-tuning are in `finetune_config.py`.
+"""Every field of a pretraining or fine-tuning run.
 
 Imports nothing heavy: `--help` answers at once, and `threads_per_rank` can be set before torch is
 imported.
@@ -8,24 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from cavmae.dataloaders.config import DataConfig
-from cavmae.trainer.model.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Which patches the encoders do not see (paper section 3.3)."""
-
-    audio_ratio: float = 0.75
-    """Share of audio patches removed."""
-    video_ratio: float = 0.75
-    """Share of image patches removed."""
-    audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
-    """How audio patches are removed; image patches are always removed without structure."""
-
-    def __post_init__(self) -> None:
-        for name in ("audio_ratio", "video_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"mask.{name} is {getattr(self, name)}; use 0 up to below 1")
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -356,3 +339,54 @@ class PretrainConfig(RunConfig):
                 f"loss.contrastive_group is {group}, which does not divide "
                 f"global_batch {self.global_batch}"
             )
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The classes, and how they are learned (paper section 4.2).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    labels: str = ""
+    """CSV file of the classes with the columns index, mid, display_name, as published; clips are
+    labelled by mid. Empty: the labels of the training set, by name."""
+    allow_empty_classes: bool = False
+    """Train although the label file has classes of which the training set has no clip."""
+    mode: Literal["multimodal", "audioonly", "videoonly"] = "multimodal"
+    """What is classified by: sound and picture, or one alone."""
+    loss: Literal["bce", "cross_entropy"] = "bce"
+    """`bce` for clips of several labels (AudioSet), `cross_entropy` for clips of one (VGGSound)."""
+    label_smoothing: float = 0.1
+    """Share of a target that is spread over all classes; 0: none."""
+    head_lr_mult: float = 1.0
+    """The learning rate of the classifier, which is new, as a multiple of the encoders'."""
+    train_encoders: bool = True
+    """Train all; otherwise the classifier alone, on frozen features (linear probe)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"classifier.label_smoothing is {self.label_smoothing}; use 0 (none) up to below 1"
+            )
+        if self.head_lr_mult <= 0:
+            raise ValueError(f"classifier.head_lr_mult is {self.head_lr_mult}; use a value above 0")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """One fine-tuning run.
+
+    Raises:
+        ValueError: batch sizes that do not divide, with the nearest that do.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "classifier")
+
+    run_dir: str = "runs/finetune"
+    """Folder of the run: configuration, checkpoints, labels, weights. An existing run goes on."""
+    initial_weights: str = ""
+    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to start from; empty:
+    random."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)

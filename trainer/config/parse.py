@@ -1,16 +1,12 @@
 """From the words of a command line to the configuration of a run."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
-from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
-from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, RunConfig
+from cavmae.trainer.config.recipes import RECIPES
 from cavmae.trainer.config.serialize import load_run_config
-
-RECIPES: dict[str, Callable[[], RunConfig]] = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES}
 
 Config = TypeVar("Config", bound=RunConfig)
 

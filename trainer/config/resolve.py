@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 

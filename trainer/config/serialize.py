@@ -12,8 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 Config = TypeVar("Config")
 

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.trained_run import (

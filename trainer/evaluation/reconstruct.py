@@ -133,14 +133,8 @@ def removal_masks(
         seed: of the masks.
     """
     below_one = [ratio if ratio < 1 else 0.0 for ratio in ratios]
-    masks = random_masks(
-        run.model,
-        positions,
-        seed=seed,
-        audio_ratio=below_one[0],
-        video_ratio=below_one[1],
-        audio_mode=run.mask.audio_mode,
-    )
+    mask = dataclasses.replace(run.mask, audio_ratio=below_one[0], video_ratio=below_one[1])
+    masks = random_masks(run.model, mask, positions, seed=seed)
     audio, video = (
         mask_ids_from_shuffle(mask.keep, 1.0) if ratio == 1 else mask
         for mask, ratio in zip(masks, ratios, strict=True)

@@ -1,6 +1,7 @@
-"""Sizes of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
+"""Sizes and masks of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,20 @@ class ModelConfig:
     @property
     def video_tokens(self) -> int:
         return self.video_grid[0] * self.video_grid[1]
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which patches the encoders do not see (paper section 3.3)."""
+
+    audio_ratio: float = 0.75
+    """Share of audio patches removed."""
+    video_ratio: float = 0.75
+    """Share of image patches removed."""
+    audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
+    """How audio patches are removed; image patches are always removed without structure."""
+
+    def __post_init__(self) -> None:
+        for name in ("audio_ratio", "video_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"mask.{name} is {getattr(self, name)}; use 0 up to below 1")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.gathering import gather_uneven, in_step
 from cavmae.trainer.losses.classification import (

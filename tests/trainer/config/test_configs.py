@@ -7,14 +7,14 @@ import pytest
 from cavmae.trainer.config.configs import (
     EngineConfig,
     EvaluationConfig,
+    FinetuneConfig,
     LossConfig,
-    MaskConfig,
     PretrainConfig,
 )
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES, parse
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.config.recipes import RECIPES
 from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    EvaluationConfig,
+    FinetuneConfig,
+)
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
