@@ -1,11 +1,13 @@
 """Sizes and masks of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(CheckedFields, section="model"):
     """Sizes of the model; the defaults are the published base model (paper section 4.1).
 
     Raises:
@@ -20,16 +22,16 @@ class ModelConfig:
     """Side of the square video frame in pixels, a multiple of 16."""
     width: int = 768
     """Channels of an encoder token."""
-    modality_depth: int = 11
+    modality_depth: PositiveInt = 11
     """Transformer blocks of each modality's own encoder."""
-    joint_depth: int = 1
+    joint_depth: PositiveInt = 1
     """Transformer blocks that both modalities share (published: 12 minus the modality depth).
     A single modality passes only the last of them, as in the published code."""
     heads: int = 12
     """Attention heads of the encoders."""
     decoder_width: int = 512
     """Channels of a decoder token."""
-    decoder_depth: int = 8
+    decoder_depth: PositiveInt = 8
     """Transformer blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
@@ -37,6 +39,7 @@ class ModelConfig:
     """Train the position tables in pretraining; otherwise they stay the fixed sine-cosine ones."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("audio_frames", "mel_bins", "image_size"):
             value = getattr(self, field)
             if value < 16 or value % 16:
@@ -56,9 +59,6 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{width} is {channels}; sine-cosine positions need a multiple of 4"
                 )
-        for field in ("modality_depth", "joint_depth", "decoder_depth"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} is {getattr(self, field)}; use 1 or more")
 
     @property
     def audio_grid(self) -> tuple[int, int]:
@@ -79,18 +79,16 @@ class ModelConfig:
         return self.video_grid[0] * self.video_grid[1]
 
 
+MaskRatio = Annotated[float, Limit(lambda x: 0 <= x < 1, "0 up to below 1")]
+
+
 @dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(CheckedFields, section="mask"):
     """Which patches the encoders do not see (paper section 3.3)."""
 
-    audio_ratio: float = 0.75
+    audio_ratio: MaskRatio = 0.75
     """Share of audio patches removed."""
-    video_ratio: float = 0.75
+    video_ratio: MaskRatio = 0.75
     """Share of image patches removed."""
     audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
     """How audio patches are removed; image patches are always removed without structure."""
-
-    def __post_init__(self) -> None:
-        for name in ("audio_ratio", "video_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"mask.{name} is {getattr(self, name)}; use 0 up to below 1")
