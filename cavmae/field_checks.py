@@ -1,4 +1,4 @@
-"""Limit of configuration fields: declared with a field's type, checked when the dataclass is made.
+"""Limits of configuration fields, declared with a field's type, checked when the dataclass is made.
 
     @dataclass(frozen=True)
     class LossConfig(CheckedFields, section="loss"):
