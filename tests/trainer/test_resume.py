@@ -212,7 +212,7 @@ def test_a_run_that_goes_on_refuses_another_seed(
     shutil.copytree(straight, tmp_path / "run")
     start = Start(tiny_run(packed_synthetic, tmp_path / "run", seed=5), 1, tmp_path)
     assert start.processes[0].wait(timeout=120) != 0
-    assert "was started with seed 0 and this start has 5" in start.log.read_text()
+    assert "was started with seed 0 and cannot resume with 5" in start.log.read_text()
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_scores(

@@ -24,26 +24,26 @@ from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 @dataclass(frozen=True)
 class LossConfig(CheckedFields, section="loss"):
-    """The two losses and their weights; a weight of 0 leaves a loss out (AV-MAE, CAV)."""
+    """The two losses and their weights; a weight of 0 disables a loss (AV-MAE, CAV)."""
 
     reconstruction_weight: NonNegativeFloat = 1.0
     """Weight of the masked reconstruction loss (audio plus video)."""
     contrastive_weight: NonNegativeFloat = 0.01
     """Weight of the contrastive loss."""
     temperature: PositiveFloat = 0.05
-    """The cosine similarities are divided by this."""
+    """Cosine similarities are divided by this."""
     bidirectional: bool = False
-    """Average both directions; otherwise each video ranks the audio clips, as published."""
+    """Average both directions; otherwise only video ranks audio, as published."""
     contrastive_group: NonNegativeInt = 0
-    """Consecutive samples of the global order that rank each other; 0: the global batch."""
+    """Number of consecutive samples that are negatives of each other; 0: the global batch."""
     exchange: Literal["gather", "ring"] = "gather"
     """How ranks see each other's embeddings: `gather` holds those of all ranks on each; `ring`
     passes them on, a rank's at a time, for batches whose embeddings don't fit."""
     norm_pix: bool = True
     """Reconstruct patches normalised to mean 0 and variance 1 each."""
     scale: float = 1.0
-    """The loss is multiplied by this before backward and logged without (the published code sums
-    the losses of 4 GPUs)."""
+    """Loss multiplier for the backward pass, not for logging (the published code sums the losses of
+    4 GPUs)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,67 +53,67 @@ class LossConfig(CheckedFields, section="loss"):
 
 @dataclass(frozen=True)
 class OptimizerConfig(CheckedFields, section="optimizer"):
-    """Adam with the published settings."""
+    """Adam; the defaults are the published settings."""
 
     name: Literal["adam", "adamw"] = "adam"
     """`adam` adds the weight decay to the gradient, as published; `adamw` decouples it."""
     learning_rate: NonNegativeFloat = 5e-5
     """Learning rate after warm-up."""
     beta1: float = 0.95
-    """Decay of the mean of gradients."""
+    """Decay rate of the first moment, the mean of gradients."""
     beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the second moment, the mean of squared gradients."""
     epsilon: float = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator for numerical stability."""
     weight_decay: NonNegativeFloat = 5e-7
-    """Weight decay."""
+    """Weight decay coefficient."""
 
 
 @dataclass(frozen=True)
 class ScheduleConfig(CheckedFields, section="schedule"):
-    """The learning rate over the run."""
+    """Learning rate schedule."""
 
     name: Literal["constant", "step", "cosine"] = "step"
-    """`step` is the published one; `cosine` ends at `min_lr_ratio` of the peak."""
+    """`step` is the published one; `cosine` decays to `min_lr_ratio` of the peak."""
     warmup_steps: NonNegativeInt = 0
-    """Optimizer steps over which the rate rises linearly from 0."""
+    """Optimizer steps of linear warm-up from 0."""
     step_start_epochs: NonNegativeInt = 10
     """`step`: epoch of the first decay."""
     step_every_epochs: PositiveInt = 5
     """`step`: epochs between decays."""
     gamma: float = 0.5
-    """`step`: the rate is multiplied by this at each decay."""
+    """`step`: factor of each decay."""
     min_lr_ratio: Fraction = 0.0
-    """`cosine`: the last rate as a share of the peak."""
+    """`cosine`: final learning rate as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
 class EngineConfig(CheckedFields, section="engine"):
-    """How DeepSpeed holds and updates the parameters."""
+    """DeepSpeed, precision and kernels."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards over ranks: nothing, optimizer, + gradients, + parameters."""
+    """ZeRO stage, what is sharded over ranks: nothing, optimizer, + gradients, + parameters."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Parameters and activations; the update always happens in fp32. `auto`: bf16 where the
-    hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), fp32 elsewhere; a run that goes on
-    keeps what it began with."""
+    """Precision of parameters and activations; updates are always in fp32. `auto`: bf16 where the
+    hardware has bf16 matrix multiplication (GPUs, CPUs with AVX512-BF16 or AMX), else fp32. A run
+    that resumes keeps its dtype."""
     clip_grad_norm: Annotated[float, at_least(0, "never")] = 0.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Maximum gradient norm; 0: no clipping."""
     offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
+    """Keep the optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
     attention: Literal["auto", "blocks", "sdpa", "flash-attn"] = "auto"
-    """`blocks`: a cache-sized block of heads after the other (CPUs); `sdpa`: torch's fused
-    attention; `flash-attn`: that package, with one call for the joint encoder's three streams (bf16
-    on GPUs). `auto`: `blocks` on a CPU, `sdpa` on a GPU, with `flash-attn` for the joint encoder
-    where it is installed."""
+    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention;
+    `flash-attn`: that package, in one call for the joint encoder's three streams (GPUs, bf16).
+    `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
+    installed."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What the backward pass computes again instead of keeping it. `selective`: the norms and the
-    GELU before each matrix product, a third of the activations for hardly any work; `full`: all but
-    the input of each transformer block, most of the memory for a third more work."""
+    """What the backward pass recomputes. `selective`: the norms and GELUs before each matrix
+    product, which saves a third of the activations at almost no cost; `full`: all but the input of
+    each transformer block, which saves most of them for a third more compute."""
     max_skipped_updates: PositiveInt = 20
-    """Updates in a row that may be left out for a non-finite loss or gradient before the run
+    """Consecutive updates that may be skipped for a non-finite loss or gradient before the run
     stops."""
 
     def __post_init__(self) -> None:
@@ -132,20 +132,20 @@ class EngineConfig(CheckedFields, section="engine"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(CheckedFields, section="checkpoint"):
-    """When and where the run is saved and what is kept."""
+    """When and where checkpoints are written, and which are kept."""
 
     every_steps: PositiveInt = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
-    """Checkpoints at multiples of so many steps are kept as well; 0: none."""
+    """Also keep the checkpoints at multiples of this many steps; 0: none."""
     grace_seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds, or 0 for no limit")] = 100.0
-    """A rank that is asked to leave (SIGTERM, a spot notice) ends after this, saved or not; 0: no
-    limit. A cloud takes a spot machine away after 120 s."""
+    """Time after which a preempted rank (SIGTERM, a spot notice) exits, saved or not; 0: no limit.
+    Clouds reclaim a spot machine after 120 s."""
     folder: str = ""
-    """Folder that all ranks reach, or URL of an object store (s3://, gs://), of this run alone;
-    empty: `checkpoints` in the run folder."""
+    """Shared folder, or URL of an object store (s3://, gs://), for this run alone; empty:
+    `checkpoints` in the run folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,93 +158,96 @@ class CheckpointConfig(CheckedFields, section="checkpoint"):
 
 @dataclass(frozen=True)
 class WatchdogConfig(CheckedFields, section="watchdog"):
-    """When a rank without progress is ended, so that the run can be started again."""
+    """When a hung rank is killed, so that the run can restart, and when a straggler is reported."""
 
     medians: Annotated[float, Limit(lambda x: x == 0 or x >= 2, "0 (never) or 2 or more")] = 20.0
-    """A step that takes so many times the median of the steps before is a hang; 0: never."""
+    """A step this many times as long as the median step is a hang; 0: never."""
     minimum_seconds: Seconds = 300.0
-    """Nothing shorter is."""
+    """Steps shorter than this are never a hang."""
     max_pause_seconds: Seconds = 3600.0
-    """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint, the
-    trace of a profile."""
+    """Limit for everything else: the first steps, which compile, validation, checkpoints, profiler
+    traces."""
     straggler_ratio: Annotated[float, Limit(lambda x: x == 0 or x > 1, "0 (never) or above 1")] = (
         1.5
     )
-    """A rank that works so many times as long as the median rank before it meets the others is
-    named, where that costs a tenth of the step; 0: never."""
+    """Report a rank that computes this many times as long as the median rank before each
+    synchronization, where that costs a tenth of the step; 0: never."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(CheckedFields, section="evaluation"):
-    """Held-out scores during the run."""
+    """Validation during the run."""
 
     every_steps: PositiveInt = 1000
-    """Optimizer steps between evaluations; the last step is always evaluated."""
+    """Optimizer steps between validations; the last step is always followed by one."""
     clips: PositiveInt = 1000
-    """Held-out clips used at most, the first ones in packing order."""
+    """Maximum number of validation clips: the first ones in packing order."""
 
 
 @dataclass(frozen=True)
 class TrackingConfig(CheckedFields, section="tracking"):
-    """MLflow."""
+    """MLflow tracking and logging."""
 
     uri: str = ""
     """MLflow tracking URI; empty: `sqlite:///<runs folder>/mlflow.db` beside the run folder."""
     experiment: str = "cavmae"
     """MLflow experiment name."""
     every_steps: PositiveInt = 10
-    """Optimizer steps between logged metrics and log lines."""
+    """Optimizer steps between log lines and logged metrics."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig(CheckedFields, section="profile"):
-    """A trace of some steps on every rank, for https://ui.perfetto.dev."""
+    """Profiler traces of some steps on every rank, for https://ui.perfetto.dev."""
 
     steps: Annotated[int, at_least(0, "none")] = 0
-    """Optimizer steps that are traced in each start; 0: none, which costs nothing."""
+    """Optimizer steps traced in each attempt; 0: none, at no cost."""
     after_steps: PositiveInt = 10
-    """Optimizer steps of a start that go before them, for warm-up."""
+    """Optimizer steps of each attempt before the trace, as warm-up."""
 
 
 @dataclass(frozen=True)
 class RunConfig(CheckedFields):
-    """What every run has, whatever it trains.
+    """Fields of every run.
 
     Attributes:
-        FIXED: fields that decide what a run computes: one that goes on keeps them.
+        FIXED: fields and sections that decide what a run computes, so that it cannot resume with
+            other values.
 
     Raises:
-        ValueError: batch sizes that do not divide, with the nearest that do.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
         *("model", "seed", "global_batch", "lanes", "initial_weights", "average_from_epoch"),
+        *("data.frame_choice", "data.log_mel_mean", "data.log_mel_std", "data.shuffle_window"),
+        *("data.mixture", "data.sampling", "data.window_seconds", "data.augmentation"),
     )
 
     run_dir: str = "runs/run"
-    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
+    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
-    """Checkpoint to start from; empty: random."""
+    """Checkpoint to initialize from; empty: random."""
     steps: NonNegativeInt = 0
-    """Optimizer steps in all; 0: as many as `epochs` needs."""
+    """Total optimizer steps; 0: as many as `epochs` needs."""
     epochs: float = 25.0
-    """ActivationTimeline over the training set, used where `steps` is 0."""
+    """Passes over the training set, used where `steps` is 0."""
     average_from_epoch: Annotated[int, at_least(0, "none")] = 0
-    """The result is the mean of the weights at the ends of the epochs from this one, counted from
-    1, to the last; 0: the last weights."""
+    """Average the weights at the ends of the epochs from this one (counted from 1) to the last;
+    0: no averaging."""
     global_batch: PositiveInt = 48
-    """Samples per optimizer step over all ranks and accumulation."""
+    """Samples per optimizer step, over all ranks and accumulation."""
     micro_batch: PositiveInt = 12
-    """Samples per rank in one forward pass at most; the rest is accumulated."""
+    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated."""
     lanes: NonNegativeInt = 0
-    """Fixed parts of the global batch that ranks share out, fixed when a run starts; the rank
-    count must divide it. 0: the largest divisor of the global batch up to 64."""
+    """Equal parts of the global batch that are distributed over ranks, fixed for the whole run; the
+    rank count must divide it. 0: the largest divisor of the global batch up to 64."""
     seed: int = 0
-    """Seed of weights, order, masks and frames."""
+    """Seed of initialization, order, masks and frames."""
     deterministic: bool = False
-    """Bit-equal repetition on a GPU as well (slower there; on CPU it always holds)."""
+    """Use deterministic kernels on GPUs too, which is slower; CPUs always do."""
     threads_per_rank: NonNegativeInt = 0
-    """CPU threads of each rank; 0: cores of the machine divided by its ranks."""
+    """CPU threads of each rank; 0: the cores of the machine divided by its ranks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -275,19 +278,19 @@ class PretrainConfig(RunConfig):
     """One pretraining run.
 
     Raises:
-        ValueError: batch sizes that do not divide, with the nearest that do.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "mask", "loss")
 
     run_dir: str = "runs/pretrain"
-    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
+    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
-    """ImageNet MAE or published CAV-MAE checkpoint to start from; empty: random."""
+    """ImageNet MAE or published CAV-MAE checkpoint to initialize from; empty: random."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     pictures: PositiveInt = 4
-    """Held-out clips shown masked, reconstructed and original at each evaluation."""
+    """Validation clips shown masked, reconstructed and original at each validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -301,27 +304,23 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class ClassifierConfig(CheckedFields, section="classifier"):
-    """The classes, and how they are learned (paper section 4.2).
-
-    Raises:
-        ValueError: a number out of its range.
-    """
+    """The classes, and how they are learned (paper section 4.2)."""
 
     labels: str = ""
     """CSV file of the classes with the columns index, mid, display_name, as published; clips are
-    labelled by mid. Empty: the labels of the training set, by name."""
+    labelled by mid. Empty: the labels of the training set, sorted by name."""
     allow_empty_classes: bool = False
-    """Train although the label file has classes of which the training set has no clip."""
+    """Train even if the training set has no clip of some classes of the label file."""
     mode: Literal["multimodal", "audioonly", "videoonly"] = "multimodal"
-    """What is classified by: sound and picture, or one alone."""
+    """Input modalities: audio and video, or one of them."""
     loss: Literal["bce", "cross_entropy"] = "bce"
     """`bce` for clips of several labels (AudioSet), `cross_entropy` for clips of one (VGGSound)."""
     label_smoothing: Annotated[float, Limit(lambda x: 0 <= x < 1, "0 (none) up to below 1")] = 0.1
-    """Share of a target that is spread over all classes; 0: none."""
+    """Fraction of a target that is spread over all classes; 0: none."""
     head_lr_mult: PositiveFloat = 1.0
-    """The learning rate of the classifier, which is new, as a multiple of the encoders'."""
+    """Learning rate multiplier of the new classifier head."""
     train_encoders: bool = True
-    """Train all; otherwise the classifier alone, on frozen features (linear probe)."""
+    """Train the whole model; otherwise only the head, on frozen features (linear probe)."""
 
 
 @dataclass(frozen=True)
@@ -329,14 +328,14 @@ class FinetuneConfig(RunConfig):
     """One fine-tuning run.
 
     Raises:
-        ValueError: batch sizes that do not divide, with the nearest that do.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "classifier")
 
     run_dir: str = "runs/finetune"
-    """Folder of the run: configuration, checkpoints, labels, weights. An existing run goes on."""
+    """Folder of the run: configuration, checkpoints, labels, weights. An existing run resumes."""
     initial_weights: str = ""
-    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to start from; empty:
+    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to initialize from; empty:
     random."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)

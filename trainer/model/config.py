@@ -11,7 +11,7 @@ class ModelConfig(CheckedFields, section="model"):
     """Sizes of the model; the defaults are the published base model (paper section 4.1).
 
     Raises:
-        ValueError: a size that does not divide as the architecture needs it to.
+        ValueError: a size is not divisible as the architecture needs.
     """
 
     audio_frames: int = 1024
@@ -23,10 +23,10 @@ class ModelConfig(CheckedFields, section="model"):
     width: int = 768
     """Channels of an encoder token."""
     modality_depth: PositiveInt = 11
-    """Transformer blocks of each modality's own encoder."""
+    """Transformer blocks of each single-modality encoder."""
     joint_depth: PositiveInt = 1
-    """Transformer blocks that both modalities share (published: 12 minus the modality depth).
-    A single modality passes only the last of them, as in the published code."""
+    """Transformer blocks of the joint encoder (published: 12 minus the modality depth). A single
+    modality passes only through the last one, as in the published code."""
     heads: int = 12
     """Attention heads of the encoders."""
     decoder_width: int = 512
@@ -36,7 +36,7 @@ class ModelConfig(CheckedFields, section="model"):
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     learnable_positions: bool = False
-    """Train the position tables in pretraining; otherwise they stay the fixed sine-cosine ones."""
+    """Train the position embeddings in pretraining; otherwise they are fixed sine-cosine ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,11 +84,11 @@ MaskRatio = Annotated[float, Limit(lambda x: 0 <= x < 1, "0 up to below 1")]
 
 @dataclass(frozen=True)
 class MaskConfig(CheckedFields, section="mask"):
-    """Which patches the encoders do not see (paper section 3.3)."""
+    """Which patches are masked (paper section 3.3)."""
 
     audio_ratio: MaskRatio = 0.75
-    """Share of audio patches removed."""
+    """Fraction of audio patches that are masked."""
     video_ratio: MaskRatio = 0.75
-    """Share of image patches removed."""
+    """Fraction of image patches that are masked."""
     audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
-    """How audio patches are removed; image patches are always removed without structure."""
+    """Structure of the audio mask; image masks are always unstructured."""

@@ -1,10 +1,12 @@
-"""Fields that cannot be: an error that names the field, its value and the way out."""
+"""An impossible field is refused with its name, its value and what to use instead."""
 
 from pathlib import Path
 
 import pytest
 
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config.configs import (
+    ClassifierConfig,
     EngineConfig,
     EvaluationConfig,
     FinetuneConfig,
@@ -90,9 +92,21 @@ def test_a_rank_count_that_does_not_divide_the_lanes_is_answered_with_one_that_d
         resolve(PretrainConfig(), world_size=5, samples=1000, threads=1)
 
 
-def test_a_run_that_goes_on_may_change_its_length_but_not_its_loss() -> None:
+def test_a_run_that_resumes_may_change_its_length_but_not_what_it_computes() -> None:
     before = PretrainConfig(steps=10)
     check_same_run(before, PretrainConfig(steps=20))
     check_same_run(before, PretrainConfig(loss=LossConfig(exchange="ring")))
-    with pytest.raises(ValueError, match=r"loss.temperature 0.05 and this start has 0.1"):
+    with pytest.raises(ValueError, match=r"loss.temperature 0.05 and cannot resume with 0.1"):
         check_same_run(before, PretrainConfig(loss=LossConfig(temperature=0.1)))
+    flipped = PretrainConfig(data=DataConfig(augmentation=Augmentation(flip=True)))
+    with pytest.raises(ValueError, match=r"data.augmentation.flip False and cannot resume with Tr"):
+        check_same_run(before, flipped)
+
+
+def test_a_fine_tuning_run_that_resumes_may_name_its_label_file_by_another_path() -> None:
+    before = FinetuneConfig(classifier=ClassifierConfig(labels="a.csv"))
+    check_same_run(before, FinetuneConfig(classifier=ClassifierConfig(labels="b.csv")))
+    with pytest.raises(
+        ValueError, match=r"classifier.loss bce and cannot resume with cross_entrop"
+    ):
+        check_same_run(before, FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy")))
