@@ -242,7 +242,7 @@ def _train(
             max_skipped_updates=config.engine.max_skipped_updates,
             report_every=config.tracking.every_steps,
             report=report.step,
-            evaluate_every=config.evaluation.every_steps,
+            evaluate_every=config.validation.every_steps,
             evaluate=lambda step: held_out.score(engine.module, step),
             end_step=lambda step: epoch_weights.keep(engine, step),
             save_every=config.checkpoint.every_steps,

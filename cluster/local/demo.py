@@ -204,7 +204,7 @@ def training_config(demo: Demo) -> RayPretrainConfig:
                 train=str(demo.shards("train")),
                 validation=str(demo.shards("unseen")),
             ),
-            "evaluation": dataclasses.replace(recipe.evaluation, clips=config.unseen_clips),
+            "validation": dataclasses.replace(recipe.validation, clips=config.unseen_clips),
         },
         cluster=ClusterConfig(
             workers=config.workers, cpus_per_worker=max(1, cores // config.workers)
@@ -232,7 +232,7 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
         rank=0,
         world_size=1,
         device=torch.device("cpu"),
-        limit=config.evaluation.clips,
+        limit=config.validation.clips,
     )
     try:
         with torch.no_grad():

@@ -160,9 +160,9 @@ class CheckpointConfig(CheckedFields, section="checkpoint"):
 class WatchdogConfig(CheckedFields, section="watchdog"):
     """When a hung rank is killed, so that the run can restart, and when a straggler is reported."""
 
-    medians: Annotated[float, Limit(lambda x: x == 0 or x >= 2, "0 (never) or 2 or more")] = 20.0
+    hang_ratio: Annotated[float, Limit(lambda x: x == 0 or x >= 2, "0 (never) or 2 or more")] = 20.0
     """A step this many times as long as the median step is a hang; 0: never."""
-    minimum_seconds: Seconds = 300.0
+    min_seconds: Seconds = 300.0
     """Steps shorter than this are never a hang."""
     max_pause_seconds: Seconds = 3600.0
     """Limit for everything else: the first steps, which compile, validation, checkpoints, profiler
@@ -175,7 +175,7 @@ class WatchdogConfig(CheckedFields, section="watchdog"):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(CheckedFields, section="evaluation"):
+class ValidationConfig(CheckedFields, section="validation"):
     """Validation during the run."""
 
     every_steps: PositiveInt = 1000
@@ -255,7 +255,7 @@ class RunConfig(CheckedFields):
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -16,7 +16,6 @@ from cavmae.trainer.config.configs import (
     CheckpointConfig,
     ClassifierConfig,
     EngineConfig,
-    EvaluationConfig,
     FinetuneConfig,
     LossConfig,
     OptimizerConfig,
@@ -24,6 +23,7 @@ from cavmae.trainer.config.configs import (
     RunConfig,
     ScheduleConfig,
     TrackingConfig,
+    ValidationConfig,
 )
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
@@ -61,7 +61,7 @@ def demo() -> PretrainConfig:
         schedule=ScheduleConfig(name="cosine", warmup_steps=50),
         engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=200),
-        evaluation=EvaluationConfig(every_steps=200, clips=200),
+        validation=ValidationConfig(every_steps=200, clips=200),
         tracking=TrackingConfig(every_steps=20),
     )
 
@@ -174,7 +174,7 @@ def audioset_20k() -> FinetuneConfig:
         data=DataConfig(frame_choice="published", augmentation=PUBLISHED_AUGMENTATION),
         optimizer=OptimizerConfig(learning_rate=5e-5),
         schedule=ScheduleConfig(step_start_epochs=5, step_every_epochs=1),
-        evaluation=EvaluationConfig(every_steps=519, clips=20_000),
+        validation=ValidationConfig(every_steps=519, clips=20_000),
         classifier=ClassifierConfig(head_lr_mult=100),
     )
 
@@ -208,7 +208,7 @@ def audioset_2m() -> FinetuneConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-5),
         schedule=ScheduleConfig(step_start_epochs=2, step_every_epochs=1),
-        evaluation=EvaluationConfig(every_steps=10_000, clips=20_000),
+        validation=ValidationConfig(every_steps=10_000, clips=20_000),
         classifier=ClassifierConfig(head_lr_mult=50),
     )
 
@@ -237,7 +237,7 @@ def vggsound() -> FinetuneConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         schedule=ScheduleConfig(step_start_epochs=2, step_every_epochs=1),
-        evaluation=EvaluationConfig(every_steps=3_827, clips=16_000),
+        validation=ValidationConfig(every_steps=3_827, clips=16_000),
         classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )
 
@@ -262,7 +262,7 @@ def demo_finetune() -> FinetuneConfig:
         schedule=ScheduleConfig(name="cosine", warmup_steps=20),
         engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
         checkpoint=CheckpointConfig(every_steps=100),
-        evaluation=EvaluationConfig(every_steps=100, clips=200),
+        validation=ValidationConfig(every_steps=100, clips=200),
         tracking=TrackingConfig(every_steps=20),
         classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )

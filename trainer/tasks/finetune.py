@@ -79,7 +79,7 @@ class Finetuning:
         else:
             log.warning(
                 "the first %d clips of data.validation have no class that only some of them are "
-                "of: there is no average precision and no AUC; raise evaluation.clips, or pack the "
+                "of: there is no average precision and no AUC; raise validation.clips, or pack the "
                 "set in another order",
                 len(targets),
             )

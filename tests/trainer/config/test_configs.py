@@ -8,10 +8,10 @@ from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config.configs import (
     ClassifierConfig,
     EngineConfig,
-    EvaluationConfig,
     FinetuneConfig,
     LossConfig,
     PretrainConfig,
+    ValidationConfig,
 )
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.recipes import RECIPES
@@ -30,7 +30,7 @@ from cavmae.trainer.model.config import MaskConfig, ModelConfig
         (lambda: LossConfig(temperature=0), r"loss.temperature is 0"),
         (lambda: EngineConfig(compile=True, zero_stage=3), r"engine.compile.*zero_stage is 3"),
         (lambda: EngineConfig(offload_optimizer=True, zero_stage=0), r"engine.zero_stage is 0"),
-        (lambda: EvaluationConfig(every_steps=0), r"evaluation.every_steps is 0"),
+        (lambda: ValidationConfig(every_steps=0), r"validation.every_steps is 0"),
         (lambda: PretrainConfig(lanes=7), r"lanes is 7.*global_batch 48"),
         (lambda: PretrainConfig(loss=LossConfig(contrastive_group=7)), r"contrastive_group is 7"),
     ],

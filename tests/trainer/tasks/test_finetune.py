@@ -23,8 +23,8 @@ from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import (
     ClassifierConfig,
     EngineConfig,
-    EvaluationConfig,
     FinetuneConfig,
+    ValidationConfig,
 )
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
@@ -148,7 +148,7 @@ def published_way(
             validation=str(val_shards / "frames"),
             augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mixup_prob=0.5),
         ),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
     )
 
 

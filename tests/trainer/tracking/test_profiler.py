@@ -84,7 +84,7 @@ class Watching(Watchdog):
     """Attributes: watches, whether something long would be taken for a step that hangs."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(WatchdogConfig(medians=0), folder, 0)
+        super().__init__(WatchdogConfig(hang_ratio=0), folder, 0)
         self.watches = True
 
     @contextmanager
