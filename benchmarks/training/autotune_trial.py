@@ -12,7 +12,7 @@ from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
+from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig
 from cavmae.trainer.config.serialize import read_json, save_config
 from cavmae.trainer.fault_tolerance.oom import RAN_OUT
 
@@ -91,7 +91,7 @@ def short_run(config: PretrainConfig, ranks: int, run_dir: Path) -> PretrainConf
         ),
         data=dataclasses.replace(config.data, validation=""),
         checkpoint=CheckpointConfig(every_steps=10**9),
-        evaluation=EvaluationConfig(every_steps=10**9),
+        validation=ValidationConfig(every_steps=10**9),
     )
 
 

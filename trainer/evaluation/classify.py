@@ -21,7 +21,8 @@ from rich.table import Column, Table
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.trained_run import (
@@ -42,7 +43,7 @@ from cavmae.trainer.tracking.figures import class_picture
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(CheckedFields):
     """Classify the clips of a packed set with a fine-tuned run, and score that.
 
     Raises:
@@ -56,16 +57,16 @@ class ClassifyConfig:
     out: str = ""
     """JSON file of the result, with a table (.csv) and a picture (.png) of the classes beside it;
     empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones in packing order; 0: all."""
     frames: Literal[1, 10] = 1
     """Of each clip: the middle one, as during training, or the mean over all ten, as published."""
     modes: str = ""
     """With what the run is asked, separated by commas: multimodal, missingaudioonly,
     missingvideoonly, audioonly, videoonly; empty: all that it was fine-tuned for."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are classified together; no score depends on it."""
-    resamples: int = 1000
+    resamples: NonNegativeInt = 1000
     """Of the bootstrap over clips that intervals come from; 0: no intervals."""
     allow_empty_classes: bool = False
     """Score a set that has no clip of some classes; these are left out of the means."""
@@ -73,9 +74,7 @@ class ClassifyConfig:
     """Score clips that were trained on too, or of which it can't be known."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("batch", 1), ("resamples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+        super().__post_init__()
         if self.resamples == 1:
             raise ValueError("resamples is 1; use 2 or more, or 0 for no intervals")
         if self.out and not self.out.endswith(".json"):
