@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from cavmae.benchmarks.baselines.published_loader import write_published
+from cavmae.benchmarks.data.published_loader import write_published
 from cavmae.dataloaders.media.audio_codec import decode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ
 from cavmae.dataloaders.packing.pack import PackConfig, pack

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cavmae.benchmarks.baselines.published_loader import (
+from cavmae.benchmarks.data.clips import make_clips
+from cavmae.benchmarks.data.published_loader import (
     PublishedDataset,
     RawVideoDataset,
     batches,
 )
-from cavmae.benchmarks.data.clips import make_clips
 from cavmae.benchmarks.harness.records import timing, write_record
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig

@@ -5,7 +5,6 @@ as they still tell something. What is left out is named with the reason.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cavmae.benchmarks.harness.options import budget_seconds
 from cavmae.benchmarks.harness.processes import (
     Start,
     descendants,
@@ -25,7 +25,6 @@ from cavmae.benchmarks.harness.processes import (
 )
 from cavmae.benchmarks.report.report import write_report
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 _PATIENCE_SECONDS = 30.0
 """For a benchmark that is told to end."""
 
@@ -137,18 +136,6 @@ def main(argv: list[str]) -> int:
     for path in write_report(Path(flags.out), Path(flags.report)):
         print(f"report: {path}")
     return 1 if failed else 0
-
-
-def budget_seconds(text: str) -> float:
-    """A time as a user gives it.
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"--budget is {text}; use a time such as 90s, 10m or 2h")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def why_not(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str:

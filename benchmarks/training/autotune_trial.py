@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
-from cavmae.trainer.config.serialize import read_json, save_config
 from cavmae.trainer.fault_tolerance.oom import RAN_OUT
 
 WARM_UP_STEPS, STEPS = 2, 4
@@ -75,15 +73,13 @@ def _word(name: str, value: Any) -> str:
     return f"--{name} {value}"
 
 
-def short_run(config: PretrainConfig, ranks: int, run_dir: Path) -> PretrainConfig:
+def short_run(config: PretrainConfig, ranks: int) -> PretrainConfig:
     """The run as a trial: two micro-batches a step at most, as a step with more repeats them."""
     times = config.global_batch // ranks // config.micro_batch
     global_batch = ranks * config.micro_batch * min(times, 2)
     group = config.loss.contrastive_group
     return dataclasses.replace(
         config,
-        run_dir=str(run_dir),
-        steps=WARM_UP_STEPS + STEPS + 1,
         global_batch=global_batch,
         lanes=default_lanes(global_batch),
         loss=dataclasses.replace(
@@ -131,31 +127,22 @@ def run_trial(
         )
 
     changed = with_fields(config, fields)
-    folder.mkdir()
-    plan = TimedPlan(
-        config=str(folder / "config.json"),
-        synthetic=not real_data,
-        warm_up=WARM_UP_STEPS,
-        steps=STEPS,
-        part_steps=0,
-        result=str(folder / "result.json"),
-    )
-    save_config(short_run(changed, ranks, folder / "run"), plan.config)
-    save_config(plan, folder / "plan.json")
-    module = ("cavmae.benchmarks.training.timed_rank", str(folder / "plan.json"))
-    command = (
-        (module_command(*module), {})
-        if ranks == 1
-        else deepspeed_command(*module, ranks=ranks, gpus=gpus)
-    )
-    start = Start([command], folder / "log")
     try:
-        start.finish(within_seconds)
+        found = timed_run(
+            short_run(changed, ranks),
+            folder,
+            ranks=ranks,
+            gpus=gpus,
+            synthetic=not real_data,
+            warm_up=WARM_UP_STEPS,
+            steps=STEPS,
+            part_steps=0,
+            within_seconds=within_seconds,
+        )
     except RuntimeError as error:
-        return ended(_problem(str(error).splitlines()[0], start.text()))
-    finally:
-        start.kill()
-    return ended("", read_json(plan.result))
+        log = (folder / "log").read_text(errors="replace")
+        return ended(_problem(str(error).splitlines()[0], log))
+    return ended("", found)
 
 
 def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> float:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae.benchmarks.baselines.published_loader import PublishedDataset, fbank
 from cavmae.benchmarks.data import loader
+from cavmae.benchmarks.data.published_loader import PublishedDataset, fbank
 from cavmae.dataloaders.media.log_mel import log_mel
 
 
