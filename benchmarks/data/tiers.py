@@ -6,21 +6,23 @@ against those that were decoded from the source, in RGB, over the whole clip; th
 clips. On a GPU, decoding is timed there too, with one pipeline for each NVDEC and fewer.
 """
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import av
 import numpy as np
 import torch
+import tyro
 from av.video.reformatter import VideoReformatter
 from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -44,27 +46,34 @@ LOSSLESS_DB = 99.0
 """PSNR that is written down where nothing is lost."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench tiers", description="Size, cost and quality of each way to store a clip."
-    )
-    arguments.add_argument("--videos", help="folder of videos; without it 720p ones are drawn")
-    arguments.add_argument("--clips", type=int, default=32, help="videos to draw")
-    arguments.add_argument("--rounds", type=int, default=5, help="times each decoder has a turn")
-    arguments.add_argument("--work-dir", default="runs/bench-tiers", help="kept for the next run")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class TiersConfig:
+    """Compare the size, cost and quality of each way to store a clip.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    videos: str = ""
+    """Folder of videos; empty: 720p videos are generated."""
+    clips: int = 32
+    """Videos to generate."""
+    rounds: int = 5
+    """Turns of each decoder."""
+    work_dir: str = "runs/bench-tiers"
+    """Folder of the packed sets, kept for the next run."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, clips=1, rounds=1)
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Measure, print and write the record; returns the exit code."""
-    flags = parser().parse_args(argv)
-    for name in ("clips", "rounds"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} is {getattr(flags, name)}; use 1 or more")
-    work = Path(flags.work_dir)
-    videos = Path(flags.videos) if flags.videos else make_videos(work, flags.clips)
+    config = tyro.cli(TiersConfig, prog="cavmae bench tiers", args=arguments)
+    work = Path(config.work_dir)
+    videos = Path(config.videos) if config.videos else make_videos(work, config.clips)
     sets = _packed(videos, work / "sets" / videos.resolve().name)
     gpu = 0 if torch.cuda.is_available() else None
     results: dict[str, Any] = {
@@ -77,7 +86,7 @@ def main(argv: list[str]) -> int:
         **_lengths(sets["original"]),
         "decode_cpu_seconds": costs.pop("decoding the source"),
     }
-    decoding = _in_turn(sets, flags.rounds, lambda shards: _decoding(shards, None, 1))
+    decoding = _in_turn(sets, config.rounds, lambda shards: _decoding(shards, None, 1))
     for name, shards in sets.items():
         results["pictures"][name] = {
             "bytes": _picture_bytes(shards),
@@ -85,12 +94,12 @@ def main(argv: list[str]) -> int:
             "decode_cpu_seconds": statistics.median(decoding[name]["cpu_seconds"]),
             "decode_clips_per_second": statistics.median(decoding[name]["clips_per_second"]),
             "psnr_db": _quality(videos, shards),
-            "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, flags.rounds),
+            "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, config.rounds),
         }
     for line in report(results):
         print(line)
     device = torch.device("cpu" if gpu is None else "cuda")
-    print(f"record: {write_record(flags.out, 'tiers', device, vars(flags), results)}")
+    print(f"record: {write_record(config.out, 'tiers', device, vars(config), results)}")
     return 0
 
 
