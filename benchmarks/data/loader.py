@@ -132,13 +132,21 @@ def _ours(folder: Path, workers: int) -> Iterator[Iterator[Any]]:
         loader.close()
 
 
-def _loader(folder: Path, workers: int = 2, start_position: int = 0) -> TrainLoader:
+def _loader(
+    folder: Path,
+    workers: int = 2,
+    *,
+    threads: int = 0,
+    shape: ClipShape = SHAPE,
+    batch: int = BATCH,
+    start_position: int = 0,
+) -> TrainLoader:
     return TrainLoader(
-        DataConfig(train=str(folder), reader_workers=workers, decode_threads=workers),
-        SHAPE,
+        DataConfig(train=str(folder), reader_workers=workers, decode_threads=threads or workers),
+        shape,
         seed=0,
-        global_batch=BATCH,
-        micro_batch=BATCH,
+        global_batch=batch,
+        micro_batch=batch,
         lanes=LANES,
         rank=0,
         world_size=1,
@@ -156,7 +164,7 @@ def _theirs(make: Callable[[int], Dataset], workers: int) -> Iterator[Iterator[A
         del iterator
 
 
-def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[str, Any]:
+def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> dict[str, Any]:
     """Clips/s and CPU-seconds a clip of every contender."""
     videos = sorted((work / "raw").glob("*.mp4"))
     ways: dict[str, Callable[[int], Any]] = {
@@ -281,17 +289,8 @@ def _memory(folder: Path, samples: int) -> dict[str, Any]:
     Frames and spectrograms are small, so that the samples pass quickly: what could pile up is kept
     by clip, shard or batch, not by pixel.
     """
-    loader = TrainLoader(
-        DataConfig(train=str(folder), reader_workers=1, decode_threads=2),
-        ClipShape(audio_frames=32, mel_bins=64, image_size=32),
-        seed=0,
-        global_batch=64,
-        micro_batch=64,
-        lanes=LANES,
-        rank=0,
-        world_size=1,
-        device=CPU,
-    )
+    small = ClipShape(audio_frames=32, mel_bins=64, image_size=32)
+    loader = _loader(folder, 1, threads=2, shape=small, batch=64)
     points, seen = [], 0
     marks = [samples * part // 10 for part in range(1, 11)]
     for batch in loader:

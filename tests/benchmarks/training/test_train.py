@@ -136,4 +136,4 @@ def test_a_run_that_cannot_start_is_told_with_what_it_said(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["batch", "ranks", "steps", "warm_up"])
 def test_numbers_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0; use 1 or more"):
-        TrainBenchConfig(**{name: 0})
+        TrainBenchConfig(**{name: 0})  # pyright: ignore[reportArgumentType]
