@@ -165,7 +165,7 @@ def _theirs(make: Callable[[int], Dataset], workers: int) -> Iterator[Iterator[A
 
 
 def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> dict[str, Any]:
-    """Clips/s and CPU-seconds a clip of every contender."""
+    """Measure clips/s and CPU-seconds a clip of every contender."""
     videos = sorted((work / "raw").glob("*.mp4"))
     ways: dict[str, Callable[[int], Any]] = {
         "cavmae frames": lambda n: _ours(work / "wav" / "frames", n),
@@ -219,7 +219,7 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its descendants, including those that were waited for."""
+    """Return CPU time of this process and its descendants, ended ones included."""
     total = 0.0
     for process in _family():
         with suppress(psutil.NoSuchProcess):
@@ -228,7 +228,7 @@ def cpu_seconds() -> float:
 
 
 def memory_bytes() -> int:
-    """Memory of this process and its descendants that no other process shares (Linux)."""
+    """Return the unshared memory of this process and its descendants (Linux)."""
     total = 0
     for process in _family():
         with suppress(psutil.NoSuchProcess):
@@ -245,7 +245,7 @@ def _family() -> list[psutil.Process]:
 
 
 def _parts(folder: Path) -> dict[str, float]:
-    """CPU-seconds a clip of decoding alone, and of the log-mel alone."""
+    """Measure CPU-seconds a clip of decoding alone, and of the log-mel alone."""
     samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
     shards = ShardSet(folder)
     reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, None))
@@ -269,7 +269,7 @@ def _parts(folder: Path) -> dict[str, float]:
 
 
 def _first_batches(folder: Path) -> dict[str, float]:
-    """Seconds from nothing to the first batch, by position."""
+    """Measure seconds from nothing to the first batch, by position."""
     found = {}
     for position in POSITIONS:
         times = []
@@ -284,10 +284,10 @@ def _first_batches(folder: Path) -> dict[str, float]:
 
 
 def _memory(folder: Path, samples: int) -> dict[str, Any]:
-    """Private memory of all processes at ten points of a run over so many samples.
+    """Measure unshared memory of all processes at ten points of a run over so many samples.
 
-    Frames and spectrograms are small, so that the samples pass quickly: what could pile up is kept
-    by clip, shard or batch, not by pixel.
+    Frames and spectrograms are small, so that the samples pass quickly: a leak would be by
+    clip, shard or batch, not by pixel.
     """
     small = ClipShape(audio_frames=32, mel_bins=64, image_size=32)
     loader = _loader(folder, 1, threads=2, shape=small, batch=64)
@@ -301,7 +301,7 @@ def _memory(folder: Path, samples: int) -> dict[str, Any]:
                 break
     loader.close()
     sizes = np.array([point["bytes"] for point in points], dtype=np.float64)
-    # Buffers grow to the largest clip at first: the first three points are left out.
+    # Buffers grow to the largest clip at first: the first three points are skipped.
     return {"points": points, "growth": float(sizes[7:].mean() / sizes[3:7].mean() - 1)}
 
 
@@ -309,27 +309,27 @@ def _memory(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The numbers that were asked for: value, bar, and whether it is met."""
-    by = results["contenders"]
+    """Compare with the bars: value, bar, and whether it is met."""
 
     def best(name: str) -> dict[str, Any]:
-        found = [value for key, value in by.items() if key.startswith(f"{name}, ")]
+        found = [one for key, one in results["contenders"].items() if key.startswith(f"{name}, ")]
         return max(found, key=lambda one: one["clips_per_second"])
 
-    frames, video, published = best("cavmae frames"), best("cavmae video"), best("published")
-    raw = best("PyAV, raw 720p")
+    frames, video, published, raw = (
+        best(name) for name in ("cavmae frames", "cavmae video", "published", "PyAV, raw 720p")
+    )
+
+    def faster(one: dict[str, Any], other: dict[str, Any]) -> float:
+        return one["clips_per_second"] / other["clips_per_second"]
+
     parts = results["parts"]["frames"]
     log_mel_seconds = parts["log_mel_cpu_seconds_per_clip"]
     total = frames["cpu_seconds_per_clip"]
     known = log_mel_seconds + parts["decode_cpu_seconds_per_clip"]
     values = {
-        "frames over raw 720p": (frames["clips_per_second"] / raw["clips_per_second"], ">=", 8),
-        "video over raw 720p": (video["clips_per_second"] / raw["clips_per_second"], ">=", 8),
-        "frames over published": (
-            frames["clips_per_second"] / published["clips_per_second"],
-            ">=",
-            1.1,
-        ),
+        "frames over raw 720p": (faster(frames, raw), ">=", 8),
+        "video over raw 720p": (faster(video, raw), ">=", 8),
+        "frames over published": (faster(frames, published), ">=", 1.1),
         "published over frames, host CPU without log-mel": (
             published["cpu_seconds_per_clip"] / (total - log_mel_seconds),
             ">=",
@@ -352,7 +352,7 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Format the results as lines."""
     for name, found in results["contenders"].items():
         yield (
             f"{name:>28}: {found['clips_per_second']:7.1f} clips/s, "

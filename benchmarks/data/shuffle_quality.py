@@ -1,4 +1,4 @@
-"""`cavmae bench order`: how near the plan's order is to a perfect shuffle.
+"""`cavmae bench shuffle`: how close the plan's order is to a perfect shuffle.
 
 Shards are permuted, but samples only move within a window, so that a node reads its own part of a
 set. This measures what that costs, in the worst case: a set packed class by class. Three numbers,
@@ -25,7 +25,7 @@ CLASSES = 527
 
 
 @dataclass(frozen=True)
-class OrderConfig:
+class ShuffleConfig:
     """Compare the plan's order with a perfect shuffle.
 
     Raises:
@@ -53,14 +53,14 @@ class OrderConfig:
 
 def main(arguments: list[str]) -> int:
     """Measure every window, print, write a record and a plot; returns the exit code."""
-    config = tyro.cli(OrderConfig, prog="cavmae bench order", args=arguments)
+    config = tyro.cli(ShuffleConfig, prog="cavmae bench shuffle", args=arguments)
     results: dict[str, Any] = {"perfect": _perfect(config.shards, config.samples, config.batch)}
     print(_line("perfect shuffle", results["perfect"], results["perfect"]))
     for window in config.windows:
         found = measure(config.shards, config.samples, config.batch, window)
         results[f"window_{window}"] = found
         print(_line(f"window {window}", found, results["perfect"]))
-    path = write_record(config.out, "order", torch.device("cpu"), vars(config), results)
+    path = write_record(config.out, "shuffle", torch.device("cpu"), vars(config), results)
     print(f"record: {path}")
     _plot(config.windows, results, path.with_suffix(".png"))
     print(f"plot: {path.with_suffix('.png')}")
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(shards: int, samples: int, batch: int, window: int) -> dict[str, float]:
-    """The three numbers of the plan.
+    """Measure the three numbers of the plan.
 
     Args:
         shards, samples: the set has this many shards of this many samples, packed by class.
@@ -90,7 +90,7 @@ def _perfect(shards: int, samples: int, batch: int) -> dict[str, float]:
 
 
 def _numbers(first: np.ndarray, second: np.ndarray, samples: int, batch: int) -> dict[str, float]:
-    """Of two epochs, given by the numbers of their samples in packing order."""
+    """Measure two epochs, given by the numbers of their samples in packing order."""
     count = len(first)
     whole = first[: count // batch * batch].reshape(-1, batch)
     shards = np.mean([len(np.unique(row)) for row in whole // samples])

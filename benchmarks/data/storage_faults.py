@@ -1,11 +1,11 @@
-"""`cavmae bench data-day`: a day in the life of the loader, in minutes.
+"""`cavmae bench storage-faults`: load from a failing store, killed and resumed several times.
 
 One-second clips, few of them different, in many shards on an S3 store that fails now and then; two
-ranks with one cache that is smaller than the set; all of it killed and started again several times.
-At the end the ranks' logs must show every sample exactly once an epoch, in the planned order.
+ranks with one cache that is smaller than the set; all ranks are killed several times. At the end
+the ranks' logs must show every sample exactly once an epoch, in the planned order.
 
-A rank's log is what a checkpoint is for a run: after a kill both ranks go on from the last step
-that both have written.
+A rank's log stands for a checkpoint: after a kill both ranks resume from the last step that both
+have written.
 """
 
 import json
@@ -55,7 +55,7 @@ class StorageFaultsConfig:
     """How often all ranks are killed."""
     faults: int = 50
     """One answer of the store in so many fails."""
-    work_dir: str = "runs/data-day"
+    work_dir: str = "runs/storage-faults"
     """Folder that is created, and removed at the end."""
     out: str = "benchmarks/results"
     """Folder of the record."""
@@ -70,7 +70,7 @@ class StorageFaultsConfig:
 
 def main(arguments: list[str]) -> int:
     """Run the loader and write a record; returns 1 where the logs are not the plan."""
-    config = tyro.cli(StorageFaultsConfig, prog="cavmae bench data-day", args=arguments)
+    config = tyro.cli(StorageFaultsConfig, prog="cavmae bench storage-faults", args=arguments)
     work = Path(config.work_dir)
     work.mkdir(parents=True)
     try:
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
     finally:
         shutil.rmtree(work)
     device = torch.device("cpu")
-    print(f"record: {write_record(config.out, 'data-day', device, vars(config), results)}")
+    print(f"record: {write_record(config.out, 'storage-faults', device, vars(config), results)}")
     print(
         f"{results['samples_logged']} samples in {results['epochs']:.2f} epochs, killed "
         f"{results['kills']} times: {'as planned' if results['as_planned'] else 'NOT AS PLANNED'}"
@@ -141,7 +141,7 @@ def _day(config: StorageFaultsConfig, work: Path, store: ObjectStore) -> dict[st
 
 
 def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
-    """A `frames` tier in which `different` clips come again and again under new keys."""
+    """Make a `frames` tier that repeats `different` clips under new keys."""
     packed = ShardSet(synthetic_shards(work, different, seed=SEED, size=32, seconds=1.0))
     members = [
         {name: packed.member(shard, sample, name) for name in packed.members}
@@ -176,7 +176,7 @@ def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
 
 
 def _planned(folder: Path, steps: int) -> list[list[list[str]]]:
-    """What each rank's log has to be: rank, step, ids."""
+    """Return what the logs must be: ids by rank and step."""
     shards = ShardSet(folder)
     plan = SamplePlan(shards.sizes, SEED, LANES, WINDOW)
     return [
@@ -192,7 +192,7 @@ def _planned(folder: Path, steps: int) -> list[list[list[str]]]:
 
 
 def _in_order(logs: list[list[list[str]]], steps: int) -> list[str]:
-    """Ids by position."""
+    """Order logged ids by position."""
     found = np.empty(steps * GLOBAL_BATCH, dtype=object)
     for rank, log in enumerate(logs):
         for step, ids in enumerate(log):
@@ -205,19 +205,19 @@ def _log(work: Path, rank: int) -> Path:
 
 
 def _logged(work: Path, rank: int) -> list[list[str]]:
-    """Ids of each step that was written whole."""
+    """Read the ids of each completely written step."""
     return [json.loads(line) for line in _log(work, rank).read_text().split("\n")[:-1]]
 
 
 def _cut_log(work: Path, rank: int, steps: int) -> None:
-    """Keep the first steps."""
+    """Keep the first steps of a log."""
     log = _log(work, rank)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     log.write_text("".join(lines[:steps]))
 
 
 def _steps_logged(work: Path) -> int:
-    """Steps that all ranks have written whole."""
+    """Count the steps that all ranks have written completely."""
     logs = [_log(work, rank) for rank in range(RANKS)]
     return min(log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs)
 
@@ -228,7 +228,7 @@ def _rank_command(work: Path, rank: int, step: int, settings: dict[str, Any]) ->
 
 
 def _rank(words: dict[str, Any]) -> None:
-    """Log the ids of each step, from the given one on."""
+    """Run one rank: log the ids of each step, from the given one on."""
     torch.set_num_threads(1)
     loader = TrainLoader(
         DataConfig(

@@ -1,4 +1,4 @@
-"""`cavmae bench tiers`: what each way to store a clip costs, and what is left of the picture.
+"""`cavmae bench tiers`: size, cost and quality of each way to store a clip.
 
 The same videos are packed in every way. Bytes and CPU time are of one clip; decoding is what a
 reader and DALI do for a clip with one frame at a moment drawn for it. PSNR is of the ten frames
@@ -43,7 +43,7 @@ PIPELINES = (1, 2, 4, 7)
 """An H100 has 7 NVDEC."""
 SOUND_TURNS = 5
 LOSSLESS_DB = 99.0
-"""PSNR that is written down where nothing is lost."""
+"""PSNR recorded if nothing is lost."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _packed(videos: Path, work: Path) -> dict[str, ShardSet]:
-    """The videos in every way."""
+    """Pack the videos in every way."""
     sets = {}
     for codec in ENCODERS:
         tiers = "frames,original,video" if codec == "vp9" else "video"
@@ -127,7 +127,7 @@ def _places(shards: ShardSet) -> Iterator[tuple[int, int]]:
 
 
 def _picture_bytes(shards: ShardSet) -> float:
-    """Bytes of a clip without its sound and description."""
+    """Average the bytes of a clip without its sound and description."""
     names = [name for name in shards.members if name not in ("json", shards.audio_codec)]
     sizes = [sum(shards.member_size(*place, name) for name in names) for place in _places(shards)]
     return statistics.fmean(sizes)
@@ -149,7 +149,7 @@ def _timed(function: Callable[[], T]) -> tuple[float, T]:
 
 
 def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
-    """CPU-seconds a clip of encoding, and of decoding the source, which comes before any."""
+    """Measure CPU-seconds a clip of encoding, and of decoding the source before it."""
     spent: dict[str, list[float]] = defaultdict(list)
     for place in _places(frames):
         seconds, clip = _timed(lambda place=place: _source_clip(videos, frames, place))
@@ -168,14 +168,14 @@ def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
 
 
 def _source_clip(videos: Path, shards: ShardSet, place: tuple[int, int]) -> DecodedClip:
-    """The clip as packing decodes it."""
+    """Decode a clip as packing does."""
     path = videos / shards.description(*place)["source"]["path"]
     config = PackConfig(str(videos), "")
     return decode_clip(str(path), 0.0, config.clip_seconds, config.decode_settings())
 
 
 def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
-    """Bytes, and CPU-seconds of encoding and decoding, of the sound of a clip by codec."""
+    """Measure bytes and CPU-seconds of encoding and decoding the sound of a clip, by codec."""
     shards = sets["frames"]
     found: dict[str, dict[str, float]] = {}
     sounds = [decode_sound(shards.member(*place, "wav")) for place in _places(shards)]
@@ -183,7 +183,7 @@ def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
         packing, stored = _timed(
             lambda codec=codec: [encode_sound(sound, codec) for sound in sounds]
         )
-        # What a moment of sound takes is the rest of the pipeline's.
+        # A moment of sound costs what the rest of the pipeline does.
         moment = encode_sound(np.ones(400, dtype=np.int16), codec)
         decoding = _sound_decoding(stored) - _sound_decoding([moment] * len(stored))
         found[codec] = {
@@ -195,7 +195,7 @@ def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
 
 
 def _sound_decoding(stored: list[bytes]) -> float:
-    """CPU-seconds of a pipeline that decodes these sounds, with pictures of a few pixels."""
+    """Measure CPU-seconds of a pipeline that decodes these sounds, with tiny frames."""
     pixels = (np.zeros((8, 8, 3), dtype=np.uint8),)
     box, task = (0.0, 0.0, 1.0, 1.0), ReadTask(0, 0, 0, 0)
     clips = [
@@ -217,7 +217,7 @@ def _sound_decoding(stored: list[bytes]) -> float:
 def _in_turn(
     sets: dict[str, ShardSet], rounds: int, measure: Callable[[ShardSet], dict[str, float]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Numbers of every set, measured by turns; a turn before them is not counted."""
+    """Measure every set in turns; the first turn does not count."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
     for number in range(rounds + 1):
         for name, shards in sets.items():
@@ -228,7 +228,7 @@ def _in_turn(
 
 
 def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, float]:
-    """Clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
+    """Measure clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
     samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
     reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, gpu))
     decoders = [ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, gpu) for _ in range(pipelines)]
@@ -264,7 +264,7 @@ def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, fl
 
 
 def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
-    """Clips/s by number of pipelines."""
+    """Measure clips/s by number of pipelines."""
     counts = PIPELINES if shards.tier == "video" else (1,)
     return {
         str(count): statistics.median(
@@ -278,7 +278,7 @@ def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
 
 
 def _quality(videos: Path, shards: ShardSet) -> float:
-    """PSNR in dB of the ten frames against those of the source."""
+    """Compute the PSNR in dB of the ten frames against those of the source."""
     reformatter = VideoReformatter()
     values = []
     for place in _places(shards):
@@ -295,7 +295,7 @@ def _quality(videos: Path, shards: ShardSet) -> float:
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Format the results as lines."""
     source = results["source"]
     yield (
         f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "

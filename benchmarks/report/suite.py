@@ -44,7 +44,7 @@ class Benchmark:
     Attributes:
         name: `cavmae bench NAME`.
         cpu: on two cores, with the time that it took on them beside other work (`overhead`,
-            `train`, `data-day` and `soak`: estimated); None: it tells nothing there.
+            `train`, `storage-faults` and `soak`: estimated); None: it tells nothing there.
         cuda: with a GPU, with an estimate of the time.
         needs: module without which it does not run.
     """
@@ -79,11 +79,11 @@ SUITE = (
     Benchmark("faults", Turn(110, _FAULTS), Turn(150, _FAULTS)),
     Benchmark("tiers", Turn(160, ("--clips", "4", "--rounds", "3")), Turn(60, ("--clips", "16"))),
     Benchmark("overhead", Turn(240, ("--steps", "80", "--repeats", "1")), None),
-    Benchmark("data-day", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
+    Benchmark("storage-faults", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
     Benchmark("memory", Turn(150, ("--recipes", "demo")), None),
     Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
     Benchmark("scaling", Turn(15), Turn(15)),
-    Benchmark("order", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
+    Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),
 )
 """The most telling first."""

@@ -93,8 +93,8 @@ class Training:
 
 
 def trained_on(config: RunConfig) -> Training:
-    """Find what a run and the runs of its initial weights were trained on, as far as they exist where
-    `initial_weights` says."""
+    """Find what a run and the runs of its initial weights were trained on, as far as they are found
+    where `initial_weights` says."""
     tiers, weights = [config.data.train], config.initial_weights
     seen: set[Path] = set()
     unknown = ""
