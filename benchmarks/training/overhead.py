@@ -2,7 +2,7 @@
 
 The same run of two CPU ranks is started by the plain `deepspeed` launcher, by `cavmae train` on
 Ray, and by the launcher with checkpoints, in turn, so that a machine that slows down slows all of
-them; each ratio is of starts that followed each other.
+them; each ratio is of runs that followed each other.
 """
 
 import dataclasses
@@ -116,18 +116,17 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
     """Timing of each contender, and by how much its steps are longer than the plain launcher's.
 
     Args:
-        seconds: for each contender and start, of each step. The means of the starts are compared
-            one by one, as they followed each other; means, because a checkpoint costs few steps
-            much.
+        seconds: for each contender and run, of each step. The means of the runs are compared one by
+            one, as they followed each other; means, because a checkpoint costs few steps much.
 
     Returns:
         For each contender `timing` of all its steps and, the plain launcher apart, `longer_by`:
-        median, minimum and maximum share over the starts.
+        median, minimum and maximum share over the runs.
     """
     results: dict[str, dict[str, object]] = {}
-    means = {name: [statistics.fmean(one) for one in starts] for name, starts in seconds.items()}
-    for name, starts in seconds.items():
-        results[name] = dict(timing([second for one in starts for second in one]))
+    means = {name: [statistics.fmean(one) for one in runs] for name, runs in seconds.items()}
+    for name, runs in seconds.items():
+        results[name] = dict(timing([second for one in runs for second in one]))
         results[name]["mean_seconds"] = means[name]
         if name != CONTENDERS[0]:
             shares = [a / b - 1 for a, b in zip(means[name], means[CONTENDERS[0]], strict=True)]
@@ -140,7 +139,7 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
 
 
 def _table(results: dict[str, dict[str, object]]) -> Table:
-    table = Table("start", "mean step, s", "longer by (from, to)")
+    table = Table("run", "mean step, s", "longer by (from, to)")
     for name, result in results.items():
         means, longer = result["mean_seconds"], result.get("longer_by")
         assert isinstance(means, list)

@@ -1,7 +1,7 @@
 """`cavmae bench train`: the real training loop, and what the time of a step goes to.
 
-The product's run with its engine, loop and loader trains a few steps: on clips that are on the
-device already, and on packed shards, so that the difference is what the loader costs. Then a few
+The real run with its engine, loop and loader trains a few steps: on clips that are already on the
+device, and on packed shards, so that the difference is the cost of the loader. Then a few
 steps are timed by parts of the model, each beside its floor on this machine.
 """
 
