@@ -54,12 +54,6 @@ def submit(arguments: list[str]) -> int:
         )
     if config.cluster.dry_run:
         return dry_run(config)
-    status = read_status(Path(config.run_dir))
-    if status and status.alive:
-        raise ValueError(
-            f"run_dir {config.run_dir} is in use: {status.describe()} at step {status.progress()}; "
-            f"`cavmae stop {config.run_dir}` first, or give another --run-dir"
-        )
     client = _client(config.cluster.address)
     for job in client.list_jobs():
         if (job.metadata or {}).get("run_dir") == config.run_dir and not job.status.is_terminal():
@@ -67,6 +61,12 @@ def submit(arguments: list[str]) -> int:
                 f"job {job.submission_id} already trains in run_dir {config.run_dir}; "
                 f"`cavmae stop {job.submission_id}` first, or give another --run-dir"
             )
+    status = read_status(Path(config.run_dir))
+    if status and status.alive:
+        raise ValueError(
+            f"run_dir {config.run_dir} is in use: {status.describe()} at step {status.progress()}; "
+            f"`cavmae stop {config.run_dir}` first, or give another --run-dir"
+        )
     name = re.sub(r"[^\w-]+", "-", Path(config.run_dir).name)
     job = client.submit_job(
         entrypoint=shlex.join(

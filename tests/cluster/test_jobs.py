@@ -4,11 +4,12 @@ tests/trainer/test_launchers.py)."""
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import tiny_run
 
-from cavmae.cluster import status_relay
+from cavmae.cluster import jobs, status_relay
 from cavmae.cluster.jobs import _without_address, job_state, logs, run_state, status, stop, submit
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import requested_stop
@@ -92,7 +93,10 @@ def test_a_driver_in_a_job_repeats_each_state_as_a_line(
     assert not capsys.readouterr().out, "the output of a driver at a terminal is for people"
 
 
-def test_a_run_that_trains_is_not_submitted_again(tmp_path: Path) -> None:
+def test_a_run_that_trains_outside_of_the_cluster_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_client", lambda _: SimpleNamespace(list_jobs=list))
     write_status(tmp_path, state="running", step=3, steps=40)
     with pytest.raises(ValueError, match=r"is in use: running at step 3/40; `cavmae stop"):
         submit(["demo", "--data.train", "/s", "--run-dir", str(tmp_path)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from launch import ROOT
+from launch import MUTED, ROOT
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.experiments.driver import Driver
@@ -170,7 +170,7 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
         queue = subprocess.Popen(
             [sys.executable, "-m", "cavmae", "queue", str(path), "--folder", str(folder)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": MUTED},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -181,6 +181,7 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
             queue.terminate()  # the runs save and leave
             queue.wait(timeout=200)
 
+    assert "in other words" in (folder / "drivers/low.log").read_text(), "as programs see it"
     said = (tmp_path / "log").read_text()
     told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
     of_low = [line for line in told if line.startswith("low")]
