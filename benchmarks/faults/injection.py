@@ -17,9 +17,17 @@ from cavmae.benchmarks.faults.outcome import Row
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.checkpoint.format import checkpoint_name, checkpoints, step_folders, step_of
+from cavmae.trainer.checkpoint.format import (
+    checkpoint_name,
+    checkpoints,
+    read_run_state,
+    step_folders,
+    step_of,
+)
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
+from cavmae.trainer.config.serialize import read_json
+from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
 """Of a shard."""
