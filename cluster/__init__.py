@@ -1,0 +1,1 @@
+"""Training, packing and embedding on Ray clusters: placement, restarts, jobs, cluster files."""

@@ -1,0 +1,1 @@
+"""Many runs on one cluster: a queue with priorities, and hyperparameter sweeps."""

@@ -1,4 +1,4 @@
-"""The file of a queue: runs of one recipe with other fields, checked before any starts."""
+"""The file of a queue: variants of one recipe, checked before any of them starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,19 +17,19 @@ from cavmae.cluster.experiments.yaml_file import (
 )
 from cavmae.trainer.config.serialize import read_json
 
-State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "preempting", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run takes of a cluster."""
+    """Resources that a run needs."""
 
     cpus: int
     gpus: int
 
     @classmethod
     def of(cls, cluster: ClusterConfig) -> "Need":
-        """All ranks of a run."""
+        """Sum up the ranks of a run."""
         return cls(
             cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
         )
@@ -49,13 +49,13 @@ class Experiment:
     """One run of the file.
 
     Attributes:
-        name: of its folder.
-        priority: higher ones go first and take the place of lower ones.
-        words: after `cavmae train`.
-        need: what its ranks take.
-        state: where it is.
-        failures: starts that failed.
-        driver: of the start that is under way.
+        name: name of its run folder.
+        priority: higher ones start first and preempt lower ones.
+        words: arguments of `cavmae train`.
+        need: resources of its ranks.
+        state: its current state.
+        failures: failed attempts.
+        driver: driver of the current attempt.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Experiment:
 def read_experiments(
     path: Path, folder: Path, words: Sequence[str]
 ) -> tuple[list[Experiment], int]:
-    """The runs of a file, in its order, and how often a failed one is tried again.
+    """Read the runs of a file, in its order, and how often a failed one is retried.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key or a field that there is not, or ranks that can't share a batch.
+        FileNotFoundError: there is no such file.
+        ValueError: a key or a field is unknown, or the ranks cannot share a batch.
     """
     document = read_yaml(path)
     known = {"experiment", "recipe", "fields", "retries", "runs"}
@@ -102,10 +102,10 @@ def read_experiments(
 
 
 def _is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether a former queue has brought a run to its end.
+    """Return whether an earlier attempt finished a run.
 
     Args:
-        steps: that are asked for; 0: as many as its epochs need, which the run folder knows.
+        steps: requested steps; 0: as many as its epochs need, which the run folder knows.
     """
     path = run_dir / "summary.json"
     return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
