@@ -15,6 +15,7 @@ from types import FrameType
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
 from cavmae.cluster.connection import absolute_path, address_of, connected, report_shortage
+from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -26,6 +27,7 @@ from cavmae.trainer.fault_tolerance.preemption import (
     withdraw_request,
 )
 from cavmae.trainer.run import RunSummary
+from cavmae.trainer.run_status import LauncherStatus
 
 _EXTRA_GRACE_SECONDS = 10.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> int:
         from cavmae.cluster.dry_run import dry_run
 
         return dry_run(config)
-    summary = train_on_ray(config)
+    with StatusRelay(Path(config.run_dir)):
+        summary = train_on_ray(config)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
     return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
@@ -54,13 +57,19 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
         ValueError, OSError: an error that the user has to fix, of the driver or of any rank.
         TrainingError: the ranks failed for good.
     """
+    with LauncherStatus(Path(config.run_dir)) as status:
+        return _train_on_ray(config, status)
+
+
+def _train_on_ray(config: RayRunConfig, status: LauncherStatus) -> RunSummary:
     cluster = config.cluster
     check_run(config)
     if not address_of(cluster):
         ShardSet(config.data.train_folders)  # fail on a wrong path before Ray is started
     threads = config.threads_per_rank or cluster.cpus_per_worker
     with connected(cluster, threads) as working_folder:
-        report_shortage(cluster)
+        if shortage := report_shortage(cluster):
+            status.change("waiting", reason=shortage)
         resolved = with_absolute_paths(config, working_folder)
         resolved = dataclasses.replace(resolved, threads_per_rank=threads)
         run_dir = Path(resolved.run_dir)
@@ -70,8 +79,10 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
                 summary = _fit(resolved)
                 if signals or not _should_restart(summary):
                     return summary
+                status.change("restarting", reason=summary.stopped)
                 print(
-                    f"Stopped at step {summary.step} ({summary.stopped}). Restarting.",
+                    f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
+                    "Restarting the ranks.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -208,7 +219,7 @@ def _fit(config: RayRunConfig) -> RunSummary:
         run_config=RunConfig(
             storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReport(cluster.max_failures)],
+            callbacks=[FailureReport(cluster.max_failures, Path(config.run_dir))],
             # FailureReport and the exception of `fit` report every failure once, and shorter.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),

@@ -6,6 +6,7 @@ torch backend sets the rank variables and the process group before it calls `tra
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
@@ -13,6 +14,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.run import RunSummary, run
+from cavmae.trainer.run_status import write_status
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +89,15 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 class FailureReport(UserCallback):
-    """Reports failures, and ends the run where a restart would be in vain.
+    """Reports failures, also in the run's status, and ends the run where a restart would be in
+    vain.
 
     It runs in Ray Train's controller, which stops when a callback raises.
     """
 
-    def __init__(self, max_failures: int) -> None:
+    def __init__(self, max_failures: int, run_dir: Path) -> None:
         self._max_failures = max_failures
+        self._run_dir = run_dir
         self._failures = 0
         self._not_finite = ""
 
@@ -110,15 +114,27 @@ class FailureReport(UserCallback):
             if isinstance(error, NonFiniteError):
                 self._not_finite = str(error)
         self._failures += 1
-        for rank, error in sorted(worker_exceptions.items()):
-            cause = getattr(error, "health_check_failure", error)  # a dead process
+        causes = {
+            rank: getattr(error, "health_check_failure", error)  # a dead process
+            for rank, error in sorted(worker_exceptions.items())
+        }
+        for rank, cause in causes.items():
             print(
                 f"rank {rank} failed: {type(cause).__name__}: {_last_line(cause)}", file=sys.stderr
             )
-        if self._failures <= self._max_failures:
+        restarts = self._failures <= self._max_failures
+        count = f"{self._failures} of {self._max_failures}"
+        rank = next((one for one in causes if not _is_of_another_rank(causes[one])), min(causes))
+        write_status(
+            self._run_dir,
+            state="restarting" if restarts else "failed",
+            reason=f"failure {count}",
+            last_error=f"rank {rank}: {_last_line(causes[rank])}",
+            error_type=type(causes[rank]).__name__,
+        )
+        if restarts:
             print(
-                f"restarting all ranks from the newest checkpoint "
-                f"({self._failures} of {self._max_failures})",
+                f"restarting all ranks from the newest checkpoint ({count})",
                 file=sys.stderr,
                 flush=True,
             )

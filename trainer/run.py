@@ -18,6 +18,7 @@ from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfi
 from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.rank_logging import log_to_file, log_to_stderr
 
 if TYPE_CHECKING:  # torch comes after the threads are set
@@ -77,6 +78,14 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
         NonFiniteError: too many updates in a row were not finite.
     """
     ranks = ranks_from_environment()
+    log_to_stderr(ranks.rank)
+    with StatusWriter(Path(config.run_dir), ranks.rank) as status:
+        return _run(config, notice, ranks, status)
+
+
+def _run(
+    config: RunConfig, notice: Callable[[], str], ranks: Ranks, status: StatusWriter
+) -> RunSummary:
     threads = limit_threads(config.threads_per_rank, ranks)
     # torch and what needs it come after the threads are set.
     from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -88,7 +97,6 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     from cavmae.trainer.fault_tolerance.oom import check_machines, oom_guard
     from cavmae.trainer.run_dir import open_run_dir
 
-    log_to_stderr(ranks.rank)
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     train_set = ShardSet(config.data.train_folders, config.data.cache)
@@ -97,11 +105,12 @@ def run(config: RunConfig, notice: Callable[[], str] = lambda: "") -> RunSummary
     device = start_process_group(ranks)
     run_dir = Path(asked.run_dir)
     config = on_first_rank(lambda: open_run_dir(asked, run_dir, store, device.type))
+    status.opened(config.steps)
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
     if device.type == "cpu":
         check_machines(config, ranks, store)
     with oom_guard(config, run_dir, store, ranks, device):
-        return _train(config, notice, ranks, device, run_dir, store, train_set)
+        return _train(config, notice, ranks, device, run_dir, store, train_set, status)
 
 
 def configure_blocks(model: "AudioVideoEncoder", engine: EngineConfig) -> None:
@@ -121,6 +130,7 @@ def _train(
     run_dir: Path,
     store: "Store",
     train_set: "ShardSet",
+    status: StatusWriter,
 ) -> RunSummary:
     """The run, once it is known what it is and where."""
     import torch
@@ -223,6 +233,7 @@ def _train(
     dist.all_gather_object(hosts, socket.gethostname())
 
     # Loop.
+    status.running(start_step, checkpoint or "")
     began = time.monotonic()
     try:
         outcome = train(
@@ -253,6 +264,7 @@ def _train(
                 config.checkpoint.grace_seconds,
                 notice,
             ),
+            status=status,
             rank_timer=rank_timer,
             stragglers=StragglerReport(config.watchdog.straggler_ratio, hosts),
             watchdog=Watchdog(config.watchdog, run_dir / "hangs", ranks.rank),
@@ -306,6 +318,7 @@ def _train(
             config.steps,
             outcome.stopped,
         )
+    status.change("stopped" if outcome.stopped else "finished", reason=outcome.stopped)
     dist.barrier()
     return summary
 

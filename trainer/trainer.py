@@ -20,6 +20,7 @@ from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.profiler import StepProfile
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def train(
     save_every: int,
     saver: Saver,
     stop: StopRequest,
+    status: StatusWriter,
     rank_timer: RankTimer,
     stragglers: StragglerReport,
     watchdog: Watchdog,
@@ -148,6 +150,7 @@ def train(
             with record_function("update"):
                 update = engine.update(rate)
             step += 1
+            status.step = step
 
             skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
             skipped += not update.applied
@@ -161,6 +164,7 @@ def train(
             )
             if stops:
                 stop.start_budget()
+                status.change("stopping", reason=stop.reason)
             if saver.open and not writers and not saver.commit():
                 save_again = step + max(1, save_every // RETRIES_PER_INTERVAL)
             if not update.applied:

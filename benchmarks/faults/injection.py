@@ -19,13 +19,25 @@ from cavmae.benchmarks.faults.runs import (
     Bench,
     last_step,
     resumed_step,
+    status_of,
     wait_for_checkpoint,
+    wait_for_failure,
+    wait_for_metric,
+    wait_for_resume,
 )
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.checkpoint.format import checkpoint_name, checkpoints, step_folders, step_of
+from cavmae.trainer.checkpoint.format import (
+    checkpoint_name,
+    checkpoints,
+    read_run_state,
+    step_folders,
+    step_of,
+)
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
+from cavmae.trainer.config.serialize import read_json
+from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
 """Of a shard."""
@@ -41,11 +53,11 @@ def rank_signalled(sign: signal.Signals) -> Callable[[Bench, str], Row]:
             wait_for_checkpoint(start, config, 2 * INTERVAL)
             before, fault = last_step(Path(config.run_dir)), time.time()
             start.ranks()[-1].send_signal(sign)
-            said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
+            said = wait_for_failure(start, config, failed=1)
             noticed = time.time()
             start.finish()
             return bench.row(
-                config, fault, noticed, said, before=before, resumed=resumed_step(start)
+                config, fault, noticed, said, before=before, resumed=resumed_step(config)
             )
         finally:
             start.kill()
@@ -64,7 +76,7 @@ def head_killed(bench: Bench, name: str) -> Row:
         start = bench.on_ray(config)
         start.finish()
         return bench.row(
-            config, fault, fault, "given again by hand", before=before, resumed=resumed_step(start)
+            config, fault, fault, "given again by hand", before=before, resumed=resumed_step(config)
         )
     finally:
         start.kill()
@@ -78,13 +90,13 @@ def terminated(bench: Bench, name: str) -> Row:
     fault = time.time()
     for process in start.processes:
         process.send_signal(signal.SIGTERM)
-    said = start.wait_for(lambda: start.line("SIGTERM: saving"), "the notice")
+    start.wait_for(lambda: status_of(config).state in ("stopping", "stopped"), "the notice")
     noticed = time.time()
     start.finish()
-    before = last_step(Path(config.run_dir))
+    before, said = last_step(Path(config.run_dir)), status_of(config).describe()
     start = bench.plain(config)
     start.finish()
-    return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(start))
+    return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(config))
 
 
 def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str], Row]:
@@ -98,10 +110,10 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
         before, fault = last_step(Path(config.run_dir)), time.time()
         newest = damage_newest(config, damage)
         start = bench.plain(config)
-        said = start.wait_for(lambda: start.line("trying the one before"), "the notice")
+        said = f"resumed from {wait_for_resume(start, config, attempt=1).resumed_from}"
         noticed = time.time()
         start.finish()
-        resumed = resumed_step(start)
+        resumed = resumed_step(config)
         if resumed >= newest:
             raise RuntimeError(f"the damaged checkpoint of step {newest} was used")
         # The damaged interval is lost with its checkpoint; counted from there on.
@@ -153,7 +165,7 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
         fault,
         "started again by hand",
         before=before,
-        resumed=resumed_step(start),
+        resumed=resumed_step(config),
         while_writing=before - 3 * INTERVAL,
     )
 
@@ -174,7 +186,7 @@ def disk_full(bench: Bench, name: str) -> Row:
     run_dir = Path(config.run_dir)
     start.wait_for(lambda: last_step(run_dir) >= 3 * INTERVAL, f"step {3 * INTERVAL}")
     fault = time.time()
-    said = start.wait_for(lambda: start.line("ALARM"), "the alarm")
+    said = wait_for_metric(start, config, "checkpoint_failures")
     noticed = time.time()
     start.finish()
     return bench.row(config, fault, noticed, said, resumed=None)
@@ -190,11 +202,11 @@ def nan_rolled_back(bench: Bench, name: str) -> Row:
     try:
         start.wait_for(lambda: not carried_out.exists(), "the gradient")
         fault = time.time()
-        said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
+        said = wait_for_failure(start, config, failed=1)
         noticed = time.time()
         start.finish()
         before = 2 * INTERVAL + 5
-        return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(start))
+        return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(config))
     finally:
         start.kill()
 
@@ -206,7 +218,7 @@ def nan_left_out(bench: Bench, name: str) -> Row:
     start = bench.plain(config)
     start.wait_for(lambda: not carried_out.exists(), "the gradient")
     fault = time.time()
-    said = start.wait_for(lambda: start.line("the update is left out"), "the notice")
+    said = wait_for_metric(start, config, "skipped_updates")
     noticed = time.time()
     start.finish()
     expected = bench.leaving_out(2 * INTERVAL)
@@ -224,11 +236,19 @@ def shard_damaged(bench: Bench, name: str) -> Row:
     config = dataclasses.replace(config, data=data)
     fault = time.time()
     start = bench.plain(config)
-    said = start.wait_for(lambda: start.line("left out"), "the notice")
+    said = start.wait_for(lambda: quarantined(config), "the quarantine")
     noticed = time.time()
     start.finish()
     expected = bench.without(damaged)
     return bench.row(config, fault, noticed, said, resumed=None, expected=expected)
+
+
+def quarantined(config: PretrainConfig) -> str:
+    """Return the clips in quarantine and why, as the newest checkpoint has them; empty if none."""
+    store = open_store(Path(config.run_dir) / "checkpoints")
+    newest = checkpoints(store)[-1:]
+    found = [item for name in newest for item in read_run_state(store, name).quarantine]
+    return ", ".join(f"{sample_id}: {reason}" for sample_id, reason in found)
 
 
 def flip_bits_of_sounds(folder: Path, clips: int) -> tuple[str, ...]:
@@ -270,7 +290,9 @@ def tracking_server_stopped(bench: Bench, name: str) -> Row:
         wait_for_checkpoint(start, config, 2 * INTERVAL)
         fault = time.time()
         server.kill()
-        said = start.wait_for(lambda: start.line("did not take a record"), "the notice")
+        unsent = Path(config.run_dir) / UNSENT
+        start.wait_for(unsent.exists, "the notice")
+        said = f"MLflow lacks metrics after step {read_json(unsent)['after_step']}"
         noticed = time.time()
         start.finish()
         return bench.row(config, fault, noticed, said, resumed=None)
@@ -287,6 +309,6 @@ def other_rank_counts(bench: Bench, name: str) -> Row:
     bench.plain(dataclasses.replace(config, steps=half), 1).finish()
     start = bench.plain(config, 2)
     start.finish()
-    said = f"went on with 1 and again with 2 ranks, from step {resumed_step(start)}"
+    said = f"went on with 1 and again with 2 ranks, from step {resumed_step(config)}"
     left = half - INTERVAL
     return bench.row(config, fault, fault, said, before=left, resumed=left, tolerance=1e-5)

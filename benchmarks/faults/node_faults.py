@@ -20,6 +20,7 @@ from cavmae.benchmarks.faults.runs import (
     observed_command,
     resumed_step,
     wait_for_checkpoint,
+    wait_for_failure,
 )
 from cavmae.benchmarks.harness.processes import Start
 
@@ -59,13 +60,13 @@ def _row(
             wait_for_checkpoint(start, config, 2 * INTERVAL)
             before, fault = last_step(Path(config.run_dir)), time.time()
             do(nodes)
-            said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
+            said = wait_for_failure(start, config, failed=1)
             noticed = time.time()
             undo(nodes)
             nodes.supervise(1)
             start.finish()
             return bench.row(
-                config, fault, noticed, said, before=before, resumed=resumed_step(start)
+                config, fault, noticed, said, before=before, resumed=resumed_step(config)
             )
         finally:
             start.kill()

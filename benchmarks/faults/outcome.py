@@ -35,7 +35,7 @@ class Row:
     """What came of a fault.
 
     Attributes:
-        noticed_seconds: from the fault to the line in the log that names it.
+        noticed_seconds: from the fault until the run has written that it noticed it.
         again_seconds: from the fault to the next step that is new; 0: training went on meanwhile.
         steps_lost: steps done before the fault that had to be done again.
         steps_allowed: most of them: an interval, and what was done while a checkpoint was written.
@@ -43,7 +43,7 @@ class Row:
         largest_difference: of the losses, relative to the expected ones; 0: bit for bit.
         tolerance: of it.
         compared_with: the run that samples and losses are compared with.
-        said: the line of the log.
+        said: what the run wrote of it (`status.json`, metrics, a checkpoint), for people.
     """
 
     noticed_seconds: float

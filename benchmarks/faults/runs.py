@@ -34,6 +34,7 @@ from cavmae.trainer.checkpoint.format import (
     checkpoint_name,
     manifest_bytes,
     read_manifest,
+    step_of,
 )
 from cavmae.trainer.checkpoint.store import FileSum, open_store
 from cavmae.trainer.config.configs import (
@@ -48,6 +49,7 @@ from cavmae.trainer.config.configs import (
 )
 from cavmae.trainer.config.serialize import save_config, write_json
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.run_status import RunStatus, read_status
 
 RANKS = 2
 CLIPS = 24
@@ -265,9 +267,53 @@ def last_step(run_dir: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def resumed_step(start: Start) -> int:
-    """Step that a start went on from, the last time that it did."""
-    return int(re.findall(r"going on from \S*step-(\d+)", start.text())[-1])
+def status_of(config: PretrainConfig) -> RunStatus:
+    """Return what the run has written of itself; of no attempt while nothing is written."""
+    return read_status(Path(config.run_dir)) or RunStatus("waiting")
+
+
+def resumed_step(config: PretrainConfig) -> int:
+    """Return the step that the newest attempt resumed from."""
+    return step_of(status_of(config).resumed_from.rpartition("/")[2])
+
+
+def wait_for_resume(start: Start, config: PretrainConfig, attempt: int) -> RunStatus:
+    """Wait until a later attempt than this one has resumed from a checkpoint; return its status."""
+
+    def resumed() -> RunStatus | None:
+        status = status_of(config)
+        return status if status.attempt > attempt and status.resumed_from else None
+
+    return start.wait_for(resumed, f"a resume after attempt {attempt}")
+
+
+def wait_for_failure(start: Start, config: PretrainConfig, failed: int) -> str:
+    """Wait until the failure of an attempt is written; return it.
+
+    Args:
+        start: of the run.
+        config: of the run.
+        failed: number of the attempt that fails.
+    """
+
+    def error() -> str:
+        status = status_of(config)
+        over = status.state in ("restarting", "failed") or status.attempt > failed
+        return status.last_error if over else ""
+
+    return start.wait_for(error, f"the failure of attempt {failed}")
+
+
+def wait_for_metric(start: Start, config: PretrainConfig, name: str, above: float = 0.0) -> str:
+    """Wait until a counter among the metrics exceeds a value; return it with its step."""
+
+    def found() -> str:
+        record = next(
+            (one for one in step_records(Path(config.run_dir)) if one[name] > above), None
+        )
+        return f"{name} is {record[name]:g} at step {record['step']:g}" if record else ""
+
+    return start.wait_for(found, f"{name} above {above:g}")
 
 
 def wait_for_checkpoint(start: Start, config: PretrainConfig, step: int) -> None:

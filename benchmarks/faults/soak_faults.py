@@ -20,7 +20,18 @@ from cavmae.benchmarks.faults.injection import (
     flip_a_bit,
 )
 from cavmae.benchmarks.faults.observed_rank import order_nan
-from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
+from cavmae.benchmarks.faults.outcome import step_records
+from cavmae.benchmarks.faults.runs import (
+    INTERVAL,
+    RANKS,
+    Bench,
+    last_step,
+    resumed_step,
+    status_of,
+    wait_for_failure,
+    wait_for_metric,
+    wait_for_resume,
+)
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
 from cavmae.trainer.checkpoint.format import checkpoints, step_of
 from cavmae.trainer.checkpoint.store import open_store
@@ -46,16 +57,17 @@ class SoakedRun:
 
     def begin(self) -> None:
         """Give the command, the first time or again."""
+        self.attempt = status_of(self.config).attempt
         self.start = self._bench.on_ray(self.config, *_WORDS)
-        self.said_bytes = 0
 
-    def look_from_here(self) -> None:
-        """What was said so far is not waited for any more."""
-        self.said_bytes = self.start.log.stat().st_size
+    def wait_for_failure(self) -> str:
+        """Wait until the failure of the attempt that trains is written; return it."""
+        return wait_for_failure(self.start, self.config, self.attempt)
 
-    def wait_for_line(self, pattern: str) -> str:
-        """The next line in which a regular expression is found."""
-        return self.start.wait_for(lambda: self.start.line(pattern, self.said_bytes), pattern)
+    def wait_for_resume(self) -> str:
+        """Wait until another attempt has resumed; return what it resumed from."""
+        status = wait_for_resume(self.start, self.config, self.attempt)
+        return f"resumed from {status.resumed_from}"
 
     def wait_for_step_after(self, step: int) -> None:
         """Until more steps are done than that."""
@@ -85,17 +97,17 @@ class SoakedRun:
 
 def _rank_killed(run: SoakedRun, rng: random.Random) -> str:
     _one_rank(run, rng).kill()
-    return run.wait_for_line("rank . failed")
+    return run.wait_for_failure()
 
 
 def _rank_stopped(run: SoakedRun, rng: random.Random) -> str:
     _one_rank(run, rng).suspend()
-    return run.wait_for_line("rank . failed")
+    return run.wait_for_failure()
 
 
 def _told_to_go(run: SoakedRun, rng: random.Random) -> str:
     run.leave()
-    said = run.wait_for_line("asked to save and leave")
+    said = status_of(run.config).describe()
     run.begin()
     return said
 
@@ -103,25 +115,26 @@ def _told_to_go(run: SoakedRun, rng: random.Random) -> str:
 def _head_killed(run: SoakedRun, rng: random.Random) -> str:
     run.start.kill()
     run.begin()
-    return run.wait_for_line("going on from")
+    return run.wait_for_resume()
 
 
 def _newest_damaged(run: SoakedRun, rng: random.Random) -> str:
     run.start.kill()
     damage_newest(run.config, rng.choice([cut_short, flip_a_bit]))
     run.begin()
-    return run.wait_for_line("trying the one before")
+    return run.wait_for_resume()
 
 
 def _nan_rolled_back(run: SoakedRun, rng: random.Random) -> str:
     order_nan(run.run_dir, rng.randrange(RANKS), step=0)
-    return run.wait_for_line("rank . failed: NonFiniteError")
+    return run.wait_for_failure()
 
 
 def _disk_full(run: SoakedRun, rng: random.Random) -> str:
-    step = (last_step(run.run_dir) // INTERVAL + 2) * INTERVAL
-    file_of_second_rank(run.config, step).symlink_to("/dev/full")
-    return run.wait_for_line("ALARM")
+    done = last_step(run.run_dir)
+    file_of_second_rank(run.config, (done // INTERVAL + 2) * INTERVAL).symlink_to("/dev/full")
+    failures = step_records(run.run_dir)[-1]["checkpoint_failures"]
+    return wait_for_metric(run.start, run.config, "checkpoint_failures", above=failures)
 
 
 def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
@@ -167,7 +180,7 @@ class Endured:
         checkpoint_step: of the newest checkpoint before the fault that the fault leaves whole.
         resumed_step: that was gone on from; None: training went on.
         again_seconds: until there was a new step.
-        said: the line of the log that names it.
+        said: what the run wrote of it.
     """
 
     fault: str
@@ -195,15 +208,15 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
     Raises:
         RuntimeError: it does not.
     """
-    run.look_from_here()
+    run.attempt = status_of(run.config).attempt
     whole = [step_of(one) for one in checkpoints(open_store(run.run_dir / "checkpoints"))]
     newest = whole[-2] if fault in LOSES_A_CHECKPOINT else whole[-1]
     before, began = last_step(run.run_dir), time.time()
     said = FAULTS[fault](run, rng)
     resumed = None
     if fault not in TRAINING_GOES_ON:
-        run.wait_for_line("going on from")
-        resumed = resumed_step(run.start)
+        run.wait_for_resume()
+        resumed = resumed_step(run.config)
     run.wait_for_step_after(before)
     said = said.replace(f"{run.run_dir.parent}/", "")
     return Endured(fault, began, before, newest, resumed, time.time() - began, said)

@@ -97,7 +97,7 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
     While a run waits, runs of lower priority use the resources that do not suffice for it, as they
     can be preempted; runs of the same priority wait behind it.
     """
-    active = [one for one in experiments if one.state in ("running", "preempting")]
+    active = [one for one in experiments if one.state in ("running", "stopping")]
     free = capacity
     for one in active:
         free -= one.need
@@ -117,7 +117,7 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
         blocked = one.priority
         available = free
         for other in active:
-            if other.state == "preempting":
+            if other.state == "stopping":
                 available += other.need
         lower = [o for o in active if o.state == "running" and o.priority < one.priority]
         chosen = []
@@ -151,7 +151,7 @@ def _run(
         for one in experiments:
             if one.driver is not None and one.driver.exit_code is not None:
                 _ended(one, folder, retries)
-        if not any(one.state in ("waiting", "running", "preempting") for one in experiments):
+        if not any(one.state in ("waiting", "running", "stopping") for one in experiments):
             return
         resources = ray.cluster_resources()
         capacity = Need(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
@@ -164,7 +164,7 @@ def _run(
                 )
         step = next_step(experiments, capacity)
         for one in step.preempt:
-            _set_state(one, "preempting")
+            _set_state(one, "stopping")
             if one.driver is not None:
                 one.driver.request_stop()
         for one in step.start:
@@ -178,19 +178,17 @@ def _run(
 def _ended(one: Experiment, folder: Path, retries: int) -> None:
     """Update a run whose driver has ended."""
     assert one.driver is not None
-    code = one.driver.exit_code
-    one.driver = None
+    driver, one.driver = one.driver, None
+    code = driver.exit_code
     if code == 0:
         _set_state(one, "finished")
-    elif one.state == "preempting" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
+    elif one.state == "stopping" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
         _set_state(one, "waiting")  # killed by the signal itself if it had hardly started
     elif code == START_AGAIN_EXIT_CODE:
         _set_state(one, "stopped")  # by someone else, who may rerun it
     else:
         one.failures += 1
-        log_path = folder / "drivers" / f"{one.name}.log"
-        last = log_path.read_text().strip().rpartition("\n")[2]
-        print(f"{one.name} failed with {code}: {last} ({log_path})", file=sys.stderr)
+        print(driver.failure(folder / one.name), file=sys.stderr)
         _set_state(one, "waiting" if one.failures <= retries else "failed")
 
 

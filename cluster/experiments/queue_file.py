@@ -15,9 +15,9 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json
+from cavmae.trainer.run_status import read_status
 
-State = Literal["waiting", "running", "preempting", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "stopping", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def _is_finished(run_dir: Path, steps: int) -> bool:
     """Return whether an earlier attempt finished a run.
 
     Args:
-        steps: requested steps; 0: as many as its epochs need, which the run folder knows.
+        steps: requested steps; 0: as many as its epochs need, which its status has.
     """
-    path = run_dir / "summary.json"
-    return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
+    status = read_status(run_dir)
+    return (
+        status is not None and status.state == "finished" and status.step == (steps or status.steps)
+    )

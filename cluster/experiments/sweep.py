@@ -116,9 +116,8 @@ def _tune(sweep: Sweep, folder: Path, signals: list[int]) -> list[Trial]:
             *(f"--run-dir={folder / name}", f"--address={address}"),
         ]
         log = folder / "drivers" / f"{name}.log"
-        for step, value in _train(
-            Driver(words, log, working_folder), log, folder / name, sweep.metric
-        ):
+        driver = Driver(words, log, working_folder)
+        for step, value in _train(driver, folder / name, sweep.metric):
             tune.report({"step": step, sweep.metric: value})
 
     # The trials' drivers place the ranks; Tune wants a trial to reserve something: a byte.
@@ -199,7 +198,7 @@ def _progress_lines(metric: str) -> Any:
     return ProgressLines()
 
 
-def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
+def _train(driver: Driver, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
     """Yield steps and values of a run's metric as they are written, until the driver ends.
 
     Raises:
@@ -218,8 +217,7 @@ def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tu
         seen = len(found)
         time.sleep(_POLL_SECONDS if code is None else 0)
     if code not in (0, START_AGAIN_EXIT_CODE):
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise RuntimeError(f"{run_dir.name} failed with {code}: {last} ({log})")
+        raise RuntimeError(driver.failure(run_dir))
     if not seen:
         names = ", ".join(sorted({name for record in records for name in record}))
         raise ValueError(

@@ -19,6 +19,7 @@ from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
 from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.run_status import write_status
 from cavmae.trainer.tracking.tracker import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
@@ -42,7 +43,7 @@ def names(experiments: list[Experiment]) -> list[str]:
         ([run("a", 4, 0, "running"), run("b", 4, 0, "running"), run("c", 4, 1)], [], ["b"]),
         ([run("a", 8, 1, "running"), run("b", 8, 1)], [], []),
         # What a stopping run frees is not given to another.
-        ([run("a", 8, 0, "preempting"), run("b", 8, 1), run("c", 1, 0)], [], []),
+        ([run("a", 8, 0, "stopping"), run("b", 8, 1), run("c", 1, 0)], [], []),
         # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
         ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
         # What is free goes to the one that others are preempted for.
@@ -60,12 +61,21 @@ def test_which_runs_start_and_which_are_preempted(
 
 
 def test_a_run_that_is_preempted_before_it_has_started_has_not_failed(tmp_path: Path) -> None:
-    one = run("a", 1, state="preempting")
+    one = run("a", 1, state="stopping")
     one.driver = Driver(["demo"], tmp_path / "log")
     one.driver.request_stop()
     assert one.driver.wait() == -signal.SIGTERM
     _ended(one, tmp_path, retries=0)
     assert (one.state, one.failures) == ("waiting", 0)
+
+
+def test_why_a_run_failed_comes_from_its_status(tmp_path: Path) -> None:
+    write_status(tmp_path / "a", state="failed", last_error="of an attempt before")
+    driver = Driver(["--help"], tmp_path / "log")
+    driver.wait()
+    assert "before" not in driver.failure(tmp_path / "a")
+    write_status(tmp_path / "a", state="failed", last_error="disk full")
+    assert driver.failure(tmp_path / "a") == f"a failed with 0: disk full ({tmp_path}/log)"
 
 
 def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
@@ -84,8 +94,7 @@ def test_a_queue_that_is_rerun_skips_finished_runs(tmp_path: Path) -> None:
     runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
     (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
     for name in ("done", "longer"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({"step": 600, "steps": 600}))
+        write_status(tmp_path / name, state="finished", step=600, steps=600)
     experiments, _ = read_experiments(
         tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
     )
@@ -176,7 +185,7 @@ def test_a_run_is_preempted_and_resumed_and_all_are_compared(
     told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
     of_low = [line for line in told if line.startswith("low")]
     assert of_low == [
-        f"low: {s}" for s in ("running", "preempting", "waiting", "running", "finished")
+        f"low: {s}" for s in ("running", "stopping", "waiting", "running", "finished")
     ]
     assert told.index("high: finished") < len(told) - 1 - told[::-1].index("low: running")
     assert "wrong: failed" in told and "nowhere" in said

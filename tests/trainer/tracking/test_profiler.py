@@ -19,6 +19,7 @@ from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.profiler import StepProfile
 
 PARTS = ("data wait", "begin step", "forward", "backward", "update")
@@ -148,6 +149,7 @@ def watched_while_written(
         save_every=10,
         saver=nothing,
         stop=StopRequest(None, 60.0),
+        status=StatusWriter(folder, rank=1),
         rank_timer=RankTimer(CPU),
         stragglers=StragglerReport(0, ["host"]),
         watchdog=watchdog,
