@@ -228,17 +228,14 @@ def _train(driver: Driver, run_dir: Path, metric: str) -> Iterator[tuple[int, fl
 def _domain(varied: Varied) -> Any:
     from ray import tune
 
-    values = list(varied.values)
-    if varied.distribution == "choice":
-        return tune.choice(values)
-    if varied.distribution == "grid":
-        return tune.grid_search(values)
-    low, high = values
-    if varied.distribution == "whole":
-        return tune.randint(low, high + 1)
-    return (
-        tune.uniform(low, high) if varied.distribution == "uniform" else tune.loguniform(low, high)
-    )
+    sample = {
+        "choice": tune.choice,
+        "grid": tune.grid_search,
+        "uniform": lambda bounds: tune.uniform(*bounds),
+        "log_uniform": lambda bounds: tune.loguniform(*bounds),
+        "whole": lambda bounds: tune.randint(bounds[0], bounds[1] + 1),
+    }[varied.distribution]
+    return sample(list(varied.values))
 
 
 def _concurrent_trials(need: Need) -> int:

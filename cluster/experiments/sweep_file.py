@@ -102,25 +102,22 @@ def read_sweep(path: Path, folder: Path, words: Sequence[str]) -> Sweep:
     found = {
         name: checked(document, name, default, int, where) for name, default in numbers.items()
     }
-    grace = found["grace_steps"] or config.evaluation.every_steps
     minimum = {"trials": 1, "reduction": 2, "retries": 0, "seed": 0}
     for name, low in minimum.items():
         if found[name] < low:
             raise ValueError(f"{where}: {name} is {found[name]}; use {low} or more")
+    grace = found.pop("grace_steps") or config.evaluation.every_steps
     if not 0 < grace <= config.steps:
         raise ValueError(f"{where}: grace_steps is {grace}; use 1 to steps, {config.steps}")
     return Sweep(
         all_words,
         space,
-        trials=found["trials"],
         metric=checked(document, "metric", "", str, where),
         mode=mode,
         steps=config.steps,
         grace_steps=grace,
-        reduction=found["reduction"],
-        retries=found["retries"],
-        seed=found["seed"],
         need=Need.of(config.cluster),
+        **found,
     )
 
 
@@ -150,8 +147,8 @@ def keep_or_compare(sweep: Sweep, path: Path, *, started: bool) -> None:
 
 
 def _varied(value: Any, where: str) -> Varied:
-    names = ", ".join(DISTRIBUTIONS)
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in DISTRIBUTIONS:
+        names = ", ".join(DISTRIBUTIONS)
         raise ValueError(f"{where} is {value!r}; use one of {names}, as in {{uniform: [0, 1]}}")
     ((distribution, values),) = value.items()
     if not isinstance(values, list) or not values:
