@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
 from cavmae.cluster.connection import absolute_path, address_of, connected, report_shortage
@@ -19,7 +19,6 @@ from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
@@ -29,6 +28,11 @@ from cavmae.trainer.fault_tolerance.preemption import (
 from cavmae.trainer.run import RunSummary
 from cavmae.trainer.run_status import LauncherStatus
 
+_PATH_FIELDS = (
+    *("run_dir", "initial_weights", "data.validation", "checkpoint.folder", "tracking.uri"),
+    *("cluster.storage", "classifier.labels"),
+)
+_SQLITE = "sqlite:///"
 _EXTRA_GRACE_SECONDS = 10.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
 
@@ -155,34 +159,24 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     Raises:
         ValueError: a path is relative in a Ray job.
     """
-    absolute = partial(absolute_path, folder=folder)
-    uri, sqlite = config.tracking.uri, "sqlite:///"
-    if uri.startswith(sqlite):
-        uri = sqlite + absolute("tracking.uri", uri.removeprefix(sqlite))
-    else:
-        uri = absolute("tracking.uri", uri)
-    if isinstance(config, FinetuneConfig):
-        labels = absolute("classifier.labels", config.classifier.labels)
-        classifier = dataclasses.replace(config.classifier, labels=labels)
-        config = dataclasses.replace(config, classifier=classifier)
-    return dataclasses.replace(
-        config,
-        run_dir=absolute("run_dir", config.run_dir),
-        initial_weights=absolute("initial_weights", config.initial_weights),
-        data=dataclasses.replace(
-            config.data,
-            train=",".join(absolute("data.train", one) for one in config.data.train_folders),
-            validation=absolute("data.validation", config.data.validation),
-            cache_folder=absolute("data.cache_folder", config.data.cache.folder),
-        ),
-        checkpoint=dataclasses.replace(
-            config.checkpoint, folder=absolute("checkpoint.folder", config.checkpoint.folder)
-        ),
-        tracking=dataclasses.replace(config.tracking, uri=uri),
-        cluster=dataclasses.replace(
-            config.cluster, storage=absolute("cluster.storage", config.cluster.storage)
-        ),
+
+    def absolute(name: str, path: str) -> str:
+        prefix = _SQLITE if path.startswith(_SQLITE) else ""
+        return prefix + absolute_path(name, path.removeprefix(prefix), folder)
+
+    data = dataclasses.replace(
+        config.data,
+        train=",".join(absolute("data.train", one) for one in config.data.train_folders),
+        cache_folder=absolute("data.cache_folder", config.data.cache.folder),
     )
+    config = dataclasses.replace(config, data=data)
+    for name in _PATH_FIELDS:
+        group, _, field = name.rpartition(".")
+        owner: Any = getattr(config, group, None) if group else config
+        if owner is not None:
+            owner = dataclasses.replace(owner, **{field: absolute(name, getattr(owner, field))})
+            config = dataclasses.replace(config, **{group: owner}) if group else owner
+    return config
 
 
 def _fit(config: RayRunConfig) -> RunSummary:
