@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,8 @@ def main(arguments: list[str]) -> int:
     if config.file == "paper_ablations":
         path = Path(__file__).with_name("paper_ablations.yaml")
     folder = Path(config.folder)
-    experiments, retries = read_experiments(path, folder, words)
+    read = partial(read_experiments, path, folder, words)
+    experiments = read()
     cores = max(len(os.sched_getaffinity(0)), *(one.need.cpus for one in experiments))
     own = ClusterConfig(workers=1, cpus_per_worker=cores, address=config.address)
     with connected(own, threads=1):
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> int:
         address = ray.get_runtime_context().gcs_address
         signal.signal(signal.SIGTERM, _stop)
         try:
-            _run(path, folder, words, experiments, retries, address)
+            _run(path, folder, read, experiments, address)
         finally:
             for experiment in experiments:
                 if experiment.driver is not None:
@@ -135,9 +137,8 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
 def _run(
     path: Path,
     folder: Path,
-    words: list[str],
+    read: Callable[[], list[Experiment]],
     experiments: list[Experiment],
-    retries: int,
     address: str,
 ) -> None:
     import ray
@@ -147,10 +148,10 @@ def _run(
     while True:
         if path.stat().st_mtime_ns != read_at:
             read_at = path.stat().st_mtime_ns
-            retries = _reread(path, folder, words, experiments, retries)
+            _reread(read, experiments)
         for one in experiments:
             if one.driver is not None and one.driver.exit_code is not None:
-                _ended(one, folder, retries)
+                _ended(one, folder)
         if not any(one.state in ("waiting", "running", "stopping") for one in experiments):
             return
         resources = ray.cluster_resources()
@@ -175,7 +176,7 @@ def _run(
         time.sleep(_POLL_SECONDS)
 
 
-def _ended(one: Experiment, folder: Path, retries: int) -> None:
+def _ended(one: Experiment, folder: Path) -> None:
     """Update a run whose driver has ended."""
     assert one.driver is not None
     driver, one.driver = one.driver, None
@@ -189,7 +190,7 @@ def _ended(one: Experiment, folder: Path, retries: int) -> None:
     else:
         one.failures += 1
         print(driver.failure(folder / one.name), file=sys.stderr)
-        _set_state(one, "waiting" if one.failures <= retries else "failed")
+        _set_state(one, "waiting" if one.failures <= one.retries else "failed")
 
 
 def _set_state(one: Experiment, state: State) -> None:
@@ -197,20 +198,17 @@ def _set_state(one: Experiment, state: State) -> None:
     print(f"{one.name}: {state}", file=sys.stderr, flush=True)
 
 
-def _reread(
-    path: Path, folder: Path, words: list[str], experiments: list[Experiment], retries: int
-) -> int:
+def _reread(read: Callable[[], list[Experiment]], experiments: list[Experiment]) -> None:
     """Take over added runs and changed priorities; a file that is invalid now is reported only."""
     try:
-        read, retries = read_experiments(path, folder, words)
+        now = read()
     except (ValueError, OSError) as error:
         print(f"file ignored: {error}", file=sys.stderr)
-        return retries
+        return
     known = {one.name: one for one in experiments}
-    for one in read:
+    for one in now:
         if one.name in known:
-            known[one.name].priority = one.priority
+            known[one.name].priority, known[one.name].retries = one.priority, one.retries
         else:
             experiments.append(one)
             print(f"{one.name}: added", file=sys.stderr)
-    return retries

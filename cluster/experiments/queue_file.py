@@ -54,7 +54,8 @@ class Experiment:
         words: arguments of `cavmae train`.
         need: resources of its ranks.
         state: its current state.
-        failures: failed attempts.
+        retries: failed attempts that are allowed.
+        failures: failed attempts so far.
         driver: driver of the current attempt.
     """
 
@@ -63,14 +64,13 @@ class Experiment:
     words: list[str]
     need: Need
     state: State = "waiting"
+    retries: int = 0
     failures: int = 0
     driver: Driver | None = field(default=None, repr=False)
 
 
-def read_experiments(
-    path: Path, folder: Path, words: Sequence[str]
-) -> tuple[list[Experiment], int]:
-    """Read the runs of a file, in its order, and how often a failed one is retried.
+def read_experiments(path: Path, folder: Path, words: Sequence[str]) -> list[Experiment]:
+    """Read the runs of a file, in its order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,6 +81,7 @@ def read_experiments(
     check_keys(document, known, {"recipe", "runs"}, str(path))
     runs = checked(document, "runs", {}, dict, str(path))
     common = common_words(document, path, folder)
+    retries = checked(document, "retries", 2, int, str(path))
     experiments = []
     for name, run in runs.items():
         run, where = run or {}, f"{path}: run {name}"
@@ -93,12 +94,11 @@ def read_experiments(
         config = checked_run(run_words, where)
         need = Need.of(config.cluster)
         state: State = "finished" if _is_finished(folder / str(name), config.steps) else "waiting"
-        experiments.append(
-            Experiment(str(name), checked(run, "priority", 0, int, where), run_words, need, state)
-        )
+        priority = checked(run, "priority", 0, int, where)
+        experiments.append(Experiment(str(name), priority, run_words, need, state, retries))
     if not experiments:
         raise ValueError(f"{path}: runs is empty; name at least one")
-    return experiments, checked(document, "retries", 2, int, str(path))
+    return experiments
 
 
 def _is_finished(run_dir: Path, steps: int) -> bool:
