@@ -1,1 +1,1 @@
-"""Training, packing and embedding on Ray clusters: placement, restarts, jobs, cluster files."""
+"""Ray: placing ranks on nodes, restarting them, and jobs on a cluster."""

@@ -1,1 +1,1 @@
-"""Many runs on one cluster: a queue with priorities, and hyperparameter sweeps."""
+"""Many runs: queues of experiments and sweeps."""

@@ -1,1 +1,1 @@
-"""Tools for one machine: a check of what it has, and the demos."""
+"""One machine: the demos, and `cavmae doctor`."""

@@ -56,7 +56,7 @@ def test_an_error_of_the_user_is_one_line_from_ray_too(
     finally:
         start.kill()
     assert start.processes[0].returncode == 1
-    assert re.search(r"^error: .*weights\.pt", start.text(), re.MULTILINE)
+    assert re.search("^error: .*weights.pt", start.text(), re.MULTILINE)
     assert "Traceback" not in start.text()
 
 
