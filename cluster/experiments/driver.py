@@ -1,4 +1,4 @@
-"""One `cavmae train` as a process of its own, for those who run many of them."""
+"""One `cavmae train` as a child process, for commands that run many of them."""
 
 import ctypes
 import signal
@@ -13,12 +13,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Driver:
-    """A driver whose run saves and stops when its parent ends, however that ends.
+    """A driver that saves and stops when its parent ends, however that ends.
 
     Args:
-        words: after `cavmae train`.
-        log: its output is appended here.
-        folder: what relative paths of the words are relative to; None: its parent's folder.
+        words: arguments of `cavmae train`.
+        log: file to which its output is appended.
+        folder: its working directory; None: the parent's.
     """
 
     def __init__(self, words: list[str], log: Path, folder: Path | None = None) -> None:
@@ -31,7 +31,7 @@ class Driver:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                preexec_fn=_leave_with_parent,
+                preexec_fn=_stop_with_parent,
             )
 
     @property
@@ -55,5 +55,5 @@ class Driver:
         return self._process.wait()
 
 
-def _leave_with_parent() -> None:
+def _stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Many runs on one cluster: who starts, who gives way, and that nothing is lost by it."""
+"""Many runs on one cluster: which start, which are preempted, and that no step is lost by it."""
 
 import json
 import os
@@ -34,38 +34,38 @@ def names(experiments: list[Experiment]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("experiments", "start", "preempt"),
+    ("experiments", "start", "preempted"),
     [
         # What fits starts, in the order of priority and of the file.
         ([run("a", 4), run("b", 4), run("c", 4)], ["a", "b"], []),
         ([run("a", 4), run("b", 8, 1)], ["b"], []),
-        # A lower one gives way, the last started first, and no more of them than needed.
+        # A lower one is preempted, the last started first, and no more of them than needed.
         ([run("a", 4, 0, "running"), run("b", 4, 0, "running"), run("c", 4, 1)], [], ["b"]),
         ([run("a", 8, 1, "running"), run("b", 8, 1)], [], []),
-        # While one is leaving, what it leaves is not given to another.
+        # What a stopping run frees is not given to another.
         ([run("a", 8, 0, "stopping"), run("b", 8, 1), run("c", 1, 0)], [], []),
         # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
         ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
-        # What is free goes to the one that others give way to.
+        # What is free goes to the one that others are preempted for.
         ([run("a", 6, 0, "running"), run("b", 8, 1), run("c", 2)], [], ["a"]),
         # One that is larger than the cluster keeps nobody waiting.
         ([run("a", 16, 1), run("b", 8)], ["b"], []),
         ([run("a", 16), run("b", 8)], ["b"], []),
     ],
 )
-def test_who_starts_and_who_is_preempted(
-    experiments: list[Experiment], start: list[str], preempt: list[str]
+def test_which_runs_start_and_which_are_preempted(
+    experiments: list[Experiment], start: list[str], preempted: list[str]
 ) -> None:
     step = next_step(experiments, Need(8, 8))
-    assert (names(step.start), names(step.preempt)) == (start, preempt)
+    assert (names(step.start), names(step.preempt)) == (start, preempted)
 
 
-def test_a_run_that_is_preempted_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
+def test_a_run_that_is_preempted_before_it_has_started_has_not_failed(tmp_path: Path) -> None:
     one = run("a", 1, state="stopping")
     one.driver = Driver(["demo"], tmp_path / "log")
     one.driver.request_stop()
     assert one.driver.wait() == -signal.SIGTERM
-    _ended(one, tmp_path, retries=0)
+    _ended(one, tmp_path)
     assert (one.state, one.failures) == ("waiting", 0)
 
 
@@ -80,8 +80,8 @@ def test_why_a_run_failed_comes_from_its_status(tmp_path: Path) -> None:
 
 def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
     words = ["--data.train", "/shards", "--workers", "4", "--gpus-per-worker", "1"]
-    experiments, retries = read_experiments(ABLATIONS, tmp_path, words)
-    assert len(experiments) == 13 and retries == 2
+    experiments = read_experiments(ABLATIONS, tmp_path, words)
+    assert len(experiments) == 13 and all(one.retries == 2 for one in experiments)
     assert all(experiment.need == Need(4, 4) for experiment in experiments)
     by_name = {experiment.name: experiment.words for experiment in experiments}
     assert "--mask.audio-ratio=0.85" in by_name["mask-85"]
@@ -89,13 +89,13 @@ def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -
     assert f"--run-dir={tmp_path}/av-mae" in by_name["av-mae"]
 
 
-def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path) -> None:
+def test_a_queue_that_is_rerun_skips_finished_runs(tmp_path: Path) -> None:
     """Unless they are to have more steps now."""
     runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
     (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
     for name in ("done", "longer"):
         write_status(tmp_path / name, state="finished", step=600, steps=600)
-    experiments, _ = read_experiments(
+    experiments = read_experiments(
         tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
     )
     assert {one.name: one.state for one in experiments} == {
@@ -121,7 +121,7 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
         ),
         (
             {"recipe": "demo", "runs": {"a": {"fields": {"stebs": 3}}}},
-            "run a has a field that is not as it should be",
+            "run a has an invalid field",
         ),
         (
             {"recipe": "demo", "runs": {"a": {"fields": {"workers": 3}}}},
@@ -129,7 +129,7 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
         ),
     ],
 )
-def test_a_file_that_is_wrong_is_told_with_the_run(
+def test_an_invalid_file_is_reported_with_the_run(
     document: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file.yaml").write_text(yaml.dump(document))
@@ -151,7 +151,7 @@ def watch(
 
 
 @pytest.mark.slow
-def test_a_run_gives_way_comes_back_and_all_are_compared(
+def test_a_run_is_preempted_and_resumed_and_all_are_compared(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     base = tiny_run(packed_synthetic, tmp_path / "x", steps=150)
@@ -178,7 +178,7 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
         watch(queue, path, document, folder, tmp_path / "log")
     finally:
         if queue.poll() is None:
-            queue.terminate()  # the runs save and leave
+            queue.terminate()  # the runs save and stop
             queue.wait(timeout=200)
 
     assert "in other words" in (folder / "drivers/low.log").read_text(), "as programs see it"

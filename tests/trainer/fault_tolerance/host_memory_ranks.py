@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cavmae.cluster.worker import is_lasting
+from cavmae.cluster.worker import is_permanent
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.process_group import end_rank
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         run(load_config(config_path, PretrainConfig))
     except (OutOfMemory, KeyError) as error:
-        said = str(error), is_lasting(error)
+        said = str(error), is_permanent(error)
     of_all = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, said)
     if rank == 0:
