@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 import cavmae
+from cavmae.atomic_write import read_json
 from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.train import check_run, with_absolute_paths
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.tracking.code_snapshot import git_commit
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 
 # What failures are noticed by within seconds (docs/training/reliability.md).
@@ -101,9 +102,10 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in FILES.items():
         path = folder / name
-        path.write_text(make(config))
-        if path.suffix == ".sh":
-            path.chmod(0o755)
+        with atomic_write(path) as temporary:
+            temporary.write_text(make(config))
+            if path.suffix == ".sh":
+                temporary.chmod(0o755)
         Console().print(str(path), soft_wrap=True, highlight=False)
     return 0
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cavmae.atomic_write import atomic_write, write_json
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.tracking.rank_logging import log_to_file, log_to_stderr
 
@@ -294,9 +294,8 @@ def _train(
         mlflow_run=report.mlflow_run,
     )
     if not outcome.stopped and ranks.rank == 0:
-        partial = run_dir / "weights.pt.partial"
-        torch.save(weights, partial)
-        partial.replace(run_dir / "weights.pt")
+        with atomic_write(run_dir / "weights.pt") as temporary, temporary.open("wb") as file:
+            torch.save(weights, file)  # torch writes the name of a path into the file
         write_json(run_dir / "summary.json", dataclasses.asdict(summary))
     report.close("KILLED" if outcome.stopped else "FINISHED")
     if outcome.stopped:

@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import TypeVar
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoints
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.resolve import check_same_run, native_dtype
-from cavmae.trainer.config.serialize import load_run_config, read_json, save_config, write_json
+from cavmae.trainer.config.serialize import load_run_config, save_config
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 
 Config = TypeVar("Config", bound=RunConfig)

@@ -95,9 +95,7 @@ class Validator:
             model.train()
             loader.close()
         self.scores = scored.metrics
-        reported = {
-            name.replace("val", kind, 1): value for name, value in scored.metrics.items()
-        }
+        reported = {name.replace("val", kind, 1): value for name, value in scored.metrics.items()}
         self._report.scores(reported, step)
         if self._ranks.rank == 0:
             for path in scored.draw(Path(config.run_dir) / "pictures", step):

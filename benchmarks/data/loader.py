@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.baselines.published_loader import (
     PublishedDataset,
     RawVideoDataset,
@@ -402,5 +403,6 @@ def _plot(results: dict[str, Any], path: str) -> None:
         [point["samples"] for point in points], [point["bytes"] / 1e6 for point in points], "o-"
     )
     axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
 
@@ -135,5 +136,6 @@ def _plot(windows: list[int], results: dict[str, Any], path: str) -> None:
         axis.axhline(results["perfect"][name], color="black", ls="--", label="perfect shuffle")
         axis.set(xscale="log", xlabel="shuffle window (samples)", title=title, ylim=(0, None))
     axes[0].legend()
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
@@ -212,7 +213,8 @@ def _logged(work: Path, rank: int) -> list[list[str]]:
 
 def _cut_log(work: Path, rank: int, steps: int) -> None:
     lines = [json.dumps(ids) + "\n" for ids in _logged(work, rank)[:steps]]
-    _log(work, rank).write_text("".join(lines))
+    with atomic_write(_log(work, rank)) as temporary:
+        temporary.write_text("".join(lines))
 
 
 def _start(

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cavmae.atomic_write import atomic_write, write_json
 from cavmae.cluster import train
 from cavmae.cluster.config import ClusterConfig
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
-from cavmae.trainer.config.serialize import load_config, write_json
+from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.run import RunSummary
 
 
@@ -57,9 +58,8 @@ def order_nan(run_dir: Path, rank: int, step: int) -> Path:
         A file that is gone as soon as the order is carried out.
     """
     path = _nan_file(run_dir, rank)
-    partial = path.with_suffix(".partial")
-    partial.write_text(str(step))
-    partial.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(str(step))
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from cavmae.atomic_write import write_json
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import (
     Expected,
@@ -46,7 +47,7 @@ from cavmae.trainer.config.configs import (
     TrackingConfig,
     WatchdogConfig,
 )
-from cavmae.trainer.config.serialize import save_config, write_json
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.config import ModelConfig
 
 RANKS = 2

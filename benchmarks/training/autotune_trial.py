@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
-from cavmae.trainer.config.serialize import read_json, save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.oom import RAN_OUT
 
 WARM_UP_STEPS, STEPS = 2, 4

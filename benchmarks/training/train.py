@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.processes import (
     Start,
@@ -38,7 +39,7 @@ from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
-from cavmae.trainer.config.serialize import read_json, save_config
+from cavmae.trainer.config.serialize import save_config
 
 CLIP_SECONDS, CLIP_SIDE = 10.0, 256
 """Of the clips that are generated: what the base model takes, and what packing keeps of a frame."""

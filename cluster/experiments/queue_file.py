@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cavmae.atomic_write import read_json
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.yaml_file import (
@@ -15,7 +16,6 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json
 
 State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
 

@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray
 from cavmae.command import exit_code
@@ -29,7 +30,7 @@ from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import demo as demo_recipe
-from cavmae.trainer.config.serialize import load_config, read_json, write_json
+from cavmae.trainer.config.serialize import load_config
 
 UNSEEN_START_INDEX = 1_000_000
 """Clips are a function of seed and index: from here on, none of the training clips."""

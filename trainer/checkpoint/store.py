@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from cavmae.atomic_write import atomic_write, sync
 from cavmae.dataloaders.shards.storage import (
     LocalFolder,
     RemoteFolder,
@@ -233,13 +234,10 @@ class LocalStore:
                 yield block
 
     def put(self, name: str, data: bytes) -> None:
-        partial = f"{name}.partial"
-        try:
-            self.write(partial, lambda file: file.write(data))
-            os.replace(self.folder / partial, self.folder / name)
-        except OSError:
-            (self.folder / partial).unlink(missing_ok=True)
-            raise
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
         self._sync_folders(name)
 
     def write(self, name: str, save: Save) -> FileSum:
@@ -265,18 +263,9 @@ class LocalStore:
     def _sync_folders(self, name: str) -> None:
         """Make the entries that lead to a file durable."""
         for folder in (self.folder / name).parents:
-            sync_folder(folder)
+            sync(folder)
             if folder == self.folder:
                 break
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ObjectStore:

@@ -5,12 +5,11 @@ are on the disk before the checkpoint of their step is begun.
 """
 
 import math
-import os
 from pathlib import Path
 
 import torch
 
-from cavmae.trainer.checkpoint.store import sync_folder
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.model.weights import read_state
@@ -55,14 +54,8 @@ class EpochWeights:
 
         def write() -> None:
             self._folder.mkdir(exist_ok=True)
-            path = self._path(step)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with atomic_write(self._path(step)) as temporary, temporary.open("wb") as file:
                 torch.save(weights, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(self._folder)
 
         on_first_rank(write)
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import write_json
 from cavmae.command import exit_code
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
     FileWriter,

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -265,7 +266,10 @@ def _write_classes(
     path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
 ) -> None:
     """A row for each class in each mode; nothing where a class has no such score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["mode", "index", "label", "name", "clips", "average_precision", "auc"])
         for mode, one in scores.items():

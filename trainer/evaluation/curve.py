@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
@@ -117,7 +118,8 @@ def plot(found: list[Curve], title: str, path: Path) -> None:
     for panel in list(panels)[len(found) :]:
         panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import atomic_write, write_json
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loading.dali import IMAGE_STD
@@ -23,7 +24,6 @@ from cavmae.dataloaders.media.audio_codec import encode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -287,7 +287,8 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        (out / f"{name}-{kind}.wav").write_bytes(encode_sound(pcm, "wav"))
+        with atomic_write(out / f"{name}-{kind}.wav") as temporary:
+            temporary.write_bytes(encode_sound(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
@@ -133,13 +134,15 @@ def export(config: ExportConfig) -> None:
     model, parts = source.model, _parts(source, config)
     hub = hub_model(model, source.description)
     out.mkdir(parents=True, exist_ok=True)
-    model_card(source.description, source.provenance).save(out / "README.md")
+    with atomic_write(out / "README.md") as temporary:
+        model_card(source.description, source.provenance).save(temporary)
     save_config(source.description, out / "config.json")
     if "hub" in config.format:
         hub.save_pretrained(out)
         print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
     if "published" in config.format:
-        torch.save(published_state(model), out / "published.pth")
+        with atomic_write(out / "published.pth") as temporary, temporary.open("wb") as file:
+            torch.save(published_state(model), file)
         print(f"{out / 'published.pth'}: {len(hub.state_dict())} tensors")
     writers = [_GRAPH_WRITERS[name] for name in config.format if name in _GRAPH_WRITERS]
     for part in parts if writers else ():

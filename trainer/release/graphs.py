@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 
@@ -103,9 +104,13 @@ def graph_of(model: Model, part: Part) -> ExportedProgram:
 
 def save_torch(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
     """Write a graph for `torch.export.load`; returns what computes with the written file."""
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its own names
-        torch.export.save(graph, path)
+        torch.export.save(graph, file)
     module = torch.export.load(path).module()
     return lambda inputs: module(**inputs)
 
@@ -129,7 +134,7 @@ def save_onnx(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Te
             dynamic_shapes={name: {0: "batch"} for name in inputs},
         )
     assert onnx is not None
-    onnx.save(path)
+    onnx.save(path)  # in place: large weights go to a second file, which the graph names
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

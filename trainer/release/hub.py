@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -36,7 +37,8 @@ class _HubFolder(ModelHubMixin):
         assert isinstance(self, torch.nn.Module)
         # `save_file` would make a file that only its owner can read.
         content = save(self.state_dict(), {"format": "pt"})
-        (save_directory / "model.safetensors").write_bytes(content)
+        with atomic_write(save_directory / "model.safetensors") as temporary:
+            temporary.write_bytes(content)
         save_config(self.description, save_directory / "config.json")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from cavmae.atomic_write import read_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.evaluation.trained_run import AnyRun
 from cavmae.trainer.release.model_card import table
 from cavmae.trainer.tracking.tracker import flatten

@@ -8,6 +8,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from cavmae.atomic_write import atomic_write
+
 _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 
 
@@ -33,9 +35,8 @@ def save_code(run_dir: Path) -> str:
     target = run_dir / "code" / f"{code}.tar.gz"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(gzip.compress(packed.getvalue()))
-        partial.replace(target)
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(gzip.compress(packed.getvalue()))
     return code
 
 

@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
 from cavmae.kernels import MaskIds
 from cavmae.trainer.metrics.retrieval import similarity_scores
@@ -266,4 +267,5 @@ def _mask_on_cpu(mask: MaskIds) -> MaskIds:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.kernels import default_backend
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.trainer.config.configs import TrackingConfig
-from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.tracking.code_snapshot import git_commit
 
 log = logging.getLogger(__name__)

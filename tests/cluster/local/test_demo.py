@@ -9,10 +9,10 @@ import pytest
 import torch
 from launch import ROOT
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local import demo_full
 from cavmae.cluster.local.demo import DemoConfig, main
 from cavmae.command import exit_code
-from cavmae.trainer.config.serialize import read_json, write_json
 
 
 @pytest.fixture(scope="module")

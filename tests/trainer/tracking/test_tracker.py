@@ -290,8 +290,8 @@ def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
 def test_runs_that_start_together_share_a_new_store_even_where_its_making_was_cut_short(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "mlflow.db.partial").write_bytes(b"SQLite format 3\0 and no more")
-    (tmp_path / "mlflow.db.partial-journal").write_bytes(b"of the file that was cut short")
+    (tmp_path / "mlflow.db.0123.partial").write_bytes(b"SQLite format 3\0 and no more")
+    (tmp_path / "mlflow.db.0123.partial-journal").write_bytes(b"of the file that was cut short")
     code = """
 import sys
 from pathlib import Path
@@ -311,7 +311,7 @@ Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
     for start in starts:
         said = start.communicate(timeout=200)[1]
         assert start.returncode == 0, said
-    assert not list(tmp_path.glob("mlflow.db.partial*"))
+    assert not list(tmp_path.glob("mlflow.db.*.partial*"))
 
 
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
