@@ -130,7 +130,7 @@ def _train(
     from cavmae.dataloaders.loading.loader import TrainLoader
     from cavmae.trainer.checkpoint.format import RunState
     from cavmae.trainer.checkpoint.load import load_newest
-    from cavmae.trainer.checkpoint.save import CheckpointWriter
+    from cavmae.trainer.checkpoint.save import CheckpointSaver
     from cavmae.trainer.checkpoint.weight_average import EpochWeights
     from cavmae.trainer.distributed.engine import Engine
     from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
@@ -218,7 +218,7 @@ def _train(
             dtype=config.engine.dtype,
         )
 
-    saver = CheckpointWriter(store, config.checkpoint, engine, state_at, start_step)
+    saver = CheckpointSaver(store, config.checkpoint, engine, state_at, start_step)
     hosts = [""] * ranks.world_size
     dist.all_gather_object(hosts, socket.gethostname())
 
@@ -325,12 +325,14 @@ def _stage(
 ) -> "Pretraining | Finetuning":
     """What the run trains; the first rank keeps the classes of fine-tuning in the run folder."""
     if isinstance(config, FinetuneConfig):
-        from cavmae.trainer.checkpoint.format import checkpoints
+        from cavmae.trainer.checkpoint.format import list_checkpoints
         from cavmae.trainer.distributed.collectives import on_first_rank
         from cavmae.trainer.tasks.finetune import Finetuning
         from cavmae.trainer.tasks.labels import open_labels
 
-        labels = on_first_rank(lambda: open_labels(config, run_dir, begun=bool(checkpoints(store))))
+        labels = on_first_rank(
+            lambda: open_labels(config, run_dir, begun=bool(list_checkpoints(store)))
+        )
         return Finetuning(config, labels, device)
     assert isinstance(config, PretrainConfig)
     from cavmae.trainer.tasks.pretraining import Pretraining

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cavmae.atomic_write import read_json, write_json
-from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoints
+from cavmae.trainer.checkpoint.format import check_not_left_behind, list_checkpoints
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.resolve import check_same_run, native_dtype
@@ -44,10 +44,10 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
     if record and folder_before != folder:
         check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
     before = None
-    if checkpoints(store):
+    if list_checkpoints(store):
         if not saved.exists():
             raise ValueError(
-                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
+                f"checkpoint.folder {store.location()} has checkpoints and run_dir {run_dir} no "
                 "config.json: they are of another run; give another folder, or that run's run_dir"
             )
         before = load_run_config(saved)

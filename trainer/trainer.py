@@ -47,15 +47,15 @@ class Loader(Protocol):
 
 
 class Saver(Protocol):
-    """Writes checkpoints beside the steps; `open` and what `commit` returns are the same on all
+    """Writes checkpoints beside the steps; `is_open` and what `commit` returns are the same on all
     ranks."""
 
     failures: int
 
     @property
-    def open(self) -> bool: ...
+    def is_open(self) -> bool: ...
     @property
-    def writing(self) -> bool: ...
+    def is_writing(self) -> bool: ...
     def begin(self, step: int) -> None: ...
     def commit(self) -> bool: ...
 
@@ -155,13 +155,13 @@ def train(
             due = step % report_every == 0 or last
             means, (stops, writers), own_seconds = _over_ranks(
                 task.metrics() if due or not update.applied else {},
-                (bool(stop.reason), saver.writing),
+                (bool(stop.reason), saver.is_writing),
                 rank_timer.take() if due else None,
                 device,
             )
             if stops:
                 stop.start_budget()
-            if saver.open and not writers and not saver.commit():
+            if saver.is_open and not writers and not saver.commit():
                 save_again = step + max(1, save_every // RETRIES_PER_INTERVAL)
             if not update.applied:
                 log.warning(

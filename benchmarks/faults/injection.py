@@ -23,7 +23,12 @@ from cavmae.benchmarks.faults.runs import (
 )
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.checkpoint.format import checkpoint_name, checkpoints, step_folders, step_of
+from cavmae.trainer.checkpoint.format import (
+    checkpoint_name,
+    list_checkpoints,
+    list_folders,
+    step_of,
+)
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
 
@@ -98,7 +103,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
         before, fault = last_step(Path(config.run_dir)), time.time()
         newest = damage_newest(config, damage)
         start = bench.plain(config)
-        said = start.wait_for(lambda: start.line("trying the one before"), "the notice")
+        said = start.wait_for(lambda: start.line("trying the previous one"), "the notice")
         noticed = time.time()
         start.finish()
         resumed = resumed_step(start)
@@ -114,7 +119,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:
     """Do something to a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
-    newest = checkpoints(open_store(folder))[-1]
+    newest = list_checkpoints(open_store(folder))[-1]
     damage(next((folder / newest).glob("state/*optim_states.pt")))
     return step_of(newest)
 
@@ -144,7 +149,7 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
     start = bench.plain(config)
     start.finish()
     store = open_store(run_dir / "checkpoints")
-    left = set(step_folders(store)) - set(checkpoints(store))
+    left = set(list_folders(store)) - set(list_checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")
     return bench.row(

@@ -36,7 +36,7 @@ from cavmae.trainer.checkpoint.format import (
     manifest_bytes,
     read_manifest,
 )
-from cavmae.trainer.checkpoint.store import FileSum, open_store
+from cavmae.trainer.checkpoint.store import FileDigest, open_store
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
@@ -268,7 +268,7 @@ def last_step(run_dir: Path) -> int:
 
 def resumed_step(start: Start) -> int:
     """Step that a start went on from, the last time that it did."""
-    return int(re.findall(r"going on from \S*step-(\d+)", start.text())[-1])
+    return int(re.findall(r"resuming from \S*step-(\d+)", start.text())[-1])
 
 
 def wait_for_checkpoint(start: Start, config: PretrainConfig, step: int) -> None:
@@ -281,11 +281,10 @@ def _move_on(folder: Path, step: int) -> None:
     """Have a copied checkpoint say that it is of another step."""
     store, name = open_store(folder), checkpoint_name(step)
     files = read_manifest(store, name)
-    assert not isinstance(files, str), files
     path = folder / name / RUN_STATE
     write_json(path, json.loads(path.read_text()) | {"step": step, "position": step * GLOBAL_BATCH})
     data = path.read_bytes()
-    files[RUN_STATE] = FileSum(len(data), zlib.crc32(data))
+    files[RUN_STATE] = FileDigest(len(data), zlib.crc32(data))
     store.put(f"{name}/{MANIFEST}", manifest_bytes(files))
 
 

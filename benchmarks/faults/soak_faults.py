@@ -22,7 +22,7 @@ from cavmae.benchmarks.faults.injection import (
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
-from cavmae.trainer.checkpoint.format import checkpoints, step_of
+from cavmae.trainer.checkpoint.format import list_checkpoints, step_of
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
@@ -103,14 +103,14 @@ def _told_to_go(run: SoakedRun, rng: random.Random) -> str:
 def _head_killed(run: SoakedRun, rng: random.Random) -> str:
     run.start.kill()
     run.begin()
-    return run.wait_for_line("going on from")
+    return run.wait_for_line("resuming from")
 
 
 def _newest_damaged(run: SoakedRun, rng: random.Random) -> str:
     run.start.kill()
     damage_newest(run.config, rng.choice([cut_short, flip_a_bit]))
     run.begin()
-    return run.wait_for_line("trying the one before")
+    return run.wait_for_line("trying the previous one")
 
 
 def _nan_rolled_back(run: SoakedRun, rng: random.Random) -> str:
@@ -196,13 +196,13 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
         RuntimeError: it does not.
     """
     run.look_from_here()
-    whole = [step_of(one) for one in checkpoints(open_store(run.run_dir / "checkpoints"))]
+    whole = [step_of(one) for one in list_checkpoints(open_store(run.run_dir / "checkpoints"))]
     newest = whole[-2] if fault in LOSES_A_CHECKPOINT else whole[-1]
     before, began = last_step(run.run_dir), time.time()
     said = FAULTS[fault](run, rng)
     resumed = None
     if fault not in TRAINING_GOES_ON:
-        run.wait_for_line("going on from")
+        run.wait_for_line("resuming from")
         resumed = resumed_step(run.start)
     run.wait_for_step_after(before)
     said = said.replace(f"{run.run_dir.parent}/", "")

@@ -161,7 +161,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
     text = start.communicate(timeout=500)[0]
     assert start.returncode == 0, text[-5000:]
     assert "starting all ranks again from the newest checkpoint (1 of 3)" in text
-    assert "going on from" in text
+    assert "resuming from" in text
     assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
 
     straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"))

@@ -1,8 +1,8 @@
-"""Where checkpoints lie: a folder that all ranks reach, or a URL of an object store.
+"""Where checkpoints are stored: a folder that all ranks reach, or a URL of an object store.
 
-Both do the little that checkpoints need, and promise the same: a small file appears whole or not at
-all, and a large one is on the disk, or with the store, when its writing ends. No folder is renamed,
-which object stores cannot do.
+Both offer the little that checkpoints need, with the same guarantees: a small file appears whole or
+not at all, and a large one is durable when `write` returns. No folder is renamed, which object
+stores cannot do.
 """
 
 import os
@@ -27,25 +27,28 @@ from cavmae.dataloaders.shards.storage import (
 )
 
 BLOCK_BYTES = 64 << 20
-"""Read or sent at once. S3 takes 10,000 parts a file: 640 GB."""
+"""Bytes read or sent at once. S3 takes 10,000 parts a file: 640 GB."""
 STORE_TRIES = 2
-"""Of a request to a store, each with the tries of its library; a checkpoint that fails is tried
-again as well."""
+"""Attempts of a request to a store, each with the retries of its library."""
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """Attributes: bytes, a file's length; crc32, its CRC-32."""
+class FileDigest:
+    """Length and CRC-32 of a file."""
 
     bytes: int
     crc32: int
 
 
-class _SummedFile:
-    """A file to write to, whose length and checksum are known without reading it.
+Save = Callable[[IO[bytes]], object]
+"""Writes a file's content, as torch.save does; called again where an attempt failed."""
+
+
+class _DigestWriter:
+    """A file to write to that computes length and checksum on the way.
 
     Args:
-        send: takes the bytes on.
+        send: passes the bytes on.
     """
 
     def __init__(self, send: Callable[[memoryview], object]) -> None:
@@ -53,11 +56,11 @@ class _SummedFile:
         self._bytes = self._crc32 = 0
         self._error: OSError | None = None
 
-    def filled(self, save: "Save") -> FileSum:
-        """What `save` has written.
+    def digest_of(self, save: Save) -> FileDigest:
+        """Run `save` on this file and return the digest of what it wrote.
 
         Raises:
-            OSError: `send` raised it; torch.save would tell of a position that it did not expect.
+            OSError: `send` raised it; torch.save would report an unexpected position instead.
         """
         try:
             save(cast(IO[bytes], self))
@@ -65,7 +68,7 @@ class _SummedFile:
             if self._error is not None:
                 raise self._error from None
             raise
-        return FileSum(self._bytes, self._crc32)
+        return FileDigest(self._bytes, self._crc32)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -81,87 +84,71 @@ class _SummedFile:
         return len(view)
 
     def flush(self) -> None:
-        """What takes the bytes on is flushed when the writing ends."""
-
-
-Save = Callable[[IO[bytes]], object]
+        """Do nothing: the file behind `send` is flushed when it is closed."""
 
 
 class Store(Protocol):
     """Files below one folder, by names such as `step-000000010/manifest.json`.
 
+    Every method raises OSError where the store could not be read or written, however often it was
+    tried.
+
     Attributes:
-        far: it answers over a network and may keep one waiting.
+        is_remote: it answers over a network, which may take long.
     """
 
-    far: bool
+    is_remote: bool
 
-    def place(self, name: str = "") -> str:
-        """Path or URL, for people."""
+    def location(self, name: str = "") -> str:
+        """Return a path or URL, for messages."""
         ...
 
     def folders(self) -> list[str]:
-        """Names of the folders directly in it, sorted; none where it is not there.
-
-        Raises:
-            OSError: it could not be read.
-        """
+        """List the names of the folders directly in it, sorted; none where it does not exist."""
         ...
 
     def files(self, folder: str) -> dict[str, int]:
-        """Bytes of all files below a folder of it, by their names in that folder; raises alike."""
+        """Return the bytes of all files below one of its folders, by their names in it."""
         ...
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None: it is not there; raises alike."""
+        """Return the bytes of a file; None where it does not exist."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A whole file.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            OSError: it could not be read, however often it was tried.
-        """
+        """Read a whole file; raises FileNotFoundError where it does not exist."""
         ...
 
-    def blocks(self, name: str, size: int) -> Iterator[bytes]:
-        """The first `size` bytes of a file, a block at a time; raises as `read`."""
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
+        """Yield the first `size` bytes of a file, a block at a time; raises as `read`."""
         ...
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small file, which is there whole or not at all, even after a power cut.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Write a small file atomically and durably."""
         ...
 
-    def write(self, name: str, save: Save) -> FileSum:
-        """Write a large file, durable when this returns.
-
-        Args:
-            save: writes the content; called again where a try failed.
+    def write(self, name: str, save: Save) -> FileDigest:
+        """Write a large file, durable when this returns; a failure may leave a part of it.
 
         Returns:
-            What was handed over, which a reader can compare with what is there.
+            The digest of what was written.
 
         Raises:
-            OSError, RuntimeError: it could not be written; a part of it may be there.
+            RuntimeError: `save` raised it.
         """
         ...
 
     def remove_file(self, name: str) -> None:
-        """Remove a file, durably; one that is not there is no error. Raises OSError."""
+        """Remove a file, durably, if it exists."""
         ...
 
     def remove_folder(self, folder: str) -> None:
-        """Remove all files below a folder; raises alike."""
+        """Remove all files below a folder."""
         ...
 
 
 def open_store(folder: str | Path) -> Store:
-    """The store of a folder or URL.
+    """Open the store of a folder or URL.
 
     Raises:
         ValueError: no package is installed for this kind of URL.
@@ -177,10 +164,10 @@ def open_store(folder: str | Path) -> Store:
 
 
 def check_writable(store: Store) -> None:
-    """Write a small file, read it and remove it, so that a wrong place is told at the start.
+    """Write a small file, read it and remove it, so that a bad folder fails at the start.
 
     Raises:
-        ValueError: there is no such bucket, or no right to use it.
+        ValueError: the bucket does not exist, or permissions are missing.
         OSError: the store does not answer, or the disk is full.
     """
     name = f"probe-{uuid.uuid4().hex}"
@@ -189,22 +176,22 @@ def check_writable(store: Store) -> None:
         store.read(name)
         store.remove_file(name)
     except OSError as error:
-        text = f"checkpoint.folder {store.place()} cannot be written, read and cleared: {error}"
-        lasting = (FileNotFoundError, PermissionError)
-        if isinstance(error, lasting) or isinstance(error.__cause__, lasting):
-            raise ValueError(f"{text}; make the bucket or folder, and allow all three") from error
+        text = f"checkpoint.folder {store.location()} cannot be written, read and cleared: {error}"
+        permanent = (FileNotFoundError, PermissionError)
+        if isinstance(error, permanent) or isinstance(error.__cause__, permanent):
+            raise ValueError(f"{text}; create the bucket or folder, and allow all three") from error
         raise OSError(text) from error
 
 
 class LocalStore:
     """A folder that this machine mounts."""
 
-    far = False
+    is_remote = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, name: str = "") -> str:
+    def location(self, name: str = "") -> str:
         return str(self.folder / name)
 
     def folders(self) -> list[str]:
@@ -227,7 +214,7 @@ class LocalStore:
     def read(self, name: str) -> bytes:
         return LocalFolder(self.folder).read(name)
 
-    def blocks(self, name: str, size: int) -> Iterator[bytes]:
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
         with open(self.folder / name, "rb") as file:
             while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                 size -= len(block)
@@ -240,11 +227,11 @@ class LocalStore:
             temporary.write_bytes(data)
         self._sync_folders(name)
 
-    def write(self, name: str, save: Save) -> FileSum:
+    def write(self, name: str, save: Save) -> FileDigest:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            written = _SummedFile(file.write).filled(save)
+            written = _DigestWriter(file.write).digest_of(save)
             file.flush()
             os.fsync(file.fileno())
         self._sync_folders(name)
@@ -261,7 +248,7 @@ class LocalStore:
             shutil.rmtree(self.folder / folder)
 
     def _sync_folders(self, name: str) -> None:
-        """Make the entries that lead to a file durable."""
+        """Flush the folders that lead to a file."""
         for folder in (self.folder / name).parents:
             sync(folder)
             if folder == self.folder:
@@ -271,60 +258,56 @@ class LocalStore:
 class ObjectStore:
     """A URL of an object store, through fsspec."""
 
-    far = True
+    is_remote = True
 
     def __init__(self, url: str) -> None:
         self._reading = RemoteFolder(url, None)
         self._files, self._path = open_url(self._reading.url)
 
-    def place(self, name: str = "") -> str:
+    def location(self, name: str = "") -> str:
         return self._reading.place(name).rstrip("/")
 
     def folders(self) -> list[str]:
-        found = self._asked(lambda: self._files.ls(self._path, detail=True), [])
+        found = self._query(lambda: self._files.ls(self._path, detail=True), [])
         folders = [one["name"] for one in found if one["type"] == "directory"]
         return sorted(name.rstrip("/").rpartition("/")[2] for name in folders)
 
     def files(self, folder: str) -> dict[str, int]:
         top = f"{self._path}/{folder}"
-        found = self._asked(lambda: self._files.find(top, detail=True), {})
+        found = self._query(lambda: self._files.find(top, detail=True), {})
         return {name.removeprefix(f"{top}/"): one["size"] for name, one in found.items()}
 
     def size(self, name: str) -> int | None:
-        return self._asked(lambda: self._files.info(f"{self._path}/{name}")["size"], None)
+        return self._query(lambda: self._files.info(f"{self._path}/{name}")["size"], None)
 
     def read(self, name: str) -> bytes:
         return self._reading.read(name)
 
-    def blocks(self, name: str, size: int) -> Iterator[bytes]:
+    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
         file = StoredFile(name, "", size)
         for start in range(0, size, BLOCK_BYTES):
             yield self._reading.read_range(file, start, BLOCK_BYTES)
 
     def put(self, name: str, data: bytes) -> None:
-        def once() -> None:
-            with as_os_errors():
-                self._files.pipe_file(f"{self._path}/{name}", data)
+        self.write(name, lambda file: file.write(data))  # an object always appears whole
 
-        retried(once, self.place(name), STORE_TRIES, may_be_missing=True, done="written")
-
-    def write(self, name: str, save: Save) -> FileSum:
-        def once() -> FileSum:
+    def write(self, name: str, save: Save) -> FileDigest:
+        def once() -> FileDigest:
             with as_os_errors():
                 file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
             try:
-                written = _SummedFile(lambda block: self._send(file, block)).filled(save)
+                written = _DigestWriter(lambda block: self._send(file, block)).digest_of(save)
                 with as_os_errors():
                     file.close()
             except BaseException:
-                # Closed in the usual way, or by the garbage collector, it would send what it has.
+                # close(), also by the garbage collector, would send the part that was written.
                 with suppress(Exception):
                     file.discard()
                 file.closed = True
                 raise
             return written
 
-        return retried(once, self.place(name), STORE_TRIES, may_be_missing=True, done="written")
+        return retried(once, self.location(name), STORE_TRIES, may_be_missing=True, done="written")
 
     def remove_file(self, name: str) -> None:
         with suppress(FileNotFoundError), as_os_errors():
@@ -339,8 +322,8 @@ class ObjectStore:
         with as_os_errors():
             file.write(block)
 
-    def _asked(self, question: Callable[[], Any], missing: Any) -> Any:
-        """An answer of the store itself, not of fsspec's memory; `missing` where nothing is."""
+    def _query(self, question: Callable[[], Any], missing: Any) -> Any:
+        """Ask the store itself, not fsspec's cache; return `missing` for a file not found."""
 
         def once() -> Any:
             with as_os_errors():
@@ -348,6 +331,6 @@ class ObjectStore:
                 return question()
 
         try:
-            return retried(once, self.place(), STORE_TRIES, may_be_missing=True)
+            return retried(once, self.location(), STORE_TRIES, may_be_missing=True)
         except FileNotFoundError:
             return missing

@@ -107,7 +107,7 @@ class RunReport:
             default_backend(self._device),
         )
         if resumed_from:
-            log.info("going on from %s", resumed_from)
+            log.info("resuming from %s", resumed_from)
 
     def step(self, report: StepReport) -> None:
         """Show and record a step's metrics."""

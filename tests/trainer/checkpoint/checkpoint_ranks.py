@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from cavmae.trainer.checkpoint.format import RunState
 from cavmae.trainer.checkpoint.load import load_newest
-from cavmae.trainer.checkpoint.save import CheckpointWriter
+from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.store import open_store
 from cavmae.trainer.config.configs import CheckpointConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
@@ -67,7 +67,7 @@ def main() -> None:
     ]
 
     store, part = open_store(folder / "checkpoints"), Part()
-    writer = CheckpointWriter(
+    writer = CheckpointSaver(
         store,
         CheckpointConfig(every_steps=10),
         cast(Engine, part),
