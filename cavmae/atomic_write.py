@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def remove_leftovers(folder: Path, older_than_seconds: float = 0) -> None:
             writing.
     """
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if time.time() - path.stat().st_mtime >= older_than_seconds:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # its writer has just renamed it
+            if time.time() - path.stat().st_mtime >= older_than_seconds:
+                path.unlink()
 
 
 def write_json(path: str | Path, document: object) -> None:

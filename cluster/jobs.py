@@ -155,7 +155,7 @@ def run_state(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: it is none.
     """
-    from cavmae.trainer.tracking.tracker import read_metrics
+    from cavmae.trainer.tracking.metrics_file import read_metrics
 
     _check_run_folder(folder)
     steps = read_json(folder / "config.json")["steps"]  # of any version

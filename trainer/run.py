@@ -138,7 +138,7 @@ def _train(
     from cavmae.trainer.fault_tolerance.watchdog import Watchdog
     from cavmae.trainer.lr_schedule import learning_rate
     from cavmae.trainer.tracking.profiler import StepProfile
-    from cavmae.trainer.tracking.run_logger import RunReport
+    from cavmae.trainer.tracking.run_logger import RunLogger
     from cavmae.trainer.trainer import train
     from cavmae.trainer.validator import Validator
 
@@ -191,7 +191,7 @@ def _train(
         quarantine=state.quarantine if state else (),
         journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
     )
-    report = RunReport(
+    logger = RunLogger(
         config,
         run_dir,
         ranks,
@@ -199,8 +199,8 @@ def _train(
         steps_per_epoch=steps_per_epoch,
         device=device,
     )
-    report.opened(task.description, train_set, resumed_from=checkpoint)
-    held_out = Validator(config, shape, ranks, stage.score, report, device=device)
+    logger.log_start(task.description, train_set, resumed_from=checkpoint)
+    held_out = Validator(config, shape, ranks, stage.score, logger, device=device)
 
     def state_at(step: int) -> RunState:
         quarantine: list[list[tuple[str, str]] | None] = [None] * ranks.world_size
@@ -242,7 +242,7 @@ def _train(
             ),
             max_skipped_updates=config.engine.max_skipped_updates,
             report_every=config.tracking.every_steps,
-            report=report.step,
+            report=logger.log_step,
             evaluate_every=config.evaluation.every_steps,
             evaluate=lambda step: held_out.score(engine.module, step),
             end_step=lambda step: epoch_weights.keep(engine, step),
@@ -271,7 +271,7 @@ def _train(
             if epoch_weights and held_out.there:
                 held_out.score(_model_of(weights, stage, device), outcome.step, "averaged")
     except BaseException:
-        report.close("FAILED")
+        logger.close("FAILED")
         raise
     finally:
         loader.close()
@@ -290,14 +290,14 @@ def _train(
         seconds=seconds,
         samples_per_second=(outcome.step - start_step) * config.global_batch / max(seconds, 1e-9),
         scores=held_out.scores,
-        tracking_uri=report.tracking_uri,
-        mlflow_run=report.mlflow_run,
+        tracking_uri=logger.tracking_uri,
+        mlflow_run=logger.mlflow_run,
     )
     if not outcome.stopped and ranks.rank == 0:
         with atomic_write(run_dir / "weights.pt") as temporary, temporary.open("wb") as file:
             torch.save(weights, file)  # torch writes the name of a path into the file
         write_json(run_dir / "summary.json", dataclasses.asdict(summary))
-    report.close("KILLED" if outcome.stopped else "FINISHED")
+    logger.close("KILLED" if outcome.stopped else "FINISHED")
     if outcome.stopped:
         log.info(
             "left at step %d of %d (%s); the same command goes on",

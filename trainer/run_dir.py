@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TypeVar
 
-from cavmae.atomic_write import read_json, write_json
+from cavmae.atomic_write import read_json, remove_leftovers, write_json
 from cavmae.trainer.checkpoint.format import check_not_left_behind, list_checkpoints
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
@@ -34,6 +34,8 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
         OSError: one of them can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (run_dir, run_dir / "epoch-weights"):
+        remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}
     check_writable(store)

@@ -61,15 +61,6 @@ class Saver(Protocol):
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """Attributes: step, optimizer steps done; metrics, means over ranks of that step, with
-    `samples_per_second` and `data_wait_share` since the last report."""
-
-    step: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
 class LoopOutcome:
     """Attributes: step, optimizer steps done; stopped, why the run was asked to leave early, empty
     where it was not; skipped_updates, steps whose loss or gradient was not finite."""
@@ -95,7 +86,7 @@ def train(
     learning_rate: Callable[[int], float],
     max_skipped_updates: int,
     report_every: int,
-    report: Callable[[StepReport], None],
+    report: Callable[[int, dict[str, float]], None],
     evaluate_every: int,
     evaluate: Callable[[int], None],
     end_step: Callable[[int], None],
@@ -182,19 +173,17 @@ def train(
                 now = time.monotonic()
                 seconds = max(now - since, 1e-9)
                 report(
-                    StepReport(
-                        step,
-                        means
-                        | {
-                            "gradient_norm": update.gradient_norm,
-                            "learning_rate": rate,
-                            "skipped_updates": float(skipped),
-                            "samples_per_second": (step - since_step) * global_batch / seconds,
-                            "checkpoint_failures": float(saver.failures),
-                            "data_wait_share": (loader.wait_seconds - waited) / seconds,
-                        }
-                        | stragglers.look(own_seconds, seconds / (step - since_step)),
-                    )
+                    step,
+                    means
+                    | {
+                        "gradient_norm": update.gradient_norm,
+                        "learning_rate": rate,
+                        "skipped_updates": float(skipped),
+                        "samples_per_second": (step - since_step) * global_batch / seconds,
+                        "checkpoint_failures": float(saver.failures),
+                        "data_wait_share": (loader.wait_seconds - waited) / seconds,
+                    }
+                    | stragglers.look(own_seconds, seconds / (step - since_step)),
                 )
                 since, since_step, waited = now, step, loader.wait_seconds
             end_step(step)

@@ -1,4 +1,4 @@
-"""Scores and pictures on clips that are never trained on, during a run."""
+"""Scores and figures on clips that are never trained on, during a run."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks
-from cavmae.trainer.tracking.run_logger import RunReport
+from cavmae.trainer.tracking.run_logger import RunLogger
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Scored:
 
     Attributes:
         metrics: by name, the same on all ranks.
-        draw: writes pictures to a folder, named for a step, and returns their paths; one rank
+        draw: writes figures to a folder, named for a step, and returns their paths; one rank
             calls it.
     """
 
@@ -41,7 +41,7 @@ class Validator:
         shape: what the model takes.
         ranks: this process's place.
         scorer: what is scored.
-        report: where scores and pictures go.
+        logger: where scores and figures go.
         device: this rank's device.
 
     Attributes:
@@ -54,12 +54,12 @@ class Validator:
         shape: ClipShape,
         ranks: Ranks,
         scorer: Scorer,
-        report: RunReport,
+        logger: RunLogger,
         *,
         device: torch.device,
     ) -> None:
         self._config, self._shape, self._ranks = config, shape, ranks
-        self._scorer, self._report, self._device = scorer, report, device
+        self._scorer, self._logger, self._device = scorer, logger, device
         self.scores: dict[str, float] = {}
 
     @property
@@ -96,7 +96,7 @@ class Validator:
             loader.close()
         self.scores = scored.metrics
         reported = {name.replace("val", kind, 1): value for name, value in scored.metrics.items()}
-        self._report.scores(reported, step)
+        self._logger.log_scores(reported, step)
         if self._ranks.rank == 0:
-            for path in scored.draw(Path(config.run_dir) / "pictures", step):
-                self._report.picture(path)
+            for path in scored.draw(Path(config.run_dir) / "figures", step):
+                self._logger.log_figure(path)

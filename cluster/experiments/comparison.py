@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.atomic_write import atomic_write, read_json
-from cavmae.trainer.tracking.tracker import log_files, read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
+from cavmae.trainer.tracking.tracker import log_files
 
 _LEFT_OUT = ("_low", "_high", "_chance", "_p_value")
 

@@ -273,7 +273,7 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     where = {
         "run folder": demo.run_dir,
         "weights": demo.run_dir / "weights.pt",
-        "pictures": demo.run_dir / "pictures",
+        "figures": demo.run_dir / "figures",
         "videos": demo.folder / "videos" / "unseen",
         "all curves": f"{mlflow} ui --backend-store-uri sqlite:///{database} --host 127.0.0.1",
     }

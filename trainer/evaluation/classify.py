@@ -39,7 +39,7 @@ from cavmae.trainer.metrics.classification import (
 )
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.figures import class_picture
+from cavmae.trainer.tracking.figures import plot_classes
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def classify(config: ClassifyConfig) -> None:
     out = write_evaluation(run, config.out, kind, shards, result)
     _write_classes(out.with_suffix(".csv"), labels, clips_of_class, scores)
     first = scores[modes[0]].scores
-    class_picture(
+    plot_classes(
         out.with_suffix(".png"),
         f"{modes[0]}: mean average precision {first.mean_average_precision.value:.1%}, "
         f"{first.clips} clips",

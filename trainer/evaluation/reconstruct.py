@@ -31,7 +31,7 @@ from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tracking.figures import (
     masked_and_reconstructed,
     patchify,
-    reconstruction_picture,
+    plot_reconstructions,
 )
 
 ERRORS = (
@@ -264,7 +264,7 @@ def _reconstruct_clip(
     log_mel, frame = batch.log_mel.cpu(), frame.cpu()
     audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
     norm_pix = run.loss.norm_pix
-    reconstruction_picture(
+    plot_reconstructions(
         out / f"{name}.png",
         log_mel,
         frame,

@@ -24,7 +24,7 @@ from cavmae.trainer.model.masking import random_masks
 @dataclass(frozen=True)
 class Evaluation:
     """Attributes: metrics by name; retrieval both ways; similarity (clips, clips) audio by video
-    on CPU; pictures, what `pictures.reconstruction_picture` shows of the first clips."""
+    on CPU; pictures, what `pictures.plot_reconstructions` shows of the first clips."""
 
     metrics: dict[str, float]
     retrieval: dict[str, RetrievalScores]

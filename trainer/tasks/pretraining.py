@@ -15,7 +15,7 @@ from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.tasks.build_model import autoencoder
 from cavmae.trainer.tasks.pretrain import PretrainTask
 from cavmae.trainer.tasks.pretrain_validation import Evaluation, evaluate
-from cavmae.trainer.tracking.figures import reconstruction_picture, similarity_picture
+from cavmae.trainer.tracking.figures import plot_reconstructions, plot_similarity
 from cavmae.trainer.validator import Scored
 
 
@@ -71,11 +71,11 @@ class Pretraining:
 
     def _draw(self, evaluation: Evaluation, folder: Path, step: int) -> list[Path]:
         paths = [folder / f"similarity-step-{step:09d}.png"]
-        similarity_picture(paths[0], evaluation.similarity)
+        plot_similarity(paths[0], evaluation.similarity)
         clips = evaluation.pictures
         if clips.predicted_audio is not None and clips.predicted_video is not None:
             paths.append(folder / f"reconstruction-step-{step:09d}.png")
-            reconstruction_picture(
+            plot_reconstructions(
                 paths[1],
                 clips.log_mel,
                 clips.frame,

@@ -19,7 +19,7 @@ from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
 

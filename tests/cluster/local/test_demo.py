@@ -64,7 +64,7 @@ def test_the_scores_stand_beside_chance_and_beside_what_they_do_not_show(
 def test_everything_that_the_demo_names_is_there(demo: tuple[Path, str]) -> None:
     folder, text = demo
     assert (folder / "run/weights.pt").exists()
-    assert list((folder / "run/pictures").glob("*.png"))
+    assert list((folder / "run/figures").glob("*.png"))
     assert f"sqlite:///{folder / 'mlflow.db'}" in text
     assert (folder / "mlflow.db").exists()
 

@@ -25,7 +25,7 @@ from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConf
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
