@@ -89,6 +89,17 @@ def remove_leftovers(folder: Path, older_than_seconds: float = 0) -> None:
                 path.unlink()
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
+
+
 def write_json(path: str | Path, document: object) -> None:
     """Write a JSON file atomically.
 
@@ -96,9 +107,7 @@ def write_json(path: str | Path, document: object) -> None:
         ValueError: a float that is not finite.
         OSError: the file could not be written.
     """
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

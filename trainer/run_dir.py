@@ -14,7 +14,7 @@ from cavmae.trainer.checkpoint.format import (
     checkpoint_folder,
     list_checkpoints,
 )
-from cavmae.trainer.checkpoint.store import Store, check_writable, open_store
+from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
 from cavmae.trainer.config.serialize import load_run_config, save_config
@@ -63,7 +63,7 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int) -> OpenRun:
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     train_set = ShardSet(config.data.train_folders, config.data.cache)
-    store = open_store(checkpoint_folder(config))
+    store = Store(checkpoint_folder(config))
     resolved = resolve(
         config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
     )
@@ -91,7 +91,7 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
         OSError: the folder or the store can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (run_dir, run_dir / "epoch-weights"):
+    for folder in (run_dir, run_dir / "epoch-weights", run_dir / "journal"):
         remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}

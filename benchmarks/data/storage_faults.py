@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import write_text
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
@@ -213,8 +213,7 @@ def _logged(work: Path, rank: int) -> list[list[str]]:
 
 def _cut_log(work: Path, rank: int, steps: int) -> None:
     lines = [json.dumps(ids) + "\n" for ids in _logged(work, rank)[:steps]]
-    with atomic_write(_log(work, rank)) as temporary:
-        temporary.write_text("".join(lines))
+    write_text(_log(work, rank), "".join(lines))
 
 
 def _start(

@@ -29,7 +29,7 @@ from cavmae.trainer.checkpoint.format import (
     list_folders,
     step_of,
 )
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
 
 DAMAGED_CLIPS = 4
@@ -119,7 +119,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:
     """Do something to a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
-    newest = list_checkpoints(open_store(folder))[-1]
+    newest = list_checkpoints(Store(folder))[-1]
     damage(next((folder / newest).glob("state/*optim_states.pt")))
     return step_of(newest)
 
@@ -148,7 +148,7 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
     start.kill()
     start = bench.plain(config)
     start.finish()
-    store = open_store(run_dir / "checkpoints")
+    store = Store(run_dir / "checkpoints")
     left = set(list_folders(store)) - set(list_checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cavmae.atomic_write import atomic_write, write_json
+from cavmae.atomic_write import write_json, write_text
 from cavmae.cluster import train
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
@@ -62,8 +62,7 @@ def order_nan(run_dir: Path, rank: int, step: int) -> Path:
         A file that is gone as soon as the order is carried out.
     """
     path = _nan_file(run_dir, rank)
-    with atomic_write(path) as temporary:
-        temporary.write_text(str(step))
+    write_text(path, str(step))
     return path
 
 

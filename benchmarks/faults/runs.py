@@ -36,7 +36,7 @@ from cavmae.trainer.checkpoint.format import (
     manifest_bytes,
     read_manifest,
 )
-from cavmae.trainer.checkpoint.store import FileDigest, open_store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
@@ -279,7 +279,7 @@ def wait_for_checkpoint(start: Start, config: PretrainConfig, step: int) -> None
 
 def _move_on(folder: Path, step: int) -> None:
     """Have a copied checkpoint say that it is of another step."""
-    store, name = open_store(folder), checkpoint_name(step)
+    store, name = Store(folder), checkpoint_name(step)
     files = read_manifest(store, name)
     path = folder / name / RUN_STATE
     write_json(path, json.loads(path.read_text()) | {"step": step, "position": step * GLOBAL_BATCH})

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.atomic_write import atomic_write, read_json
+from cavmae.atomic_write import atomic_write, read_json, write_text
 from cavmae.trainer.tracking.metrics_file import read_metrics
 from cavmae.trainer.tracking.tracker import log_files
 
@@ -36,8 +36,7 @@ def compare(folder: Path, states: dict[str, str], console: Console) -> None:
         writer.writerow([name, state, *("" if value is None else value for value in values)])
     console.print(table)
     files = [folder / "comparison.csv", folder / "comparison.png"]
-    with atomic_write(files[0]) as temporary:
-        temporary.write_text(text.getvalue())
+    write_text(files[0], text.getvalue())
     _plot(runs, finals, files[1])
     for name in states:
         if (folder / name / "run.json").exists():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write, write_json
+from cavmae.atomic_write import TEMPORARY_SUFFIX, write_json, write_text
 from cavmae.dataloaders.shards.shard_set import SCHEMA
 
 
@@ -93,8 +93,7 @@ def write_report(out: Path, shard: int, report: dict[str, Any]) -> None:
             `report.jsonl`) and `packed`: `key`, `source`, `labels`, `codec` and `content` of each
             clip.
     """
-    with atomic_write(out / "finished" / f"{shard:06d}.json") as temporary:
-        temporary.write_text(json.dumps(report))
+    write_text(out / "finished" / f"{shard:06d}.json", json.dumps(report))
 
 
 def finished_report(out: Path, shard: int) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import tyro
 from rich.console import Console
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import write_text
 from cavmae.dataloaders.media.audio_codec import AudioCodec
 from cavmae.dataloaders.media.decode_clip import media_seconds
 from cavmae.dataloaders.media.encode_video import VideoCodec
@@ -428,8 +428,7 @@ def _complete(
     """Write the report of skipped clips and, last, the index of each tier."""
     skipped = [line for report in reports for line in report["skipped"]]
     text = "".join(json.dumps(line) + "\n" for line in skipped)
-    with atomic_write(out / "report.jsonl") as temporary:
-        temporary.write_text(text)
+    write_text(out / "report.jsonl", text)
     reasons = dict(Counter(line["reason"] for line in skipped).most_common())
     totals: dict[str, int] = {}
     samples = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cavmae.atomic_write import atomic_write, write_json
+from cavmae.atomic_write import atomic_write, write_json, write_text
 from cavmae.dataloaders.media.audio_codec import decode_sound
 from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
 from cavmae.dataloaders.packing.output_folder import finished_reports
@@ -55,8 +55,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
                 clip["content"] in others.content or source_id(clip["source"]) in others.names
             )
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
-    with atomic_write(out / "duplicates.jsonl") as temporary:
-        temporary.write_text(text)
+    write_text(out / "duplicates.jsonl", text)
     mean, deviation, heard = _log_mel(ShardSet(out / tiers[0]))
     statistics = {
         "clips": clips,

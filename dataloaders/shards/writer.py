@@ -11,7 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cavmae.atomic_write import atomic_write, commit, named_errors, temporary_path, write_json
+from cavmae.atomic_write import (
+    commit,
+    named_errors,
+    temporary_path,
+    write_json,
+    write_text,
+)
 from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, SCHEMA, ShardEntry
 
 
@@ -76,8 +82,7 @@ class ShardWriter:
             self._tar.close()
             self._file.close()
         text = f"v1.2 {len(self._lines)}\n" + "".join(line + "\n" for line in self._lines)
-        with atomic_write(self._path.with_suffix(".idx")) as temporary:
-            temporary.write_bytes(text.encode())
+        write_text(self._path.with_suffix(".idx"), text)
         commit(self._temporary, self._path)
         return ShardEntry(
             self._path.name,

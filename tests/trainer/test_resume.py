@@ -21,7 +21,7 @@ from cavmae.trainer.checkpoint.format import (
     step_of,
     verify_checkpoint,
 )
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, WatchdogConfig
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_from_an_object_store(
         for name, value in (server.environment | {"TMPDIR": str(tmp_path)}).items():
             monkeypatch.setenv(name, value)
         server.make_bucket("bucket")
-        store = open_store("s3://bucket/run")
+        store = Store("s3://bucket/run")
         checkpoint = CheckpointConfig(every_steps=5, folder=store.location())
         config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
         killed = Start(config, 2, tmp_path)
@@ -166,7 +166,7 @@ def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Pa
     Start(config, 2, tmp_path).finish()
     kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
     assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    store = open_store(tmp_path / "run/checkpoints")
+    store = Store(tmp_path / "run/checkpoints")
     for name in kept:
         verify_checkpoint(store, name)
 
@@ -243,7 +243,7 @@ def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
     request_stop(tmp_path / "run", "room for another run")
     text = start.finish()
     assert re.search(r"left at step \d+ of 2000 \(room for another run\)", text)
-    store = open_store(tmp_path / "run/checkpoints")
+    store = Store(tmp_path / "run/checkpoints")
     newest = list_checkpoints(store)[-1]
     verify_checkpoint(store, newest)
     assert step_of(newest) == len(losses(tmp_path / "run")), "no step is lost"

@@ -12,7 +12,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cavmae.trainer.checkpoint.store import FileDigest, LocalStore, Store, open_store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import RunConfig
 
 SCHEMA = 1
@@ -179,9 +179,9 @@ def check_not_left_behind(store: Store, previous: str, run_dir: Path) -> None:
     left: list[str] = []
     unreadable = ""
     try:
-        previous_store = open_store(previous)
+        previous_store = Store(previous)
         left = list_checkpoints(previous_store)
-        if isinstance(previous_store, LocalStore) and not previous_store.folder.is_dir():
+        if previous_store.folder and not previous_store.folder.is_dir():
             unreadable = " (the folder does not exist)"
     except (OSError, ValueError) as error:
         unreadable = f" ({error})"

@@ -27,7 +27,7 @@ from cavmae.trainer.checkpoint.format import (
     read_run_state,
     verify_file,
 )
-from cavmae.trainer.checkpoint.store import FileDigest, LocalStore, Store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.engine import Engine, convert_checkpoint, files_of_rank
 
@@ -107,7 +107,7 @@ def load_newest(store: Store, engine: Engine) -> tuple[str, RunState] | None:
 def _node_folder(store: Store) -> Iterator[_Node]:
     """Provide the folder of this rank's node; all ranks call it."""
     rank = dist.get_rank()
-    if isinstance(store, LocalStore):
+    if store.folder is not None:
         yield _Node(store.folder, list(range(dist.get_world_size())), holds_copies=False)
         return
     # Every rank creates a folder; ranks that see the same first one share a node.

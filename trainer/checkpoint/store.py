@@ -5,17 +5,17 @@ not at all, and a large one is durable when `write` returns. No folder is rename
 stores cannot do.
 """
 
-import os
-import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
-from cavmae.atomic_write import atomic_write, sync
+from fsspec.implementations.local import LocalFileSystem
+
+from cavmae.atomic_write import sync, write_bytes
 from cavmae.dataloaders.shards.storage import (
     LocalFolder,
     RemoteFolder,
@@ -87,45 +87,81 @@ class _DigestWriter:
         """Do nothing: the file behind `send` is flushed when it is closed."""
 
 
-class Store(Protocol):
-    """Files below one folder, by names such as `step-000000010/manifest.json`.
+class Store:
+    """Files below one folder or URL, by names such as `step-000000010/manifest.json`.
 
     Every method raises OSError where the store could not be read or written, however often it was
     tried.
 
+    Args:
+        folder: a path that this machine mounts, or a URL that fsspec opens.
+
     Attributes:
-        is_remote: it answers over a network, which may take long.
+        folder: the path; None for an object store.
+
+    Raises:
+        ValueError: no package is installed for this kind of URL.
     """
 
-    is_remote: bool
+    def __init__(self, folder: str | Path) -> None:
+        self.folder: Path | None = None
+        try:
+            self._reader = open_storage(folder, None)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.folder: {error}") from error
+        if isinstance(self._reader, LocalFolder):
+            self.folder = self._reader.folder
+            self._files, self._path = LocalFileSystem(), self.folder.absolute().as_posix()
+        else:
+            assert isinstance(self._reader, RemoteFolder)
+            self._files, self._path = open_url(self._reader.url)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it answers over a network, which may take long."""
+        return self.folder is None
 
     def location(self, name: str = "") -> str:
         """Return a path or URL, for messages."""
-        ...
+        return self._reader.place(name).rstrip("/")
 
     def folders(self) -> list[str]:
         """List the names of the folders directly in it, sorted; none where it does not exist."""
-        ...
+        entries = self._query(lambda: self._files.ls(self._path, detail=True), [])
+        # A link to a folder has the type "other".
+        names = [one["name"].rstrip("/") for one in entries if one["type"] != "file"]
+        return sorted(name.rpartition("/")[2] for name in names)
 
     def files(self, folder: str) -> dict[str, int]:
         """Return the bytes of all files below one of its folders, by their names in it."""
-        ...
+        top = f"{self._path}/{folder}"
+        found = self._query(lambda: self._files.find(top, detail=True), {})
+        return {name.removeprefix(f"{top}/"): one["size"] for name, one in found.items()}
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file; None where it does not exist."""
-        ...
+        return self._query(lambda: self._files.info(f"{self._path}/{name}")["size"], None)
 
     def read(self, name: str) -> bytes:
         """Read a whole file; raises FileNotFoundError where it does not exist."""
-        ...
+        return self._reader.read(name)
 
     def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
-        """Yield the first `size` bytes of a file, a block at a time; raises as `read`."""
-        ...
+        """Yield the first `size` bytes of a file, a block at a time."""
+        # A reader keeps local files open, also when they are replaced: a new one does not.
+        reader, file = open_storage(self.location(), None), StoredFile(name, "", size)
+        for start in range(0, size, BLOCK_BYTES):
+            yield reader.read_range(file, start, min(BLOCK_BYTES, size - start))
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file atomically and durably."""
-        ...
+        if self.folder is None:
+            self.write(name, lambda file: file.write(data))  # an object appears whole
+            return
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
+        self._sync_folders(name)
 
     def write(self, name: str, save: Save) -> FileDigest:
         """Write a large file, durable when this returns; a failure may leave a part of it.
@@ -136,31 +172,73 @@ class Store(Protocol):
         Raises:
             RuntimeError: `save` raised it.
         """
-        ...
+        if self.folder is None:
+            return retried(
+                lambda: self._upload(name, save),
+                self.location(name),
+                STORE_TRIES,
+                may_be_missing=True,
+                done="written",
+            )
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            written = _DigestWriter(file.write).digest_of(save)
+        sync(path)
+        self._sync_folders(name)
+        return written
 
     def remove_file(self, name: str) -> None:
         """Remove a file, durably, if it exists."""
-        ...
+        with suppress(FileNotFoundError), as_os_errors():
+            self._files.rm_file(f"{self._path}/{name}")
+            self._sync_folders(name)
 
     def remove_folder(self, folder: str) -> None:
         """Remove all files below a folder."""
-        ...
+        with suppress(FileNotFoundError), as_os_errors():
+            self._files.invalidate_cache()
+            self._files.rm(f"{self._path}/{folder}", recursive=True)
 
+    def _sync_folders(self, name: str) -> None:
+        """Flush the folders that lead to a local file."""
+        for folder in (self.folder / name).parents if self.folder else ():
+            sync(folder)
+            if folder == self.folder:
+                break
 
-def open_store(folder: str | Path) -> Store:
-    """Open the store of a folder or URL.
+    def _upload(self, name: str, save: Save) -> FileDigest:
+        with as_os_errors():
+            file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
 
-    Raises:
-        ValueError: no package is installed for this kind of URL.
-    """
-    try:
-        opened = open_storage(folder, None)
-    except ValueError as error:
-        raise ValueError(f"checkpoint.folder: {error}") from error
-    if isinstance(opened, LocalFolder):
-        return LocalStore(opened.folder)
-    assert isinstance(opened, RemoteFolder)
-    return ObjectStore(opened.url)
+        def send(block: memoryview) -> None:
+            with as_os_errors():
+                file.write(block)
+
+        try:
+            written = _DigestWriter(send).digest_of(save)
+            with as_os_errors():
+                file.close()
+        except BaseException:
+            # close(), also by the garbage collector, would send the part that was written.
+            with suppress(Exception):
+                file.discard()
+            file.closed = True
+            raise
+        return written
+
+    def _query(self, question: Callable[[], Any], missing: Any) -> Any:
+        """Ask the store itself, not fsspec's cache; return `missing` for a file not found."""
+
+        def once() -> Any:
+            with as_os_errors():
+                self._files.invalidate_cache()
+                return question()
+
+        try:
+            return retried(once, self.location(), STORE_TRIES, may_be_missing=True)
+        except FileNotFoundError:
+            return missing
 
 
 def check_writable(store: Store) -> None:
@@ -181,156 +259,3 @@ def check_writable(store: Store) -> None:
         if isinstance(error, permanent) or isinstance(error.__cause__, permanent):
             raise ValueError(f"{text}; create the bucket or folder, and allow all three") from error
         raise OSError(text) from error
-
-
-class LocalStore:
-    """A folder that this machine mounts."""
-
-    is_remote = False
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def location(self, name: str = "") -> str:
-        return str(self.folder / name)
-
-    def folders(self) -> list[str]:
-        if not self.folder.is_dir():
-            return []
-        return sorted(path.name for path in self.folder.iterdir() if path.is_dir())
-
-    def files(self, folder: str) -> dict[str, int]:
-        top = self.folder / folder
-        return {
-            path.relative_to(top).as_posix(): path.stat().st_size
-            for path in top.rglob("*")
-            if path.is_file()
-        }
-
-    def size(self, name: str) -> int | None:
-        path = self.folder / name
-        return path.stat().st_size if path.is_file() else None
-
-    def read(self, name: str) -> bytes:
-        return LocalFolder(self.folder).read(name)
-
-    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
-        with open(self.folder / name, "rb") as file:
-            while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
-                size -= len(block)
-                yield block
-
-    def put(self, name: str, data: bytes) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
-        self._sync_folders(name)
-
-    def write(self, name: str, save: Save) -> FileDigest:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            written = _DigestWriter(file.write).digest_of(save)
-            file.flush()
-            os.fsync(file.fileno())
-        self._sync_folders(name)
-        return written
-
-    def remove_file(self, name: str) -> None:
-        path = self.folder / name
-        if path.exists():
-            path.unlink()
-            self._sync_folders(name)
-
-    def remove_folder(self, folder: str) -> None:
-        if (self.folder / folder).exists():
-            shutil.rmtree(self.folder / folder)
-
-    def _sync_folders(self, name: str) -> None:
-        """Flush the folders that lead to a file."""
-        for folder in (self.folder / name).parents:
-            sync(folder)
-            if folder == self.folder:
-                break
-
-
-class ObjectStore:
-    """A URL of an object store, through fsspec."""
-
-    is_remote = True
-
-    def __init__(self, url: str) -> None:
-        self._reading = RemoteFolder(url, None)
-        self._files, self._path = open_url(self._reading.url)
-
-    def location(self, name: str = "") -> str:
-        return self._reading.place(name).rstrip("/")
-
-    def folders(self) -> list[str]:
-        found = self._query(lambda: self._files.ls(self._path, detail=True), [])
-        folders = [one["name"] for one in found if one["type"] == "directory"]
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in folders)
-
-    def files(self, folder: str) -> dict[str, int]:
-        top = f"{self._path}/{folder}"
-        found = self._query(lambda: self._files.find(top, detail=True), {})
-        return {name.removeprefix(f"{top}/"): one["size"] for name, one in found.items()}
-
-    def size(self, name: str) -> int | None:
-        return self._query(lambda: self._files.info(f"{self._path}/{name}")["size"], None)
-
-    def read(self, name: str) -> bytes:
-        return self._reading.read(name)
-
-    def read_blocks(self, name: str, size: int) -> Iterator[bytes]:
-        file = StoredFile(name, "", size)
-        for start in range(0, size, BLOCK_BYTES):
-            yield self._reading.read_range(file, start, BLOCK_BYTES)
-
-    def put(self, name: str, data: bytes) -> None:
-        self.write(name, lambda file: file.write(data))  # an object always appears whole
-
-    def write(self, name: str, save: Save) -> FileDigest:
-        def once() -> FileDigest:
-            with as_os_errors():
-                file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
-            try:
-                written = _DigestWriter(lambda block: self._send(file, block)).digest_of(save)
-                with as_os_errors():
-                    file.close()
-            except BaseException:
-                # close(), also by the garbage collector, would send the part that was written.
-                with suppress(Exception):
-                    file.discard()
-                file.closed = True
-                raise
-            return written
-
-        return retried(once, self.location(name), STORE_TRIES, may_be_missing=True, done="written")
-
-    def remove_file(self, name: str) -> None:
-        with suppress(FileNotFoundError), as_os_errors():
-            self._files.rm_file(f"{self._path}/{name}")
-
-    def remove_folder(self, folder: str) -> None:
-        with suppress(FileNotFoundError), as_os_errors():
-            self._files.invalidate_cache()
-            self._files.rm(f"{self._path}/{folder}", recursive=True)
-
-    def _send(self, file: Any, block: memoryview) -> None:
-        with as_os_errors():
-            file.write(block)
-
-    def _query(self, question: Callable[[], Any], missing: Any) -> Any:
-        """Ask the store itself, not fsspec's cache; return `missing` for a file not found."""
-
-        def once() -> Any:
-            with as_os_errors():
-                self._files.invalidate_cache()
-                return question()
-
-        try:
-            return retried(once, self.location(), STORE_TRIES, may_be_missing=True)
-        except FileNotFoundError:
-            return missing

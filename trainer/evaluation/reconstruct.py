@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from cavmae.atomic_write import atomic_write, write_json
+from cavmae.atomic_write import write_bytes, write_json
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loading.dali import IMAGE_STD
@@ -287,8 +287,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        with atomic_write(out / f"{name}-{kind}.wav") as temporary:
-            temporary.write_bytes(encode_sound(pcm, "wav"))
+        write_bytes(out / f"{name}-{kind}.wav", encode_sound(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import write_bytes
 from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -35,8 +35,7 @@ class _HubFolder(ModelHubMixin):
         assert isinstance(self, torch.nn.Module)
         # `save_file` would write a file that only its owner can read.
         content = save(self.state_dict(), {"format": "pt"})
-        with atomic_write(save_directory / "model.safetensors") as temporary:
-            temporary.write_bytes(content)
+        write_bytes(save_directory / "model.safetensors", content)
         save_config(self.spec, save_directory / "config.json")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cavmae.atomic_write import atomic_write, read_json
+from cavmae.atomic_write import read_json, write_text
 from cavmae.trainer.config.finetune_config import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
@@ -149,8 +149,7 @@ def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelS
             f"the run in {run_dir} was started with other classes ({saved}); give the former "
             "label file, or another --run-dir to start anew"
         )
-    with atomic_write(saved) as temporary:
-        temporary.write_text(labels.as_csv(), encoding="utf-8")
+    write_text(saved, labels.as_csv())
     return labels
 
 

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import write_bytes
 
 _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 
@@ -33,8 +33,7 @@ def save_code(run_dir: Path) -> str:
     target = run_dir / "code" / f"{code}.tar.gz"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(gzip.compress(packed.getvalue()))
+        write_bytes(target, gzip.compress(packed.getvalue()))
     return code
 
 

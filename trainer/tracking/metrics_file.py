@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -28,8 +28,7 @@ def drop_metrics_after(path: Path, step: int) -> None:
     """
     if path.exists():
         kept = [json.dumps(one) + "\n" for one in _read_records(path) if one["step"] <= step]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(path, "".join(kept))
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

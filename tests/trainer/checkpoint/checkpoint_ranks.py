@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cavmae.trainer.checkpoint.format import RunState
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import CheckpointConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.engine import Engine
@@ -66,7 +66,7 @@ def main() -> None:
         error_of(lambda: on_all_ranks(on_rank(1, second))),
     ]
 
-    store, part = open_store(folder / "checkpoints"), Part()
+    store, part = Store(folder / "checkpoints"), Part()
     writer = CheckpointSaver(
         store,
         CheckpointConfig(every_steps=10),

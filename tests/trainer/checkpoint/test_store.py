@@ -24,7 +24,7 @@ from cavmae.trainer.checkpoint.format import (
 )
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
-from cavmae.trainer.checkpoint.store import LocalStore, Store, check_writable, open_store
+from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, files_of_rank
 from cavmae.trainer.run_dir import open_run_dir
@@ -50,11 +50,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def remote(server: ObjectStore) -> Store:
-    return open_store(f"s3://checkpoints/{uuid.uuid4().hex}")
+    return Store(f"s3://checkpoints/{uuid.uuid4().hex}")
 
 
 def local(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "checkpoints")
+    return Store(tmp_path / "checkpoints")
 
 
 def damage(store: Store, name: str) -> None:
@@ -111,7 +111,7 @@ def test_what_went_wrong_is_told_by_its_name(
 
 
 def test_what_others_did_at_a_store_is_seen(server: ObjectStore) -> None:
-    store = open_store("s3://checkpoints/others")
+    store = Store("s3://checkpoints/others")
     store.put("a/b", b"12")
     assert store.files("a") == {"b": 2} and store.folders() == ["a"] and store.size("a/c") is None
     server.replace("checkpoints", "others/a/c", b"123")
@@ -132,7 +132,7 @@ def test_a_place_that_cannot_be_is_told_at_once(
     server: ObjectStore, folder: str, text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        check_writable(open_store(folder))
+        check_writable(Store(folder))
 
 
 def test_only_what_has_a_manifest_and_the_right_name_is_a_checkpoint(store: Store) -> None:
@@ -147,7 +147,7 @@ def test_only_what_has_a_manifest_and_the_right_name_is_a_checkpoint(store: Stor
 def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
     tmp_path: Path, remote: Store
 ) -> None:
-    before = LocalStore(tmp_path / "before")
+    before = Store(tmp_path / "before")
     for step in (10, 20):
         before.put(f"{checkpoint_name(step)}/{MANIFEST}", b"{}")
     with pytest.raises(ValueError, match=r"before, the newest at step 20, .* which has none; copy"):
@@ -169,7 +169,7 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     engine = EngineConfig(dtype="fp32")
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
     moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.location()))
-    former = open_store(checkpoint_folder(first))
+    former = Store(checkpoint_folder(first))
     open_run_dir(moved, run_dir, remote, "cpu")
     open_run_dir(first, run_dir, former, "cpu")  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
