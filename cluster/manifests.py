@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.field_checks import CheckedFields, PositiveInt
 
@@ -103,9 +104,10 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         path = folder / name
-        path.write_text(render(name, config))
-        if path.suffix == ".sh":
-            path.chmod(0o755)
+        with atomic_write(path) as temporary:
+            temporary.write_text(render(name, config))
+            if path.suffix == ".sh":
+                temporary.chmod(0o755)
         Console().print(str(path), soft_wrap=True, highlight=False)
     return 0
 

@@ -1,6 +1,6 @@
 """A run, whoever launches it: every rank calls `run` with the same configuration.
 
-A run folder that has checkpoints is resumed from the newest whole one.
+A run folder that has checkpoints is resumed from the newest intact one.
 """
 
 from collections.abc import Callable

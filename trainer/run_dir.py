@@ -7,12 +7,17 @@ from typing import TypeVar
 
 import torch
 
+from cavmae.atomic_write import read_json, remove_leftovers, write_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoint_folder, checkpoints
-from cavmae.trainer.checkpoint.store import Store, check_writable, open_store
+from cavmae.trainer.checkpoint.format import (
+    check_not_left_behind,
+    checkpoint_folder,
+    list_checkpoints,
+)
+from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
-from cavmae.trainer.config.serialize import load_run_config, read_json, save_config, write_json
+from cavmae.trainer.config.serialize import load_run_config, save_config
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.distributed.process_group import start_process_group
@@ -62,7 +67,7 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     train_set = ShardSet(config.data.train_folders, config.data.cache)
-    store = open_store(checkpoint_folder(config))
+    store = Store(checkpoint_folder(config))
     resolved = resolve(
         config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
     )
@@ -91,6 +96,8 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
         OSError: the folder or the store can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (run_dir, run_dir / "epoch-weights", run_dir / "journal"):
+        remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}
     check_writable(store)
@@ -101,10 +108,10 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
     if record and folder_before != folder:
         check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
     before = None
-    if checkpoints(store):
+    if list_checkpoints(store):
         if not saved.exists():
             raise ValueError(
-                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} has "
+                f"checkpoint.folder {store.location()} has checkpoints and run_dir {run_dir} has "
                 "no config.json: they belong to another run; give another folder, or its run_dir"
             )
         before = load_run_config(saved)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cavmae.trainer.config.serialize import read_json, write_json
+from cavmae.atomic_write import read_json, write_json
 
 log = logging.getLogger(__name__)
 

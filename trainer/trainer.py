@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from cavmae.atomic_write import atomic_write, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loading.loader import TrainLoader
-from cavmae.trainer.checkpoint.format import RunState, checkpoints
+from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
 from cavmae.trainer.checkpoint.load import load_newest
-from cavmae.trainer.checkpoint.save import CheckpointWriter
+from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
@@ -35,7 +35,7 @@ from cavmae.trainer.tasks.labels import open_labels
 from cavmae.trainer.tasks.pretrain import PretrainTask
 from cavmae.trainer.tasks.task import Loader, Task
 from cavmae.trainer.tracking.profiler import StepProfile
-from cavmae.trainer.tracking.run_logger import RunReport
+from cavmae.trainer.tracking.run_logger import RunLogger
 from cavmae.trainer.validator import Validator
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Trainer:
             quarantine=state.quarantine if state else (),
             journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
         )
-        self.logger = RunReport(
+        self.logger = RunLogger(
             config,
             run_dir,
             ranks,
@@ -144,9 +144,9 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             device=device,
         )
-        self.logger.opened(self.task.description, train_set, resumed_from=checkpoint)
+        self.logger.log_start(self.task.description, train_set, resumed_from=checkpoint)
         self.validator = Validator(config, ranks, device, self.task.validate, self.logger)
-        self.saver = CheckpointWriter(
+        self.saver = CheckpointSaver(
             opened.store, config.checkpoint, self.engine, self._state_at, self.start_step
         )
         self.retry_save_at = -1
@@ -201,9 +201,9 @@ class Trainer:
         if self.ranks.rank == 0 and stopped:
             withdraw_request(self.run_dir)
         elif self.ranks.rank == 0:
-            partial = self.run_dir / "weights.pt.partial"
-            torch.save(weights, partial)
-            partial.replace(self.run_dir / "weights.pt")
+            path = self.run_dir / "weights.pt"
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                torch.save(weights, file)  # torch writes the name of a path into the file
             write_json(self.run_dir / "summary.json", dataclasses.asdict(summary))
         self.logger.close("KILLED" if stopped else "FINISHED")
         if stopped:
@@ -244,14 +244,14 @@ class Trainer:
                 log_now = step % config.tracking.every_steps == 0 or last
                 means, (stops, writers), busy_seconds = reduce_step(
                     self.task.metrics() if log_now or not update.applied else {},
-                    (bool(self.stop.reason), self.saver.writing),
+                    (bool(self.stop.reason), self.saver.is_writing),
                     self.timer.pop_mean() if log_now else None,
                     self.device,
                 )
                 if stops:
                     self.stop.start_grace_period()
                     self.status.change("stopping", reason=self.stop.reason)
-                if self.saver.open and not writers and not self.saver.commit():
+                if self.saver.is_open and not writers and not self.saver.commit():
                     every = config.checkpoint.every_steps
                     self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
                 if not update.applied:
@@ -259,7 +259,7 @@ class Trainer:
                 if log_now:
                     now = time.monotonic()
                     seconds, steps = max(now - logged_at, 1e-9), step - logged_step
-                    self.logger.step(
+                    self.logger.log_step(
                         step,
                         means
                         | {
@@ -400,7 +400,7 @@ def build_task(opened: OpenRun, before_sync: Callable[[], None]) -> Task:
     config = opened.config
     if isinstance(config, FinetuneConfig):
         labels = on_first_rank(
-            lambda: open_labels(config, opened.run_dir, begun=bool(checkpoints(opened.store)))
+            lambda: open_labels(config, opened.run_dir, begun=bool(list_checkpoints(opened.store)))
         )
         return FinetuneTask(config, labels, opened.device)
     assert isinstance(config, PretrainConfig)

@@ -11,7 +11,7 @@ from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tasks.task import Validation
-from cavmae.trainer.tracking.run_logger import RunReport
+from cavmae.trainer.tracking.run_logger import RunLogger
 
 
 class Validator:
@@ -34,7 +34,7 @@ class Validator:
         ranks: Ranks,
         device: torch.device,
         validate: Callable[[nn.Module, Iterable[AudioVideoBatch]], Validation],
-        logger: RunReport,
+        logger: RunLogger,
     ) -> None:
         self._config, self._ranks, self._device = config, ranks, device
         self._validate, self._logger = validate, logger
@@ -73,7 +73,7 @@ class Validator:
             loader.close()
         self.scores = validation.metrics
         logged = {prefix + name.removeprefix("val"): x for name, x in self.scores.items()}
-        self._logger.scores(logged, step)
+        self._logger.log_scores(logged, step)
         if self._ranks.rank == 0:
-            for path in validation.draw(Path(config.run_dir) / "pictures", step):
-                self._logger.picture(path)
+            for path in validation.draw(Path(config.run_dir) / "figures", step):
+                self._logger.log_figure(path)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.published_loader import write_published
 from cavmae.dataloaders.media.audio_codec import decode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ
@@ -67,8 +68,10 @@ def _write_video(path: Path, seed: int) -> None:
     coarse = Image.fromarray(rng.integers(0, 255, (45, 80, 3), dtype=np.uint8))
     picture = np.array(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
     grain = rng.integers(0, 12, (HEIGHT, WIDTH, 1), dtype=np.uint8)
-    part = path.with_suffix(".part")
-    with av.open(str(part), "w", format="mp4") as container:
+    with (
+        atomic_write(path, durable=False) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
         video = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
         sound = container.add_stream("aac", rate=44100, layout="mono")
         assert isinstance(video, av.VideoStream) and isinstance(sound, av.AudioStream)
@@ -92,4 +95,3 @@ def _write_video(path: Path, seed: int) -> None:
             piece.sample_rate, piece.pts = 44100, first
             container.mux(sound.encode(piece))
         container.mux(sound.encode(None))
-    part.rename(path)

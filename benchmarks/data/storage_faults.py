@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+from cavmae.atomic_write import write_text
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.benchmarks.harness.processes import Start, module_command
 from cavmae.benchmarks.harness.records import write_record
@@ -213,7 +214,7 @@ def _cut_log(work: Path, rank: int, steps: int) -> None:
     """Keep the first steps of a log."""
     log = _log(work, rank)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[:steps]))
+    write_text(log, "".join(lines[:steps]))
 
 
 def _steps_logged(work: Path) -> int:

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from cavmae.atomic_write import read_json
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.outcome import Row
@@ -19,14 +20,13 @@ from cavmae.benchmarks.harness.processes import Start, answers, free_port, modul
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import (
     checkpoint_name,
-    checkpoints,
+    list_checkpoints,
+    list_folders,
     read_run_state,
-    step_folders,
     step_of,
 )
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
-from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
@@ -94,7 +94,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:
     """Damage a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
-    newest = checkpoints(open_store(folder))[-1]
+    newest = list_checkpoints(Store(folder))[-1]
     damage(next((folder / newest).glob("state/*optim_states.pt")))
     return step_of(newest)
 
@@ -122,8 +122,8 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
     run.attempt.kill()
     run.launch()
     row = run.row(while_writing=run.before - step, said="resumed by hand")
-    store = open_store(run.run_dir / "checkpoints")
-    left = set(step_folders(store)) - set(checkpoints(store))
+    store = Store(run.run_dir / "checkpoints")
+    left = set(list_folders(store)) - set(list_checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")
     return row
@@ -189,8 +189,8 @@ def shard_damaged(bench: Bench, name: str) -> Row:
 
 def quarantined(run_dir: Path) -> str:
     """Return the clips in quarantine and why, from the newest checkpoint; empty if none."""
-    store = open_store(run_dir / "checkpoints")
-    newest = checkpoints(store)[-1:]
+    store = Store(run_dir / "checkpoints")
+    newest = list_checkpoints(store)[-1:]
     found = [item for name in newest for item in read_run_state(store, name).quarantine]
     return ", ".join(f"{sample_id}: {reason}" for sample_id, reason in found)
 

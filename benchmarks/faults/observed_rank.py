@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from cavmae.atomic_write import write_json, write_text
 from cavmae.cluster import train
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.serialize import load_config, write_json
+from cavmae.trainer.config.serialize import load_config
 
 if TYPE_CHECKING:
     from cavmae.dataloaders.batch import AudioVideoBatch
@@ -61,9 +62,7 @@ def order_nan(run_dir: Path, rank: int, step: int) -> Path:
         A file that is gone as soon as the order is carried out.
     """
     path = _nan_file(run_dir, rank)
-    partial = path.with_suffix(".partial")
-    partial.write_text(str(step))
-    partial.replace(path)
+    write_text(path, str(step))
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 NOTICED_WITHIN_SECONDS = 30.0
 """The bar for every fault."""

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cavmae.atomic_write import write_json
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import Expected, outcome
 from cavmae.benchmarks.harness.processes import Start, free_port, module_command
@@ -27,7 +28,7 @@ from cavmae.trainer.checkpoint.format import (
     read_manifest,
     step_of,
 )
-from cavmae.trainer.checkpoint.store import FileSum, open_store
+from cavmae.trainer.checkpoint.store import FileDigest
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
@@ -38,7 +39,7 @@ from cavmae.trainer.config.configs import (
     TrackingConfig,
     WatchdogConfig,
 )
-from cavmae.trainer.config.serialize import save_config, write_json
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.run_status import RunStatus, read_status
 
@@ -225,11 +226,10 @@ def resumed_step(run_dir: Path) -> int:
 
 def _set_step(folder: Path, step: int) -> None:
     """Change the step of a copied checkpoint."""
-    store, name = open_store(folder), checkpoint_name(step)
+    store, name = Store(folder), checkpoint_name(step)
     files = read_manifest(store, name)
-    assert not isinstance(files, str), files
     path = folder / name / RUN_STATE
     write_json(path, json.loads(path.read_text()) | {"step": step, "position": step * GLOBAL_BATCH})
     data = path.read_bytes()
-    files[RUN_STATE] = FileSum(len(data), zlib.crc32(data))
+    files[RUN_STATE] = FileDigest(len(data), zlib.crc32(data))
     store.put(f"{name}/{MANIFEST}", manifest_bytes(files))

@@ -22,8 +22,7 @@ from cavmae.benchmarks.faults.injection import (
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
-from cavmae.trainer.checkpoint.format import checkpoints, step_of
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.format import step_of
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
@@ -175,7 +174,7 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
         RuntimeError: it does not.
     """
     run.fault_is_now()
-    whole = [step_of(one) for one in checkpoints(open_store(run.run_dir / "checkpoints"))]
+    whole = [step_of(one) for one in list_checkpoints(Store(run.run_dir / "checkpoints"))]
     newest = whole[-2] if fault in LOSES_A_CHECKPOINT else whole[-1]
     before, began = last_step(run.run_dir), time.time()
     said = FAULTS[fault](run, rng)

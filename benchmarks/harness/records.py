@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cavmae.atomic_write import write_text
+
 RECORD_SCHEMA = 1
 _PACKAGES = ("torch", "triton", "numpy", "flash-attn", "deepspeed", "nvidia-dali-cuda130")
 
@@ -130,7 +132,7 @@ def write_record(
     }
     path = Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(path, json.dumps(record, indent=2) + "\n")
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.cases import cases
@@ -250,7 +251,8 @@ def plot(results: dict[str, Any], path: Path) -> str:
     shares.axvline(1, color="black", linewidth=0.8)
     shares.set_xlabel(f"share of the measured ceiling, ours ({results['backend']})")
     shares.legend(fontsize=8)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     return str(path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from cavmae.atomic_write import write_bytes, write_text
 from cavmae.benchmarks.harness.records import Record, read_record
 from cavmae.benchmarks.report.parts import Grid, Picture, Section, gigabytes
 from cavmae.benchmarks.report.sections import section
@@ -97,9 +98,9 @@ def write_report(results: Path, out: Path) -> list[Path]:
     sections = _sections(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     body = _markdown(sections, refused, _embedded)
-    out.write_text(_PAGE.format(body=MarkdownIt("js-default").render(body)))
+    write_text(out, _PAGE.format(body=MarkdownIt("js-default").render(body)))
     text = out.with_suffix(".md")
-    text.write_text(_markdown(sections, refused, lambda one: _beside(one, out)))
+    write_text(text, _markdown(sections, refused, lambda one: _beside(one, out)))
     return [out, text]
 
 
@@ -212,7 +213,7 @@ def _beside(picture: Picture, out: Path) -> str:
     folder = out.with_name(f"{out.stem}_files")
     folder.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "-", picture.title.lower()) + ".png"
-    (folder / name).write_bytes(picture.png)
+    write_bytes(folder / name, picture.png)
     return f"{folder.name}/{name}"
 
 

@@ -13,7 +13,11 @@ from cavmae.benchmarks.harness.processes import BadExit
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig
+from cavmae.trainer.config.configs import (
+    CheckpointConfig,
+    PretrainConfig,
+    ValidationConfig,
+)
 from cavmae.trainer.fault_tolerance.oom import OutOfMemory
 from cavmae.trainer.run_status import RunStatus, read_status
 

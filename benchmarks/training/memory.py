@@ -18,13 +18,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, free_port, module_command
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
-from cavmae.trainer.config.serialize import read_json, save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
 
 Case = tuple[str, int, str, int, int, int]

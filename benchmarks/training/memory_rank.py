@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cavmae.atomic_write import write_json
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import load_config, write_json
+from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.model.config import ModelConfig
 

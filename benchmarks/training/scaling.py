@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.training.goodput import (
@@ -313,5 +314,6 @@ def _plot(series: dict[str, list[Row]], path: str) -> None:
     axes[2].set(xlabel="GPUs", title="weak, ZeRO 1, gather: ms of a step")
     axes[2].legend(fontsize="small", loc="lower right")
     figure.suptitle("Computed, not measured")
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from cavmae.atomic_write import write_json
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import load_config, write_json
+from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.trainer.config.serialize import read_json
-from cavmae.trainer.tracking.tracker import log_files, read_metrics
+from cavmae.atomic_write import atomic_write, read_json, write_text
+from cavmae.trainer.tracking.metrics_file import read_metrics
+from cavmae.trainer.tracking.tracker import log_files
 
 _OMITTED_SUFFIXES = ("_low", "_high", "_chance", "_p_value")
 
@@ -35,7 +36,7 @@ def compare(folder: Path, states: dict[str, str], console: Console) -> None:
         writer.writerow([name, state, *("" if value is None else value for value in values)])
     console.print(table)
     files = [folder / "comparison.csv", folder / "comparison.png"]
-    files[0].write_text(text.getvalue())
+    write_text(files[0], text.getvalue())
     _plot(runs, finals, files[1])
     for name in states:
         if (folder / name / "run.json").exists():
@@ -82,4 +83,5 @@ def _plot(
     right.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel="validation R@10")
     if scores:
         right.legend(fontsize="small")
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -27,7 +27,7 @@ from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.cluster.experiments.yaml_file import words_of
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 _POLL_SECONDS = 1.0
 

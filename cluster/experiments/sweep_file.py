@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.yaml_file import (
     check_keys,
@@ -16,7 +17,6 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json, write_json
 
 DISTRIBUTIONS = ("choice", "grid", "uniform", "log_uniform", "whole")
 

@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import train_on_ray
 from cavmae.command import exit_code
@@ -30,7 +31,7 @@ from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.config.serialize import load_config, read_json, write_json
+from cavmae.trainer.config.serialize import load_config
 
 UNSEEN_START_INDEX = 1_000_000
 """A clip is a function of seed and index, so these are none of the training clips."""
@@ -223,7 +224,7 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     where = {
         "run folder": demo.run_dir,
         "weights": demo.run_dir / "weights.pt",
-        "pictures": demo.run_dir / "pictures",
+        "figures": demo.run_dir / "figures",
         "videos": demo.folder / "videos" / "unseen",
         "all curves": f"{mlflow} ui --backend-store-uri sqlite:///{database} --host 127.0.0.1",
     }

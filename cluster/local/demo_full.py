@@ -21,10 +21,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
 from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import read_json, write_json
 
 SEARCHES = 8
 """Sounds that are looked up. By chance a sound finds its video among ten of 200 once in 20 times:

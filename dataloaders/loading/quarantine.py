@@ -6,12 +6,12 @@ when the run starts again after a crash, from the journal that the rank wrote be
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
 from cavmae.dataloaders.loading.reader import (
     PARTNER_DRAWS,
@@ -164,15 +164,13 @@ class Journal:
 
     def write(self, clips: Iterable[EncodedClip]) -> None:
         """Replace the journal. It outlives the process; a power cut needs no culprit."""
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(
-            "".join(
-                f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
-                f"{clip.sample_id}\n"
-                for clip in clips
-            )
+        lines = (
+            f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
+            f"{clip.sample_id}\n"
+            for clip in clips
         )
-        os.replace(part, self.path)
+        with atomic_write(self.path, durable=False) as temporary:
+            temporary.write_text("".join(lines))
 
     def left_behind(self, shards: ShardSet) -> list[ReadTask]:
         """What ranks that did not end properly were decoding, this one or any other: a run may go

@@ -8,14 +8,13 @@ restart. `report.jsonl` names what was skipped, `duplicates.jsonl` what was pack
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cavmae.atomic_write import TEMPORARY_SUFFIX, write_json, write_text
 from cavmae.dataloaders.shards.shard_set import SCHEMA
-from cavmae.dataloaders.shards.writer import write_atomically
 
 
 @contextmanager
@@ -35,14 +34,15 @@ def claimed(
     if path.exists():
         _compare(out, note)
     else:
-        strangers = sorted(os.listdir(out)) if out.exists() else []
-        if strangers and strangers != ["pack.json.part"]:
+        leftover = f"pack.json.*{TEMPORARY_SUFFIX}"
+        strangers = sorted(path.name for path in out.glob("*") if not path.match(leftover))
+        if strangers:
             raise FileExistsError(
                 f"{out} exists and was not made by this command (it holds {strangers[0]!r}); "
                 f"give a new or empty folder"
             )
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(note, indent=1) + "\n").encode())
+        write_json(path, note)
     for folder in ("finished", *tiers):
         (out / folder).mkdir(exist_ok=True)
     with locked(path, f"packing into {out}"):
@@ -93,7 +93,7 @@ def write_report(out: Path, shard: int, report: dict[str, Any]) -> None:
             `report.jsonl`) and `packed`: `key`, `source`, `labels`, `codec` and `content` of each
             clip.
     """
-    write_atomically(out / "finished" / f"{shard:06d}.json", json.dumps(report).encode())
+    write_text(out / "finished" / f"{shard:06d}.json", json.dumps(report))
 
 
 def finished_report(out: Path, shard: int) -> dict[str, Any] | None:
@@ -126,7 +126,7 @@ def remove_unfinished(out: Path, tiers: tuple[str, ...], pending: list[int]) -> 
     for folder in (out, out / "finished", *(out / tier for tier in tiers)):
         for path in folder.iterdir():
             if (
-                path.suffix == ".part"
+                path.suffix == TEMPORARY_SUFFIX
                 or path.stem in names
                 or (path.name == "index.json" and pending)
             ):

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import tyro
 from rich.console import Console
 
+from cavmae.atomic_write import write_text
 from cavmae.dataloaders.media.audio_codec import AudioCodec
 from cavmae.dataloaders.media.decode_clip import media_seconds
 from cavmae.dataloaders.media.encode_video import VideoCodec
@@ -37,7 +38,7 @@ from cavmae.dataloaders.packing.progress import PackProgress, PackSummary, summa
 from cavmae.dataloaders.packing.statistics import write_statistics
 from cavmae.dataloaders.packing.worker_pool import Failure, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.shard_set import TIERS, ShardEntry
-from cavmae.dataloaders.shards.writer import ShardWriter, write_atomically, write_index
+from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 from cavmae.field_checks import CheckedFields, Limit, NonNegativeInt, PositiveInt, Seconds
 
 
@@ -412,7 +413,7 @@ def _complete(
     """Write the report of skipped clips and, last, the index of each tier."""
     skipped = [line for report in reports for line in report["skipped"]]
     text = "".join(json.dumps(line) + "\n" for line in skipped)
-    write_atomically(out / "report.jsonl", text.encode())
+    write_text(out / "report.jsonl", text)
     reasons = dict(Counter(line["reason"] for line in skipped).most_common())
     totals: dict[str, int] = {}
     samples = 0

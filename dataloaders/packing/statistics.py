@@ -4,7 +4,6 @@ Everything comes from the reports of finished shards, read one by one, so memory
 to the set, but for one number a clip.
 """
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from cavmae.atomic_write import atomic_write, write_json, write_text
 from cavmae.dataloaders.media.audio_codec import decode_sound
 from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.dataloaders.shards.writer import write_atomically
 
 LOG_MEL_CLIPS = 500
 """Clips, drawn by counter, of which mean and deviation of the log-mel are computed."""
@@ -56,7 +55,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
                 clip["content"] in others.content or source_id(clip["source"]) in others.names
             )
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
-    write_atomically(out / "duplicates.jsonl", text.encode())
+    write_text(out / "duplicates.jsonl", text)
     mean, deviation, heard = _log_mel(ShardSet(out / tiers[0]))
     statistics = {
         "clips": clips,
@@ -74,21 +73,20 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
     for tier in tiers:
         (out / tier / "weights.npy").unlink(missing_ok=True)
         if not unlabelled:
-            write_atomically(out / tier / "weights.npy", _weights(out, classes, clips))
-    write_atomically(out / "statistics.json", (json.dumps(statistics, indent=1) + "\n").encode())
+            path = out / tier / "weights.npy"
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.save(file, _weights(out, classes, clips), allow_pickle=False)
+    write_json(out / "statistics.json", statistics)
     return statistics
 
 
-def _weights(out: Path, classes: Counter[str], clips: int) -> bytes:
-    """`(clips,)` float32 as the published `gen_weight_file.py` computes them, as a .npy file."""
+def _weights(out: Path, classes: Counter[str], clips: int) -> np.ndarray:
+    """`(clips,)` float32 as the published `gen_weight_file.py` computes them."""
     of_class = {name: 1000 / (count + 0.01) for name, count in classes.items()}
     packed = (clip for report in finished_reports(out) for clip in report["packed"])
-    weights = np.fromiter(
+    return np.fromiter(
         (sum(of_class[label] for label in clip["labels"]) for clip in packed), np.float32, clips
     )
-    data = io.BytesIO()
-    np.save(data, weights, allow_pickle=False)
-    return data.getvalue()
 
 
 def _log_mel(shards: ShardSet) -> tuple[float, float, int]:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write
+
 STRIPES = 256
 """Locks for fetching; pieces share them by the hash of their names."""
 KEPT_SHARE = 0.9
@@ -118,14 +120,12 @@ class ChunkCache:
 
     def _insert(self, name: str, piece: bytes) -> None:
         path = self._path(name)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(exist_ok=True)
-            part.write_bytes(piece + _checksum(piece))
             before = path.stat().st_size if path.exists() else 0
-            os.replace(part, path)
+            with atomic_write(path, durable=False) as temporary:  # a piece has a checksum
+                temporary.write_bytes(piece + _checksum(piece))
         except OSError as error:
-            part.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if not self._full_disk_said:
@@ -172,7 +172,7 @@ class ChunkCache:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                if path.suffix != ".part":
+                if path.suffix != TEMPORARY_SUFFIX:
                     yield status.st_mtime, status.st_size, path
                 elif time.time() - status.st_mtime > 3600:
                     path.unlink(missing_ok=True)

@@ -4,46 +4,21 @@ The layout is described in `shard_set.py`, which reads it.
 """
 
 import hashlib
-import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from cavmae.atomic_write import (
+    commit,
+    named_errors,
+    temporary_path,
+    write_json,
+    write_text,
+)
 from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, SCHEMA, ShardEntry
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut."""
-    part = path.with_name(path.name + ".part")
-    with _named_errors(part), open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _flush_folder(path.parent)
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """A full disk fails in calls that do not know the file; the error should name it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashedFile:
@@ -72,10 +47,9 @@ class ShardWriter:
         # webdataset imports torch (2 s); readers and packing workers never need it.
         from webdataset.writer import TarWriter
 
-        self.folder = folder
-        self.name = name
-        self._part = folder / f"{name}.tar.part"
-        self._file = open(self._part, "wb")  # noqa: SIM115 (closed by finish or abandon)
+        self._path = folder / f"{name}.tar"
+        self._temporary = temporary_path(self._path)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by finish or abandon)
         self._hashed = _HashedFile(self._file)
         self._tar = TarWriter(
             cast(BinaryIO, self._hashed),
@@ -92,7 +66,7 @@ class ShardWriter:
         line = []
         for extension, data in members.items():
             # One call per member: a single call would sort them and put the JSON last.
-            with _named_errors(self._part):
+            with named_errors(self._path):
                 self._tar.write({"__key__": key, extension: data})
             blocks = -(-len(data) // tarfile.BLOCKSIZE)
             offset = self._tar.tarstream.offset - blocks * tarfile.BLOCKSIZE
@@ -104,17 +78,14 @@ class ShardWriter:
         if not self._lines:
             self.abandon()
             return None
-        with _named_errors(self._part):
+        with named_errors(self._path):
             self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
         text = f"v1.2 {len(self._lines)}\n" + "".join(line + "\n" for line in self._lines)
-        write_atomically(self.folder / f"{self.name}.idx", text.encode())
-        os.replace(self._part, self.folder / f"{self.name}.tar")
-        _flush_folder(self.folder)
+        write_text(self._path.with_suffix(".idx"), text)
+        commit(self._temporary, self._path)
         return ShardEntry(
-            f"{self.name}.tar",
+            self._path.name,
             len(self._lines),
             self._hashed.bytes,
             self._hashed.sha256.hexdigest(),
@@ -124,7 +95,7 @@ class ShardWriter:
         """Remove what has been written so far."""
         with suppress(OSError):  # On a full disk: the last bytes cannot be flushed.
             self._file.close()
-        self._part.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def write_index(
@@ -152,4 +123,4 @@ def write_index(
         "skipped": skipped,
         "shards": [asdict(entry) for entry in entries],
     }
-    write_atomically(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
+    write_json(folder / "index.json", index)

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -238,7 +239,8 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
         OSError: the file can't be written.
     """
     write = _write_page if path.suffix == ".html" else _write_picture
-    write(path, title, cards)
+    with atomic_write(path) as temporary:
+        write(temporary, title, cards)
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
@@ -256,7 +258,8 @@ def _write_page(path: Path, title: str, cards: list[Card]) -> None:
     )
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n",
+        encoding="utf-8",
     )
 
 
@@ -280,7 +283,7 @@ def _write_picture(path: Path, title: str, cards: list[Card]) -> None:
         above.set_title(f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}", fontsize=8)
         below.imshow(card.log_mel.T, origin="lower", aspect="auto")
     figure.suptitle(title)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, format="png", dpi=80)
     pyplot.close(figure)
 
 

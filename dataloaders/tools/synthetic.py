@@ -31,6 +31,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
@@ -323,9 +324,8 @@ def _write_clip(job: _Job) -> str:
     heard = latents(job.seed, job.sound_index, job.seconds)
     frames = render_frames(hidden, job.seed, job.index, job.size, job.fps, job.seconds)
     audio = render_audio(heard, job.seed, job.sound_index, job.seconds)
-    part = job.path.with_suffix(".part")
-    part.write_bytes(encode_clip(frames, audio, job.fps))
-    os.replace(part, job.path)
+    with atomic_write(job.path, durable=False) as temporary:
+        temporary.write_bytes(encode_clip(frames, audio, job.fps))
     return hidden.label
 
 
@@ -384,13 +384,14 @@ def generate(
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             labels = pool.map(_write_clip, jobs, chunksize=16)
     listing = folder / "clips.csv"
-    part = listing.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(listing) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["path", "start", "end", "labels"])
         for job, label in zip(jobs, labels, strict=True):
             writer.writerow([job.path.name, "", "", label])
-    os.replace(part, listing)
     return listing
 
 

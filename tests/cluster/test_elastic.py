@@ -161,13 +161,13 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         )
         nodes.order(f"cut {second}")
         wait_until_said("training on 1 of 2 ranks; no CPU is idle")
-        wait_until_said("going on from")
+        wait_until_said("resuming from")
         third = nodes.order("add")
         wait_until_said("more ranks fit: 2 instead of 1")
-        wait_until_said("going on from", 2)
+        wait_until_said("resuming from", 2)
         nodes.order(f"drain {third} 60")
         wait_until_said(r"node preemption notice \(rank .\): saving after this step")
-        wait_until_said("going on from", 3)
+        wait_until_said("resuming from", 3)
         start.send_signal(signal.SIGTERM)
         assert start.wait(timeout=120) == START_AGAIN_EXIT_CODE, text()[-5000:]
     finally:

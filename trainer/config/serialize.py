@@ -1,18 +1,15 @@
-"""Configurations as JSON files, and JSON files written atomically.
-
-Configurations are read back strictly: a run that resumes with a misread field, or one silently at
-its default, is a different run.
+"""Configurations as JSON files, read back strictly: a run that resumes with a misread field, or one
+silently at its default, is a different run.
 """
 
 import dataclasses
-import json
-import os
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cavmae import __version__
+from cavmae.atomic_write import read_json, write_json
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 Config = TypeVar("Config")
@@ -58,38 +55,6 @@ def load_run_config(path: str | Path) -> RunConfig:
     """
     kind = FinetuneConfig if "classifier" in read_json(path) else PretrainConfig
     return load_config(path, kind)
-
-
-def write_json(path: str | Path, document: object) -> None:
-    """Write a JSON file so that a reader, or a power cut, meets the old or the new one.
-
-    Raises:
-        ValueError: a float that is not finite.
-    """
-    path = Path(path)
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        document = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}; expected a JSON object")
-    return document
 
 
 def _check_schema(schema: object, path: Path) -> None:

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
     FileWriter,

@@ -15,10 +15,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
 from cavmae.trainer.embeddings.query import embed_query, read_query

@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
@@ -36,7 +37,7 @@ from cavmae.trainer.metrics.classification import (
 )
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.figures import class_picture
+from cavmae.trainer.tracking.figures import plot_classes
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def classify(config: ClassifyConfig) -> None:
     out = write_evaluation(run, config.out, kind, shards, result)
     _write_classes(out.with_suffix(".csv"), labels, clips_of_class, scores)
     first = scores[modes[0]].scores
-    class_picture(
+    plot_classes(
         out.with_suffix(".png"),
         f"{modes[0]}: mean average precision {first.mean_average_precision.value:.1%}, "
         f"{first.clips} clips",
@@ -259,7 +260,10 @@ def _write_classes(
     path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
 ) -> None:
     """Write a row for each class in each mode; empty cells where a class has no such score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["mode", "index", "label", "name", "clips", "average_precision", "auc"])
         for mode, one in scores.items():

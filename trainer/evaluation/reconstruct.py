@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loading.dali import IMAGE_STD
 from cavmae.dataloaders.media.audio_codec import encode_sound
@@ -20,7 +21,6 @@ from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPL
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.inference import whole_clips
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
@@ -29,7 +29,7 @@ from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tracking.figures import (
     masked_and_reconstructed,
     patchify,
-    reconstruction_picture,
+    plot_reconstructions,
 )
 
 ERRORS = (
@@ -246,7 +246,7 @@ def _reconstruct_clip(
     log_mel, frame = batch.log_mel.cpu(), frame.cpu()
     audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
     norm_pix = run.loss.norm_pix
-    reconstruction_picture(
+    plot_reconstructions(
         out / f"{name}.png",
         log_mel,
         frame,
@@ -269,7 +269,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        (out / f"{name}-{kind}.wav").write_bytes(encode_sound(pcm, "wav"))
+        write_bytes(out / f"{name}-{kind}.wav", encode_sound(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cavmae.trainer.checkpoint.format import checkpoints
+from cavmae.trainer.checkpoint.format import list_checkpoints
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.cost_model.memory import footprint, model_sizes, sizes_at_most
@@ -110,7 +110,7 @@ def check_machines(config: RunConfig, ranks: Ranks, store: Store) -> None:
 
     def check() -> None:
         if ranks.local_rank == 0:
-            check_memory(config, ranks, machine_memory(), begun=bool(checkpoints(store)))
+            check_memory(config, ranks, machine_memory(), begun=bool(list_checkpoints(store)))
 
     on_all_ranks(check)
 
@@ -185,7 +185,7 @@ def oom_guard(
         log.error("rank %d: %s", ranks.rank, error)
         traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
         try:
-            begun = bool(checkpoints(store))
+            begun = bool(list_checkpoints(store))
         except OSError:
             begun = True  # advises less
         what_now = _what_now(config, ranks, device, begun=begun)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cavmae.trainer.config.serialize import read_json, write_json
+from cavmae.atomic_write import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.tasks.build_model import autoencoder
 from cavmae.trainer.tasks.pretrain_validation import PretrainScores, score
 from cavmae.trainer.tasks.task import Validation
-from cavmae.trainer.tracking.figures import reconstruction_picture, similarity_picture
+from cavmae.trainer.tracking.figures import plot_reconstructions, plot_similarity
 
 
 class PretrainTask:
@@ -185,11 +185,11 @@ class PretrainTask:
 
     def _draw(self, scores: PretrainScores, folder: Path, step: int) -> list[Path]:
         paths = [folder / f"similarity-step-{step:09d}.png"]
-        similarity_picture(paths[0], scores.similarity)
+        plot_similarity(paths[0], scores.similarity)
         clips = scores.pictures
         if clips.predicted_audio is not None and clips.predicted_video is not None:
             paths.append(folder / f"reconstruction-step-{step:09d}.png")
-            reconstruction_picture(
+            plot_reconstructions(
                 paths[1],
                 clips.log_mel,
                 clips.frame,

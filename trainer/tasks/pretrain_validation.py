@@ -28,7 +28,7 @@ class PretrainScores:
     Attributes:
         metrics: values by name, `val_...`.
         similarity: (clips, clips) cosines, audio by video, of the first 200 clips, on CPU.
-        pictures: the first clips of this rank, as `figures.reconstruction_picture` shows them.
+        pictures: the first clips of this rank, as `figures.plot_reconstructions` shows them.
     """
 
     metrics: dict[str, float]

@@ -20,7 +20,7 @@ from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.run_status import write_status
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
 

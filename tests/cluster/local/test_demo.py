@@ -9,10 +9,10 @@ import pytest
 import torch
 from launch import ROOT
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local import demo_full
 from cavmae.cluster.local.demo import DemoConfig, main
 from cavmae.command import exit_code
-from cavmae.trainer.config.serialize import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_scores_are_shown_with_chance_and_with_what_they_do_not_show(
 def test_everything_that_the_demo_names_exists(demo: tuple[Path, str]) -> None:
     folder, text = demo
     assert (folder / "run/weights.pt").exists()
-    assert list((folder / "run/pictures").glob("*.png"))
+    assert list((folder / "run/figures").glob("*.png"))
     assert f"sqlite:///{folder / 'mlflow.db'}" in text
     assert (folder / "mlflow.db").exists()
 

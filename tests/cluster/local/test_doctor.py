@@ -20,7 +20,7 @@ from cavmae.cluster.local.doctor import (
     tracking_store,
 )
 from cavmae.dataloaders.config import DataConfig
-from cavmae.trainer.tracking.tracker import _make_store
+from cavmae.trainer.tracking.tracker import create_store
 
 
 def test_a_machine_that_runs_the_tests_can_train(
@@ -91,7 +91,7 @@ def test_the_store_of_a_file_answers_or_will_be_created(tmp_path: Path) -> None:
     later = tracking_store("", tmp_path / "runs")
     assert later.state == "ok" and "the first run will create" in later.found
     assert not (tmp_path / "runs").exists()
-    _make_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    create_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert "1 experiments" in tracking_store("", tmp_path).found
 
 

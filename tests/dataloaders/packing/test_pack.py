@@ -309,7 +309,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     process.wait()
     assert not (out / "video" / "index.json").exists()
     finished = (out / "video" / "000000.tar").stat()
-    (out / "video" / "000001.tar.part").write_bytes(b"left over")
+    (out / "video" / "000001.tar.0123.partial").write_bytes(b"left over")
     (out / "video" / "000002.tar").write_bytes(b"finished, but its report was not")
 
     assert main(arguments) == 0
@@ -455,7 +455,7 @@ def test_a_full_disk_is_an_error_and_the_run_can_go_on(
         message = fails(capsys, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(r"File too large: '.*/000000\.tar\.part'", message)
+    assert re.search(r"File too large: '.*/000000\.tar'", message)
     assert not list((tmp_path / "out").rglob("index.json"))
     assert not list((tmp_path / "out").rglob("*.tar*"))
     assert main(arguments) == 0

@@ -221,7 +221,7 @@ def test_a_cache_that_is_too_small_stays_small_and_right(
     read_in_processes(url, tmp_path, limit, local, count=3)
     kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert kept <= limit + 3 * 8192, "more than the limit and a piece for each process"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_the_pieces_used_longest_ago_go_first(tmp_path: Path) -> None:

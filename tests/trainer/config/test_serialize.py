@@ -9,14 +9,9 @@ from typing import Literal
 import pytest
 
 from cavmae import __version__
+from cavmae.atomic_write import write_json
 from cavmae.trainer.config.configs import FinetuneConfig, LossConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.serialize import (
-    load_config,
-    load_run_config,
-    read_json,
-    save_config,
-    write_json,
-)
+from cavmae.trainer.config.serialize import load_config, load_run_config, save_config
 from cavmae.trainer.model.config import ModelConfig
 
 
@@ -160,19 +155,3 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=f"config.json {message}"):
         load_config(tmp_path / "config.json", PretrainConfig)
-
-
-def test_run_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"mlflow_run_id": "a"})
-    write_json(path, {"mlflow_run_id": "b"})
-    assert read_json(path) == {"mlflow_run_id": "b"}
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"loss": 1.0})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"loss": float("nan")})
-    assert read_json(path) == {"loss": 1.0}

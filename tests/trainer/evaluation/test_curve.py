@@ -45,7 +45,7 @@ def test_the_command_draws_what_a_fine_tuning_has_logged(
     assert cli.main(["curve", str(run_dir), str(log)]) == 0
     printed = capsys.readouterr().out
     assert "val_accuracy: 0.25 at epoch 2; published 0.625 at epoch 2" in printed
-    assert (run_dir / "pictures/curve-published.png").stat().st_size > 5000
+    assert (run_dir / "figures/curve-published.png").stat().st_size > 5000
 
     log.write_text("epoch,mAP\n1,0.5\n")
     assert cli.main(["curve", str(run_dir), str(log)]) == 1

@@ -17,7 +17,7 @@ from launch import ROOT, run_ranks
 from tiny_run import MODEL, tiny_finetuning, tiny_run
 
 from cavmae.trainer.checkpoint.format import MANIFEST
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import EngineConfig, FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.distributed.env import Ranks
@@ -151,7 +151,7 @@ def test_only_the_first_rank_of_a_machine_looks_at_it(
         looked.append((ranks, begun))
 
     monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.check_memory", look)
-    store = open_store(str(tmp_path / "checkpoints"))
+    store = Store(str(tmp_path / "checkpoints"))
     first, second = Ranks(2, 4, 0, 2), Ranks(3, 4, 1, 2)
     for ranks in (first, second):
         check_machines(BASE, ranks, store)
@@ -226,7 +226,7 @@ def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
 
 def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
     config = tiny_finetuning(tmp_path, tmp_path / "run", global_batch=4096, micro_batch=4096)
-    store = open_store(str(tmp_path / "checkpoints"))
+    store = Store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(
             OutOfMemory, match=r"0 ran out of CPU memory: a step .*; what fits: --micro-batch 2048"
@@ -243,7 +243,7 @@ def test_a_store_that_is_down_hides_no_want_of_memory(
         raise OSError("the store is down")
 
     monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.checkpoints", down)
-    config, store = tiny_run(tmp_path, tmp_path / "run"), open_store(str(tmp_path / "checkpoints"))
+    config, store = tiny_run(tmp_path, tmp_path / "run"), Store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(OutOfMemory, match="0 ran out of CPU memory"),
         oom_guard(config, tmp_path, store, ALONE, CPU),
@@ -255,6 +255,6 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (
         pytest.raises(RuntimeError, match="unrelated"),
-        oom_guard(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
+        oom_guard(config, tmp_path, Store(str(tmp_path)), ALONE, CPU),
     ):
         raise RuntimeError("unrelated")

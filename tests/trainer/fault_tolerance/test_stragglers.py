@@ -11,7 +11,7 @@ from tiny_run import tiny_run
 
 from cavmae.trainer.config.configs import TrackingConfig, WatchdogConfig
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 
 def test_own_time_ends_where_the_rank_first_meets_others() -> None:

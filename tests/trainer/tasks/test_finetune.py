@@ -29,7 +29,7 @@ from cavmae.trainer.config.configs import (
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
@@ -168,7 +168,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     for process in killed.processes:
         process.wait(timeout=60)
     # With one rank less, so through a universal checkpoint of two groups of parameters.
-    assert "going on from" in Start(config, 1, tmp_path / "two").finish()
+    assert "resuming from" in Start(config, 1, tmp_path / "two").finish()
 
     assert len(losses(tmp_path / "one/run")) == 20
     assert losses(tmp_path / "two/run") == pytest.approx(losses(tmp_path / "one/run"), rel=1e-5)

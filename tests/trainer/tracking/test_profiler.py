@@ -66,7 +66,7 @@ def test_each_rank_traces_the_steps_and_their_parts(packed_synthetic: Path, tmp_
         ]
         assert all(found.count(part) >= 2 for part in PARTS)
     assert "https://ui.perfetto.dev" in text
-    assert "what took most of their time" in text
+    assert "operators that took most time" in text
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path
     text = Start(
         tiny_run(packed_synthetic, tmp_path / "run", steps=3, profile=profile), 1, tmp_path
     ).finish()
-    assert "profile.after_steps is 30, which this start did not reach" in text
+    assert "profile.after_steps is 30, which this attempt did not reach" in text
     assert not (tmp_path / "run/profile").exists()
 
 
@@ -141,7 +141,7 @@ def watched_while_written(
         **dict.fromkeys(("begin_step", "loss", "begin", "step", "keep", "score"), lambda *_: None),
         metrics=dict,
         commit=lambda: not found.append(("commit", watchdog.watches)),
-        **{"failures": 0, "open": False, "writing": False},
+        **{"failures": 0, "is_open": False, "is_writing": False},
     )
     loop = Trainer.__new__(Trainer)  # nothing is built
     loop.config = PretrainConfig(
