@@ -22,7 +22,8 @@ from cavmae.benchmarks.faults.injection import (
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
-from cavmae.trainer.checkpoint.format import step_of
+from cavmae.trainer.checkpoint.format import list_checkpoints, step_of
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
