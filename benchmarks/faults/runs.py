@@ -28,7 +28,7 @@ from cavmae.trainer.checkpoint.format import (
     read_manifest,
     step_of,
 )
-from cavmae.trainer.checkpoint.store import FileDigest
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
