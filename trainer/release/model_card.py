@@ -189,7 +189,7 @@ def _scores(run: "AnyRun") -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Validation\n\nNone: the run had no validation clips.\n"
-    validation, clips = _set_name(run.config.data.validation), run.config.evaluation.clips
+    validation, clips = _set_name(run.config.data.validation), run.config.validation.clips
     return (
         f"## Validation\n\nAt the end of the run, at most {clips} clips of `{validation}`.\n\n"
         f"{_score_table(scores)}"
