@@ -42,9 +42,6 @@ class LossConfig:
     """Average both directions; otherwise each video ranks the audio clips, as published."""
     contrastive_group: int = 0
     """Consecutive samples of the global order that rank each other; 0: the global batch."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How ranks see each other's embeddings: `gather` holds those of all ranks on each; `ring`
-    passes them on, a rank's at a time, for batches whose embeddings don't fit."""
     norm_pix: bool = True
     """Reconstruct patches normalised to mean 0 and variance 1 each."""
     scale: float = 1.0

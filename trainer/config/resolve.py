@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -82,10 +82,6 @@ def check_same_run(before: RunConfig, now: RunConfig) -> None:
             f"the run in {now.run_dir} was started with a {type(before).__name__} and this start "
             f"has a {type(now).__name__}; give another --run-dir"
         )
-    if isinstance(before, PretrainConfig) and isinstance(now, PretrainConfig):
-        # How embeddings travel decides nothing: a run may go on with the other way.
-        loss = dataclasses.replace(now.loss, exchange=before.loss.exchange)
-        now = dataclasses.replace(now, loss=loss)
     if isinstance(before, FinetuneConfig) and isinstance(now, FinetuneConfig):
         # The classes themselves are compared where the run's are opened.
         classifier = dataclasses.replace(now.classifier, labels=before.classifier.labels)

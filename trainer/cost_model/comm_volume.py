@@ -15,10 +15,9 @@ from torch import nn
 
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive import contrastive_layout, groups_span_ranks
-from cavmae.trainer.losses.embedding_exchange import Form
+from cavmae.trainer.losses.contrastive_groups import contrastive_layout, groups_span_ranks
 
-Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "send"]
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
 
 # DeepSpeed's defaults, in elements.
@@ -41,9 +40,8 @@ class Collective:
         purpose: what they are for.
         kind: what they do.
         payload_bytes: of all calls: what every rank has at the end of an all-reduce or gather, or
-            at the beginning of a reduce-scatter; of a send, what one rank sends.
+            at the beginning of a reduce-scatter.
         calls: how many there are.
-        together: calls that are issued as one.
         ahead: whether they are begun before what they bring is needed.
     """
 
@@ -51,7 +49,6 @@ class Collective:
     kind: Kind
     payload_bytes: int
     calls: int
-    together: int = 1
     ahead: bool = False
 
 
@@ -84,8 +81,6 @@ def sent_bytes(collective: Collective, world_size: int) -> int:
         collective: of these ranks.
         world_size: ranks.
     """
-    if collective.kind == "send":
-        return collective.payload_bytes
     rounds = 2 if collective.kind == "all_reduce" else 1
     return rounds * (world_size - 1) * collective.payload_bytes // world_size
 
@@ -140,8 +135,7 @@ def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purp
     return totals
 
 
-def exchange_collectives(
-    form: Form,
+def embedding_gathers(
     *,
     world_size: int,
     rows: int,
@@ -149,11 +143,10 @@ def exchange_collectives(
     value_bytes: int,
     bidirectional: bool,
     log_sum_bytes: int = 4,
-) -> tuple[Collective, ...]:
-    """Of one contrastive loss over ranks and its gradient (`exchange.blocks`).
+) -> Collective:
+    """Return the collectives of one contrastive loss over ranks and its gradient.
 
     Args:
-        form: as in `exchange.blocks`.
         world_size: ranks.
         rows: clips of each rank.
         width: of an embedding.
@@ -162,15 +155,8 @@ def exchange_collectives(
         log_sum_bytes: of one statistic: 4, or 8 for float64 embeddings.
     """
     directions = 2 if bidirectional else 1
-    embeddings, log_sums = 2 * rows * width * value_bytes, directions * rows * log_sum_bytes
-    if form == "ring":  # for the loss, and for its gradient once more
-        others = world_size - 1
-        return tuple(
-            Collective("embeddings", "send", others * own, others * tensors, together=tensors)
-            for own, tensors in ((embeddings, 2), (embeddings + log_sums, 2 + directions))
-        )
-    own = embeddings + log_sums
-    return (Collective("embeddings", "all_gather", world_size * own, 2 + directions),)
+    own = 2 * rows * width * value_bytes + directions * rows * log_sum_bytes
+    return Collective("embeddings", "all_gather", world_size * own, 2 + directions)
 
 
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
@@ -183,14 +169,14 @@ def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tup
     ):
         return ()
     times = 1 if cached else _micro_batches(config, world_size)
-    return times * exchange_collectives(
-        config.loss.exchange,
+    gathers = embedding_gathers(
         world_size=world_size,
         rows=config.global_batch // world_size // times,
         width=config.model.width,
         value_bytes=_element_bytes(config),
         bidirectional=config.loss.bidirectional,
     )
+    return times * (gathers,)
 
 
 def _replicated(

@@ -106,7 +106,7 @@ def collective_seconds(collective: Collective, world_size: int, links: Links) ->
     """Of all its calls, one after the other; each goes the fastest way there is.
 
     Rings pass every GPU of a node before they leave it, and there are as many of them as network
-    cards, so a node's cards work together; a `send` has its own rank's card alone.
+    cards, so a node's cards work together.
 
     Args:
         collective: of these ranks.
@@ -116,12 +116,6 @@ def collective_seconds(collective: Collective, world_size: int, links: Links) ->
     if world_size == 1:
         return 0.0
     nodes = math.ceil(world_size / links.ranks_per_node)
-    if collective.kind == "send":
-        speed = links.between_nodes if nodes > 1 else links.within_node
-        way = _RINGS[0]
-        hop = way.between_nodes if nodes > 1 else way.within_node
-        hops = collective.calls / collective.together
-        return hops * hop + collective.payload_bytes / (speed * links.share)
     cards = links.ranks_per_node * links.between_nodes
     speed = links.share * (links.within_node if nodes == 1 else min(links.within_node, cards))
     rounds = 2 if collective.kind == "all_reduce" else 1
@@ -167,8 +161,6 @@ def step_time(
         if one.ahead:
             seconds = max(seconds / one.calls, seconds - compute)  # the first one is waited for
         waits[one.purpose] += seconds
-    if config.loss.exchange == "ring":  # a block travels while another is worked on
-        waits["embeddings"] = max(0.0, waits["embeddings"] - contrast)
     busy = compute + contrast + sum(waits.values())
     data = max(0.0, rows / device.clips_per_second - busy)
     return StepTime(compute=compute, contrast=contrast, data=data, **waits)
