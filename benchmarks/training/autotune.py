@@ -30,7 +30,7 @@ from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import native_dtype
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
-from cavmae.trainer.fault_tolerance.oom import machine_memory
+from cavmae.trainer.fault_tolerance.host_memory import machine_memory
 
 FASTER = 1.03
 """What is less than this faster is not told from noise: the value before stays."""

@@ -158,7 +158,7 @@ def step_time(
     waits = dict.fromkeys(("gradients", "weights", "embeddings", "scalars"), 0.0)
     for one in collectives(config, tensors, world_size):
         seconds = collective_seconds(one, world_size, links)
-        if one.ahead:
+        if one.prefetched:
             seconds = max(seconds / one.calls, seconds - compute)  # the first one is waited for
         waits[one.purpose] += seconds
     busy = compute + contrast + sum(waits.values())
