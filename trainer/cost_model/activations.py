@@ -22,8 +22,6 @@ from torch.utils._pytree import tree_leaves
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.losses.classification import classification_loss
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tasks.build_model import trained_model
 
@@ -173,11 +171,11 @@ class _Trace(TorchDispatchMode):
 
 
 def _trace(config: RunConfig, samples: int) -> _Trace:
+    shape, trace = config.model, _Trace()
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     with torch.device("meta"):
         model = trained_model(config)
     model.recompute_blocks(config.engine.activation_checkpointing)
-    trace = _Trace()
     with FakeTensorMode():
         for name, one in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -186,31 +184,23 @@ def _trace(config: RunConfig, samples: int) -> _Trace:
             trace.ignore(weight)
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(trace.add_gradient)
-        shape = config.model
         log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
         frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
         for tensor in (log_mel, frame):
             trace.ignore(tensor)
-        if isinstance(config, FinetuneConfig):
-            assert isinstance(model, CAVMAEClassifier)
-            _finetuning_passes(config, model, log_mel, frame, trace)
-        else:
-            assert isinstance(config, PretrainConfig) and isinstance(model, CAVMAE)
-            _pretraining_passes(config, model, log_mel, frame, trace)
+        with trace:
+            _loss(config, model, log_mel, frame).backward()
     return trace
 
 
-def _pretraining_passes(
-    config: PretrainConfig,
-    model: CAVMAE,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    trace: _Trace,
-) -> None:
-    losses = {
-        "reconstruct": config.loss.reconstruction_weight > 0,
-        "contrast": config.loss.contrastive_weight > 0,
-    }
+def _loss(
+    config: RunConfig, model: nn.Module, log_mel: torch.Tensor, frame: torch.Tensor
+) -> torch.Tensor:
+    """Compute a loss that keeps what the run's own loss keeps."""
+    if isinstance(config, FinetuneConfig):
+        logits = model(log_mel, frame, mode=config.classifier.mode).logits
+        return classification_loss(logits, torch.empty_like(logits), config.classifier.loss)
+    assert isinstance(config, PretrainConfig)
     masks = random_masks(
         config.model,
         torch.arange(len(log_mel)),
@@ -219,25 +209,19 @@ def _pretraining_passes(
         video_ratio=config.mask.video_ratio,
         audio_mode=config.mask.audio_mode,
     )
-    with trace:
-        output = model(log_mel, frame, *masks, **losses, norm_pix=config.loss.norm_pix)
-        loss = torch.zeros(())
-        if losses["reconstruct"]:
-            loss = loss + output.reconstruction_audio + output.reconstruction_video
-        if losses["contrast"]:
-            loss = loss + (output.audio_embedding * output.video_embedding).sum()
-        loss.backward()
-
-
-def _finetuning_passes(
-    config: FinetuneConfig,
-    model: CAVMAEClassifier,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    trace: _Trace,
-) -> None:
-    targets = torch.empty(len(log_mel), model.classes)
-    trace.ignore(targets)
-    with trace:
-        logits = model(log_mel, frame, mode=config.classifier.mode).logits
-        classification_loss(logits, targets, config.classifier.loss).backward()
+    reconstruct = config.loss.reconstruction_weight > 0
+    contrast = config.loss.contrastive_weight > 0
+    output = model(
+        log_mel,
+        frame,
+        *masks,
+        reconstruct=reconstruct,
+        contrast=contrast,
+        norm_pix=config.loss.norm_pix,
+    )
+    loss = torch.zeros(())
+    if reconstruct:
+        loss = loss + output.reconstruction_audio + output.reconstruction_video
+    if contrast:
+        loss = loss + (output.audio_embedding * output.video_embedding).sum()
+    return loss

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from cavmae.trainer.config.configs import RunConfig
@@ -26,8 +27,8 @@ def advice(
 ) -> str:
     """Return the end of an error message, with the flags that make a run fit.
 
-    The rungs of the ladder are ordered by the speed they cost. They are climbed until the run fits;
-    then each is taken back as far as the others allow.
+    The fields of the ladder are ordered by the speed they cost. They are changed one after the
+    other until the run fits; then each is taken back as far as the others allow.
 
     Args:
         config: `engine.dtype` is bf16 or fp32, `micro_batch` what a rank takes at once.
@@ -44,69 +45,60 @@ def advice(
             return sizes.activations
         return trace_activations(_changed(config, {"activation_checkpointing": recompute}))
 
-    def needed(rungs: list[Changes]) -> float:
-        """Bytes of a rank with these changes; inf where the config refuses them together."""
+    def needed(changes: Changes) -> float:
+        """Predict a rank's bytes with these changes; inf where the config refuses them together."""
         try:
-            changed = _changed(config, _together(rungs))
+            changed = _changed(config, changes)
         except ValueError:
             return math.inf
         traced = Sizes(sizes.tensors, activations(changed.engine.activation_checkpointing))
         return footprint(changed, traced, world_size, gpu=gpu).total
 
     ladder = _ladder(config, world_size, gpu=gpu, begun=begun)
-    taken: list[Changes] = [{} for _ in ladder]
-    for number, rungs in enumerate(ladder):
-        options = [[*taken[:number], rung, *taken[number + 1 :]] for rung in rungs]
+    taken: Changes = {}
+    for field, values in ladder.items():
+        options = [taken | {field: value} for value in values]
         fitting = next((one for one in options if needed(one) <= limit_bytes), None)
         taken = fitting or min([taken, *options], key=needed)
         if fitting:
             break
     else:
         return "no change of its batches or engine fits: use more ranks, or a smaller model"
-    for number, rungs in enumerate(ladder):
-        options = [[*taken[:number], rung, *taken[number + 1 :]] for rung in ({}, *rungs)]
+    for field, values in ladder.items():
+        others = {name: value for name, value in taken.items() if name != field}
+        options = [others, *(others | {field: value} for value in values)]
         taken = next(one for one in options if needed(one) <= limit_bytes)
-    return f"what fits: {_flags(_together(taken))}"
+    words = [_flag(field, taken[field]) for field in ladder if field in taken]
+    if taken.get("zero_stage") == 3 and config.engine.compile:
+        words.append("--engine.no-compile")
+    return f"what fits: {' '.join(words)}"
 
 
-def _ladder(config: RunConfig, world_size: int, *, gpu: bool, begun: bool) -> list[list[Changes]]:
-    """Return the changes of each field, the cheapest first."""
+def _ladder(
+    config: RunConfig, world_size: int, *, gpu: bool, begun: bool
+) -> dict[str, Sequence[Any]]:
+    """Return the values that each field may take, the cheapest first."""
     per_rank, engine = config.global_batch // world_size, config.engine
-    micro_batches = [n for n in range(config.micro_batch - 1, 0, -1) if per_rank % n == 0]
-    stages = [] if begun else range(engine.zero_stage + 1, 4)
-    # Stage 3 runs uncompiled.
-    no_compile: Changes = {"compile": False} if engine.compile else {}
     further = _RECOMPUTE[_RECOMPUTE.index(engine.activation_checkpointing) + 1 :]
-    offload = gpu and not engine.offload_optimizer
-    return [
-        [{"micro_batch": samples} for samples in micro_batches],
-        [{"zero_stage": stage} | (no_compile if stage == 3 else {}) for stage in stages],
-        [{"activation_checkpointing": recompute} for recompute in further],
-        [{"offload_optimizer": True}] if offload else [],
-    ]
-
-
-def _together(rungs: list[Changes]) -> Changes:
-    return {name: value for rung in rungs for name, value in rung.items()}
+    return {
+        "micro_batch": [n for n in range(config.micro_batch - 1, 0, -1) if per_rank % n == 0],
+        "zero_stage": () if begun else range(engine.zero_stage + 1, 4),
+        "activation_checkpointing": further,
+        "offload_optimizer": (True,) if gpu and not engine.offload_optimizer else (),
+    }
 
 
 def _changed(config: RunConfig, changes: Changes) -> RunConfig:
     engine = dict(changes)
     micro_batch = engine.pop("micro_batch", config.micro_batch)
+    if engine.get("zero_stage") == 3:
+        engine["compile"] = False  # stage 3 runs uncompiled
     return dataclasses.replace(
         config, micro_batch=micro_batch, engine=dataclasses.replace(config.engine, **engine)
     )
 
 
-def _flags(changes: Changes) -> str:
-    """Spell changes as on a command line."""
-    flags = []
-    for name, value in changes.items():
-        option = name.replace("_", "-")
-        if name == "micro_batch":
-            flags.append(f"--{option} {value}")
-        elif isinstance(value, bool):
-            flags.append(f"--engine.{option}" if value else f"--engine.no-{option}")
-        else:
-            flags.append(f"--engine.{option} {value}")
-    return " ".join(flags)
+def _flag(field: str, value: Any) -> str:
+    """Spell a change as on the command line."""
+    name = ("" if field == "micro_batch" else "engine.") + field.replace("_", "-")
+    return f"--{name}" if value is True else f"--{name} {value}"
