@@ -71,11 +71,11 @@ BENCHMARKS = {
         "One run for an hour with a fault every few minutes.",
     ),
     "overhead": ("cavmae.benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
-    "order": (
+    "shuffle": (
         "cavmae.benchmarks.data.shuffle_quality",
         "The order of samples against a perfect shuffle.",
     ),
-    "data-day": (
+    "storage-faults": (
         "cavmae.benchmarks.data.storage_faults",
         "The loader under kills and a failing store.",
     ),

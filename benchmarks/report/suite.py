@@ -5,7 +5,6 @@ as they still tell something. What is left out is named with the reason.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cavmae.benchmarks.harness.options import budget_seconds
 from cavmae.benchmarks.harness.processes import (
     Start,
     descendants,
@@ -25,7 +25,6 @@ from cavmae.benchmarks.harness.processes import (
 )
 from cavmae.benchmarks.report.report import write_report
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 _PATIENCE_SECONDS = 30.0
 """For a benchmark that is told to end."""
 
@@ -45,7 +44,7 @@ class Benchmark:
     Attributes:
         name: `cavmae bench NAME`.
         cpu: on two cores, with the time that it took on them beside other work (`overhead`,
-            `train`, `data-day` and `soak`: estimated); None: it tells nothing there.
+            `train`, `storage-faults` and `soak`: estimated); None: it tells nothing there.
         cuda: with a GPU, with an estimate of the time.
         needs: module without which it does not run.
     """
@@ -80,11 +79,11 @@ SUITE = (
     Benchmark("faults", Turn(110, _FAULTS), Turn(150, _FAULTS)),
     Benchmark("tiers", Turn(160, ("--clips", "4", "--rounds", "3")), Turn(60, ("--clips", "16"))),
     Benchmark("overhead", Turn(240, ("--steps", "80", "--repeats", "1")), None),
-    Benchmark("data-day", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
+    Benchmark("storage-faults", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
     Benchmark("memory", Turn(150, ("--recipes", "demo")), None),
     Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
     Benchmark("scaling", Turn(15), Turn(15)),
-    Benchmark("order", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
+    Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),
 )
 """The most telling first."""
@@ -137,18 +136,6 @@ def main(argv: list[str]) -> int:
     for path in write_report(Path(flags.out), Path(flags.report)):
         print(f"report: {path}")
     return 1 if failed else 0
-
-
-def budget_seconds(text: str) -> float:
-    """A time as a user gives it.
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"--budget is {text}; use a time such as 90s, 10m or 2h")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def why_not(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str:

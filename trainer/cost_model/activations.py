@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 _SAMPLES = (2, 3)
 """Of the two traces; a batch of one is a special case to some operations."""
@@ -174,7 +173,7 @@ def _trace(config: RunConfig, samples: int) -> _Trace:
     shape, trace = config.model, _Trace()
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     with torch.device("meta"):
-        model = trained_model(config)
+        model = build_model(config)
     model.recompute_blocks(config.engine.activation_checkpointing)
     with FakeTensorMode():
         for name, one in list(model.named_parameters()):
@@ -201,14 +200,7 @@ def _loss(
         logits = model(log_mel, frame, mode=config.classifier.mode).logits
         return classification_loss(logits, torch.empty_like(logits), config.classifier.loss)
     assert isinstance(config, PretrainConfig)
-    masks = random_masks(
-        config.model,
-        torch.arange(len(log_mel)),
-        seed=0,
-        audio_ratio=config.mask.audio_ratio,
-        video_ratio=config.mask.video_ratio,
-        audio_mode=config.mask.audio_mode,
-    )
+    masks = random_masks(config.model, config.mask, torch.arange(len(log_mel)), seed=0)
     reconstruct = config.loss.reconstruction_weight > 0
     contrast = config.loss.contrastive_weight > 0
     output = model(

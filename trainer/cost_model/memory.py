@@ -27,7 +27,7 @@ from cavmae.trainer.cost_model.comm_volume import (
     tensor_sizes,
 )
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 GPU_ALLOWANCE_BYTES = 3 << 30
 """CUDA, NCCL, DALI, and fragmentation of the caching allocator."""
@@ -146,7 +146,7 @@ def sizes_at_most(config: RunConfig) -> Sizes:
 
 def _tensors(config: RunConfig) -> TensorSizes:
     with torch.device("meta"):
-        return tensor_sizes(trained_model(config))
+        return tensor_sizes(build_model(config))
 
 
 def _optimizer_share(config: RunConfig, world_size: int) -> float:
