@@ -34,7 +34,7 @@ _BYTES_SENT_AT = 200
 
 
 class CountedCollectives(TorchDispatchMode):
-    """Attributes: payload_bytes, calls, by kind as in `wire.Collective`."""
+    """Attributes: payload_bytes, calls, by kind as in `comm_volume.Collective`."""
 
     def __init__(self) -> None:
         super().__init__()
