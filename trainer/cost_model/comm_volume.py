@@ -15,7 +15,7 @@ from torch import nn
 
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive_groups import contrastive_layout, groups_span_ranks
+from cavmae.trainer.losses.contrastive_groups import Layout, contrastive_layout
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
@@ -130,16 +130,17 @@ def collectives(
 
 def embeds_first(config: PretrainConfig, world_size: int) -> bool:
     """Return whether a step has forward passes without gradients before those with them."""
-    return (
-        config.loss.contrastive_weight > 0
-        and contrastive_layout(
-            group_size=config.loss.contrastive_group or config.global_batch,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
-            world_size=world_size,
-        )
-        == "cached"
+    contrasts = config.loss.contrastive_weight > 0
+    return contrasts and _layout(config, world_size, config.micro_batch) == "cached"
+
+
+def _layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
+    return contrastive_layout(
+        group_size=config.loss.contrastive_group or config.global_batch,
+        global_batch=config.global_batch,
+        micro_batch=micro_batch,
+        lanes=config.lanes,
+        world_size=world_size,
     )
 
 
@@ -176,14 +177,8 @@ def embedding_gathers(
 
 
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
-    group_size = config.loss.contrastive_group or config.global_batch
-    if not groups_span_ranks(
-        group_size=group_size,
-        global_batch=config.global_batch,
-        lanes=config.lanes,
-        world_size=world_size,
-    ):
-        return ()
+    if _layout(config, world_size, micro_batch=config.global_batch) == "local":
+        return ()  # no group spans ranks
     times = 1 if cached else micro_batches(config, world_size)
     gathers = embedding_gathers(
         world_size=world_size,

@@ -23,21 +23,12 @@ def contrastive_layout(
     *, group_size: int, global_batch: int, micro_batch: int, lanes: int, world_size: int
 ) -> Layout:
     """Return where the groups of a step lie, which depends on the batch sizes alone."""
-    _, row_of = _places(global_batch, lanes, world_size)
-    micro_of = (row_of // micro_batch).reshape(-1, group_size)
-    if (micro_of != micro_of[:, :1]).any():
+    rank_of, row_of = _places(global_batch, lanes, world_size)
+    places = np.stack([rank_of, row_of // micro_batch]).reshape(2, -1, group_size)
+    span_ranks, span_micro_batches = (places != places[..., :1]).any((1, 2))
+    if span_micro_batches:
         return "cached"
-    spans = groups_span_ranks(
-        group_size=group_size, global_batch=global_batch, lanes=lanes, world_size=world_size
-    )
-    return "gathered" if spans else "local"
-
-
-def groups_span_ranks(*, group_size: int, global_batch: int, lanes: int, world_size: int) -> bool:
-    """Return whether a group has clips of several ranks, so that embeddings are gathered."""
-    rank_of, _ = _places(global_batch, lanes, world_size)
-    rank_of = rank_of.reshape(-1, group_size)
-    return bool((rank_of != rank_of[:, :1]).any())
+    return "gathered" if span_ranks else "local"
 
 
 def _places(global_batch: int, lanes: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The encoders of CAV-MAE, which pretraining and fine-tuning share.
 
 One encoder for each modality, and a joint one that all streams share. Single-device code,
-independent of ranks. The published checkpoints have no level for the encoders in their names, so the
-models inherit from this one instead of holding it.
+independent of ranks. The published checkpoints have no level for the encoders in their names, so
+the models inherit from this one instead of holding it.
 """
 
 from collections.abc import Collection
