@@ -14,7 +14,7 @@ from cavmae.benchmarks.harness.records import Record
 
 Unit = Literal["seconds", "per second"]
 
-_LABELS = ("fault", "gpus", "zero_stage", "exchange", "global_batch", "batch", "compile")
+_LABELS = ("fault", "gpus", "zero_stage", "global_batch", "batch", "compile")
 """Fields that say which one of a list something is; those that have them all in common are one."""
 _NOT_MEASURED = {"inputs", "bars", "criteria", "flat_means", "processes", "kinds"}
 """Parts of results: what went in, what is made of it, and what was watched."""

@@ -201,9 +201,7 @@ def _scaling(results: dict[str, Any]) -> Section:
     header = ("GPUs", "clips a step", "step", "samples/s", "efficiency", "goodput", "lasting/s")
     grids, lines = [], {}
     for name in ("weak", "strong"):
-        line = [
-            row for row in results[name] if (row["zero_stage"], row["exchange"]) == (1, "gather")
-        ]
+        line = [row for row in results[name] if row["zero_stage"] == 1]
         lines[name] = line
         rows = [
             (
@@ -217,7 +215,7 @@ def _scaling(results: dict[str, Any]) -> Section:
             )
             for row in line
         ]
-        grids.append(Grid(f"{name.capitalize()} scaling, ZeRO 1, gathered", header, rows))
+        grids.append(Grid(f"{name.capitalize()} scaling, ZeRO 1", header, rows))
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, line in lines.items():

@@ -220,4 +220,4 @@ def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(lasting_nodes: N
         check=True,
     ).stdout
     assert f"the nodes of {address}" in shown and ": rank 1\n" in shown
-    assert "without a place: 2" in shown
+    assert "without a node: 2" in shown

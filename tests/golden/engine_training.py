@@ -18,7 +18,8 @@ from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerCon
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.distributed.process_group import end_rank, start_process_group
-from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss, own_groups
+from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss
+from cavmae.trainer.losses.contrastive_groups import own_groups
 
 
 def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -> dict[str, Any]:

@@ -66,7 +66,6 @@ class Run:
                 contrastive_weight=case.get("contrastive_weight", 1.0),
                 contrastive_group=case.get("group", 0),
                 bidirectional=case.get("bidirectional", False),
-                exchange=case.get("exchange", "gather"),
             ),
             engine=EngineConfig(
                 zero_stage=case["zero_stage"],

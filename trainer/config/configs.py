@@ -36,9 +36,6 @@ class LossConfig(CheckedFields, section="loss"):
     """Average both directions; otherwise only video ranks audio, as published."""
     contrastive_group: NonNegativeInt = 0
     """Number of consecutive samples that are negatives of each other; 0: the global batch."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How ranks see each other's embeddings: `gather` holds those of all ranks on each; `ring`
-    passes them on, a rank's at a time, for batches whose embeddings don't fit."""
     norm_pix: bool = True
     """Reconstruct patches normalised to mean 0 and variance 1 each."""
     scale: float = 1.0

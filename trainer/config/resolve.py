@@ -11,8 +11,8 @@ from cavmae.trainer.config.configs import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
-# How embeddings travel decides nothing; the classes are compared when those of the run are read.
-_MAY_CHANGE = {"loss.exchange", "classifier.labels"}
+# The classes are compared when those of the run are read.
+_MAY_CHANGE = {"classifier.labels"}
 # As /proc/cpuinfo names them: bf16 multiplication of x86 (two extensions) and of ARM.
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 

@@ -11,14 +11,8 @@ from cavmae.kernels import ContrastiveResult
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks
-from cavmae.trainer.losses.contrastive import (
-    Pairs,
-    concatenate,
-    contrastive_layout,
-    exchanged_loss,
-    local_loss,
-    own_groups,
-)
+from cavmae.trainer.losses.contrastive import Pairs, concatenate, exchanged_loss, local_loss
+from cavmae.trainer.losses.contrastive_groups import contrastive_layout, own_groups
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.model.weights import load_initial_weights

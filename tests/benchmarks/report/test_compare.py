@@ -103,7 +103,7 @@ def test_what_is_computed_is_judged_by_its_one_value(
 
     assert run(path, changed(path, tmp_path, slower)) == 1
     said = capsys.readouterr().out
-    assert "gpus 1 zero_stage 0 exchange gather global_batch 128 step_seconds 1.10x" in said
+    assert "gpus 1 zero_stage 0 global_batch 128 step_seconds 1.10x" in said
 
 
 def test_steps_of_one_start_are_one_value() -> None:

@@ -26,7 +26,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.fault_tolerance.oom import Memory
+from cavmae.trainer.fault_tolerance.host_memory import Memory
 from cavmae.trainer.run_status import RunStatus
 
 Answer = Callable[[Fields], float | str]

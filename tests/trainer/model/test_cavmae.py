@@ -155,10 +155,10 @@ def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
     torch.manual_seed(0)
     block = Block(16, 2)
     x = torch.randn(3, 9, 16)
-    wanted = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
+    query_ids = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
     every = block(x)
-    some = block(x, wanted=wanted)
-    torch.testing.assert_close(some, every.gather(1, wanted[:, :, None].expand(-1, -1, 16)))
+    some = block(x, query_ids=query_ids)
+    torch.testing.assert_close(some, every.gather(1, query_ids[:, :, None].expand(-1, -1, 16)))
 
 
 def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
