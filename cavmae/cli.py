@@ -1,5 +1,5 @@
-"""The `cavmae` command. A subcommand's module is imported only once the command is known, so that
-`cavmae --help` answers at once and a missing optional part is missed only by those who use it."""
+"""The `cavmae` command. A subcommand's module is imported once the command is known, so that
+`cavmae --help` is fast and a missing optional package matters only to the commands that need it."""
 
 import importlib
 import sys
@@ -19,42 +19,45 @@ COMMANDS = {
     "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": (
         "cavmae.trainer.evaluation.reconstruct",
-        "Pictures and sounds that a run makes of clips.",
+        "Pictures and sounds that a model reconstructs.",
     ),
     "curve": (
         "cavmae.trainer.evaluation.curve",
         "Plot a run's metrics over those of a published log.",
     ),
-    "export": ("cavmae.trainer.release.export", "Write a trained model for others: Hub, graphs."),
+    "export": ("cavmae.trainer.release.export", "Export a trained model: Hub, graphs."),
     "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
     "search": ("cavmae.trainer.embeddings.search", "A sound finds videos, a picture finds sounds."),
     "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
-    "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
-    "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
-    "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
+    "status": ("cavmae.cluster.jobs:status", "State of jobs and runs."),
+    "logs": ("cavmae.cluster.jobs:logs", "Log of a job or of one of its ranks."),
+    "stop": ("cavmae.cluster.jobs:stop", "Save a checkpoint and stop a job or a run."),
     "queue": (
         "cavmae.cluster.experiments.queue",
         "Run the experiments of a file, and compare them.",
     ),
     "sweep": (
         "cavmae.cluster.experiments.sweep",
-        "Search fields with Ray Tune, giving up what falls behind.",
+        "Search fields with Ray Tune; bad trials stop early.",
     ),
     "cluster-files": ("cavmae.cluster.manifests", "Files for Kubernetes, Slurm and clouds."),
-    "doctor": ("cavmae.cluster.local.doctor", "Whether this machine can train, and what it lacks."),
+    "doctor": ("cavmae.cluster.local.doctor", "Check whether this machine can train."),
     "demo": (
         "cavmae.cluster.local.demo",
         "Generate videos, pack them, train and evaluate, on a CPU.",
     ),
     "demo-full": (
         "cavmae.cluster.local.demo_full",
-        "That, and all that the model is for, to an export.",
+        "The demo, then every use of the model, to an export.",
     ),
 }
 BENCHMARKS = {
     "step": ("cavmae.benchmarks.step.step", "Time of a training step, with memory and FLOP/s."),
-    "choices": ("cavmae.benchmarks.step.ablations", "What each choice about a step is worth here."),
+    "ablations": (
+        "cavmae.benchmarks.step.ablations",
+        "What each choice about a step is worth on this machine.",
+    ),
     "train": ("cavmae.benchmarks.training.train", "The training loop, and a step's time by parts."),
     "kernels": ("cavmae.benchmarks.kernels.bench", "Kernels against torch and published methods."),
     "data": (
@@ -65,32 +68,39 @@ BENCHMARKS = {
         "cavmae.benchmarks.data.tiers",
         "Size, cost and quality of each way to store a clip.",
     ),
-    "faults": ("cavmae.benchmarks.faults.faults", "What a run makes of each fault, done for real."),
+    "faults": ("cavmae.benchmarks.faults.faults", "Recovery of a run from each real fault."),
     "soak": (
         "cavmae.benchmarks.faults.soak",
         "One run for an hour with a fault every few minutes.",
     ),
     "overhead": ("cavmae.benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
-    "order": (
+    "shuffle": (
         "cavmae.benchmarks.data.shuffle_quality",
         "The order of samples against a perfect shuffle.",
     ),
-    "data-day": (
+    "storage-faults": (
         "cavmae.benchmarks.data.storage_faults",
         "The loader under kills and a failing store.",
     ),
     "scaling": ("cavmae.benchmarks.training.scaling", "A step on 1 to 4,096 GPUs, computed."),
+    "golden": (
+        "cavmae.benchmarks.conformance.golden",
+        "Conformance with a folder of reference numbers.",
+    ),
     "gpu-check": ("cavmae.benchmarks.gpu.check", "Check kernels and model on this GPU."),
-    "video-check": ("cavmae.benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
+    "nvdec": ("cavmae.benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
     "memory": (
         "cavmae.benchmarks.training.memory",
-        "What a run is said to take, and what it takes.",
+        "Predicted peak memory of a step against the measured one.",
     ),
     "autotune": (
         "cavmae.benchmarks.training.autotune",
-        "The fields with which a run is fastest here.",
+        "Find the fields with which a run is fastest on this machine.",
     ),
-    "all": ("cavmae.benchmarks.report.suite", "What this machine can measure within a time."),
+    "all": (
+        "cavmae.benchmarks.report.suite",
+        "All benchmarks that fit this machine and a time budget.",
+    ),
     "compare": (
         "cavmae.benchmarks.report.compare",
         "What became slower from one record to another.",
@@ -108,7 +118,7 @@ EVALUATIONS = {
     ),
     "retrieve": (
         "cavmae.trainer.evaluation.retrieve",
-        "Does a sound find its picture, and the other way?",
+        "Retrieval of pictures by sound and the other way.",
     ),
 }
 GROUPS = {
@@ -127,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher puts this first; LOCAL_RANK in the environment has the same value.
     words = [word for word in words if not word.startswith("--local_rank=")]
     if not words or words[0] in ("-h", "--help"):
         print(_usage("cavmae", COMMANDS, {name: text for name, (_, text) in GROUPS.items()}))

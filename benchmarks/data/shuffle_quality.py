@@ -1,4 +1,4 @@
-"""`cavmae bench order`: how near the plan's order is to a perfect shuffle.
+"""`cavmae bench shuffle`: how near the plan's order is to a perfect shuffle.
 
 Shards are permuted, but samples only move within a window, so that a node reads its own part of a
 set. This measures what that costs, in the worst case: a set packed class by class. Three numbers,
@@ -24,7 +24,7 @@ CLASSES = 527
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
-        prog="cavmae bench order", description="The plan's order against a perfect shuffle."
+        prog="cavmae bench shuffle", description="The plan's order against a perfect shuffle."
     )
     arguments.add_argument("--shards", type=int, default=400, help="shards of the set")
     arguments.add_argument("--samples", type=int, default=1000, help="samples of a shard")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         found = measure(flags.shards, flags.samples, flags.batch, window)
         results[f"window_{window}"] = found
         print(_line(f"window {window}", found, results["perfect"]))
-    path = write_record(flags.out, "order", torch.device("cpu"), vars(flags), results)
+    path = write_record(flags.out, "shuffle", torch.device("cpu"), vars(flags), results)
     print(f"record: {path}")
     plot = path.with_suffix(".png")
     _plot(flags.windows, results, str(plot))

@@ -1,4 +1,4 @@
-"""`cavmae bench data-day`: a day in the life of the loader, in minutes.
+"""`cavmae bench storage-faults`: a day in the life of the loader, in minutes.
 
 One-second clips, few of them different, in many shards on an S3 store that fails now and then; two
 ranks with one cache that is smaller than the set; all of it killed and started again several times.
@@ -43,14 +43,14 @@ SEED = 3
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser(
-        prog="cavmae bench data-day", description="Kills, a failing store, a small cache."
+        prog="cavmae bench storage-faults", description="Kills, a failing store, a small cache."
     )
     arguments.add_argument("--clips", type=int, default=20_000, help="samples of the set")
     arguments.add_argument("--different", type=int, default=200, help="of them different")
     arguments.add_argument("--shards", type=int, default=40, help="that the clips are packed in")
     arguments.add_argument("--kills", type=int, default=3, help="times that all ranks are killed")
     arguments.add_argument("--faults", type=int, default=50, help="one answer in so many fails")
-    arguments.add_argument("--work-dir", default="runs/data-day", help="made and removed")
+    arguments.add_argument("--work-dir", default="runs/storage-faults", help="made and removed")
     arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
     return arguments
 
@@ -70,9 +70,8 @@ def main(argv: list[str]) -> int:
             results = _day(flags, work, store)
     finally:
         shutil.rmtree(work)
-    print(
-        f"record: {write_record(flags.out, 'data-day', torch.device('cpu'), vars(flags), results)}"
-    )
+    path = write_record(flags.out, "storage-faults", torch.device("cpu"), vars(flags), results)
+    print(f"record: {path}")
     print(
         f"{results['samples_logged']} samples in {results['epochs']:.2f} epochs, killed "
         f"{results['kills']} times: {'as planned' if results['as_planned'] else 'NOT AS PLANNED'}"

@@ -25,8 +25,9 @@ from cavmae.benchmarks.gpu import training
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
 from cavmae.benchmarks.kernels.bench import measure
-from cavmae.benchmarks.step.step import SIZES, compare
-from cavmae.benchmarks.step.training_step import Precision, TrainingStep
+from cavmae.benchmarks.step.step import compare
+from cavmae.benchmarks.step.training_step import SIZES, Precision, TrainingStep
+from cavmae.command import exit_code
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -359,4 +360,4 @@ def limits(check: Check) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
-from cavmae.benchmarks.kernels.timing import median_seconds
+from cavmae.benchmarks.harness.timing import median_seconds
 from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, TrainingStep
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.cost_model.flops import training_flops

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cavmae.benchmarks.kernels.timing import ceilings, median_seconds
+from cavmae.benchmarks.harness.timing import ceilings, median_seconds
 from cavmae.trainer.model.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

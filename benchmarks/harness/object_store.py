@@ -2,7 +2,7 @@
 
 A process of its own runs moto's S3 server behind a layer that counts what is sent and spoils
 answers to order: errors 500, connections reset, bodies cut short, bodies that trickle, or nothing
-but errors. Used by tests and by `cavmae bench data-day`; needs the `dev` extra.
+but errors. Used by tests and by `cavmae bench storage-faults`; needs the `dev` extra.
 """
 
 import itertools

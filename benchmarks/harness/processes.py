@@ -178,10 +178,11 @@ class Start:
         for process in self.processes:
             try:
                 code = process.wait(timeout=within_seconds)
+                problem = f"ended with exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
-                code = f"nothing in {within_seconds:g} s"
-            if code != 0:
-                raise RuntimeError(f"a start ended with {code}:\n{self.text()[-4000:]}")
+                problem = f"still running after {within_seconds:g} s"
+            if problem:
+                raise RuntimeError(f"{problem}:\n{self.text()[-4000:]}")
 
     def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
         """The first true answer of `happened`.

@@ -24,7 +24,7 @@ from cavmae.benchmarks.harness.processes import (
     unwind_on_sigterm,
 )
 from cavmae.benchmarks.harness.records import write_record
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import (
     SOURCES,
     Setting,

@@ -13,7 +13,7 @@ def test_a_short_day_goes_as_planned(tmp_path: Path) -> None:
     words = ["--clips", "960", "--different", "8", "--shards", "12", "--kills", "2"]
     folders = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert storage_faults.main([*words, "--faults", "15", *folders]) == 0
-    (path,) = tmp_path.glob("data-day-*.json")
+    (path,) = tmp_path.glob("storage-faults-*.json")
     results = json.loads(path.read_text())["results"]
     assert results["as_planned"] and results["each_sample_once_in_the_first_epoch"]
     assert results["kills"] == 2 and len(results["resumed_at_steps"]) == 3
