@@ -39,6 +39,8 @@ class Limits:
     gradient_cancelling: float = 10.0
     """Factor on the three above for `norm_a.bias` and `norm_v.bias`: the samples of a batch pull
     them in opposite directions, and only about 1e-3 of each pull is left."""
+    score: float = 1e-12
+    """Retrieval or classification score, relative: both are float64 sums of the same ranks."""
     training_loss: float = 2e-6
     """Loss at a step of the tiny training, relative."""
     training_norm: float = 2e-4
