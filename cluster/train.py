@@ -25,7 +25,8 @@ from cavmae.trainer.fault_tolerance.preemption import (
     request_stop,
     withdraw_request,
 )
-from cavmae.trainer.run import RunSummary
+from cavmae.trainer.run import MakeHooks
+from cavmae.trainer.run_summary import RunSummary
 
 _SECONDS_TO_END = 10.0
 """What the driver waits longer than the ranks, which may be starting."""
@@ -35,19 +36,24 @@ class TrainingError(RuntimeError):
     """The ranks failed more often than allowed, or in a way that Ray does not repeat."""
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        arguments: words after the command.
+        make_hooks: see `cavmae.trainer.run.run`; pickled for the ranks.
+    """
     config = parse(arguments, RAY_KINDS, "cavmae train")
     if config.cluster.dry_run:
         from cavmae.cluster.dry_run import dry_run
 
         return dry_run(config)
-    summary = train_on_ray(config)
+    summary = train_on_ray(config, make_hooks)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
     return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
 
-def train_on_ray(config: RayRunConfig) -> RunSummary:
+def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> RunSummary:
     """Run to the end, restarts included; returns how rank 0 ended.
 
     Raises:
@@ -67,7 +73,7 @@ def train_on_ray(config: RayRunConfig) -> RunSummary:
         withdraw_request(run_dir)  # one of a start before
         with _sigterm_asks_to_leave(run_dir, config.checkpoint.grace_seconds) as asked:
             while True:
-                summary = _fit(resolved)
+                summary = _fit(resolved, make_hooks)
                 if asked or not _goes_on(summary):
                     return summary
                 print(
@@ -175,7 +181,7 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     )
 
 
-def _fit(config: RayRunConfig) -> RunSummary:
+def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import (
         ControllerError,
@@ -196,7 +202,7 @@ def _fit(config: RayRunConfig) -> RunSummary:
         train_rank,
         lanes=config.lanes or default_lanes(config.global_batch),
         run_dir=Path(config.run_dir),
-        train_loop_config={"config": without_cluster(config)},
+        train_loop_config={"config": without_cluster(config), "make_hooks": make_hooks},
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
             num_workers=(least, cluster.workers) if least else cluster.workers,

@@ -12,7 +12,8 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.run import RunSummary, run
+from cavmae.trainer.run import run
+from cavmae.trainer.run_summary import RunSummary
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the run with absolute paths.
+        settings: `config`, the run with absolute paths, and `make_hooks` (see `run`).
 
     Raises:
         LastingError: what the user has to mend.
@@ -39,7 +40,7 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """
     config: RunConfig = settings["config"]
     try:
-        return run(config, notice=node_notice)
+        return run(config, node_notice, settings["make_hooks"])
     except Exception as error:
         if is_lasting(error):
             raise LastingError(str(error)) from error

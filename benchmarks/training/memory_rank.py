@@ -49,9 +49,10 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
     from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
     from cavmae.dataloaders.batch import ClipShape
-    from cavmae.trainer.distributed.engine import Engine, start_process_group
-    from cavmae.trainer.run import configure_blocks
-    from cavmae.trainer.tasks.pretraining import Pretraining
+    from cavmae.trainer.distributed.engine import Engine
+    from cavmae.trainer.distributed.process_group import start_process_group
+    from cavmae.trainer.tasks.build_model import configure_blocks
+    from cavmae.trainer.tasks.pretrain import PretrainTask
 
     device = start_process_group(ranks)
     times = config.global_batch // ranks.world_size // config.micro_batch
@@ -71,8 +72,8 @@ def measure(config: PretrainConfig) -> dict[str, object]:
         return list(itertools.islice(batches, times))
 
     def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
-        stage = Pretraining(config, ranks, device)
-        model, groups = stage.model()
+        task = PretrainTask(config, ranks, device)
+        model, groups = task.build_model()
         configure_blocks(model, config.engine)
         engine = Engine(
             model,
@@ -83,7 +84,6 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             device=device,
             groups=groups,
         )
-        task = stage.task(lambda: None)
         found = []
         for _ in range(WARM_UP_STEPS + STEPS):
             dist.barrier()
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> NoReturn:
     found = measure(config)
     if ranks_from_environment().rank == 0:
         write_json(output, found)
-    from cavmae.trainer.distributed.engine import end_rank
+    from cavmae.trainer.distributed.process_group import end_rank
 
     end_rank()
 

@@ -135,7 +135,7 @@ def operators() -> Finding:
     if torch.cuda.is_available():
         return Finding(name, "ok", "not needed with a GPU")
     code = (
-        "from cavmae.trainer.distributed.engine import compile_operators;"
+        "from cavmae.trainer.distributed.process_group import compile_operators;"
         "print(compile_operators(cuda=False))"
     )
     tree = str(Path(cavmae.__file__).resolve().parents[1])

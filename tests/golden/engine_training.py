@@ -15,8 +15,9 @@ import torch.distributed as dist
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.kernels import MaskIds
 from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss, own_groups
 
 

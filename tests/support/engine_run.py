@@ -80,9 +80,7 @@ class Run:
         model.freeze_unused(reconstruct=True, contrast=self.config.loss.contrastive_weight > 0)
         model.recompute_blocks(case.get("recompute", "selective"))
         self.tensors = tensor_sizes(model)
-        self.task = PretrainTask(
-            self.config, rank=ranks.rank, world_size=ranks.world_size, device=device
-        )
+        self.task = PretrainTask(self.config, ranks, device)
         self.accumulation = batch // ranks.world_size // self.config.micro_batch
         self.engine = Engine(
             model,

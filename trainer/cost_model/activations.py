@@ -26,7 +26,7 @@ from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 _SAMPLES = (2, 3)
 """Of the two passes; a batch of one is a special case to some operations."""
@@ -157,7 +157,7 @@ class _Count(TorchDispatchMode):
 def _count(config: RunConfig, samples: int) -> _Count:
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     with torch.device("meta"):
-        model = trained_model(config)
+        model = build_model(config)
     model.recompute_blocks(config.engine.activation_checkpointing)
     count = _Count()
     with FakeTensorMode():

@@ -24,7 +24,7 @@ from cavmae.trainer.cost_model.gradient_memory import (
     small,
 )
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 GPU_ALLOWANCE_BYTES = 3 << 30
 """CUDA, NCCL, DALI, and what an allocator cannot use."""
@@ -126,7 +126,7 @@ def sizes_at_most(config: RunConfig) -> Sizes:
 
 def _tensors(config: RunConfig) -> TensorSizes:
     with torch.device("meta"):
-        return tensor_sizes(trained_model(config))
+        return tensor_sizes(build_model(config))
 
 
 def state_bytes(config: RunConfig, tensors: TensorSizes, world_size: int, *, gpu: bool) -> State:

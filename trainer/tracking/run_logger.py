@@ -16,7 +16,6 @@ from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker
-from cavmae.trainer.trainer import StepReport
 
 if TYPE_CHECKING:
     from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -109,16 +108,16 @@ class RunReport:
         if resumed_from:
             log.info("going on from %s", resumed_from)
 
-    def step(self, report: StepReport) -> None:
+    def step(self, step: int, metrics: dict[str, float]) -> None:
         """Show and record a step's metrics."""
         if self._tracker is None or self._progress is None:
             return
-        self._tracker.log_metrics({**report.metrics, **self._epoch(report.step)}, report.step)
+        self._tracker.log_metrics({**metrics, **self._epoch(step)}, step)
         self._progress.update(
-            report.step,
-            report.metrics["loss"],
-            report.metrics["samples_per_second"],
-            report.metrics["data_wait_share"],
+            step,
+            metrics["loss"],
+            metrics["samples_per_second"],
+            metrics["data_wait_share"],
         )
 
     def scores(self, metrics: dict[str, float], step: int) -> None:

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import COMMUNICATION, observe_collectives
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.collectives import reduce_step
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 from cavmae.trainer.losses.embedding_exchange import Form, blocks
-from cavmae.trainer.trainer import _over_ranks
 
 WORK = Label("work")
 STEPS = 3
@@ -67,7 +68,7 @@ def step(engine: Engine, device: torch.device) -> None:
         list(blocks(form, own))
     engine.backward(engine(own).square().mean())
     engine.update(1e-3)
-    _over_ranks({"loss": torch.zeros(1)}, (False, False), 1.0, device)
+    reduce_step({"loss": torch.zeros(1)}, (False, False), 1.0, device)
     dist.all_gather_object([None, None], "a reason")
     dist.barrier()
 

@@ -181,7 +181,7 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     former.remove_folder(checkpoint_name(10))
     with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
         open_run_dir(first, run_dir, former, "cpu")
-    with pytest.raises(ValueError, match="they are of another run; give another folder"):
+    with pytest.raises(ValueError, match="they belong to another run; give another folder"):
         open_run_dir(moved, tmp_path / "other", remote, "cpu")
 
 

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cavmae.trainer.cost_model.comm_volume import collectives, sent_bytes
-from cavmae.trainer.distributed.engine import end_rank, start_process_group
+from cavmae.trainer.distributed.collectives import reduce_step
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-from cavmae.trainer.trainer import _over_ranks
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 
 KINDS = {
     "c10d::allreduce_": "all_reduce",
@@ -76,11 +76,11 @@ def measure(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str,
     run = Run(case, ranks, device)
     for step in range(3):  # stage 3 has its trace after two steps
         run.update(step)
-        _over_ranks(run.task.metrics(), (False, False), 1.0, device)
+        reduce_step(run.task.metrics(), (False, False), 1.0, device)
     before = socket_bytes()
     with CountedCollectives() as counted:
         run.update(3)
-        _over_ranks(run.task.metrics(), (False, False), 1.0, device)
+        reduce_step(run.task.metrics(), (False, False), 1.0, device)
     sent = socket_bytes() - before
     said = collectives(run.config, run.tensors, ranks.world_size)
     said_bytes, said_calls = Counter(), Counter()

@@ -15,7 +15,7 @@ from cavmae.trainer.cost_model.activations import count_passes
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, trained_model
+from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, build_model
 
 SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64, decoder_depth=2)
 
@@ -57,7 +57,7 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
 def peak_of_a_classifier(config: FinetuneConfig, samples: int) -> int:
     """The same of fine-tuning."""
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    model = trained_model(config).to(dtype)
+    model = build_model(config).to(dtype)
     model.recompute_blocks(config.engine.activation_checkpointing)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)

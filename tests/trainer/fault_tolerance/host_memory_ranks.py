@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cavmae.cluster.worker import is_lasting
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
-from cavmae.trainer.distributed.engine import end_rank
+from cavmae.trainer.distributed.process_group import end_rank
 from cavmae.trainer.fault_tolerance import oom
 from cavmae.trainer.fault_tolerance.oom import Memory, OutOfMemory
 from cavmae.trainer.run import run

@@ -11,7 +11,7 @@ from cavmae.trainer.model.blocks import Block, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.run import configure_blocks
+from cavmae.trainer.tasks.build_model import configure_blocks
 
 SMALL = ModelConfig(
     audio_frames=48,

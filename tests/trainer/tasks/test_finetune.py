@@ -23,7 +23,7 @@ from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
 from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
+from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
 from cavmae.trainer.tracking.tracker import read_metrics
 
@@ -101,13 +101,13 @@ def test_weights_of_an_epoch_that_a_power_cut_took_are_named(tmp_path: Path, alo
             kept.mean()
 
 
-def test_held_out_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
+def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     """As where a set is sorted by class and only its first clips are scored."""
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
-    stage = Finetuning(config, LABELS, torch.device("cpu"))
+    task = FinetuneTask(config, LABELS, torch.device("cpu"))
     same = batch(labels=(("dog",), ("dog",)), shares=torch.ones(2), mixed_labels=((), ()))
     model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
-    scored = stage.score(model, [same])  # pyright: ignore[reportArgumentType]
+    scored = task.validate(model, [same])  # pyright: ignore[reportArgumentType]
     loss = 4 * [0.0]
     loss[0] = 2.0
     expected = -torch.tensor(loss).log_softmax(0)[0].item()
