@@ -29,7 +29,7 @@ PARTS = [
 def run_golden(folder: Path) -> subprocess.CompletedProcess[str]:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "golden", "tests/golden"]
     return subprocess.run(
-        [sys.executable, *command, "--golden", str(folder)],
+        [sys.executable, *command, f"--golden={folder}"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
