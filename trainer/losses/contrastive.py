@@ -32,7 +32,7 @@ from cavmae.kernels.similarity import (
     inverse_norms,
     merge,
     project,
-    slabs,
+    row_blocks,
     statistics,
 )
 from cavmae.trainer.config.configs import LossConfig
@@ -101,7 +101,7 @@ class OwnGroup:
         return flat[torch.cat(index)]
 
     def shift(self, block: Block) -> int:
-        """Place of the first own clip's partner in the block; behind its end if it has none."""
+        """Place of the first own clip's positive in the block; behind its end if it has none."""
         before = [rank for rank in block.ranks if rank < self.rank or self.rank not in block.ranks]
         return sum(len(self.rows[rank]) for rank in before)
 
@@ -253,9 +253,9 @@ class _ExchangedContrastive(torch.autograd.Function):
                         others = block.tensors[2 + (1 - side)]
                         others_log_sum = group.members(block, others)[None]
                     similarity = _similarity(ctx, block, group, side)
-                    for slab in slabs(similarity):
-                        toward[side][group.own[slab]] += direction_gradient(
-                            similarity, own_log_sum, others_log_sum, slab, slice(0, 1)
+                    for block in row_blocks(similarity):
+                        toward[side][group.own[block]] += direction_gradient(
+                            similarity, own_log_sum, others_log_sum, block, slice(0, 1)
                         )[0]
         factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(toward[0]))
         gradients = []
