@@ -253,9 +253,9 @@ class _ExchangedContrastive(torch.autograd.Function):
                         others = block.tensors[2 + (1 - side)]
                         others_log_sum = group.members(block, others)[None]
                     similarity = _similarity(ctx, block, group, side)
-                    for block in row_blocks(similarity):
-                        toward[side][group.own[block]] += direction_gradient(
-                            similarity, own_log_sum, others_log_sum, block, slice(0, 1)
+                    for rows in row_blocks(similarity):
+                        toward[side][group.own[rows]] += direction_gradient(
+                            similarity, own_log_sum, others_log_sum, rows, slice(0, 1)
                         )[0]
         factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(toward[0]))
         gradients = []
