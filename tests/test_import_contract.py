@@ -85,6 +85,21 @@ def test_contract_holds_for_this_tree(tree: Path) -> None:
             "DALI has one owner",
         ),
         (
+            "trainer/tasks/bad.py",
+            "from cavmae.trainer import validator",
+            "The main path of the trainer points down",
+        ),
+        (
+            "trainer/evaluation/bad.py",
+            "from cavmae.trainer.run import run",
+            "Evaluation, embeddings and release never import the trainer",
+        ),
+        (
+            "trainer/config/bad.py",
+            "import torch",
+            "Configurations import no torch",
+        ),
+        (
             "trainer/bad.py",
             "import ray.train",
             "Ray stays in cluster",

@@ -1,0 +1,1 @@
+"""Packed sets: their format, remote storage and local cache."""

@@ -1,0 +1,1 @@
+"""Commands that verify and inspect packed sets, and synthetic videos."""
