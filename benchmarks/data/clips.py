@@ -1,4 +1,4 @@
-"""The clips of `cavmae bench data`: made once, then packed and laid out as each contender wants."""
+"""The clips of `cavmae bench data`: made once, then packed for each contender."""
 
 import io
 from fractions import Fraction
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from cavmae.benchmarks.baselines.published_loader import write_published
+from cavmae.benchmarks.data.published_loader import write_published
 from cavmae.dataloaders.media.audio_codec import decode_sound
 from cavmae.dataloaders.media.log_mel import AUDIO_HZ
 from cavmae.dataloaders.packing.pack import PackConfig, pack
@@ -21,9 +21,9 @@ GROUP = 250
 
 
 def make_videos(work: Path, count: int) -> Path:
-    """Leave `raw/*.mp4` (720p H.264 and AAC) in `work`, and return that folder.
+    """Write `raw/*.mp4` (720p H.264 and AAC) in `work`, and return that folder.
 
-    What is there already is used.
+    Existing videos are reused.
     """
     raw = work / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def make_videos(work: Path, count: int) -> Path:
 
 
 def make_clips(work: Path, count: int) -> None:
-    """Leave the videos, `wav/{frames,video}`, `flac/frames` and `published/` in `work`."""
+    """Write the videos, `wav/{frames,video}`, `flac/frames` and `published/` in `work`."""
     raw = str(make_videos(work, count))
     wav = PackConfig(raw, str(work / "wav"), audio_codec="wav", clips_per_shard=16)
     pack(wav, Console(quiet=True))
@@ -62,7 +62,7 @@ def _lay_out(shards: ShardSet, folder: Path) -> None:
 
 
 def _write_video(path: Path, seed: int) -> None:
-    """A picture with soft structure that drifts, with something small and sharp moving over it."""
+    """Write a video of a drifting soft texture, with a small sharp square moving over it."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (45, 80, 3), dtype=np.uint8))
     picture = np.array(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))

@@ -116,24 +116,11 @@ def training_loop(model: str, batch: int, compile: bool, within_seconds: float) 
     from cavmae.benchmarks.harness.processes import Start, module_command
 
     with tempfile.TemporaryDirectory() as folder:
-        command = module_command(
-            *(
-                "cavmae.benchmarks.training.train",
-                "--model",
-                model,
-                "--batch",
-                str(batch),
-                "--out",
-                folder,
-            ),
-            "--compile" if compile else "--no-compile",
-        )
+        words = ("bench", "train", "--model", model, "--batch", str(batch), "--out", folder)
+        command = module_command("cavmae", *words, "--compile" if compile else "--no-compile")
         # A loop that is ended leaves its clips, which go with this folder.
-        start = Start([(command, {"TMPDIR": folder})], Path(folder) / "log")
-        try:
+        with Start([(command, {"TMPDIR": folder})], Path(folder) / "log") as start:
             start.finish(within_seconds)
-        finally:
-            start.kill()
         (record,) = Path(folder).glob("train-*.json")
         return json.loads(record.read_text())["results"]
 

@@ -108,7 +108,8 @@ def words_of(process: psutil.Process) -> str:
 
 
 class Start:
-    """One start of something: its processes and the one log that they share.
+    """One start of something: its processes and the one log that they share. Leaving its context
+    kills what still runs.
 
     Args:
         commands: each with variables to add to this process's environment.
@@ -133,6 +134,12 @@ class Start:
             ]
         self._roots = [psutil.Process(process.pid) for process in self.processes]
         self.first = self._roots[0]
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def text(self) -> str:
         """What was said so far."""

@@ -4,7 +4,6 @@ Benchmarks run one after the other, each in a separate process, the most informa
 smallest size that still means something. Skipped ones are named with the reason.
 """
 
-import re
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+from cavmae.benchmarks.harness.options import budget_seconds
 from cavmae.benchmarks.harness.processes import (
     Start,
     descendants,
@@ -27,7 +27,6 @@ from cavmae.benchmarks.harness.timing import default_device
 from cavmae.benchmarks.report.report import write_report
 from cavmae.command import exit_code
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 _PATIENCE_SECONDS = 30.0
 """Time that a benchmark has to end after SIGTERM."""
 
@@ -141,18 +140,6 @@ def main(arguments: list[str]) -> int:
     for path in write_report(Path(config.out), Path(config.report)):
         print(f"report: {path}")
     return 1 if failed else 0
-
-
-def budget_seconds(text: str) -> float:
-    """Parse a time such as 90s, 10m or 2h.
-
-    Raises:
-        ValueError: the text is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"budget is {text}; use a time such as 90s, 10m or 2h")
-    return float(found[1]) * _UNITS[found[2]]
 
 
 def why_skipped(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import tyro
 
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
@@ -61,9 +62,7 @@ class AblationsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        check_least(self, batch=1, repeats=1)
         if unknown := set(self.only) - CHANGED.keys():
             raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(CHANGED)}")
 

@@ -7,20 +7,20 @@ steps were done with a model that takes next to nothing. A run's peak is that of
 gloo's threads may hold gradients into the update, or not.
 """
 
-import argparse
 import dataclasses
-import shutil
 import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.benchmarks.harness.processes import Start, free_port, module_command, unwind_on_sigterm
+from cavmae.benchmarks.harness.processes import Start, free_port, module_command
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
@@ -42,33 +42,28 @@ CASES: tuple[Case, ...] = (
 _PATIENCE_SECONDS = 3600.0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench memory", description="What a run is said to take, and what it takes."
-    )
-    names = sorted({case[0] for case in CASES})
-    arguments.add_argument("--recipes", nargs="+", choices=names, default=names, help="their cases")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class MemoryBenchConfig:
+    """Compare the predicted memory of runs with what their processes use."""
+
+    recipes: tuple[Literal["audioset_base", "demo"], ...] = ("audioset_base", "demo")
+    """Recipes whose cases are measured."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
 
 
-def main(argv: list[str]) -> int:
-    """Measure, print and write the record."""
-    flags = parser().parse_args(argv)
-    unwind_on_sigterm()
-    work = Path(tempfile.mkdtemp(prefix="cavmae-memory-"))
+def main(arguments: list[str]) -> int:
+    """Measure, print and write the record; returns the exit code."""
+    config = tyro.cli(MemoryBenchConfig, prog="cavmae bench memory", args=arguments)
     rows: list[dict[str, object]] = []
-    try:
-        for number, case in enumerate(case for case in CASES if case[0] in flags.recipes):
+    with work_folder("memory") as work:
+        for number, case in enumerate(case for case in CASES if case[0] in config.recipes):
             rows.append(_row(case, work / str(number)))
             said = f"said / measured {rows[-1]['ratio']:.3f}"
             print(f"{_name(case)}: {said}", file=sys.stderr, flush=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     Console(width=120).print(_table(rows))
     device = torch.device("cpu")
-    print(f"record: {write_record(flags.out, 'memory', device, vars(flags), {'rows': rows})}")
+    print(f"record: {write_record(config.out, 'memory', device, vars(config), {'rows': rows})}")
     return 0
 
 
@@ -114,20 +109,12 @@ def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, Any
         str(free_port()),
     )
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-    start = Start(
-        [
-            (
-                command,
-                {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"} | shared,
-            )
-            for rank in range(ranks)
-        ],
-        folder / "log",
-    )
-    try:
+    commands = [
+        (command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"} | shared)
+        for rank in range(ranks)
+    ]
+    with Start(commands, folder / "log") as start:
         start.finish(_PATIENCE_SECONDS)
-    finally:
-        start.kill()
     return read_json(folder / "found.json")
 
 
@@ -161,7 +148,3 @@ def _table(rows: list[dict[str, object]]) -> Table:
             f"{row['ratio']:.3f}",
         )
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -6,16 +6,17 @@ comes from. Two series: `weak`, in which each GPU has 128 clips a step however m
 `strong`, in which a global batch is shared out.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.training.goodput import (
     LLAMA_3_GPU_SECONDS_PER_FAILURE,
@@ -85,18 +86,24 @@ INPUTS: dict[str, tuple[float, str]] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench scaling", description="A step on 1 to 4,096 GPUs, computed."
-    )
-    for name, (value, source) in INPUTS.items():
-        flag = "--" + name.replace("_", "-")
-        arguments.add_argument(flag, type=float, help=f"{value:g}: {source}")
-    arguments.add_argument("--clips-per-gpu", type=int, default=128, help="of the weak series")
-    arguments.add_argument("--global-batch", type=int, default=16_384, help="of the strong series")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+def _about(text: str) -> Any:
+    return tyro.conf.arg(help=text)
+
+
+ScalingConfig = dataclasses.make_dataclass(
+    "ScalingConfig",
+    [
+        *(
+            (name, Annotated[float, _about(source)], value)
+            for name, (value, source) in INPUTS.items()
+        ),
+        ("clips_per_gpu", Annotated[int, _about("Clips of a GPU in the weak series.")], 128),
+        ("global_batch", Annotated[int, _about("Global batch of the strong series.")], 16_384),
+        ("out", Annotated[str, _about("Folder of the record.")], "benchmarks/results"),
+    ],
+    frozen=True,
+)
+"""The inputs are options too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +136,30 @@ class Row:
     best_interval_seconds: float
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Compute both series, print, write a record and a plot; returns the exit code.
 
     Raises:
         ValueError: an input that is not above 0.
     """
-    flags = parser().parse_args(argv)
+    config = tyro.cli(
+        ScalingConfig,
+        prog="cavmae bench scaling",
+        args=arguments,
+        description="Compute a step on 1 to 4,096 GPUs.",
+    )
+    check_positive(config, *INPUTS, "clips_per_gpu", "global_batch")
+    values = {name: getattr(config, name) for name in INPUTS}
     inputs = {
-        name: (value, source) if getattr(flags, name) is None else (getattr(flags, name), "given")
-        for name, (value, source) in INPUTS.items()
+        name: (values[name], source if values[name] == default else "given")
+        for name, (default, source) in INPUTS.items()
     }
-    values = {name: value for name, (value, _) in inputs.items()}
-    for name in (*values, "clips_per_gpu", "global_batch"):
-        value = values.get(name, getattr(flags, name))
-        if value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value:g}; use a number above 0")
     model = CAVMAE(audioset_base().model)
     model.freeze_unused(reconstruct=True, contrast=True)
     tensors = tensor_sizes(model)
     series = {
-        "weak": rows(values, tensors, flags.clips_per_gpu),
-        "strong": rows(values, tensors, flags.clips_per_gpu, flags.global_batch),
+        "weak": rows(values, tensors, config.clips_per_gpu),
+        "strong": rows(values, tensors, config.clips_per_gpu, config.global_batch),
     }
     console = Console(width=140)
     for name, found in series.items():
@@ -161,7 +170,7 @@ def main(argv: list[str]) -> int:
         "inputs": {name: {"value": one[0], "source": one[1]} for name, one in inputs.items()},
         **{name: [dataclasses.asdict(row) for row in found] for name, found in series.items()},
     }
-    path = write_record(flags.out, "scaling", torch.device("cpu"), vars(flags), results)
+    path = write_record(config.out, "scaling", torch.device("cpu"), vars(config), results)
     print(f"record: {path}")
     plot = path.with_suffix(".png")
     _plot(series, str(plot))

@@ -271,7 +271,7 @@ def _reconstructed(path: Path) -> Line:
 
 def _embedded(path: Path, shards: str) -> Line:
     noted, clips = read_json(path), ShardSet(shards).samples
-    there = noted["rows"] + len(noted["left_out"])
+    there = noted["rows"] + len(noted["skipped"])
     return Line("embed", f"{there} clips accounted for", f"{clips} clips; all", there == clips)
 
 

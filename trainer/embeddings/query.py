@@ -1,4 +1,4 @@
-"""A media file as a query: its sound and a frame, as packing and the loader would take them."""
+"""A media file as a query: its sound and a frame, processed as packing and the loader do."""
 
 import warnings
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 @dataclass(frozen=True)
 class MediaQuery:
-    """What a file has.
+    """Sound and frame of a file.
 
     Attributes:
         audio: (samples,) int16, 16 kHz mono; None: no sound.
@@ -43,12 +43,12 @@ class MediaQuery:
 
 
 def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
-    """Sound and middle frame of the beginning of a file; of a picture the picture.
+    """Read the sound and the middle frame of the beginning of a file, or a picture.
 
     Args:
-        path: sound, picture, or video with sound; what it is, its content says.
-        seconds: of it; 0: as long as the run's model hears.
-        run: whose model is asked.
+        path: sound, picture, or video with sound, told by its content.
+        seconds: length to read; 0: as long as the run's model hears.
+        run: configuration of the model.
 
     Raises:
         ValueError: the file can't be used.
@@ -84,7 +84,7 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
 
 
 def _picture(path: str) -> np.ndarray | None:
-    """`(height, width, 3)` uint8, turned as its camera noted; None: it is no picture."""
+    """Read `(height, width, 3)` uint8, rotated by its EXIF orientation; None: not a picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -100,7 +100,7 @@ def _picture(path: str) -> np.ndarray | None:
 def embed_query(
     model: AudioVideoEncoder, run: RunConfig, query: MediaQuery
 ) -> dict[str, np.ndarray]:
-    """Embeddings of what the query has, `audio_embedding` and `video_embedding`: (width,) float32.
+    """Embed the query: `audio_embedding` and `video_embedding`, (width,) float32, if it has them.
 
     Args:
         model: of the run, set to evaluate.
@@ -121,7 +121,7 @@ def embed_query(
 
 
 def _as_input(frame: np.ndarray, image_size: int) -> np.ndarray:
-    """(1, 3, image_size, image_size) float32 by the loader's own graph, which wants a sound too."""
+    """Compute (1, 3, size, size) float32 by the loader's graph, which needs a sound as well."""
     height, width, _ = frame.shape
     decoder = ClipDecoder("original", image_size, maximum_batch=1, threads=1, gpu=None)
     clip = EncodedClip(

@@ -96,7 +96,7 @@ def _evaluations(run: AnyRun) -> str:
     for path, result in of_these:
         asked = ", ".join(
             f"{name} {value}"
-            for name, value in result.pop("asked", {}).items()
+            for name, value in result.pop("options", {}).items()
             if isinstance(value, bool | int | float)
         )
         parts.append(

@@ -33,4 +33,4 @@ def test_the_record_and_its_plot(tmp_path: Path) -> None:
     assert path.with_suffix(".png").exists()
     assert set(json.loads(path.read_text())["results"]) == {"perfect", "window_4", "window_100"}
     with pytest.raises(ValueError, match="fewer than two batches"):
-        shuffle_quality.main(["--shards", "1", "--samples", "10", "--batch", "16"])
+        shuffle_quality.ShuffleConfig(shards=1, samples=10, batch=16)

@@ -33,5 +33,5 @@ def test_a_log_that_is_not_the_plan_is_told(tmp_path: Path) -> None:
 
 
 def test_shards_that_do_not_divide_the_clips_are_refused() -> None:
-    with pytest.raises(ValueError, match="--clips is 100, --shards 7"):
-        storage_faults.main(["--clips", "100", "--shards", "7"])
+    with pytest.raises(ValueError, match="clips is 100, shards 7"):
+        storage_faults.StorageFaultsConfig(clips=100, shards=7)

@@ -33,7 +33,7 @@ GOOD = Row(
 @pytest.mark.slow
 def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Faults that the product's own tests leave out."""
-    names = ["a gradient is NaN: update left out", "a shard is damaged"]
+    names = ["a gradient is NaN: update skipped", "a shard is damaged"]
     words = ["--steps", "40", "--only", *names, "--work-dir", str(tmp_path / "work")]
     assert faults.main([*words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("faults-*.json")
@@ -75,7 +75,7 @@ def test_a_run_that_ends_otherwise_is_no_success(bad: dict[str, float]) -> None:
     row = dataclasses.replace(GOOD, **bad)
     assert faults.exit_code({"good": GOOD}) == 0
     assert faults.exit_code({"good": GOOD, "bad": row}) == 1
-    assert "bad: NOT AS IT SHOULD BE" in shown({"good": GOOD, "bad": row})
+    assert "bad: FAILED" in shown({"good": GOOD, "bad": row})
 
 
 def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> None:
@@ -123,8 +123,13 @@ def line(positions: list[int], sample_ids: list[str]) -> str:
 
 
 def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="--steps is 5; use 40 or more"):
-        faults.main(["--steps", "5"])
+    with pytest.raises(ValueError, match="steps is 5; use 40 or more"):
+        faults.FaultsConfig(steps=5)
+
+
+def test_an_unknown_fault_is_refused() -> None:
+    with pytest.raises(ValueError, match="only has 'a fire'; use some of: a rank is killed"):
+        faults.FaultsConfig(only=("a fire",))
 
 
 def shown(rows: Mapping[str, Row | Skipped | Failed]) -> str:

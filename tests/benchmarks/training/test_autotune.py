@@ -159,7 +159,7 @@ def test_nothing_that_fits_ends_with_the_reason_and_without_a_record(
     words = [str(run), "--ranks", "1", "--save", str(saved), "--out", str(out)]
     assert exit_code(main, words) == 1
     said = capsys.readouterr()
-    assert "error: no micro_batch fits" in said.err and "0.001 GB are there" in said.err
+    assert "error: no micro_batch fits" in said.err and "0.001 GB are free" in said.err
     assert "fields to use" not in said.out
     assert not saved.exists() and not out.exists()
 
@@ -171,16 +171,15 @@ def test_clips_are_generated_only_where_something_fits(
     folders: list[Path] = []
     trained_on: list[str] = []
 
-    def generated(folder: Path, *_: Any, **__: Any) -> Path:
-        folders.append(folder)
-        return folder
+    def generated(work: Path, *_: Any, **__: Any) -> Path:
+        folders.append(work)
+        return work / "shards/frames"
 
     def failed(config: PretrainConfig, fields: Fields, *_: Any, **__: Any) -> Trial:
         trained_on.append(config.data.train)
         return Trial(fields, False, 0.0, "out of memory", [], 0, 0.0)
 
-    monkeypatch.setattr(autotune, "generate", generated)
-    monkeypatch.setattr(autotune, "pack", lambda *_: None)
+    monkeypatch.setattr(autotune, "synthetic_shards", generated)
     monkeypatch.setattr(autotune, "run_trial", failed)
     monkeypatch.setattr(autotune, "machine_memory", lambda: Memory(available, available))
     config = tiny_run(tmp_path, tmp_path, data=DataConfig())
@@ -201,7 +200,7 @@ def test_no_trial_that_ends_well_ends_with_code_1_and_without_a_record(
     save_config(tiny_run(tmp_path, tmp_path / "run"), run)
     words = [str(run), "--ranks", "1", "--save", str(saved), "--out", str(out)]
     assert exit_code(main, words) == 1
-    assert "error: no trial ended well" in capsys.readouterr().err
+    assert "error: no trial succeeded" in capsys.readouterr().err
     assert not saved.exists() and not out.exists()
 
 

@@ -52,9 +52,9 @@ def test_the_report_names_the_first_clips_the_run_and_its_weights(
     shards = ShardSet(str(packed_synthetic / "frames"))
     first = [shards.sample_id(0, sample) for sample in range(3)]
     assert [clip["sample_id"] for clip in report["clips"]] == first
-    assert (report["asked"]["clips"], report["asked"]["seed"]) == (3, 0)
+    assert (report["options"]["clips"], report["options"]["seed"]) == (3, 0)
     assert {clip["direction"] for clip in report["clips"]} == {"joint"}
-    assert (report["audio_ratio"], report["video_ratio"], report["left_out"]) == (0.75, 0.75, [])
+    assert (report["audio_ratio"], report["video_ratio"], report["skipped"]) == (0.75, 0.75, [])
     assert report["config"] == json.loads((joint / "config.json").read_text())
     weights = (joint / "weights.pt").read_bytes()
     assert report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
@@ -160,13 +160,13 @@ def errors(
     mask: MaskIds, predicted: torch.Tensor, *, columns: int = 64, norm_pix: bool = False
 ) -> dict[str, float]:
     """Of the four patches, which were divided by 3."""
-    deviation = torch.tensor([3.0])
+    std = torch.tensor([3.0])
     found = errors_of_removed(
         four_patches(),
         mask,
         predicted,
         norm_pix=norm_pix,
-        deviation=deviation,
+        std=std,
         present_columns=columns,
     )
     assert found is not None
@@ -195,7 +195,7 @@ def test_padding_is_neither_an_error_nor_part_of_a_guess() -> None:
         half_mask(),
         predicted,
         norm_pix=False,
-        deviation=torch.ones(1),
+        std=torch.ones(1),
         present_columns=16,
     )
     assert nothing_left is None

@@ -29,7 +29,7 @@ from cavmae.dataloaders.media.log_mel import (
     WINDOW_SAMPLES,
 )
 
-MEAN, DEVIATION = -5.081, 4.4849
+MEAN, STD = -5.081, 4.4849
 FRAMES, BINS, SIZE = 1024, 128, 224
 
 
@@ -108,7 +108,7 @@ def _sound(samples: np.ndarray) -> torch.Tensor:
     spectrogram = fbank(waveform - waveform.mean())
     missing = FRAMES - len(spectrogram)
     spectrogram = torch.nn.functional.pad(spectrogram, (0, 0, 0, missing))
-    return (spectrogram - MEAN) / DEVIATION
+    return (spectrogram - MEAN) / STD
 
 
 def fbank(waveform: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,8 @@ def _mel_filters() -> torch.Tensor:
 def _picture(frame: Image.Image) -> torch.Tensor:
     """`(3, 224, 224)` float32."""
     pixels = torch.from_numpy(np.array(_resized(frame))).permute(2, 0, 1).float() / 255
-    mean, deviation = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
-    return (pixels - mean[:, None, None]) / deviation[:, None, None]
+    mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+    return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
 def _resized(frame: Image.Image) -> Image.Image:

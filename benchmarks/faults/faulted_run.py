@@ -1,0 +1,132 @@
+"""A run to which faults are done: its attempts, what they report, and the row that comes of it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cavmae.benchmarks.faults.outcome import (
+    Expected,
+    Row,
+    largest_difference,
+    outcome,
+    step_records,
+)
+from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
+from cavmae.benchmarks.harness.processes import Start
+from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_name
+from cavmae.trainer.config.configs import PretrainConfig
+
+# Regular expressions of the log lines by which a run reports each fault.
+RANK_FAILED = "rank . failed"
+NOT_FINITE = "rank . failed: NonFiniteError"
+SAVING = "SIGTERM: saving"
+PREEMPTED = "asked to save and leave"
+RESUMING = "going on from"
+OLDER_CHECKPOINT = "trying the one before"
+CHECKPOINT_FAILED = "ALARM"
+UPDATE_SKIPPED = "the update is left out"
+CLIP_SKIPPED = "left out"
+TRACKING_FAILED = "did not take a record"
+
+
+class FaultedRun:
+    """A run that is launched as often as it takes, and watched by its newest attempt.
+
+    Args:
+        bench: whose work folder and undisturbed run it uses.
+        config: of the run.
+        launch: starts an attempt.
+
+    Attributes:
+        attempt: the newest one.
+        run_dir: folder of the run.
+        before: steps done when the fault came.
+    """
+
+    def __init__(
+        self, bench: Bench, config: PretrainConfig, launch: Callable[[PretrainConfig], Start]
+    ) -> None:
+        self.bench, self.config = bench, config
+        self.run_dir = Path(config.run_dir)
+        self._launch = launch
+        self.before, self._fault_seconds = 0, 0.0
+        self._noticed_seconds, self._said = 0.0, ""
+        self.launch()
+
+    def launch(self) -> None:
+        """Launch the run, or resume it by the same command."""
+        self.attempt = self._launch(self.config)
+        self.reported_bytes = 0
+
+    def wait_for_line(self, pattern: str) -> str:
+        """Return the next line of the log that matches a regular expression."""
+        return self.attempt.wait_for(
+            lambda: self.attempt.line(pattern, self.reported_bytes), pattern
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until that many steps are done."""
+        self.attempt.wait_for(lambda: last_step(self.run_dir) >= step, f"step {step}")
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until the checkpoint of a step is complete."""
+        path = self.run_dir / "checkpoints" / checkpoint_name(step) / MANIFEST
+        self.attempt.wait_for(path.exists, f"checkpoint {step}")
+
+    def fault_is_now(self) -> None:
+        """Note the time of the fault, and the steps that are done."""
+        self.before, self._fault_seconds = last_step(self.run_dir), time.time()
+        self._noticed_seconds = self._fault_seconds
+
+    def wait_until_noticed(self, pattern: str) -> None:
+        """Wait for the line of the log that reports the fault."""
+        self._said = self.wait_for_line(pattern)
+        self._noticed_seconds = time.time()
+
+    def row(
+        self,
+        *,
+        resumes: bool = True,
+        before: int | None = None,
+        resumed: int | None = None,
+        while_writing: int = 0,
+        tolerance: float = 0.0,
+        said: str = "",
+        expected: Expected | None = None,
+    ) -> Row:
+        """Wait for the end of the run and compare it.
+
+        Args:
+            resumes: False: training continues through the fault.
+            before: steps done when the fault came; None: those that `fault_is_now` noted.
+            resumed: step that was resumed from; None: as the last attempt reports it.
+            while_writing: steps done while a checkpoint was being written.
+            tolerance: of the losses, relative.
+            said: in place of the line that reports the fault.
+            expected: what the run is compared with; None: the undisturbed run.
+
+        Raises:
+            RuntimeError: the run failed, or has another number of steps than the other one.
+        """
+        self.attempt.finish()
+        expected = expected or self.bench.undisturbed
+        found = outcome(self.config, self.run_dir.name)
+        lost, again = 0, 0.0
+        if resumes:
+            resumed = resumed_step(self.attempt) if resumed is None else resumed
+            lost = (self.before if before is None else before) - resumed
+            new = [
+                one["unix_seconds"] for one in step_records(self.run_dir) if one["step"] > resumed
+            ]
+            again = min(when for when in new if when > self._fault_seconds) - self._fault_seconds
+        return Row(
+            noticed_seconds=self._noticed_seconds - self._fault_seconds,
+            again_seconds=again,
+            steps_lost=lost,
+            steps_allowed=INTERVAL + while_writing,
+            samples_equal=found.samples == expected.samples,
+            largest_difference=largest_difference(found, expected),
+            tolerance=tolerance,
+            compared_with=expected.run,
+            said=(said or self._said).replace(f"{self.bench.work}/", ""),
+        )
