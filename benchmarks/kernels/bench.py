@@ -15,14 +15,13 @@ from typing import Any, Literal
 import torch
 
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
+from cavmae.benchmarks.harness.measurements import PASSES
 from cavmae.benchmarks.harness.records import RESULTS, write_record
 from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
 from cavmae.benchmarks.kernels.timing import measured
 from cavmae.command import exit_code
 from cavmae.kernels import default_backend
-
-TITLES = {"forward": "forward", "both": "with backward"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def measure(
 def line(name: str, result: dict[str, Any]) -> str:
     """Format the result of one case."""
     parts = []
-    for kind, title in TITLES.items():
+    for kind, title in PASSES.items():
         if "ours" not in result.get(kind, {}):
             continue
         ours = result[kind]["ours"]
@@ -177,7 +176,7 @@ def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any
         }
 
     for name in ("gather_tokens", "restore_tokens", "reconstruction_audio", "reconstruction_video"):
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             value = _of(found, name, kind, "ours", "share_of_copy")
             judge(f"{name} {title}: share of copy", value, 0.85)
     for name in ("patch_embedding_audio", "patch_embedding_video"):
@@ -189,9 +188,9 @@ def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any
     workspace = _of(found, large, "both", "ours", "workspace_share_of_matrix")
     judge(f"{large} with backward: workspace over matrix", workspace, 0.01, at_least=False)
     for name in ("contrastive_4096", large):
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             judge(f"{name} {title}: times eager", _against(found, name, kind, "eager"), 1)
-    for kind, title in TITLES.items():
+    for kind, title in PASSES.items():
         value = _against(found, "contrastive_512", kind, "compiled")
         judge(f"contrastive_512 {title}: times compiled", value, 1)
     return judged
@@ -220,7 +219,7 @@ def plot(results: dict[str, Any], path: Path) -> str:
     passes = {
         f"{name}\n{title}": case[kind]
         for name, case in results["cases"].items()
-        for kind, title in TITLES.items()
+        for kind, title in PASSES.items()
         if "ours" in case.get(kind, {})
     }
     if not passes:

@@ -5,8 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from cavmae.benchmarks.harness.measurements import PASSES
 from cavmae.benchmarks.harness.records import Record
-from cavmae.benchmarks.kernels.bench import TITLES
 from cavmae.benchmarks.report.parts import (
     Grid,
     Picture,
@@ -77,7 +77,7 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
 def _kernels(results: dict[str, Any]) -> Section:
     rows = []
     for name, case in results["cases"].items():
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             if "ours" not in case.get(kind, {}):
                 continue
             ours = case[kind]["ours"]
@@ -119,7 +119,7 @@ def _roofline_points(cases: dict[str, Any]) -> dict[str, tuple[float, float]]:
         f"{name}, {title}": (one["flops_per_second"] / one["bytes_per_second"],
                              one["flops_per_second"])
         for name, case in cases.items()
-        for kind, title in TITLES.items()
+        for kind, title in PASSES.items()
         if (one := case.get(kind, {}).get("ours"))
         and one["flops_per_second"] and one["bytes_per_second"]
     }  # fmt: skip
