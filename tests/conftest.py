@@ -5,7 +5,7 @@ folder of that format; a part that a folder lacks is skipped by name.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from cavmae.benchmarks.conformance.parts import PARTS, not_compared
-from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.benchmarks.conformance.tolerances import Deviation, worst
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
@@ -70,27 +69,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--golden: there is no folder {config.option.golden}")
 
 
-def _golden_parameters(metafunc: pytest.Metafunc) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield each parameter of a golden test, the files it comes from, and its values by test id."""
-    folder = metafunc.config.option.golden
-    names = metafunc.fixturenames
-    if "tiny_run" in names:
-        yield "tiny_run", "tiny_train/*.json", {name: name for name in TinyTrain.names(folder)}
-    if "finetune_run" in names:
-        pattern = PARTS["finetune_tiny_train"].source
-        yield "finetune_run", pattern, {path.stem: path for path in sorted(folder.glob(pattern))}
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for name, source, values in _golden_parameters(metafunc):
-        cases = [pytest.param(value, id=case) for case, value in values.items()]
-        metafunc.parametrize(name, cases or [_absent(metafunc, source)])
+    folder = metafunc.config.option.golden
+    for argument, part in (("tiny_run", "tiny_train"), ("finetune_run", "finetune_training")):
+        if argument in metafunc.fixturenames:
+            paths = sorted(folder.glob(PARTS[part].source))
+            cases = [pytest.param(path, id=path.stem) for path in paths]
+            metafunc.parametrize(argument, cases or [_absent(metafunc, PARTS[part].source)])
     if "comparison" in metafunc.fixturenames:
         found = []
         for name in metafunc.module.PARTS:
             part = PARTS[name]
             marks = [pytest.mark.slow] if part.slow else []
-            cases = part.cases(metafunc.config.option.golden).items()
+            cases = part.cases(folder).items()
             found += [
                 pytest.param(comparison, id=f"{name}-{case}", marks=marks)
                 for case, comparison in cases

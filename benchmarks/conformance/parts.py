@@ -3,7 +3,7 @@
 The tests (`pytest -m golden --golden=DIR`) and `cavmae bench golden DIR` run the same comparisons.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,49 @@ class Part:
 
     Attributes:
         source: glob pattern of its files.
-        cases: makes the comparisons of a folder, by name; empty where the folder lacks the part.
-        slow: whether each takes seconds.
+        find: returns the arguments of `compare` by case, from the folder and `source`.
+        compare: compares one case.
+        slow: whether a case takes seconds.
     """
 
     source: str
-    cases: Callable[[Path], dict[str, Comparison]]
+    find: Callable[[Path, str], dict[str, tuple[Any, ...]]]
+    compare: Callable[..., list[Deviation]]
     slow: bool = False
+
+    def cases(self, folder: Path) -> dict[str, Comparison]:
+        """Return the comparisons of a folder by name; empty where it lacks the part."""
+        found = self.find(folder, self.source)
+        return {name: partial(self.compare, *arguments) for name, arguments in found.items()}
+
+
+def _files(folder: Path, source: str) -> dict[str, tuple[Path]]:
+    return {path.stem: (path,) for path in sorted(folder.glob(source))}
+
+
+def _entries(folder: Path, source: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Find the entries of a JSON list, named by their number, seed and size."""
+    entries = read_json(folder / source) if (folder / source).exists() else []
+    named = {}
+    for number, entry in enumerate(entries):
+        words = [f"{key}{entry[key]}" for key in ("matrix", "seed", "batch", "K") if key in entry]
+        named["_".join([str(number), *words])] = (folder, entry)
+    return named
+
+
+def _forward(folder: Path, source: str) -> dict[str, tuple[ForwardCase]]:
+    with_gradients = source.endswith("_grad.json")
+    cases = ForwardCase.all(folder)
+    return {case.name: (case,) for case in cases if case.has_gradients or not with_gradients}
+
+
+def _finetune(folder: Path, source: str) -> dict[str, tuple[FinetuneCase]]:
+    files = {path.name for path in folder.glob(source)}
+    return {
+        case.name: (case,)
+        for case in FinetuneCase.all(folder)
+        if source.endswith("index.json") or any(one.startswith(case.name) for one in files)
+    }
 
 
 class _SharedModel:
@@ -59,39 +95,6 @@ class _SharedModel:
 _model = _SharedModel()
 
 
-def _of_cases(
-    kind: type[ForwardCase] | type[FinetuneCase],
-    compare: Callable[[Any], list[Deviation]],
-    included: Callable[[Any], bool] = lambda case: True,
-) -> Callable[[Path], dict[str, Comparison]]:
-    return lambda folder: {
-        case.name: partial(compare, case) for case in kind.all(folder) if included(case)
-    }
-
-
-def _of_files(
-    pattern: str, compare: Callable[[Path], list[Deviation]]
-) -> Callable[[Path], dict[str, Comparison]]:
-    return lambda folder: {
-        path.stem: partial(compare, path) for path in sorted(folder.glob(pattern))
-    }
-
-
-def _of_entries(
-    file: str,
-    name: Callable[[int, Mapping[str, Any]], str],
-    compare: Callable[..., list[Deviation]],
-) -> Callable[[Path], dict[str, Comparison]]:
-    def cases(folder: Path) -> dict[str, Comparison]:
-        entries = read_json(folder / file) if (folder / file).exists() else []
-        return {
-            name(number, entry): partial(compare, folder, entry)
-            for number, entry in enumerate(entries)
-        }
-
-    return cases
-
-
 def _gradients(case: ForwardCase) -> list[Deviation]:
     model = _model(case)
     case.backward(model)
@@ -103,88 +106,40 @@ def _gradients(case: ForwardCase) -> list[Deviation]:
 def _finetune_training(path: Path) -> list[Deviation]:
     run = FinetuneTraining(read_json(path))
     model = run.build()
-    history = run.train(model)
-    return run.deviations(history, model.state_dict())
+    return run.deviations(run.train(model), model.state_dict())
 
 
 _FORWARD, _FINETUNE = "pretrain_forward/index.json", "finetune_forward/index.json"
-_WEIGHTS, _TINY = "pretrain_forward/weights_*_check.json", "tiny_train/*.json"
-_MAPPINGS, _FINETUNE_TINY = "adapt_mae/mapping_*.json", "finetune_forward/tiny_train_*.json"
+_FINETUNE_TRAINING = "finetune_forward/tiny_train_*.json"
 
-PARTS: dict[str, Part] = {
-    "inputs": Part(
-        _FORWARD,
-        _of_cases(ForwardCase, lambda case: case.input_deviations() + case.mask_deviations()),
-    ),
-    "weights": Part(_WEIGHTS, _of_files(_WEIGHTS, weights_deviations), slow=True),
-    "forward": Part(
-        _FORWARD,
-        _of_cases(ForwardCase, lambda case: case.deviations(case.run(_model(case)))),
-        slow=True,
-    ),
-    "gradients": Part(
-        "pretrain_forward/*_grad.json",
-        _of_cases(ForwardCase, _gradients, lambda case: case.has_gradients),
-        slow=True,
-    ),
+PARTS = {
+    "inputs": Part(_FORWARD, _forward, lambda one: one.input_deviations() + one.mask_deviations()),
+    "weights": Part("pretrain_forward/weights_*_check.json", _files, weights_deviations, True),
+    "forward": Part(_FORWARD, _forward, lambda one: one.deviations(one.run(_model(one))), True),
+    "gradients": Part("pretrain_forward/*_grad.json", _forward, _gradients, True),
     "tiny_train": Part(
-        _TINY, _of_files(_TINY, lambda path: TinyTrain.load_file(path).train_deviations())
+        "tiny_train/*.json", _files, lambda path: TinyTrain.load(path).train_deviations()
     ),
-    "contrastive": Part(
-        "contrastive.json",
-        _of_entries(
-            "contrastive.json",
-            lambda _, entry: f"seed{entry['seed']}_batch{entry['batch']}",
-            heads.contrastive_deviations,
-        ),
-    ),
-    "retrieval": Part(
-        "retrieval_metrics.json",
-        _of_entries(
-            "retrieval_metrics.json",
-            lambda number, entry: entry.get("matrix", f"{number}_seed{entry.get('seed', '_none')}"),
-            heads.retrieval_deviations,
-        ),
-    ),
+    "contrastive": Part("contrastive.json", _entries, heads.contrastive_deviations),
+    "retrieval": Part("retrieval_metrics.json", _entries, heads.retrieval_deviations),
     "classification": Part(
-        "classification_metrics.json",
-        _of_entries(
-            "classification_metrics.json",
-            lambda _, entry: (
-                f"seed{entry['seed']}_{entry['K']}_classes"
-                if "K" in entry
-                else f"seed{entry['seed']}_single"
-            ),
-            heads.classification_deviations,
-        ),
+        "classification_metrics.json", _entries, heads.classification_deviations
     ),
-    "patches": Part("patchify*.npz", _of_files("patchify*.npz", heads.patch_deviations)),
-    "positions": Part("pos_embed_T*.npz", _of_files("pos_embed_T*.npz", heads.position_deviations)),
-    "adapt_mae": Part(_MAPPINGS, _of_files(_MAPPINGS, mapping_deviations), slow=True),
-    "finetune_inputs": Part(_FINETUNE, _of_cases(FinetuneCase, FinetuneCase.input_deviations)),
+    "patches": Part("patchify*.npz", _files, heads.patch_deviations),
+    "positions": Part("pos_embed_T*.npz", _files, heads.position_deviations),
+    "adapt_mae": Part("adapt_mae/mapping_*.json", _files, mapping_deviations, True),
+    "finetune_inputs": Part(_FINETUNE, _finetune, FinetuneCase.input_deviations),
     "finetune_shapes": Part(
-        "finetune_forward/*_shapes.json",
-        _of_cases(
-            FinetuneCase, FinetuneCase.shape_deviations, lambda case: case.shapes_file.exists()
-        ),
+        "finetune_forward/*_shapes.json", _finetune, FinetuneCase.shape_deviations
     ),
-    "finetune_forward": Part(
-        _FINETUNE,
-        _of_cases(FinetuneCase, FinetuneCase.forward_deviations),
-        slow=True,
-    ),
+    "finetune_forward": Part(_FINETUNE, _finetune, FinetuneCase.forward_deviations, True),
     "finetune_gradients": Part(
         "finetune_forward/*_grad.json",
-        _of_cases(
-            FinetuneCase,
-            lambda case: case.gradient_deviations(case.build()),
-            lambda case: case.has_gradients,
-        ),
-        slow=True,
+        _finetune,
+        lambda one: one.gradient_deviations(one.build()),
+        True,
     ),
-    "finetune_tiny_train": Part(
-        _FINETUNE_TINY, _of_files(_FINETUNE_TINY, _finetune_training), slow=True
-    ),
+    "finetune_training": Part(_FINETUNE_TRAINING, _files, _finetune_training, True),
 }
 
 

@@ -73,21 +73,12 @@ class TinyTrain:
     ids_shuffle_v: np.ndarray = field(repr=False)
 
     @staticmethod
-    def names(folder: Path) -> list[str]:
-        """The runs of a golden folder; empty where it has none."""
-        return sorted(path.stem for path in (folder / "tiny_train").glob("*.json"))
+    def all(folder: Path) -> "list[TinyTrain]":
+        """Load the runs of a golden folder; empty where it has none."""
+        return [TinyTrain.load(path) for path in sorted(folder.glob("tiny_train/*.json"))]
 
     @staticmethod
-    def load(folder: Path, name: str) -> "TinyTrain":
-        """Load a run of a golden folder.
-
-        Raises:
-            FileNotFoundError: the folder has no such run.
-        """
-        return TinyTrain.load_file(folder / "tiny_train" / f"{name}.json")
-
-    @staticmethod
-    def load_file(path: Path) -> "TinyTrain":
+    def load(path: Path) -> "TinyTrain":
         """Load a run from its JSON file, which has its masks beside it."""
         with np.load(path.with_name(f"{path.stem}_masks.npz")) as masks:
             shuffles = masks["ids_shuffle_a"], masks["ids_shuffle_v"]
@@ -199,11 +190,11 @@ class TinyTrain:
         history.append(losses.row(None))
         return history
 
-    def train_deviations(self) -> list[Deviation]:
+    def train_deviations(self, device: torch.device | str = "cpu") -> list[Deviation]:
         """Repeat the run in plain torch and compare masks, history and final parameters."""
         model = self.build()
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        history = self.train(model)
+        history = self.train(model, device)
         return [
             *self.check_masks(),
             *self.check_history(history),

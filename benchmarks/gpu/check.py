@@ -235,17 +235,11 @@ def golden_gradients(check: Check) -> dict[str, Any]:
 def tiny_train_repeats(check: Check) -> dict[str, Any]:
     """Training of the published model at a small size in fp32."""
     folder = check.golden_folder()
-    names = TinyTrain.names(folder)
-    if not names:
+    runs = TinyTrain.all(folder)
+    if not runs:
         raise Skip(f"{folder} has no tiny_train/*.json")
-    results = {}
-    for name in names:
-        run = TinyTrain.load(folder, name)
-        model = run.build()
-        history = run.train(model, check.device)
-        deviations = run.check_history(history) + run.check_final(model.state_dict())
-        results[name] = _summary(deviations, check.factor)
-    return _merged(results, len(names))
+    results = {run.name: _summary(run.train_deviations(check.device), check.factor) for run in runs}
+    return _merged(results, len(runs))
 
 
 def training_goes_down(check: Check) -> dict[str, Any]:

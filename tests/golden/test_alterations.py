@@ -119,10 +119,10 @@ def altered(value: Any, path: tuple[Any, ...]) -> Any:
 
 @pytest.mark.slow
 def test_each_altered_number_of_a_training_record_is_noticed(golden_folder: Path) -> None:
-    names = TinyTrain.names(golden_folder)
-    if not names:
+    runs = TinyTrain.all(golden_folder)
+    if not runs:
         pytest.skip(f"{golden_folder} has no tiny_train/*.json")
-    run = TinyTrain.load(golden_folder, names[0])
+    run = runs[0]
     model = run.build()
     history, state = run.train(model), model.state_dict()
 
