@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 
 from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 # What failures are noticed by within seconds (docs/training/reliability.md).
 _ENVIRONMENT = {
@@ -33,7 +34,7 @@ _GRACE_SECONDS = 120
 
 
 @dataclass(frozen=True)
-class ClusterFilesConfig:
+class ClusterFilesConfig(CheckedFields):
     """Write the files that bring a run to a cluster of GPU nodes.
 
     Raises:
@@ -48,13 +49,13 @@ class ClusterFilesConfig:
     """Container image with cavmae, made from this repository's Dockerfile."""
     name: str = "cavmae"
     """Of the cluster and the job."""
-    nodes: int = 2
+    nodes: PositiveInt = 2
     """Nodes that train."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """GPUs of a node, with a rank on each."""
-    cpus_per_node: int = 64
+    cpus_per_node: PositiveInt = 64
     """CPU cores of a node that ranks, readers and decoders share."""
-    memory_gb_per_node: int = 256
+    memory_gb_per_node: PositiveInt = 256
     """Memory of a node in GB that the job asks for."""
     volume_claim: str = ""
     """PersistentVolumeClaim that all pods mount at /shared: run folder, data. Empty: none, for data
@@ -67,9 +68,7 @@ class ClusterFilesConfig:
     """Time limit; the job is put in the queue again and goes on."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "cpus_per_node", "memory_gb_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        super().__post_init__()
         if self.cpus_per_node < self.gpus_per_node:
             raise ValueError(
                 f"cpus_per_node is {self.cpus_per_node} for {self.gpus_per_node} GPUs; a rank "

@@ -18,7 +18,7 @@ from cavmae.cluster.connection import absolute_path, address_of, connected, tell
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,

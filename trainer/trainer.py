@@ -19,8 +19,7 @@ from cavmae.trainer.checkpoint.format import RunState, checkpoints
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointWriter
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
@@ -326,7 +325,7 @@ class Trainer:
     def _validate_and_save(self, *, stops: bool, last: bool) -> None:
         """Validate and save after a step, if it is due."""
         config, step = self.config, self.step
-        if step % config.evaluation.every_steps == 0 or last:
+        if step % config.validation.every_steps == 0 or last:
             if stops and not last:
                 log.warning("step %d: validation is skipped, as a stop is requested", step)
             else:

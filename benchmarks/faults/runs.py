@@ -113,7 +113,7 @@ class Bench:
             checkpoint=CheckpointConfig(every_steps=INTERVAL),
             tracking=TrackingConfig(every_steps=1),
             watchdog=WatchdogConfig(
-                minimum_seconds=HANG_SECONDS, max_pause_seconds=FIRST_STEPS_SECONDS
+                min_seconds=HANG_SECONDS, max_pause_seconds=FIRST_STEPS_SECONDS
             ),
             threads_per_rank=1,
         )

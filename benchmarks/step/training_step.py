@@ -16,7 +16,7 @@ from cavmae.kernels import AttentionBackend, contrastive_loss
 from cavmae.trainer.config.recipes import audioset_huge, audioset_large
 from cavmae.trainer.model.blocks import Recompute
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 from cavmae.trainer.model.masking import random_masks
 
 Precision = Literal["fp32", "bf16"]
@@ -174,7 +174,7 @@ class TrainingStep:
         if isinstance(self.model, PublishedCAVMAE):
             return self.model(self.log_mel, self.frame, contrastive_weight=CONTRASTIVE_WEIGHT).loss
         positions = torch.arange(self.position, self.position + self.batch, device=self.device)
-        masks = random_masks(self.config, positions, seed=0, audio_ratio=0.75, video_ratio=0.75)
+        masks = random_masks(self.config, MaskConfig(), positions, seed=0)
         output = self.model(self.log_mel, self.frame, *masks, predict_all=self.choices.predict_all)
         contrast = contrastive_loss(
             output.audio_embedding, output.video_embedding, TEMPERATURE, False

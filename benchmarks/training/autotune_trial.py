@@ -11,7 +11,7 @@ from typing import Any
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
+from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig
 from cavmae.trainer.fault_tolerance.oom import RAN_OUT
 
 WARM_UP_STEPS, STEPS = 2, 4
@@ -87,7 +87,7 @@ def short_run(config: PretrainConfig, ranks: int) -> PretrainConfig:
         ),
         data=dataclasses.replace(config.data, validation=""),
         checkpoint=CheckpointConfig(every_steps=10**9),
-        evaluation=EvaluationConfig(every_steps=10**9),
+        validation=ValidationConfig(every_steps=10**9),
     )
 
 

@@ -102,7 +102,7 @@ def read_sweep(path: Path, folder: Path, words: Sequence[str]) -> Sweep:
     found = {
         name: checked(document, name, default, int, where) for name, default in numbers.items()
     }
-    grace = found["grace_steps"] or config.evaluation.every_steps
+    grace = found["grace_steps"] or config.validation.every_steps
     least = {"trials": 1, "reduction": 2, "retries": 0, "seed": 0}
     for name, low in least.items():
         if found[name] < low:

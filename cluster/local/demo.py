@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import box
@@ -27,6 +28,7 @@ from cavmae.cluster.train import train_on_ray
 from cavmae.command import exit_code
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import demo as demo_recipe
 from cavmae.trainer.config.serialize import load_config, read_json, write_json
@@ -50,7 +52,7 @@ CONTROL_P_VALUE = 0.001
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(CheckedFields):
     """Draw videos with sound, pack them, pretrain on two Ray workers under DeepSpeed, and look for
     the right picture to a sound among videos never seen. About ten minutes on two CPU cores.
 
@@ -63,13 +65,13 @@ class DemoConfig:
 
     folder: str = ""
     """Where everything goes; empty: runs/demo, or runs/demo-shuffled-pairs."""
-    clips: int = 3000
+    clips: Annotated[int, at_least(128)] = 3000
     """Videos to train on."""
-    unseen_clips: int = 200
+    unseen_clips: Annotated[int, at_least(20)] = 200
     """Videos to score on."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Optimizer steps; 0: as many as the recipe `demo` has."""
-    workers: int = 2
+    workers: PositiveInt = 2
     """Ranks; each is a process with its share of the cores."""
     seed: int = 1
     """Seed of videos and training. (The drawing was designed while looking at clips of seed 0.)"""
@@ -77,17 +79,6 @@ class DemoConfig:
     """The control: train on videos that have the sound of others. It must end at chance."""
     fresh: bool = False
     """Remove an earlier training of this folder first (videos and shards stay)."""
-
-    def __post_init__(self) -> None:
-        if self.clips < 128 or self.unseen_clips < 20:
-            raise ValueError(
-                f"clips is {self.clips} and unseen_clips {self.unseen_clips}; use 128 or more and "
-                "20 or more"
-            )
-        if self.workers < 1 or self.steps < 0:
-            raise ValueError(
-                f"workers is {self.workers} and steps {self.steps}; use 1 or more and 0 or more"
-            )
 
 
 @dataclass
@@ -213,7 +204,7 @@ def training_config(demo: Demo) -> RayPretrainConfig:
                 train=str(demo.shards("train")),
                 validation=str(demo.shards("unseen")),
             ),
-            "evaluation": dataclasses.replace(recipe.evaluation, clips=config.unseen_clips),
+            "validation": dataclasses.replace(recipe.validation, clips=config.unseen_clips),
         },
         cluster=ClusterConfig(
             workers=config.workers, cpus_per_worker=max(1, cores // config.workers)
@@ -241,7 +232,7 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
         rank=0,
         world_size=1,
         device=torch.device("cpu"),
-        limit=config.evaluation.clips,
+        limit=config.validation.clips,
     )
     try:
         with torch.no_grad():

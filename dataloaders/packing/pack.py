@@ -38,10 +38,11 @@ from cavmae.dataloaders.packing.statistics import write_statistics
 from cavmae.dataloaders.packing.worker_pool import Failure, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.shard_set import TIERS, ShardEntry
 from cavmae.dataloaders.shards.writer import ShardWriter, write_atomically, write_index
+from cavmae.field_checks import CheckedFields, Limit, NonNegativeInt, PositiveInt, Seconds
 
 
 @dataclass(frozen=True)
-class PackConfig:
+class PackConfig(CheckedFields):
     """Pack videos into shards for training.
 
     A clip is the first `clip_seconds` of a file, or the window that a CSV file gives. What cannot
@@ -67,19 +68,21 @@ class PackConfig:
     """Of the sound: flac takes two thirds of the bytes, wav next to no time to decode."""
     video_codec: VideoCodec = "vp9"
     """Codec of the video tier: vp9 decodes on CPU and GPU, h264 on GPU only, mjpeg on CPU only."""
-    video_fps: float = 0.0
+    video_fps: Annotated[float, Limit(lambda x: 0 <= x <= 1000, "0 (all) up to 1000")] = 0.0
     """Frames per second kept at most; 0: all."""
-    short_side: int = 256
+    short_side: Annotated[
+        int, Limit(lambda x: x >= 16 and x % 2 == 0, "an even number from 16")
+    ] = 256
     """Pixels of the shorter side; smaller videos keep their size."""
     frame_choice: Literal["by_time", "published"] = "by_time"
     """The ten frames: at the middle of each tenth of the clip, or as the original code chose."""
     audio_channel: Literal["mix", "first"] = "mix"
     """Mono sound from all channels, or from the first alone as published."""
-    clip_seconds: float = 10.0
+    clip_seconds: Seconds = 10.0
     """Length of a clip where the list gives no end; longer files give one clip, from the start."""
     segment: bool = False
     """Cut longer files into consecutive clips of `clip_seconds` instead."""
-    minimum_seconds: float = 0.5
+    minimum_seconds: Seconds = 0.5
     """Shorter clips are skipped."""
     keep_silent: bool = False
     """Keep clips whose sound is silence."""
@@ -91,15 +94,15 @@ class PackConfig:
     or by content."""
     allow_leakage: bool = False
     """Only count the clips that are in `not_in` as well."""
-    clips_per_shard: int = 1000
+    clips_per_shard: PositiveInt = 1000
     """Clips of the list in each shard, skipped ones included."""
-    maximum_seconds_per_clip: float = 300.0
+    maximum_seconds_per_clip: Seconds = 300.0
     """A clip that takes longer than this to decode and encode is skipped as `timeout`."""
-    maximum_cpu_seconds_per_clip: float = 120.0
+    maximum_cpu_seconds_per_clip: Seconds = 120.0
     """The same for CPU time, which a busy machine does not stretch, as `cpu_limit`."""
-    maximum_memory_gb: float = 6.0
+    maximum_memory_gb: Annotated[float, Limit(lambda x: 1 <= x < 1 << 20, "1 or more")] = 6.0
     """Address space of a worker; a clip that wants more is skipped as `memory_limit`."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes; 0: one per core."""
     ray: bool = False
     """Decode on a Ray cluster, whose nodes reach VIDEOS by the same path; this process writes."""
@@ -107,6 +110,7 @@ class PackConfig:
     """Of the cluster, such as `auto`; empty: what RAY_ADDRESS names, else one started here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for tier in self.tier_names:
             if tier not in TIERS:
                 raise ValueError(f"tiers is {self.tiers!r}; use some of {', '.join(TIERS)}")
@@ -117,29 +121,10 @@ class PackConfig:
                 "segment is set and tiers has original, which would keep the whole file for each "
                 "of its clips; cut the files first, or leave original out"
             )
-        if self.short_side < 16 or self.short_side % 2:
-            raise ValueError(f"short_side is {self.short_side}; use an even number from 16")
-        for name in (
-            "clip_seconds",
-            "minimum_seconds",
-            "maximum_seconds_per_clip",
-            "maximum_cpu_seconds_per_clip",
-        ):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; use seconds above 0")
-        if not 1 <= self.maximum_memory_gb < 1 << 20:
-            raise ValueError(f"maximum_memory_gb is {self.maximum_memory_gb}; use 1 or more")
         if self.clip_seconds < self.minimum_seconds:
             raise ValueError(
                 f"clip_seconds is {self.clip_seconds}, less than minimum_seconds "
                 f"{self.minimum_seconds}"
-            )
-        if not 0 <= self.video_fps <= 1000:
-            raise ValueError(f"video_fps is {self.video_fps}; use 0 (all) up to 1000")
-        if self.clips_per_shard < 1 or self.workers < 0:
-            raise ValueError(
-                f"clips_per_shard is {self.clips_per_shard} and workers {self.workers}; "
-                f"use 1 or more and 0 or more"
             )
 
     @property

@@ -23,6 +23,7 @@ from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 LARGEST_SURVEY = 2000
 """Clips whose descriptions are read for the tables; of larger sets a part is drawn."""
@@ -32,7 +33,7 @@ AUDIO_FRAMES, MEL_BINS = 1024, 128
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(CheckedFields):
     """Print what packed shards hold and write a sheet of clips.
 
     Raises:
@@ -43,14 +44,13 @@ class InspectConfig:
     """One tier of packed shards, such as `shards/video`; a folder or a URL."""
     out: str = "inspect.html"
     """The sheet: a self-contained page (.html) or a picture (.png)."""
-    clips: int = 16
+    clips: PositiveInt = 16
     """Clips on it."""
     seed: int = 0
     """Of the draw."""
 
     def __post_init__(self) -> None:
-        if self.clips < 1:
-            raise ValueError(f"clips is {self.clips}; use 1 or more")
+        super().__post_init__()
         if Path(self.out).suffix not in (".html", ".png"):
             raise ValueError(f"out is {self.out!r}; use a name that ends in .html or .png")
 

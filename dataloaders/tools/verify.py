@@ -42,6 +42,7 @@ from cavmae.dataloaders.shards.shard_set import (
     read_index,
 )
 from cavmae.dataloaders.shards.storage import Storage, StoredFile, open_storage
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 SHARD_LIMITS = TaskLimits(seconds=7200.0)
 READ_BYTES = 1 << 23
@@ -49,19 +50,15 @@ LISTED_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(CheckedFields):
     """Check packed shards: sizes, checksums, index, descriptions."""
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """What `cavmae pack` made, or one tier of it; a folder or a URL."""
     decode: bool = False
     """Decode every member as well."""
-    workers: int = 1
+    workers: PositiveInt = 1
     """Processes."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; use 1 or more")
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -195,14 +194,7 @@ def _pretraining_passes(
         "reconstruct": config.loss.reconstruction_weight > 0,
         "contrast": config.loss.contrastive_weight > 0,
     }
-    masks = random_masks(
-        config.model,
-        torch.arange(len(log_mel)),
-        seed=0,
-        audio_ratio=config.mask.audio_ratio,
-        video_ratio=config.mask.video_ratio,
-        audio_mode=config.mask.audio_mode,
-    )
+    masks = random_masks(config.model, config.mask, torch.arange(len(log_mel)), seed=0)
     with count:
         output = model(log_mel, frame, *masks, **losses, norm_pix=config.loss.norm_pix)
         loss = torch.zeros(())

@@ -11,8 +11,7 @@ import torch
 
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config, read_json, write_json
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier

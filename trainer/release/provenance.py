@@ -76,7 +76,7 @@ def _scores(run: AnyRun) -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Held-out scores\n\nNone: the run had no held-out clips.\n"
-    held_out, clips = _last_parts(run.config.data.validation), run.config.evaluation.clips
+    held_out, clips = _last_parts(run.config.data.validation), run.config.validation.clips
     return (
         f"## Held-out scores\n\nAt the end of the run, at most {clips} clips of `{held_out}`.\n\n"
         f"{_numbers(scores)}"

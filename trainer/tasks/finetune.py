@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.losses.classification import (
@@ -94,7 +94,7 @@ class FinetuneTask:
         else:
             log.warning(
                 "the first %d clips of data.validation all have the same classes, so there is no "
-                "mAP and no AUC; raise evaluation.clips, or pack the set in another order",
+                "mAP and no AUC; raise validation.clips, or pack the set in another order",
                 len(targets),
             )
         metrics["loss"] = classification_loss(logits, targets, self._config.classifier.loss).item()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.config.serialize import read_json
 
 _COLUMNS = ["index", "mid", "display_name"]

@@ -122,19 +122,12 @@ class PretrainTask:
         self, engine: Engine, batch: AudioVideoBatch, *, reconstruct: bool
     ) -> PretrainOutput:
         config = self._config
-        audio_mask, video_mask = random_masks(
-            config.model,
-            batch.positions.to(self._device),
-            seed=config.seed,
-            audio_ratio=config.mask.audio_ratio,
-            video_ratio=config.mask.video_ratio,
-            audio_mode=config.mask.audio_mode,
-        )
+        positions = batch.positions.to(self._device)
+        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
         return engine(
             batch.log_mel,
             batch.frames[:, 0],
-            audio_mask,
-            video_mask,
+            *masks,
             reconstruct=reconstruct,
             contrast=self._contrast,
             norm_pix=config.loss.norm_pix,

@@ -17,6 +17,7 @@ from cavmae.benchmarks.step.parts import FUNCTIONS, GRADIENTS, MODULES, PARTS, P
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.config import MaskConfig
 from cavmae.trainer.tasks import pretrain
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 1.0, 10.0
@@ -63,9 +64,7 @@ def new_model() -> CAVMAE:
 def timed_step(model: CAVMAE, observer: PartObserver, line: Timeline) -> dict[Label, float]:
     """Seconds by label of a step of the model, without those that took none."""
     line.begin_step(Label("loop"))
-    masks = pretrain.random_masks(
-        MODEL, torch.arange(2), seed=0, audio_ratio=0.75, video_ratio=0.75
-    )
+    masks = pretrain.random_masks(MODEL, MaskConfig(), torch.arange(2), seed=0)
     output = model(torch.randn(2, 192, 32), torch.randn(2, 3, 32, 32), *masks)
     assert output.audio_embedding is not None and output.video_embedding is not None
     assert output.reconstruction_audio is not None and output.reconstruction_video is not None
@@ -141,7 +140,7 @@ def test_compiled_blocks_are_seen_as_well(
     model(
         torch.randn(2, 192, 32),
         torch.randn(2, 3, 32, 32),
-        *pretrain.random_masks(MODEL, torch.arange(2), seed=0, audio_ratio=0.75, video_ratio=0.75),
+        *pretrain.random_masks(MODEL, MaskConfig(), torch.arange(2), seed=0),
     )
     # What a block does is inside its graph, so here each look at the clock takes a second, and
     # nothing else of the decoder is observed.

@@ -17,7 +17,7 @@ from cavmae.trainer.config.serialize import save_config
 
 SWEEP: dict[str, Any] = {
     "recipe": "demo",
-    "fields": {"data.train": "shards", "steps": 100, "evaluation.every_steps": 20},
+    "fields": {"data.train": "shards", "steps": 100, "validation.every_steps": 20},
     "metric": "loss",
     "mode": "min",
     "space": {"optimizer.learning_rate": {"log_uniform": [1e-5, 1e-2]}},

@@ -259,10 +259,10 @@ def test_several_pipelines_give_the_same_batches(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"min_crop_area": 0.0}, r"min_crop_area is 0\.0; use a share above 0"),
+        ({"min_crop_area": 0.0}, r"min_crop_area is 0\.0; use a fraction above 0"),
         ({"min_crop_area": 1.5}, r"min_crop_area is 1\.5"),
         ({"time_mask": -1}, "time_mask is -1; use 0 or more"),
-        ({"mixup_prob": 1.5}, r"mixup_prob is 1\.5; use a share from 0 to 1"),
+        ({"mixup_prob": 1.5}, r"mixup_prob is 1\.5; use a fraction from 0 to 1"),
         ({"mixup_prob": float("nan")}, "mixup_prob is nan"),
     ],
 )

@@ -9,11 +9,17 @@ import torch
 from tiny_run import MODEL
 from torch.profiler import ProfilerActivity, profile
 
-from cavmae.trainer.config.configs import EngineConfig, LossConfig, PretrainConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    FinetuneConfig,
+    LossConfig,
+    PretrainConfig,
+)
 from cavmae.trainer.cost_model.activations import count_passes
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.config import MaskConfig
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, build_model
 
@@ -42,7 +48,7 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
     model = CAVMAE(SHAPE).to(dtype)
     model.freeze_unused(reconstruct=True, contrast=True)
     model.recompute_blocks(config.engine.activation_checkpointing)
-    masks = random_masks(SHAPE, torch.arange(samples), seed=0, audio_ratio=0.75, video_ratio=0.75)
+    masks = random_masks(SHAPE, MaskConfig(), torch.arange(samples), seed=0)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
 

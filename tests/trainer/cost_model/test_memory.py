@@ -13,8 +13,7 @@ from tiny_run import MODEL
 from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
 from cavmae.cluster import train
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
-from cavmae.trainer.config.finetune_recipes import demo_finetune
-from cavmae.trainer.config.recipes import demo
+from cavmae.trainer.config.recipes import demo, demo_finetune
 from cavmae.trainer.cost_model.activations import ActivationTimeline
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes, sizes_at_most

@@ -18,6 +18,7 @@ from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import LossConfig
+from cavmae.trainer.config.serialize import SCHEMA
 from cavmae.trainer.evaluation.reconstruct import (
     ERRORS,
     ReconstructConfig,
@@ -55,7 +56,8 @@ def test_the_report_names_the_first_clips_the_run_and_its_weights(
     assert (report["options"]["clips"], report["options"]["seed"]) == (3, 0)
     assert {clip["direction"] for clip in report["clips"]} == {"joint"}
     assert (report["audio_ratio"], report["video_ratio"], report["skipped"]) == (0.75, 0.75, [])
-    assert report["config"] == json.loads((joint / "config.json").read_text())
+    saved = json.loads((joint / "config.json").read_text())
+    assert {"schema": SCHEMA} | report["config"] == saved
     weights = (joint / "weights.pt").read_bytes()
     assert report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 

@@ -18,8 +18,7 @@ from tiny_run import MODEL, tiny_finetuning, tiny_run
 
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.store import open_store
-from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import EngineConfig, FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.fault_tolerance.oom import (

@@ -20,8 +20,12 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    FinetuneConfig,
+    ValidationConfig,
+)
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
@@ -144,7 +148,7 @@ def published_way(
             validation=str(val_shards / "frames"),
             augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mixup_prob=0.5),
         ),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
     )
 
 

@@ -17,11 +17,11 @@ from torch.profiler import record_function
 from cavmae.trainer import trainer
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
-    EvaluationConfig,
     PretrainConfig,
     ProfileConfig,
     RunConfig,
     TrackingConfig,
+    ValidationConfig,
     WatchdogConfig,
 )
 from cavmae.trainer.distributed.engine import Update
@@ -94,7 +94,7 @@ class Watching(Watchdog):
     """Attributes: watches, whether something long would be taken for a step that hangs."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(WatchdogConfig(medians=0), folder, 0)
+        super().__init__(WatchdogConfig(hang_ratio=0), folder, 0)
         self.watches = True
 
     @contextmanager
@@ -146,7 +146,7 @@ def watched_while_written(
     loop.config = PretrainConfig(
         steps=10,
         tracking=TrackingConfig(every_steps=10),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
         checkpoint=CheckpointConfig(every_steps=10),
     )
     vars(loop).update(
