@@ -1,7 +1,8 @@
 """An S3-compatible store on loopback that fails on purpose: `with object_store() as store: ...`.
 
 A separate process runs moto's S3 server behind a layer that counts what is sent and injects faults:
-errors 500, connections reset, bodies cut short, bodies that trickle, or nothing but errors. Used by tests and by `cavmae bench storage-faults`; needs the `dev` extra.
+errors 500, connections reset, bodies cut short, bodies that trickle, or nothing but errors. Used by
+tests and by `cavmae bench storage-faults`; needs the `dev` extra.
 """
 
 import itertools

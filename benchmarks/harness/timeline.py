@@ -1,8 +1,8 @@
 """A timeline of a device over the steps of a run: every moment belongs to exactly one label.
 
 So the labels of a step sum to the step. A label begins with a time stamp: on a GPU an event in the
-stream that was current when the timeline was made, for which nothing waits; on a CPU its clock. Work
-of other streams at the same time counts to no label.
+stream that was current when the timeline was made, for which nothing waits; on a CPU its clock.
+Work of other streams at the same time counts to no label.
 """
 
 import time
