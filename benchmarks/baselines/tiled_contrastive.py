@@ -18,7 +18,7 @@ from cavmae.kernels.backend import Backend, choose_backend, jit
 
 BLOCK = 64
 STEP = 64
-"""Of the width, at a time."""
+"""Columns of the width at a time."""
 
 Precision = Literal["ieee", "tf32"]
 

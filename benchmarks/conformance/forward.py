@@ -44,7 +44,7 @@ NOISE = 1e-9
 
 @dataclass
 class ForwardNumbers:
-    """What a model computed for one case, in the names of the golden files.
+    """Numbers that a model computed for one case, by the names of the golden files.
 
     Attributes:
         arrays: `latent`, `ca`, `cv` (batch, tokens, width), `ca_mean`, `cv_mean` (batch, width),

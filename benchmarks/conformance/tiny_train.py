@@ -203,7 +203,7 @@ class TinyTrain:
         ]
 
     def check_masks(self) -> list[Deviation]:
-        """Whether every row of the mask file is a permutation of the patches."""
+        """Compare every row of the mask file with a permutation of the patches."""
         return [
             mismatches(
                 f"{letter} masks are no permutations",

@@ -1,7 +1,7 @@
-"""How far a result is from its reference, and how far it may be.
+"""Deviations of results from their references, and their limits.
 
-All tolerances of the conformance tests are here, in `Limits`; the tests and the device check share
-them.
+All tolerances of the conformance tests are here, in `Limits`; tests, `cavmae bench golden` and the
+GPU check share them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +56,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one quantity is from its reference, and how far it may be."""
+    """The deviation of one quantity from its reference, and its limit."""
 
     quantity: str
     value: float
@@ -79,7 +79,7 @@ class Deviation:
 
 
 def worst(deviations: Iterable[Deviation]) -> Deviation:
-    """The deviation that is nearest to its limit or furthest beyond it."""
+    """Return the deviation that is nearest to its limit or furthest beyond it."""
     return max(deviations, key=lambda d: float("inf") if d.share != d.share else d.share)
 
 

@@ -11,7 +11,7 @@ def _positives(matrix: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def statistics(similarity: Similarity, reverse: bool) -> Parts:
-    """As `statistics` of the package."""
+    """Compute `statistics` from the dense matrix."""
     dense, shift = similarity.dense, similarity.shift
     negatives = dense.clone()
     _positives(negatives, shift).fill_(-torch.inf)
@@ -25,7 +25,7 @@ def statistics(similarity: Similarity, reverse: bool) -> Parts:
 
 
 def merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
-    """As `merge` of the package."""
+    """Merge parts in torch."""
 
     def direction(log_sum: torch.Tensor, hardest: torch.Tensor, first: int) -> torch.Tensor:
         """(2, groups * pairs) loss and hit of each pair, and +inf where there is no pair."""
@@ -82,7 +82,7 @@ def embedding_gradients(
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `embedding_gradients` of the package."""
+    """Compute `embedding_gradients` from the dense matrix."""
     weight = weights(similarity, query_log_sum, candidate_log_sum)
     queries, candidates = similarity.units
     of_queries, alignment = project(weight @ candidates, queries, similarity.query_inverse, factor)
