@@ -102,21 +102,27 @@ def absolute_path(name: str, path: str, folder: Path | None) -> str:
     return str(folder / path)
 
 
-def tell_shortage(cluster: ClusterConfig) -> None:
-    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
+def tell_shortage(cluster: ClusterConfig) -> str:
+    """Print and return what the cluster lacks; empty if nothing. Ray waits for it without an end,
+    as an autoscaler may bring it."""
     import ray
 
     resources = ray.cluster_resources()
     needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    for name, each in needed.items():
-        total, there = each * cluster.workers, int(resources.get(name, 0))
-        if there < total:
-            print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
+    wanted = {name: each * cluster.workers for name, each in needed.items()}
+    shortage = ", ".join(
+        f"{total} {name}s (the cluster has {present})"
+        for name, total in wanted.items()
+        if (present := int(resources.get(name, 0))) < total
+    )
+    if shortage:
+        print(f"waiting for {shortage}", file=sys.stderr)
     if resources.get("GPU", 0) and not cluster.gpus_per_worker:
         print(
             f"on CPUs: gpus_per_worker is 0 (the cluster has {resources['GPU']:g} GPUs)",
             file=sys.stderr,
         )
+    return shortage
 
 
 def passed_on() -> dict[str, str]:

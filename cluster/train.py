@@ -15,6 +15,7 @@ from types import FrameType
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
 from cavmae.cluster.connection import absolute_path, address_of, connected, tell_shortage
+from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -26,6 +27,7 @@ from cavmae.trainer.fault_tolerance.preemption import (
     withdraw_request,
 )
 from cavmae.trainer.run import MakeHooks
+from cavmae.trainer.run_status import LauncherStatus
 from cavmae.trainer.run_summary import RunSummary
 
 _SECONDS_TO_END = 10.0
@@ -48,7 +50,8 @@ def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
         from cavmae.cluster.dry_run import dry_run
 
         return dry_run(config)
-    summary = train_on_ray(config, make_hooks)
+    with StatusRelay(Path(config.run_dir)):
+        summary = train_on_ray(config, make_hooks)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
     return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
@@ -60,13 +63,21 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
         ValueError, OSError: what the user has to mend, from the driver or from any rank.
         TrainingError: the ranks failed for good.
     """
+    with LauncherStatus(Path(config.run_dir)) as status:
+        return _train_on_ray(config, status, make_hooks)
+
+
+def _train_on_ray(
+    config: RayRunConfig, status: LauncherStatus, make_hooks: MakeHooks | None
+) -> RunSummary:
     cluster = config.cluster
     check_run(config)
     if not address_of(cluster):
         ShardSet(config.data.train_folders)  # a wrong path is told now, not when Ray is up
     threads = config.threads_per_rank or cluster.cpus_per_worker
     with connected(cluster, threads) as working_folder:
-        tell_shortage(cluster)
+        if shortage := tell_shortage(cluster):
+            status.change("waiting", reason=shortage)
         resolved = with_absolute_paths(config, working_folder)
         resolved = dataclasses.replace(resolved, threads_per_rank=threads)
         run_dir = Path(resolved.run_dir)
@@ -76,8 +87,10 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
                 summary = _fit(resolved, make_hooks)
                 if asked or not _goes_on(summary):
                     return summary
+                status.change("restarting", reason=summary.stopped)
                 print(
-                    f"left at step {summary.step} ({summary.stopped}); starting again",
+                    f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
+                    "Restarting the ranks.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -215,7 +228,7 @@ def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
         run_config=RunConfig(
             storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReport(cluster.max_failures)],
+            callbacks=[FailureReport(cluster.max_failures, Path(config.run_dir))],
             # FailureReport and the exception of `fit` tell every failure once, and shorter.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),

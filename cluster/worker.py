@@ -6,6 +6,7 @@ backend has set the rank variables and joined the ranks before `train_rank` is c
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
@@ -13,6 +14,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.run import run
+from cavmae.trainer.run_status import write_status
 from cavmae.trainer.run_summary import RunSummary
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,15 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 class FailureReport(UserCallback):
-    """Tells what failed, and ends the run where a repetition would be in vain.
+    """Prints what failed, writes it into the run's status, and ends the run where a repetition
+    would be in vain.
 
     Runs in Ray Train's controller, which takes an exception of a callback for its own and stops.
     """
 
-    def __init__(self, max_failures: int) -> None:
+    def __init__(self, max_failures: int, run_dir: Path) -> None:
         self._maximum_failures = max_failures
+        self._run_dir = run_dir
         self._failures = 0
         self._not_finite = ""
 
@@ -111,15 +115,27 @@ class FailureReport(UserCallback):
             if isinstance(error, NonFiniteError):
                 self._not_finite = str(error)
         self._failures += 1
-        for rank, error in sorted(worker_exceptions.items()):
-            cause = getattr(error, "health_check_failure", error)  # a dead process
+        causes = {
+            rank: getattr(error, "health_check_failure", error)  # a dead process
+            for rank, error in sorted(worker_exceptions.items())
+        }
+        for rank, cause in causes.items():
             print(
                 f"rank {rank} failed: {type(cause).__name__}: {_last_line(cause)}", file=sys.stderr
             )
-        if self._failures <= self._maximum_failures:
+        restarts = self._failures <= self._maximum_failures
+        count = f"{self._failures} of {self._maximum_failures}"
+        rank = next((one for one in causes if not _is_of_another_rank(causes[one])), min(causes))
+        write_status(
+            self._run_dir,
+            state="restarting" if restarts else "failed",
+            reason=f"failure {count}",
+            last_error=f"rank {rank}: {_last_line(causes[rank])}",
+            error_type=type(causes[rank]).__name__,
+        )
+        if restarts:
             print(
-                f"starting all ranks again from the newest checkpoint "
-                f"({self._failures} of {self._maximum_failures})",
+                f"starting all ranks again from the newest checkpoint ({count})",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Softmax attention without a stored attention matrix, by the fastest implementation of each device.
+"""Softmax attention without a stored attention matrix, by the fastest way of each device.
 
 - `blocks`: on a CPU. The scores of a few heads at a time fill one buffer that stays in the cache,
   and are computed again in the backward pass. torch's fused attention for CPUs multiplies bf16

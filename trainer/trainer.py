@@ -85,7 +85,7 @@ class Trainer:
         config, ranks, device = opened.config, opened.ranks, opened.device
         run_dir, train_set = opened.run_dir, opened.train_set
         self.config, self.ranks, self.device, self.run_dir = config, ranks, device, run_dir
-        self.span = hooks.span
+        self.span, self.status = hooks.span, opened.status
         torch.manual_seed(config.seed)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -105,13 +105,14 @@ class Trainer:
             device=device,
             groups=groups,
         )
-        checkpoint, state = load_newest(opened.store, self.engine) or (None, None)
+        checkpoint, state = load_newest(opened.store, self.engine) or ("", None)
         self.fingerprint = train_set.fingerprint
         if state and state.train_set != self.fingerprint:
             raise ValueError(
                 f"the run in {run_dir} was trained on other clips than data.train "
                 f"{config.data.train} now holds; give the former set, or another --run-dir"
             )
+        self.resumed_from = checkpoint
         self.step = self.start_step = state.step if state else 0
         self.skipped = self.skipped_in_a_row = 0
         self.steps_per_epoch = train_set.samples / config.global_batch
@@ -173,6 +174,7 @@ class Trainer:
                 checkpoints of before stay.
         """
         began = time.monotonic()
+        self.status.running(self.step, self.resumed_from)
         try:
             stopped = self._loop()
             weights = {} if stopped else self._final_weights()
@@ -211,6 +213,7 @@ class Trainer:
                 self.config.steps,
                 stopped,
             )
+        self.status.change("stopped" if stopped else "finished", reason=stopped)
         dist.barrier()
         return summary
 
@@ -247,6 +250,7 @@ class Trainer:
                 )
                 if stops:
                     self.stop.start_grace_period()
+                    self.status.change("stopping", reason=self.stop.reason)
                 if self.saver.open and not writers and not self.saver.commit():
                     every = config.checkpoint.every_steps
                     self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
@@ -301,6 +305,7 @@ class Trainer:
         with self.span("update"):
             update = self.engine.update(learning_rate)
         self.step += 1
+        self.status.step = self.step
         self.skipped += not update.applied
         self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         return update, [name for part in parts for name in part.sample_ids[:8]]

@@ -25,6 +25,7 @@ from cavmae.trainer.checkpoint.format import (
     checkpoint_name,
     manifest_bytes,
     read_manifest,
+    step_of,
 )
 from cavmae.trainer.checkpoint.store import FileSum, open_store
 from cavmae.trainer.config.configs import (
@@ -39,6 +40,7 @@ from cavmae.trainer.config.configs import (
 )
 from cavmae.trainer.config.serialize import save_config, write_json
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.run_status import RunStatus, read_status
 
 RANKS = 2
 CLIPS = 24
@@ -211,9 +213,14 @@ def last_step(run_dir: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def resumed_step(start: Start) -> int:
-    """Return the step that an attempt resumed from, the last time that it did."""
-    return int(re.findall(r"going on from \S*step-(\d+)", start.text())[-1])
+def status_of(run_dir: Path) -> RunStatus:
+    """Return the status that a run has written; one of no attempt before that."""
+    return read_status(run_dir) or RunStatus("waiting")
+
+
+def resumed_step(run_dir: Path) -> int:
+    """Return the step that the newest attempt resumed from."""
+    return step_of(status_of(run_dir).resumed_from.rpartition("/")[2])
 
 
 def _set_step(folder: Path, step: int) -> None:

@@ -1,8 +1,8 @@
 """`cavmae queue FILE`: many runs, one after the other or side by side, on one cluster.
 
 Each run is a `cavmae train` of its own. The queue starts what fits, the higher priority first; a
-run that has to give way saves, leaves, and comes back later at the step where it was. Nothing is
-kept but the run folders: a queue that is started again goes on with whatever is not finished.
+run that is preempted saves, stops, and resumes later at the step where it was. Nothing is kept but
+the run folders: a queue that is started again resumes whatever is not finished.
 """
 
 import os
@@ -29,19 +29,19 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class QueueConfig:
-    """Run the experiments of a file, and compare them. Fields after these are of every run:
+    """Run the experiments of a file, and compare them. Fields after these apply to every run:
     `--data.train SHARDS`, `--workers 8`.
 
-    The file is looked at again while the queue runs: runs may be added, and priorities changed.
+    The file is read again while the queue runs: runs may be added, and priorities changed.
 
     Raises:
-        ValueError: the file, or a run in it, is not as it should be.
+        ValueError: the file, or a run in it, is invalid.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE|paper_ablations")]
     """YAML with `experiment`, `recipe`, `fields`, `retries` and `runs`; see `many-runs.md`."""
     folder: str
-    """The run folders go here, with logs of the drivers and the comparison."""
+    """Where run folders, the drivers' logs and the comparison are written."""
     address: str = ""
     """Ray cluster; empty: the one that RAY_ADDRESS names, else one on this machine's cores that
     ends with the queue."""
@@ -49,14 +49,14 @@ class QueueConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What the queue does next: start these, ask those to leave."""
+    """What the queue does next. Attributes: start, preempt."""
 
     start: list[Experiment]
-    give_way: list[Experiment]
+    preempt: list[Experiment]
 
 
 def main(arguments: list[str]) -> int:
-    """The command; 0 where every run has finished, else 1."""
+    """Run the command; returns 0 if every run has finished, else 1."""
     config, words = tyro.cli(
         QueueConfig, prog="cavmae queue", args=arguments, return_unknown_args=True
     )
@@ -71,13 +71,13 @@ def main(arguments: list[str]) -> int:
         import ray
 
         address = ray.get_runtime_context().gcs_address
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, _stop)
         try:
             _run(path, folder, words, experiments, retries, address)
         finally:
             for experiment in experiments:
                 if experiment.driver is not None:
-                    experiment.driver.ask_to_leave()
+                    experiment.driver.request_stop()
             for experiment in experiments:
                 if experiment.driver is not None:
                     experiment.driver.wait()
@@ -85,24 +85,24 @@ def main(arguments: list[str]) -> int:
     return 0 if all(one.state == "finished" for one in experiments) else 1
 
 
-def _leave(_signal: int, _frame: object) -> None:
-    """SIGTERM: the runs save and leave, then the queue ends."""
-    print("SIGTERM: the runs are asked to save and leave", file=sys.stderr, flush=True)
+def _stop(_signal: int, _frame: object) -> None:
+    """Have the runs save and stop on SIGTERM; then the queue ends."""
+    print("SIGTERM: the runs save a checkpoint and stop", file=sys.stderr, flush=True)
     raise SystemExit(START_AGAIN_EXIT_CODE)
 
 
 def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
-    """What to start, and who has to give way for what can't start otherwise.
+    """Choose what to start, and what to preempt for runs that can't start otherwise.
 
-    A run that waits lets runs of lower priority use what it can't, as they will give way; runs of
-    its own priority wait behind it.
+    A run that waits lets runs of lower priority use what it can't, as they can be preempted; runs
+    of its own priority wait behind it.
     """
-    active = [one for one in experiments if one.state in ("running", "leaving")]
+    active = [one for one in experiments if one.state in ("running", "stopping")]
     free = capacity
     for one in active:
         free -= one.need
     start: list[Experiment] = []
-    give_way: list[Experiment] = []
+    preempt: list[Experiment] = []
     blocked: int | None = None
     waiting = [one for one in experiments if one.state == "waiting"]
     for one in sorted(waiting, key=lambda one: -one.priority):
@@ -117,7 +117,7 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
         blocked = one.priority
         soon = free
         for other in active:
-            if other.state == "leaving":
+            if other.state == "stopping":
                 soon += other.need
         lower = [o for o in active if o.state == "running" and o.priority < one.priority]
         chosen = []
@@ -127,9 +127,9 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
             chosen.append(other)
             soon += other.need
         if one.need.fits(soon):  # what becomes free is for this one
-            give_way += chosen
+            preempt += chosen
             break
-    return Step(start, give_way)
+    return Step(start, preempt)
 
 
 def _run(
@@ -151,19 +151,22 @@ def _run(
         for one in experiments:
             if one.driver is not None and one.driver.exit_code is not None:
                 _ended(one, folder, retries)
-        if not any(one.state in ("waiting", "running", "leaving") for one in experiments):
+        if not any(one.state in ("waiting", "running", "stopping") for one in experiments):
             return
         there = ray.cluster_resources()
         capacity = Need(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
         for one in experiments:
             if not one.need.fits(capacity) and one.name not in too_large:
                 too_large.add(one.name)
-                print(f"{one.name} waits: needs {one.need}, there is {capacity}", file=sys.stderr)
+                print(
+                    f"{one.name} waits: needs {one.need}, the cluster has {capacity}",
+                    file=sys.stderr,
+                )
         step = next_step(experiments, capacity)
-        for one in step.give_way:
-            _say(one, "leaving")
+        for one in step.preempt:
+            _say(one, "stopping")
             if one.driver is not None:
-                one.driver.ask_to_leave()
+                one.driver.request_stop()
         for one in step.start:
             _say(one, "running")
             one.driver = Driver(
@@ -173,21 +176,19 @@ def _run(
 
 
 def _ended(one: Experiment, folder: Path, retries: int) -> None:
-    """What the end of a driver makes of its run."""
+    """Set the state of a run whose driver has ended."""
     assert one.driver is not None
-    code = one.driver.exit_code
-    one.driver = None
+    driver, one.driver = one.driver, None
+    code = driver.exit_code
     if code == 0:
         _say(one, "finished")
-    elif one.state == "leaving" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
-        _say(one, "waiting")  # by the signal itself where it had hardly begun
+    elif one.state == "stopping" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
+        _say(one, "waiting")  # killed by the signal itself if it had hardly begun
     elif code == START_AGAIN_EXIT_CODE:
-        _say(one, "stopped")  # whoever has asked it to leave may start it again
+        _say(one, "stopped")  # whoever stopped it may start it again
     else:
         one.failures += 1
-        log_path = folder / "drivers" / f"{one.name}.log"
-        last = log_path.read_text().strip().rpartition("\n")[2]
-        print(f"{one.name} failed with {code}: {last} ({log_path})", file=sys.stderr)
+        print(driver.failure(folder / one.name), file=sys.stderr)
         _say(one, "waiting" if one.failures <= retries else "failed")
 
 
@@ -199,11 +200,11 @@ def _say(one: Experiment, state: State) -> None:
 def _read_again(
     path: Path, folder: Path, words: list[str], experiments: list[Experiment], retries: int
 ) -> int:
-    """Take added runs and changed priorities; a file that is wrong now is told and left alone."""
+    """Take added runs and changed priorities; an invalid file is reported and ignored."""
     try:
         read, retries = read_experiments(path, folder, words)
     except (ValueError, OSError) as error:
-        print(f"not taken: {error}", file=sys.stderr)
+        print(f"ignored: {error}", file=sys.stderr)
         return retries
     known = {one.name: one for one in experiments}
     for one in read:

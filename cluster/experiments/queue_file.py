@@ -15,9 +15,9 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json
+from cavmae.trainer.run_status import read_status
 
-State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "stopping", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Experiment:
         words: after `cavmae train`.
         need: what its ranks take.
         state: where it is.
-        failures: starts that failed.
-        driver: of the start that is under way.
+        failures: attempts that failed.
+        driver: of the attempt that is under way.
     """
 
     name: str
@@ -105,7 +105,10 @@ def _is_finished(run_dir: Path, steps: int) -> bool:
     """Whether a former queue has brought a run to its end.
 
     Args:
-        steps: that are asked for; 0: as many as its epochs need, which the run folder knows.
+        run_dir: folder of the run.
+        steps: optimizer steps of the run; 0: as many as its epochs need, which its status has.
     """
-    path = run_dir / "summary.json"
-    return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
+    status = read_status(run_dir)
+    return (
+        status is not None and status.state == "finished" and status.step == (steps or status.steps)
+    )

@@ -118,7 +118,7 @@ def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
             *(f"--run-dir={folder / name}", f"--address={address}"),
         ]
         log = folder / "drivers" / f"{name}.log"
-        for step, value in _train(Driver(words, log, here), log, folder / name, sweep.metric):
+        for step, value in _train(Driver(words, log, here), folder / name, sweep.metric):
             tune.report({"step": step, sweep.metric: value})
 
     # The ranks are placed by the trials' own drivers; a trial itself must take something, a byte.
@@ -171,7 +171,7 @@ def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
     return sorted(trials, key=lambda trial: trial.name)
 
 
-def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
+def _train(driver: Driver, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
     """Yield the metric of a run with its step, as it comes, until the driver has ended.
 
     Raises:
@@ -190,8 +190,7 @@ def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tu
         seen = len(found)
         time.sleep(_LOOK_SECONDS if code is None else 0)
     if code not in (0, START_AGAIN_EXIT_CODE):
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise RuntimeError(f"{run_dir.name} failed with {code}: {last} ({log})")
+        raise RuntimeError(driver.failure(run_dir))
     if not seen:
         names = ", ".join(sorted({name for record in records for name in record}))
         raise ValueError(

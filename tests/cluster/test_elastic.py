@@ -194,7 +194,7 @@ def test_ranks_start_together_or_wait_together(
     nodes.add_up_to(1)
     start = start_on(nodes, config, tmp_path)
     try:
-        wait_until(lambda: "waiting for 2 CPUs; the cluster has 1" in text(), text)
+        wait_until(lambda: "waiting for 2 CPUs (the cluster has 1)" in text(), text)
         time.sleep(8)  # a rank that did not wait would have begun
         assert not nodes.ranks()
         nodes.add_up_to(2)

@@ -26,8 +26,6 @@ from cavmae.trainer.distributed.env import Ranks
 
 log = logging.getLogger(__name__)
 
-RAN_OUT = "ran out of"
-"""What the line of a run that ended so has."""
 _LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
@@ -208,7 +206,7 @@ def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: b
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = machine_memory().total // ranks.local_world_size
-    began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
+    began = f"rank {ranks.rank} ran out of {'GPU' if gpu else 'CPU'} memory"
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was said of it: what is advised has to take clearly less.

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
-from launch import ROOT
+from launch import MUTED, ROOT
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
 from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.run_status import write_status
 from cavmae.trainer.tracking.tracker import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
@@ -33,7 +34,7 @@ def names(experiments: list[Experiment]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("experiments", "start", "give_way"),
+    ("experiments", "start", "preempt"),
     [
         # What fits starts, in the order of priority and of the file.
         ([run("a", 4), run("b", 4), run("c", 4)], ["a", "b"], []),
@@ -42,7 +43,7 @@ def names(experiments: list[Experiment]) -> list[str]:
         ([run("a", 4, 0, "running"), run("b", 4, 0, "running"), run("c", 4, 1)], [], ["b"]),
         ([run("a", 8, 1, "running"), run("b", 8, 1)], [], []),
         # While one is leaving, what it leaves is not given to another.
-        ([run("a", 8, 0, "leaving"), run("b", 8, 1), run("c", 1, 0)], [], []),
+        ([run("a", 8, 0, "stopping"), run("b", 8, 1), run("c", 1, 0)], [], []),
         # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
         ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
         # What is free goes to the one that others give way to.
@@ -52,20 +53,29 @@ def names(experiments: list[Experiment]) -> list[str]:
         ([run("a", 16), run("b", 8)], ["b"], []),
     ],
 )
-def test_who_starts_and_who_gives_way(
-    experiments: list[Experiment], start: list[str], give_way: list[str]
+def test_who_starts_and_who_is_preempted(
+    experiments: list[Experiment], start: list[str], preempt: list[str]
 ) -> None:
     step = next_step(experiments, Need(8, 8))
-    assert (names(step.start), names(step.give_way)) == (start, give_way)
+    assert (names(step.start), names(step.preempt)) == (start, preempt)
 
 
-def test_a_run_that_gives_way_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
-    one = run("a", 1, state="leaving")
+def test_a_run_that_is_preempted_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
+    one = run("a", 1, state="stopping")
     one.driver = Driver(["demo"], tmp_path / "log")
-    one.driver.ask_to_leave()
+    one.driver.request_stop()
     assert one.driver.wait() == -signal.SIGTERM
     _ended(one, tmp_path, retries=0)
     assert (one.state, one.failures) == ("waiting", 0)
+
+
+def test_why_a_run_failed_comes_from_its_status(tmp_path: Path) -> None:
+    write_status(tmp_path / "a", state="failed", last_error="of an attempt before")
+    driver = Driver(["--help"], tmp_path / "log")
+    driver.wait()
+    assert "before" not in driver.failure(tmp_path / "a")
+    write_status(tmp_path / "a", state="failed", last_error="disk full")
+    assert driver.failure(tmp_path / "a") == f"a failed with 0: disk full ({tmp_path}/log)"
 
 
 def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
@@ -84,8 +94,7 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
     runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
     (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
     for name in ("done", "longer"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({"step": 600, "steps": 600}))
+        write_status(tmp_path / name, state="finished", step=600, steps=600)
     experiments, _ = read_experiments(
         tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
     )
@@ -161,7 +170,7 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
         queue = subprocess.Popen(
             [sys.executable, "-m", "cavmae", "queue", str(path), "--folder", str(folder)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": MUTED},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -172,10 +181,13 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
             queue.terminate()  # the runs save and leave
             queue.wait(timeout=200)
 
+    assert "in other words" in (folder / "drivers/low.log").read_text(), "as programs see it"
     said = (tmp_path / "log").read_text()
     told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
     of_low = [line for line in told if line.startswith("low")]
-    assert of_low == [f"low: {s}" for s in ("running", "leaving", "waiting", "running", "finished")]
+    assert of_low == [
+        f"low: {s}" for s in ("running", "stopping", "waiting", "running", "finished")
+    ]
     assert told.index("high: finished") < len(told) - 1 - told[::-1].index("low: running")
     assert "wrong: failed" in told and "nowhere" in said
     assert len(losses(folder / "low")) == 150

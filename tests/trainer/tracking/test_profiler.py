@@ -28,6 +28,7 @@ from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.profiler import StepProfile
 from cavmae.trainer.trainer import Trainer
 
@@ -155,6 +156,7 @@ def watched_while_written(
         **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
         loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
         stop=StopRequest(None, 60.0),
+        status=StatusWriter(folder, rank=1),
         timer=RankTimer(CPU),
         stragglers=StragglerMonitor(0, ["host"]),
         watchdog=watchdog,
