@@ -162,15 +162,15 @@ class Start:
 
     @property
     def ended(self) -> bool:
-        """Whether none of the processes runs any more."""
+        """Return whether none of the processes runs any more."""
         return all(process.poll() is not None for process in self.processes)
 
     def kill(self) -> None:
-        """All of it at once."""
+        """Kill all processes and their descendants."""
         end_family(self._roots)
 
     def finish(self, within_seconds: float = PATIENCE_SECONDS) -> None:
-        """Wait for the end, which must be a good one.
+        """Wait for the end, which must be a success.
 
         Raises:
             BadExit: a process ended with another code than 0, or not in time; with the end of the
@@ -179,14 +179,14 @@ class Start:
         for process in self.processes:
             try:
                 code = process.wait(timeout=within_seconds)
-                ending = f"a process ended with {code}"
+                problem = f"ended with exit code {code}"
             except subprocess.TimeoutExpired:
-                code, ending = None, f"a process did not end within {within_seconds:g} s"
+                code, problem = None, f"still running after {within_seconds:g} s"
             if code != 0:
-                raise BadExit(code, f"{ending}:\n{self.text()[-4000:]}")
+                raise BadExit(code, f"{problem}:\n{self.text()[-4000:]}")
 
     def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
-        """The first true answer of `happened`.
+        """Return the first true answer of `happened`.
 
         Raises:
             RuntimeError: there was none until all processes had ended, or for too long; with the

@@ -82,7 +82,7 @@ def main() -> None:
     ranks = ranks_from_environment()
     limit_threads(1, ranks)
     device = start_process_group(ranks)
-    run = TinyTrain.load(Path(arguments["folder"]), arguments["run"])
+    run = TinyTrain.load(Path(arguments["run"]))
     results = [train(run, stage, ranks, device) for stage in arguments["stages"]]
     if ranks.rank == 0:
         output.write_text(json.dumps(results))

@@ -20,7 +20,7 @@ from cavmae.kernels.similarity import (
     inverse_norms,
     merge,
     project,
-    slabs,
+    row_blocks,
     statistics,
 )
 from cavmae.trainer.config.configs import LossConfig
@@ -138,9 +138,9 @@ class _ExchangedContrastive(torch.autograd.Function):
                 if 1 - side in ctx.directions:
                     others_log_sum = group.select(log_sums[1 - side])[None]
                 similarity = _similarity(ctx, group, side)
-                for slab in slabs(similarity):
-                    toward[group.own[slab]] = direction_gradient(
-                        similarity, own_log_sum, others_log_sum, slab, slice(0, 1)
+                for rows in row_blocks(similarity):
+                    toward[group.own[rows]] = direction_gradient(
+                        similarity, own_log_sum, others_log_sum, rows, slice(0, 1)
                     )[0]
             gradient, alignment = torch.empty_like(embeddings), torch.empty_like(inverse)
             project(
