@@ -5,7 +5,20 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from cavmae.dataloaders.shards.storage import CacheSettings
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How a node caches remote shards.
+
+    Attributes:
+        folder: on a disk of the node; processes that name the same one share it.
+        limit_bytes: size of the cache; 0: nothing is cached.
+        chunk_bytes: size of a chunk.
+    """
+
+    folder: str
+    limit_bytes: int
+    chunk_bytes: int = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Augmentation:
                 )
 
     @property
-    def changes_sound(self) -> bool:
+    def changes_log_mel(self) -> bool:
         return bool(self.frequency_mask or self.time_mask or self.noise)
 
 

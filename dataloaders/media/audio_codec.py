@@ -10,13 +10,13 @@ from typing import Literal
 import av
 import numpy as np
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ
 
 AudioCodec = Literal["flac", "wav"]
 """As `shards.AUDIO_CODECS`."""
 
 
-def encode_sound(audio: np.ndarray, codec: AudioCodec) -> bytes:
+def encode_audio(audio: np.ndarray, codec: AudioCodec) -> bytes:
     """`(samples,)` int16 to a file; the same bytes for the same samples."""
     stream_of_bytes = io.BytesIO()
     if codec == "wav":
@@ -34,7 +34,7 @@ def encode_sound(audio: np.ndarray, codec: AudioCodec) -> bytes:
     return stream_of_bytes.getvalue()
 
 
-def decode_sound(data: bytes) -> np.ndarray:
+def decode_audio(data: bytes) -> np.ndarray:
     """`(samples,)` int16 of a stored file.
 
     Raises:

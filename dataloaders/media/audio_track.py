@@ -4,6 +4,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.media.errors import (
     MAXIMUM_CLIP_BYTES,
     ClipError,
@@ -11,14 +12,13 @@ from cavmae.dataloaders.media.errors import (
     error_text,
     within,
 )
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
 
 GAP_SECONDS = 0.03
 """Timestamps may be this far from the end of the samples before them (containers round them, to a
 millisecond or more); beyond it zeros fill the gap, or samples already heard are dropped."""
 
 
-class SoundTrack:
+class AudioTrack:
     """Takes the sound of a window as mono int16 at the stream's own rate.
 
     Args:

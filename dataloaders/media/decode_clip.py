@@ -29,7 +29,7 @@ import av.stream
 import numpy as np
 from av.error import FFmpegError
 
-from cavmae.dataloaders.media.audio_track import SoundTrack
+from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
 from cavmae.dataloaders.media.video_track import VideoTrack
 
@@ -96,7 +96,7 @@ def decode_clip(
     return _checked_clip(*tracks, start_seconds, end_seconds, settings)
 
 
-def decode_sound_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
+def decode_audio_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
     """`(samples,)` int16 at 16 kHz: the first `seconds` of a file's sound.
 
     Raises:
@@ -108,7 +108,7 @@ def decode_sound_file(path: str, seconds: float, settings: DecodeSettings) -> np
         if audio is None or audio.codec_context is None:
             raise ClipError("no_audio", "no audio stream that can be decoded")
         zero = float((audio.start_time or 0) * (audio.time_base or 0))
-        sound = SoundTrack(audio, zero, seconds, settings)
+        sound = AudioTrack(audio, zero, seconds, settings)
         errors: list[str] = []
         for packet in _packets(container, [audio], errors):
             sound.decode(packet)
@@ -250,14 +250,14 @@ def _packets(
 
 def _read(
     url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
-) -> tuple[VideoTrack, SoundTrack] | None:
+) -> tuple[VideoTrack, AudioTrack] | None:
     """Decode the window; None if seeking fails or skips a part of it."""
     with _open(url) as container:
         video, audio = _choose_streams(container)
         zero = _origin_seconds(video, audio) + start
         length = end - start
         frames = VideoTrack(video, zero, length, settings)
-        sound = SoundTrack(audio, zero, length, settings)
+        sound = AudioTrack(audio, zero, length, settings)
         if seek:
             try:
                 container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
@@ -287,7 +287,7 @@ def _far_past(packet: av.Packet, end: float) -> bool:
 
 
 def _checked_clip(
-    frames: VideoTrack, sound: SoundTrack, start: float, end: float, settings: DecodeSettings
+    frames: VideoTrack, sound: AudioTrack, start: float, end: float, settings: DecodeSettings
 ) -> DecodedClip:
     errors = [*frames.errors, *sound.errors]
     reason: Reason = "decode_error"
@@ -331,7 +331,7 @@ def _checked_clip(
     )
 
 
-def _checked_sound(sound: SoundTrack, settings: DecodeSettings) -> np.ndarray:
+def _checked_sound(sound: AudioTrack, settings: DecodeSettings) -> np.ndarray:
     seconds = sound.samples / sound.hz
     if seconds < settings.minimum_seconds:
         raise ClipError(

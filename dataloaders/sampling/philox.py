@@ -9,9 +9,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (P
 
 import numpy as np
 
-STREAMS = {
-    "mask_audio": 1,
-    "mask_video": 2,
+STREAMS = {  # 1 and 2 are those of the masks, in `cavmae.kernels.philox`
     "frame": 3,
     "crop": 4,
     "noise": 5,
@@ -23,7 +21,7 @@ STREAMS = {
     "shift": 11,
     "window": 12,
     "mix": 13,
-    "partner": 14,
+    "mix_source": 14,
 }
 
 _ROUNDS = 10

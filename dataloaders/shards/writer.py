@@ -1,6 +1,6 @@
-"""Writing of packed shards: whole or not at all, and the same bytes for the same samples.
+"""Writes packed shards: whole or not at all, and the same bytes for the same samples.
 
-The layout is described in `shard_set.py`, which reads it.
+`shard_set.py`, which reads them, describes the layout.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, SCHEMA, ShardEntry
+from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.shards.format import SCHEMA, ShardEntry
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -29,7 +30,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """A full disk fails in calls that do not know the file; the error should name it."""
+    """Put the file's name into errors of calls that do not know it, such as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -47,7 +48,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 class _HashedFile:
-    """What a tar writer writes to: the digest of a shard is known without reading it again."""
+    """Computes the digest of a shard while the tar is written."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -55,7 +56,7 @@ class _HashedFile:
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
-        if self.file.closed:  # The tar of an abandoned shard still ends itself when collected.
+        if self.file.closed:  # The tar of an abandoned shard writes its end when collected.
             return len(data)
         self.sha256.update(data)
         self.bytes += len(data)
@@ -63,9 +64,9 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes `NAME.tar` and `NAME.idx`; nothing has those names before `finish`.
+    """Writes `NAME.tar` and `NAME.idx`, which appear when `finish` is called.
 
-    The same samples give the same bytes: no times, users or machine names are stored.
+    The same samples give the same bytes: no times, users or host names are stored.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -88,7 +89,7 @@ class ShardWriter:
         self._lines: list[str] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append one sample; `members` maps extensions to bytes, in the order to store them."""
+        """Append one sample; `members` maps extensions to bytes, in the order of the tar."""
         line = []
         for extension, data in members.items():
             # One call per member: a single call would sort them and put the JSON last.
@@ -100,7 +101,7 @@ class ShardWriter:
         self._lines.append(" ".join(line))
 
     def finish(self) -> ShardEntry | None:
-        """Close and name the shard; None, and no files, if no sample was added."""
+        """Complete the shard; without samples, returns None and leaves no files."""
         if not self._lines:
             self.abandon()
             return None
@@ -121,7 +122,7 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Remove what has been written so far."""
+        """Remove the unfinished shard."""
         with suppress(OSError):  # On a full disk: the last bytes cannot be flushed.
             self._file.close()
         self._part.unlink(missing_ok=True)
@@ -138,7 +139,7 @@ def write_index(
     skipped: int,
     shards: Iterable[ShardEntry],
 ) -> None:
-    """Write `index.json`, which declares the shards of a tier complete."""
+    """Write the `index.json` that marks a tier as complete."""
     entries = list(shards)
     index = {
         "schema": SCHEMA,

@@ -31,7 +31,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ
 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
 MOTIONS = ("bounce", "swing", "pulse", "jump")

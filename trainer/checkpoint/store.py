@@ -289,7 +289,7 @@ class ObjectStore:
         self._files, self._path = open_url(self._reading.url)
 
     def place(self, name: str = "") -> str:
-        return self._reading.place(name).rstrip("/")
+        return self._reading.location(name).rstrip("/")
 
     def folders(self) -> list[str]:
         found = self._asked(lambda: self._files.ls(self._path, detail=True), [])

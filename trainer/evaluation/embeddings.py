@@ -10,8 +10,8 @@ import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loading.loader import ValidationLoader
-from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
-from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP
+from cavmae.dataloaders.constants import MIDDLE_FRAME
+from cavmae.dataloaders.constants import FRAMES_PER_CLIP
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.evaluation.inference import (
     Forward,

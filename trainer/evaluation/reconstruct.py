@@ -17,10 +17,11 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.loading.dali import IMAGE_STD
+from cavmae.dataloaders.constants import IMAGE_STD
 from cavmae.dataloaders.loading.loader import ValidationLoader
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import write_json
@@ -287,7 +288,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        (out / f"{name}-{kind}.wav").write_bytes(encode_sound(pcm, "wav"))
+        (out / f"{name}-{kind}.wav").write_bytes(encode_audio(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

@@ -187,7 +187,7 @@ def test_links_and_devices_are_no_videos(tmp_path: Path) -> None:
         (b"[1]", "not a JSON object"),
         (b"{", "is not JSON"),
         (b" " * (1 << 21), "has more than"),
-        (b'{"labels": [3]}', r"labels is \[3\]; use texts"),
+        (b'{"labels": [3]}', r"labels is \[3\]; use strings"),
         (b'{"start": "soon"}', "key start: 'soon' is not a number of seconds"),
         (b'{"start": 5, "end": 2}', "key end: 2 must be after start 5"),
     ],

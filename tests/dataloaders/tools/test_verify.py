@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 
-from cavmae.dataloaders.shards.shard_set import (
-    ShardSet,
-    description_bytes,
-    member_names,
-    parse_member_index,
-)
+from cavmae.dataloaders.shards.format import description_bytes, member_names, parse_member_index
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 from cavmae.dataloaders.tools.verify import VerifyConfig, description_problem, main, verify
 
