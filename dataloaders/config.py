@@ -1,4 +1,4 @@
-"""Fields of the data plane. Imports nothing heavy, so that `--help` answers at once."""
+"""Data configuration. Imports nothing heavy, so that `--help` is fast."""
 
 import math
 import os
@@ -23,26 +23,28 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes of training clips, all drawn for a clip's place in the plan; published pretraining
-    has none.
+    """Augmentation of training clips, drawn for a clip's position in the plan.
+
+    Published pretraining has none.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a field is out of range.
     """
 
     min_crop_area: float = 1.0
-    """Least share of a frame's area that a random crop takes; 1: the middle, as published."""
+    """Minimum area of a random resized crop, as a fraction of the frame; 1: center crop, as
+    published."""
     flip: bool = False
-    """Flip frames left to right, half of the time."""
+    """Flip frames horizontally, half of the time."""
     frequency_mask: int = 0
-    """Bins of the log-mel at most that are masked (published fine-tuning: 48); 0: none."""
+    """Maximum number of masked bins of the log-mel (published fine-tuning: 48); 0: none."""
     time_mask: int = 0
-    """Frames of the log-mel at most that are masked (published fine-tuning: 192); 0: none."""
+    """Maximum number of masked frames of the log-mel (published fine-tuning: 192); 0: none."""
     noise: bool = False
-    """Add noise to the log-mel and shift it in time, as published fine-tuning does."""
+    """Add noise to the log-mel and roll it in time, as in published fine-tuning."""
     mixup_prob: float = 0.0
-    """Share of the clips that another clip of the training set is mixed into, sound and frames
-    (published fine-tuning: 0.5); 0: none."""
+    """Probability of mixup: audio and frames of another training clip are mixed in (published
+    fine-tuning: 0.5)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop_area <= 1:
@@ -67,52 +69,52 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the clips come from and how they are read.
+    """Data sets, and how to read them.
 
     Raises:
-        ValueError: a count or share out of its range.
+        ValueError: a field is out of range.
     """
 
     train: str = ""
-    """Folder of one tier of packed shards to train on, such as `shards/video`, or a URL of it
-    (s3://, gs://, https://); several of them, separated by commas, are trained on together."""
+    """Training set: a tier of packed shards, such as `shards/video`, as a folder or URL (s3://,
+    gs://, https://); or several, separated by commas."""
     mixture: tuple[float, ...] = ()
-    """Share of each of several training sets, in any unit; empty: every clip as often as any."""
+    """Share of each of several training sets, in any unit; empty: all clips alike."""
     sampling: Literal["uniform", "weighted"] = "uniform"
-    """`weighted`: clips of rare classes come more often, by the `weights.npy` that packing writes;
-    an epoch is as long as before."""
+    """`weighted`: clips of rare classes are sampled more often, by the `weights.npy` that packing
+    writes; the length of an epoch stays the same."""
     validation: str = ""
-    """Folder or URL of packed shards that are never trained on; empty: no held-out scores."""
+    """Validation set: folder or URL of packed shards; empty: no validation."""
     cache_folder: str = "~/.cache/cavmae/shards"
-    """Where a node keeps pieces of remote shards; all its ranks share it."""
+    """Cache of remote shards on each node, shared by its ranks."""
     cache_gigabytes: float = 100.0
-    """Of those pieces at most; 0: nothing is kept, and each clip is fetched by itself."""
+    """Size limit of the cache; 0: no cache, every clip is fetched separately."""
     frame_choice: Literal["by_time", "published"] = "by_time"
     """`by_time`: the frame shown at a time drawn from the clip. `published`: one of the ten frame
     indexes of the original code, which takes the frame before the index that it computes."""
     frames_per_clip: int = 1
-    """Frames of a clip, each from its own equal part of what is heard. The models here take 1."""
+    """Frames of a clip, each from its own equal part of the window. The models here take 1."""
     window_seconds: float = 0.0
-    """Length of the part of a clip that is heard and seen, drawn anew each time (validation: the
-    middle one); 0: the clip's beginning, as published."""
+    """Length of the window of a clip that is used, drawn anew each time (validation: the middle
+    one); 0: the start of the clip, as published."""
     augmentation: Augmentation = Augmentation()
     log_mel_mean: float = -5.081
     """Subtracted from the log-mel (natural log); the published AudioSet mean."""
     log_mel_std: float = 4.4849
-    """The log-mel is divided by this after the mean is subtracted; the published value."""
+    """Divides the log-mel after the mean is subtracted; the published AudioSet std."""
     shuffle_window: int = 4096
-    """Samples of a lane among which the order is shuffled (whole shards are shuffled as well)."""
+    """Samples of a lane that are shuffled together (whole shards are shuffled as well)."""
     reader_workers: int = 2
     """Processes per rank that read shards."""
     decode_threads: int = 2
-    """CPU threads per rank that decode."""
+    """Decoding CPU threads per rank."""
     video_pipelines: int = 1
-    """DALI pipelines per rank that take turns; on a GPU each keeps about one NVDEC busy."""
+    """Alternating DALI pipelines per rank; on a GPU each keeps about one NVDEC busy."""
     prefetch_batches: int = 2
-    """Decoded micro-batches kept ready per rank."""
+    """Decoded micro-batches prefetched per rank."""
     max_bad_fraction: float = 0.01
-    """Share of the clips seen that may be unreadable before the run stops with a table of them.
-    The first ten bad clips never stop it."""
+    """Fraction of unreadable clips above which the run stops and lists them. The first ten never
+    stop it."""
 
     def __post_init__(self) -> None:
         for field in (

@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import resize_and_crop
-from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
-from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.media.log_mel import FFT_SAMPLES, HOP_SAMPLES, PREEMPHASIS, WINDOW_SAMPLES
 
 MEAN, DEVIATION = -5.081, 4.4849

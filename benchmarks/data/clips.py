@@ -10,10 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from cavmae.benchmarks.baselines.published_loader import write_published
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
 from cavmae.dataloaders.media.audio_codec import decode_audio
-from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.constants import FRAMES_PER_CLIP
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 HEIGHT, WIDTH, FPS, SECONDS = 720, 1280, 25, 10

@@ -31,8 +31,8 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
-from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.format import description_bytes
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 from cavmae.dataloaders.tools.synthetic import generate
 

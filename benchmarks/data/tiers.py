@@ -23,6 +23,7 @@ from rich.console import Console
 from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
@@ -31,7 +32,6 @@ from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
 

@@ -9,14 +9,13 @@ from av import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cavmae.dataloaders.constants import AUDIO_HZ, MIDDLE_FRAME
 from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
-from cavmae.dataloaders.constants import MIDDLE_FRAME
 from cavmae.dataloaders.loading.reader import SHORTEST_AUDIO_SAMPLES, EncodedClip, ReadTask
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.media.decode_clip import decode_clip, decode_audio_file
+from cavmae.dataloaders.media.decode_clip import decode_audio_file, decode_clip
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
-from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack_clip import ten_frames

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
 from cavmae.dataloaders.loading.loader import ValidationLoader
-from cavmae.dataloaders.constants import MIDDLE_FRAME
-from cavmae.dataloaders.constants import FRAMES_PER_CLIP
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.evaluation.inference import (
     Forward,

@@ -17,10 +17,9 @@ import tyro
 
 from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.constants import IMAGE_STD
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_STD
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig

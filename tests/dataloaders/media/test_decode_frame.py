@@ -188,11 +188,7 @@ def test_a_damaged_frame_is_an_error() -> None:
 
 def test_what_is_no_packed_video_has_no_fragments() -> None:
     video = gray_video("vp9", [30, 90, 150])
-    for damaged in (
-        video[:-1],
-        video + b"\0",
-        b"no video",
-        video[: describe_fragments(video)["bytes"][0]],
-    ):
+    header = describe_fragments(video)["bytes"][0]
+    for damaged in (video[:-1], video + b"\0", b"no video", video[:header]):
         with pytest.raises(ValueError, match="box"):
-            describe_fragments(damaged)["bytes"]
+            describe_fragments(damaged)

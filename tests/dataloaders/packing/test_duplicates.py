@@ -137,7 +137,7 @@ def test_a_clip_of_another_set_is_refused_by_name_and_by_content(
     with pytest.raises(LeakageError, match=r"renamed\.mkv has the audio and frames of .*000002"):
         packed(videos, tmp_path / "set", not_in=(str(once),))
     out = packed(videos, tmp_path / "set", not_in=(str(once),), allow_leakage=True)
-    assert statistics(out)["clips_in_sets_of_not_in"] == 1
+    assert statistics(out)["clips_in_not_in"] == 1
 
 
 def test_sets_that_share_nothing_pass(once: Path, tmp_path: Path, write_video: WriteVideo) -> None:
@@ -145,7 +145,7 @@ def test_sets_that_share_nothing_pass(once: Path, tmp_path: Path, write_video: W
     videos.mkdir()
     write_video(videos / "new.mkv")
     out = packed(videos, tmp_path / "set", not_in=(str(once),))
-    assert statistics(out)["clips_in_sets_of_not_in"] == 0
+    assert statistics(out)["clips_in_not_in"] == 0
 
 
 def test_a_set_of_not_in_that_is_not_there_is_named(listing: Path, tmp_path: Path) -> None:

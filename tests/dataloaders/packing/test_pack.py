@@ -169,7 +169,7 @@ def test_skipped_clips_are_named_with_their_reason(packed: Path) -> None:
 def test_the_index_counts_what_is_there(packed: Path) -> None:
     index = json.loads((packed / "video" / "index.json").read_text())
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
-        "schema": SCHEMA,
+        "schema": 3,
         "tier": "video",
         "video_codec": "vp9",
         "audio_hz": 16000,

@@ -220,7 +220,7 @@ def test_a_folder_without_an_index_is_refused_with_advice(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 1}, "schema is 1"),
+        ({"schema": 2}, r"packed with schema 2, .* reads schema 3\); pack .* with `cavmae pack`"),
         ({"tier": "sound"}, "tier is 'sound'"),
         (
             {"shards": [{**ENTRY, "name": "../x.tar"}]},
