@@ -267,15 +267,16 @@ def serve(descriptor: int) -> None:
     # Ctrl-C reaches the whole terminal; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
-    limits, job = connection.recv()
-    if limits.memory_bytes is not None:
-        _limit(resource.RLIMIT_AS, limits.memory_bytes)
-    connection.send(True)
-    # A thread receives, so that a process whose job hangs exits with its parent.
-    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
-    while True:
-        connection.send(_run(job, tasks.get(), limits))
+    with suppress(EOFError, ConnectionError):  # The parent has ended.
+        limits, job = connection.recv()
+        if limits.memory_bytes is not None:
+            _limit(resource.RLIMIT_AS, limits.memory_bytes)
+        connection.send(True)
+        # A thread receives, so that a process whose job hangs exits with its parent.
+        tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+        while True:
+            connection.send(_run(job, tasks.get(), limits))
 
 
 def _receive(connection: Connection, tasks: "queue.SimpleQueue[bytes]") -> None:

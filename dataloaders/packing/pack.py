@@ -198,105 +198,91 @@ def pack(
         ValueError: the list, the options, or all clips are unusable.
         OSError: a file cannot be read or written.
     """
-    console = console or Console(stderr=True)
-    videos, out = Path(config.videos), Path(config.out)
-    workers = config.workers or len(os.sched_getaffinity(0))
-    clips = list_clips(videos, out)
-    if config.tier_names != ("frames",) and any(clip.frames is not None for clip in clips):
-        raise ValueError(
-            f"tiers is {config.tiers!r}, but {videos} lists audio files with ten frames each, "
-            f"which give only the frames tier; use --tiers frames"
-        )
-    _check_whole_files(config, clips)
-    if config.segment:
-        clips = _segments(clips, config, workers, console, executor)
-    others = OtherSets(config.not_in) if config.not_in else None
-    if others and not config.allow_leakage:
-        others.check_names(clip.source for clip in clips)
-    options, tiers = config.content_options(), config.tier_names
-    with claimed(out, options, tiers, len(clips), list_digest(clips)):
-        shards = range(-(-len(clips) // config.clips_per_shard))
-        reports = {shard: finished_report(out, shard) for shard in shards}
-        pending = [shard for shard in shards if reports[shard] is None]
-        remove_unfinished(out, tiers, pending)
-        resumed = len(shards) - len(pending)
-        known = KnownContent()
-        for report in reports.values():
-            for clip in report["packed"] if report is not None and config.deduplicate else ():
-                known.add(clip["content"], int(clip["key"]))
-        if pending:
-            total = sum(len(_numbers(shard, clips, config)) for shard in pending)
-            console.print(f"Packing {total} clips in {len(pending)} shards, {workers} processes")
-            with (
-                PackProgress(console, total) as progress,
-                closing(_results(pending, clips, config, workers, executor)) as results,
-            ):
-                excluded = None if config.allow_leakage else others
-                check = partial(_checked, known if config.deduplicate else None, excluded)
-                for shard in pending:
-                    reports[shard] = _pack_shard(
-                        shard, clips, results, config, out, progress, check
-                    )
-        return _complete(out, config, [reports[shard] or {} for shard in shards], resumed, others)
+    return _Packer(config, console or Console(stderr=True), executor).run()
 
 
-def _check_whole_files(config: PackConfig, clips: list[ListedClip]) -> None:
-    late = next((clip for clip in clips if clip.start_seconds > 0), None)
-    if "original" in config.tier_names and late is not None:
-        raise ValueError(
-            f"tiers has original, which keeps whole files, but {late.source} is listed from "
-            f"{late.start_seconds:g} s on; cut the files first, or remove original"
-        )
+class _Packer:
+    def __init__(self, config: PackConfig, console: Console, executor: Executor):
+        self.config = config
+        self.console = console
+        self.out = Path(config.out)
+        self.workers = config.workers or len(os.sched_getaffinity(0))
+        self.execute = partial(executor, workers=self.workers, limits=config.limits())
+        self.clips = list_clips(Path(config.videos), self.out)
+        self._check_tiers()
+        if config.segment:
+            self.clips = self._segments()
+        self.others = OtherSets(config.not_in) if config.not_in else None
+        if self.others and not config.allow_leakage:
+            self.others.check_names(clip.source for clip in self.clips)
+        self.known = KnownContent()
 
+    def run(self) -> PackSummary:
+        config, out, tiers, clips = self.config, self.out, self.config.tier_names, self.clips
+        with claimed(out, config.content_options(), tiers, len(clips), list_digest(clips)):
+            shards = range(-(-len(clips) // config.clips_per_shard))
+            reports = {shard: finished_report(out, shard) for shard in shards}
+            pending = [shard for shard in shards if reports[shard] is None]
+            remove_unfinished(out, tiers, pending)
+            for report in filter(None, reports.values()) if config.deduplicate else ():
+                for clip in report["packed"]:
+                    self.known.add(clip["content"], int(clip["key"]))
+            if pending:
+                numbers = [number for shard in pending for number in self._numbers(shard)]
+                total = len(numbers)
+                self.console.print(
+                    f"Packing {total} clips in {len(pending)} shards, {self.workers} processes"
+                )
+                with (
+                    PackProgress(self.console, total) as progress,
+                    closing(self.execute(pack_clip, map(self._task, numbers))) as results,
+                ):
+                    for shard in pending:
+                        reports[shard] = self._pack_shard(shard, results, progress)
+            return self._complete([reports[shard] or {} for shard in shards], len(pending))
 
-def _segments(
-    clips: list[ListedClip],
-    config: PackConfig,
-    workers: int,
-    console: Console,
-    executor: Executor,
-) -> list[ListedClip]:
-    """Cut clips without a given end into consecutive ones, by the lengths of their files."""
-    console.print(f"Reading the lengths of {len(clips)} files")
-    lengths = executor(
-        clip_length,
-        [clip if clip.end_seconds is None and clip.frames is None else None for clip in clips],
-        workers=workers,
-        limits=config.limits(),
-    )
-    cut = []
-    for clip, length in zip(clips, lengths, strict=True):
-        if not isinstance(length, float):  # It stays listed, and will be skipped with a reason.
-            cut.append(clip)
-            continue
-        start = clip.start_seconds
-        cut.append(replace(clip, end_seconds=start + config.clip_seconds))
-        start += config.clip_seconds
-        while length - start >= config.minimum_seconds:
-            end = start + config.clip_seconds
-            cut.append(replace(clip, start_seconds=start, end_seconds=end))
-            start = end
-    return cut
+    def _check_tiers(self) -> None:
+        tiers = self.config.tiers
+        if self.config.tier_names != ("frames",) and any(clip.frames for clip in self.clips):
+            raise ValueError(
+                f"tiers is {tiers!r}, but {self.config.videos} lists audio files with ten frames "
+                f"each, which give only the frames tier; use --tiers frames"
+            )
+        late = next((clip for clip in self.clips if clip.start_seconds > 0), None)
+        if "original" in self.config.tier_names and late is not None:
+            raise ValueError(
+                f"tiers has original, which keeps whole files, but {late.source} is listed from "
+                f"{late.start_seconds:g} s on; cut the files first, or remove original"
+            )
 
+    def _segments(self) -> list[ListedClip]:
+        """Cut clips without a given end into consecutive ones, by the lengths of their files."""
+        self.console.print(f"Reading the lengths of {len(self.clips)} files")
+        lengths = self.execute(clip_length, self.clips)
+        cut = []
+        for clip, length in zip(self.clips, lengths, strict=True):
+            if not isinstance(length, float):  # It stays listed, and is skipped with a reason.
+                cut.append(clip)
+                continue
+            start = clip.start_seconds
+            while True:
+                end = start + self.config.clip_seconds
+                cut.append(replace(clip, start_seconds=start, end_seconds=end))
+                start = end
+                if length - start < self.config.minimum_seconds:
+                    break
+        return cut
 
-def _numbers(shard: int, clips: list[ListedClip], config: PackConfig) -> range:
-    """Positions of a shard's clips in the list."""
-    first = shard * config.clips_per_shard
-    return range(first, min(first + config.clips_per_shard, len(clips)))
+    def _numbers(self, shard: int) -> range:
+        """Positions of a shard's clips in the list."""
+        first = shard * self.config.clips_per_shard
+        return range(first, min(first + self.config.clips_per_shard, len(self.clips)))
 
-
-def _results(
-    pending: list[int],
-    clips: list[ListedClip],
-    config: PackConfig,
-    workers: int,
-    executor: Executor,
-) -> Generator[PackedClip | SkippedClip | Failure]:
-    """Pack or skip every clip of the pending shards, in order."""
-    tasks = (
-        ClipTask(
+    def _task(self, number: int) -> ClipTask:
+        config = self.config
+        return ClipTask(
             number=number,
-            clip=clips[number],
+            clip=self.clips[number],
             clip_seconds=config.clip_seconds,
             tiers=config.tier_names,
             audio_codec=config.audio_codec,
@@ -304,135 +290,98 @@ def _results(
             frame_choice=config.frame_choice,
             decode=config.decode_settings(),
         )
-        for shard in pending
-        for number in _numbers(shard, clips, config)
-    )
-    yield from executor(pack_clip, tasks, workers=workers, limits=config.limits())
 
+    def _pack_shard(
+        self,
+        shard: int,
+        results: Iterator[PackedClip | SkippedClip | Failure],
+        progress: PackProgress,
+    ) -> dict[str, Any]:
+        """Write one shard of every tier from the next results; returns its report."""
+        tiers = self.config.tier_names
+        writers = {tier: ShardWriter(self.out / tier, f"{shard:06d}") for tier in tiers}
+        skipped, packed, seconds = [], [], 0.0
+        try:
+            for number in self._numbers(shard):
+                clip, result = self.clips[number], self._checked(number, next(results))
+                line: dict[str, Any] = {"key": f"{number:09d}", "source": clip.source}
+                if isinstance(result, PackedClip):
+                    seconds += result.seconds
+                    line["labels"] = list(clip.labels)
+                    packed.append(line | {"codec": result.codec, "content": result.content})
+                    for tier, writer in writers.items():
+                        writer.add(result.key, result.members[tier])
+                else:
+                    line |= {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
+                    skipped.append(line | {"reason": result.reason, "detail": result.detail})
+                progress.count(packed=isinstance(result, PackedClip))
+            entries = {tier: writer.finish() for tier, writer in writers.items()}
+        except BaseException:
+            for writer in writers.values():
+                writer.abandon()
+            raise
+        report = {
+            "tiers": {tier: entry and asdict(entry) for tier, entry in entries.items()},
+            "seconds": seconds,
+            "skipped": skipped,
+            "packed": packed,
+        }
+        write_report(self.out, shard, report)
+        return report
 
-def _pack_shard(
-    shard: int,
-    clips: list[ListedClip],
-    results: Iterator[PackedClip | SkippedClip | Failure],
-    config: PackConfig,
-    out: Path,
-    progress: PackProgress,
-    check: Callable[[PackedClip, str], PackedClip | SkippedClip],
-) -> dict[str, Any]:
-    """Write one shard of every tier from the next results; returns its report."""
-    writers = {tier: ShardWriter(out / tier, f"{shard:06d}") for tier in config.tier_names}
-    skipped, packed, seconds = [], [], 0.0
-    try:
-        for number in _numbers(shard, clips, config):
-            result = next(results)
-            if isinstance(result, PackedClip):
-                result = check(result, clips[number].source)
-            if isinstance(result, PackedClip):
-                seconds += result.seconds
-                packed.append(_packed_line(result, clips[number]))
-                for tier, writer in writers.items():
-                    writer.add(result.key, result.members[tier])
-            else:
-                if result.reason == "missing_file":
-                    _check_present(config.videos)
-                skipped.append(_report_line(number, clips[number], result))
-            progress.count(packed=isinstance(result, PackedClip))
-        entries = {tier: writer.finish() for tier, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    report = {
-        "tiers": {tier: entry and asdict(entry) for tier, entry in entries.items()},
-        "seconds": seconds,
-        "skipped": skipped,
-        "packed": packed,
-    }
-    write_report(out, shard, report)
-    return report
+    def _checked(
+        self, number: int, result: PackedClip | SkippedClip | Failure
+    ) -> PackedClip | SkippedClip | Failure:
+        """Skip duplicates, and refuse clips of other sets."""
+        if not isinstance(result, PackedClip):
+            # A lost mount must not look like missing clips.
+            if result.reason == "missing_file" and not Path(self.config.videos).exists():
+                raise FileNotFoundError(
+                    f"{self.config.videos} has disappeared; restore it and rerun the same command "
+                    f"to resume"
+                )
+            return result
+        if self.others and not self.config.allow_leakage:
+            self.others.check_content(self.clips[number].source, result.content)
+        first = self.known.add(result.content, number) if self.config.deduplicate else None
+        if first is None:
+            return result
+        return SkippedClip("duplicate", f"same audio and frames as {first:09d}")
 
-
-def _checked(
-    known: KnownContent | None, others: OtherSets | None, clip: PackedClip, source: str
-) -> PackedClip | SkippedClip:
-    """Skip a clip whose content is `known`, and refuse one that is in `others`."""
-    if others:
-        others.check_content(source, clip.content)
-    first = known.add(clip.content, int(clip.key)) if known else None
-    if first is None:
-        return clip
-    return SkippedClip("duplicate", f"same audio and frames as {first:09d}")
-
-
-def _packed_line(clip: PackedClip, listed: ListedClip) -> dict[str, Any]:
-    return {
-        "key": clip.key,
-        "source": listed.source,
-        "labels": list(listed.labels),
-        "codec": clip.codec,
-        "content": clip.content,
-    }
-
-
-def _check_present(videos: str) -> None:
-    """Raise if the whole folder is gone: a lost mount must not look like missing clips."""
-    if not Path(videos).exists():
-        raise FileNotFoundError(
-            f"{videos} has disappeared; restore it and rerun the same command to resume"
-        )
-
-
-def _report_line(number: int, clip: ListedClip, result: SkippedClip | Failure) -> dict[str, Any]:
-    return {
-        "key": f"{number:09d}",
-        "source": clip.source,
-        "start_seconds": clip.start_seconds,
-        "end_seconds": clip.end_seconds,
-        "reason": result.reason,
-        "detail": result.detail,
-    }
-
-
-def _complete(
-    out: Path,
-    config: PackConfig,
-    reports: list[dict[str, Any]],
-    resumed: int,
-    others: OtherSets | None,
-) -> PackSummary:
-    """Write the report of skipped clips and, last, the index of each tier."""
-    skipped = [line for report in reports for line in report["skipped"]]
-    text = "".join(json.dumps(line) + "\n" for line in skipped)
-    write_atomically(out / "report.jsonl", text.encode())
-    reasons = dict(Counter(line["reason"] for line in skipped).most_common())
-    totals: dict[str, int] = {}
-    samples = 0
-    for tier in config.tier_names:
-        entries = [
-            ShardEntry(**report["tiers"][tier]) for report in reports if report["tiers"][tier]
-        ]
-        if not entries:
-            counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-            raise ValueError(
-                f"none of the {len(skipped)} clips can be packed: {counts}; "
-                f"see {out / 'report.jsonl'}"
+    def _complete(self, reports: list[dict[str, Any]], packed_now: int) -> PackSummary:
+        """Write the report of skipped clips and, last, the index of each tier."""
+        config, out = self.config, self.out
+        skipped = [line for report in reports for line in report["skipped"]]
+        text = "".join(json.dumps(line) + "\n" for line in skipped)
+        write_atomically(out / "report.jsonl", text.encode())
+        reasons = dict(Counter(line["reason"] for line in skipped).most_common())
+        totals: dict[str, int] = {}
+        samples = 0
+        for tier in config.tier_names:
+            shards = [report["tiers"][tier] for report in reports]
+            entries = [ShardEntry(**entry) for entry in shards if entry]
+            if not entries:
+                counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+                raise ValueError(
+                    f"none of the {len(skipped)} clips can be packed: {counts}; "
+                    f"see {out / 'report.jsonl'}"
+                )
+            write_index(
+                out / tier,
+                tier=tier,
+                audio_codec=config.audio_codec,
+                video_codec=config.video_codec if tier == "video" else None,
+                short_side=config.short_side,
+                frame_choice=config.frame_choice,
+                skipped=len(skipped),
+                shards=entries,
             )
-        write_index(
-            out / tier,
-            tier=tier,
-            audio_codec=config.audio_codec,
-            video_codec=config.video_codec if tier == "video" else None,
-            short_side=config.short_side,
-            frame_choice=config.frame_choice,
-            skipped=len(skipped),
-            shards=entries,
-        )
-        totals[tier] = sum(entry.bytes for entry in entries)
-        samples = sum(entry.samples for entry in entries)
-    if resumed < len(reports) or not (out / "statistics.json").exists():
-        write_statistics(out, config.tier_names, others)
-    seconds = sum(report["seconds"] for report in reports)
-    return PackSummary(samples, reasons, seconds, totals, resumed)
+            totals[tier] = sum(entry.bytes for entry in entries)
+            samples = sum(entry.samples for entry in entries)
+        if packed_now or not (out / "statistics.json").exists():
+            write_statistics(out, config.tier_names, self.others)
+        seconds = sum(report["seconds"] for report in reports)
+        return PackSummary(samples, reasons, seconds, totals, len(reports) - packed_now)
 
 
 def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None = None) -> int:

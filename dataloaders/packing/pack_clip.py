@@ -104,9 +104,9 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
     return PackedClip(key, members, seconds, decoded.video_codec, content)
 
 
-def clip_length(clip: ListedClip | None) -> float | None:
-    """Length of a clip's file in seconds; None if it is unknown."""
-    if clip is None:
+def clip_length(clip: ListedClip) -> float | None:
+    """Length in seconds of the file of a clip without an end; None if it is unknown."""
+    if clip.end_seconds is not None or clip.frames is not None:
         return None
     try:
         return media_seconds(clip.path, clip.part)

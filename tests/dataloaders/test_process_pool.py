@@ -153,7 +153,7 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path: Path, end: str)
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script), *(["wait"] if end == "is_killed" else [])]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
     assert parent.stdout is not None
     workers = [int(process) for process in parent.stdout.readline().split()]
     if end == "is_killed":

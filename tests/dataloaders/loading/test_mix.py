@@ -117,7 +117,7 @@ def test_a_journal_keeps_which_clips_were_partners(packed_synthetic: Path, tmp_p
     clips = [reader(shards)(task) for task in tasks]
     journal = Journal(tmp_path / "rank-0.txt")
     journal.write(clip for clip in clips if isinstance(clip, EncodedClip))
-    assert journal.left_behind(shards) == tasks
+    assert journal.unfinished(shards) == tasks
 
 
 # ------------------------------------------------------------------------------------ values

@@ -15,13 +15,13 @@ from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import center_crop, resize_and_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
-from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame
 from cavmae.dataloaders.media.encode_video import VideoCodec, describe_fragments, encode_video
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.trainer.release.hub import hub_model
 
-SOUND = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
+SOUND = encode_audio(np.zeros(1600, dtype=np.int16), "flac")
 
 
 def clip_of(picture: bytes, height: int, width: int, image_size: int) -> EncodedClip:

@@ -286,7 +286,7 @@ def test_parts_of_a_file_have_no_original(
     write_video(tmp_path / "a.mkv")
     (tmp_path / "list.csv").write_text("path,start,end\na.mkv,0.2,0.9\n")
     message = fails(capsys, tmp_path / "list.csv", tmp_path / "out", "--tiers", "original")
-    assert "original, which keeps whole files, and a.mkv is listed from 0.2 s" in message
+    assert "original, which keeps whole files, but a.mkv is listed from 0.2 s" in message
     with pytest.raises(ValueError, match="segment is set and tiers has original"):
         PackConfig("videos", "out", tiers="original", segment=True)
 
