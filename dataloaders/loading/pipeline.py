@@ -249,15 +249,15 @@ class ClipStream:
                 waveforms, self._shape.mel_bins, self._shape.audio_frames, self._device
             )
             changes = self._changes(own)
-            for place, change in enumerate(changes):
-                spectrogram[place, slice(*change.frames)] = 0
-                spectrogram[place, :, slice(*change.bins)] = 0
+            for row, change in enumerate(changes):
+                spectrogram[row, slice(*change.frames)] = 0
+                spectrogram[row, :, slice(*change.bins)] = 0
             spectrogram -= self._config.log_mel_mean
             spectrogram /= self._config.log_mel_std
-            for place, change in enumerate(changes):
+            for row, change in enumerate(changes):
                 if change.noise is not None:
                     noise = torch.from_numpy(change.noise).to(self._device)
-                    spectrogram[place] = (spectrogram[place] + noise).roll(change.shift, 0)
+                    spectrogram[row] = (spectrogram[row] + noise).roll(change.shift, 0)
         if self._side_stream is not None:
             self._side_stream.synchronize()
         return AudioVideoBatch(

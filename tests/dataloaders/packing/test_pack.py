@@ -386,6 +386,16 @@ def test_a_restart_with_another_list_is_refused(
     assert "list of clips has changed" in message and "1 clips then, 2 now" in message
 
 
+def test_a_folder_that_was_started_with_another_schema_is_refused(
+    videos: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = json.loads((packed / "pack.json").read_text())
+    (tmp_path / "pack.json").write_text(json.dumps({**note, "schema": 2}))
+    message = fails(capsys, videos, tmp_path, "--clips-per-shard", "3")
+    assert "packed with schema 2" in message and "reads schema 3" in message
+    assert f"remove {tmp_path} and pack it again" in message
+
+
 def test_two_packers_cannot_share_a_folder(
     videos: Path, packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
