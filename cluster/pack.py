@@ -15,7 +15,7 @@ from typing import Any
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.dataloaders.packing import pack
-from cavmae.dataloaders.packing.worker_pool import TaskLimits, run_in_order
+from cavmae.dataloaders.process_pool import TaskLimits, run_in_order
 
 CLIPS_TOGETHER = 16
 """Clips of one Ray task, whose worker process takes a second to start."""

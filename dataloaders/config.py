@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cavmae.dataloaders.shards.storage import CacheSettings
 from cavmae.field_checks import (
     CheckedFields,
     Fraction,
@@ -15,6 +14,21 @@ from cavmae.field_checks import (
     PositiveFloat,
     PositiveInt,
 )
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How a node caches remote shards.
+
+    Attributes:
+        folder: on a disk of the node; processes that name the same one share it.
+        limit_bytes: size of the cache; 0: nothing is cached.
+        chunk_bytes: size of a chunk.
+    """
+
+    folder: str
+    limit_bytes: int
+    chunk_bytes: int = 8 << 20
 
 
 @dataclass(frozen=True)

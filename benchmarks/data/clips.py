@@ -11,10 +11,10 @@ from rich.console import Console
 
 from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.published_loader import write_published
-from cavmae.dataloaders.media.audio_codec import decode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 
 HEIGHT, WIDTH, FPS, SECONDS = 720, 1280, 25, 10
 GROUP = 250
@@ -57,7 +57,7 @@ def _lay_out(shards: ShardSet, folder: Path) -> None:
                 Image.open(io.BytesIO(shards.member(shard, sample, f"{place}.jpg")))
                 for place in range(FRAMES_PER_CLIP)
             ]
-            samples = decode_sound(shards.member(shard, sample, shards.audio_codec))
+            samples = decode_audio(shards.member(shard, sample, shards.audio_codec))
             key = shards.description(shard, sample)["key"]
             write_published(folder, key, samples, frames)
 

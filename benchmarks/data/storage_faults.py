@@ -30,7 +30,8 @@ from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
-from cavmae.dataloaders.shards.shard_set import ShardSet, description_bytes
+from cavmae.dataloaders.shards.format import description_bytes
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 
 RANKS, LANES, GLOBAL_BATCH, WINDOW = 2, 8, 64, 256

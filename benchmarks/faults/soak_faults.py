@@ -118,7 +118,7 @@ def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
 
 
 def _readers(rank: psutil.Process) -> list[psutil.Process]:
-    return [one for one in descendants(rank) if "reader_pool" in words_of(one)]
+    return [one for one in descendants(rank) if "process_pool" in words_of(one)]
 
 
 FAULTS: dict[str, Callable[[SoakedRun, random.Random], str]] = {

@@ -46,7 +46,7 @@ def batch_of(positions: np.ndarray) -> AudioVideoBatch:
         labels=((),) * count,
         frame_seconds=torch.zeros(count, 1),
         audio_seconds=torch.zeros(count, 2),
-        shares=torch.ones(count),
+        mixup_lambda=torch.ones(count),
         mixed_labels=((),) * count,
     )
 

@@ -15,9 +15,9 @@ import tyro
 
 from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.loading.dali import IMAGE_STD
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_STD
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
@@ -269,7 +269,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        write_bytes(out / f"{name}-{kind}.wav", encode_sound(pcm, "wav"))
+        write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

@@ -105,11 +105,11 @@ class FinetuneTask:
         smoothing = self._config.classifier.label_smoothing
         labels = self._labels.targets(batch.labels, batch.sample_ids)
         targets = smoothed_targets(labels, smoothing)
-        mixed = (batch.shares < 1).nonzero().flatten()
+        mixed = (batch.mixup_lambda < 1).nonzero().flatten()
         if len(mixed):
             others = [batch.mixed_labels[row] for row in mixed.tolist()]
             names = [f"mixed into {batch.sample_ids[row]}" for row in mixed.tolist()]
             other_labels = self._labels.targets(others, names)
-            shares = batch.shares[mixed]
+            shares = batch.mixup_lambda[mixed]
             targets[mixed] = mixed_targets(labels[mixed], other_labels, shares, smoothing)
         return targets.to(self._device)

@@ -158,7 +158,7 @@ def test_every_clip_has_a_row_or_a_reason(
     shards = ShardSet(copy / "frames")
     damaged = [(0, 7), *((1, sample) for sample in range(8))]
     for shard, sample in damaged:
-        tar, sound = Path(shards.place(shard)), shards.member(shard, sample, "flac")
+        tar, sound = Path(shards.location(shard)), shards.member(shard, sample, "flac")
         tar.write_bytes(tar.read_bytes().replace(sound, sound[::-1]))
     out = tmp_path / "out"
     assert command(run_dir, copy, out) == 0

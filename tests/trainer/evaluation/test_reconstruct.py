@@ -13,7 +13,7 @@ import tiny_run
 import torch
 
 from cavmae import cli
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
@@ -92,7 +92,7 @@ def test_the_original_sound_is_the_clips_own_at_its_level(
     joint: Path, packed_synthetic: Path
 ) -> None:
     shards = ShardSet(str(packed_synthetic / "frames"))
-    stored = decode_sound(shards.member(0, 0, shards.audio_codec))
+    stored = decode_audio(shards.member(0, 0, shards.audio_codec))
     name = shards.sample_id(0, 0).replace("/", "-")
     with wave.open(str(joint / "out" / f"clip-{name}-original.wav")) as sound:
         heard = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).copy()

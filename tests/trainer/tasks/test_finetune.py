@@ -61,7 +61,7 @@ def test_a_mixed_clip_is_taught_both_of_its_labels_by_their_shares() -> None:
     """The published targets, by hand: 0.1 smoothed over 4 classes, one clip mixed 0.7 to 0.3."""
     mixed = batch(
         labels=(("dog",), ("bell",)),
-        shares=torch.tensor([1.0, 0.7]),
+        mixup_lambda=torch.tensor([1.0, 0.7]),
         mixed_labels=((), ("rain", "car")),
     )
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
@@ -109,7 +109,7 @@ def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     """As where a set is sorted by class and only its first clips are scored."""
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
     task = FinetuneTask(config, LABELS, torch.device("cpu"))
-    same = batch(labels=(("dog",), ("dog",)), shares=torch.ones(2), mixed_labels=((), ()))
+    same = batch(labels=(("dog",), ("dog",)), mixup_lambda=torch.ones(2), mixed_labels=((), ()))
     model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
     scored = task.validate(model, [same])  # pyright: ignore[reportArgumentType]
     loss = 4 * [0.0]
