@@ -53,7 +53,7 @@ class Augmentation(CheckedFields, section="data.augmentation"):
     fine-tuning: 0.5); 0: no mixup."""
 
     @property
-    def changes_sound(self) -> bool:
+    def changes_log_mel(self) -> bool:
         return bool(self.frequency_mask or self.time_mask or self.noise)
 
 

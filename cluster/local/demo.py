@@ -208,7 +208,7 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
     made = embed(model, run.config, shards, clips=clips, batch=run.config.micro_batch)
     return {
         f"val_{direction}_{name}": value
-        for direction, scores in retrieval_scores(made.audio, made.video).items()
+        for direction, scores in retrieval_scores(made.values["audio"], made.values["video"]).items()
         for name, value in scores.as_metrics().items()
     }
 

@@ -110,8 +110,8 @@ class Store:
         except ValueError as error:
             raise ValueError(f"checkpoint.folder: {error}") from error
         if isinstance(self._reader, LocalFolder):
-            self.folder = self._reader.folder
-            self._files, self._path = LocalFileSystem(), self.folder.absolute().as_posix()
+            self.folder = folder = self._reader.folder
+            self._files, self._path = LocalFileSystem(), folder.absolute().as_posix()
         else:
             assert isinstance(self._reader, RemoteFolder)
             self._files, self._path = open_url(self._reader.url)
@@ -123,7 +123,7 @@ class Store:
 
     def location(self, name: str = "") -> str:
         """Return a path or URL, for messages."""
-        return self._reader.place(name).rstrip("/")
+        return self._reader.location(name).rstrip("/")
 
     def folders(self) -> list[str]:
         """List the names of the folders directly in it, sorted; none where it does not exist."""
@@ -209,7 +209,7 @@ class Store:
 
     def _upload(self, name: str, save: Save) -> FileDigest:
         with as_os_errors():
-            file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
+            file: Any = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
 
         def send(block: memoryview) -> None:
             with as_os_errors():
