@@ -1,1 +1,1 @@
-"""The data plane: from videos to batches."""
+"""Packs videos into shards and loads them as training batches."""

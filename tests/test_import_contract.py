@@ -50,6 +50,11 @@ def test_contract_holds_for_this_tree(tree: Path) -> None:
             "Dependencies point one way",
         ),
         (
+            "dataloaders/packing/bad.py",
+            "from cavmae.dataloaders.loading import reader",
+            "Data loaders: loading and packing are independent",
+        ),
+        (
             "kernels/bad.py",
             "from cavmae.trainer import config",
             "Dependencies point one way",

@@ -6,7 +6,7 @@ Launched like `cavmae pretrain`; it differs in the recipes that it takes.
 import sys
 
 from cavmae.command import exit_code
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.run import MakeHooks, run_as_rank
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.fault_tolerance.preemption import withdraw_request
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.run_summary import RunSummary
 from cavmae.trainer.tracking.rank_logging import log_to_stderr
 
@@ -39,20 +40,21 @@ def run(
         NonFiniteError: too many updates in a row were not finite.
     """
     ranks = ranks_from_environment()
-    threads = limit_threads(config.threads_per_rank, ranks)
-    # These import torch, so they come after the threads are set.
-    from cavmae.trainer.fault_tolerance.oom import check_machines, oom_guard
-    from cavmae.trainer.run_dir import open_run
-    from cavmae.trainer.trainer import Hooks, Trainer
-
     log_to_stderr(ranks.rank)
-    opened = open_run(config, ranks, threads)
-    config, store, device = opened.config, opened.store, opened.device
-    if device.type == "cpu":
-        check_machines(config, ranks, store)
-    with oom_guard(config, opened.run_dir, store, ranks, device):
-        hooks = make_hooks(config) if make_hooks else Hooks()
-        return Trainer(opened, notice, hooks).train()
+    with StatusWriter(Path(config.run_dir), ranks.rank) as status:
+        threads = limit_threads(config.threads_per_rank, ranks)
+        # These import torch, so they come after the threads are set.
+        from cavmae.trainer.fault_tolerance.oom import check_machines, oom_guard
+        from cavmae.trainer.run_dir import open_run
+        from cavmae.trainer.trainer import Hooks, Trainer
+
+        opened = open_run(config, ranks, threads, status)
+        config, store, device = opened.config, opened.store, opened.device
+        if device.type == "cpu":
+            check_machines(config, ranks, store)
+        with oom_guard(config, opened.run_dir, store, ranks, device):
+            hooks = make_hooks(config) if make_hooks else Hooks()
+            return Trainer(opened, notice, hooks).train()
 
 
 def run_as_rank(config: RunConfig, make_hooks: MakeHooks | None = None) -> NoReturn:

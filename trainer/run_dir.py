@@ -21,6 +21,7 @@ from cavmae.trainer.config.serialize import load_run_config, save_config
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.distributed.process_group import start_process_group
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.tracking.rank_logging import log_to_file
 
@@ -38,6 +39,7 @@ class OpenRun:
         device: this rank's device.
         store: its checkpoints.
         train_set: what it trains on.
+        status: what watchers see of it.
     """
 
     config: RunConfig
@@ -46,15 +48,17 @@ class OpenRun:
     device: torch.device
     store: Store
     train_set: ShardSet
+    status: StatusWriter
 
 
-def open_run(config: RunConfig, ranks: Ranks, threads: int) -> OpenRun:
+def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter) -> OpenRun:
     """Open the data, join the other ranks, and open the run folder; all ranks call it.
 
     Args:
         config: what the user asked for.
         ranks: this process's rank.
         threads: CPU threads of this rank, as set.
+        status: learns when the run folder is open.
 
     Raises:
         ValueError: the data, the rank count or the run folder does not fit the configuration.
@@ -70,8 +74,9 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int) -> OpenRun:
     device = start_process_group(ranks)
     run_dir = Path(resolved.run_dir)
     config = on_first_rank(lambda: open_run_dir(resolved, run_dir, store, device.type))
+    status.opened(config.steps)
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
-    return OpenRun(config, run_dir, ranks, device, store, train_set)
+    return OpenRun(config, run_dir, ranks, device, store, train_set, status)
 
 
 def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Config:

@@ -20,8 +20,7 @@ from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
@@ -86,7 +85,7 @@ class Trainer:
         config, ranks, device = opened.config, opened.ranks, opened.device
         run_dir, train_set = opened.run_dir, opened.train_set
         self.config, self.ranks, self.device, self.run_dir = config, ranks, device, run_dir
-        self.span = hooks.span
+        self.span, self.status = hooks.span, opened.status
         torch.manual_seed(config.seed)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,13 +105,14 @@ class Trainer:
             device=device,
             groups=groups,
         )
-        checkpoint, state = load_newest(opened.store, self.engine) or (None, None)
+        checkpoint, state = load_newest(opened.store, self.engine) or ("", None)
         self.fingerprint = train_set.fingerprint
         if state and state.train_set != self.fingerprint:
             raise ValueError(
                 f"the run in {run_dir} was trained on other clips than data.train "
                 f"{config.data.train} now holds; give the former set, or another --run-dir"
             )
+        self.resumed_from = checkpoint
         self.step = self.start_step = state.step if state else 0
         self.skipped = self.skipped_in_a_row = 0
         self.steps_per_epoch = train_set.samples / config.global_batch
@@ -174,6 +174,7 @@ class Trainer:
                 checkpoints of before stay.
         """
         began = time.monotonic()
+        self.status.running(self.step, self.resumed_from)
         try:
             stopped = self._loop()
             weights = {} if stopped else self._final_weights()
@@ -212,6 +213,7 @@ class Trainer:
                 self.config.steps,
                 stopped,
             )
+        self.status.change("stopped" if stopped else "finished", reason=stopped)
         dist.barrier()
         return summary
 
@@ -248,6 +250,7 @@ class Trainer:
                 )
                 if stops:
                     self.stop.start_grace_period()
+                    self.status.change("stopping", reason=self.stop.reason)
                 if self.saver.is_open and not writers and not self.saver.commit():
                     every = config.checkpoint.every_steps
                     self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
@@ -302,6 +305,7 @@ class Trainer:
         with self.span("update"):
             update = self.engine.update(learning_rate)
         self.step += 1
+        self.status.step = self.step
         self.skipped += not update.applied
         self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
         return update, [name for part in parts for name in part.sample_ids[:8]]
@@ -326,7 +330,7 @@ class Trainer:
     def _validate_and_save(self, *, stops: bool, last: bool) -> None:
         """Validate and save after a step, if it is due."""
         config, step = self.config, self.step
-        if step % config.evaluation.every_steps == 0 or last:
+        if step % config.validation.every_steps == 0 or last:
             if stops and not last:
                 log.warning("step %d: validation is skipped, as a stop is requested", step)
             else:

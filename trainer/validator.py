@@ -63,7 +63,7 @@ class Validator:
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             device=self._device,
-            limit=config.evaluation.clips,
+            limit=config.validation.clips,
         )
         model.eval()
         try:

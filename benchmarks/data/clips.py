@@ -1,4 +1,4 @@
-"""The clips of `cavmae bench data`: made once, then packed and laid out as each contender wants."""
+"""The clips of `cavmae bench data`: made once, then packed for each contender."""
 
 import io
 from fractions import Fraction
@@ -10,11 +10,11 @@ from PIL import Image
 from rich.console import Console
 
 from cavmae.atomic_write import atomic_write
-from cavmae.benchmarks.baselines.published_loader import write_published
-from cavmae.dataloaders.media.audio_codec import decode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ
+from cavmae.benchmarks.data.published_loader import write_published
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 
 HEIGHT, WIDTH, FPS, SECONDS = 720, 1280, 25, 10
 GROUP = 250
@@ -22,9 +22,9 @@ GROUP = 250
 
 
 def make_videos(work: Path, count: int) -> Path:
-    """Leave `raw/*.mp4` (720p H.264 and AAC) in `work`, and return that folder.
+    """Write `raw/*.mp4` (720p H.264 and AAC) in `work`, and return that folder.
 
-    What is there already is used.
+    Existing videos are reused.
     """
     raw = work / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def make_videos(work: Path, count: int) -> Path:
 
 
 def make_clips(work: Path, count: int) -> None:
-    """Leave the videos, `wav/{frames,video}`, `flac/frames` and `published/` in `work`."""
+    """Write the videos, `wav/{frames,video}`, `flac/frames` and `published/` in `work`."""
     raw = str(make_videos(work, count))
     wav = PackConfig(raw, str(work / "wav"), audio_codec="wav", clips_per_shard=16)
     pack(wav, Console(quiet=True))
@@ -57,13 +57,13 @@ def _lay_out(shards: ShardSet, folder: Path) -> None:
                 Image.open(io.BytesIO(shards.member(shard, sample, f"{place}.jpg")))
                 for place in range(FRAMES_PER_CLIP)
             ]
-            samples = decode_sound(shards.member(shard, sample, shards.audio_codec))
+            samples = decode_audio(shards.member(shard, sample, shards.audio_codec))
             key = shards.description(shard, sample)["key"]
             write_published(folder, key, samples, frames)
 
 
 def _write_video(path: Path, seed: int) -> None:
-    """A picture with soft structure that drifts, with something small and sharp moving over it."""
+    """Write a video of a drifting soft texture, with a small sharp square moving over it."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (45, 80, 3), dtype=np.uint8))
     picture = np.array(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))

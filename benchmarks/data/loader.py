@@ -6,30 +6,32 @@ costs beside decoding, the time to the first batch from any position, the plan o
 samples, and the memory over many samples.
 """
 
-import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+import tyro
 from torch.utils.data import Dataset
 
 from cavmae.atomic_write import atomic_write
-from cavmae.benchmarks.baselines.published_loader import (
+from cavmae.benchmarks.data.clips import make_clips
+from cavmae.benchmarks.data.published_loader import (
     PublishedDataset,
     RawVideoDataset,
     batches,
 )
-from cavmae.benchmarks.data.clips import make_clips
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import timing, write_record
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
@@ -65,37 +67,41 @@ print(json.dumps({"make_seconds": made, "first_seconds": times[0],
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench data", description="Our loader against others, on the CPUs."
-    )
-    arguments.add_argument("--clips", type=int, default=32, help="different clips")
-    arguments.add_argument("--rounds", type=int, default=3, help="times each contender has a turn")
-    arguments.add_argument("--batches", type=int, default=12, help="timed ones of a turn")
-    arguments.add_argument(
-        "--workers", type=int, nargs="+", default=[1, 2], help="reader processes, one turn for each"
-    )
-    arguments.add_argument(
-        "--memory-samples", type=int, default=20_000, help="samples over which memory is watched"
-    )
-    arguments.add_argument("--work-dir", default="runs/bench-data", help="kept for the next run")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class LoaderBenchConfig:
+    """Compare our loader with others, on the CPUs.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    clips: int = 32
+    """Different clips."""
+    rounds: int = 3
+    """Turns of each contender."""
+    batches: int = 12
+    """Timed batches of a turn."""
+    workers: tuple[int, ...] = (1, 2)
+    """Reader processes, one turn for each number."""
+    memory_samples: int = 20_000
+    """Samples over which memory is watched."""
+    work_dir: str = "runs/bench-data"
+    """Folder of the clips, kept for the next run."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, clips=1, rounds=1, batches=1, memory_samples=1)
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Measure, print, write the record and a plot; returns the exit code."""
-    flags = parser().parse_args(argv)
-    for name in ("clips", "rounds", "batches", "memory_samples"):
-        if getattr(flags, name) < 1:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(flags, name)}; use 1 or more")
-    work = Path(flags.work_dir) / f"{flags.clips}-clips"
-    print(f"clips in {work}: made where they are not there yet")
-    make_clips(work, flags.clips)
+    config = tyro.cli(LoaderBenchConfig, prog="cavmae bench data", args=arguments)
+    work = Path(config.work_dir) / f"{config.clips}-clips"
+    print(f"clips in {work}: existing ones are reused")
+    make_clips(work, config.clips)
     results: dict[str, Any] = {
-        "contenders": _contest(work, flags.workers, flags.rounds, flags.batches),
+        "contenders": _contest(work, config.workers, config.rounds, config.batches),
         "parts": {tier: _parts(work / "wav" / tier) for tier in ("frames", "video")},
         "first_batch": _first_batches(work / "wav" / "frames"),
         "plan": json.loads(
@@ -103,12 +109,12 @@ def main(argv: list[str]) -> int:
                 [sys.executable, "-c", _PLAN], check=True, capture_output=True, text=True
             ).stdout
         ),
-        "memory": _memory(work / "wav" / "frames", flags.memory_samples),
+        "memory": _memory(work / "wav" / "frames", config.memory_samples),
     }
     results["bars"] = bars(results)
     for line in report(results):
         print(line)
-    path = write_record(flags.out, "data", CPU, vars(flags), results)
+    path = write_record(config.out, "data", CPU, vars(config), results)
     print(f"record: {path}")
     _plot(results, str(path.with_suffix(".png")))
     print(f"plot: {path.with_suffix('.png')}")
@@ -127,13 +133,21 @@ def _ours(folder: Path, workers: int) -> Iterator[Iterator[Any]]:
         loader.close()
 
 
-def _loader(folder: Path, workers: int = 2, start_position: int = 0) -> TrainLoader:
+def _loader(
+    folder: Path,
+    workers: int = 2,
+    *,
+    threads: int = 0,
+    shape: ClipShape = SHAPE,
+    batch: int = BATCH,
+    start_position: int = 0,
+) -> TrainLoader:
     return TrainLoader(
-        DataConfig(train=str(folder), reader_workers=workers, decode_threads=workers),
-        SHAPE,
+        DataConfig(train=str(folder), reader_workers=workers, decode_threads=threads or workers),
+        shape,
         seed=0,
-        global_batch=BATCH,
-        micro_batch=BATCH,
+        global_batch=batch,
+        micro_batch=batch,
         lanes=LANES,
         rank=0,
         world_size=1,
@@ -151,8 +165,8 @@ def _theirs(make: Callable[[int], Dataset], workers: int) -> Iterator[Iterator[A
         del iterator
 
 
-def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[str, Any]:
-    """Clips/s and CPU-seconds a clip of every contender."""
+def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> dict[str, Any]:
+    """Measure clips/s and CPU-seconds a clip of every contender."""
     videos = sorted((work / "raw").glob("*.mp4"))
     ways: dict[str, Callable[[int], Any]] = {
         "cavmae frames": lambda n: _ours(work / "wav" / "frames", n),
@@ -168,7 +182,7 @@ def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[st
             lambda k: RawVideoDataset(videos, k, "decord"), n
         )
     except ImportError:
-        print("decord is not installed: left out")
+        print("decord is not installed: skipped")
     found: dict[str, dict[str, list[float]]] = {
         f"{name}, {number} workers": {"seconds": [], "cpu_seconds": [], "first_batch_seconds": []}
         for name in ways
@@ -206,53 +220,33 @@ def _contest(work: Path, workers: list[int], rounds: int, count: int) -> dict[st
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its descendants, those included that were waited for."""
-    total = 0
+    """Return CPU time of this process and its descendants, ended ones included."""
+    total = 0.0
     for process in _family():
-        with suppress(FileNotFoundError, ProcessLookupError):
-            total += sum(_stat(process)[11:15])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def memory_bytes() -> int:
-    """Memory of this process and its descendants that no other process shares (Linux)."""
-    total = 0
-    for process in _family():
-        try:
-            text = Path(f"/proc/{process}/smaps_rollup").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        private = [line.split()[1] for line in text.splitlines() if line.startswith("Private_")]
-        total += 1024 * sum(map(int, private))
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user, system, and both of ended children
     return total
 
 
-def _family() -> list[int]:
-    """This process and its descendants."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = _stat(int(entry.name))[1]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    family = [os.getpid()]
-    for member in family:
-        family += [process for process, parent in parents.items() if parent == member]
-    return family
+def memory_bytes() -> int:
+    """Return the unshared memory of this process and its descendants (Linux)."""
+    total = 0
+    for process in _family():
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().uss
+    return total
 
 
-def _stat(process: int) -> list[int]:
-    """Numbers of /proc/PID/stat from the third field on (0 for the letter that stands there)."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return [0, *map(int, fields[1:])]
+def _family() -> list[psutil.Process]:
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
 
 
 # ------------------------------------------------------------------------------ other numbers
 
 
 def _parts(folder: Path) -> dict[str, float]:
-    """CPU-seconds a clip of decoding alone, and of the log-mel alone."""
+    """Measure CPU-seconds a clip of decoding alone, and of the log-mel alone."""
     samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
     shards = ShardSet(folder)
     reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, None))
@@ -276,7 +270,7 @@ def _parts(folder: Path) -> dict[str, float]:
 
 
 def _first_batches(folder: Path) -> dict[str, float]:
-    """Seconds from nothing to the first batch, by position."""
+    """Measure seconds from nothing to the first batch, by position."""
     found = {}
     for position in POSITIONS:
         times = []
@@ -291,22 +285,13 @@ def _first_batches(folder: Path) -> dict[str, float]:
 
 
 def _memory(folder: Path, samples: int) -> dict[str, Any]:
-    """Private memory of all processes at ten points of a run over so many samples.
+    """Measure unshared memory of all processes at ten points of a run over so many samples.
 
-    Frames and spectrograms are small, so that the samples pass quickly: what could pile up is kept
-    by clip, shard or batch, not by pixel.
+    Frames and spectrograms are small, so that the samples pass quickly: a leak would be by
+    clip, shard or batch, not by pixel.
     """
-    loader = TrainLoader(
-        DataConfig(train=str(folder), reader_workers=1, decode_threads=2),
-        ClipShape(audio_frames=32, mel_bins=64, image_size=32),
-        seed=0,
-        global_batch=64,
-        micro_batch=64,
-        lanes=LANES,
-        rank=0,
-        world_size=1,
-        device=CPU,
-    )
+    small = ClipShape(audio_frames=32, mel_bins=64, image_size=32)
+    loader = _loader(folder, 1, threads=2, shape=small, batch=64)
     points, seen = [], 0
     marks = [samples * part // 10 for part in range(1, 11)]
     for batch in loader:
@@ -317,7 +302,7 @@ def _memory(folder: Path, samples: int) -> dict[str, Any]:
                 break
     loader.close()
     sizes = np.array([point["bytes"] for point in points], dtype=np.float64)
-    # Buffers grow to the largest clip at first: the first three points are left out.
+    # Buffers grow to the largest clip at first: the first three points are skipped.
     return {"points": points, "growth": float(sizes[7:].mean() / sizes[3:7].mean() - 1)}
 
 
@@ -325,27 +310,27 @@ def _memory(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The numbers that were asked for: value, bar, and whether it is met."""
-    by = results["contenders"]
+    """Compare with the bars: value, bar, and whether it is met."""
 
     def best(name: str) -> dict[str, Any]:
-        found = [value for key, value in by.items() if key.startswith(f"{name}, ")]
+        found = [one for key, one in results["contenders"].items() if key.startswith(f"{name}, ")]
         return max(found, key=lambda one: one["clips_per_second"])
 
-    frames, video, published = best("cavmae frames"), best("cavmae video"), best("published")
-    raw = best("PyAV, raw 720p")
+    frames, video, published, raw = (
+        best(name) for name in ("cavmae frames", "cavmae video", "published", "PyAV, raw 720p")
+    )
+
+    def faster(one: dict[str, Any], other: dict[str, Any]) -> float:
+        return one["clips_per_second"] / other["clips_per_second"]
+
     parts = results["parts"]["frames"]
     log_mel_seconds = parts["log_mel_cpu_seconds_per_clip"]
     total = frames["cpu_seconds_per_clip"]
     known = log_mel_seconds + parts["decode_cpu_seconds_per_clip"]
     values = {
-        "frames over raw 720p": (frames["clips_per_second"] / raw["clips_per_second"], ">=", 8),
-        "video over raw 720p": (video["clips_per_second"] / raw["clips_per_second"], ">=", 8),
-        "frames over published": (
-            frames["clips_per_second"] / published["clips_per_second"],
-            ">=",
-            1.1,
-        ),
+        "frames over raw 720p": (faster(frames, raw), ">=", 8),
+        "video over raw 720p": (faster(video, raw), ">=", 8),
+        "frames over published": (faster(frames, published), ">=", 1.1),
         "published over frames, host CPU without log-mel": (
             published["cpu_seconds_per_clip"] / (total - log_mel_seconds),
             ">=",
@@ -368,7 +353,7 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Format the results as lines."""
     for name, found in results["contenders"].items():
         yield (
             f"{name:>28}: {found['clips_per_second']:7.1f} clips/s, "
@@ -388,12 +373,10 @@ def report(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _plot(results: dict[str, Any], path: str) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     names = list(results["contenders"])
     axes[0].barh(names, [results["contenders"][name]["clips_per_second"] for name in names])
     axes[0].set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
@@ -405,4 +388,3 @@ def _plot(results: dict[str, Any], path: str) -> None:
     axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""`cavmae bench order`: how near the plan's order is to a perfect shuffle.
+"""`cavmae bench shuffle`: how close the plan's order is to a perfect shuffle.
 
 Shards are permuted, but samples only move within a window, so that a node reads its own part of a
 set. This measures what that costs, in the worst case: a set packed class by class. Three numbers,
@@ -9,63 +9,67 @@ each beside that of a perfect shuffle of the same set (1: as good):
 - repeats: share of the pairs of a batch that are in one batch again in the next epoch.
 """
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 
 from cavmae.atomic_write import atomic_write
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
 
 CLASSES = 527
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench order", description="The plan's order against a perfect shuffle."
-    )
-    arguments.add_argument("--shards", type=int, default=400, help="shards of the set")
-    arguments.add_argument("--samples", type=int, default=1000, help="samples of a shard")
-    arguments.add_argument("--batch", type=int, default=512, help="global batch")
-    arguments.add_argument(
-        "--windows",
-        type=int,
-        nargs="+",
-        default=[1, 64, 512, 4096, 16384],
-        help="samples of a lane that are shuffled among each other",
-    )
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class ShuffleConfig:
+    """Compare the plan's order with a perfect shuffle.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    shards: int = 400
+    """Shards of the set."""
+    samples: int = 1000
+    """Samples of a shard."""
+    batch: int = 512
+    """Global batch."""
+    windows: tuple[int, ...] = (1, 64, 512, 4096, 16384)
+    """Samples of a lane that are shuffled among each other, one turn for each number."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, shards=1, samples=1, batch=1)
+        if self.shards * self.samples < 2 * self.batch:
+            raise ValueError(
+                f"{self.shards * self.samples} samples are fewer than two batches of {self.batch}"
+            )
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Measure every window, print, write a record and a plot; returns the exit code."""
-    flags = parser().parse_args(argv)
-    for name in ("shards", "samples", "batch"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} is {getattr(flags, name)}; use 1 or more")
-    count = flags.shards * flags.samples
-    if count < 2 * flags.batch:
-        raise ValueError(f"{count} samples are fewer than two batches of {flags.batch}")
-    results: dict[str, Any] = {"perfect": _perfect(flags.shards, flags.samples, flags.batch)}
+    config = tyro.cli(ShuffleConfig, prog="cavmae bench shuffle", args=arguments)
+    results: dict[str, Any] = {"perfect": _perfect(config.shards, config.samples, config.batch)}
     print(_line("perfect shuffle", results["perfect"], results["perfect"]))
-    for window in flags.windows:
-        found = measure(flags.shards, flags.samples, flags.batch, window)
+    for window in config.windows:
+        found = measure(config.shards, config.samples, config.batch, window)
         results[f"window_{window}"] = found
         print(_line(f"window {window}", found, results["perfect"]))
-    path = write_record(flags.out, "order", torch.device("cpu"), vars(flags), results)
+    path = write_record(config.out, "shuffle", torch.device("cpu"), vars(config), results)
     print(f"record: {path}")
-    plot = path.with_suffix(".png")
-    _plot(flags.windows, results, str(plot))
-    print(f"plot: {plot}")
+    _plot(config.windows, results, path.with_suffix(".png"))
+    print(f"plot: {path.with_suffix('.png')}")
     return 0
 
 
 def measure(shards: int, samples: int, batch: int, window: int) -> dict[str, float]:
-    """The three numbers of the plan.
+    """Measure the three numbers of the plan.
 
     Args:
         shards, samples: the set has this many shards of this many samples, packed by class.
@@ -87,7 +91,7 @@ def _perfect(shards: int, samples: int, batch: int) -> dict[str, float]:
 
 
 def _numbers(first: np.ndarray, second: np.ndarray, samples: int, batch: int) -> dict[str, float]:
-    """Of two epochs, given by the numbers of their samples in packing order."""
+    """Measure two epochs, given by the numbers of their samples in packing order."""
     count = len(first)
     whole = first[: count // batch * batch].reshape(-1, batch)
     shards = np.mean([len(np.unique(row)) for row in whole // samples])
@@ -118,13 +122,11 @@ def _line(name: str, found: dict[str, float], perfect: dict[str, float]) -> str:
     )
 
 
-def _plot(windows: list[int], results: dict[str, Any], path: str) -> None:
-    import matplotlib
+def _plot(windows: tuple[int, ...], results: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    axes = figure.subplots(1, 3)
     titles = {
         "shards_in_a_batch": "different shards in a batch",
         "class_distance": "class distance of a batch",
@@ -138,4 +140,3 @@ def _plot(windows: list[int], results: dict[str, Any], path: str) -> None:
     axes[0].legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)

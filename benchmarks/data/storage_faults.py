@@ -1,79 +1,87 @@
-"""`cavmae bench data-day`: a day in the life of the loader, in minutes.
+"""`cavmae bench storage-faults`: load from a failing store, killed and resumed several times.
 
 One-second clips, few of them different, in many shards on an S3 store that fails now and then; two
-ranks with one cache that is smaller than the set; all of it killed and started again several times.
-At the end the ranks' logs must show every sample exactly once an epoch, in the planned order.
+ranks with one cache that is smaller than the set; all ranks are killed several times. At the end
+the ranks' logs must show every sample exactly once an epoch, in the planned order.
 
-A rank's log is what a checkpoint is for a run: after a kill both ranks go on from the last step
-that both have written.
+A rank's log stands for a checkpoint: after a kill both ranks resume from the last step that both
+have written.
 """
 
-import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+import tyro
 
 from cavmae.atomic_write import write_text
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
+from cavmae.benchmarks.harness.processes import Start, module_command
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
-from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
-from cavmae.dataloaders.shards.shard_set import ShardSet, description_bytes
+from cavmae.dataloaders.shards.format import description_bytes
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
-from cavmae.dataloaders.tools.synthetic import generate
 
 RANKS, LANES, GLOBAL_BATCH, WINDOW = 2, 8, 64, 256
 SHAPE = ClipShape(audio_frames=96, mel_bins=128, image_size=32)
 SEED = 3
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench data-day", description="Kills, a failing store, a small cache."
-    )
-    arguments.add_argument("--clips", type=int, default=20_000, help="samples of the set")
-    arguments.add_argument("--different", type=int, default=200, help="of them different")
-    arguments.add_argument("--shards", type=int, default=40, help="that the clips are packed in")
-    arguments.add_argument("--kills", type=int, default=3, help="times that all ranks are killed")
-    arguments.add_argument("--faults", type=int, default=50, help="one answer in so many fails")
-    arguments.add_argument("--work-dir", default="runs/data-day", help="made and removed")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class StorageFaultsConfig:
+    """Load from a failing store with a small cache, killed and resumed several times.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    clips: int = 20_000
+    """Samples of the set."""
+    different: int = 200
+    """How many of them are different."""
+    shards: int = 40
+    """Shards that the clips are packed in."""
+    kills: int = 3
+    """How often all ranks are killed."""
+    faults: int = 50
+    """One answer of the store in so many fails."""
+    work_dir: str = "runs/storage-faults"
+    """Folder that is created, and removed at the end."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        if self.clips % self.shards or self.different < 1 or self.clips < GLOBAL_BATCH:
+            raise ValueError(
+                f"clips is {self.clips}, shards {self.shards}, different {self.different}; use a "
+                f"number of clips from {GLOBAL_BATCH} that the shards divide"
+            )
 
 
-def main(argv: list[str]) -> int:
-    """Live the day and write a record; returns 1 where the logs are not the plan."""
-    flags = parser().parse_args(argv)
-    if flags.clips % flags.shards or flags.different < 1 or flags.clips < GLOBAL_BATCH:
-        raise ValueError(
-            f"--clips is {flags.clips}, --shards {flags.shards}, --different {flags.different}; "
-            f"use a number of clips from {GLOBAL_BATCH} that the shards divide"
-        )
-    work = Path(flags.work_dir)
+def main(arguments: list[str]) -> int:
+    """Run the loader and write a record; returns 1 where the logs are not the plan."""
+    config = tyro.cli(StorageFaultsConfig, prog="cavmae bench storage-faults", args=arguments)
+    work = Path(config.work_dir)
     work.mkdir(parents=True)
     try:
         with object_store() as store:
-            results = _day(flags, work, store)
+            results = _day(config, work, store)
     finally:
         shutil.rmtree(work)
-    print(
-        f"record: {write_record(flags.out, 'data-day', torch.device('cpu'), vars(flags), results)}"
-    )
+    device = torch.device("cpu")
+    print(f"record: {write_record(config.out, 'storage-faults', device, vars(config), results)}")
     print(
         f"{results['samples_logged']} samples in {results['epochs']:.2f} epochs, killed "
         f"{results['kills']} times: {'as planned' if results['as_planned'] else 'NOT AS PLANNED'}"
@@ -81,14 +89,14 @@ def main(argv: list[str]) -> int:
     return 0 if results["as_planned"] else 1
 
 
-def _day(flags: argparse.Namespace, work: Path, store: ObjectStore) -> dict[str, Any]:
+def _day(config: StorageFaultsConfig, work: Path, store: ObjectStore) -> dict[str, Any]:
     began = time.monotonic()
-    folder = _make_set(work, flags.clips, flags.different, flags.shards)
+    folder = _make_set(work, config.clips, config.different, config.shards)
     size = sum(path.stat().st_size for path in folder.iterdir())
     url = store.upload(folder, "day")
-    store.fail(flags.faults)
+    store.fail(config.faults)
     prepared = time.monotonic()
-    steps = flags.clips // GLOBAL_BATCH + 8  # Into the second epoch.
+    steps = config.clips // GLOBAL_BATCH + 8  # Into the second epoch.
     settings = {
         "url": url,
         "steps": steps,
@@ -97,33 +105,30 @@ def _day(flags: argparse.Namespace, work: Path, store: ObjectStore) -> dict[str,
     }
     kills = 0
     resumed = []
-    while True:
-        done = min(len(_logged(work, rank)) for rank in range(RANKS))
+    while (done := _steps_logged(work)) < steps:
         for rank in range(RANKS):
             _cut_log(work, rank, done)
-        if done == steps:
-            break
         resumed.append(done)
-        ranks = [_start(work, rank, done, settings, store) for rank in range(RANKS)]
-        until = (kills + 1) * steps // (flags.kills + 1) if kills < flags.kills else steps
-        _wait(work, ranks, until)
-        if until < steps:
-            for process in ranks:
-                process.send_signal(signal.SIGKILL)
-            kills += 1
-        for process in ranks:
-            process.wait()
+        until = (kills + 1) * steps // (config.kills + 1) if kills < config.kills else steps
+        commands = [_rank_command(work, rank, done, settings) for rank in range(RANKS)]
+        # Leaving the context kills the ranks.
+        with Start([(one, store.environment) for one in commands], work / "log") as start:
+            for step in range(done, until):
+                start.wait_for(lambda step=step: _steps_logged(work) > step, f"step {step + 1}")
+            if until == steps:
+                start.finish()
+        kills += until < steps
     counts = store.counts()
     logs = [_logged(work, rank) for rank in range(RANKS)]
     cached = sum(path.stat().st_size for path in (work / "cache").rglob("*") if path.is_file())
     ids = [sample for step in range(steps) for rank in range(RANKS) for sample in logs[rank][step]]
-    first_epoch = Counter(_in_order(logs, steps)[: flags.clips])
+    first_epoch = Counter(_in_order(logs, steps)[: config.clips])
     return {
         "as_planned": _planned(folder, steps) == logs,
-        "each_sample_once_in_the_first_epoch": len(first_epoch) == flags.clips
+        "each_sample_once_in_the_first_epoch": len(first_epoch) == config.clips
         and set(first_epoch.values()) == {1},
         "samples_logged": len(ids),
-        "epochs": len(ids) / flags.clips,
+        "epochs": len(ids) / config.clips,
         "kills": kills,
         "resumed_at_steps": resumed,
         "set_bytes": size,
@@ -138,11 +143,8 @@ def _day(flags: argparse.Namespace, work: Path, store: ObjectStore) -> dict[str,
 
 
 def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
-    """A `frames` tier in which `different` clips come again and again under new keys."""
-    listing = generate(work / "videos", different, SEED, size=32, fps=8, seconds=1.0)
-    out = work / "packed"
-    pack(PackConfig(str(listing), str(out), tiers="frames"), Console(quiet=True))
-    packed = ShardSet(out / "frames")
+    """Make a `frames` tier that repeats `different` clips under new keys."""
+    packed = ShardSet(synthetic_shards(work, different, seed=SEED, size=32, seconds=1.0))
     members = [
         {name: packed.member(shard, sample, name) for name in packed.members}
         for shard, size in enumerate(packed.sizes)
@@ -176,7 +178,7 @@ def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
 
 
 def _planned(folder: Path, steps: int) -> list[list[list[str]]]:
-    """What each rank's log has to be: rank, step, ids."""
+    """Return what the logs must be: ids by rank and step."""
     shards = ShardSet(folder)
     plan = SamplePlan(shards.sizes, SEED, LANES, WINDOW)
     return [
@@ -192,7 +194,7 @@ def _planned(folder: Path, steps: int) -> list[list[list[str]]]:
 
 
 def _in_order(logs: list[list[list[str]]], steps: int) -> list[str]:
-    """Ids by position."""
+    """Order logged ids by position."""
     found = np.empty(steps * GLOBAL_BATCH, dtype=object)
     for rank, log in enumerate(logs):
         for step, ids in enumerate(log):
@@ -205,43 +207,30 @@ def _log(work: Path, rank: int) -> Path:
 
 
 def _logged(work: Path, rank: int) -> list[list[str]]:
-    """Ids of each step that was written whole."""
-    path = _log(work, rank)
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """Read the ids of each completely written step."""
+    return [json.loads(line) for line in _log(work, rank).read_text().split("\n")[:-1]]
 
 
 def _cut_log(work: Path, rank: int, steps: int) -> None:
-    lines = [json.dumps(ids) + "\n" for ids in _logged(work, rank)[:steps]]
-    write_text(_log(work, rank), "".join(lines))
+    """Keep the first steps of a log."""
+    log = _log(work, rank)
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    write_text(log, "".join(lines[:steps]))
 
 
-def _start(
-    work: Path, rank: int, step: int, settings: dict[str, Any], store: ObjectStore
-) -> subprocess.Popen:
+def _steps_logged(work: Path) -> int:
+    """Count the steps that all ranks have written completely."""
+    logs = [_log(work, rank) for rank in range(RANKS)]
+    return min(log.read_bytes().count(b"\n") if log.exists() else 0 for log in logs)
+
+
+def _rank_command(work: Path, rank: int, step: int, settings: dict[str, Any]) -> list[str]:
     words = {"rank": rank, "step": step, "log": str(_log(work, rank)), **settings}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cavmae.benchmarks.data.storage_faults", json.dumps(words)],
-        env=os.environ | store.environment,
-        stderr=subprocess.DEVNULL,  # Every fault that is got over is said there.
-    )
-
-
-def _wait(work: Path, ranks: list[subprocess.Popen], steps: int) -> None:
-    """Until all ranks have logged that many steps.
-
-    Raises:
-        RuntimeError: one ended before.
-    """
-    while min(len(_logged(work, rank)) for rank in range(RANKS)) < steps:
-        for rank, process in enumerate(ranks):
-            if process.poll() not in (None, 0):
-                raise RuntimeError(f"rank {rank} ended with {process.returncode}")
-        time.sleep(0.2)
+    return module_command("cavmae.benchmarks.data.storage_faults", json.dumps(words))
 
 
 def _rank(words: dict[str, Any]) -> None:
-    """Log the ids of each step, from the given one on."""
+    """Run one rank: log the ids of each step, from the given one on."""
     torch.set_num_threads(1)
     loader = TrainLoader(
         DataConfig(

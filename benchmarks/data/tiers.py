@@ -1,4 +1,4 @@
-"""`cavmae bench tiers`: what each way to store a clip costs, and what is left of the picture.
+"""`cavmae bench tiers`: size, cost and quality of each way to store a clip.
 
 The same videos are packed in every way. Bytes and CPU time are of one clip; decoding is what a
 reader and DALI do for a clip with one frame at a moment drawn for it. PSNR is of the ten frames
@@ -6,32 +6,35 @@ against those that were decoded from the source, in RGB, over the whole clip; th
 clips. On a GPU, decoding is timed there too, with one pipeline for each NVDEC and fewer.
 """
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import av
 import numpy as np
 import torch
+import tyro
 from av.video.reformatter import VideoReformatter
 from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
-from cavmae.dataloaders.media.audio_codec import decode_sound, encode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
 from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode_video
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.shards.shard_set import AUDIO_CODECS, FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
 
 T = TypeVar("T")
@@ -41,30 +44,37 @@ PIPELINES = (1, 2, 4, 7)
 """An H100 has 7 NVDEC."""
 SOUND_TURNS = 5
 LOSSLESS_DB = 99.0
-"""PSNR that is written down where nothing is lost."""
+"""PSNR recorded if nothing is lost."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench tiers", description="Size, cost and quality of each way to store a clip."
-    )
-    arguments.add_argument("--videos", help="folder of videos; without it 720p ones are drawn")
-    arguments.add_argument("--clips", type=int, default=32, help="videos to draw")
-    arguments.add_argument("--rounds", type=int, default=5, help="times each decoder has a turn")
-    arguments.add_argument("--work-dir", default="runs/bench-tiers", help="kept for the next run")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class TiersConfig:
+    """Compare the size, cost and quality of each way to store a clip.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    videos: str = ""
+    """Folder of videos; empty: 720p videos are generated."""
+    clips: int = 32
+    """Videos to generate."""
+    rounds: int = 5
+    """Turns of each decoder."""
+    work_dir: str = "runs/bench-tiers"
+    """Folder of the packed sets, kept for the next run."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, clips=1, rounds=1)
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Measure, print and write the record; returns the exit code."""
-    flags = parser().parse_args(argv)
-    for name in ("clips", "rounds"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} is {getattr(flags, name)}; use 1 or more")
-    work = Path(flags.work_dir)
-    videos = Path(flags.videos) if flags.videos else make_videos(work, flags.clips)
+    config = tyro.cli(TiersConfig, prog="cavmae bench tiers", args=arguments)
+    work = Path(config.work_dir)
+    videos = Path(config.videos) if config.videos else make_videos(work, config.clips)
     sets = _packed(videos, work / "sets" / videos.resolve().name)
     gpu = 0 if torch.cuda.is_available() else None
     results: dict[str, Any] = {
@@ -77,7 +87,7 @@ def main(argv: list[str]) -> int:
         **_lengths(sets["original"]),
         "decode_cpu_seconds": costs.pop("decoding the source"),
     }
-    decoding = _in_turn(sets, flags.rounds, lambda shards: _decoding(shards, None, 1))
+    decoding = _in_turn(sets, config.rounds, lambda shards: _decoding(shards, None, 1))
     for name, shards in sets.items():
         results["pictures"][name] = {
             "bytes": _picture_bytes(shards),
@@ -85,12 +95,12 @@ def main(argv: list[str]) -> int:
             "decode_cpu_seconds": statistics.median(decoding[name]["cpu_seconds"]),
             "decode_clips_per_second": statistics.median(decoding[name]["clips_per_second"]),
             "psnr_db": _quality(videos, shards),
-            "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, flags.rounds),
+            "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, config.rounds),
         }
     for line in report(results):
         print(line)
     device = torch.device("cpu" if gpu is None else "cuda")
-    print(f"record: {write_record(flags.out, 'tiers', device, vars(flags), results)}")
+    print(f"record: {write_record(config.out, 'tiers', device, vars(config), results)}")
     return 0
 
 
@@ -98,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 
 def _packed(videos: Path, work: Path) -> dict[str, ShardSet]:
-    """The videos in every way."""
+    """Pack the videos in every way."""
     sets = {}
     for codec in ENCODERS:
         tiers = "frames,original,video" if codec == "vp9" else "video"
@@ -118,7 +128,7 @@ def _places(shards: ShardSet) -> Iterator[tuple[int, int]]:
 
 
 def _picture_bytes(shards: ShardSet) -> float:
-    """Bytes of a clip without its sound and description."""
+    """Average the bytes of a clip without its sound and description."""
     names = [name for name in shards.members if name not in ("json", shards.audio_codec)]
     sizes = [sum(shards.member_size(*place, name) for name in names) for place in _places(shards)]
     return statistics.fmean(sizes)
@@ -140,7 +150,7 @@ def _timed(function: Callable[[], T]) -> tuple[float, T]:
 
 
 def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
-    """CPU-seconds a clip of encoding, and of decoding the source, which comes before any."""
+    """Measure CPU-seconds a clip of encoding, and of decoding the source before it."""
     spent: dict[str, list[float]] = defaultdict(list)
     for place in _places(frames):
         seconds, clip = _timed(lambda place=place: _source_clip(videos, frames, place))
@@ -159,23 +169,23 @@ def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
 
 
 def _source_clip(videos: Path, shards: ShardSet, place: tuple[int, int]) -> DecodedClip:
-    """The clip as packing decodes it."""
+    """Decode a clip as packing does."""
     path = videos / shards.description(*place)["source"]["path"]
     config = PackConfig(str(videos), "")
     return decode_clip(str(path), 0.0, config.clip_seconds, config.decode_settings())
 
 
 def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
-    """Bytes, and CPU-seconds of encoding and decoding, of the sound of a clip by codec."""
+    """Measure bytes and CPU-seconds of encoding and decoding the sound of a clip, by codec."""
     shards = sets["frames"]
     found: dict[str, dict[str, float]] = {}
-    sounds = [decode_sound(shards.member(*place, "wav")) for place in _places(shards)]
+    sounds = [decode_audio(shards.member(*place, "wav")) for place in _places(shards)]
     for codec in AUDIO_CODECS:
         packing, stored = _timed(
-            lambda codec=codec: [encode_sound(sound, codec) for sound in sounds]
+            lambda codec=codec: [encode_audio(sound, codec) for sound in sounds]
         )
-        # What a moment of sound takes is the rest of the pipeline's.
-        moment = encode_sound(np.ones(400, dtype=np.int16), codec)
+        # A moment of audio costs what the rest of the pipeline does.
+        moment = encode_audio(np.ones(400, dtype=np.int16), codec)
         decoding = _sound_decoding(stored) - _sound_decoding([moment] * len(stored))
         found[codec] = {
             "bytes": statistics.fmean(map(len, stored)),
@@ -186,7 +196,7 @@ def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
 
 
 def _sound_decoding(stored: list[bytes]) -> float:
-    """CPU-seconds of a pipeline that decodes these sounds, with pictures of a few pixels."""
+    """Measure CPU-seconds of a pipeline that decodes these sounds, with tiny frames."""
     pixels = (np.zeros((8, 8, 3), dtype=np.uint8),)
     box, task = (0.0, 0.0, 1.0, 1.0), ReadTask(0, 0, 0, 0)
     clips = [
@@ -208,7 +218,7 @@ def _sound_decoding(stored: list[bytes]) -> float:
 def _in_turn(
     sets: dict[str, ShardSet], rounds: int, measure: Callable[[ShardSet], dict[str, float]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Numbers of every set, measured by turns; a turn before them is not counted."""
+    """Measure every set in turns; the first turn does not count."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
     for number in range(rounds + 1):
         for name, shards in sets.items():
@@ -219,7 +229,7 @@ def _in_turn(
 
 
 def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, float]:
-    """Clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
+    """Measure clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
     samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
     reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, gpu))
     decoders = [ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, gpu) for _ in range(pipelines)]
@@ -255,7 +265,7 @@ def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, fl
 
 
 def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
-    """Clips/s by number of pipelines."""
+    """Measure clips/s by number of pipelines."""
     counts = PIPELINES if shards.tier == "video" else (1,)
     return {
         str(count): statistics.median(
@@ -269,7 +279,7 @@ def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
 
 
 def _quality(videos: Path, shards: ShardSet) -> float:
-    """PSNR in dB of the ten frames against those of the source."""
+    """Compute the PSNR in dB of the ten frames against those of the source."""
     reformatter = VideoReformatter()
     values = []
     for place in _places(shards):
@@ -286,7 +296,7 @@ def _quality(videos: Path, shards: ShardSet) -> float:
 
 
 def report(results: dict[str, Any]) -> Iterator[str]:
-    """Lines for people."""
+    """Format the results as lines."""
     source = results["source"]
     yield (
         f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "

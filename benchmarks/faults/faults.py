@@ -1,21 +1,20 @@
-"""`cavmae bench faults`: what a run makes of each fault, done to it for real.
+"""`cavmae bench faults`: how a run recovers from each fault, done to it for real.
 
-Each row trains a tiny model on two CPU ranks, does something to it once a checkpoint is there, and
-measures how long it took until the fault was noticed and until there was a step again, how many
-steps were repeated, and whether samples and losses of all steps are those of a run that nothing
-happened to: the samples by the ids that every rank notes, the losses bit for bit.
+Each row trains a tiny model on two CPU ranks, does a fault to it once a checkpoint exists, and
+measures how long it took until the fault was noticed and until a new step was done, how many steps
+were repeated, and whether samples and losses of all steps are those of an undisturbed run: the
+samples by the ids that every rank notes, the losses bit for bit.
 """
 
-import argparse
 import dataclasses
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -23,8 +22,9 @@ from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
-from cavmae.benchmarks.harness.processes import unwind_on_sigterm
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.work_folder import work_folder
 
 FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a rank is killed (SIGKILL)": inject.rank_signalled(signal.SIGKILL),
@@ -32,51 +32,54 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "head, driver and ranks are killed": inject.head_killed,
     "a node is killed": node_killed,
     "a node's network is cut": node_cut,
-    "all ranks are told to go (SIGTERM)": inject.terminated,
+    "all ranks are preempted (SIGTERM)": inject.preempted,
     "killed while a checkpoint is written": inject.killed_while_writing,
     "the newest checkpoint is cut short": inject.checkpoint_damaged(inject.cut_short),
     "a bit of the newest checkpoint flips": inject.checkpoint_damaged(inject.flip_a_bit),
     "the disk is full": inject.disk_full,
     "a gradient is NaN: rolled back": inject.nan_rolled_back,
-    "a gradient is NaN: update left out": inject.nan_left_out,
+    "a gradient is NaN: update skipped": inject.nan_skipped,
     "a shard is damaged": inject.shard_damaged,
     "the tracking server dies": inject.tracking_server_stopped,
     "2, then 1, then 2 ranks": inject.other_rank_counts,
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench faults", description="What a run makes of each fault, for real."
-    )
-    arguments.add_argument("--steps", type=int, default=100, help="of each run")
-    arguments.add_argument("--zero-stage", type=int, choices=[1, 2], default=1, help="of each run")
-    arguments.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(FAULTS),
-        default=list(FAULTS),
-        metavar="FAULT",
-        help=f"some of the faults: {'; '.join(FAULTS)}",
-    )
-    arguments.add_argument("--work-dir", default="", help="empty: a temporary folder")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class FaultsConfig:
+    """Do faults to real runs, and measure how each run recovers.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    steps: int = 100
+    """Steps of each run."""
+    zero_stage: Literal[1, 2] = 1
+    """ZeRO stage of each run."""
+    only: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="FAULT ...", help=f"Some of the faults: {'; '.join(FAULTS)}."),
+    ] = tuple(FAULTS)
+    work_dir: str = ""
+    """Folder of the runs, which is kept; empty: a temporary one."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, steps=4 * INTERVAL)
+        for name in self.only:
+            if name not in FAULTS:
+                raise ValueError(f"only has {name!r}; use some of: {'; '.join(FAULTS)}")
 
 
-def main(argv: list[str]) -> int:
-    """Measure, print and write the record; 1 where a run did not end as it should."""
-    flags = parser().parse_args(argv)
-    if flags.steps < 4 * INTERVAL:
-        raise ValueError(f"--steps is {flags.steps}; use {4 * INTERVAL} or more")
-    unwind_on_sigterm()
-    work = Path(flags.work_dir or tempfile.mkdtemp(prefix="cavmae-faults-"))
-    work.mkdir(parents=True, exist_ok=True)
+def main(arguments: list[str]) -> int:
+    """Measure, print and write the record; returns 1 if a run did not pass."""
+    config = tyro.cli(FaultsConfig, prog="cavmae bench faults", args=arguments)
     rows: dict[str, Row | Skipped | Failed] = {}
-    bench = Bench(work.resolve(), flags.steps, flags.zero_stage)
-    try:
-        for name in flags.only:
+    with work_folder("faults", config.work_dir) as work:
+        bench = Bench(work, config.steps, config.zero_stage)
+        for name in config.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
             try:
                 rows[name] = FAULTS[name](bench, name)
@@ -85,42 +88,36 @@ def main(argv: list[str]) -> int:
             finally:
                 bench.end_all()
             print(f"    {rows[name]}", file=sys.stderr, flush=True)
-    finally:
-        if not flags.work_dir:
-            shutil.rmtree(work, ignore_errors=True)
     Console(width=140).print(table(rows))
     device = torch.device("cpu")
     results = {name: dataclasses.asdict(row) for name, row in rows.items()}
-    print(f"record: {write_record(flags.out, 'faults', device, vars(flags), results)}")
+    print(f"record: {write_record(config.out, 'faults', device, vars(config), results)}")
     return exit_code(rows)
 
 
 def exit_code(rows: Mapping[str, Row | Skipped | Failed]) -> int:
-    """1 where a run did not end as it should; a fault that this machine cannot have is none."""
+    """Return 1 if a run did not pass; a fault that this machine can't have does not count."""
     measured = [row for row in rows.values() if not isinstance(row, Skipped)]
-    return 0 if all(isinstance(row, Row) and row.as_it_should_be for row in measured) else 1
+    return 0 if all(isinstance(row, Row) and row.passed for row in measured) else 1
 
 
 def table(rows: Mapping[str, Row | Skipped | Failed]) -> Table:
-    """One line for each fault, those that were skipped with the reason."""
-    shown = Table("fault", "noticed, s", "again, s", "steps lost", "samples", "losses", "said")
+    """Make a table of the faults, skipped and failed ones with the reason."""
+    shown = Table("fault", "noticed, s", "recovered, s", "steps lost", "samples", "losses", "log")
     for name, row in rows.items():
         if isinstance(row, Skipped):
-            shown.add_row(name, "", "", "", "", "", f"SKIPPED: {row.skipped}")
-            continue
-        if isinstance(row, Failed):
-            shown.add_row(f"{name}: FAILED", "", "", "", "", "", row.failed.splitlines()[0])
-            continue
-        equal = "bit for bit"
-        if row.largest_difference:
-            equal = f"{row.largest_difference:.1e} apart"
-        shown.add_row(
-            name if row.as_it_should_be else f"{name}: NOT AS IT SHOULD BE",
-            f"{row.noticed_seconds:.1f}",
-            f"{row.again_seconds:.1f}" if row.again_seconds else "went on",
-            f"{row.steps_lost} of {row.steps_allowed}",
-            "equal" if row.samples_equal else "DIFFER",
-            equal,
-            row.said[:40],
-        )
+            shown.add_row(name, *[""] * 5, f"SKIPPED: {row.skipped}")
+        elif isinstance(row, Failed):
+            shown.add_row(f"{name}: FAILED", *[""] * 5, row.failed.splitlines()[0])
+        else:
+            apart = row.largest_difference
+            shown.add_row(
+                name if row.passed else f"{name}: FAILED",
+                f"{row.noticed_seconds:.1f}",
+                f"{row.again_seconds:.1f}" if row.again_seconds else "continued",
+                f"{row.steps_lost} of {row.steps_allowed}",
+                "equal" if row.samples_equal else "DIFFER",
+                f"{apart:.1e} apart" if apart else "bit for bit",
+                row.said[:40],
+            )
     return shown

@@ -1,123 +1,98 @@
 """The faults on one machine: each is done to a run for real, by process id, file or gradient.
 
-Every function trains one run, does its fault once checkpoints are there, sees the run to its end
-and returns the row. Those that need several machines are in `node_faults.py`.
+Every function trains one run, does its fault once checkpoints exist, waits for the end of the run
+and returns the row. Faults that need several machines are in `node_faults.py`.
 """
 
 import dataclasses
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cavmae.atomic_write import read_json
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.outcome import Row
-from cavmae.benchmarks.faults.runs import (
-    INTERVAL,
-    Bench,
-    last_step,
-    resumed_step,
-    wait_for_checkpoint,
-)
+from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import (
     checkpoint_name,
     list_checkpoints,
     list_folders,
+    read_run_state,
     step_of,
 )
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
+from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
 """Of a shard."""
 
 
 def rank_signalled(sign: signal.Signals) -> Callable[[Bench, str], Row]:
-    """A signal to one of two ranks under Ray, which starts both again."""
+    """Send a signal to one of two ranks under Ray, which restarts both."""
 
     def row(bench: Bench, name: str) -> Row:
-        config = bench.config(name)
-        start = bench.on_ray(config)
-        try:
-            wait_for_checkpoint(start, config, 2 * INTERVAL)
-            before, fault = last_step(Path(config.run_dir)), time.time()
-            start.ranks()[-1].send_signal(sign)
-            said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
-            noticed = time.time()
-            start.finish()
-            return bench.row(
-                config, fault, noticed, said, before=before, resumed=resumed_step(start)
-            )
-        finally:
-            start.kill()
+        run = FaultedRun(bench, bench.config(name), bench.on_ray)
+        run.wait_for_checkpoint(2 * INTERVAL)
+        run.fault_is_now()
+        run.attempt.ranks()[-1].send_signal(sign)
+        run.wait_until_noticed(run.failure)
+        return run.row()
 
     return row
 
 
 def head_killed(bench: Bench, name: str) -> Row:
-    """Driver, Ray and ranks are gone at once; the same command is given again."""
-    config = bench.config(name)
-    start = bench.on_ray(config)
-    try:
-        wait_for_checkpoint(start, config, 2 * INTERVAL)
-        before, fault = last_step(Path(config.run_dir)), time.time()
-        start.kill()
-        start = bench.on_ray(config)
-        start.finish()
-        return bench.row(
-            config, fault, fault, "given again by hand", before=before, resumed=resumed_step(start)
-        )
-    finally:
-        start.kill()
+    """Kill driver, Ray and ranks at once, and run the same command again."""
+    run = FaultedRun(bench, bench.config(name), bench.on_ray)
+    run.wait_for_checkpoint(2 * INTERVAL)
+    run.fault_is_now()
+    run.attempt.kill()
+    run.launch()
+    return run.row(said="resumed by hand")
 
 
-def terminated(bench: Bench, name: str) -> Row:
-    """SIGTERM to all ranks, as a scheduler sends it; the same command is given again."""
-    config = bench.config(name)
-    start = bench.plain(config)
-    wait_for_checkpoint(start, config, 2 * INTERVAL)
-    fault = time.time()
-    for process in start.processes:
+def preempted(bench: Bench, name: str) -> Row:
+    """Send SIGTERM to all ranks, as a scheduler does, and run the same command again."""
+    run = FaultedRun(bench, bench.config(name), bench.plain)
+    run.wait_for_checkpoint(2 * INTERVAL)
+    run.fault_is_now()
+    for process in run.attempt.processes:
         process.send_signal(signal.SIGTERM)
-    said = start.wait_for(lambda: start.line("SIGTERM: saving"), "the notice")
-    noticed = time.time()
-    start.finish()
-    before = last_step(Path(config.run_dir))
-    start = bench.plain(config)
-    start.finish()
-    return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(start))
+    run.wait_until_noticed(run.stop)
+    run.attempt.finish()
+    before = last_step(run.run_dir)
+    run.launch()
+    return run.row(before=before)
 
 
 def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str], Row]:
-    """All ranks are killed and something happens to the newest checkpoint; started again."""
+    """Kill all ranks, damage the newest checkpoint, and run the same command again."""
 
     def row(bench: Bench, name: str) -> Row:
-        config = bench.config(name)
-        start = bench.plain(config)
-        wait_for_checkpoint(start, config, 2 * INTERVAL)
-        start.kill()
-        before, fault = last_step(Path(config.run_dir)), time.time()
-        newest = damage_newest(config, damage)
-        start = bench.plain(config)
-        said = start.wait_for(lambda: start.line("trying the previous one"), "the notice")
-        noticed = time.time()
-        start.finish()
-        resumed = resumed_step(start)
-        if resumed >= newest:
+        run = FaultedRun(bench, bench.config(name), bench.plain)
+        run.wait_for_checkpoint(2 * INTERVAL)
+        run.attempt.kill()
+        run.fault_is_now()
+        newest = damage_newest(run.config, damage)
+        run.launch()
+        run.wait_until_noticed(run.resume)
+        run.attempt.finish()
+        if resumed_step(run.run_dir) >= newest:
             raise RuntimeError(f"the damaged checkpoint of step {newest} was used")
-        # The damaged interval is lost with its checkpoint; counted from there on.
-        before = min(before, newest)
-        return bench.row(config, fault, noticed, said, before=before, resumed=resumed)
+        # The steps since the damaged checkpoint don't count: its own interval is lost with it.
+        return run.row(before=min(run.before, newest))
 
     return row
 
 
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:
-    """Do something to a file of the newest checkpoint; returns its step."""
+    """Damage a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
     newest = list_checkpoints(Store(folder))[-1]
     damage(next((folder / newest).glob("state/*optim_states.pt")))
@@ -125,119 +100,111 @@ def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int
 
 
 def cut_short(path: Path) -> None:
-    """A file loses its end."""
+    """Cut off the end of a file."""
     path.write_bytes(path.read_bytes()[:-1000])
 
 
 def flip_a_bit(path: Path) -> None:
-    """A file's middle changes by one bit."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def killed_while_writing(bench: Bench, name: str) -> Row:
-    """A rank's file is a pipe that nobody reads, so the write never ends; then all are killed."""
-    config = bench.config(name)
-    start = bench.plain(config)
-    wait_for_checkpoint(start, config, INTERVAL)
-    os.mkfifo(file_of_second_rank(config, 3 * INTERVAL))
-    run_dir = Path(config.run_dir)
-    start.wait_for(lambda: last_step(run_dir) > 3 * INTERVAL, "the step after")
-    before, fault = last_step(run_dir), time.time()
-    start.kill()
-    start = bench.plain(config)
-    start.finish()
-    store = Store(run_dir / "checkpoints")
+    """Make a rank's file a pipe that nobody reads, so its write never ends; then kill all ranks."""
+    step = 3 * INTERVAL
+    run = FaultedRun(bench, bench.config(name), bench.plain)
+    run.wait_for_checkpoint(INTERVAL)
+    os.mkfifo(file_of_second_rank(run.config, step))
+    run.wait_for_step(step + 1)
+    run.fault_is_now()
+    run.attempt.kill()
+    run.launch()
+    row = run.row(while_writing=run.before - step, said="resumed by hand")
+    store = Store(run.run_dir / "checkpoints")
     left = set(list_folders(store)) - set(list_checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")
-    return bench.row(
-        config,
-        fault,
-        fault,
-        "started again by hand",
-        before=before,
-        resumed=resumed_step(start),
-        while_writing=before - 3 * INTERVAL,
-    )
+    return row
 
 
 def file_of_second_rank(config: PretrainConfig, step: int) -> Path:
-    """Where the second rank will write its part of a checkpoint; its folder is made."""
+    """Path of the second rank's file of a checkpoint to come; its folder is created."""
     folder = Path(config.run_dir) / "checkpoints" / checkpoint_name(step) / "state"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
 def disk_full(bench: Bench, name: str) -> Row:
-    """A rank's file goes to /dev/full, which answers as a full disk does."""
-    config = bench.config(name)
-    start = bench.plain(config)
-    wait_for_checkpoint(start, config, INTERVAL)
-    file_of_second_rank(config, 3 * INTERVAL).symlink_to("/dev/full")
-    run_dir = Path(config.run_dir)
-    start.wait_for(lambda: last_step(run_dir) >= 3 * INTERVAL, f"step {3 * INTERVAL}")
-    fault = time.time()
-    said = start.wait_for(lambda: start.line("ALARM"), "the alarm")
-    noticed = time.time()
-    start.finish()
-    return bench.row(config, fault, noticed, said, resumed=None)
+    """Link a rank's file to /dev/full, which fails as a full disk does."""
+    run = FaultedRun(bench, bench.config(name), bench.plain)
+    run.wait_for_checkpoint(INTERVAL)
+    file_of_second_rank(run.config, 3 * INTERVAL).symlink_to("/dev/full")
+    run.wait_for_step(3 * INTERVAL)
+    run.fault_is_now()
+    run.wait_until_noticed(lambda: run.metric("checkpoint_failures"))
+    return run.row(resumes=False)
 
 
 def nan_rolled_back(bench: Bench, name: str) -> Row:
-    """A gradient of one rank is NaN once, and no update may be left out: Ray's run goes back."""
-    config = bench.config(name)
+    """Make a gradient of one rank NaN once, with no update to skip: Ray's run rolls back."""
+    config, step = bench.config(name), 2 * INTERVAL + 5
     strict = dataclasses.replace(config.engine, max_skipped_updates=1)
     config = dataclasses.replace(config, engine=strict)
-    carried_out = order_nan(Path(config.run_dir), rank=1, step=2 * INTERVAL + 5)
-    start = bench.on_ray(config)
-    try:
-        start.wait_for(lambda: not carried_out.exists(), "the gradient")
-        fault = time.time()
-        said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
-        noticed = time.time()
-        start.finish()
-        before = 2 * INTERVAL + 5
-        return bench.row(config, fault, noticed, said, before=before, resumed=resumed_step(start))
-    finally:
-        start.kill()
+    pending = order_nan(Path(config.run_dir), rank=1, step=step)
+    run = FaultedRun(bench, config, bench.on_ray)
+    run.attempt.wait_for(lambda: not pending.exists(), "the gradient")
+    run.fault_is_now()
+    run.wait_until_noticed(run.failure)
+    return run.row(before=step)
 
 
-def nan_left_out(bench: Bench, name: str) -> Row:
-    """A gradient of one rank is NaN once; the update is left out on both, and training goes on."""
-    config = bench.config(name)
-    carried_out = order_nan(Path(config.run_dir), rank=1, step=2 * INTERVAL)
-    start = bench.plain(config)
-    start.wait_for(lambda: not carried_out.exists(), "the gradient")
-    fault = time.time()
-    said = start.wait_for(lambda: start.line("the update is left out"), "the notice")
-    noticed = time.time()
-    start.finish()
-    expected = bench.leaving_out(2 * INTERVAL)
-    return bench.row(config, fault, noticed, said, resumed=None, expected=expected)
+def nan_skipped(bench: Bench, name: str) -> Row:
+    """Make a gradient of one rank NaN once; both ranks skip the update, and training continues."""
+    config, step = bench.config(name), 2 * INTERVAL
+    pending = order_nan(Path(config.run_dir), rank=1, step=step)
+    run = FaultedRun(bench, config, bench.plain)
+    run.attempt.wait_for(lambda: not pending.exists(), "the gradient")
+    run.fault_is_now()
+    run.wait_until_noticed(lambda: run.metric("skipped_updates"))
+    run.attempt.finish()
+    return run.row(resumes=False, expected=bench.skipping_update(step))
 
 
 def shard_damaged(bench: Bench, name: str) -> Row:
-    """Bits of a shard have flipped in the sound of some clips before the run starts; each goes into
+    """Flip bits in the sound of some clips of a shard before the run starts; each clip goes into
     quarantine at the position where it is first drawn."""
     shards = bench.work / "damaged-shards"
     shutil.copytree(bench.work / "shards" / "frames", shards)
     damaged = flip_bits_of_sounds(shards, DAMAGED_CLIPS)
     config = bench.config(name)
     data = dataclasses.replace(config.data, train=str(shards))
-    config = dataclasses.replace(config, data=data)
-    fault = time.time()
-    start = bench.plain(config)
-    said = start.wait_for(lambda: start.line("left out"), "the notice")
-    noticed = time.time()
-    start.finish()
-    expected = bench.without(damaged)
-    return bench.row(config, fault, noticed, said, resumed=None, expected=expected)
+    run = FaultedRun(bench, dataclasses.replace(config, data=data), bench.plain)
+    run.fault_is_now()
+    run.wait_until_noticed(lambda: quarantined(run.run_dir))
+    run.attempt.finish()
+    return run.row(resumes=False, expected=bench.without(damaged))
+
+
+def quarantined(run_dir: Path) -> str:
+    """Return the clips in quarantine and why, from the newest checkpoint; empty if none."""
+    store = Store(run_dir / "checkpoints")
+    newest = list_checkpoints(store)[-1:]
+    found = [item for name in newest for item in read_run_state(store, name).quarantine]
+    return ", ".join(f"{sample_id}: {reason}" for sample_id, reason in found)
+
+
+def unsent(run_dir: Path) -> str:
+    """Return which metrics MLflow has missed; empty if none."""
+    path = run_dir / UNSENT
+    return (
+        f"MLflow lacks metrics after step {read_json(path)['after_step']}" if path.exists() else ""
+    )
 
 
 def flip_bits_of_sounds(folder: Path, clips: int) -> tuple[str, ...]:
-    """Change a bit in the sound of some clips of the first shard, which every use of them reads.
+    """Flip a bit in the sound of some clips of the first shard, which every use of them reads.
 
     Args:
         folder: a packed tier with sound as FLAC.
@@ -258,40 +225,37 @@ def flip_bits_of_sounds(folder: Path, clips: int) -> tuple[str, ...]:
 
 
 def tracking_server_stopped(bench: Bench, name: str) -> Row:
-    """The tracking server is killed while the run sends it metrics."""
+    """Kill the tracking server while the run sends it metrics."""
     port = free_port()
     store = bench.work / "mlflow-server"
     store.mkdir()
     command = module_command(
-        "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"
+        *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{store}/m.db"),
+        *("--artifacts-destination", str(store)),
     )
-    backend = ["--backend-store-uri", f"sqlite:///{store}/m.db", "--artifacts-destination"]
-    server = Start([([*command, *backend, str(store)], {})], store / "server.log")
-    try:
+    with Start([(command, {})], store / "server.log") as server:
         server.wait_for(lambda: answers(port), "the tracking server's start")
         tracking = TrackingConfig(uri=f"http://127.0.0.1:{port}", every_steps=1)
-        config = bench.config(name, tracking=tracking)
-        start = bench.plain(config)
-        wait_for_checkpoint(start, config, 2 * INTERVAL)
-        fault = time.time()
+        run = FaultedRun(bench, bench.config(name, tracking=tracking), bench.plain)
+        run.wait_for_checkpoint(2 * INTERVAL)
+        run.fault_is_now()
         server.kill()
-        said = start.wait_for(lambda: start.line("did not take a record"), "the notice")
-        noticed = time.time()
-        start.finish()
-        return bench.row(config, fault, noticed, said, resumed=None)
-    finally:
-        server.kill()
+        run.wait_until_noticed(lambda: unsent(run.run_dir))
+        return run.row(resumes=False)
 
 
 def other_rank_counts(bench: Bench, name: str) -> Row:
-    """2, then 1, then 2 ranks, each from the other's checkpoint."""
+    """Train on 2, then 1, then 2 ranks, each from the other's checkpoint."""
     half = bench.steps // (2 * INTERVAL) * INTERVAL
-    config = bench.config(name)
-    bench.plain(dataclasses.replace(config, steps=half - INTERVAL), 2).finish()
-    fault = time.time()
-    bench.plain(dataclasses.replace(config, steps=half), 1).finish()
-    start = bench.plain(config, 2)
-    start.finish()
-    said = f"went on with 1 and again with 2 ranks, from step {resumed_step(start)}"
     left = half - INTERVAL
-    return bench.row(config, fault, fault, said, before=left, resumed=left, tolerance=1e-5)
+    config = bench.config(name)
+    run = FaultedRun(bench, dataclasses.replace(config, steps=left), bench.plain)
+    run.attempt.finish()
+    run.fault_is_now()
+    bench.plain(dataclasses.replace(config, steps=half), 1).finish()
+    run.config = config
+    run.launch()
+    run.attempt.finish()
+    said = f"resumed with 1 and again with 2 ranks, from step {resumed_step(run.run_dir)}"
+    return run.row(before=left, resumed=left, tolerance=1e-5, said=said)

@@ -1,9 +1,9 @@
-"""Several machines on one: Ray nodes in namespaces of their own, which can be killed and cut off.
+"""Several machines on one: Ray nodes in namespaces, which can be killed and cut off.
 
 A node has its own network, mounts, host name and processes: a virtual cable leads to a switch in
-one more namespace, which reaches nothing else, and the end of its first process is a power cut.
-Needs root, `ip` (package iproute2), `unshare`, `nsenter` and `setpriv` (util-linux). No rates or
-losses: the kernel's netem isn't everywhere.
+another namespace, which reaches nothing else, and killing its first process is a power cut. Needs
+root, `ip` (package iproute2), `unshare`, `nsenter` and `setpriv` (util-linux). There is no packet
+loss or bandwidth limit, as not every kernel has netem.
 """
 
 import os
@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, module_command, tree_environment
@@ -23,7 +22,6 @@ from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, module_command
 _PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount", "hostname")
 _PORT = 6379
 _OBJECT_STORE_BYTES = 100_000_000
-_UP = "Ray runtime started"
 _POLL_SECONDS = 0.2
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -35,7 +33,7 @@ HEALTH_CHECKS = {
 
 
 def unavailable() -> str:
-    """Why this machine can't have such nodes; empty: it can."""
+    """Return why this machine can't have such nodes; empty: it can."""
     missing = [program for program in _PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not found; install iproute2 and util-linux"
@@ -63,12 +61,12 @@ class _Node:
 
 
 class Nodes:
-    """A Ray head without cores and workers with one core each. A context: on the way out all that
-    it has made is gone, by the names that it has given.
+    """A Ray head without cores, and workers with one core each. A context, which removes all that
+    it has created, by name.
 
     Args:
         workers: nodes that can train.
-        logs: folder for what the nodes say.
+        logs: folder for the nodes' logs.
 
     Attributes:
         namespaces: of the network: head, workers, switch.
@@ -99,7 +97,7 @@ class Nodes:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "GLOO_SOCKET_IFNAME": "eth0",
-            # Each node would take the memory of the whole machine, of others too, for its own.
+            # Each node would count the memory of the whole machine as its own.
             "RAY_memory_monitor_refresh_ms": "0",
             **HEALTH_CHECKS,
         }
@@ -112,50 +110,36 @@ class Nodes:
             self._in_switch("link", "set", "switch", "up")
             for node in self._nodes:
                 self._connect(node)
-                self._start(node)  # workers look for the head until it is there
+                self._start(node)  # workers look for the head until it is up
             self._wait_until_up()
         except BaseException:
             self._remove()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._remove()
 
     def on_head(self, command: list[str]) -> list[str]:
-        """The command that runs another one on the head."""
+        """Wrap a command so that it runs on the head."""
         first = self._first_process(self._nodes[0])
-        return [
-            "nsenter",
-            f"--target={first}",
-            "--net",
-            "--mount",
-            "--uts",
-            "--pid",
-            "--",
-            *command,
-        ]
+        namespaces = ("--net", "--mount", "--uts", "--pid")
+        return ["nsenter", f"--target={first}", *namespaces, "--", *command]
 
     def kill(self, worker: int) -> None:
-        """All processes of a worker's node are gone at once, SIGKILL to each by the kernel."""
+        """Kill all processes of a worker's node at once: the kernel sends each SIGKILL."""
         self._end(self._nodes[worker + 1])
 
     def cut(self, worker: int) -> None:
-        """Nothing gets to a worker's node or away from it."""
+        """Cut the cable of a worker's node."""
         self._in_switch("link", "set", self._nodes[worker + 1].cable, "down")
 
     def mend(self, worker: int) -> None:
-        """The cable is back."""
+        """Restore the cable."""
         self._in_switch("link", "set", self._nodes[worker + 1].cable, "up")
 
     def supervise(self, worker: int) -> None:
-        """What a supervisor does with a node: Ray ends on one that was given up, and it is started
-        again.
+        """Do a supervisor's work: wait until Ray, which gave the node up, has ended; restart it.
 
         Raises:
             RuntimeError: it did not end.
@@ -183,12 +167,11 @@ class Nodes:
         """Run Ray on a node, as the only thing that it does."""
         number = self._nodes.index(node)
         node.starts += 1
-        folder = self._folder / f"{number}-{node.starts}"
         ray = module_command(
             "ray.scripts.scripts",
             *("start", "--block", "--disable-usage-stats"),
             f"--node-ip-address={node.address}",
-            f"--temp-dir={folder}",
+            f"--temp-dir={self._folder_of(node)}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--num-cpus={min(number, 1)}",
             *(
@@ -213,8 +196,12 @@ class Nodes:
                 start_new_session=True,
             )
 
+    def _folder_of(self, node: _Node) -> Path:
+        """Ray's files of a node's last start."""
+        return self._folder / f"{self._nodes.index(node)}-{node.starts}"
+
     def _first_process(self, node: _Node) -> int:
-        """Process 1 of a node, by its number outside."""
+        """Return the outside id of a node's process 1."""
         assert node.process is not None
         children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
         return int(children.read_text().split()[0])
@@ -223,7 +210,7 @@ class Nodes:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for node in self._nodes:
             assert node.process is not None
-            while _UP not in node.log.read_text(errors="replace"):
+            while not any(self._folder_of(node).glob("session_*/sockets/raylet")):
                 if node.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{node.namespace} did not come up; see {node.log}")
                 time.sleep(_POLL_SECONDS)
@@ -232,7 +219,7 @@ class Nodes:
         _ip("-n", self._switch, *words)
 
     def _end(self, node: _Node) -> None:
-        """SIGKILL to all that runs on a node, a driver on the head too; returns when it is gone."""
+        """Kill all that runs on a node, a driver on the head too; returns when it is gone."""
         if node.process is None:
             return
         node.process.kill()  # --kill-child: the kernel ends process 1, and with it all others
@@ -244,7 +231,7 @@ class Nodes:
             time.sleep(_POLL_SECONDS)
 
     def _remove(self) -> None:
-        """All that was made, as far as it was made."""
+        """Remove all that was created."""
         for node in self._nodes:
             self._end(node)
         made = {line.split()[0] for line in _ip("netns", "list").splitlines() if line}

@@ -1,39 +1,31 @@
 """The faults that need several machines: a node that is gone, and one that can't be reached.
 
 A head and two workers in namespaces of this machine (`netns_nodes.py`), one rank on each worker.
-The run asks for two ranks, so it waits until the node is back, which is its supervisor's work:
-here, ours.
+The run needs two ranks, so it waits until the node is back, as its supervisor brings it: here, this
+module.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.netns_nodes import Nodes, unavailable
 from cavmae.benchmarks.faults.outcome import Row, Skipped
-from cavmae.benchmarks.faults.runs import (
-    INTERVAL,
-    RANKS,
-    Bench,
-    last_step,
-    new_log,
-    observed_command,
-    resumed_step,
-    wait_for_checkpoint,
-)
+from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, new_log, observed_command
 from cavmae.benchmarks.harness.processes import Start
+from cavmae.trainer.config.configs import PretrainConfig
 
-_START_AGAIN_SECONDS = "10"
-"""How long Ray Train waits for missing nodes until it asks for them again; 60 by default."""
+_REQUEST_SECONDS = "10"
+"""How long Ray Train waits for missing nodes before it requests them again; 60 by default."""
 
 
 def node_killed(bench: Bench, name: str) -> Row | Skipped:
-    """SIGKILL to all processes of a worker's node, Ray's and the rank; the node comes back."""
+    """Send SIGKILL to all processes of a worker's node, Ray's and the rank; the node comes back."""
     return _row(bench, name, lambda nodes: nodes.kill(1), lambda nodes: None)
 
 
 def node_cut(bench: Bench, name: str) -> Row | Skipped:
-    """The cable of a worker's node is pulled; it is back when the loss was noticed."""
+    """Cut the link of a worker's node; restore it when the loss was noticed."""
     return _row(bench, name, lambda nodes: nodes.cut(1), lambda nodes: nodes.mend(1))
 
 
@@ -50,22 +42,18 @@ def _row(
     logs = Path(config.run_dir).with_name(f"{Path(config.run_dir).name}-nodes")
     logs.mkdir()
     with Nodes(RANKS, logs) as nodes:
-        command = observed_command("train", config, f"--address={nodes.address}")
-        environment = nodes.environment | {
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _START_AGAIN_SECONDS
-        }
-        start = Start([(nodes.on_head(command), environment)], new_log(config))
-        try:
-            wait_for_checkpoint(start, config, 2 * INTERVAL)
-            before, fault = last_step(Path(config.run_dir)), time.time()
+
+        def launch(config: PretrainConfig) -> Start:
+            command = observed_command("train", config, f"--address={nodes.address}")
+            waits = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _REQUEST_SECONDS}
+            return Start([(nodes.on_head(command), nodes.environment | waits)], new_log(config))
+
+        run = FaultedRun(bench, config, launch)
+        with run.attempt:
+            run.wait_for_checkpoint(2 * INTERVAL)
+            run.fault_is_now()
             do(nodes)
-            said = start.wait_for(lambda: start.line("rank . failed"), "the failure")
-            noticed = time.time()
+            run.wait_until_noticed(run.failure)
             undo(nodes)
             nodes.supervise(1)
-            start.finish()
-            return bench.row(
-                config, fault, noticed, said, before=before, resumed=resumed_step(start)
-            )
-        finally:
-            start.kill()
+            return run.row()

@@ -1,7 +1,7 @@
-"""What came of a fault: times, steps lost, and whether the run is the one that it had to be.
+"""The outcome of a fault: times, steps lost, and whether samples and losses are as expected.
 
-Two runs are the same where every position of the plan was trained on with the same clip and the
-losses of all steps are equal, bit for bit on the same number of ranks.
+Two runs are the same if every position of the plan was trained on with the same clip and the losses
+of all steps are equal, bit for bit on the same number of ranks.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ NOTICED_WITHIN_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Expected:
-    """What a run has to come to.
+    """Losses and samples of a run.
 
     Attributes:
         losses: of every step.
         samples: id by position of the plan.
-        run: which run that was, for people.
+        run: which run it is, for people.
     """
 
     losses: list[float]
@@ -32,18 +32,19 @@ class Expected:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a fault.
+    """The outcome of a fault.
 
     Attributes:
-        noticed_seconds: from the fault to the line in the log that names it.
-        again_seconds: from the fault to the next step that is new; 0: training went on meanwhile.
-        steps_lost: steps done before the fault that had to be done again.
-        steps_allowed: most of them: an interval, and what was done while a checkpoint was written.
+        noticed_seconds: from the fault until the run has written that it noticed it.
+        again_seconds: from the fault to the next new step; 0: training continued meanwhile.
+        steps_lost: steps done before the fault that were repeated.
+        steps_allowed: limit of `steps_lost`: an interval, and the steps done while a checkpoint was
+            written.
         samples_equal: every position of the plan was trained on with the expected clip.
         largest_difference: of the losses, relative to the expected ones; 0: bit for bit.
-        tolerance: of it.
+        tolerance: limit of `largest_difference`.
         compared_with: the run that samples and losses are compared with.
-        said: the line of the log.
+        said: what the run wrote of it (`status.json`, metrics, a checkpoint), for people.
     """
 
     noticed_seconds: float
@@ -57,9 +58,9 @@ class Row:
     said: str
 
     @property
-    def as_it_should_be(self) -> bool:
-        """Whether the fault was noticed in time, no more was lost than an interval, and the run
-        ended as it was expected to."""
+    def passed(self) -> bool:
+        """Whether the fault was noticed in time, no more steps were lost than allowed, and samples
+        and losses are as expected."""
         return (
             self.noticed_seconds < NOTICED_WITHIN_SECONDS
             and self.steps_lost <= self.steps_allowed
@@ -70,29 +71,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A fault that this machine cannot have. Attributes: skipped, why."""
+    """A fault that this machine can't have. Attributes: skipped, why."""
 
     skipped: str
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A fault after which the run did not come to its end. Attributes: failed, what happened."""
+    """A fault after which the run did not finish. Attributes: failed, what happened."""
 
     failed: str
 
 
 def outcome(config: PretrainConfig, run: str) -> Expected:
-    """What a run that has ended came to."""
+    """Read losses and samples of a run that has ended."""
     run_dir = Path(config.run_dir)
     return Expected(losses(run_dir), trained_samples(run_dir), run)
 
 
 def largest_difference(found: Expected, expected: Expected) -> float:
-    """Of the losses, relative to the expected ones; 0: bit for bit.
+    """Return the largest difference of the losses, relative to the expected ones.
 
     Raises:
-        RuntimeError: there are not as many.
+        RuntimeError: their numbers differ.
     """
     steps, due = len(found.losses), len(expected.losses)
     if steps != due:
@@ -102,12 +103,12 @@ def largest_difference(found: Expected, expected: Expected) -> float:
 
 
 def step_records(run_dir: Path) -> list[dict[str, float]]:
-    """Metrics of every step that was logged; none before the first one."""
+    """Read the metrics of every logged step; empty before the first one."""
     path = run_dir / "metrics.jsonl"
     return [one for one in read_metrics(path) if "loss" in one] if path.exists() else []
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Of every step, as it was computed last."""
+    """Read the loss of every step; of repeated steps, the last one."""
     by_step = {one["step"]: one["loss"] for one in step_records(run_dir)}
     return [loss for _, loss in sorted(by_step.items())]

@@ -1,25 +1,24 @@
 """`cavmae bench soak`: one run for an hour, with a fault every few minutes, watched for leaks.
 
 Faults come in a random, seeded order, each by process id, file or gradient. At the end the run is
-told to go, goes on to a last step and finishes; a run of as many steps that nothing happened to
-shows the samples and losses that it had to have. Driver, controller and ranks must keep neither
-memory nor file handles (`leak_check.py`).
+preempted, resumes to a last step and finishes; an undisturbed run of as many steps has the samples
+and losses that it must have. Driver, controller and ranks must leak neither memory nor file handles
+(`leak_check.py`).
 
 Steps have a pause, so that an hour has about as many of them as a short undisturbed run.
 """
 
-import argparse
 import dataclasses
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 
 from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.faults.leak_check import (
@@ -30,56 +29,59 @@ from cavmae.benchmarks.faults.leak_check import (
     WARM_UP_SECONDS,
     Life,
     Usage,
-    UsageSampler,
     lives,
+    usage_samples,
 )
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
-from cavmae.benchmarks.faults.runs import INTERVAL, Bench, wait_for_checkpoint
+from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
-from cavmae.benchmarks.harness.processes import unwind_on_sigterm
+from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.trainer.config.configs import PretrainConfig
 
 _STEPS = 10_000_000
-"""Of the run until it is told to go: more than it can do."""
+"""Of the run until it is preempted: more than it can do."""
 _UNDISTURBED_SECONDS = 4 * 3600.0
-"""The undisturbed run takes no longer: it has no pauses, and the other one had an hour or so."""
+"""Limit of the undisturbed run: it has no pauses, and the other one had an hour or so."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench soak", description="A long run with a fault every few minutes."
-    )
-    arguments.add_argument("--minutes", type=float, default=60.0, help="of faults")
-    arguments.add_argument(
-        "--fault-every-seconds", type=float, default=180.0, help="from one fault to the next"
-    )
-    arguments.add_argument("--seed", type=int, default=0, help="of the order of faults")
-    arguments.add_argument("--zero-stage", type=int, choices=[1, 2], default=1, help="of the run")
-    arguments.add_argument("--pause-seconds", type=float, default=0.25, help="in each step")
-    arguments.add_argument("--look-every-seconds", type=float, default=5.0, help="at the processes")
-    arguments.add_argument("--work-dir", default="", help="empty: a temporary folder")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class SoakConfig:
+    """Train for long with a fault every few minutes, and look for leaks.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    minutes: float = 60.0
+    """Minutes of faults."""
+    fault_every_seconds: float = 180.0
+    """Seconds from one fault to the next."""
+    seed: int = 0
+    """Of the order of faults."""
+    zero_stage: Literal[1, 2] = 1
+    """ZeRO stage of the run."""
+    pause_seconds: float = 0.25
+    """Pause in each step."""
+    look_every_seconds: float = 5.0
+    """Seconds between two samples of memory and handles."""
+    work_dir: str = ""
+    """Folder of the runs, which is kept; empty: a temporary one."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "minutes", "fault_every_seconds", "look_every_seconds")
 
 
-def main(argv: list[str]) -> int:
-    """Soak, print and write the record; 1 where a criterion is not met."""
-    flags = parser().parse_args(argv)
-    for name in ("minutes", "fault_every_seconds", "look_every_seconds"):
-        if getattr(flags, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; use above 0")
-    unwind_on_sigterm()
-    work = Path(flags.work_dir or tempfile.mkdtemp(prefix="cavmae-soak-"))
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        results, samples, faults = _soak(flags, work.resolve())
-    finally:
-        if not flags.work_dir:
-            shutil.rmtree(work, ignore_errors=True)
-    record = write_record(flags.out, "soak", torch.device("cpu"), vars(flags), results)
+def main(arguments: list[str]) -> int:
+    """Soak, print and write the record; returns 1 if a criterion is not met."""
+    config = tyro.cli(SoakConfig, prog="cavmae bench soak", args=arguments)
+    with work_folder("soak", config.work_dir) as work:
+        results, samples, faults = _soak(config, work)
+    record = write_record(config.out, "soak", torch.device("cpu"), vars(config), results)
     _plot(samples, faults, record.with_suffix(".png"))
     for name, met in results["criteria"].items():
         print(f"{'yes' if met else 'NO':>4}  {name.replace('_', ' ')}")
@@ -88,56 +90,51 @@ def main(argv: list[str]) -> int:
     return 0 if all(results["criteria"].values()) else 1
 
 
-def _soak(
-    flags: argparse.Namespace, work: Path
-) -> tuple[dict[str, Any], list[Usage], list[Endured]]:
-    bench = Bench(work, _STEPS, flags.zero_stage)
+def _soak(options: SoakConfig, work: Path) -> tuple[dict[str, Any], list[Usage], list[Endured]]:
+    bench = Bench(work, _STEPS, options.zero_stage)
     config = bench.config("soak")
-    # A gradient that is not finite sends the run back: an update left out would change the losses.
+    # A gradient that is not finite rolls the run back: a skipped update would change the losses.
     strict = dataclasses.replace(config.engine, max_skipped_updates=1)
     config = dataclasses.replace(config, engine=strict)
-    give_orders(Path(config.run_dir), Orders(pause_seconds=flags.pause_seconds))
+    give_orders(Path(config.run_dir), Orders(pause_seconds=options.pause_seconds))
     run = SoakedRun(bench, config)
     faults: list[Endured] = []
+    samples: list[Usage] = []
+    found: dict[str, Any] = {}
     problem = ""
-    with UsageSampler(run.processes, flags.look_every_seconds) as usage:
-        try:
-            finished = _live(flags, run, faults)
-        except RuntimeError as error:  # the record says what was got over before
-            finished, problem = config, f"{error}\n"
-        finally:
-            bench.end_all()
     try:
-        found = {} if problem else _compared(bench, finished)
-    except RuntimeError as error:
-        found, problem = {}, f"{error}\n"
+        with usage_samples(run.processes, options.look_every_seconds) as samples:
+            finished = _live(options, run, faults)
+        bench.end_all()
+        found = _compared(bench, finished)
+    except RuntimeError as error:  # the record has the faults before it
+        problem = f"{error}\n"
     finally:
         bench.end_all()
-    watched = lives(usage.samples)
-    return results(faults, watched, found, problem), usage.samples, faults
+    return results(faults, lives(samples), found, problem), samples, faults
 
 
-def _live(flags: argparse.Namespace, run: SoakedRun, faults: list[Endured]) -> PretrainConfig:
-    """The time of faults, and the finish; returns the run with the steps that it ended with."""
-    wait_for_checkpoint(run.start, run.config, 2 * INTERVAL)
-    rng, began = random.Random(flags.seed), time.monotonic()
-    count = int(flags.minutes * 60 / flags.fault_every_seconds)
+def _live(options: SoakConfig, run: SoakedRun, faults: list[Endured]) -> PretrainConfig:
+    """Do the faults and let the run finish; returns it with the steps that it ended with."""
+    run.wait_for_checkpoint(2 * INTERVAL)
+    rng, began = random.Random(options.seed), time.monotonic()
+    count = int(options.minutes * 60 / options.fault_every_seconds)
     for number, fault in enumerate(drawn(rng, count)):
-        due = began + (number + 1) * flags.fault_every_seconds
+        due = began + (number + 1) * options.fault_every_seconds
         time.sleep(max(0.0, due - time.monotonic()))
         print(f"{number + 1} of {count}: {fault} ...", file=sys.stderr, flush=True)
         faults.append(endure(run, fault, rng))
         again, lost = faults[-1].again_seconds, faults[-1].steps_lost
-        print(f"    again after {again:.1f} s, {lost} steps lost", file=sys.stderr, flush=True)
-    time.sleep(max(0.0, began + flags.minutes * 60 - time.monotonic()))
-    run.config = dataclasses.replace(run.config, steps=run.leave() + INTERVAL)
-    run.begin()
-    run.start.finish()
+        print(f"    recovered in {again:.1f} s, {lost} steps lost", file=sys.stderr, flush=True)
+    time.sleep(max(0.0, began + options.minutes * 60 - time.monotonic()))
+    run.config = dataclasses.replace(run.config, steps=run.preempt() + INTERVAL)
+    run.launch()
+    run.attempt.finish()
     return run.config
 
 
 def _compared(bench: Bench, config: PretrainConfig) -> dict[str, Any]:
-    """The run beside one that nothing happens to, which is made now."""
+    """Compare the run with an undisturbed one, which is trained now."""
     undisturbed = bench.config("undisturbed", steps=config.steps, engine=config.engine)
     bench.plain(undisturbed).finish(_UNDISTURBED_SECONDS)
     found, expected = outcome(config, "the soaked run"), outcome(undisturbed, "the undisturbed one")
@@ -155,12 +152,12 @@ def results(
     found: dict[str, Any],
     problem: str,
 ) -> dict[str, Any]:
-    """What the record says.
+    """Make the results of the record.
 
     Args:
-        faults: that were got over.
+        faults: that the run survived.
         watched: processes over their lives.
-        found: of the comparison; empty where the run did not finish.
+        found: of the comparison; empty if the run did not finish.
         problem: why it did not.
     """
     judged = [life for life in watched if life.judged]
@@ -189,7 +186,7 @@ def results(
 
 
 def _of_kind(judged: list[Life], kind: str) -> dict[str, float]:
-    """Of all processes of a kind that were judged: how many, and what they grew by."""
+    """Summarize the judged processes of a kind: how many, and their growth."""
     found = [life for life in judged if life.kind == kind]
     if not found:
         return {"judged": 0}
@@ -204,7 +201,7 @@ def _of_kind(judged: list[Life], kind: str) -> dict[str, float]:
 
 
 def _plot(samples: list[Usage], faults: list[Endured], path: Path) -> None:
-    """Memory and handles of each process over the time, with the faults."""
+    """Plot memory and handles of each process over time, with the faults."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")

@@ -1,23 +1,29 @@
 """One trial of `cavmae bench autotune`: a few steps of the real run with some fields changed, in
-processes of their own, so that a trial that runs out of memory or crashes is an answer too."""
+separate processes, so that a trial that runs out of memory or crashes is a result too."""
 
 import dataclasses
+import signal
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cavmae.atomic_write import read_json
-from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
+from cavmae.benchmarks.harness.processes import BadExit
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
-from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.fault_tolerance.oom import RAN_OUT
+from cavmae.trainer.config.configs import (
+    CheckpointConfig,
+    PretrainConfig,
+    ValidationConfig,
+)
+from cavmae.trainer.fault_tolerance.oom import OutOfMemory
+from cavmae.trainer.run_status import RunStatus, read_status
 
 WARM_UP_STEPS, STEPS = 2, 4
+_KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
+"""Exit codes of a rank that the kernel ended, and of a launcher that passes one on."""
 
 Fields = dict[str, Any]
 """Values of a run's fields by their dotted names, as on the command line."""
@@ -27,13 +33,13 @@ Step = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one.
+    """The result of a trial.
 
     Attributes:
         fields: that were changed.
         real_data: whether clips came from the loader.
-        samples_per_second: to expect of the run with its whole batch; 0 where it did not end well.
-        problem: why it did not; empty where it did.
+        samples_per_second: expected of the run with its whole batch; 0 if the trial failed.
+        problem: why it failed; empty if it did not.
         step_seconds: of each timed step, which has two micro-batches at most.
         peak_memory_bytes: of the first rank.
         seconds: that the trial took in all.
@@ -49,10 +55,10 @@ class Trial:
 
 
 def with_fields(config: PretrainConfig, fields: Fields) -> PretrainConfig:
-    """The run with other values.
+    """Change fields of a run.
 
     Raises:
-        ValueError: fields that do not go together.
+        ValueError: fields that exclude each other.
     """
     parts: dict[str, Fields] = {}
     for name, value in fields.items():
@@ -65,7 +71,7 @@ def with_fields(config: PretrainConfig, fields: Fields) -> PretrainConfig:
 
 
 def words(fields: Fields) -> str:
-    """The fields as words of a command line."""
+    """Format fields as words of a command line."""
     return " ".join(_word(name.replace("_", "-"), value) for name, value in fields.items())
 
 
@@ -76,15 +82,13 @@ def _word(name: str, value: Any) -> str:
     return f"--{name} {value}"
 
 
-def short_run(config: PretrainConfig, ranks: int, run_dir: Path) -> PretrainConfig:
-    """The run as a trial: two micro-batches a step at most, as a step with more repeats them."""
+def short_run(config: PretrainConfig, ranks: int) -> PretrainConfig:
+    """Make a trial of a run: two micro-batches a step at most, as a step with more repeats them."""
     times = config.global_batch // ranks // config.micro_batch
     global_batch = ranks * config.micro_batch * min(times, 2)
     group = config.loss.contrastive_group
     return dataclasses.replace(
         config,
-        run_dir=str(run_dir),
-        steps=WARM_UP_STEPS + STEPS + 1,
         global_batch=global_batch,
         lanes=default_lanes(global_batch),
         loss=dataclasses.replace(
@@ -92,7 +96,7 @@ def short_run(config: PretrainConfig, ranks: int, run_dir: Path) -> PretrainConf
         ),
         data=dataclasses.replace(config.data, validation=""),
         checkpoint=CheckpointConfig(every_steps=10**9),
-        evaluation=EvaluationConfig(every_steps=10**9),
+        validation=ValidationConfig(every_steps=10**9),
     )
 
 
@@ -117,50 +121,36 @@ def run_trial(
         real_data: whether clips come from the loader; else they are on the device already.
         within_seconds: a trial that takes longer has failed.
     """
-    began = time.monotonic()
-
-    def ended(problem: str, found: dict[str, Any] | None = None) -> Trial:
-        steps: list[Step] = found["steps"] if found else []
-        return Trial(
-            fields=fields,
-            real_data=real_data,
-            samples_per_second=expected_rate(changed, ranks, steps) if found else 0.0,
-            problem=problem,
-            step_seconds=[_seconds(step) for step in steps],
-            peak_memory_bytes=found["peak_memory_bytes"] if found else 0,
-            seconds=time.monotonic() - began,
-        )
-
+    began, problem = time.monotonic(), ""
+    found: dict[str, Any] = {"steps": [], "peak_memory_bytes": 0}
     changed = with_fields(config, fields)
-    folder.mkdir()
-    plan = TimedPlan(
-        config=str(folder / "config.json"),
-        synthetic=not real_data,
-        warm_up=WARM_UP_STEPS,
-        steps=STEPS,
-        part_steps=0,
-        result=str(folder / "result.json"),
-    )
-    save_config(short_run(changed, ranks, folder / "run"), plan.config)
-    save_config(plan, folder / "plan.json")
-    module = ("cavmae.benchmarks.training.timed_rank", str(folder / "plan.json"))
-    command = (
-        (module_command(*module), {})
-        if ranks == 1
-        else deepspeed_command(*module, ranks=ranks, gpus=gpus)
-    )
-    start = Start([command], folder / "log")
     try:
-        start.finish(within_seconds)
-    except RuntimeError as error:
-        return ended(_problem(str(error).splitlines()[0], start.text()))
-    finally:
-        start.kill()
-    return ended("", read_json(plan.result))
+        found = timed_run(
+            short_run(changed, ranks),
+            folder,
+            ranks=ranks,
+            gpus=gpus,
+            synthetic=not real_data,
+            warm_up=WARM_UP_STEPS,
+            steps=STEPS,
+            part_steps=0,
+            within_seconds=within_seconds,
+        )
+    except BadExit as error:
+        problem = problem_of(error.code, read_status(folder / "run"))
+    return Trial(
+        fields=fields,
+        real_data=real_data,
+        samples_per_second=0.0 if problem else expected_rate(changed, ranks, found["steps"]),
+        problem=problem,
+        step_seconds=[_seconds(step) for step in found["steps"]],
+        peak_memory_bytes=found["peak_memory_bytes"],
+        seconds=time.monotonic() - began,
+    )
 
 
 def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> float:
-    """Samples a second with as many micro-batches a step as the run has: they repeat, the update
+    """Extrapolate samples a second to the micro-batches of the run's step: they repeat, the update
     does not.
 
     Args:
@@ -179,13 +169,18 @@ def _seconds(step: Step) -> float:
     return sum(sum(kinds.values()) for kinds in step.values())
 
 
-def _problem(ending: str, text: str) -> str:
-    """Why a trial failed, in a line."""
-    if RAN_OUT in text:
+def problem_of(code: int | None, status: RunStatus | None) -> str:
+    """Return why a trial failed, in a line.
+
+    Args:
+        code: exit code of its process; None if it took too long.
+        status: that the trial's run has written.
+    """
+    error = status if status is not None and status.state == "failed" else None
+    if error and error.error_type == OutOfMemory.__name__:
         return "out of memory"
-    if "-9" in ending:
+    if code in _KILLED:
         return "killed, as for want of memory"
-    if "nothing in" in ending:
+    if code is None:
         return "took too long"
-    said = [line for line in text.strip().splitlines() if line.strip()]
-    return said[-1] if said else ending
+    return error.last_error if error else f"ended with {code}"

@@ -2,30 +2,29 @@
 
 The same run of two CPU ranks is started by the plain `deepspeed` launcher, by `cavmae train` on
 Ray, and by the launcher with checkpoints, in turn, so that a machine that slows down slows all of
-them; each ratio is of starts that followed each other.
+them; each ratio is of runs that followed each other.
 """
 
-import argparse
 import dataclasses
-import shutil
 import statistics
 import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.processes import (
     Start,
     deepspeed_command,
     module_command,
-    unwind_on_sigterm,
 )
 from cavmae.benchmarks.harness.records import timing, write_record
-from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.tools.synthetic import generate
+from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
+from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
@@ -39,72 +38,75 @@ INTERVAL = 50
 CONTENDERS = ("deepspeed", "ray", "deepspeed with checkpoints")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench overhead", description="What Ray and checkpoints add to a step."
-    )
-    arguments.add_argument("--steps", type=int, default=180, help="of each start")
-    arguments.add_argument("--repeats", type=int, default=3, help="starts of each kind")
-    arguments.add_argument("--batch", type=int, default=16, help="samples a step, over both ranks")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
+@dataclass(frozen=True)
+class OverheadConfig:
+    """Measure what Ray and checkpoints add to a step.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    steps: int = 180
+    """Steps of each run."""
+    repeats: int = 3
+    """Runs of each kind."""
+    batch: int = 16
+    """Clips in a step, over both ranks."""
+    out: str = "benchmarks/results"
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        check_least(self, steps=WARM_UP_STEPS + INTERVAL + 10, repeats=1, batch=RANKS)
 
 
-def main(argv: list[str]) -> int:
-    """Measure, print and write the record."""
-    flags = parser().parse_args(argv)
-    least = WARM_UP_STEPS + INTERVAL + 10
-    if flags.steps < least:
-        raise ValueError(f"--steps is {flags.steps}; use {least} or more")
-    unwind_on_sigterm()
-    work = Path(tempfile.mkdtemp(prefix="cavmae-overhead-"))
+def main(arguments: list[str]) -> int:
+    """Measure, print and write the record; returns the exit code."""
+    config = tyro.cli(OverheadConfig, prog="cavmae bench overhead", args=arguments)
     seconds: dict[str, list[list[float]]] = {name: [] for name in CONTENDERS}
-    try:
-        listing = generate(work / "videos", CLIPS, seed=0)
-        pack(PackConfig(str(listing), str(work / "shards"), tiers="frames"), Console(quiet=True))
-        for repeat in range(flags.repeats):
-            # The one that goes first changes, so that none always follows the same.
+    with work_folder("overhead") as work:
+        shards = synthetic_shards(work, CLIPS)
+        for repeat in range(config.repeats):
+            # Another contender goes first each time, so that none always follows the same one.
             for name in CONTENDERS[repeat % 3 :] + CONTENDERS[: repeat % 3]:
-                print(f"{name}, {repeat + 1} of {flags.repeats} ...", file=sys.stderr, flush=True)
-                config = _config(work, f"{CONTENDERS.index(name)}-{repeat}", name, flags)
-                seconds[name].append(_step_seconds(name, config))
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                print(f"{name}, {repeat + 1} of {config.repeats} ...", file=sys.stderr, flush=True)
+                run_dir = work / f"{CONTENDERS.index(name)}-{repeat}"
+                seconds[name].append(
+                    _step_seconds(name, _run_config(config, name, run_dir, shards))
+                )
     results = summarize(seconds)
     Console(width=120).print(_table(results))
     device = torch.device("cpu")
-    print(f"record: {write_record(flags.out, 'overhead', device, vars(flags), results)}")
+    print(f"record: {write_record(config.out, 'overhead', device, vars(config), results)}")
     return 0
 
 
-def _config(work: Path, run: str, contender: str, flags: argparse.Namespace) -> PretrainConfig:
+def _run_config(
+    config: OverheadConfig, contender: str, run_dir: Path, shards: Path
+) -> PretrainConfig:
     recipe = demo()
     saves = contender.endswith("checkpoints")
     return dataclasses.replace(
         recipe,
-        run_dir=str(work / run),
-        steps=flags.steps,
-        global_batch=flags.batch,
-        micro_batch=flags.batch // RANKS,
-        data=dataclasses.replace(recipe.data, train=str(work / "shards" / "frames"), validation=""),
-        checkpoint=CheckpointConfig(every_steps=INTERVAL if saves else 10 * flags.steps),
+        run_dir=str(run_dir),
+        steps=config.steps,
+        global_batch=config.batch,
+        micro_batch=config.batch // RANKS,
+        data=dataclasses.replace(recipe.data, train=str(shards), validation=""),
+        checkpoint=CheckpointConfig(every_steps=INTERVAL if saves else 10 * config.steps),
         tracking=TrackingConfig(every_steps=1),
         threads_per_rank=1,
     )
 
 
 def _step_seconds(contender: str, config: PretrainConfig) -> list[float]:
-    """Of each step after the warm-up, the last one left out: it waits for its checkpoint."""
+    """Seconds of each step after the warm-up, except the last, which waits for its checkpoint."""
     path = Path(config.run_dir).with_suffix(".json")
     save_config(config, path)
     plain = deepspeed_command("cavmae.trainer.pretrain", str(path), ranks=RANKS, gpus=False)
     ray = module_command("cavmae.cluster.train", str(path), "--workers", str(RANKS)), plain[1]
-    start = Start([ray if contender == "ray" else plain], path.with_suffix(".log"))
-    try:
+    command = ray if contender == "ray" else plain
+    with Start([command], path.with_suffix(".log")) as start:
         start.finish()
-    finally:
-        start.kill()
     times = [one["unix_seconds"] for one in read_metrics(Path(config.run_dir) / "metrics.jsonl")]
     pairs = zip(times[WARM_UP_STEPS:-2], times[WARM_UP_STEPS + 1 : -1], strict=True)
     return [after - before for before, after in pairs]
@@ -114,18 +116,17 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
     """Timing of each contender, and by how much its steps are longer than the plain launcher's.
 
     Args:
-        seconds: for each contender and start, of each step. The means of the starts are compared
-            one by one, as they followed each other; means, because a checkpoint costs few steps
-            much.
+        seconds: for each contender and run, of each step. The means of the runs are compared one by
+            one, as they followed each other; means, because a checkpoint costs few steps much.
 
     Returns:
         For each contender `timing` of all its steps and, the plain launcher apart, `longer_by`:
-        median, minimum and maximum share over the starts.
+        median, minimum and maximum share over the runs.
     """
     results: dict[str, dict[str, object]] = {}
-    means = {name: [statistics.fmean(one) for one in starts] for name, starts in seconds.items()}
-    for name, starts in seconds.items():
-        results[name] = dict(timing([second for one in starts for second in one]))
+    means = {name: [statistics.fmean(one) for one in runs] for name, runs in seconds.items()}
+    for name, runs in seconds.items():
+        results[name] = dict(timing([second for one in runs for second in one]))
         results[name]["mean_seconds"] = means[name]
         if name != CONTENDERS[0]:
             shares = [a / b - 1 for a, b in zip(means[name], means[CONTENDERS[0]], strict=True)]
@@ -138,7 +139,7 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
 
 
 def _table(results: dict[str, dict[str, object]]) -> Table:
-    table = Table("start", "mean step, s", "longer by (from, to)")
+    table = Table("run", "mean step, s", "longer by (from, to)")
     for name, result in results.items():
         means, longer = result["mean_seconds"], result.get("longer_by")
         assert isinstance(means, list)

@@ -1,4 +1,4 @@
-"""What the timed steps of a training run say: rates, shares, parts beside their floors, bars."""
+"""Summary of the timed steps of a training run: rates, shares, parts beside their floors, bars."""
 
 import statistics
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ Source = Literal["synthetic", "shards"]
 SOURCES: tuple[Source, ...] = ("synthetic", "shards")
 LOOP_BAR, SHARDS_BAR = 0.03, 0.95
 ORDER = (DATA.part, *PARTS, REST, GRADIENTS.part, OPTIMIZER.part, COMMUNICATION.part, LOOP.part)
-"""Of the parts of a step, as they come."""
+"""Order of the parts of a step."""
 
 Step = dict[str, dict[str, float]]
 """Seconds by part and kind."""
@@ -30,7 +30,7 @@ Step = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What was trained.
+    """The training that was timed.
 
     Attributes:
         config: sizes of the model.
@@ -38,7 +38,7 @@ class Setting:
         zero_stage: of the ranks.
         precision: of weights and activations.
         device: of the ranks; a CPU is shared by them.
-        judged: whether the bars are about a model of these sizes.
+        judged: whether the bars apply to a model of these sizes.
     """
 
     config: ModelConfig
@@ -58,11 +58,11 @@ class Setting:
 def summarize(
     found: dict[Source, dict[str, Any]], setting: Setting, rates: dict[str, Any]
 ) -> dict[str, Any]:
-    """The results of a record.
+    """Make the results of a record.
 
     Args:
-        found: by source of the batches, what `TimedLoop.results` gave on the first rank.
-        setting: of the ranks.
+        found: by source of the batches, `TimedLoop.results` of the first rank.
+        setting: that was trained.
         rates: of the machine, from `measure_rates`.
     """
     results: dict[str, Any] = {"machine": rates}
@@ -90,7 +90,7 @@ def _total(step: Step) -> float:
 
 
 def _shares(steps: list[Step]) -> dict[str, float]:
-    """Of the time of all steps, as the loop sees them."""
+    """Compute shares of the time of all steps, as the loop sees them."""
     total = sum(map(_total, steps))
 
     def share(label: Label) -> float:
@@ -106,7 +106,7 @@ def _shares(steps: list[Step]) -> dict[str, float]:
 
 
 def _parts(steps: list[Step], setting: Setting, rates: dict[str, Any]) -> dict[str, Any]:
-    """By part and kind: times over the steps by parts, and what the part needs; empty without."""
+    """Time the steps by part and kind, beside the work of each part; empty without such steps."""
     work = part_work(
         setting.config,
         setting.batch,
@@ -133,7 +133,7 @@ def _parts(steps: list[Step], setting: Setting, rates: dict[str, Any]) -> dict[s
 
 
 def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]]:
-    """What is to be reached, and whether it was; `met` is None where it is not judged here."""
+    """Compare with the bars; `met` is None if the bar is not judged here."""
     bars: dict[str, dict[str, Any]] = {}
     if synthetic := results.get("synthetic"):
         shares = synthetic["shares"]
@@ -157,7 +157,7 @@ def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]
 
 
 def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Rates and bars for people."""
+    """Format rates and bars as lines."""
     rates = results["machine"]
     yield (
         f"machine: product {rates['flops_per_second'] / 1e12:.3g} TFLOP/s, copy "
@@ -184,7 +184,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
 
 
 def parts_table(source: Source, results: dict[str, Any]) -> Table:
-    """The parts of a step for people, with each one's floor."""
+    """Make a table of the parts of a step, each with its floor."""
     table = Table(
         "part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches"
     )

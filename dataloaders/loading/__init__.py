@@ -1,1 +1,1 @@
-"""From the sample plan to batches on the device; bad samples are quarantined."""
+"""Loaders: from the sample plan to batches on the training device."""

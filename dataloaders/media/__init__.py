@@ -1,1 +1,1 @@
-"""Decoding and encoding of audio and video, and the log-mel spectrogram."""
+"""Decoding and encoding of audio and video, and the log-mel."""

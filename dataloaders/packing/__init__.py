@@ -1,1 +1,1 @@
-"""From videos to packed shards."""
+"""`cavmae pack`: from videos to shards."""

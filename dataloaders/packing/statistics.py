@@ -1,7 +1,7 @@
-"""What is written once all shards of a set are packed: statistics, sampling weights, duplicates.
+"""Writes the statistics, sampling weights and duplicates of a set when all shards are packed.
 
-Everything comes from the reports of finished shards, read one by one, so memory is not proportional
-to the set, but for one number a clip.
+Everything comes from the reports of finished shards, read one by one; memory grows by one number a
+clip.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from cavmae.atomic_write import atomic_write, write_json, write_text
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 LOG_MEL_CLIPS = 500
-"""Clips, drawn by counter, of which mean and deviation of the log-mel are computed."""
+"""Number of randomly drawn clips for the mean and std of the log-mel."""
 MEL_BINS = 128
 
 
@@ -28,11 +28,11 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
 
     Args:
         out: folder whose tiers are complete.
-        tiers: in it.
-        others: sets that were allowed to share clips with this one; the shared ones are counted.
+        tiers: names of the tiers.
+        others: sets whose clips shared with this one are counted.
 
     Returns:
-        What `statistics.json` holds.
+        The content of `statistics.json`.
     """
     classes: Counter[str] = Counter()
     codecs: Counter[str] = Counter()
@@ -47,8 +47,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             classes.update(clip["labels"])
             codecs[clip["codec"]] += 1
             unlabelled += not clip["labels"]
-            first = known.earlier(clip["content"], int(clip["key"]))
-            known.note(clip["content"], int(clip["key"]))
+            first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
                 duplicates.append({"key": clip["key"], "first": f"{first:09d}"})
             shared += others is not None and (
@@ -56,7 +55,6 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             )
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
     write_text(out / "duplicates.jsonl", text)
-    mean, deviation, heard = _log_mel(ShardSet(out / tiers[0]))
     statistics = {
         "clips": clips,
         "seconds": seconds,
@@ -64,8 +62,8 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "classes": dict(classes.most_common()),
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),
-        "clips_in_sets_of_not_in": shared,
-        "log_mel": {"mean": mean, "deviation": deviation, "clips": heard},
+        "clips_in_not_in": shared,
+        "log_mel": _log_mel_statistics(ShardSet(out / tiers[0])),
         "weights": None
         if unlabelled
         else "weights.npy of each tier: sum over a clip's labels of 1000 / (count + 0.01)",
@@ -81,7 +79,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
 
 
 def _weights(out: Path, classes: Counter[str], clips: int) -> np.ndarray:
-    """`(clips,)` float32 as the published `gen_weight_file.py` computes them."""
+    """Compute `(clips,)` float32 weights like the published `gen_weight_file.py`."""
     of_class = {name: 1000 / (count + 0.01) for name, count in classes.items()}
     packed = (clip for report in finished_reports(out) for clip in report["packed"])
     return np.fromiter(
@@ -89,25 +87,22 @@ def _weights(out: Path, classes: Counter[str], clips: int) -> np.ndarray:
     )
 
 
-def _log_mel(shards: ShardSet) -> tuple[float, float, int]:
-    """Mean and deviation over all values, as the published `get_norm_stats.py` averages them: of
-    each clip's own, over the clips; and the number of clips."""
+def _log_mel_statistics(shards: ShardSet) -> dict[str, float]:
+    """Mean and std of the log-mel of each clip, averaged over the clips like the published
+    `get_norm_stats.py`; and the number of clips."""
     import torch
 
     from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 
     order = random_permutation(0, "order", 0, shards.samples)[:LOG_MEL_CLIPS]
-    ends = np.cumsum(shards.sizes)
-    means, deviations = [], []
-    for place in sorted(order.tolist()):
-        shard = int(np.searchsorted(ends, place, side="right"))
-        sample = place - int(ends[shard] - shards.sizes[shard])
-        waveform = torch.from_numpy(decode_sound(shards.member(shard, sample, shards.audio_codec)))
+    means, stds = [], []
+    for position in sorted(order.tolist()):
+        audio = shards.member(*shards.at(position), shards.audio_codec)
+        waveform = torch.from_numpy(decode_audio(audio))
         frames = 1 + (len(waveform) - WINDOW_SAMPLES) // HOP_SAMPLES
         if frames > 0:
             values = log_mel([waveform], MEL_BINS, frames, torch.device("cpu"))
             means.append(float(values.mean()))
-            deviations.append(float(values.std()))
-    if not means:
-        return 0.0, 0.0, 0
-    return float(np.mean(means)), float(np.mean(deviations)), len(means)
+            stds.append(float(values.std()))
+    mean, std = (float(np.mean(values)) if values else 0.0 for values in (means, stds))
+    return {"mean": mean, "std": std, "clips": len(means)}

@@ -1,1 +1,1 @@
-"""The order of samples as a pure function of seed and position."""
+"""The order of samples: sample plans, mixtures, and counter-based random numbers."""

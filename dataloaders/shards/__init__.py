@@ -1,1 +1,1 @@
-"""Packed sets: their format, remote storage and local cache."""
+"""The shard format: reading and writing packed sets, local or remote, with a cache."""

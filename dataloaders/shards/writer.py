@@ -1,6 +1,6 @@
-"""Writing of packed shards: whole or not at all, and the same bytes for the same samples.
+"""Writes packed shards: whole or not at all, and the same bytes for the same samples.
 
-The layout is described in `shard_set.py`, which reads it.
+`shard_set.py`, which reads them, describes the layout.
 """
 
 import hashlib
@@ -11,18 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cavmae.atomic_write import (
-    commit,
-    named_errors,
-    temporary_path,
-    write_json,
-    write_text,
-)
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, SCHEMA, ShardEntry
+from cavmae.atomic_write import commit, named_errors, temporary_path, write_json, write_text
+from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.shards.format import SCHEMA, ShardEntry
 
 
 class _HashedFile:
-    """What a tar writer writes to: the digest of a shard is known without reading it again."""
+    """Computes the digest of a shard while the tar is written."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -30,7 +25,7 @@ class _HashedFile:
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
-        if self.file.closed:  # The tar of an abandoned shard still ends itself when collected.
+        if self.file.closed:  # The tar of an abandoned shard writes its end when collected.
             return len(data)
         self.sha256.update(data)
         self.bytes += len(data)
@@ -38,9 +33,9 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes `NAME.tar` and `NAME.idx`; nothing has those names before `finish`.
+    """Writes `NAME.tar` and `NAME.idx`, which appear when `finish` is called.
 
-    The same samples give the same bytes: no times, users or machine names are stored.
+    The same samples give the same bytes: no times, users or host names are stored.
     """
 
     def __init__(self, folder: Path, name: str):
@@ -62,7 +57,7 @@ class ShardWriter:
         self._lines: list[str] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append one sample; `members` maps extensions to bytes, in the order to store them."""
+        """Append one sample; `members` maps extensions to bytes, in the order of the tar."""
         line = []
         for extension, data in members.items():
             # One call per member: a single call would sort them and put the JSON last.
@@ -74,7 +69,7 @@ class ShardWriter:
         self._lines.append(" ".join(line))
 
     def finish(self) -> ShardEntry | None:
-        """Close and name the shard; None, and no files, if no sample was added."""
+        """Complete the shard; without samples, returns None and leaves no files."""
         if not self._lines:
             self.abandon()
             return None
@@ -92,7 +87,7 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Remove what has been written so far."""
+        """Remove the unfinished shard."""
         with suppress(OSError):  # On a full disk: the last bytes cannot be flushed.
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -109,7 +104,7 @@ def write_index(
     skipped: int,
     shards: Iterable[ShardEntry],
 ) -> None:
-    """Write `index.json`, which declares the shards of a tier complete."""
+    """Write the `index.json` that marks a tier as complete."""
     entries = list(shards)
     index = {
         "schema": SCHEMA,

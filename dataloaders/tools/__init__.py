@@ -1,1 +1,1 @@
-"""Commands that verify and inspect packed sets, and synthetic videos."""
+"""Tools for packed sets: `cavmae verify`, `cavmae inspect`, and synthetic videos."""

@@ -46,7 +46,7 @@ def batch_of(positions: np.ndarray) -> AudioVideoBatch:
         labels=((),) * count,
         frame_seconds=torch.zeros(count, 1),
         audio_seconds=torch.zeros(count, 2),
-        shares=torch.ones(count),
+        mixup_lambda=torch.ones(count),
         mixed_labels=((),) * count,
     )
 
@@ -66,7 +66,6 @@ class Run:
                 contrastive_weight=case.get("contrastive_weight", 1.0),
                 contrastive_group=case.get("group", 0),
                 bidirectional=case.get("bidirectional", False),
-                exchange=case.get("exchange", "gather"),
             ),
             engine=EngineConfig(
                 zero_stage=case["zero_stage"],

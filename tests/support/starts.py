@@ -11,8 +11,7 @@ from pathlib import Path
 from forks import start_program
 from launch import ROOT, free_port, rank_environment
 
-from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, RunConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tracking.tracker import create_store
 

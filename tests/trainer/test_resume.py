@@ -142,7 +142,7 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
 def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
-    watchdog = WatchdogConfig(medians=20, minimum_seconds=3)
+    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
@@ -218,7 +218,7 @@ def test_a_run_that_goes_on_refuses_another_seed(
     shutil.copytree(straight, tmp_path / "run")
     start = Start(tiny_run(packed_synthetic, tmp_path / "run", seed=5), 1, tmp_path)
     assert start.processes[0].wait(timeout=120) != 0
-    assert "was started with seed 0 and this start has 5" in start.log.read_text()
+    assert "was started with seed 0 and cannot resume with 5" in start.log.read_text()
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_scores(

@@ -1,8 +1,7 @@
-"""`cavmae embed RUN SHARDS OUT`: embeddings of a packed set, as Parquet files for others to use.
+"""`cavmae embed RUN SHARDS OUT`: embeddings of a packed set, as Parquet files.
 
-One file for each shard. A file is whole or not there, so a start that was killed goes on at the
-shards that have none, in any number of processes. Batches end with their shard: what a file holds
-depends on no other one.
+One file for each shard, written atomically: a killed command resumes at the shards without one, in
+any number of processes. Batches end with their shard, so no file depends on another.
 """
 
 import dataclasses
@@ -18,9 +17,9 @@ import torch
 import tyro
 
 from cavmae.atomic_write import write_json
-from cavmae.command import exit_code
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
     FileWriter,
@@ -29,55 +28,48 @@ from cavmae.trainer.embeddings.parquet_store import (
     file_account,
     file_name,
 )
-from cavmae.trainer.evaluation.embeddings import embedded_batches
-from cavmae.trainer.evaluation.inference import whole_clips
-from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, rests_on
+from cavmae.trainer.evaluation.inference import embedding, output_batches, whole_clips
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, provenance
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
-    """Write what a finished run makes of the sound and the frames of every clip of a packed set.
+class EmbedConfig(CheckedFields):
+    """Embed the sound and the frames of every clip of a packed set with a trained run.
 
-    Run the same command again to go on after an interruption.
+    Rerun the same command to resume after an interruption.
 
     Raises:
         ValueError: a field out of its range.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a finished run."""
+    """Folder of a trained run."""
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """One tier of packed shards; a folder or a URL."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder for the files; new, empty, or of an earlier start of the same command."""
+    """Folder for the files; new, empty, or of an interrupted run of the same command."""
     frames: Literal[1, 10] = 1
     """Frames of each clip: the middle one, or also each of the ten by itself."""
     dtype: Literal["float32", "float16"] = "float32"
-    """That embeddings are stored in; they are computed in float32."""
-    batch: int = 64
+    """Type of stored embeddings; they are computed in float32."""
+    batch: PositiveInt = 64
     """Clips that are embedded together."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     """Share of the clips that a process has read in a row that may be unreadable before it stops
     with a table of them; the first ten never stop it."""
 
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; use 1 or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; use 0 to 1")
-
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
-"""Writes the files of some shards, wherever; yields the number of each that is there."""
+"""Writes the files of some shards, anywhere; yields the number of each that is written."""
 
 
 def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
-    """Embed what is missing, account for every clip; returns what `embeddings.json` says.
+    """Embed what is missing, account for every clip; returns the content of `embeddings.json`.
 
     Args:
         config: what to embed, and how.
-        executor: where it is done; it decides nothing about the values.
+        executor: where it is computed; values don't depend on it.
 
     Raises:
         ValueError: the run or the set does not fit, or `out` has embeddings of others.
@@ -91,26 +83,26 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         files = [out / file_name(shards, shard) for shard in range(len(shards.sizes))]
         missing = [shard for shard, file in enumerate(files) if not file.exists()]
         for shard in set(range(len(files))) - set(missing):
-            file_account(files[shard], origin)  # told now, not when all others are there
+            file_account(files[shard], origin)  # fail now, not when all others are written
         if missing:
             (out / DESCRIPTION).unlink(missing_ok=True)
         _write_missing(config, origin, executor, missing, len(files))
         accounts = [file_account(file, origin) for file in files]
         rows = [count for count, _ in accounts]
-        left_out = [clip for _, clips in accounts for clip in clips]
-        assert sum(rows) + len(left_out) == shards.samples
+        skipped = [clip for _, clips in accounts for clip in clips]
+        assert sum(rows) + len(skipped) == shards.samples
         place = config.shards if "://" in config.shards else str(Path(config.shards).absolute())
         description = {
             "run": str(run.folder.absolute()),
             "shards": place,
             "clips": shards.samples,
             "rows": sum(rows),
-            "left_out": left_out,
+            "skipped": skipped,
             "files": [
                 {"name": file.name, "rows": count} for file, count in zip(files, rows, strict=True)
             ],
             "bytes": sum(file.stat().st_size for file in files),
-            **rests_on(run, shards),
+            **provenance(run, shards),
         }
         write_json(out / DESCRIPTION, description)
     return description
@@ -119,19 +111,19 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
 def _write_missing(
     config: EmbedConfig, origin: Origin, executor: Executor, missing: Sequence[int], files: int
 ) -> None:
-    """Have the missing files written, and say now and then how many there are."""
-    done, told = files - len(missing), time.monotonic()
+    """Have the missing files written, and report progress now and then."""
+    done, reported = files - len(missing), time.monotonic()
     if done:
-        print(f"{done} of {files} files are there", file=sys.stderr)
+        print(f"resuming: {done} of {files} files are complete", file=sys.stderr)
     for _ in executor(config, origin, missing) if missing else ():
         done += 1
-        if time.monotonic() - told > PLAIN_PROGRESS_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - reported > PLAIN_PROGRESS_SECONDS:
+            reported = time.monotonic()
             print(f"{done} of {files} files", file=sys.stderr, flush=True)
 
 
 def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
-    """What the values will come from."""
+    """Describe what the values come from."""
     return Origin(
         weights_sha256=run.weights_sha256,
         config_sha256=hashlib.sha256((run.folder / "config.json").read_bytes()).hexdigest(),
@@ -143,7 +135,7 @@ def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
 
 
 def in_this_process(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
-    """The executor of one process, on its GPU where it has one."""
+    """Execute in one process, on its GPU if it has one."""
     run = open_trained_encoders(config.run_dir)
     model = run.model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield from write_files(run, model, config, origin, numbers)
@@ -156,8 +148,8 @@ def write_files(
     origin: Origin,
     numbers: Sequence[int],
 ) -> Generator[int]:
-    """Embed some shards and write their files, but for those that are there; yields the number of
-    each that is written.
+    """Embed some shards and write the files that are missing; yields the number of each that is
+    written.
 
     Args:
         run: whose model it is.
@@ -191,11 +183,12 @@ def write_files(
         parts=places,
     )
     try:
-        batches = embedded_batches(model, loader, origin.torch_dtype)
+        device = model.norm.weight.device
+        batches = output_batches(embedding(model), loader, device, origin.torch_dtype)
         batch = next(batches, None)
         for number, here in zip(numbers, places, strict=True):
             with FileWriter(out, shards, number, origin) as file:
-                while batch is not None and int(batch.positions[0]) in here:
+                while batch is not None and int(batch.clips.positions[0]) in here:
                     file.add(batch)
                     batch = next(batches, None)
                 file.finish(
@@ -211,21 +204,17 @@ def write_files(
 
 
 def tell(config: EmbedConfig, description: dict[str, Any]) -> None:
-    """Print what is there."""
-    left_out = len(description["left_out"])
+    """Print a summary."""
+    skipped = len(description["skipped"])
     print(
         f"{config.out}: {description['rows']} clips in {len(description['files'])} files, "
         f"{description['bytes'] / 1e6:.1f} MB"
-        + (f"; {left_out} left out, {DESCRIPTION} there says why" if left_out else "")
+        + (f"; {skipped} skipped, {DESCRIPTION} has the reasons" if skipped else "")
     )
 
 
 def main(arguments: list[str]) -> int:
-    """The command in one process; returns its exit code."""
+    """Run the command in one process; returns its exit code."""
     config = tyro.cli(EmbedConfig, prog="cavmae embed", args=arguments)
     tell(config, embed_set(config, in_this_process))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The only file that knows Faiss: the nearest of many unit vectors by cosine.
+"""Nearest neighbours among many unit vectors by cosine; the only file that imports Faiss.
 
 Exact search reads every vector, a piece at a time, and keeps nothing. An HNSW graph (Malkov and
 Yashunin, 2018) answers from a part of them: it is built once, in memory, and then mapped from its
@@ -17,7 +17,7 @@ from cavmae.atomic_write import atomic_write
 LINKS = 32
 """Of a vector in each layer of the graph; twice as many in the lowest."""
 BUILD_CANDIDATES, SEARCH_CANDIDATES = 200, 256
-"""Vectors that are looked at for the links of a new one, and for a query, at least."""
+"""Smallest candidate lists (efConstruction and efSearch of HNSW)."""
 
 Ranked = list[tuple[int, float]]
 """Row and cosine, best first."""
@@ -26,7 +26,7 @@ _faiss: Any = faiss  # completed when it is imported, which pyright does not see
 
 
 def nearest(vectors: Iterable[np.ndarray], query: np.ndarray, top: int) -> Ranked:
-    """The rows with the largest cosines, compared with all.
+    """Find the rows with the largest cosines among all vectors.
 
     Args:
         vectors: pieces of (rows, width) float32, of length 1.
@@ -45,7 +45,7 @@ def nearest(vectors: Iterable[np.ndarray], query: np.ndarray, top: int) -> Ranke
 
 
 def build_graph(vectors: Iterable[np.ndarray], width: int, path: Path) -> None:
-    """Write the graph of vectors, whole or not at all; all of them are held in half precision.
+    """Build the graph of vectors and write it atomically; it holds them in half precision.
 
     Args:
         vectors: pieces of (rows, width) float32, of length 1.
@@ -70,7 +70,7 @@ def build_graph(vectors: Iterable[np.ndarray], width: int, path: Path) -> None:
 
 
 def nearest_by_graph(path: Path, query: np.ndarray, top: int) -> Ranked:
-    """The rows with the largest cosines among those that the graph leads to.
+    """Find rows with large cosines by the graph.
 
     Args:
         path: of a graph that `build_graph` wrote.
@@ -89,6 +89,6 @@ def nearest_by_graph(path: Path, query: np.ndarray, top: int) -> Ranked:
 
 
 def _ranked(cosines: np.ndarray, rows: np.ndarray) -> Ranked:
-    """Of (1, top) arrays; Faiss fills up with row -1 what it does not find."""
+    """Convert (1, top) arrays; Faiss pads with row -1."""
     pairs = zip(rows[0].tolist(), cosines[0].tolist(), strict=True)
     return [(row, cosine) for row, cosine in pairs if row >= 0]

@@ -1,9 +1,9 @@
-"""Embeddings of a packed set on disk: one Parquet file for each shard, whole or not at all.
+"""Embeddings of a packed set on disk: one Parquet file for each shard, written atomically.
 
 `origin.json` says what the values come from, so that a restart can't mix two models or two sets;
 `embeddings.json` is written last: a folder that has it is complete, and it accounts for every clip.
-A file's own metadata repeats its origin and names the clips of its shard that were left out. Rows
-are in packing order, vectors as the model gives them, not normalised.
+A file's metadata repeats its origin and names the clips of its shard that were skipped. Rows are in
+packing order, vectors are not normalised.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from cavmae.atomic_write import commit, read_json, remove_leftovers, temporary_p
 from cavmae.dataloaders.packing.output_folder import locked
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.serialize import load_config, save_config
-from cavmae.trainer.evaluation.embeddings import EmbeddedBatch
+from cavmae.trainer.evaluation.inference import OutputBatch, middle_frame
 
 SCHEMA = 1
 ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"
 VECTORS = ("audio_embedding", "video_embedding")
 ROWS_TOGETHER = 1024
-"""Rows that are held before they are written, and read together."""
+"""Rows that are written, and read, at a time."""
 
 _NOTE = b"cavmae"
-"""Key of a file's own metadata."""
+"""Key of a file's metadata."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Origin:
     """What the values of a folder of embeddings come from; another origin, another folder.
 
     Attributes:
-        config_sha256: of the run's `config.json`, which says how clips are heard and seen.
+        config_sha256: of the run's `config.json`, which says how clips are read.
         frames: of each clip.
-        dtype: that values are stored in.
+        dtype: of stored values.
     """
 
     weights_sha256: str
@@ -63,13 +63,13 @@ class Origin:
 
 
 def file_name(shards: ShardSet, shard: int) -> str:
-    """Of the embeddings of a shard: `000003.parquet`."""
+    """Name the file of a shard: `000003.parquet`."""
     return f"{Path(shards.files[shard].name).stem}.parquet"
 
 
 @contextmanager
 def claimed(out: Path, origin: Origin) -> Iterator[None]:
-    """Make the folder, refuse one of another origin, and keep other processes out.
+    """Create the folder, refuse one of another origin, and lock it.
 
     Raises:
         OSError: it can't be written, holds other things, or another process writes into it.
@@ -81,13 +81,11 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
         for name, value in dataclasses.asdict(origin).items():
             if before[name] != value:
                 raise ValueError(
-                    f"out is {out}, which was begun with {name} {before[name]}, and this is "
-                    f"{value}; give another folder, or remove that one"
+                    f"out is {out}, which was begun with {name} {before[name]}, not {value}; give "
+                    "another folder, or remove that one"
                 )
     elif out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"out is {out}, which holds something else already; give a new or empty folder"
-        )
+        raise FileExistsError(f"out is {out}, which holds other files; give a new or empty folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
         save_config(origin, path)
@@ -97,7 +95,7 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
 
 
 class FileWriter:
-    """Writes the embeddings of one shard; a context that `finish` was not called in leaves nothing.
+    """Writes the embeddings of one shard. A context: without `finish`, nothing is left.
 
     Args:
         folder: of the embeddings.
@@ -108,7 +106,7 @@ class FileWriter:
 
     def __init__(self, folder: Path, shards: ShardSet, shard: int, origin: Origin) -> None:
         self._path = folder / file_name(shards, shard)
-        # Two processes may write the same file where one was given up and lives on.
+        # Two processes may write the same file if one was given up but still runs.
         self._temporary = temporary_path(self._path)
         self._shards, self._shard, self._origin = shards, shard, origin
         self._schema = _arrow_schema(origin)
@@ -129,22 +127,22 @@ class FileWriter:
         self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
-    def add(self, batch: EmbeddedBatch) -> None:
+    def add(self, batch: OutputBatch) -> None:
         """Add clips of the shard, in packing order."""
-        self._rows += len(batch.positions)
+        self._rows += len(batch.clips.positions)
         self._waiting.append(self._table(batch))
         if sum(map(len, self._waiting)) >= ROWS_TOGETHER:
             self._flush()
 
-    def finish(self, left_out: Sequence[tuple[str, str, str]]) -> None:
+    def finish(self, skipped: Sequence[tuple[str, str, str]]) -> None:
         """Put the file in its place.
 
         Args:
-            left_out: id, reason and detail of each clip of the shard that has no row.
+            skipped: id, reason and detail of each clip of the shard that has no row.
         """
-        assert self._rows + len(left_out) == self._shards.sizes[self._shard]
+        assert self._rows + len(skipped) == self._shards.sizes[self._shard]
         self._flush()
-        note = {"origin": dataclasses.asdict(self._origin), "left_out": left_out}
+        note = {"origin": dataclasses.asdict(self._origin), "skipped": skipped}
         self._writer.add_key_value_metadata({_NOTE: json.dumps(note)})
         self._writer.close()
         commit(self._temporary, self._path)
@@ -154,29 +152,30 @@ class FileWriter:
             self._writer.write_table(pa.concat_tables(self._waiting))
         self._waiting = []
 
-    def _table(self, batch: EmbeddedBatch) -> pa.Table:
-        places = [self._shards.at(position) for position in batch.positions.tolist()]
+    def _table(self, batch: OutputBatch) -> pa.Table:
+        clips, frames = batch.clips, batch.values["frames"]
+        places = [self._shards.at(position) for position in clips.positions.tolist()]
         described = [self._shards.description(*place) for place in places]
         sources = [one["source"] for one in described]
         columns = {
-            "position": batch.positions.numpy(),
-            "sample_id": batch.sample_ids,
-            "labels": batch.labels,
+            "position": clips.positions.numpy(),
+            "sample_id": clips.sample_ids,
+            "labels": clips.labels,
             "source_path": [source["path"] for source in sources],
             "source_start_seconds": [source["start_seconds"] for source in sources],
             "source_end_seconds": [source["end_seconds"] for source in sources],
             "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
-            "frame_seconds": _lists(batch.frame_seconds.numpy()),
-            "audio_embedding": _lists(batch.audio.numpy()),
-            "video_embedding": _lists(batch.video.contiguous().numpy()),
+            "frame_seconds": _lists(clips.frame_seconds.numpy()),
+            "audio_embedding": _lists(batch.values["audio"].numpy()),
+            "video_embedding": _lists(middle_frame(frames).contiguous().numpy()),
         }
         if self._origin.frames > 1:
-            columns["frame_embeddings"] = _lists(batch.frames.numpy())
+            columns["frame_embeddings"] = _lists(frames.numpy())
         return pa.table(columns, schema=self._schema)
 
 
 def _lists(values: np.ndarray) -> pa.Array:
-    """Rows of an array as fixed-size lists (of fixed-size lists)."""
+    """Convert rows of an array to fixed-size lists (of fixed-size lists)."""
     lists = pa.array(values.ravel())
     for size in reversed(values.shape[1:]):
         lists = pa.FixedSizeListArray.from_arrays(lists, size)
@@ -203,7 +202,7 @@ def _arrow_schema(origin: Origin) -> pa.Schema:
 
 
 def file_account(path: Path, origin: Origin) -> tuple[int, list[list[str]]]:
-    """Rows of a file, and id, reason and detail of the clips that have none.
+    """Read the number of rows of a file, and id, reason and detail of the clips without one.
 
     Raises:
         ValueError: it is damaged, or of another origin.
@@ -214,7 +213,7 @@ def file_account(path: Path, origin: Origin) -> tuple[int, list[list[str]]]:
         note = json.loads((found.metadata or {})[_NOTE])
         if note["origin"] != dataclasses.asdict(origin):
             raise ValueError("it comes from another model, set or settings")
-        return found.num_rows, note["left_out"]
+        return found.num_rows, note["skipped"]
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's error is a ValueError
         raise ValueError(
             f"{path} can't be used ({type(error).__name__}: {error}); remove it and embed again"
@@ -247,8 +246,8 @@ class EmbeddingSet:
             )
         if not (self.folder / DESCRIPTION).is_file():
             raise ValueError(
-                f"embeddings is {folder}, which is not complete: it has no {DESCRIPTION}; run the "
-                "`cavmae embed` that began it once more"
+                f"embeddings is {folder}, which is not complete: it has no {DESCRIPTION}; rerun "
+                "the same `cavmae embed` to resume it"
             )
         self.origin = load_config(self.folder / ORIGIN, Origin)
         self.description = read_json(self.folder / DESCRIPTION)
@@ -258,14 +257,14 @@ class EmbeddingSet:
         if not self.rows:
             raise ValueError(
                 f"embeddings is {folder}, which has no clip: all {self.description['clips']} were "
-                f"left out; {DESCRIPTION} there says why"
+                f"skipped; {DESCRIPTION} there has the reasons"
             )
 
     def unit_vectors(self, column: str) -> Iterator[np.ndarray]:
-        """All rows of a column in order, some at a time: (rows, width) float32 of length 1.
+        """Read all rows of a column in order, some at a time: (rows, width) float32 of length 1.
 
         Raises:
-            ValueError: a vector that has no direction, or a damaged file.
+            ValueError: a vector is not finite or all zeros, or a file is damaged.
             OSError: a file can't be read.
         """
         for number in range(len(self._names)):
@@ -283,24 +282,24 @@ class EmbeddingSet:
                     yield values / norms
 
     def clips(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Some rows by their numbers: every column but embeddings.
+        """Read some rows by their numbers: every column but embeddings.
 
         Raises:
             ValueError: a damaged file.
             OSError: a file can't be read.
         """
         found: dict[int, dict[str, Any]] = {}
-        wanted = [name for name in _arrow_schema(self.origin).names if "embedding" not in name]
+        columns = [name for name in _arrow_schema(self.origin).names if "embedding" not in name]
         for number in sorted({self._file_of(row) for row in rows}):
             first = self._ends[number - 1] if number else 0
             here = [row for row in rows if self._file_of(row) == number]
             with self._opened(number) as file:
-                table = file.read(columns=wanted).take([row - first for row in here])
+                table = file.read(columns=columns).take([row - first for row in here])
             found |= zip(here, table.to_pylist(), strict=True)
         return [found[row] for row in rows]
 
     def vectors_of(self, sample_id: str) -> dict[str, np.ndarray]:
-        """The embeddings of a clip: (width,) float32 by column.
+        """Read the embeddings of a clip: (width,) float32 by column.
 
         Raises:
             ValueError: no such clip, or a damaged file.
@@ -323,7 +322,7 @@ class EmbeddingSet:
         )
 
     def beside(self, name: str) -> Path:
-        """Where something made of these values is kept; other values, another place."""
+        """Path of something computed from these values; other values, another path."""
         values = json.dumps([dataclasses.asdict(self.origin), self.description["files"]])
         digest = hashlib.sha256(values.encode()).hexdigest()[:8]
         return self.folder / f"index-{digest}" / name
@@ -340,6 +339,6 @@ class EmbeddingSet:
 
 
 def _matrix(column: pa.ChunkedArray | pa.Array, width: int) -> np.ndarray:
-    """(rows, width) float32 of a column of fixed-size lists."""
+    """Convert a column of fixed-size lists to (rows, width) float32."""
     flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return flat.flatten().to_numpy().reshape(-1, width).astype(np.float32, copy=False)

@@ -1,4 +1,4 @@
-"""A media file as a query: its sound and a frame, as packing and the loader would take them."""
+"""A media file as a query: its sound and a frame, processed as packing and the loader do."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,18 +9,14 @@ from av import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.constants import AUDIO_HZ, MIDDLE_FRAME
+from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
-from cavmae.dataloaders.loading.reader import (
-    MIDDLE_FRAME,
-    SHORTEST_AUDIO_SAMPLES,
-    EncodedClip,
-    ReadTask,
-)
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.decode_clip import decode_clip, decode_sound_file
+from cavmae.dataloaders.loading.reader import SHORTEST_AUDIO_SAMPLES, EncodedClip, ReadTask
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.media.decode_clip import decode_audio_file, decode_clip
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES, log_mel
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack_clip import ten_frames
 from cavmae.trainer.config.configs import RunConfig
@@ -31,7 +27,7 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 @dataclass(frozen=True)
 class MediaQuery:
-    """What a file has.
+    """Sound and frame of a file.
 
     Attributes:
         audio: (samples,) int16, 16 kHz mono; None: no sound.
@@ -43,12 +39,12 @@ class MediaQuery:
 
 
 def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
-    """Sound and middle frame of the beginning of a file; of a picture the picture.
+    """Read the sound and the middle frame of the beginning of a file, or a picture.
 
     Args:
-        path: sound, picture, or video with sound; what it is, its content says.
-        seconds: of it; 0: as long as the run's model hears.
-        run: whose model is asked.
+        path: sound, picture, or video with sound, told by its content.
+        seconds: length to read; 0: as long as the run's model hears.
+        run: configuration of the model.
 
     Raises:
         ValueError: the file can't be used.
@@ -66,7 +62,7 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
         except ClipError as error:
             if error.reason not in ("no_video", "open_failed"):  # sound files are no clips
                 raise
-            return MediaQuery(decode_sound_file(path, seconds, settings), None)
+            return MediaQuery(decode_audio_file(path, seconds, settings), None)
     except ClipError as error:
         if error.reason == "no_audio":
             raise ValueError(
@@ -84,7 +80,7 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
 
 
 def _picture(path: str) -> np.ndarray | None:
-    """`(height, width, 3)` uint8, turned as its camera noted; None: it is no picture."""
+    """Read `(height, width, 3)` uint8, rotated by its EXIF orientation; None: not a picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -100,7 +96,7 @@ def _picture(path: str) -> np.ndarray | None:
 def embed_query(
     model: AudioVideoEncoder, run: RunConfig, query: MediaQuery
 ) -> dict[str, np.ndarray]:
-    """Embeddings of what the query has, `audio_embedding` and `video_embedding`: (width,) float32.
+    """Embed the query: `audio_embedding` and `video_embedding`, (width,) float32, if it has them.
 
     Args:
         model: of the run, set to evaluate.
@@ -121,18 +117,18 @@ def embed_query(
 
 
 def _as_input(frame: np.ndarray, image_size: int) -> np.ndarray:
-    """(1, 3, image_size, image_size) float32 by the loader's own graph, which wants a sound too."""
+    """Compute (1, 3, size, size) float32 by the loader's graph, which needs a sound as well."""
     height, width, _ = frame.shape
     decoder = ClipDecoder("original", image_size, maximum_batch=1, threads=1, gpu=None)
     clip = EncodedClip(
         task=ReadTask(0, 0, 0, 0),
         sample_id="query",
         labels=(),
-        sound=encode_sound(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav"),
-        pictures=(b"\0",),
+        audio=encode_audio(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav"),
+        frames=(b"\0",),
         pixels=(frame,),
-        box=middle_box(height, width, image_size),
-        mirrored=False,
+        crop=center_crop(height, width, image_size),
+        flipped=False,
         frame_seconds=(0.0,),
         audio_seconds=(0.0, 0.0),
     )

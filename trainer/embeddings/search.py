@@ -1,7 +1,6 @@
-"""`cavmae search EMBEDDINGS QUERY`: a sound finds videos, a frame finds sounds, without a word.
+"""`cavmae search EMBEDDINGS QUERY`: find videos by a sound, and sounds by a frame.
 
-The query is a media file, which the run's model embeds, or a clip of the set, whose embeddings are
-there.
+The query is a media file, which the run's model embeds, or a clip of the set.
 """
 
 import dataclasses
@@ -17,24 +16,24 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.atomic_write import write_json
-from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
 from cavmae.trainer.embeddings.query import embed_query, read_query
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders
 
 FOUND_BY = {"video": "sound", "sound": "picture"}
-"""What is found, and by what of the query."""
+"""What is found, and the part of the query that it is found by."""
 EXACT_ROWS = 1_000_000
-"""Up to so many clips `auto` is exact: 3 GB are read for a query at width 768."""
+"""Most clips for which `auto` is exact: 3 GB are read for a query at width 768."""
 COLUMNS = {"video": "video_embedding", "sound": "audio_embedding", "picture": "video_embedding"}
 
 
 @dataclass(frozen=True)
-class SearchConfig:
-    """Rank the clips of EMBEDDINGS for a query: by its sound the videos, by its picture the sounds.
+class SearchConfig(CheckedFields):
+    """Rank the clips of EMBEDDINGS for a query: videos by its sound, sounds by its picture.
 
     Raises:
         ValueError: a field out of its range.
@@ -44,7 +43,7 @@ class SearchConfig:
     """Folder that `cavmae embed` wrote."""
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """A sound, picture or video file; or a sample id of the set, such as 000003/000003017."""
-    top: int = 10
+    top: PositiveInt = 10
     """Clips that are listed."""
     wanted: Annotated[Literal["all", "video", "sound"], tyro.conf.arg(name="for")] = "all"
     """What to find: videos, by the query's sound; sounds, by its picture; all: what it can find."""
@@ -52,23 +51,20 @@ class SearchConfig:
     """`exact` compares with every clip; `hnsw` with some, by a graph that is built once; `auto`:
     exact up to a million clips, hnsw above."""
     run: str = ""
-    """Folder of the run that made the embeddings; empty: where it was then."""
-    seconds: float = 0.0
+    """Folder of the run that made the embeddings; empty: where it was at that time."""
+    seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds above 0, or 0")] = 0.0
     """Of a query file, from its start; 0: as long as the model hears."""
     out: str = ""
     """Also write the result: .json, or a sheet of the clips found as .html or .png."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}; use 1 or more")
-        if not 0 <= self.seconds < float("inf"):
-            raise ValueError(f"seconds is {self.seconds}; use seconds above 0, or 0")
+        super().__post_init__()
         if self.out and Path(self.out).suffix not in (".json", ".html", ".png"):
             raise ValueError(f"out is {self.out!r}; use a name that ends in .json, .html or .png")
 
 
 def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
-    """Clips found, best first, by what they were found as: `video`, `sound`.
+    """Find clips, best first, as `video` and as `sound`.
 
     Raises:
         ValueError: embeddings, run or query can't be used, or do not go together.
@@ -76,18 +72,18 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
     """
     embeddings = EmbeddingSet(config.embeddings)
     query = query_embeddings(config, embeddings)
-    wanted = [
+    kinds = [
         kind
         for kind in FOUND_BY
         if config.wanted in ("all", kind) and COLUMNS[FOUND_BY[kind]] in query
     ]
-    if not wanted:
+    if not kinds:
         raise ValueError(
             f"query {config.query} has no {FOUND_BY[config.wanted]}, by which a {config.wanted} is "
-            "found; give a file that has one, or leave --for out"
+            "found; give a file that has one, or omit --for"
         )
     found = {}
-    for kind in wanted:
+    for kind in kinds:
         vector = query[COLUMNS[FOUND_BY[kind]]]
         ranked = _ranked(config, embeddings, COLUMNS[kind], vector)
         clips = embeddings.clips([row for row, _ in ranked])
@@ -101,7 +97,7 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
 def _ranked(
     config: SearchConfig, embeddings: EmbeddingSet, column: str, query: np.ndarray
 ) -> Ranked:
-    """Rows of the embeddings by the cosine of a column with the query."""
+    """Rank the rows of the embeddings by the cosine of a column with the query."""
     length = np.linalg.norm(query)
     if not np.isfinite(length) or length == 0:
         raise ValueError(
@@ -119,7 +115,7 @@ def _ranked(
 
 
 def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str, np.ndarray]:
-    """`audio_embedding` and `video_embedding` of the query, (width,) float32, where it has them.
+    """Embed the query: `audio_embedding` and `video_embedding`, (width,) float32, if it has them.
 
     Raises:
         ValueError: the query can't be used, or the run is not that of the embeddings.
@@ -130,7 +126,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
     folder = config.run or embeddings.description["run"]
     if not Path(folder).is_dir():
         raise ValueError(
-            f"run {folder}, which is to embed the query, is not there; give its folder by --run, "
+            f"run {folder}, which must embed the query, does not exist; give its folder by --run, "
             "or a sample id as the query"
         )
     run = open_trained_encoders(folder)
@@ -148,7 +144,7 @@ def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -
     """Write what was found to `config.out`.
 
     Raises:
-        ValueError: the clips of a sheet are not the shards' any more.
+        ValueError: the shards have changed, so no sheet can be made.
         OSError: a file can't be read or written.
     """
     embeddings = EmbeddingSet(config.embeddings)
@@ -191,7 +187,7 @@ def _table(kind: str, clips: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     config = tyro.cli(SearchConfig, prog="cavmae search", args=arguments)
     found = search(config)
     for kind, clips in found.items():
@@ -200,7 +196,3 @@ def main(arguments: list[str]) -> int:
         write_result(config, found)
         print(f"result: {config.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,13 +1,12 @@
-"""`cavmae evaluate classify RUN_DIR SHARDS`: which classes does a fine-tuned run find in clips?
+"""`cavmae evaluate classify RUN_DIR SHARDS`: score a fine-tuned run as a classifier.
 
-A run that was fine-tuned on sound and picture is asked with both, and with one of them missing.
-With ten frames the probabilities of a clip are averaged over them, as published.
+A run that was fine-tuned on sound and video is scored with both, and with one of them missing. With
+ten frames the probabilities of a clip are averaged over them, as published.
 """
 
 import csv
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,15 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cavmae.atomic_write import atomic_write
-from cavmae.command import exit_code
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
-from cavmae.trainer.evaluation.leakage import check_not_trained_on
+from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import (
     TrainedClassifier,
     open_trained_classifier,
-    trained_on,
     write_evaluation,
 )
 from cavmae.trainer.metrics.classification import (
@@ -43,7 +41,7 @@ from cavmae.trainer.tracking.figures import plot_classes
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(CheckedFields):
     """Classify the clips of a packed set with a fine-tuned run, and score that.
 
     Raises:
@@ -51,32 +49,30 @@ class ClassifyConfig:
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a finished fine-tuning run."""
+    """Folder of a trained fine-tuning run."""
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """One tier of packed shards with labels that the run was not trained on; a folder or a URL."""
     out: str = ""
-    """JSON file of the result, with a table (.csv) and a picture (.png) of the classes beside it;
+    """JSON file of the result, with a table (.csv) and a figure (.png) of the classes beside it;
     empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones in packing order; 0: all."""
     frames: Literal[1, 10] = 1
     """Of each clip: the middle one, as during training, or the mean over all ten, as published."""
     modes: str = ""
-    """With what the run is asked, separated by commas: multimodal, missingaudioonly,
-    missingvideoonly, audioonly, videoonly; empty: all that it was fine-tuned for."""
-    batch: int = 64
+    """Input modes to score, separated by commas: multimodal, missingaudioonly, missingvideoonly,
+    audioonly, videoonly; empty: all that the run was fine-tuned for."""
+    batch: PositiveInt = 64
     """Clips that are classified together; no score depends on it."""
-    resamples: int = 1000
-    """Of the bootstrap over clips that intervals come from; 0: no intervals."""
+    resamples: NonNegativeInt = 1000
+    """Bootstrap resamples over clips, for the intervals; 0: no intervals."""
     allow_empty_classes: bool = False
-    """Score a set that has no clip of some classes; these are left out of the means."""
+    """Score a set that has no clip of some classes; the means skip these."""
     allow_leakage: bool = False
-    """Score clips that were trained on too, or of which it can't be known."""
+    """Also score clips that were trained on, or of which that can't be known."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("batch", 1), ("resamples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+        super().__post_init__()
         if self.resamples == 1:
             raise ValueError("resamples is 1; use 2 or more, or 0 for no intervals")
         if self.out and not self.out.endswith(".json"):
@@ -85,12 +81,12 @@ class ClassifyConfig:
 
 @dataclass(frozen=True)
 class ModeScores:
-    """What a run scores when it is asked in one mode.
+    """Scores of a run in one mode.
 
     Attributes:
-        frames: that were averaged; 1 where the mode sees none.
+        frames: number of frames averaged; 1 if the mode sees none.
         scores: of that mean.
-        by_frame: scores of each frame alone, without intervals; empty where there is one.
+        by_frame: scores of each frame alone, without intervals; empty if there is one.
     """
 
     frames: int
@@ -98,8 +94,8 @@ class ModeScores:
     by_frame: tuple[ClassificationScores, ...]
 
 
-def modes_to_ask(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
-    """The modes of `asked`, all of the run's where it is empty.
+def modes_to_score(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
+    """Parse the modes of `asked`; empty: all of the run's.
 
     Raises:
         ValueError: a mode that the run was not fine-tuned for.
@@ -113,7 +109,7 @@ def modes_to_ask(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
     if other:
         raise ValueError(
             f"modes has {other[0]!r}; the run was fine-tuned with classifier.mode {trained} and "
-            f"can be asked for {', '.join(of_run)}"
+            f"can be scored in {', '.join(of_run)}"
         )
     return tuple(mode for mode in of_run if mode in modes)
 
@@ -129,15 +125,15 @@ def check_no_empty_class(labels: LabelSet, shards: str) -> None:
     if empty:
         raise ValueError(
             f"{shards} has no clip of {len(empty)} of the run's {len(labels)} classes, such as "
-            f"{', '.join(map(repr, empty[:5]))}; give a set that has them, or say "
-            "--allow-empty-classes, which leaves them out of the means"
+            f"{', '.join(map(repr, empty[:5]))}; give a set that has them, or pass "
+            "--allow-empty-classes, which skips them in the means"
         )
 
 
 def classified(
     run: TrainedClassifier, modes: Sequence[Mode], config: ClassifyConfig
 ) -> ClipOutputs:
-    """Logits (clips, frames, classes) of each mode by its name, and `targets` (clips, classes).
+    """Compute logits (clips, frames, classes) of each mode, and `targets` (clips, classes).
 
     Raises:
         ValueError: weights that do not fit the run, or a clip without a label of its classes.
@@ -169,7 +165,7 @@ def score_modes(
     run: FinetuneConfig,
     resamples: int,
 ) -> dict[Mode, ModeScores]:
-    """Score what was classified.
+    """Score the logits of each mode.
 
     Args:
         logits: (clips, frames, classes) of each mode.
@@ -202,11 +198,9 @@ def classify(config: ClassifyConfig) -> None:
     """
     run = open_trained_classifier(config.run_dir)
     labels = run.labels
-    modes = modes_to_ask(config.modes, run.config)
+    modes = modes_to_score(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)
-    training = trained_on(run.config)
-    if not config.allow_leakage:
-        check_not_trained_on(config.shards, training.tiers)
+    leakage = check_leakage(run, config.shards, allow=config.allow_leakage)
     if not config.allow_empty_classes and not config.clips:
         check_no_empty_class(labels, config.shards)
     made = classified(run, modes, config)
@@ -215,10 +209,10 @@ def classify(config: ClassifyConfig) -> None:
     scores = score_modes(logits, targets, run.config, config.resamples)
     clips_of_class = [int(count) for count in targets.sum(dim=0).tolist()]
     result = {
-        "asked": dataclasses.asdict(config),
+        "options": dataclasses.asdict(config),
         "clips": len(targets),
-        "left_out": made.left_out,
-        "leakage": "not checked" if config.allow_leakage else training.leakage,
+        "skipped": made.skipped,
+        "leakage": leakage,
         "classes": labels.labels,
         "clips_of_class": clips_of_class,
         "modes": {mode: _as_json(one, labels) for mode, one in scores.items()},
@@ -236,14 +230,14 @@ def classify(config: ClassifyConfig) -> None:
         first.average_precision,
     )
     Console().print(_table(scores))
-    left_out = first.classes_without_average_precision
-    if left_out:
-        print(f"left out of the means: {len(left_out)} of {len(labels)} classes, without a clip")
+    skipped = first.classes_without_average_precision
+    if skipped:
+        print(f"skipped in the means: {len(skipped)} of {len(labels)} classes, without a clip")
     print(f"result: {out}, classes: {out.with_suffix('.csv')}, {out.with_suffix('.png')}")
 
 
 def _logits(model: CAVMAEClassifier, batch: AudioVideoBatch, mode: Mode) -> torch.Tensor:
-    """(batch, frames, classes); one frame where the mode sees none."""
+    """Compute (batch, frames, classes); one frame if the mode sees none."""
     sees = any("video" in modalities for modalities in STREAMS[mode].values())
     frames = batch.frames if sees else batch.frames[:, :1]
     made = [model(batch.log_mel, frame, mode).logits for frame in frames.unbind(1)]
@@ -257,7 +251,7 @@ def _as_json(one: ModeScores, labels: LabelSet) -> dict[str, Any]:
         **scores.as_metrics(),
         "average_precision": scores.average_precision,
         "auc": scores.auc,
-        "classes_left_out": [labels.labels[k] for k in scores.classes_without_average_precision],
+        "classes_skipped": [labels.labels[k] for k in scores.classes_without_average_precision],
         "by_frame": [frame.as_metrics() for frame in one.by_frame],
     }
 
@@ -265,7 +259,7 @@ def _as_json(one: ModeScores, labels: LabelSet) -> dict[str, Any]:
 def _write_classes(
     path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
 ) -> None:
-    """A row for each class in each mode; nothing where a class has no such score."""
+    """Write a row for each class in each mode; empty cells where a class has no such score."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -305,10 +299,6 @@ def _with_interval(value: Estimate, form: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     classify(tyro.cli(ClassifyConfig, prog="cavmae evaluate classify", args=arguments))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

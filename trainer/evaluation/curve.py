@@ -6,7 +6,6 @@ and its contrastive losses have their weight.
 """
 
 import csv
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,6 @@ from typing import Annotated
 import tyro
 
 from cavmae.atomic_write import atomic_write
-from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.tracking.metrics_file import read_metrics
@@ -40,7 +38,7 @@ _PANELS_A_ROW = 3
 
 @dataclass(frozen=True)
 class CurveConfig:
-    """Plot what a run has logged, whether finished or not, over a published log of such a run."""
+    """Plot the metrics of a run, finished or not, over those of a published log."""
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run."""
@@ -53,7 +51,7 @@ class CurveConfig:
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over epochs, of the run and of the log.
+    """A metric over epochs, of the run and of the log.
 
     Attributes:
         name: of the metric, as the run has it.
@@ -66,7 +64,7 @@ class Curve:
 
 
 def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> list[Curve]:
-    """The metrics that both have, in units of the run.
+    """Find the metrics that both have, in units of the run.
 
     Raises:
         ValueError: a log without epochs, or with no metric of the run.
@@ -95,7 +93,7 @@ def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> lis
 
 
 def _units(config: RunConfig, metric: str) -> float:
-    """What a published value has to be divided by."""
+    """Return the factor by which a published value is larger."""
     if not isinstance(config, PretrainConfig) or "loss" not in metric:
         return 1.0
     weight = config.loss.contrastive_weight if metric.endswith("loss_contrastive") else 1.0
@@ -123,7 +121,7 @@ def plot(found: list[Curve], title: str, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     asked = tyro.cli(CurveConfig, prog="cavmae curve", args=arguments)
     run_dir, log = Path(asked.run_dir), Path(asked.published)
     for name in ("config.json", "metrics.jsonl"):
@@ -142,7 +140,3 @@ def main(arguments: list[str]) -> int:
         )
     print(f"plot: {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

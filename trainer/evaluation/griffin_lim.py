@@ -28,7 +28,7 @@ a click: the ends fade instead."""
 
 
 def waveform_from_log_mel(log_mel: torch.Tensor, *, iterations: int, seed: int) -> torch.Tensor:
-    """A waveform whose log-mel is close to the one given; its level is kept.
+    """Compute a waveform whose log-mel is close to the one given; its level is kept.
 
     Args:
         log_mel: (frames, mel_bins) float32, natural log, not normalised and without padding.
@@ -60,7 +60,7 @@ def waveform_from_log_mel(log_mel: torch.Tensor, *, iterations: int, seed: int) 
 
 
 def power_from_mel(mel: torch.Tensor) -> torch.Tensor:
-    """Powers, 0 or more, of the FFT's bins that explain mel powers best.
+    """Compute powers, 0 or more, of the FFT's bins that explain mel powers best.
 
     Multiplicative updates for the Kullback-Leibler divergence (Lee and Seung, NIPS 2000): powers
     differ by ten orders of magnitude, and least squares would see only the loudest.

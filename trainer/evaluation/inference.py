@@ -1,4 +1,4 @@
-"""What a model makes of each clip of a packed set.
+"""A model's outputs for each clip of a packed set: logits, or frozen embeddings.
 
 Clips are taken whole and in float32; no clip sees another one, so nothing depends on how they were
 put into batches.
@@ -13,7 +13,11 @@ import torch
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.loader import ValidationLoader
+from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
+from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP
+from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 Forward = Callable[[AudioVideoBatch], Mapping[str, torch.Tensor]]
 """From a batch on the model's device to tensors (batch, ...) by name."""
@@ -21,32 +25,32 @@ Forward = Callable[[AudioVideoBatch], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class OutputBatch:
-    """Of some clips of a set, in packing order.
+    """Outputs for some clips of a set, in packing order.
 
     Attributes:
         values: by name, (clips, ...) on CPU.
-        batch: the clips.
+        clips: the batch.
     """
 
     values: dict[str, torch.Tensor]
-    batch: AudioVideoBatch
+    clips: AudioVideoBatch
 
 
 @dataclass(frozen=True)
 class ClipOutputs:
-    """Of a set's clips, in packing order.
+    """Outputs for the clips of a set, in packing order.
 
     Attributes:
         values: by name, (clips, ...) float32 on CPU.
         sample_ids: of each clip.
         labels: of each clip.
-        left_out: sample ids that can't be decoded, each with its reason.
+        skipped: sample ids that can't be decoded, each with its reason.
     """
 
     values: dict[str, torch.Tensor]
     sample_ids: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...]
-    left_out: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
 
 
 def whole_clips(
@@ -60,13 +64,13 @@ def whole_clips(
     frames: int = 1,
     parts: Sequence[range] | None = None,
 ) -> ValidationLoader:
-    """The clips of a packed tier as a run's model takes them.
+    """Load the clips of a packed tier as a run's model takes them.
 
     Args:
         data: of the run: how clips are read.
         sizes: of the model.
         shards: a packed tier.
-        device: where batches come out.
+        device: where batches are put.
         batch: clips at a time.
         clips: the first ones; 0: all.
         frames: of each clip.
@@ -102,7 +106,7 @@ def output_batches(
         forward: the model.
         loader: of whole clips.
         device: of the model.
-        dtype: what values are rounded to.
+        dtype: that values are rounded to.
 
     Raises:
         ValueError: a value is not finite.
@@ -117,7 +121,7 @@ def output_batches(
             if bad:
                 some = ", ".join(batch.sample_ids[clip] for clip in bad[:5])
                 raise ValueError(
-                    f"{name}: what the model makes of {len(bad)} clips, such as {some}, is not "
+                    f"{name}: the model's output for {len(bad)} clips, such as {some}, is not "
                     f"finite in {str(dtype).removeprefix('torch.')}; look at these clips or at the "
                     "weights"
                 )
@@ -148,7 +152,58 @@ def clip_outputs(
         raise ValueError(f"shards {shards}: no clip can be decoded; `cavmae verify` says why")
     return ClipOutputs(
         {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
-        tuple(name for part in parts for name in part.batch.sample_ids),
-        tuple(labels for part in parts for labels in part.batch.labels),
+        tuple(name for part in parts for name in part.clips.sample_ids),
+        tuple(labels for part in parts for labels in part.clips.labels),
         tuple((one.sample_id, one.reason) for one in loader.quarantine),
     )
+
+
+def middle_frame(frames: torch.Tensor) -> torch.Tensor:
+    """(clips, frames, ...) to (clips, ...): the frame that is used if there is only one."""
+    return frames[:, frames.shape[1] * MIDDLE_FRAME // FRAMES_PER_CLIP]
+
+
+def embedding(model: AudioVideoEncoder) -> Forward:
+    """Embed sound and frames, unmasked and not normalised.
+
+    Args:
+        model: set to evaluate.
+
+    Returns:
+        From a batch to `audio` (clips, width) and `frames` (clips, frames, width), each frame by
+        itself.
+    """
+
+    def forward(batch: AudioVideoBatch) -> dict[str, torch.Tensor]:
+        # One frame at a time: as much memory, and the same bits, as for clips of one frame.
+        frames = [model.embed_video(frame) for frame in batch.frames.unbind(1)]
+        return {"audio": model.embed_audio(batch.log_mel), "frames": torch.stack(frames, dim=1)}
+
+    return forward
+
+
+def embed(
+    model: AudioVideoEncoder, config: RunConfig, shards: str, *, clips: int, batch: int
+) -> ClipOutputs:
+    """Embed the sound and one frame of each clip, unmasked, in float32.
+
+    Args:
+        model: set to evaluate.
+        config: of its run: its sizes, and how frames are chosen.
+        shards: a packed tier.
+        clips: the first ones; 0: all.
+        batch: clips at a time.
+
+    Returns:
+        `audio` and `video`, each (clips, width), not normalised.
+
+    Raises:
+        ValueError: no clip can be decoded, or an embedding is not finite.
+        OSError: a shard can't be read.
+        DataFaultError: too many clips are damaged.
+    """
+    device = model.norm.weight.device
+    loader = whole_clips(config.data, config.model, shards, device, batch=batch, clips=clips)
+    made = clip_outputs(embedding(model), loader, shards, device)
+    values = {"audio": made.values["audio"], "video": middle_frame(made.values["frames"])}
+    return dataclasses.replace(made, values=values)

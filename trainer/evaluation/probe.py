@@ -1,12 +1,11 @@
-"""`cavmae evaluate probe RUN_DIR TRAIN TEST`: how much of the labels do frozen features tell?
+"""`cavmae evaluate probe RUN_DIR TRAIN TEST`: how well do frozen features predict labels?
 
-A linear classifier and a vote of nearest neighbours are given the features of one packed set with
-labels and asked for those of another. Both are given the features of the same model with random
-weights as well: what is above those is what pretraining has learned.
+A linear classifier and nearest neighbours learn from the features of one packed set with labels and
+predict those of another. The same is done with the features of the same model with random weights:
+what is above those is what pretraining has learned.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,15 +15,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.evaluation.embeddings import Embeddings, embed
-from cavmae.trainer.evaluation.leakage import check_not_trained_on
-from cavmae.trainer.evaluation.trained_run import (
-    open_trained_encoders,
-    trained_on,
-    write_evaluation,
-)
+from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
+from cavmae.trainer.evaluation.inference import ClipOutputs, embed
+from cavmae.trainer.evaluation.leakage import check_leakage
+from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.metrics.classification import ClassificationScores, classification_scores
 from cavmae.trainer.tasks.labels import LabelSet
@@ -35,51 +30,46 @@ _PROBE_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """Classify the clips of TEST from frozen features, by what those of TRAIN have for labels.
+class ProbeConfig(CheckedFields):
+    """Classify the clips of TEST from frozen features, with the labels of TRAIN.
 
     Raises:
         ValueError: a number out of its range.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a finished run."""
+    """Folder of a trained run."""
     train: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TRAIN")]
     """One tier of packed shards with labels, which the classifiers learn from."""
     test: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEST")]
     """One tier of packed shards with the same labels, of other clips."""
     out: str = ""
     """JSON file of the result; empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones of each set in packing order; 0: all."""
     features: Literal["audio", "video", "both"] = "both"
-    """Embedding of the sound, of the picture, or both beside each other."""
-    neighbours: int = 20
-    """That vote."""
-    weight_decay: float = 1e-3
+    """Embedding of the sound, of the frame, or both concatenated."""
+    neighbours: PositiveInt = 20
+    """Number of nearest neighbours."""
+    weight_decay: NonNegativeFloat = 1e-3
     """L2 penalty of the linear classifier on standardised features."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are embedded together; no score depends on it."""
     allow_leakage: bool = False
-    """Score test clips that the run or the classifiers learned from too, or of which it can't be
+    """Also score test clips that the run or the classifiers learned from, or of which that can't be
     known."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("neighbours", 1), ("batch", 1), ("weight_decay", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
 
 
 def nearest_neighbours(
     train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor, neighbours: int
 ) -> torch.Tensor:
-    """Votes of the nearest training clips by cosine.
+    """Classify by a vote of the nearest training clips by cosine.
 
     Args:
         train: (clips, width) features.
         targets: (clips, classes) of them.
         test: (test clips, width) features.
-        neighbours: that vote; at most all.
+        neighbours: how many vote; at most all.
 
     Returns:
         (test clips, classes) float32, shares of the votes.
@@ -93,7 +83,7 @@ def nearest_neighbours(
 def linear_probe(
     train: torch.Tensor, targets: torch.Tensor, test: torch.Tensor, weight_decay: float
 ) -> torch.Tensor:
-    """Logits of a linear classifier on standardised features, trained to its optimum.
+    """Train a linear classifier on standardised features to its optimum.
 
     The problem is convex, so the result depends on no seed, learning rate or batch.
 
@@ -105,10 +95,10 @@ def linear_probe(
         weight_decay: L2 penalty.
 
     Returns:
-        (test clips, classes) float32.
+        (test clips, classes) float32 logits.
     """
-    mean, deviation = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
-    train, test = ((values - mean) / deviation for values in (train, test))
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
+    train, test = ((values - mean) / std for values in (train, test))
     weight = torch.zeros(train.shape[1], targets.shape[1], requires_grad=True)
     bias = torch.zeros(targets.shape[1], requires_grad=True)
     one_label = bool((targets.sum(dim=1) == 1).all())
@@ -140,14 +130,12 @@ def probe(config: ProbeConfig) -> None:
     run = open_trained_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
-    training = trained_on(run.config)
-    if not config.allow_leakage:
-        check_not_trained_on(config.test, [*training.tiers, config.train])
+    leakage = check_leakage(run, config.test, [config.train], allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
     scores: dict[str, ClassificationScores] = {}
     classes: tuple[str, ...] = ()
-    left_out: dict[str, tuple[tuple[str, str], ...]] = {}
+    skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name, model in models.items():
         train, test = (
             embed(model, run.config, shards, clips=config.clips, batch=config.batch)
@@ -164,16 +152,16 @@ def probe(config: ProbeConfig) -> None:
         }
         for kind, guess in guesses.items():
             scores[f"{name}, {kind}"] = classification_scores(guess, truth)
-        left_out = {"train": train.left_out, "test": test.left_out}
+        skipped = {"train": train.skipped, "test": test.skipped}
     result = {
-        "asked": dataclasses.asdict(config),
+        "options": dataclasses.asdict(config),
         "classes": classes,
-        "left_out": left_out,
+        "skipped": skipped,
         "train_fingerprint": ShardSet(config.train, cache).fingerprint,
-        "leakage": "not checked" if config.allow_leakage else training.leakage,
+        "leakage": leakage,
         "scores": {
             name: one.as_metrics()
-            | {"classes_left_out": [classes[k] for k in one.classes_without_average_precision]}
+            | {"classes_skipped": [classes[k] for k in one.classes_without_average_precision]}
             for name, one in scores.items()
         },
     }
@@ -182,12 +170,9 @@ def probe(config: ProbeConfig) -> None:
     print(f"result: {out}")
 
 
-def _features(embeddings: Embeddings, kind: str) -> torch.Tensor:
-    if kind == "audio":
-        return embeddings.audio
-    if kind == "video":
-        return embeddings.video
-    return torch.cat([embeddings.audio, embeddings.video], dim=1)
+def _features(embeddings: ClipOutputs, kind: str) -> torch.Tensor:
+    names = ("audio", "video") if kind == "both" else (kind,)
+    return torch.cat([embeddings.values[name] for name in names], dim=1)
 
 
 def _table(scores: dict[str, ClassificationScores]) -> Table:
@@ -202,10 +187,6 @@ def _table(scores: dict[str, ClassificationScores]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     probe(tyro.cli(ProbeConfig, prog="cavmae evaluate probe", args=arguments))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,13 +1,11 @@
-"""`cavmae reconstruct RUN_DIR SHARDS OUT`: what a finished run makes of clips it sees a part of.
+"""`cavmae reconstruct RUN_DIR SHARDS OUT`: reconstruct masked clips with a trained run.
 
-For each clip a picture, the sound, and the error of the removed patches beside that of two guesses:
-people hear and see whether a model has learned, and the guesses say whether it has learned more
-than means. Patches of both modalities are removed as in training, or all of one and none of the
-other.
+For each clip a figure, the sound, and the error of the removed patches beside that of two
+baselines, which show whether the model has learned more than means. Patches of both modalities are
+removed as in training, or all of one and none of the other.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,15 +14,15 @@ import torch
 import tyro
 
 from cavmae.atomic_write import write_bytes, write_json
-from cavmae.command import exit_code
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.loading.dali import IMAGE_STD
-from cavmae.dataloaders.loading.loader import ValidationLoader
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_STD
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
+from cavmae.trainer.evaluation.inference import whole_clips
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
@@ -41,54 +39,53 @@ ERRORS = (
 )
 
 
+_Ratio = Annotated[float | None, Limit(lambda x: 0 <= x <= 1, "0 to 1")]
+
+
 @dataclass(frozen=True)
-class ReconstructConfig:
-    """Reconstruct held-out clips with a finished run: pictures, sound, errors beside guesses.
+class ReconstructConfig(CheckedFields):
+    """Reconstruct unseen clips with a trained run: figures, sound, errors beside baselines.
 
     Raises:
         ValueError: a field out of its range, or ratios where the direction gives them.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a finished run."""
+    """Folder of a trained run."""
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """One tier of packed shards that the run was not trained on; a folder or a URL."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Where pictures, sounds and `reconstructions.json` are written; new or empty."""
+    """Folder for figures, sounds and `reconstructions.json`; new or empty."""
     direction: Literal["joint", "audio-to-video", "video-to-audio"] = "joint"
     """`joint`: patches of both are removed. The others remove all of one modality and nothing of
     the other."""
-    audio_ratio: float | None = None
+    audio_ratio: _Ratio = None
     """Share of audio patches removed, with `joint`; None: that of the run."""
-    video_ratio: float | None = None
+    video_ratio: _Ratio = None
     """Share of image patches removed, with `joint`; None: that of the run."""
-    clips: int = 8
+    clips: PositiveInt = 8
     """The first ones in packing order."""
     seed: int = 0
     """Of masks, and of the phases that the sound begins with."""
-    sound_iterations: int = 100
+    sound_iterations: PositiveInt = 100
     """Griffin-Lim iterations of each sound."""
 
     def __post_init__(self) -> None:
-        for name in ("clips", "sound_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        super().__post_init__()
         for name in ("audio_ratio", "video_ratio"):
             ratio = getattr(self, name)
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ValueError(f"{name} is {ratio}; use 0 to 1")
             if ratio is not None and self.direction != "joint":
                 raise ValueError(
                     f"{name} is {ratio} and direction {self.direction}, which removes all of one "
-                    f"modality; leave {name} out, or use direction joint"
+                    f"modality; omit {name}, or use direction joint"
                 )
 
 
 def run_with_decoder(run_dir: str) -> TrainedRun:
-    """A finished run whose decoder was trained.
+    """Open a run whose decoder was trained.
 
     Raises:
-        ValueError: no finished run is there, or one that trained no decoder.
+        ValueError: the run has not finished, or trained no decoder.
         OSError: a file can't be read.
     """
     run = open_trained_run(run_dir)
@@ -101,7 +98,7 @@ def run_with_decoder(run_dir: str) -> TrainedRun:
 
 
 def removed_ratios(config: ReconstructConfig, run: PretrainConfig) -> tuple[float, float]:
-    """Shares of audio and of image patches that are removed.
+    """Return the shares of audio and of image patches to remove.
 
     Raises:
         ValueError: nothing would be kept, or nothing removed.
@@ -124,7 +121,7 @@ def removed_ratios(config: ReconstructConfig, run: PretrainConfig) -> tuple[floa
 def removal_masks(
     run: PretrainConfig, positions: torch.Tensor, ratios: tuple[float, float], seed: int
 ) -> tuple[MaskIds, MaskIds]:
-    """Audio and video masks in the run's mode, of ratios up to 1 (nothing kept).
+    """Draw audio and video masks in the run's mode, of ratios up to 1 (nothing kept).
 
     Args:
         run: sizes and mode.
@@ -133,14 +130,8 @@ def removal_masks(
         seed: of the masks.
     """
     below_one = [ratio if ratio < 1 else 0.0 for ratio in ratios]
-    masks = random_masks(
-        run.model,
-        positions,
-        seed=seed,
-        audio_ratio=below_one[0],
-        video_ratio=below_one[1],
-        audio_mode=run.mask.audio_mode,
-    )
+    mask = dataclasses.replace(run.mask, audio_ratio=below_one[0], video_ratio=below_one[1])
+    masks = random_masks(run.model, mask, positions, seed=seed)
     audio, video = (
         mask_ids_from_shuffle(mask.keep, 1.0) if ratio == 1 else mask
         for mask, ratio in zip(masks, ratios, strict=True)
@@ -154,25 +145,25 @@ def errors_of_removed(
     predicted: torch.Tensor,
     *,
     norm_pix: bool,
-    deviation: torch.Tensor,
+    std: torch.Tensor,
     present_columns: int,
 ) -> dict[str, float] | None:
-    """Mean squared errors of removed patches, of the prediction and of two guesses.
+    """Compute mean squared errors of removed patches: of the prediction and of two baselines.
 
-    The first guess is the mean of the kept patches (of the data set, 0, where none is kept). The
-    second gives each patch its own mean, which the guesser is told: it is what a `norm_pix`
-    prediction of zeros becomes, so such a model has learned something where it is below that.
+    The first baseline is the mean of the kept patches (of the data set, 0, if none is kept). The
+    second gives each patch its true mean: it is what a `norm_pix` prediction of zeros becomes, so
+    such a model has learned something if it is below that.
 
     Args:
         pixels: (1, channels, height, width) normalised.
         mask: of one clip.
         predicted: (1, tokens, 256 * channels).
-        norm_pix: whether predictions are of normalised patches, brought back as in `pictures`.
-        deviation: (channels,) by which `pixels` were divided; errors are of values before that.
-        present_columns: columns from the left that are no padding; the others are not counted.
+        norm_pix: whether predictions are of normalised patches, denormalised as in `figures`.
+        std: (channels,) by which `pixels` were divided; errors are of values before that.
+        present_columns: columns from the left that are not padding; the others don't count.
 
     Returns:
-        The three `ERRORS`; None where no patch is removed, or padding alone.
+        The three `ERRORS`; None if no patch is removed, or padding alone.
     """
     masked, reconstructed = masked_and_reconstructed(pixels, mask, predicted, norm_pix)
     removed = masked.isnan()
@@ -182,15 +173,15 @@ def errors_of_removed(
     seen = masked.clone()
     seen[..., present_columns:] = torch.nan
     patches = patchify(pixels)  # (1, tokens, values)
-    guesses = (
+    baselines = (
         patchify(seen).nanmean(1, keepdim=True).nan_to_num(nan=0.0),  # (1, 1, values)
         patches.mean(2, keepdim=True),  # (1, tokens, 1)
     )
     made = [reconstructed] + [
-        masked_and_reconstructed(pixels, mask, guess.expand_as(patches), norm_pix=False)[1]
-        for guess in guesses
+        masked_and_reconstructed(pixels, mask, one.expand_as(patches), norm_pix=False)[1]
+        for one in baselines
     ]
-    scale = deviation[:, None, None]
+    scale = std[:, None, None]
     errors = [((values - pixels) * scale)[removed].square().mean().item() for values in made]
     return dict(zip(ERRORS, errors, strict=True))
 
@@ -205,23 +196,14 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         DataFaultError: too many clips are damaged.
     """
     out = Path(config.out)
-    finished = run_with_decoder(config.run_dir)
-    run = finished.config
+    trained = run_with_decoder(config.run_dir)
+    run = trained.config
     ratios = removed_ratios(config, run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out is {out}, which holds something already; give a new folder")
+        raise ValueError(f"out is {out}, which is not empty; give a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = finished.model(device)
-    loader = ValidationLoader(
-        run.data,
-        ClipShape(run.model.audio_frames, run.model.mel_bins, run.model.image_size),
-        folder=config.shards,
-        batch=1,
-        rank=0,
-        world_size=1,
-        device=device,
-        limit=config.clips,
-    )
+    model = trained.model(device)
+    loader = whole_clips(run.data, run.model, config.shards, device, batch=1, clips=config.clips)
     out.mkdir(parents=True, exist_ok=True)
     try:
         clips = [
@@ -235,12 +217,12 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             "`cavmae verify` says why"
         )
     report = {
-        "asked": dataclasses.asdict(config),
+        "options": dataclasses.asdict(config),
         "audio_ratio": ratios[0],
         "video_ratio": ratios[1],
-        "weights_sha256": finished.weights_sha256,
+        "weights_sha256": trained.weights_sha256,
         "config": dataclasses.asdict(run),
-        "left_out": [[sample.sample_id, sample.reason] for sample in loader.quarantine],
+        "skipped": [[sample.sample_id, sample.reason] for sample in loader.quarantine],
         "mean": {kind: _mean([clip[kind] for clip in clips]) for kind in ("audio", "video")},
         "clips": clips,
     }
@@ -255,7 +237,7 @@ def _reconstruct_clip(
     run: PretrainConfig,
     ratios: tuple[float, float],
 ) -> dict[str, Any]:
-    """Picture and sounds of the one clip of `batch`; returns its part of the report."""
+    """Write figure and sounds of the one clip of `batch`; returns its part of the report."""
     out, sample_id = Path(config.out), batch.sample_ids[0]
     name = f"clip-{sample_id.replace('/', '-')}"
     frame = batch.frames[:, 0]
@@ -287,7 +269,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        write_bytes(out / f"{name}-{kind}.wav", encode_sound(pcm, "wav"))
+        write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",
@@ -297,7 +279,7 @@ def _reconstruct_clip(
             audio_mask,
             predicted[0],
             norm_pix=norm_pix,
-            deviation=torch.tensor([run.data.log_mel_std]),
+            std=torch.tensor([run.data.log_mel_std]),
             present_columns=present,
         ),
         "video": errors_of_removed(
@@ -305,14 +287,14 @@ def _reconstruct_clip(
             video_mask,
             predicted[1],
             norm_pix=norm_pix,
-            deviation=torch.tensor(IMAGE_STD),
+            std=torch.tensor(IMAGE_STD),
             present_columns=run.model.image_size,
         ),
     }
 
 
 def _mean(clips: list[dict[str, float] | None]) -> dict[str, float] | None:
-    """The mean of each error over the clips that have one."""
+    """Average each error over the clips that have one."""
     counted = [errors for errors in clips if errors is not None]
     if not counted:
         return None
@@ -320,7 +302,7 @@ def _mean(clips: list[dict[str, float] | None]) -> dict[str, float] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     config = tyro.cli(ReconstructConfig, prog="cavmae reconstruct", args=arguments)
     report = reconstruct(config)
     print(f"{len(report['clips'])} clips, {config.direction}: {config.out}")
@@ -332,7 +314,3 @@ def main(arguments: list[str]) -> int:
                 f"own mean of each removed patch {patch_mean:.4g})"
             )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,11 +1,10 @@
-"""`cavmae evaluate retrieve RUN_DIR SHARDS`: does a sound find its picture, and the other way?
+"""`cavmae evaluate retrieve RUN_DIR SHARDS`: does a sound retrieve its video, and vice versa?
 
-Clips are embedded whole, one by one as far as results go: no clip sees another one, no padding is
-compared, and what is ranked does not depend on how clips were put into batches.
+Clips are embedded whole: no clip sees another one, no padding is compared, and the ranking does not
+depend on how clips were put into batches.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,49 +13,40 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.evaluation.embeddings import embed
-from cavmae.trainer.evaluation.leakage import check_not_trained_on
-from cavmae.trainer.evaluation.trained_run import (
-    open_trained_encoders,
-    trained_on,
-    write_evaluation,
-)
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.trainer.evaluation.inference import embed
+from cavmae.trainer.evaluation.leakage import check_leakage
+from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
 from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
 
 
 @dataclass(frozen=True)
-class RetrieveConfig:
-    """Rank the clips of a packed set for each other, sound to picture and picture to sound.
+class RetrieveConfig(CheckedFields):
+    """Rank the clips of a packed set for each other, sound to video and video to sound.
 
     Raises:
         ValueError: a number out of its range.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a finished run."""
+    """Folder of a trained run."""
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """One tier of packed shards that the run was not trained on; a folder or a URL."""
     out: str = ""
     """JSON file of the result; empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones in packing order; 0: all."""
-    per_class: int = 0
-    """Of each class the first so many clips, by their first label, as the paper takes 5; 0: all."""
-    batch: int = 64
+    per_class: NonNegativeInt = 0
+    """Clips of each class, by their first label (the paper has 5); 0: all."""
+    batch: PositiveInt = 64
     """Clips that are embedded together; no score depends on it."""
     allow_leakage: bool = False
-    """Score clips that were trained on too, or of which it can't be known."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("per_class", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+    """Also score clips that were trained on, or of which that can't be known."""
 
 
 def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> list[int]:
-    """Which clips to rank: of each class the first `per_class`, by the first label of a clip.
+    """Choose the first `per_class` clips of each class, by the first label of a clip.
 
     Raises:
         ValueError: a clip has no label.
@@ -67,7 +57,7 @@ def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> 
         if not of_clip:
             raise ValueError(
                 f"per_class is {per_class} and clip {clip} of the set has no label; pack the set "
-                "from a list with labels, or leave per_class out"
+                "from a list with labels, or omit per_class"
             )
         taken[of_clip[0]] = taken.get(of_clip[0], 0) + 1
         if taken[of_clip[0]] <= per_class:
@@ -84,24 +74,22 @@ def retrieve(config: RetrieveConfig) -> None:
     """
     run = open_trained_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
-    training = trained_on(run.config)
-    if not config.allow_leakage:
-        check_not_trained_on(config.shards, training.tiers)
+    leakage = check_leakage(run, config.shards, allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embeddings = embed(
         run.model(device), run.config, config.shards, clips=config.clips, batch=config.batch
     )
-    chosen = list(range(len(embeddings.audio)))
+    chosen = list(range(len(embeddings.sample_ids)))
     if config.per_class:
         chosen = first_of_each_class(embeddings.labels, config.per_class)
     if len(chosen) < 2:
         raise ValueError(f"shards {config.shards}: {len(chosen)} clip; retrieval needs 2 or more")
-    scores = retrieval_scores(embeddings.audio[chosen], embeddings.video[chosen])
+    scores = retrieval_scores(*(embeddings.values[name][chosen] for name in ("audio", "video")))
     result = {
-        "asked": dataclasses.asdict(config),
+        "options": dataclasses.asdict(config),
         "clips": len(chosen),
-        "left_out": embeddings.left_out,
-        "leakage": "not checked" if config.allow_leakage else training.leakage,
+        "skipped": embeddings.skipped,
+        "leakage": leakage,
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
     out = write_evaluation(run, config.out, "retrieve", shards, result)
@@ -126,10 +114,6 @@ def _table(scores: dict[str, RetrievalScores]) -> Table:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     retrieve(tyro.cli(RetrieveConfig, prog="cavmae evaluate retrieve", args=arguments))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A run that has come to its end, as everything that uses its weights opens it."""
+"""A trained run, as everything that uses its weights opens it."""
 
 import hashlib
 import json
@@ -12,8 +12,7 @@ import torch
 from cavmae.atomic_write import read_json, write_json
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -21,33 +20,33 @@ from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.tasks.labels import LabelSet, read_labels
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 
-_NOT_ASKED = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
-"""Fields of a command that no score depends on, or that the name has already."""
+_NOT_IN_NAME = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
+"""Options that no score depends on, or that a result's name has already."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Attributes: folder; config; weights_sha256, of `weights.pt`, in hexadecimal."""
+    """A pretrained run. Attributes: folder; config; weights_sha256, hexadecimal of `weights.pt`."""
 
     folder: Path
     config: PretrainConfig
     weights_sha256: str
 
     def model(self, device: torch.device) -> CAVMAE:
-        """The trained model in float32, set to evaluate."""
+        """Load the trained model in float32, set to evaluate."""
         model = CAVMAE(self.config.model)
         load_published(model, self.folder / "weights.pt")
         return model.to(device).eval()
 
     def untrained_model(self, device: torch.device) -> CAVMAE:
-        """The same model with the random weights that its run would begin with."""
+        """Build the same model with the random weights that its run would begin with."""
         torch.manual_seed(self.config.seed)
         return CAVMAE(self.config.model).to(device).eval()
 
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """Attributes: folder; config; labels; weights_sha256, of `weights.pt`, in hexadecimal."""
+    """A fine-tuned run. Attributes: as of `TrainedRun`; labels."""
 
     folder: Path
     config: FinetuneConfig
@@ -55,7 +54,7 @@ class TrainedClassifier:
     weights_sha256: str
 
     def model(self, device: torch.device) -> CAVMAEClassifier:
-        """The trained classifier in float32, set to evaluate.
+        """Load the trained classifier in float32, set to evaluate.
 
         Raises:
             ValueError: weights of another architecture, of other classes, or without a classifier.
@@ -65,13 +64,13 @@ class TrainedClassifier:
         untrained = load_classifier_weights(model, weights)
         if untrained:
             raise ValueError(
-                f"{weights} has no classifier ({', '.join(untrained)}), so it is of a pretraining "
-                "run; put back the weights.pt that the fine-tuning left"
+                f"{weights} has no classifier ({', '.join(untrained)}), so it comes from a "
+                "pretraining run; put back the weights.pt of the fine-tuning"
             )
         return model.to(device).eval()
 
     def untrained_model(self, device: torch.device) -> CAVMAEClassifier:
-        """The same model with random weights."""
+        """Build the same model with random weights."""
         torch.manual_seed(self.config.seed)
         return CAVMAEClassifier(self.config.model, len(self.labels)).to(device).eval()
 
@@ -81,21 +80,21 @@ AnyRun = TrainedRun | TrainedClassifier
 
 @dataclass(frozen=True)
 class Training:
-    """Attributes: tiers, that a run and those it started from were trained on; unknown, weights
-    that it started from whose training is not known, empty where there are none."""
+    """What a run and its initial weights were trained on. Attributes: tiers; unknown, weights whose
+    training is not known, empty if there are none."""
 
     tiers: tuple[str, ...]
     unknown: str
 
     @property
     def leakage(self) -> str:
-        """What a result says that found no clip of the training."""
+        """The `leakage` of a result that shares no clip with the training."""
         return f"none in trained_on; not known of {self.unknown}" if self.unknown else "none"
 
 
 def trained_on(config: RunConfig) -> Training:
-    """What a run was trained on, and the runs that it started from, as far as these are where
-    `initial_weights` says."""
+    """Find what a run and the runs of its initial weights were trained on, as far as they are found
+    where `initial_weights` says."""
     tiers, weights = [config.data.train], config.initial_weights
     seen: set[Path] = set()
     unknown = ""
@@ -120,27 +119,26 @@ def write_evaluation(
     shards: ShardSet,
     result: Mapping[str, Any],
 ) -> Path:
-    """Write a result with what it rests on: weights and what they were trained on, clips and code;
-    returns the file.
+    """Write a result with the weights, clips and code that it depends on; returns the file.
 
     Args:
         run: that was scored.
         out: JSON file; empty: in `evaluation` of the run folder.
         kind: of evaluation, for the file's name.
         shards: that it was scored on.
-        result: JSON values; `asked`, the command's fields, is in the file's name too.
+        result: JSON values; a hash of `options`, the command's, is in the file's name.
     """
-    asked = {name: value for name, value in result["asked"].items() if name not in _NOT_ASKED}
-    asked_hash = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    name = f"{kind}-{shards.fingerprint[:8]}-{asked_hash[:6]}.json"
+    options = {name: value for name, value in result["options"].items() if name not in _NOT_IN_NAME}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+    name = f"{kind}-{shards.fingerprint[:8]}-{digest[:6]}.json"
     path = Path(out or run.folder / "evaluation" / name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**result, **rests_on(run, shards)})
+    write_json(path, {**result, **provenance(run, shards)})
     return path
 
 
-def rests_on(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
-    """Weights, clips and code of a result; the code is kept in the run folder."""
+def provenance(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
+    """Describe the weights, clips and code of a result; the code is kept in the run folder."""
     return {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
@@ -184,7 +182,7 @@ def open_trained_classifier(run_dir: str | Path) -> TrainedClassifier:
 
 
 def open_trained_encoders(run_dir: str | Path) -> AnyRun:
-    """Open a run of any kind that has trained encoders of sound and picture; raises as
+    """Open a run of any kind that has trained encoders of sound and video; raises as
     `open_trained_run` does."""
     run = open_trained(run_dir)
     if isinstance(run, TrainedClassifier) and run.config.classifier.mode != "multimodal":
@@ -209,7 +207,7 @@ def open_trained(run_dir: str | Path) -> AnyRun:
     if not (folder / "weights.pt").is_file():
         raise ValueError(
             f"run_dir is {folder}, whose run has not finished: it has no weights.pt; let it train "
-            "to its end (the command that started it goes on)"
+            "to its end (the command that started it resumes it)"
         )
     with (folder / "weights.pt").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

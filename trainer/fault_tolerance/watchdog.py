@@ -51,7 +51,7 @@ class Watchdog:
         self._counts = False
         self._limit = config.max_pause_seconds
         self._closed = threading.Event()
-        if config.medians:
+        if config.hang_ratio:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step(self) -> None:
@@ -62,7 +62,7 @@ class Watchdog:
         self._began, self._counts = now, True
         if len(self._seconds) >= _STEPS_TO_KNOW:
             median = statistics.median(self._seconds)
-            self._limit = max(self._config.minimum_seconds, self._config.medians * median)
+            self._limit = max(self._config.min_seconds, self._config.hang_ratio * median)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -1,11 +1,11 @@
 """Scores of a classifier: average precision, AUC, d' and accuracy, with intervals.
 
-As the published evaluation computes them (scikit-learn's definitions, ties included), with what a
-reader needs to judge them: which classes could not be scored, and an interval over clips.
+They are computed as in the published evaluation (scikit-learn's definitions, ties included), with
+the classes that could not be scored and an interval over clips.
 
 A class without a single positive clip has no average precision, and one of only positive or only
-negative clips no AUC. Such a class is left out of the mean and listed by its number in the scores;
-scikit-learn would give it an average precision of 0, which lowers the mean for a lack in the data.
+negative clips no AUC. Such a class is skipped in the mean and listed by its number in the scores;
+scikit-learn would give it an average precision of 0, which lowers the mean for a gap in the data.
 """
 
 import math
@@ -57,36 +57,36 @@ class ClassificationScores:
 
     @property
     def classes_without_average_precision(self) -> tuple[int, ...]:
-        """Classes left out of `mean_average_precision`."""
+        """Classes skipped in `mean_average_precision`."""
         return tuple(k for k, value in enumerate(self.average_precision) if value is None)
 
     @property
     def classes_without_auc(self) -> tuple[int, ...]:
-        """Classes left out of `mean_auc` and `d_prime`."""
+        """Classes skipped in `mean_auc` and `d_prime`."""
         return tuple(k for k, value in enumerate(self.auc) if value is None)
 
     def as_metrics(self) -> dict[str, float]:
-        """Flat numbers for a tracker: `mean_average_precision`, `mean_average_precision_low`, ...,
-        and how many classes are in each mean. Left out: intervals that were not computed, and a d'
-        that is infinite."""
+        """Return flat numbers for a tracker: `mean_average_precision`,
+        `mean_average_precision_low`, ..., and how many classes are in each mean; without intervals
+        that were not computed, and an infinite d'."""
         metrics: dict[str, float] = {}
         for name in ("mean_average_precision", "mean_auc", "d_prime", "accuracy"):
             for key, value in asdict(getattr(self, name)).items():
                 if math.isfinite(value):
                     metrics[name if key == "value" else f"{name}_{key}"] = value
         for name in ("average_precision", "auc"):
-            left_out = getattr(self, f"classes_without_{name}")
-            metrics[f"classes_with_{name}"] = float(len(getattr(self, name)) - len(left_out))
+            skipped = getattr(self, f"classes_without_{name}")
+            metrics[f"classes_with_{name}"] = float(len(getattr(self, name)) - len(skipped))
         return metrics
 
 
 def classification_scores(
     scores: torch.Tensor, targets: torch.Tensor, *, resamples: int = 1000, seed: int = 0
 ) -> ClassificationScores:
-    """Scores of a classifier on a set of clips, on the CPU in float64.
+    """Score a classifier on a set of clips, on the CPU in float64.
 
     The intervals come from a bootstrap over clips: each resample draws as many clips with
-    replacement. A class that a resample draws no positive of is left out of that resample's mean.
+    replacement. A class of which a resample draws no positive is skipped in that resample's mean.
     Clips drawn twice help each other in the ranking, so that resampled precisions lie too high on
     the average; the quantiles are therefore taken about the mean of the resamples and moved to the
     value. An interval says how much the value varies over sets of this size and nothing else: of
@@ -133,12 +133,12 @@ def classification_scores(
 
 
 def d_prime(auc: float) -> float:
-    """Distance of the means of two unit normal distributions that this AUC separates."""
+    """Compute the distance of the means of two unit normal distributions with this AUC."""
     return math.sqrt(2) * float(torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)))
 
 
 def mean_over_frames(logits: torch.Tensor, loss: LossName) -> torch.Tensor:
-    """Probabilities of clips that were classified once with each of several frames.
+    """Average the probabilities of clips that were classified with each of several frames.
 
     Args:
         logits: (frames, clips, classes).
@@ -174,7 +174,7 @@ class _RankedClass:
 
     @staticmethod
     def of(scores: torch.Tensor, targets: torch.Tensor) -> "_RankedClass":
-        """From (clips,) scores and targets of the class."""
+        """Rank (clips,) scores and targets of the class."""
         falling, order = scores.sort(descending=True, stable=True)
         is_positive = targets[order] == 1
         positives = falling[is_positive]
@@ -196,7 +196,7 @@ def _estimates(
     resamples: int,
     seed: int,
 ) -> list[Estimate]:
-    """The three means with their intervals."""
+    """Compute the three means with their intervals."""
     if not resamples:
         return [Estimate(mean, math.nan, math.nan) for mean in value.tolist()]
     resampled = torch.cat(
@@ -218,7 +218,7 @@ def _estimates(
 def _class_scores(
     classes: list[_RankedClass], counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Average precision and AUC of every class, not a number where there is none.
+    """Compute average precision and AUC of every class; NaN where there is none.
 
     Args:
         classes: the clips of each class in order.
@@ -255,20 +255,20 @@ def _one_class(ranked: _RankedClass, counts: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _cumulative(counts: torch.Tensor) -> torch.Tensor:
-    """(resamples, n) to (resamples, n + 1): the sums of the first 0, 1, ..., n."""
+    """Compute sums of the first 0, 1, ..., n: (resamples, n) to (resamples, n + 1)."""
     return torch.nn.functional.pad(counts, (1, 0)).cumsum(dim=1)
 
 
 def _means(
     precision: torch.Tensor, auc: torch.Tensor, counts: torch.Tensor, correct: torch.Tensor
 ) -> torch.Tensor:
-    """(3, resamples) float64: mean average precision, mean AUC, accuracy."""
+    """Compute (3, resamples) float64: mean average precision, mean AUC, accuracy."""
     accuracy = (counts @ correct).double() / counts.shape[1]
     return torch.stack([precision.nanmean(dim=1), auc.nanmean(dim=1), accuracy])
 
 
 def _resampled_counts(clips: int, resamples: int, seed: int) -> Iterator[torch.Tensor]:
-    """(part of the resamples, clips) float32: how often each clip is drawn, part by part."""
+    """Yield (part of the resamples, clips) float32: how often each clip is drawn."""
     generator = torch.Generator().manual_seed(seed)
     part = max(1, PART_VALUES // clips)
     for start in range(0, resamples, part):
@@ -277,7 +277,7 @@ def _resampled_counts(clips: int, resamples: int, seed: int) -> Iterator[torch.T
 
 
 def _by_class(scores: torch.Tensor) -> tuple[float | None, ...]:
-    """(1, classes), not a number where there is no score."""
+    """Convert (1, classes) to a tuple, NaN to None."""
     return tuple(None if math.isnan(score) else score for score in scores[0].tolist())
 
 

@@ -1,7 +1,6 @@
-"""Retrieval between paired audio and video embeddings: how often the true partner ranks first.
+"""Retrieval between paired audio and video embeddings: how often the positive ranks first.
 
-Recall and median rank as the published code computes them, with what a reader needs to judge them:
-the level of chance, an interval and a p-value.
+Recall and median rank as the published code computes them, with chance level, interval and p-value.
 
 Ties follow the published code, which lists every place that a score equal to the true pair's takes
 in the sorted row. A row whose true score is tied t ways with b better scores therefore contributes
@@ -21,7 +20,7 @@ class Recall:
     """Recall at one k.
 
     Attributes:
-        value: share of queries whose true partner is among the first k.
+        value: share of queries whose positive is among the first k.
         low, high: Wilson 95% interval of `value`.
         chance: recall of a random order.
         p_value: probability of at least this many hits by chance (exact binomial, one-sided).
@@ -36,7 +35,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Retrieval in one direction.
+    """Retrieval scores of one direction.
 
     Attributes:
         queries: number of queries, each with as many candidates.
@@ -53,7 +52,7 @@ class RetrievalScores:
     chance_median_rank: float
 
     def as_metrics(self) -> dict[str, float]:
-        """Flat numbers for a tracker: `r1`, `r1_low`, ..., `median_rank`, ..."""
+        """Return flat numbers for a tracker: `r1`, `r1_low`, ..., `median_rank`, ..."""
         metrics: dict[str, float] = {}
         for name in ("r1", "r5", "r10"):
             recall = asdict(getattr(self, name))
@@ -67,7 +66,7 @@ class RetrievalScores:
 def retrieval_scores(
     audio: torch.Tensor, video: torch.Tensor, *, chunk: int = 1024
 ) -> dict[str, RetrievalScores]:
-    """Scores of both directions by cosine similarity.
+    """Score both directions by cosine similarity.
 
     The similarity matrix is never held whole. Similarities are computed in float64 and rounded to
     float32, so that equal pairs tie whatever the chunk they are computed in.
@@ -117,7 +116,7 @@ def retrieval_scores(
 
 
 def similarity_scores(similarity: torch.Tensor) -> RetrievalScores:
-    """Scores of a whole similarity matrix, rows as queries.
+    """Score a whole similarity matrix, rows as queries.
 
     Args:
         similarity: (queries, queries), the true pairs on the diagonal.
@@ -127,7 +126,7 @@ def similarity_scores(similarity: torch.Tensor) -> RetrievalScores:
 
 
 def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
-    """Scores from the candidates that beat and that equal (itself included) each true partner."""
+    """Score from how many candidates beat and equal (itself included) each positive."""
     queries = len(better)
     # Places 0, 1, ... listed over all queries: +1 where a run of equal scores starts, -1 behind it.
     steps = torch.zeros(queries + 1, dtype=torch.int64)
@@ -158,7 +157,7 @@ def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
 
 
 def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a share (Wilson 1927); 95% by default."""
+    """Compute the interval of a share (Wilson 1927); 95% by default."""
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
@@ -166,7 +165,7 @@ def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[flo
 
 
 def binomial_tail(hits: int, trials: int, chance: float) -> float:
-    """Probability of at least `hits` successes in `trials` at `chance` each, exactly."""
+    """Compute the exact probability of at least `hits` successes in `trials` at `chance` each."""
     if hits <= 0 or chance >= 1:
         return 1.0
     logs = [

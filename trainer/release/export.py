@@ -18,7 +18,7 @@ import tyro
 from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import TrainedClassifier, open_trained

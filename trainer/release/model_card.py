@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.trainer.release.hub import {class_name}
 
@@ -40,7 +40,7 @@ spectrogram = (spectrogram - preprocessing.log_mel_mean) / preprocessing.log_mel
 
 image = Image.new("RGB", (340, 256))  # yours
 (width, height), side = image.size, sizes.image_size
-top, left, bottom, right = middle_box(height, width, side)
+top, left, bottom, right = center_crop(height, width, side)
 box = (left * width, top * height, right * width, bottom * height)
 image = image.resize((side, side), Image.Resampling.BILINEAR, box)
 pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -189,7 +189,7 @@ def _scores(run: "AnyRun") -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Validation\n\nNone: the run had no validation clips.\n"
-    validation, clips = _set_name(run.config.data.validation), run.config.evaluation.clips
+    validation, clips = _set_name(run.config.data.validation), run.config.validation.clips
     return (
         f"## Validation\n\nAt the end of the run, at most {clips} clips of `{validation}`.\n\n"
         f"{_score_table(scores)}"

@@ -4,8 +4,7 @@ The tasks load the weights that a run starts from; the memory model builds the s
 values.
 """
 
-from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import EngineConfig, FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.encoder import AudioVideoEncoder

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.losses.classification import (
@@ -94,7 +94,7 @@ class FinetuneTask:
         else:
             log.warning(
                 "the first %d clips of data.validation all have the same classes, so there is no "
-                "mAP and no AUC; raise evaluation.clips, or pack the set in another order",
+                "mAP and no AUC; raise validation.clips, or pack the set in another order",
                 len(targets),
             )
         metrics["loss"] = classification_loss(logits, targets, self._config.classifier.loss).item()
@@ -105,11 +105,11 @@ class FinetuneTask:
         smoothing = self._config.classifier.label_smoothing
         labels = self._labels.targets(batch.labels, batch.sample_ids)
         targets = smoothed_targets(labels, smoothing)
-        mixed = (batch.shares < 1).nonzero().flatten()
+        mixed = (batch.mixup_lambda < 1).nonzero().flatten()
         if len(mixed):
             others = [batch.mixed_labels[row] for row in mixed.tolist()]
             names = [f"mixed into {batch.sample_ids[row]}" for row in mixed.tolist()]
             other_labels = self._labels.targets(others, names)
-            shares = batch.shares[mixed]
+            shares = batch.mixup_lambda[mixed]
             targets[mixed] = mixed_targets(labels[mixed], other_labels, shares, smoothing)
         return targets.to(self._device)

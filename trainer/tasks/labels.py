@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cavmae.atomic_write import read_json, write_text
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
 _LISTED = 5

@@ -11,14 +11,8 @@ from cavmae.kernels import ContrastiveResult
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks
-from cavmae.trainer.losses.contrastive import (
-    Pairs,
-    concatenate,
-    contrastive_layout,
-    exchanged_loss,
-    local_loss,
-    own_groups,
-)
+from cavmae.trainer.losses.contrastive import Pairs, concatenate, exchanged_loss, local_loss
+from cavmae.trainer.losses.contrastive_groups import contrastive_layout, own_groups
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.model.weights import load_initial_weights
@@ -122,19 +116,12 @@ class PretrainTask:
         self, engine: Engine, batch: AudioVideoBatch, *, reconstruct: bool
     ) -> PretrainOutput:
         config = self._config
-        audio_mask, video_mask = random_masks(
-            config.model,
-            batch.positions.to(self._device),
-            seed=config.seed,
-            audio_ratio=config.mask.audio_ratio,
-            video_ratio=config.mask.video_ratio,
-            audio_mode=config.mask.audio_mode,
-        )
+        positions = batch.positions.to(self._device)
+        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
         return engine(
             batch.log_mel,
             batch.frames[:, 0],
-            audio_mask,
-            video_mask,
+            *masks,
             reconstruct=reconstruct,
             contrast=self._contrast,
             norm_pix=config.loss.norm_pix,

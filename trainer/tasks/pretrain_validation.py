@@ -91,14 +91,7 @@ def score(
         if counts:
             unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
-        masks = random_masks(
-            config.model,
-            positions,
-            seed=config.seed,
-            audio_ratio=config.mask.audio_ratio,
-            video_ratio=config.mask.video_ratio,
-            audio_mode=config.mask.audio_mode,
-        )
+        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
         first = shown is None
         output = model(
             log_mel,

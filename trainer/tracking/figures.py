@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cavmae.atomic_write import atomic_write
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.kernels import MaskIds
 from cavmae.trainer.metrics.retrieval import similarity_scores
 

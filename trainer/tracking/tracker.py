@@ -31,6 +31,8 @@ PARAMETER_CHARACTERS = 6000  # MLflow cuts longer values
 MAX_QUEUED = 10_000
 FAILURES_PER_MESSAGE = 100
 CLOSE_SECONDS = 60
+UNSENT = "mlflow_unsent.json"
+"""File of a run folder; present while MLflow lacks records of the run."""
 
 
 class Tracker:
@@ -96,7 +98,7 @@ class Tracker:
 
         self.failures = 0
         self._failures_lock = threading.Lock()
-        self._unsent_path = run_dir / "mlflow_unsent.json"
+        self._unsent_path = run_dir / UNSENT
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._sent_step = start_step
         self._resend_missed()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae.benchmarks.baselines.published_loader import PublishedDataset, fbank
 from cavmae.benchmarks.data import loader
+from cavmae.benchmarks.data.published_loader import PublishedDataset, fbank
 from cavmae.dataloaders.media.log_mel import log_mel
 
 
@@ -26,8 +26,10 @@ def test_cpu_time_of_children_is_counted_while_they_run() -> None:
     before = loader.cpu_seconds()
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        time.sleep(1.0)
-        assert loader.cpu_seconds() - before > 0.2
+        deadline = time.monotonic() + 60  # of a loaded machine
+        while loader.cpu_seconds() - before <= 0.2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert loader.memory_bytes() > 10_000_000
     finally:
         child.kill()
@@ -58,5 +60,5 @@ def test_a_short_run_fills_the_record(tmp_path: Path) -> None:
 
 
 def test_counts_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="--rounds is 0; use 1 or more"):
-        loader.main(["--rounds", "0"])
+    with pytest.raises(ValueError, match="rounds is 0; use 1 or more"):
+        loader.LoaderBenchConfig(rounds=0)

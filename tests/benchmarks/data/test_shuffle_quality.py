@@ -29,8 +29,8 @@ def test_larger_windows_come_nearer() -> None:
 def test_the_record_and_its_plot(tmp_path: Path) -> None:
     words = ["--shards", "8", "--samples", "50", "--batch", "16", "--windows", "4", "100"]
     assert shuffle_quality.main([*words, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("order-*.json")
+    (path,) = tmp_path.glob("shuffle-*.json")
     assert path.with_suffix(".png").exists()
     assert set(json.loads(path.read_text())["results"]) == {"perfect", "window_4", "window_100"}
     with pytest.raises(ValueError, match="fewer than two batches"):
-        shuffle_quality.main(["--shards", "1", "--samples", "10", "--batch", "16"])
+        shuffle_quality.ShuffleConfig(shards=1, samples=10, batch=16)

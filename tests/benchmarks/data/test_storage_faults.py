@@ -13,7 +13,7 @@ def test_a_short_day_goes_as_planned(tmp_path: Path) -> None:
     words = ["--clips", "960", "--different", "8", "--shards", "12", "--kills", "2"]
     folders = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert storage_faults.main([*words, "--faults", "15", *folders]) == 0
-    (path,) = tmp_path.glob("data-day-*.json")
+    (path,) = tmp_path.glob("storage-faults-*.json")
     results = json.loads(path.read_text())["results"]
     assert results["as_planned"] and results["each_sample_once_in_the_first_epoch"]
     assert results["kills"] == 2 and len(results["resumed_at_steps"]) == 3
@@ -33,5 +33,5 @@ def test_a_log_that_is_not_the_plan_is_told(tmp_path: Path) -> None:
 
 
 def test_shards_that_do_not_divide_the_clips_are_refused() -> None:
-    with pytest.raises(ValueError, match="--clips is 100, --shards 7"):
-        storage_faults.main(["--clips", "100", "--shards", "7"])
+    with pytest.raises(ValueError, match="clips is 100, shards 7"):
+        storage_faults.StorageFaultsConfig(clips=100, shards=7)

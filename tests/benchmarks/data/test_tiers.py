@@ -32,5 +32,5 @@ def test_a_short_run_fills_the_record(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_counts_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="--rounds is 0; use 1 or more"):
-        tiers.main(["--rounds", "0"])
+    with pytest.raises(ValueError, match="rounds is 0; use 1 or more"):
+        tiers.TiersConfig(rounds=0)

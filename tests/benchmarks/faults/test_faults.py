@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from launch import MUTED
 from rich.console import Console
 
 from cavmae.benchmarks.faults import faults
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, largest_difference
+from cavmae.benchmarks.harness import processes
 from cavmae.benchmarks.harness.processes import Start
+from cavmae.cluster.jobs import run_state
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 GOOD = Row(
@@ -31,9 +34,15 @@ GOOD = Row(
 
 
 @pytest.mark.slow
-def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Faults that the product's own tests leave out."""
-    names = ["a gradient is NaN: update left out", "a shard is damaged"]
+def test_rows_are_measured_and_recorded_whatever_the_words_of_messages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults that the product's own tests leave out, and one that ends an attempt."""
+    monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
+    names = [
+        *("a gradient is NaN: update skipped", "a shard is damaged"),
+        "all ranks are told to go (SIGTERM)",
+    ]
     words = ["--steps", "40", "--only", *names, "--work-dir", str(tmp_path / "work")]
     assert faults.main([*words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("faults-*.json")
@@ -41,8 +50,12 @@ def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFi
     for row in results.values():
         assert row["samples_equal"] and row["largest_difference"] == 0
         assert row["steps_lost"] == 0 and row["noticed_seconds"] > 0
-    assert "step 21: the loss" in results[names[0]]["said"]
+    assert results[names[0]]["said"] == "skipped_updates is 1 at step 21"
     assert "crc_mismatch" in results[names[1]]["said"]
+    assert results[names[2]]["said"] == "stopped: SIGTERM"
+    (log, *_) = (tmp_path / "work").glob("a-shard-is-damaged-*.log")
+    assert "in other words" in log.read_text() and "crc_mismatch" not in log.read_text()
+    assert run_state(tmp_path / "work/a-shard-is-damaged") == ("finished", "40/40")
     assert "bit for bit" in capsys.readouterr().out
     # The runs themselves: all positions were noted, and damaged clips are in none of them.
     undisturbed = trained_samples(tmp_path / "work/undisturbed")
@@ -75,7 +88,7 @@ def test_a_run_that_ends_otherwise_is_no_success(bad: dict[str, float]) -> None:
     row = dataclasses.replace(GOOD, **bad)
     assert faults.exit_code({"good": GOOD}) == 0
     assert faults.exit_code({"good": GOOD, "bad": row}) == 1
-    assert "bad: NOT AS IT SHOULD BE" in shown({"good": GOOD, "bad": row})
+    assert "bad: FAILED" in shown({"good": GOOD, "bad": row})
 
 
 def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> None:
@@ -95,7 +108,7 @@ def test_a_run_that_does_not_come_to_its_end_is_no_success() -> None:
 
 def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     start = Start([([sys.executable, "-c", "print('late')"], {})], tmp_path / "log")
-    assert start.wait_for(lambda: start.line("late"), "a line") == "late"
+    assert start.wait_for(start.text, "a line") == "late\n"
     with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
         start.wait_for(lambda: False, "a step")
 
@@ -123,8 +136,13 @@ def line(positions: list[int], sample_ids: list[str]) -> str:
 
 
 def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="--steps is 5; use 40 or more"):
-        faults.main(["--steps", "5"])
+    with pytest.raises(ValueError, match="steps is 5; use 40 or more"):
+        faults.FaultsConfig(steps=5)
+
+
+def test_an_unknown_fault_is_refused() -> None:
+    with pytest.raises(ValueError, match="only has 'a fire'; use some of: a rank is killed"):
+        faults.FaultsConfig(only=("a fire",))
 
 
 def shown(rows: Mapping[str, Row | Skipped | Failed]) -> str:

@@ -24,5 +24,5 @@ def test_a_start_is_compared_with_the_plain_one_beside_it() -> None:
 
 
 def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="--steps is 50; use 80 or more"):
-        overhead.main(["--steps", "50"])
+    with pytest.raises(ValueError, match="steps is 50; use 80 or more"):
+        overhead.OverheadConfig(steps=50)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_run import MODEL
 
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import ORDER, Setting, Source, summarize
-from cavmae.benchmarks.training.train import main
+from cavmae.benchmarks.training.train import TrainBenchConfig, main
 from cavmae.trainer.cost_model.flops import training_flops
 
 SMALL = ["--model", "tiny", "--batch", "2", "--clips", "8", "--steps", "3", "--part-steps", "2"]
@@ -133,9 +133,7 @@ def test_a_run_that_cannot_start_is_told_with_what_it_said(tmp_path: Path) -> No
         main([*SMALL, "--batch", "16", "--only", "synthetic", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize(
-    ("flag", "least"), [("--batch", 1), ("--ranks", 1), ("--steps", 1), ("--warm-up", 1)]
-)
-def test_numbers_that_make_no_sense_are_refused(flag: str, least: int) -> None:
-    with pytest.raises(ValueError, match=f"{flag} is 0; use {least} or more"):
-        main([flag, "0"])
+@pytest.mark.parametrize("name", ["batch", "ranks", "steps", "warm_up"])
+def test_numbers_that_make_no_sense_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; use 1 or more"):
+        TrainBenchConfig(**{name: 0})  # pyright: ignore[reportArgumentType]

@@ -28,14 +28,13 @@ KINDS = {
     "c10d::allgather_": "all_gather",
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
-    "c10d::send": "send",
 }
 _BYTES_SENT_AT = 200
 """Of `tcpi_bytes_sent` in `struct tcp_info` (linux/tcp.h)."""
 
 
 class CountedCollectives(TorchDispatchMode):
-    """Attributes: payload_bytes, calls, by kind as in `wire.Collective`."""
+    """Attributes: payload_bytes, calls, by kind as in `comm_volume.Collective`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class CountedCollectives(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func.name() != "c10d::recv_":
+        if func.namespace == "c10d":
             kind = KINDS[func.name()]  # a KeyError is a collective that nobody thought of
             # The whole is an operand of its own, or the first: a list with a part for each rank.
             operands = [sum(one.nbytes for one in _tensors(operand)) for operand in args]

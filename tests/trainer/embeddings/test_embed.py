@@ -24,7 +24,7 @@ from cavmae.trainer.embeddings.embed import (
     write_files,
 )
 from cavmae.trainer.embeddings.parquet_store import ORIGIN, Origin, claimed
-from cavmae.trainer.evaluation.embeddings import embed
+from cavmae.trainer.evaluation.inference import embed
 from cavmae.trainer.evaluation.trained_run import open_trained_run
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_the_values_are_those_that_scores_rest_on_whatever_the_batch(
     run = open_trained_run(run_dir)
     shards = str(packed_synthetic / "frames")
     expected = embed(run.model(CPU), run.config, shards, clips=0, batch=batch)
-    for name, values in (("audio", expected.audio), ("video", expected.video)):
+    for name, values in expected.values.items():
         found = column(embedded, f"{name}_embedding")
         np.testing.assert_allclose(found, values.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -158,14 +158,14 @@ def test_every_clip_has_a_row_or_a_reason(
     shards = ShardSet(copy / "frames")
     damaged = [(0, 7), *((1, sample) for sample in range(8))]
     for shard, sample in damaged:
-        tar, sound = Path(shards.place(shard)), shards.member(shard, sample, "flac")
+        tar, sound = Path(shards.location(shard)), shards.member(shard, sample, "flac")
         tar.write_bytes(tar.read_bytes().replace(sound, sound[::-1]))
     out = tmp_path / "out"
     assert command(run_dir, copy, out) == 0
     found = description(out)
     assert (found["clips"], found["rows"]) == (24, 15)
     assert [file["rows"] for file in found["files"]] == [7, 0, 8]
-    assert [clip[:2] for clip in found["left_out"]] == [
+    assert [clip[:2] for clip in found["skipped"]] == [
         [shards.sample_id(*place), "crc_mismatch"] for place in damaged
     ]
 

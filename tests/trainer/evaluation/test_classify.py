@@ -19,7 +19,7 @@ from cavmae import cli
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.synthetic import CLASSES, generate
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified, score_modes
 from cavmae.trainer.evaluation.trained_run import open_trained_classifier, trained_on
 from cavmae.trainer.metrics.classification import classification_scores
@@ -73,7 +73,7 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, val_sha
     of_both = result["modes"]["multimodal"]
     assert of_both["mean_auc_low"] <= of_both["mean_auc"] <= of_both["mean_auc_high"]
     here = {label for label, count in zip(CLASSES, result["clips_of_class"], strict=True) if count}
-    assert set(of_both["classes_left_out"]) == set(CLASSES) - here
+    assert set(of_both["classes_skipped"]) == set(CLASSES) - here
     assert (
         result["weights_sha256"]
         == hashlib.sha256((run_dir / "weights.pt").read_bytes()).hexdigest()
@@ -81,7 +81,7 @@ def test_every_mode_is_scored_and_every_class_has_its_row(run_dir: Path, val_sha
     assert result["shards_fingerprint"] == ShardSet(str(val_shards / "frames")).fingerprint
     assert result["trained_on"] == list(trained_on(open_trained_classifier(run_dir).config).tiers)
 
-    out = Path(result["asked"]["out"])
+    out = Path(result["options"]["out"])
     rows = list(csv.DictReader(out.with_suffix(".csv").open(encoding="utf-8")))
     assert [row["label"] for row in rows] == list(CLASSES) * len(STREAMS)
     for row, precision in zip(rows, of_both["average_precision"], strict=False):
@@ -125,7 +125,7 @@ def test_a_run_of_one_modality_is_asked_for_that_alone(
     assert list(result["modes"]) == ["audioonly"]
     assert "mean_auc_low" not in result["modes"]["audioonly"]
     assert cli.main(words(tmp_path / "run", val_shards, "--modes=multimodal")) == 1
-    assert "can be asked for audioonly" in capsys.readouterr().err
+    assert "can be scored in audioonly" in capsys.readouterr().err
     shards = str(val_shards / "frames")
     assert cli.main(["evaluate", "retrieve", str(tmp_path / "run"), shards]) == 1
     assert "trains the encoder of one modality" in capsys.readouterr().err

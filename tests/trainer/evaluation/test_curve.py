@@ -8,7 +8,7 @@ from tiny_run import tiny_finetuning, tiny_run
 
 from cavmae import cli
 from cavmae.trainer.config.configs import LossConfig
-from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
+from cavmae.trainer.config.recipes import FINETUNE_RECIPES
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.curve import curves
 from cavmae.trainer.lr_schedule import learning_rate

@@ -13,11 +13,12 @@ import tiny_run
 import torch
 
 from cavmae import cli
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import LossConfig
+from cavmae.trainer.config.serialize import SCHEMA
 from cavmae.trainer.evaluation.reconstruct import (
     ERRORS,
     ReconstructConfig,
@@ -52,10 +53,11 @@ def test_the_report_names_the_first_clips_the_run_and_its_weights(
     shards = ShardSet(str(packed_synthetic / "frames"))
     first = [shards.sample_id(0, sample) for sample in range(3)]
     assert [clip["sample_id"] for clip in report["clips"]] == first
-    assert (report["asked"]["clips"], report["asked"]["seed"]) == (3, 0)
+    assert (report["options"]["clips"], report["options"]["seed"]) == (3, 0)
     assert {clip["direction"] for clip in report["clips"]} == {"joint"}
-    assert (report["audio_ratio"], report["video_ratio"], report["left_out"]) == (0.75, 0.75, [])
-    assert report["config"] == json.loads((joint / "config.json").read_text())
+    assert (report["audio_ratio"], report["video_ratio"], report["skipped"]) == (0.75, 0.75, [])
+    saved = json.loads((joint / "config.json").read_text())
+    assert {"schema": SCHEMA} | report["config"] == saved
     weights = (joint / "weights.pt").read_bytes()
     assert report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
@@ -90,7 +92,7 @@ def test_the_original_sound_is_the_clips_own_at_its_level(
     joint: Path, packed_synthetic: Path
 ) -> None:
     shards = ShardSet(str(packed_synthetic / "frames"))
-    stored = decode_sound(shards.member(0, 0, shards.audio_codec))
+    stored = decode_audio(shards.member(0, 0, shards.audio_codec))
     name = shards.sample_id(0, 0).replace("/", "-")
     with wave.open(str(joint / "out" / f"clip-{name}-original.wav")) as sound:
         heard = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).copy()
@@ -160,13 +162,13 @@ def errors(
     mask: MaskIds, predicted: torch.Tensor, *, columns: int = 64, norm_pix: bool = False
 ) -> dict[str, float]:
     """Of the four patches, which were divided by 3."""
-    deviation = torch.tensor([3.0])
+    std = torch.tensor([3.0])
     found = errors_of_removed(
         four_patches(),
         mask,
         predicted,
         norm_pix=norm_pix,
-        deviation=deviation,
+        std=std,
         present_columns=columns,
     )
     assert found is not None
@@ -195,7 +197,7 @@ def test_padding_is_neither_an_error_nor_part_of_a_guess() -> None:
         half_mask(),
         predicted,
         norm_pix=False,
-        deviation=torch.ones(1),
+        std=torch.ones(1),
         present_columns=16,
     )
     assert nothing_left is None

@@ -14,7 +14,7 @@ from tiny_run import save_untrained, save_untrained_classifier
 from cavmae import cli
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
-from cavmae.trainer.evaluation.embeddings import embed
+from cavmae.trainer.evaluation.inference import embed
 from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
 from cavmae.trainer.evaluation.trained_run import open_trained_classifier, open_trained_run
@@ -45,7 +45,7 @@ def test_the_result_names_the_clips_the_weights_and_the_code(
     weights = (run_dir / "weights.pt").read_bytes()
     assert result["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert (run_dir / "code" / f"{result['code']}.tar.gz").is_file()
-    assert (result["leakage"], result["left_out"]) == ("none", [])
+    assert (result["leakage"], result["skipped"]) == ("none", [])
 
 
 def test_an_embedding_does_not_depend_on_the_clips_beside_it(
@@ -58,8 +58,8 @@ def test_an_embedding_does_not_depend_on_the_clips_beside_it(
     )
     assert alone.sample_ids == five.sample_ids == all_of_them.sample_ids
     for other in (five, all_of_them):
-        torch.testing.assert_close(other.audio, alone.audio, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(other.video, alone.video, rtol=1e-5, atol=1e-6)
+        for name, expected in alone.values.items():
+            torch.testing.assert_close(other.values[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scores_do_not_depend_on_the_batch(run_dir: Path, val_shards: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_fine_tuned_run_ranks_by_the_encoders_that_its_classifier_has(
     run, shards = open_trained_classifier(tmp_path / "run"), str(val_shards / "frames")
     model = run.model(torch.device("cpu"))
     found = embed(model, run.config, shards, clips=0, batch=3)
-    logits = model.mlp_head(found.audio)
+    logits = model.mlp_head(found.values["audio"])
     asked = ClassifyConfig(str(tmp_path / "run"), shards)
     by_sound = classified(run, ("audioonly",), asked).values["audioonly"][:, 0]
     torch.testing.assert_close(logits, by_sound, rtol=1e-5, atol=1e-6)
@@ -122,7 +122,7 @@ def test_a_clip_under_another_name_is_known_by_its_content(
 
 def test_sets_of_which_it_can_not_be_known_are_refused(val_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(val_shards / "frames", tmp_path / "frames")
-    with pytest.raises(ValueError, match="what packing noted of its clips"):
+    with pytest.raises(ValueError, match="packing's reports of its clips"):
         check_not_trained_on(str(val_shards / "frames"), [str(tmp_path / "frames")])
 
 

@@ -26,8 +26,8 @@ from unsafe_pickle import save_malicious
 
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
-from cavmae.trainer.config.finetune_config import ClassifierConfig
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
+from cavmae.trainer.config.configs import ClassifierConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import open_trained_run
 from cavmae.trainer.model.classifier import CAVMAEClassifier

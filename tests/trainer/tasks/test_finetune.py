@@ -20,8 +20,12 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    FinetuneConfig,
+    ValidationConfig,
+)
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
@@ -57,7 +61,7 @@ def test_a_mixed_clip_is_taught_both_of_its_labels_by_their_shares() -> None:
     """The published targets, by hand: 0.1 smoothed over 4 classes, one clip mixed 0.7 to 0.3."""
     mixed = batch(
         labels=(("dog",), ("bell",)),
-        shares=torch.tensor([1.0, 0.7]),
+        mixup_lambda=torch.tensor([1.0, 0.7]),
         mixed_labels=((), ("rain", "car")),
     )
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
@@ -105,7 +109,7 @@ def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     """As where a set is sorted by class and only its first clips are scored."""
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
     task = FinetuneTask(config, LABELS, torch.device("cpu"))
-    same = batch(labels=(("dog",), ("dog",)), shares=torch.ones(2), mixed_labels=((), ()))
+    same = batch(labels=(("dog",), ("dog",)), mixup_lambda=torch.ones(2), mixed_labels=((), ()))
     model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
     scored = task.validate(model, [same])  # pyright: ignore[reportArgumentType]
     loss = 4 * [0.0]
@@ -144,7 +148,7 @@ def published_way(
             validation=str(val_shards / "frames"),
             augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mixup_prob=0.5),
         ),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
     )
 
 

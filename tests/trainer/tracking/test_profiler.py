@@ -17,17 +17,18 @@ from torch.profiler import record_function
 from cavmae.trainer import trainer
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
-    EvaluationConfig,
     PretrainConfig,
     ProfileConfig,
     RunConfig,
     TrackingConfig,
+    ValidationConfig,
     WatchdogConfig,
 )
 from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.profiler import StepProfile
 from cavmae.trainer.trainer import Trainer
 
@@ -94,7 +95,7 @@ class Watching(Watchdog):
     """Attributes: watches, whether something long would be taken for a step that hangs."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(WatchdogConfig(medians=0), folder, 0)
+        super().__init__(WatchdogConfig(hang_ratio=0), folder, 0)
         self.watches = True
 
     @contextmanager
@@ -148,7 +149,7 @@ def watched_while_written(
     loop.config = PretrainConfig(
         steps=10,
         tracking=TrackingConfig(every_steps=10),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
         checkpoint=CheckpointConfig(every_steps=10),
     )
     vars(loop).update(
@@ -157,6 +158,7 @@ def watched_while_written(
         **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
         loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
         stop=StopRequest(None, 60.0),
+        status=StatusWriter(folder, rank=1),
         timer=RankTimer(CPU),
         stragglers=StragglerMonitor(0, ["host"]),
         watchdog=watchdog,
