@@ -191,7 +191,7 @@ def test_a_writer_that_outlives_a_block_commits(tmp_path: Path, synced: list[str
 
 def test_no_other_code_renames_files() -> None:
     """`Path.replace` has one argument; other things called `replace` have more."""
-    rename = re.compile(r"\.rename\(|\bos\.replace\(|\.replace\([^,\n]+\)")
+    rename = re.compile(r"\.rename\(|\bos\.replace\(|\.replace\([^,\n()]+\)")
     found = {
         path.relative_to(ROOT).as_posix()
         for folder in ("trainer", "dataloaders", "cluster", "benchmarks", "kernels")
