@@ -105,16 +105,18 @@ class Store:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder: Path | None = None
+        self._files: Any = LocalFileSystem()
         try:
-            self._reader = open_storage(folder, None)
+            reader = open_storage(folder, None)
         except ValueError as error:
             raise ValueError(f"checkpoint.folder: {error}") from error
-        if isinstance(self._reader, LocalFolder):
-            self.folder = folder = self._reader.folder
-            self._files, self._path = LocalFileSystem(), folder.absolute().as_posix()
+        if isinstance(reader, LocalFolder):
+            self.folder = reader.folder
+            self._path = reader.folder.absolute().as_posix()
         else:
-            assert isinstance(self._reader, RemoteFolder)
-            self._files, self._path = open_url(self._reader.url)
+            assert isinstance(reader, RemoteFolder)
+            self._files, self._path = open_url(reader.url)
+        self._reader = reader
 
     @property
     def is_remote(self) -> bool:
@@ -209,7 +211,7 @@ class Store:
 
     def _upload(self, name: str, save: Save) -> FileDigest:
         with as_os_errors():
-            file: Any = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
+            file = self._files.open(f"{self._path}/{name}", "wb", block_size=BLOCK_BYTES)
 
         def send(block: memoryview) -> None:
             with as_os_errors():

@@ -266,7 +266,10 @@ def test_the_code_on_the_card_runs(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--what", "multimodal", "--format", "torch"], "what is multimodal, which this model has"),
+        (
+            ["--what", "multimodal", "--format", "torch"],
+            "what is multimodal, which this model lacks",
+        ),
         (["--what", "audio"], "format hub has no parts; add torch or onnx"),
         (["--model.width=96"], "model is set and .* is a run"),
         (["--log-mel-mean=-4"], "log_mel_mean is set and .* is a run"),

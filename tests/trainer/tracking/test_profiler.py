@@ -138,7 +138,9 @@ def watched_while_written(
         update=lambda _: Update(True, gradient_norm=1.0),
     )
     nothing: Any = SimpleNamespace(
-        **dict.fromkeys(("begin_step", "loss", "begin", "step", "keep", "score"), lambda *_: None),
+        **dict.fromkeys(
+            ("begin_step", "loss", "begin", "log_step", "keep", "score"), lambda *_: None
+        ),
         metrics=dict,
         commit=lambda: not found.append(("commit", watchdog.watches)),
         **{"failures": 0, "is_open": False, "is_writing": False},
