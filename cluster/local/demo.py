@@ -205,10 +205,10 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
     run, shards = open_trained_run(demo.run_dir), str(demo.shards("unseen"))
     model = run.untrained_model(torch.device("cpu"))
     clips = demo.config.unseen_clips
-    made = embed(model, run.config, shards, clips=clips, batch=run.config.micro_batch)
+    values = embed(model, run.config, shards, clips=clips, batch=run.config.micro_batch).values
     return {
         f"val_{direction}_{name}": value
-        for direction, scores in retrieval_scores(made.values["audio"], made.values["video"]).items()
+        for direction, scores in retrieval_scores(values["audio"], values["video"]).items()
         for name, value in scores.as_metrics().items()
     }
 
