@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +13,13 @@ import pytest
 from rich.console import Console
 
 from cavmae.benchmarks.faults import faults
+from cavmae.benchmarks.faults.faulted_run import RANK_FAILED, FaultedRun
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, largest_difference
+from cavmae.benchmarks.faults.runs import Bench
 from cavmae.benchmarks.harness.processes import Start
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.configs import PretrainConfig
 
 GOOD = Row(
     noticed_seconds=1.0,
@@ -98,6 +102,40 @@ def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     assert start.wait_for(lambda: start.line("late"), "a line") == "late"
     with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
         start.wait_for(lambda: False, "a step")
+
+
+def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: Path) -> None:
+    """A fault at step 25, a resume from step 20 by a second attempt, and an end at step 30."""
+    run_dir = tmp_path / "run"
+    (run_dir / "samples").mkdir(parents=True)
+    logged = [*range(1, 26), *range(21, 31)]
+
+    def launch(config: PretrainConfig) -> Start:
+        said = "rank 1 failed" if not attempts else "going on from checkpoints/step-00000020"
+        attempts.append(Start([([sys.executable, "-c", f"print('{said}')"], {})], tmp_path / "log"))
+        return attempts[-1]
+
+    def write_metrics(steps: list[int], began: float) -> None:
+        lines = [
+            json.dumps({"step": step, "loss": 1.0 + step, "unix_seconds": began + number})
+            for number, step in enumerate(steps)
+        ]
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+    attempts: list[Start] = []
+    bench = object.__new__(Bench)  # no data is made
+    bench.work = tmp_path
+    run = FaultedRun(bench, PretrainConfig(run_dir=str(run_dir)), launch)
+    write_metrics(logged[:25], time.time() - 100)
+    run.fault_is_now()
+    run.wait_until_noticed(RANK_FAILED)
+    run.launch()
+    write_metrics(logged[25:], time.time() + 60)
+    row = run.row(expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run"))
+    assert (row.steps_lost, row.said, row.compared_with) == (5, "rank 1 failed", "another run")
+    assert row.largest_difference == 0 and row.samples_equal
+    assert row.noticed_seconds > 0 and row.again_seconds >= 60
 
 
 def test_losses_are_compared_step_by_step() -> None:
