@@ -40,7 +40,6 @@ class FaultedRun:
         self.before, self._fault_seconds = 0, 0.0
         self._noticed_seconds, self._said = 0.0, ""
         self._faulted = 0
-        self._counters: dict[str, float] = {}
         self.launch()
 
     def launch(self) -> None:
@@ -64,11 +63,10 @@ class FaultedRun:
         resumed = status.attempt > self._faulted and status.resumed_from
         return f"resumed from {status.resumed_from}" if resumed else ""
 
-    def metric(self, name: str) -> str:
-        """Return a counter among the metrics with its step, once it exceeds its value at the time
-        of the fault."""
+    def metric(self, name: str, above: float = 0.0) -> str:
+        """Return a counter among the metrics with its step, once it exceeds a value."""
         for record in step_records(self.run_dir):
-            if record[name] > self._counters.get(name, 0.0):
+            if record[name] > above:
                 return f"{name} is {record[name]:g} at step {record['step']:g}"
         return ""
 
@@ -86,8 +84,6 @@ class FaultedRun:
         self.before, self._fault_seconds = last_step(self.run_dir), time.time()
         self._noticed_seconds = self._fault_seconds
         self._faulted = status_of(self.run_dir).attempt
-        records = step_records(self.run_dir) if self.before else []
-        self._counters = dict(records[-1]) if records else {}
 
     def wait_until_noticed(self, noticed: Callable[[], str]) -> str:
         """Wait until the run has written that it noticed the fault; return what it wrote.

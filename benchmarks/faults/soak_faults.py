@@ -20,6 +20,7 @@ from cavmae.benchmarks.faults.injection import (
     flip_a_bit,
 )
 from cavmae.benchmarks.faults.observed_rank import order_nan
+from cavmae.benchmarks.faults.outcome import step_records
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
 from cavmae.trainer.checkpoint.format import list_checkpoints, step_of
@@ -104,8 +105,9 @@ def _nan_rolled_back(run: SoakedRun, rng: random.Random) -> str:
 
 def _disk_full(run: SoakedRun, rng: random.Random) -> str:
     step = (last_step(run.run_dir) // INTERVAL + 2) * INTERVAL
+    failures = step_records(run.run_dir)[-1]["checkpoint_failures"]
     file_of_second_rank(run.config, step).symlink_to("/dev/full")
-    return run.wait_until_noticed(lambda: run.metric("checkpoint_failures"))
+    return run.wait_until_noticed(lambda: run.metric("checkpoint_failures", failures))
 
 
 def _reader_killed(run: SoakedRun, rng: random.Random) -> str:

@@ -11,10 +11,9 @@ scikit-learn would give it an average precision of 0, which lowers the mean for 
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
-
-from cavmae.trainer.losses.classification import LossName
 
 # Values of the part of the resampled counts that is held at a time: 4 MiB, which a cache holds.
 # Parts 16 times as large took twice the time.
@@ -137,7 +136,7 @@ def d_prime(auc: float) -> float:
     return math.sqrt(2) * float(torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)))
 
 
-def mean_over_frames(logits: torch.Tensor, loss: LossName) -> torch.Tensor:
+def mean_over_frames(logits: torch.Tensor, loss: Literal["bce", "cross_entropy"]) -> torch.Tensor:
     """Average the probabilities of clips that were classified with each of several frames.
 
     Args:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from launch import MUTED
 from rich.console import Console
 
 from cavmae.benchmarks.faults import faults
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, largest_difference
+from cavmae.benchmarks.faults.runs import Bench
 from cavmae.benchmarks.harness import processes
 from cavmae.benchmarks.harness.processes import Start
 from cavmae.cluster.jobs import run_state
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.run_status import write_status
 
 GOOD = Row(
     noticed_seconds=1.0,
@@ -111,6 +116,40 @@ def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     assert start.wait_for(start.text, "a line") == "late\n"
     with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
         start.wait_for(lambda: False, "a step")
+
+
+def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: Path) -> None:
+    """A fault at step 25, a resume from step 20 by a second attempt, and an end at step 30."""
+    run_dir = tmp_path / "run"
+    (run_dir / "samples").mkdir(parents=True)
+    logged = [*range(1, 26), *range(21, 31)]
+
+    def launch(config: PretrainConfig) -> Start:
+        return Start([([sys.executable, "-c", ""], {})], tmp_path / "log")
+
+    def write_metrics(steps: list[int], began: float) -> None:
+        lines = [
+            json.dumps({"step": step, "loss": 1.0 + step, "unix_seconds": began + number})
+            for number, step in enumerate(steps)
+        ]
+        with (run_dir / "metrics.jsonl").open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+    bench = object.__new__(Bench)  # no data is made
+    bench.work = tmp_path
+    run = FaultedRun(bench, PretrainConfig(run_dir=str(run_dir)), launch)
+    write_metrics(logged[:25], time.time() - 100)
+    write_status(run_dir, state="running", attempt=1)
+    run.fault_is_now()
+    write_status(run_dir, state="restarting", last_error="rank 1 failed")
+    run.wait_until_noticed(run.failure)
+    run.launch()
+    write_status(run_dir, state="running", attempt=2, resumed_from="checkpoints/step-000000020")
+    write_metrics(logged[25:], time.time() + 60)
+    row = run.row(expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run"))
+    assert (row.steps_lost, row.said, row.compared_with) == (5, "rank 1 failed", "another run")
+    assert row.largest_difference == 0 and row.samples_equal
+    assert row.noticed_seconds > 0 and row.again_seconds >= 60
 
 
 def test_losses_are_compared_step_by_step() -> None:

@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite_are_told_by_clip(
     torch.save(weights, copy / "weights.pt")
     assert command(copy, packed_synthetic, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert "picture: what the model makes of 8 clips, such as 000000/000000000, " in error
+    assert "frames: the model's output for 8 clips, such as 000000/000000000, " in error
     assert "not finite in float32" in error
 
 

@@ -242,7 +242,7 @@ def of_other_labels(run_dir: Path) -> None:
     [
         (of_another_architecture, "the checkpoint does not fit the model"),
         (without_a_classifier, "has no classifier (mlp_head"),
-        (not_finite, "multimodal: what the model makes of 8 clips"),
+        (not_finite, "multimodal: the model's output for 8 clips"),
         (of_other_labels, "which is none of the 20 classes"),
     ],
 )
