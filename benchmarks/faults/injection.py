@@ -181,6 +181,7 @@ def shard_damaged(bench: Bench, name: str) -> Row:
     config = bench.config(name)
     data = dataclasses.replace(config.data, train=str(shards))
     run = FaultedRun(bench, dataclasses.replace(config, data=data), bench.plain)
+    run.wait_for_step(1)  # before this nothing could notice the damage
     run.fault_is_now()
     run.wait_until_noticed(lambda: quarantined(run.run_dir))
     run.attempt.finish()
