@@ -46,7 +46,7 @@ def test_rows_are_measured_and_recorded_whatever_the_words_of_messages(
     monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
     names = [
         *("a gradient is NaN: update skipped", "a shard is damaged"),
-        "all ranks are told to go (SIGTERM)",
+        "all ranks are preempted (SIGTERM)",
     ]
     words = ["--steps", "40", "--only", *names, "--work-dir", str(tmp_path / "work")]
     assert faults.main([*words, "--out", str(tmp_path)]) == 0
