@@ -1,0 +1,1 @@
+"""`cavmae bench`: every claim of speed, memory and reliability is measured here."""

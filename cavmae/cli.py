@@ -1,5 +1,5 @@
-"""The `cavmae` command. A subcommand's module is imported only once the command is known, so that
-`cavmae --help` answers at once and a missing optional part is missed only by those who use it."""
+"""The `cavmae` command. A subcommand's module is imported once the command is known, so that
+`cavmae --help` is fast and a missing optional package matters only to the commands that need it."""
 
 import importlib
 import sys
@@ -7,108 +7,61 @@ import sys
 from cavmae import __version__
 from cavmae.command import exit_code
 
-# Module, or module:function where it is not `main`.
+# Module of cavmae, or module:function where it is not `main`; summary.
 COMMANDS = {
-    "pack": ("cavmae.cluster.pack", "Pack a folder of videos into shards."),
-    "verify": ("cavmae.dataloaders.tools.verify", "Check a packed set against its index."),
-    "inspect": (
-        "cavmae.dataloaders.tools.inspect",
-        "Print what a packed set holds; a sheet of clips.",
-    ),
-    "pretrain": ("cavmae.trainer.pretrain", "Pretrain a model on packed shards."),
-    "finetune": ("cavmae.trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
-    "reconstruct": (
-        "cavmae.trainer.evaluation.reconstruct",
-        "Pictures and sounds that a run makes of clips.",
-    ),
-    "curve": (
-        "cavmae.trainer.evaluation.curve",
-        "Plot a run's metrics over those of a published log.",
-    ),
-    "export": ("cavmae.trainer.release.export", "Write a trained model for others: Hub, graphs."),
-    "embed": ("cavmae.cluster.embed", "Embeddings of a packed set, as Parquet files."),
-    "search": ("cavmae.trainer.embeddings.search", "A sound finds videos, a picture finds sounds."),
-    "train": ("cavmae.cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
-    "submit": ("cavmae.cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
-    "status": ("cavmae.cluster.jobs:status", "How jobs and runs are."),
-    "logs": ("cavmae.cluster.jobs:logs", "What a job or one of its ranks has said."),
-    "stop": ("cavmae.cluster.jobs:stop", "Ask a job or a run to save and leave."),
-    "queue": (
-        "cavmae.cluster.experiments.queue",
-        "Run the experiments of a file, and compare them.",
-    ),
-    "sweep": (
-        "cavmae.cluster.experiments.sweep",
-        "Search fields with Ray Tune, giving up what falls behind.",
-    ),
-    "cluster-files": ("cavmae.cluster.manifests", "Files for Kubernetes, Slurm and clouds."),
-    "doctor": ("cavmae.cluster.local.doctor", "Whether this machine can train, and what it lacks."),
-    "demo": (
-        "cavmae.cluster.local.demo",
-        "Generate videos, pack them, train and evaluate, on a CPU.",
-    ),
-    "demo-full": (
-        "cavmae.cluster.local.demo_full",
-        "That, and all that the model is for, to an export.",
-    ),
+    "pack": ("cluster.pack", "Pack a folder of videos into shards."),
+    "verify": ("dataloaders.tools.verify", "Check a packed set against its index."),
+    "inspect": ("dataloaders.tools.inspect", "Print what a packed set holds; a sheet of clips."),
+    "pretrain": ("trainer.pretrain", "Pretrain a model on packed shards."),
+    "finetune": ("trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
+    "reconstruct": ("trainer.evaluation.reconstruct", "What a model reconstructs of clips."),
+    "curve": ("trainer.evaluation.curve", "Plot a run's metrics over those of a published log."),
+    "export": ("trainer.release.export", "Export a trained model: Hub, graphs."),
+    "embed": ("cluster.embed", "Embeddings of a packed set, as Parquet files."),
+    "search": ("trainer.embeddings.search", "A sound finds videos, a picture finds sounds."),
+    "train": ("cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
+    "submit": ("cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
+    "status": ("cluster.jobs:status", "State of jobs and runs."),
+    "logs": ("cluster.jobs:logs", "Log of a job or of one of its ranks."),
+    "stop": ("cluster.jobs:stop", "Save a checkpoint and stop a job or a run."),
+    "queue": ("cluster.experiments.queue", "Run the experiments of a file, and compare them."),
+    "sweep": ("cluster.experiments.sweep", "Search fields with Ray Tune; bad trials stop early."),
+    "cluster-files": ("cluster.manifests", "Files for Kubernetes, Slurm and clouds."),
+    "doctor": ("cluster.local.doctor", "Check whether this machine can train."),
+    "demo": ("cluster.local.demo", "Generate videos, pack them, train and evaluate, on a CPU."),
+    "demo-full": ("cluster.local.demo_full", "The demo, then every use of the model."),
 }
 BENCHMARKS = {
-    "step": ("cavmae.benchmarks.step.step", "Time of a training step, with memory and FLOP/s."),
-    "choices": ("cavmae.benchmarks.step.ablations", "What each choice about a step is worth here."),
-    "train": ("cavmae.benchmarks.training.train", "The training loop, and a step's time by parts."),
-    "kernels": ("cavmae.benchmarks.kernels.bench", "Kernels against torch and published methods."),
-    "data": (
-        "cavmae.benchmarks.data.loader",
-        "The loader against the published one and raw video.",
-    ),
-    "tiers": (
-        "cavmae.benchmarks.data.tiers",
-        "Size, cost and quality of each way to store a clip.",
-    ),
-    "faults": ("cavmae.benchmarks.faults.faults", "What a run makes of each fault, done for real."),
-    "soak": (
-        "cavmae.benchmarks.faults.soak",
-        "One run for an hour with a fault every few minutes.",
-    ),
-    "overhead": ("cavmae.benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
-    "shuffle": (
-        "cavmae.benchmarks.data.shuffle_quality",
-        "The order of samples against a perfect shuffle.",
-    ),
+    "step": ("benchmarks.step.step", "Time of a training step, with memory and FLOP/s."),
+    "ablations": ("benchmarks.step.ablations", "What each choice about a step is worth here."),
+    "train": ("benchmarks.training.train", "The training loop, and a step's time by parts."),
+    "kernels": ("benchmarks.kernels.bench", "Kernels against torch and published methods."),
+    "data": ("benchmarks.data.loader", "The loader against the published one and raw video."),
+    "tiers": ("benchmarks.data.tiers", "Size, cost and quality of each way to store a clip."),
+    "faults": ("benchmarks.faults.faults", "Recovery of a run from each real fault."),
+    "soak": ("benchmarks.faults.soak", "One run for an hour with a fault every few minutes."),
+    "overhead": ("benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
+    "shuffle": ("benchmarks.data.shuffle_quality", "Order of samples against a perfect shuffle."),
     "storage-faults": (
-        "cavmae.benchmarks.data.storage_faults",
-        "The loader under kills and a failing store.",
+        "benchmarks.data.storage_faults",
+        "Loading under kills, from a failing store.",
     ),
-    "scaling": ("cavmae.benchmarks.training.scaling", "A step on 1 to 4,096 GPUs, computed."),
-    "gpu-check": ("cavmae.benchmarks.gpu.check", "Check kernels and model on this GPU."),
-    "video-check": ("cavmae.benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
-    "memory": (
-        "cavmae.benchmarks.training.memory",
-        "What a run is said to take, and what it takes.",
-    ),
-    "autotune": (
-        "cavmae.benchmarks.training.autotune",
-        "The fields with which a run is fastest here.",
-    ),
-    "all": ("cavmae.benchmarks.report.suite", "What this machine can measure within a time."),
-    "compare": (
-        "cavmae.benchmarks.report.compare",
-        "What became slower from one record to another.",
-    ),
-    "report": ("cavmae.benchmarks.report.report", "The newest records as a page with plots."),
+    "scaling": ("benchmarks.training.scaling", "A step on 1 to 4,096 GPUs, computed."),
+    "golden": ("benchmarks.conformance.golden", "Conformance with a folder of reference numbers."),
+    "gpu-check": ("benchmarks.gpu.check", "Check kernels and model on this GPU."),
+    "nvdec": ("benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
+    "memory": ("benchmarks.training.memory", "Predicted and measured peak memory of a step."),
+    "autotune": ("benchmarks.training.autotune", "Find the fastest fields for this machine."),
+    "all": ("benchmarks.report.suite", "All benchmarks that fit this machine and a time budget."),
+    "compare": ("benchmarks.report.compare", "What became slower from one record to another."),
+    "report": ("benchmarks.report.report", "The newest records as a page with plots."),
 }
 EVALUATIONS = {
-    "classify": (
-        "cavmae.trainer.evaluation.classify",
-        "Labels by a fine-tuned run: mAP, AUC, accuracy.",
-    ),
-    "probe": (
-        "cavmae.trainer.evaluation.probe",
-        "Labels from frozen features, beside random weights.",
-    ),
+    "classify": ("trainer.evaluation.classify", "Labels by a fine-tuned run: mAP, AUC, accuracy."),
+    "probe": ("trainer.evaluation.probe", "Labels from frozen features, beside random weights."),
     "retrieve": (
-        "cavmae.trainer.evaluation.retrieve",
-        "Does a sound find its picture, and the other way?",
+        "trainer.evaluation.retrieve",
+        "Retrieval of pictures by sound and the other way.",
     ),
 }
 GROUPS = {
@@ -127,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher puts this first; LOCAL_RANK in the environment has the same value.
     words = [word for word in words if not word.startswith("--local_rank=")]
     if not words or words[0] in ("-h", "--help"):
         print(_usage("cavmae", COMMANDS, {name: text for name, (_, text) in GROUPS.items()}))
@@ -152,7 +105,9 @@ def _dispatch(program: str, commands: dict[str, tuple[str, str]], words: list[st
         )
         return 2
     module, _, function = commands[words[0]][0].partition(":")
-    return exit_code(getattr(importlib.import_module(module), function or "main"), words[1:])
+    return exit_code(
+        getattr(importlib.import_module(f"cavmae.{module}"), function or "main"), words[1:]
+    )
 
 
 def _usage(program: str, commands: dict[str, tuple[str, str]], more: dict[str, str]) -> str:

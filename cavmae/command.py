@@ -1,5 +1,4 @@
-"""How every command of the package ends: an error that the user can mend is one line, not a
-traceback."""
+"""Exit codes of all commands: an error that the user can fix is one line, not a traceback."""
 
 import os
 import sys
@@ -8,14 +7,14 @@ from collections.abc import Callable
 
 
 def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; CAVMAE_DEBUG=1 lets every error through with its traceback.
+    """Run a command; with CAVMAE_DEBUG=1 every error has its traceback.
 
     Args:
         command: takes the words after its name and returns an exit code.
         arguments: those words.
 
     Returns:
-        The command's own code, 1 after an error that was told, 130 after an interrupt.
+        The command's own code, 1 after an error that was reported, 130 after an interrupt.
     """
     try:
         return command(arguments)
@@ -30,10 +29,10 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Whether the message alone tells the user what to mend.
+    """Return whether the message alone tells the user what to fix.
 
     True for the system's own errors (no such file, disk full) and for an error that our code
-    raised; one from inside a library is a fault to report, with its traceback.
+    raised; one from inside a library is a bug to report, with its traceback.
     """
     if isinstance(error, OSError):
         return True

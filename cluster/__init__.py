@@ -1,0 +1,1 @@
+"""Ray: placing ranks on nodes, restarting them, and jobs on a cluster."""

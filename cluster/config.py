@@ -1,60 +1,60 @@
-"""Fields of a run that Ray places. Imports nothing heavy."""
+"""Fields of a run on a Ray cluster. Imports nothing heavy."""
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import tyro
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.field_checks import CheckedFields, NonNegativeFloat, PositiveInt, Seconds, at_least
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
-    """Where Ray puts the ranks, and how often it starts them again.
+class ClusterConfig(CheckedFields):
+    """Where Ray places the ranks, and how often it restarts them.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
-    workers: int = 2
-    """Ranks: one Ray worker each."""
+    workers: PositiveInt = 2
+    """Number of ranks, one Ray worker each."""
     min_workers: int = 0
-    """Fewer ranks to go on with while nodes are missing: any number from here to `workers` that
-    divides the lanes. Nodes that come back are used again. 0: `workers` or none."""
-    resize_every_seconds: float = 60.0
-    """How often nodes that have come are looked for, where `min_workers` is set."""
+    """Elastic training: minimum number of ranks while nodes are missing. Any number from this to
+    `workers` that divides the lanes is used; nodes that return are used again. 0: always
+    `workers`."""
+    resize_every_seconds: Seconds = 60.0
+    """Interval between checks for new nodes, where `min_workers` is set."""
     gpus_per_worker: int = 0
-    """1: each rank has a GPU of its own; 0: train on CPUs."""
-    cpus_per_worker: int = 1
-    """CPU cores reserved for each rank; also its CPU threads where `threads_per_rank` is 0."""
+    """1: one GPU per rank; 0: train on CPUs."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores reserved per rank, and its CPU threads where `threads_per_rank` is 0."""
     address: str = ""
-    """Ray cluster to use, such as `auto` (the one on this machine) or HOST:6379; empty: the one
-    that RAY_ADDRESS names, else one that is started for this run and ends with it."""
-    max_failures: int = 3
-    """Times that dead or failed ranks are started again, from the run folder's newest checkpoint.
-    Errors that a repetition cannot mend end the run at once."""
-    collective_timeout_seconds: int = 1800
-    """A rank that waits longer than this for the others fails, and all are started again."""
+    """Ray cluster to use, such as `auto` (the one on this machine) or HOST:6379; empty:
+    RAY_ADDRESS, else a local cluster that is started for this run and stopped at its end."""
+    max_failures: Annotated[int, at_least(0, "never start again")] = 3
+    """Maximum restarts after dead or failed ranks, each from the newest checkpoint. Errors that a
+    restart cannot fix end the run at once."""
+    collective_timeout_seconds: PositiveInt = 1800
+    """Timeout of collectives: a rank that waits longer fails, and all ranks restart."""
     storage: str = ""
-    """Folder that all nodes reach, for Ray Train's own notes; empty: `ray` in the run folder.
-    Nothing is resumed from it."""
+    """Shared folder for Ray Train's internal state; empty: `ray` in the run folder. Runs do not
+    resume from it."""
 
     dry_run: bool = False
-    """Print what each rank would take, and start nothing; an error where that does not fit."""
-    memory_gb_per_worker: float = 0.0
-    """Memory of a rank's GPU (or of a rank, on CPUs) that `dry_run` compares with; 0: nothing."""
+    """Print the memory and time that a run would need, without starting it; fails if it would not
+    fit."""
+    memory_gb_per_worker: NonNegativeFloat = 0.0
+    """Memory per GPU (or per rank, on CPUs) that `dry_run` compares with; 0: no comparison."""
 
-    gpus_per_node: int = 8
-    """GPUs of each node, for a `dry_run` that has no cluster to ask."""
-    teraflops_per_worker: float = 0.0
-    """Speed of a training step on one rank, in 1e12 operations a second as `cavmae bench step`
-    prints it, for what `dry_run` expects; 0: assumed, which it says."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs per node, for a `dry_run` without a cluster."""
+    teraflops_per_worker: NonNegativeFloat = 0.0
+    """Achieved speed of a training step per rank in TFLOP/s, as `cavmae bench step` prints it, for
+    the time that `dry_run` predicts; 0: an assumed speed, which it prints."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "cpus_per_worker", "collective_timeout_seconds", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        super().__post_init__()
         if self.gpus_per_worker not in (0, 1):
             raise ValueError(
                 f"gpus_per_worker is {self.gpus_per_worker}; a rank drives one GPU: use 1, "
@@ -65,17 +65,6 @@ class ClusterConfig:
                 f"min_workers is {self.min_workers} and workers "
                 f"{self.workers}; use 0 (always all) or 1 to {self.workers}"
             )
-        if self.resize_every_seconds <= 0:
-            raise ValueError(
-                f"resize_every_seconds is {self.resize_every_seconds}; use seconds above 0"
-            )
-        for name in ("memory_gb_per_worker", "teraflops_per_worker"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
-        if self.max_failures < 0:
-            raise ValueError(
-                f"max_failures is {self.max_failures}; use 0 (never start again) or more"
-            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class RayPretrainConfig(PretrainConfig):
     """One pretraining run on a Ray cluster."""
 
     cluster: Annotated[ClusterConfig, tyro.conf.arg(name="")] = field(default_factory=ClusterConfig)
-    """On the command line its fields stand alone: `--workers 8`."""
+    """Its fields have no prefix on the command line: `--workers 8`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class RayFinetuneConfig(FinetuneConfig):
     """One fine-tuning run on a Ray cluster."""
 
     cluster: Annotated[ClusterConfig, tyro.conf.arg(name="")] = field(default_factory=ClusterConfig)
-    """On the command line its fields stand alone: `--workers 8`."""
+    """Its fields have no prefix on the command line: `--workers 8`."""
 
 
 RayRunConfig = RayPretrainConfig | RayFinetuneConfig
@@ -102,6 +91,6 @@ RAY_KINDS: list[type[RayPretrainConfig] | type[RayFinetuneConfig]] = [
 
 
 def without_cluster(config: RayRunConfig) -> RunConfig:
-    """The run as its ranks see it."""
+    """Return the configuration without `cluster`, as the ranks get it."""
     kind = FinetuneConfig if isinstance(config, FinetuneConfig) else PretrainConfig
     return kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind)})

@@ -1,4 +1,4 @@
-"""The Ray cluster of a command: one that is there, or one that is started and ends with it."""
+"""The Ray cluster of a command: a running one, or one that is started and stopped with it."""
 
 import logging
 import os
@@ -15,39 +15,39 @@ from cavmae.cluster.config import ClusterConfig
 # Ray reads these when it is imported or started.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",  # progress lines are alike
+    "RAY_DEDUP_LOGS": "0",  # progress lines look alike
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     "RAY_COLOR_PREFIX": "0",
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job has variables of its own, partly the same
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job sets some of them too
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it says every line twice
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
 }
 _PASSED_ON = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_", "DS_", "RAY_TRAIN_")
-"""How the variables begin that a user sets for the ranks, wherever they are."""
+"""Prefixes of the environment variables that are forwarded to the ranks."""
 _OWN_CLUSTER_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",  # without it, whoever reaches a port of Ray runs any code
+    "RAY_AUTH_MODE": "token",  # without it, whoever reaches a Ray port can run any code
     # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Nobody takes this machine away from a cluster that lives as long as the run.
+    # A cluster that lives as long as the run gets no preemption notices.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _OBJECT_STORE_BYTES = 100_000_000
-"""Ray's shared memory on a cluster of our own: nothing but configurations passes through it."""
+"""Ray's shared memory on a cluster started by us: only configurations pass through it."""
 
 
 def address_of(cluster: ClusterConfig) -> str:
-    """Of the cluster to use; empty: one of our own is started."""
+    """Return the address of the cluster to use; empty: start one."""
     return cluster.address or os.environ.get("RAY_ADDRESS", "")
 
 
 @contextmanager
 def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
-    """Connect to the cluster, or start one; yields the folder that relative paths start from, or
-    None in a Ray job, whose folder is a copy that is thrown away.
+    """Connect to the cluster, or start one; yield the folder that paths are relative to, or None in
+    a Ray job, whose folder is a temporary copy.
 
     Args:
-        cluster: its address; workers and cores each where one is started.
-        threads: of torch and its like in each of Ray's processes.
+        cluster: address; workers and their cores size a cluster that is started.
+        threads: OMP threads in each of Ray's processes.
     """
     for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -81,13 +81,13 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
 
 
 def absolute_path(name: str, path: str, folder: Path | None) -> str:
-    """A path as Ray's processes need it, whose current folder is another one; URLs and an empty
-    one as they are.
+    """Make a path absolute, as Ray's processes have another working directory. URLs and empty paths
+    are returned unchanged.
 
     Args:
-        name: of the field, for the error.
+        name: the field's name, for the error.
         path: relative to `folder`, or absolute.
-        folder: that `connected` gave.
+        folder: the one that `connected` yielded.
 
     Raises:
         ValueError: a relative path in a Ray job.
@@ -102,30 +102,36 @@ def absolute_path(name: str, path: str, folder: Path | None) -> str:
     return str(folder / path)
 
 
-def tell_shortage(cluster: ClusterConfig) -> None:
-    """Ray waits without an end for what a cluster lacks (an autoscaler may bring it)."""
+def report_shortage(cluster: ClusterConfig) -> str:
+    """Print and return what the cluster lacks; empty if nothing. Ray waits for it without end, as
+    an autoscaler may add it."""
     import ray
 
     resources = ray.cluster_resources()
     needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    for name, each in needed.items():
-        total, there = each * cluster.workers, int(resources.get(name, 0))
-        if there < total:
-            print(f"waiting for {total} {name}s; the cluster has {there}", file=sys.stderr)
+    wanted = {name: each * cluster.workers for name, each in needed.items()}
+    shortage = ", ".join(
+        f"{total} {name}s (the cluster has {present})"
+        for name, total in wanted.items()
+        if (present := int(resources.get(name, 0))) < total
+    )
+    if shortage:
+        print(f"waiting for {shortage}", file=sys.stderr)
     if resources.get("GPU", 0) and not cluster.gpus_per_worker:
         print(
             f"on CPUs: gpus_per_worker is 0 (the cluster has {resources['GPU']:g} GPUs)",
             file=sys.stderr,
         )
+    return shortage
 
 
 def passed_on() -> dict[str, str]:
-    """Variables of this process that the ranks are to see: networks and timeouts, no secrets."""
+    """Return the variables that are forwarded to the ranks: networks and timeouts, no secrets."""
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
 
 
 def _worker_environment(threads: int) -> dict[str, str]:
-    """Variables of the workers; they are there before a worker imports anything."""
+    """Return the workers' environment, which is set before a worker imports anything."""
     environment = passed_on() | _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
     tree = Path(cavmae.__file__).resolve().parent.parent
     if tree != Path(sysconfig.get_path("purelib")).resolve():

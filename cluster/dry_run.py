@@ -1,4 +1,4 @@
-"""`cavmae train RECIPE --dry-run`: what a run would take, before it is asked for."""
+"""`cavmae train RECIPE --dry-run`: predicted memory, placement and speed of a run, without one."""
 
 import dataclasses
 import math
@@ -10,7 +10,12 @@ from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.resolve import native_dtype, resolve
-from cavmae.trainer.cost_model.comm_volume import TensorSizes, collectives, sent_by_purpose
+from cavmae.trainer.cost_model.comm_volume import (
+    TensorSizes,
+    collectives,
+    micro_batches,
+    sent_by_purpose,
+)
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
 from cavmae.trainer.cost_model.memory_advice import advice
 from cavmae.trainer.cost_model.step_time import (
@@ -25,23 +30,23 @@ from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES
 
 _NODES_SHOWN = 8
 _MEMORY = {
-    "clips": "clips, decoded ahead too",
-    "passes": "then: forward and backward pass",
-    "reduction": "  or: gradients summed over ranks",
+    "clips": "clips, prefetched ones included",
+    "passes": "then: forward and backward passes",
+    "reduction": "  or: reduction of gradients",
     "update": "  or: update of the weights",
-    "kept": "freed memory that the C library keeps",
+    "heap_slack": "heap slack (freed memory that glibc keeps)",
     "allowance": "allowance for libraries",
 }
-"""How the parts of a footprint are shown: of those of a step, one at a time."""
+"""How the fields of a footprint are shown; the largest part of a step counts."""
 
 
 def dry_run(config: RayRunConfig) -> int:
-    """Print memory of each rank and where the ranks would be, for pretraining bytes on the wire and
-    how fast as well; returns the exit code.
+    """Print each rank's memory and node, for pretraining also communication and speed; returns the
+    exit code.
 
     Raises:
-        ValueError: the ranks cannot share the batch, or a rank's memory is too small, with what
-            would fit.
+        ValueError: the ranks do not divide the batch, or a rank's memory is too small, with flags
+            that would fit.
     """
     cluster = config.cluster
     if config.engine.dtype == "auto":
@@ -50,13 +55,12 @@ def dry_run(config: RayRunConfig) -> int:
     config = resolve(
         config,
         world_size=cluster.workers,
-        samples=config.lanes or default_lanes(config.global_batch),  # the set is not looked at
+        samples=config.lanes or default_lanes(config.global_batch),  # the set is not opened
         threads=config.threads_per_rank or cluster.cpus_per_worker,
     )
     gpu = cluster.gpus_per_worker > 0
     sizes = model_sizes(config)
     needed = footprint(config, sizes, cluster.workers, gpu=gpu)
-    times = config.global_batch // cluster.workers // config.micro_batch
     table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")
     for name, value in dataclasses.asdict(needed).items():
         table.add_row(_MEMORY.get(name, name), f"{value / 1e9:.2f}")
@@ -69,12 +73,13 @@ def dry_run(config: RayRunConfig) -> int:
             table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
         lines.append(_how_fast(config, sizes.tensors, where))
     else:
-        lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed is not known")
+        lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed is not predicted")
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(
         f"{sizes.trainable / 1e6:.1f} M trainable parameters, ZeRO {config.engine.zero_stage}; a "
-        f"rank takes {config.micro_batch} samples at once, {times} times a step; "
+        f"rank takes {config.micro_batch} samples at once, "
+        f"{micro_batches(config, cluster.workers)} times a step; "
         f"{config.lanes} lanes"
     )
     for line in lines:
@@ -97,14 +102,14 @@ def _where(found: Placement) -> list[str]:
         for share in found.shares[:_NODES_SHOWN]
     ]
     if len(found.shares) > _NODES_SHOWN:
-        lines.append(f"  and {len(found.shares) - _NODES_SHOWN} nodes more")
+        lines.append(f"  and {len(found.shares) - _NODES_SHOWN} more nodes")
     if found.waiting:
-        lines.append(f"  without a place: {found.waiting}; the run would wait for nodes")
+        lines.append(f"  without a node: {found.waiting}; the run would wait for more nodes")
     return lines
 
 
 def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement) -> str:
-    """Samples a second, and what that rests on."""
+    """Say how many samples a second are expected, and what that rests on."""
     cluster = config.cluster
     given = cluster.teraflops_per_worker * 1e12
     if cluster.gpus_per_worker:

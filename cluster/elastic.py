@@ -1,14 +1,15 @@
-"""How many ranks train while nodes come and go: Ray Train's elastic policy, with two rules of ours.
+"""Elastic training: Ray Train's scaling policy, with two rules of ours.
 
 The rank count divides the lanes, so that the global batch, the order of samples and the contrastive
-groups stay the same. And ranks that could be more are not ended where they are: they are asked to
-save and leave, so that no step is done twice.
+groups stay the same. And running ranks are not killed to add more: they are asked to save a
+checkpoint and stop first, so that no step is done twice.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -22,86 +23,79 @@ from cavmae.dataloaders.sampling.sample_plan import largest_rank_count
 from cavmae.trainer.fault_tolerance.preemption import request_stop
 
 MORE_FIT = "more ranks fit"
-"""How the reason begins for which ranks leave and more of them go on."""
+"""Prefix of the reason for which ranks stop and more of them resume."""
 
 
 class LaneScalingPolicy(ElasticScalingPolicy):
-    """Runs in Ray Train's controller.
+    """Scales to a rank count that divides the lanes; runs in Ray Train's controller.
 
     Args:
-        scaling_config: with the least and the most workers.
-        lanes: that the rank count divides.
-        run_dir: where the ranks are asked to leave.
+        scaling_config: gives the minimum and the maximum of workers.
+        lanes: number that the rank count has to divide.
+        run_dir: where the ranks look for a stop request.
     """
 
     def __init__(self, scaling_config: ScalingConfig, lanes: int, run_dir: Path) -> None:
         super().__init__(scaling_config)
         self._lanes = lanes
         self._run_dir = run_dir
-        self._group_told = 0.0
-        self._asked = 0
+        self._reported_group = 0.0
+        self._requested = 0
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """The largest rank count that fits and divides the lanes."""
+        """Return the largest rank count that fits and divides the lanes."""
         return largest_rank_count(self._lanes, super()._count_possible_workers(reserved_resources))
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Never resizes a group that works; asks it to leave where more ranks fit."""
+        """Never resize a running group; request that it stops where more ranks fit."""
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
-        if worker_group_state.start_time != self._group_told:
-            self._group_told, self._asked = worker_group_state.start_time, 0
-            self._tell_idle(worker_group_state.workers)
+        if worker_group_state.start_time != self._reported_group:
+            self._reported_group, self._requested = worker_group_state.start_time, 0
+            self._report_idle(worker_group_state.workers)
         now = worker_group_state.num_workers
-        if isinstance(decision, ResizeDecision) and decision.num_workers > max(now, self._asked):
-            self._asked = decision.num_workers
+        if isinstance(decision, ResizeDecision) and decision.num_workers > max(
+            now, self._requested
+        ):
+            self._requested = decision.num_workers
             reason = f"{MORE_FIT}: {decision.num_workers} instead of {now}"
-            print(f"{reason}; the ranks save and start again", file=sys.stderr, flush=True)
+            print(f"{reason}; the ranks save a checkpoint and restart", file=sys.stderr, flush=True)
             request_stop(self._run_dir, reason)
         return NoopDecision()
 
-    def _tell_idle(self, workers: list[Any]) -> None:
-        """Name what is reserved and no rank uses."""
+    def _report_idle(self, workers: list[Any]) -> None:
+        """Print the reserved resources that no rank uses."""
         each = self.scaling_config._resources_per_worker_not_none
         kind = "GPU" if each.get("GPU") else "CPU"
         free: dict[str, Any] = {
             node: resources.get(kind, 0.0)
             for node, resources in (self._get_reserved_resources() or {}).items()
         }
-        addresses = _node_addresses()
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         for worker in workers:
             if worker.metadata.node_id in free:
                 free[worker.metadata.node_id] -= each[kind]
         idle = {addresses.get(node, node): int(left) for node, left in free.items() if left >= 1}
-        most = self.scaling_config.max_workers
-        if len(workers) < most:
+        maximum = self.scaling_config.max_workers
+        if len(workers) < maximum:
+            idle_on = ", ".join(f"{left} {kind}s on {node}" for node, left in idle.items())
             print(
-                f"training on {len(workers)} of {most} ranks; "
-                + (
-                    "idle: " + ", ".join(f"{left} {kind}s on {node}" for node, left in idle.items())
-                    if idle
-                    else f"no {kind} is idle"
-                ),
+                f"training on {len(workers)} of {maximum} ranks; "
+                + (f"idle: {idle_on}" if idle else f"no {kind} is idle"),
                 file=sys.stderr,
                 flush=True,
             )
 
 
-def _node_addresses() -> dict[str, str]:
-    import ray
-
-    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-
-
 class ElasticTorchTrainer(TorchTrainer):
-    """A TorchTrainer with our policy.
+    """A TorchTrainer that scales by `LaneScalingPolicy`.
 
     Args:
-        lanes, run_dir: as for `LaneScalingPolicy`.
-        options: of the TorchTrainer.
+        lanes, run_dir: passed to the policy.
+        options: passed to TorchTrainer.
     """
 
     def __init__(self, *arguments: Any, lanes: int, run_dir: Path, **options: Any) -> None:

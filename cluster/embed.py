@@ -1,7 +1,7 @@
 """`cavmae embed`, with `--workers` on a cluster.
 
-Each Ray process has one model and takes some shards at a time. Files are whole or not there, so
-where a process dies Ray starts it again and it does what is missing of the same shards.
+Each Ray process holds one model and embeds some shards at a time. Files are written atomically, so
+a process that died is restarted by Ray and does what is missing of the same shards.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.cluster.connection import absolute_path, connected, tell_shortage
+from cavmae.cluster.connection import absolute_path, connected, report_shortage
 from cavmae.command import exit_code
 from cavmae.trainer.embeddings.embed import (
     EmbedConfig,
@@ -29,32 +29,32 @@ from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PARTS_PER_WORKER = 4
-"""Parts of the work for each process, where there are shards enough: the last ones end together."""
-MOST_SHARDS = 16
-"""Of a part: a died process does a part again, less the files that it wrote."""
+"""Tasks for each process, given enough shards, so that all processes end at about the same time."""
+MAX_SHARDS_PER_PART = 16
+"""A restarted process repeats at most this many shards, less the files that were written."""
 
 
 @dataclass(frozen=True)
 class RayEmbedConfig(EmbedConfig):
-    """Write what a finished run makes of the sound and the frames of every clip of a packed set.
+    """Write the audio and video embeddings of every clip of a packed set.
 
-    Run the same command again to go on after an interruption.
+    Rerun the same command to resume after an interruption.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field is out of range.
     """
 
     workers: int = 0
-    """Ray processes that embed, each with a model of its own; 0: this process does."""
+    """Ray processes that embed, each with its own model; 0: embed in this process."""
     gpus_per_worker: int = 0
-    """1: each has a GPU of its own; 0: they embed on CPUs."""
+    """1: each has its own GPU; 0: they embed on CPUs."""
     cpus_per_worker: int = 1
-    """CPU cores reserved for each, and its CPU threads."""
+    """CPU cores reserved for each, which is also its number of threads."""
     address: str = ""
     """Ray cluster to use, such as `auto` or HOST:6379; empty: the one that RAY_ADDRESS names, else
-    one that is started for this command and ends with it."""
+    one that is started and stopped with this command."""
     max_failures: int = 3
-    """Times that a process that died is started again."""
+    """Times that a dead process is restarted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,37 +62,37 @@ class RayEmbedConfig(EmbedConfig):
             self.cluster()
         elif self.address or self.gpus_per_worker:
             raise ValueError(
-                "workers is 0, with which this process embeds, and address or gpus_per_worker is "
-                "set; set workers to the number of Ray processes, or leave them out"
+                "workers is 0, which embeds in this process, and address or gpus_per_worker is "
+                "set; set workers to the number of Ray processes, or omit them"
             )
 
     def cluster(self) -> ClusterConfig:
-        """Where the processes are."""
+        """Return the cluster settings of these fields."""
         names = ("workers", "gpus_per_worker", "cpus_per_worker", "address", "max_failures")
         return ClusterConfig(**{name: getattr(self, name) for name in names})
 
 
 class Embedder:
-    """What a Ray process does; the run is opened when the first shards are, so that its errors are
-    answers to a call."""
+    """The actor of a Ray process. It opens the run with the first shards, so that errors are raised
+    by a call."""
 
     def __init__(self, config: EmbedConfig, origin: Origin, device: str) -> None:
         self._config, self._origin, self._device = config, origin, device
 
     def embed(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Write the files of some shards; returns their numbers.
+        """Write the files of some shards; return their numbers.
 
         Raises:
-            LastingError: what the user has to mend.
+            PermanentError: an error that the user has to fix.
         """
-        from cavmae.cluster.worker import LastingError, is_lasting
+        from cavmae.cluster.worker import PermanentError, is_permanent
 
         try:
             for _ in write_files(*self._opened, self._config, self._origin, numbers):
                 pass
         except Exception as error:
-            if is_lasting(error):
-                raise LastingError(str(error)) from error
+            if is_permanent(error):
+                raise PermanentError(str(error)) from error
             raise
         return numbers
 
@@ -103,21 +103,23 @@ class Embedder:
 
 
 def _on_ray(
-    asked: RayEmbedConfig, config: EmbedConfig, origin: Origin, numbers: Sequence[int]
+    ray_config: RayEmbedConfig, config: EmbedConfig, origin: Origin, numbers: Sequence[int]
 ) -> Iterator[int]:
-    """The executor of a cluster."""
-    cluster = asked.cluster()
+    """Execute on a Ray cluster."""
+    cluster = ray_config.cluster()
     with connected(cluster, threads=cluster.cpus_per_worker) as folder:
-        import ray  # Not before: it reads its environment when it is imported.
+        import ray  # not earlier: it reads its environment when it is imported
         from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
 
-        from cavmae.cluster.worker import LastingError
+        from cavmae.cluster.worker import PermanentError
 
-        tell_shortage(cluster)
+        report_shortage(cluster)
         names = ("run_dir", "shards", "out")
         paths = {name: absolute_path(name, getattr(config, name), folder) for name in names}
-        size = max(1, min(MOST_SHARDS, len(numbers) // (PARTS_PER_WORKER * cluster.workers)))
+        size = max(
+            1, min(MAX_SHARDS_PER_PART, len(numbers) // (PARTS_PER_WORKER * cluster.workers))
+        )
         parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         remote: Any = ray.remote(
             num_cpus=cluster.cpus_per_worker,
@@ -136,19 +138,19 @@ def _on_ray(
             for done in pool.map_unordered(lambda one, part: one.embed.remote(part), parts):
                 yield from done
         except RayTaskError as error:
-            if not isinstance(error.cause, LastingError):
+            if not isinstance(error.cause, PermanentError):
                 raise
             raise ValueError(str(error.cause)) from None
         except RayActorError as error:
             raise RuntimeError(
                 f"a process died more often than max_failures = {cluster.max_failures} "
-                "allows; the same command goes on with the shards that have no file: "
+                "allows; rerun the same command to resume with the shards that have no file: "
                 f"{str(error).strip().partition(chr(10))[0]}"
             ) from error
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+    """Run the command; returns its exit code."""
     config = tyro.cli(RayEmbedConfig, prog="cavmae embed", args=arguments)
     executor = partial(_on_ray, config) if config.workers else in_this_process
     tell(config, embed_set(config, executor))

@@ -1,8 +1,9 @@
 """Runs as jobs of a Ray cluster: `cavmae submit`, `status`, `logs` and `stop`.
 
-The last three take a run folder as well, of a run started in any way on storage that is seen here.
-How a job ended is read from what its driver said, not from Ray's status: Ray calls drivers that
-were killed SUCCEEDED.
+The last three also take a run folder, of a run started in any way on storage that is seen here.
+A job's state is read from the status lines of its driver (`status_relay.py`), as its run folder may
+be on the cluster's storage alone. Ray's own status tells only whether the driver runs: Ray calls
+drivers that were killed SUCCEEDED.
 """
 
 import os
@@ -23,10 +24,11 @@ import cavmae
 from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.connection import passed_on
 from cavmae.cluster.dry_run import dry_run
+from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import check_run, with_absolute_paths
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.config.serialize import read_json
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
+from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import git_commit
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _FOLLOW_SECONDS = 1.0
 _TABLE_WIDTH = 160
-"""Nothing is cut off where the output goes to a file."""
+"""Nothing is cut off when the output goes to a file."""
 
 
 # ------------------------------------------------------------------------------------ submit
@@ -59,6 +61,12 @@ def submit(arguments: list[str]) -> int:
                 f"job {job.submission_id} already trains in run_dir {config.run_dir}; "
                 f"`cavmae stop {job.submission_id}` first, or give another --run-dir"
             )
+    status = read_status(Path(config.run_dir))
+    if status and status.alive:
+        raise ValueError(
+            f"run_dir {config.run_dir} is in use: {status.describe()} at step {status.progress()}; "
+            f"`cavmae stop {config.run_dir}` first, or give another --run-dir"
+        )
     name = re.sub(r"[^\w-]+", "-", Path(config.run_dir).name)
     job = client.submit_job(
         entrypoint=shlex.join(
@@ -78,7 +86,7 @@ def submit(arguments: list[str]) -> int:
 
 
 def _without_address(words: list[str]) -> list[str]:
-    """A job finds its own cluster; the address is that of the job server."""
+    """Drop the job server's address: a job finds its own cluster."""
     kept, skip = [], False
     for word in words:
         if skip or word.startswith("--address="):
@@ -91,9 +99,9 @@ def _without_address(words: list[str]) -> list[str]:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """This tree's code, and the variables that ranks are to see. An installed wheel is not sent:
-    the nodes have theirs."""
-    environment = passed_on() | {"CAVMAE_COMMIT": git_commit() or ""}
+    """Return what Ray sends to the job: this tree's code, and variables for driver and ranks. An
+    installed wheel is not sent: the nodes have theirs."""
+    environment = passed_on() | {"CAVMAE_COMMIT": git_commit() or "", VARIABLE: "1"}
     tree = Path(cavmae.__file__).resolve().parent.parent
     if tree == Path(sysconfig.get_path("purelib")).resolve():
         return {"env_vars": environment}
@@ -115,16 +123,16 @@ def _client(address: str) -> "JobSubmissionClient":
 
 @dataclass(frozen=True)
 class StatusConfig:
-    """How jobs and runs are.
+    """Show the state of jobs and runs.
 
     Raises:
         ValueError: no such job or run folder.
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[JOB|RUN_FOLDER]")] = ""
-    """Empty: all jobs of the cluster."""
+    """The job, or the folder of a run; empty: all jobs of the cluster."""
     address: str = ""
-    """Of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
+    """Address of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
 
 
 def status(arguments: list[str]) -> int:
@@ -142,54 +150,50 @@ def status(arguments: list[str]) -> int:
             if job.submission_id is None or "run_dir" not in (job.metadata or {}):
                 continue
             assert job.metadata is not None
-            text = client.get_job_logs(job.submission_id)
-            state, step = job_state(str(job.status.value), text)
+            log = client.get_job_logs(job.submission_id)
+            state, step = job_state(str(job.status.value), log)
             table.add_row(job.submission_id, state, step, job.metadata["run_dir"])
     Console(width=_TABLE_WIDTH, highlight=False).print(table)
     return 0
 
 
 def run_state(folder: Path) -> tuple[str, str]:
-    """State and step of a run folder.
+    """Return state and step of a run folder.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or was written by a version that kept no status.
     """
-    from cavmae.trainer.tracking.tracker import read_metrics
-
-    _check_run_folder(folder)
-    steps = read_json(folder / "config.json")["steps"]  # of any version
-    if (folder / "summary.json").exists():
-        return "finished", f"{read_json(folder / 'summary.json')['step']}/{steps}"
-    path = folder / "metrics.jsonl"
-    records = list(read_metrics(path)) if path.exists() else []
-    last = records[-1] if records else {"step": 0, "unix_seconds": 0.0}
-    ago = f"last step told {time.time() - last['unix_seconds']:.0f} s ago" if records else "no step"
-    asked = requested_stop(folder)
-    return (f"asked to leave ({asked}), {ago}" if asked else ago), f"{int(last['step'])}/{steps}"
+    status = read_status(folder)
+    if status is None:
+        _check_run_folder(folder)
+        raise ValueError(
+            f"{folder} has no status.json; use the version that wrote it (the commits are in "
+            "run.json), or rerun its command with this one"
+        )
+    requested = requested_stop(folder) if status.alive else ""
+    state = f"stop requested: {requested}" if requested else status.describe()
+    return state, status.progress()
 
 
 def _check_run_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
+        raise ValueError(f"{folder} is not a run folder: it has no config.json")
 
 
-def job_state(ray_status: str, text: str) -> tuple[str, str]:
-    """State and step of a job, from Ray's status and what its driver has said."""
-    steps = re.findall(r"^step (\d+)/(\d+) ", text, re.MULTILINE)
-    step = "/".join(steps[-1]) if steps else ""
-    end = re.search(r": step (\d+) of (\d+)\s*$", text)
-    if end:
-        step = f"{end[1]}/{end[2]}"
-        if end[1] == end[2]:
-            return "finished", step
-        left = re.findall(r"left at step \d+ of \d+ \((.*)\); the same", text)
-        return f"left ({left[-1] if left else 'asked to'})", step
+def job_state(ray_status: str, log: str) -> tuple[str, str]:
+    """Return state and step of a job.
+
+    Args:
+        ray_status: Ray's status of the driver.
+        log: the driver's output, of which only status lines are read.
+    """
+    status = last_line(log)
+    step = status.progress() if status else ""
     if ray_status in ("PENDING", "RUNNING"):
-        waits = re.findall(r"^waiting for .*$", text, re.MULTILINE)
-        return (waits[-1] if waits and not steps else ray_status.lower()), step
-    error = re.findall(r"^error: .*$", text, re.MULTILINE)
-    return (error[-1] if error else f"ended without finishing ({ray_status.lower()})"), step
+        return (status.describe() if status else ray_status.lower()), step
+    if status and status.state in ("finished", "stopped", "failed"):
+        return status.describe(), step
+    return f"ended without finishing ({ray_status.lower()}); see `cavmae logs`", step
 
 
 def _job(client: "JobSubmissionClient", name: str) -> Any:
@@ -197,11 +201,13 @@ def _job(client: "JobSubmissionClient", name: str) -> Any:
         return client.get_job_info(name)
     except RuntimeError as error:
         known = ", ".join(job.submission_id for job in client.list_jobs() if job.submission_id)
-        raise ValueError(f"{name!r} is no job and no run folder; jobs: {known or None}") from error
+        raise ValueError(
+            f"{name!r} is neither a job nor a run folder; jobs: {known or None}"
+        ) from error
 
 
 def _run_dir(job: Any) -> Path:
-    """The run folder of a job."""
+    """Return the run folder of a job."""
     if "run_dir" not in (job.metadata or {}):
         raise ValueError(
             f"job {job.submission_id} was not started by `cavmae submit`; give its run folder"
@@ -214,7 +220,7 @@ def _run_dir(job: Any) -> Path:
 
 @dataclass(frozen=True)
 class LogsConfig:
-    """What a run has said: the driver of a job, or one rank.
+    """Print the log of a run: of a job's driver, or of one rank.
 
     Raises:
         ValueError: no such job, run folder or rank.
@@ -223,12 +229,12 @@ class LogsConfig:
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JOB|RUN_FOLDER")]
     """The job, or the folder of a run."""
     rank: int = -1
-    """Of this rank, from the run folder; -1: of a job's driver, which has rank 0's lines and the
-    others' warnings; of a folder, rank 0."""
+    """Print this rank's log, from the run folder; -1: the log of a job's driver, which has rank 0's
+    lines and the others' warnings, or of a folder's rank 0."""
     follow: bool = False
-    """Go on until the job ends."""
+    """Continue until the job ends."""
     address: str = ""
-    """Of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
+    """Address of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
 
 
 def logs(arguments: list[str]) -> int:
@@ -242,12 +248,12 @@ def logs(arguments: list[str]) -> int:
     if config.rank >= 0:
         print(_rank_log(_run_dir(job), config.rank), end="")
         return 0
-    told = 0
+    printed = 0
     while True:
         ended = client.get_job_status(config.name).is_terminal()
         text = client.get_job_logs(config.name)
-        print(text[told:], end="", flush=True)
-        told = len(text)
+        print(text[printed:], end="", flush=True)
+        printed = len(text)
         if ended or not config.follow:
             return 0
         time.sleep(_FOLLOW_SECONDS)
@@ -256,10 +262,10 @@ def logs(arguments: list[str]) -> int:
 def _rank_log(run_dir: Path, rank: int) -> str:
     path = run_dir / "logs" / f"rank-{rank}.log"
     if not path.exists():
-        there = sorted(one.stem for one in path.parent.glob("rank-*.log"))
+        present = sorted(one.stem for one in path.parent.glob("rank-*.log"))
         raise ValueError(
-            f"{path} is not here; "
-            + (f"there are {', '.join(there)}" if there else "look for it on the cluster's storage")
+            f"{path} does not exist here; "
+            + (f"found {', '.join(present)}" if present else "look on the cluster's storage")
         )
     return path.read_text()
 
@@ -269,7 +275,7 @@ def _rank_log(run_dir: Path, rank: int) -> str:
 
 @dataclass(frozen=True)
 class StopConfig:
-    """Ask a run to save and leave. The same command that started it goes on.
+    """Have a run save a checkpoint and stop. Rerun the command that started it to resume.
 
     Raises:
         ValueError: no such job or run folder.
@@ -278,9 +284,9 @@ class StopConfig:
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="JOB|RUN_FOLDER")]
     """The job, or the folder of a run."""
     wait_seconds: float = 150.0
-    """A job that is still there after this is ended without being saved."""
+    """A job that still runs after this is killed without being saved."""
     address: str = ""
-    """Of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
+    """Address of the job server; empty: RAY_ADDRESS, else http://127.0.0.1:8265."""
 
 
 def stop(arguments: list[str]) -> int:
@@ -289,37 +295,38 @@ def stop(arguments: list[str]) -> int:
     if Path(config.name).is_dir():
         _check_run_folder(Path(config.name))
         request_stop(Path(config.name), "cavmae stop")
-        print(f"{config.name}: asked to save and leave", file=sys.stderr)
+        print(f"{config.name}: stop requested; it saves a checkpoint first", file=sys.stderr)
         return 0
     client = _client(config.address)
     job = _job(client, config.name)
     if not job.status.is_terminal():
-        # The run folder may be on storage of the cluster alone.
-        asking = client.submit_job(
+        # The run folder may be on the cluster's storage alone.
+        request = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "cavmae", "stop", str(_run_dir(job))]),
             runtime_env=_runtime_env(),
         )
-        _wait_for_end(client, config, asking)
+        _wait_for_end(client, config, request)
     state, step = job_state("STOPPED", client.get_job_logs(config.name))
     print(f"{config.name}: {state}, step {step}", file=sys.stderr)
     return 0
 
 
-def _wait_for_end(client: "JobSubmissionClient", config: StopConfig, asking: str) -> None:
-    """Until the job has left; ends it where it does not, or has nothing to save."""
+def _wait_for_end(client: "JobSubmissionClient", config: StopConfig, request: str) -> None:
+    """Wait until the job has stopped; kill it if it does not, or has nothing to save."""
     deadline = time.monotonic() + config.wait_seconds
     while not client.get_job_status(config.name).is_terminal():
-        if str(client.get_job_status(asking).value) == "FAILED":
-            said = client.get_job_logs(asking).strip()
-            if job_state("RUNNING", client.get_job_logs(config.name))[1]:
-                raise ValueError(f"{config.name} could not be asked to leave: {said}")
-            client.stop_job(config.name)  # it has not begun: there is no run folder
+        if str(client.get_job_status(request).value) == "FAILED":
+            said = client.get_job_logs(request).strip()
+            status = last_line(client.get_job_logs(config.name))
+            if status and status.step:
+                raise ValueError(f"{config.name} could not be stopped: {said}")
+            client.stop_job(config.name)  # there is no run yet, and nothing to save
             return
         if time.monotonic() > deadline:
             client.stop_job(config.name)
             print(
-                f"{config.name} did not leave within {config.wait_seconds:g} s and was ended; "
-                "it goes on from its newest checkpoint",
+                f"{config.name} did not stop within {config.wait_seconds:g} s and was killed; "
+                "rerun its command to resume from the newest checkpoint",
                 file=sys.stderr,
             )
             return

@@ -1,9 +1,9 @@
 """`cavmae pack`, with `--ray` on a cluster.
 
-Clips are decoded in Ray tasks, some at a time, each in a worker process of its own that may be
-lost; this process writes the shards in the order of the list, as it does without Ray. So bytes,
-restarts, duplicates and reports are the same whatever the cluster. All that is packed passes
-through here: where that is more than this machine's network takes, pack the list in parts.
+Clips are decoded in Ray tasks, a few in each, in worker processes that may be lost; this process
+writes the shards in the order of the list, as it does without Ray. So bytes, restarts, duplicates
+and reports do not depend on the cluster. All data pass through this process: where its network is
+the bottleneck, pack the list in parts.
 """
 
 import itertools
@@ -15,12 +15,12 @@ from typing import Any
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.dataloaders.packing import pack
-from cavmae.dataloaders.packing.worker_pool import TaskLimits, run_in_order
+from cavmae.dataloaders.process_pool import TaskLimits, run_in_order
 
 CLIPS_TOGETHER = 16
-"""Clips of one Ray task: its worker process takes a second to start."""
+"""Clips of one Ray task, whose worker process takes a second to start."""
 TASKS_PER_CORE = 2
-"""Under way at most: bounds what waits for an earlier task to be written."""
+"""Limit of concurrent tasks: it bounds the results that wait for an earlier task to be written."""
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def on_ray(address: str) -> pack.Executor:
-    """The executor of a cluster; empty: the one that RAY_ADDRESS names, or one of our own."""
+    """Return the executor of a cluster; empty: the one that RAY_ADDRESS names, else a new one."""
     return partial(_run_in_order, address)
 
 
@@ -41,22 +41,22 @@ def _run_in_order(
     workers: int,
     limits: TaskLimits,
 ) -> Generator[Any]:
-    """As `run_in_order`.
+    """Do as `run_in_order` does, on Ray.
 
     Args:
-        address: of the cluster.
-        workers: cores of a cluster that is started here; one that is there is used whole.
+        address: address of the cluster.
+        workers: cores of a cluster that is started here; a running one is used whole.
     """
     with connected(ClusterConfig(workers=workers, address=address), threads=1):
-        import ray  # Not before: it reads its environment when it is imported.
+        import ray  # not earlier: it reads its environment when it is imported
 
         task = ray.remote(num_cpus=1, max_retries=3)(_run_some)
-        most = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        limit = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
         under_way: deque[Any] = deque()
         tasks = iter(arguments)
         while some := tuple(itertools.islice(tasks, CLIPS_TOGETHER)):
             under_way.append(task.remote(function, some, limits))
-            if len(under_way) == most:
+            if len(under_way) == limit:
                 yield from ray.get(under_way.popleft())
         while under_way:
             yield from ray.get(under_way.popleft())

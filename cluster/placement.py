@@ -1,6 +1,6 @@
-"""On which nodes the ranks of a run would be: as few as hold them, ranks of one side by side.
+"""Predicted placement of ranks on nodes: as few nodes as possible, consecutive ranks together.
 
-That is what Ray's strategy PACK aims at, which `cavmae train` asks for.
+That is what Ray's placement strategy PACK aims at, which `cavmae train` uses.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from cavmae.cluster.connection import address_of, connected
 
 @dataclass(frozen=True)
 class Share:
-    """Attributes: node, its name; first, last, the ranks there."""
+    """Ranks `first` to `last` on the node of that name."""
 
     node: str
     first: int
@@ -22,8 +22,8 @@ class Share:
 
 @dataclass(frozen=True)
 class Placement:
-    """Attributes: shares, by rank; waiting, ranks that find no place; rests_on, where that comes
-    from."""
+    """Attributes: shares, by rank; waiting, number of ranks without a node; rests_on, the source of
+    the node list."""
 
     shares: tuple[Share, ...]
     waiting: int
@@ -31,14 +31,14 @@ class Placement:
 
     @property
     def most_on_a_node(self) -> int:
-        """Ranks of the fullest node; 1 where none is placed."""
+        """Number of ranks on the fullest node; 1 where none is placed."""
         return max((share.last - share.first + 1 for share in self.shares), default=1)
 
 
 def placement(cluster: ClusterConfig) -> Placement:
-    """Of the ranks of a run that nothing else runs beside.
+    """Place the ranks of a run on an otherwise idle cluster.
 
-    A cluster that is named and cannot be reached is said, and its nodes are taken to be alike.
+    Where the named cluster cannot be reached, `rests_on` says so and equal nodes are assumed.
     """
     unreachable = ""
     if address_of(cluster):
@@ -60,12 +60,12 @@ def placement(cluster: ClusterConfig) -> Placement:
 
 
 def packed(workers: int, slots: list[tuple[str, int]], rests_on: str) -> Placement:
-    """Ranks on nodes, those with most room first.
+    """Fill the nodes with ranks, the roomiest first.
 
     Args:
-        workers: ranks.
-        slots: name of each node, and ranks that it holds.
-        rests_on: where `slots` come from.
+        workers: number of ranks.
+        slots: name and capacity in ranks of each node.
+        rests_on: source of `slots`.
     """
     shares, placed = [], 0
     for node, room in sorted(slots, key=lambda slot: -slot[1]):
@@ -77,7 +77,7 @@ def packed(workers: int, slots: list[tuple[str, int]], rests_on: str) -> Placeme
 
 
 def _slots_of_cluster(cluster: ClusterConfig) -> list[tuple[str, int]]:
-    """Ranks that each living node of the cluster could hold if it were empty."""
+    """Return how many ranks each live node of the cluster could hold if it were idle."""
     import ray
 
     needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}

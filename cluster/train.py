@@ -1,7 +1,7 @@
 """Training on a Ray cluster: `cavmae train RECIPE [--workers 8] [--field value ...]`.
 
-Ray places the ranks and starts them again when one dies; what a rank does is
-`cavmae.trainer.run`, and what it goes on from is the run folder, never Ray's last report.
+Ray places the ranks and restarts them when one dies. A rank runs `cavmae.trainer.run` and resumes
+from the checkpoints of the run folder, never from Ray's last report.
 """
 
 import dataclasses
@@ -9,125 +9,148 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
-from cavmae.cluster.connection import absolute_path, address_of, connected, tell_shortage
+from cavmae.cluster.connection import absolute_path, address_of, connected, report_shortage
+from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
     request_stop,
     withdraw_request,
 )
-from cavmae.trainer.run import RunSummary
+from cavmae.trainer.run import MakeHooks
+from cavmae.trainer.run_status import LauncherStatus
+from cavmae.trainer.run_summary import RunSummary
 
-_SECONDS_TO_END = 10.0
-"""What the driver waits longer than the ranks, which may be starting."""
+_PATH_FIELDS = (
+    *("run_dir", "initial_weights", "data.validation", "checkpoint.folder", "tracking.uri"),
+    *("cluster.storage", "classifier.labels"),
+)
+_SQLITE = "sqlite:///"
+_EXTRA_GRACE_SECONDS = 10.0
+"""The driver waits this much longer than the ranks' own limit, as they may be starting."""
 
 
 class TrainingError(RuntimeError):
-    """The ranks failed more often than allowed, or in a way that Ray does not repeat."""
+    """The ranks failed more often than allowed, or in a way that Ray does not retry."""
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
+def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        arguments: words after the command.
+        make_hooks: see `cavmae.trainer.run.run`; pickled for the ranks.
+    """
     config = parse(arguments, RAY_KINDS, "cavmae train")
     if config.cluster.dry_run:
         from cavmae.cluster.dry_run import dry_run
 
         return dry_run(config)
-    summary = train_on_ray(config)
+    with StatusRelay(Path(config.run_dir)):
+        summary = train_on_ray(config, make_hooks)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
     return START_AGAIN_EXIT_CODE if summary.stopped else 0
 
 
-def train_on_ray(config: RayRunConfig) -> RunSummary:
-    """Run to the end, restarts included; returns how rank 0 ended.
+def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> RunSummary:
+    """Train to the end, restarts included; returns rank 0's summary.
 
     Raises:
-        ValueError, OSError: what the user has to mend, from the driver or from any rank.
+        ValueError, OSError: an error that the user has to fix, of the driver or of any rank.
         TrainingError: the ranks failed for good.
     """
+    with LauncherStatus(Path(config.run_dir)) as status:
+        return _train_on_ray(config, status, make_hooks)
+
+
+def _train_on_ray(
+    config: RayRunConfig, status: LauncherStatus, make_hooks: MakeHooks | None
+) -> RunSummary:
     cluster = config.cluster
     check_run(config)
     if not address_of(cluster):
-        ShardSet(config.data.train_folders)  # a wrong path is told now, not when Ray is up
+        ShardSet(config.data.train_folders)  # fail on a wrong path before Ray is started
     threads = config.threads_per_rank or cluster.cpus_per_worker
     with connected(cluster, threads) as working_folder:
-        tell_shortage(cluster)
+        if shortage := report_shortage(cluster):
+            status.change("waiting", reason=shortage)
         resolved = with_absolute_paths(config, working_folder)
         resolved = dataclasses.replace(resolved, threads_per_rank=threads)
         run_dir = Path(resolved.run_dir)
-        withdraw_request(run_dir)  # one of a start before
-        with _sigterm_asks_to_leave(run_dir, config.checkpoint.grace_seconds) as asked:
+        withdraw_request(run_dir)  # of an earlier attempt
+        with _sigterm_requests_stop(run_dir, config.checkpoint.grace_seconds) as signals:
             while True:
-                summary = _fit(resolved)
-                if asked or not _goes_on(summary):
+                summary = _fit(resolved, make_hooks)
+                if signals or not _should_restart(summary):
                     return summary
+                status.change("restarting", reason=summary.stopped)
                 print(
-                    f"left at step {summary.step} ({summary.stopped}); starting again",
+                    f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
+                    "Restarting the ranks.",
                     file=sys.stderr,
                     flush=True,
                 )
 
 
 def check_run(config: RayRunConfig) -> None:
-    """Find out now what the ranks would find out when they are there.
+    """Refuse now what the ranks would refuse later.
 
     Raises:
-        ValueError: no data, or ranks that can't share the batch.
+        ValueError: there are no data, or the ranks cannot share the batch.
     """
     check_ranks(config.lanes or default_lanes(config.global_batch), config.cluster.workers)
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
 
 
-def _goes_on(summary: RunSummary) -> bool:
-    """Whether the ranks left for others to take their place."""
+def _should_restart(summary: RunSummary) -> bool:
+    """Return whether the ranks stopped to be restarted elsewhere, or with more of them."""
     if not summary.stopped:
         return False
     from cavmae.cluster.elastic import MORE_FIT
-    from cavmae.cluster.worker import NODE_GOES
+    from cavmae.cluster.worker import NODE_PREEMPTED
 
-    return summary.stopped.startswith((MORE_FIT, NODE_GOES))
+    return summary.stopped.startswith((MORE_FIT, NODE_PREEMPTED))
 
 
 @contextmanager
-def _sigterm_asks_to_leave(run_dir: Path, budget_seconds: float) -> Iterator[list[int]]:
-    """SIGTERM of the driver asks the ranks to save and leave, and ends the driver where they do
-    not within the budget. In another thread than the main one, nothing is done.
+def _sigterm_requests_stop(run_dir: Path, budget_seconds: float) -> Iterator[list[int]]:
+    """On SIGTERM, request that the ranks save and stop, and end the driver if they exceed the
+    budget. Outside the main thread this does nothing.
 
-    Yields the signals that came: ranks that were leaving for another reason forget this one.
+    Yields the received signals: ranks that are stopping for another reason forget this one.
     """
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-        print("SIGTERM: the ranks are asked to save and leave", file=sys.stderr, flush=True)
+    def request(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        print("SIGTERM: stop requested; the ranks save and stop", file=sys.stderr, flush=True)
         if run_dir.is_dir():
             request_stop(run_dir, "SIGTERM")
         if budget_seconds:
-            signal.setitimer(signal.ITIMER_REAL, budget_seconds + _SECONDS_TO_END)
+            signal.setitimer(signal.ITIMER_REAL, budget_seconds + _EXTRA_GRACE_SECONDS)
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         raise TrainingError(
-            f"SIGTERM, and the ranks did not leave within {budget_seconds + _SECONDS_TO_END:g} s; "
-            "the same command goes on from the newest checkpoint"
+            f"SIGTERM, and the ranks did not stop within {budget_seconds + _EXTRA_GRACE_SECONDS:g} "
+            "s; rerun the same command to resume from the newest checkpoint"
         )
 
     try:
-        before = [signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, end)]
+        before = [signal.signal(signal.SIGTERM, request), signal.signal(signal.SIGALRM, end)]
     except ValueError:
-        yield asked
+        yield signals
         return
     try:
-        yield asked
+        yield signals
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in zip((signal.SIGTERM, signal.SIGALRM), before, strict=True):
@@ -135,47 +158,36 @@ def _sigterm_asks_to_leave(run_dir: Path, budget_seconds: float) -> Iterator[lis
 
 
 def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConfig:
-    """Paths as the ranks need them, whose current folder is another one.
+    """Make all paths absolute, as the ranks have another working directory.
 
     Args:
-        config: paths relative to `folder`, or absolute.
-        folder: where the user stands; None in a Ray job, whose current folder is a copy that is
-            thrown away.
+        config: its paths are relative to `folder`, or absolute.
+        folder: the user's working directory; None in a Ray job, whose own is a temporary copy.
 
     Raises:
-        ValueError: a relative path in a Ray job.
+        ValueError: a path is relative in a Ray job.
     """
-    absolute = partial(absolute_path, folder=folder)
-    uri, sqlite = config.tracking.uri, "sqlite:///"
-    if uri.startswith(sqlite):
-        uri = sqlite + absolute("tracking.uri", uri.removeprefix(sqlite))
-    else:
-        uri = absolute("tracking.uri", uri)
-    if isinstance(config, FinetuneConfig):
-        labels = absolute("classifier.labels", config.classifier.labels)
-        classifier = dataclasses.replace(config.classifier, labels=labels)
-        config = dataclasses.replace(config, classifier=classifier)
-    return dataclasses.replace(
-        config,
-        run_dir=absolute("run_dir", config.run_dir),
-        initial_weights=absolute("initial_weights", config.initial_weights),
-        data=dataclasses.replace(
-            config.data,
-            train=",".join(absolute("data.train", one) for one in config.data.train_folders),
-            validation=absolute("data.validation", config.data.validation),
-            cache_folder=absolute("data.cache_folder", config.data.cache.folder),
-        ),
-        checkpoint=dataclasses.replace(
-            config.checkpoint, folder=absolute("checkpoint.folder", config.checkpoint.folder)
-        ),
-        tracking=dataclasses.replace(config.tracking, uri=uri),
-        cluster=dataclasses.replace(
-            config.cluster, storage=absolute("cluster.storage", config.cluster.storage)
-        ),
+
+    def absolute(name: str, path: str) -> str:
+        prefix = _SQLITE if path.startswith(_SQLITE) else ""
+        return prefix + absolute_path(name, path.removeprefix(prefix), folder)
+
+    data = dataclasses.replace(
+        config.data,
+        train=",".join(absolute("data.train", one) for one in config.data.train_folders),
+        cache_folder=absolute("data.cache_folder", config.data.cache.folder),
     )
+    config = dataclasses.replace(config, data=data)
+    for name in _PATH_FIELDS:
+        group, _, field = name.rpartition(".")
+        owner: Any = getattr(config, group, None) if group else config
+        if owner is not None:
+            owner = dataclasses.replace(owner, **{field: absolute(name, getattr(owner, field))})
+            config = dataclasses.replace(config, **{group: owner}) if group else owner
+    return config
 
 
-def _fit(config: RayRunConfig) -> RunSummary:
+def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import (
         ControllerError,
@@ -188,18 +200,18 @@ def _fit(config: RayRunConfig) -> RunSummary:
     from ray.train.torch import TorchConfig
 
     from cavmae.cluster.elastic import ElasticTorchTrainer
-    from cavmae.cluster.worker import FailureReport, LastingError, train_rank
+    from cavmae.cluster.worker import FailureReport, PermanentError, train_rank
 
     cluster = config.cluster
-    least = cluster.min_workers
+    minimum = cluster.min_workers
     trainer = ElasticTorchTrainer(
         train_rank,
         lanes=config.lanes or default_lanes(config.global_batch),
         run_dir=Path(config.run_dir),
-        train_loop_config={"config": without_cluster(config)},
+        train_loop_config={"config": without_cluster(config), "make_hooks": make_hooks},
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
-            num_workers=(least, cluster.workers) if least else cluster.workers,
+            num_workers=(minimum, cluster.workers) if minimum else cluster.workers,
             elastic_resize_monitor_interval_s=cluster.resize_every_seconds,
             placement_strategy="PACK",  # GPUs of one node first
             use_gpu=cluster.gpus_per_worker > 0,
@@ -209,28 +221,28 @@ def _fit(config: RayRunConfig) -> RunSummary:
         run_config=RunConfig(
             storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReport(cluster.max_failures)],
-            # FailureReport and the exception of `fit` tell every failure once, and shorter.
+            callbacks=[FailureReport(cluster.max_failures, Path(config.run_dir))],
+            # FailureReport and the exception of `fit` report every failure once, and shorter.
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
     try:
         summary = trainer.fit().return_value
     except ControllerError as error:
-        if isinstance(error.controller_failure, LastingError):
+        if isinstance(error.controller_failure, PermanentError):
             raise ValueError(str(error.controller_failure)) from None
         raise TrainingError(str(error)) from error
     except TrainingFailedError as error:
         raise TrainingError(
             f"the ranks failed more often than max_failures = "
-            f"{cluster.max_failures} allows (the same command goes on from the newest "
-            f"checkpoint); the last time: {error}"
+            f"{cluster.max_failures} allows (rerun the same command to resume from the newest "
+            f"checkpoint); the last failure: {error}"
         ) from error
     except (RayActorError, OutOfMemoryError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(
-            "Ray Train's controller, the process that starts the ranks, is gone (the same command "
-            f"goes on from the newest checkpoint): {reason}"
+            "Ray Train's controller, the process that starts the ranks, is gone (rerun the same "
+            f"command to resume from the newest checkpoint): {reason}"
         ) from error
     assert isinstance(summary, RunSummary)
     return summary

@@ -1,79 +1,82 @@
-"""What runs in Ray's processes: the training of one rank, and what to do when a rank fails.
+"""Code that runs in Ray's processes: one rank's training, and the reaction to a failed rank.
 
-Apart from the driver, which is often a `__main__` that other processes cannot import. Ray's torch
-backend has set the rank variables and joined the ranks before `train_rank` is called.
+It is apart from the driver, which is often a `__main__` that other processes cannot import. Ray's
+torch backend sets the rank variables and the process group before it calls `train_rank`.
 """
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.run import RunSummary, run
+from cavmae.trainer.run import run
+from cavmae.trainer.run_status import write_status
+from cavmae.trainer.run_summary import RunSummary
 
 log = logging.getLogger(__name__)
 
-_LASTING_OS_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_PERMANENT_OS_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-NODE_GOES = "a node is taken away"
-"""How the reason begins for which ranks leave and others, elsewhere, go on."""
+NODE_PREEMPTED = "node preemption notice"
+"""Prefix of the reason for which ranks stop and are restarted on other nodes."""
 
 
-class LastingError(Exception):
-    """An error that starting the ranks again cannot mend; its text is for the user."""
+class PermanentError(Exception):
+    """An error that restarting the ranks cannot fix; its text is for the user."""
 
 
 def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the run with absolute paths.
+        settings: `config`, the run with absolute paths, and `make_hooks` (see `run`).
 
     Raises:
-        LastingError: what the user has to mend.
-        Exception: anything else, which Ray answers by starting all ranks again.
+        PermanentError: an error that the user has to fix.
+        Exception: anything else; Ray then restarts all ranks.
     """
     config: RunConfig = settings["config"]
     try:
-        return run(config, notice=node_notice)
+        return run(config, preemption_notice, settings["make_hooks"])
     except Exception as error:
-        if is_lasting(error):
-            raise LastingError(str(error)) from error
+        if is_permanent(error):
+            raise PermanentError(str(error)) from error
         if not _is_of_another_rank(error):
             log.exception("this rank failed")
         raise
 
 
-def node_notice() -> str:
-    """Why the ranks should leave: Ray has been told that a node of theirs will be taken away (a
-    spot notice, a drained node). Empty: it has not.
+def preemption_notice() -> str:
+    """Return why the ranks should stop, if Ray reports that one of their nodes will be preempted (a
+    spot notice, a drained node); else an empty string.
 
-    Reads what Ray Train has sent to this worker; its public `get_preemption_info` is a collective
-    of all workers, which a training step cannot afford.
+    This reads what Ray Train has sent to this worker; its public `get_preemption_info` is a
+    collective of all workers, which a training step cannot afford.
     """
     info = get_train_context().preemption_context.preemption_info
     if info is None:
         return ""
     ranks = ", ".join(map(str, info.preempted_ranks))
-    return f"{NODE_GOES} (of rank {ranks})"
+    return f"{NODE_PREEMPTED} (rank {ranks})"
 
 
-def is_lasting(error: Exception) -> bool:
-    """Whether a repetition would fail alike and the message alone tells the user what to mend."""
-    # They need torch, which the ranks have by now and `cavmae train --help` has not.
+def is_permanent(error: Exception) -> bool:
+    """Return whether a retry would fail alike and the message alone tells the user what to fix."""
+    # They need torch, which the ranks have imported by now and `cavmae train --help` has not.
     from cavmae.dataloaders.loading.quarantine import DataFaultError
 
-    if isinstance(error, (*_LASTING_OS_ERRORS, DataFaultError)):
+    if isinstance(error, (*_PERMANENT_OS_ERRORS, DataFaultError)):
         return True
     return isinstance(error, ValueError) and _raised_by_us(error)
 
 
 def _is_of_another_rank(error: Exception) -> bool:
-    """Whether it only says that another rank is gone."""
+    """Return whether the error only says that another rank is gone."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
@@ -87,13 +90,15 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 class FailureReport(UserCallback):
-    """Tells what failed, and ends the run where a repetition would be in vain.
+    """Reports failures, also in the run's status, and ends the run where a restart would be in
+    vain.
 
-    Runs in Ray Train's controller, which takes an exception of a callback for its own and stops.
+    It runs in Ray Train's controller, which stops when a callback raises.
     """
 
-    def __init__(self, max_failures: int) -> None:
-        self._maximum_failures = max_failures
+    def __init__(self, max_failures: int, run_dir: Path) -> None:
+        self._max_failures = max_failures
+        self._run_dir = run_dir
         self._failures = 0
         self._not_finite = ""
 
@@ -101,24 +106,36 @@ class FailureReport(UserCallback):
         from cavmae.trainer.trainer import NonFiniteError
 
         for error in worker_exceptions.values():
-            if isinstance(error, LastingError):
+            if isinstance(error, PermanentError):
                 raise error
-            # A fault of the hardware passes; what comes again is in the run.
+            # A hardware fault does not repeat; an error that does is in the run itself.
             if isinstance(error, NonFiniteError) and str(error) == self._not_finite:
-                raise LastingError(f"again, after the run had gone back to a checkpoint: {error}")
+                raise PermanentError(f"repeated after resuming from a checkpoint: {error}")
         for error in worker_exceptions.values():
             if isinstance(error, NonFiniteError):
                 self._not_finite = str(error)
         self._failures += 1
-        for rank, error in sorted(worker_exceptions.items()):
-            cause = getattr(error, "health_check_failure", error)  # a dead process
+        causes = {
+            rank: getattr(error, "health_check_failure", error)  # a dead process
+            for rank, error in sorted(worker_exceptions.items())
+        }
+        for rank, cause in causes.items():
             print(
                 f"rank {rank} failed: {type(cause).__name__}: {_last_line(cause)}", file=sys.stderr
             )
-        if self._failures <= self._maximum_failures:
+        restarts = self._failures <= self._max_failures
+        count = f"{self._failures} of {self._max_failures}"
+        rank = next((one for one in causes if not _is_of_another_rank(causes[one])), min(causes))
+        write_status(
+            self._run_dir,
+            state="restarting" if restarts else "failed",
+            reason=f"failure {count}",
+            last_error=f"rank {rank}: {_last_line(causes[rank])}",
+            error_type=type(causes[rank]).__name__,
+        )
+        if restarts:
             print(
-                f"starting all ranks again from the newest checkpoint "
-                f"({self._failures} of {self._maximum_failures})",
+                f"restarting all ranks from the newest checkpoint ({count})",
                 file=sys.stderr,
                 flush=True,
             )

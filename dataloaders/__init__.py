@@ -1,0 +1,1 @@
+"""Packs videos into shards and loads them as training batches."""

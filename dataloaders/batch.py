@@ -1,4 +1,4 @@
-"""What the loaders hand out and the trainer takes."""
+"""Batches that the loaders yield to the trainer."""
 
 from dataclasses import dataclass, replace
 
@@ -7,10 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class ClipShape:
-    """The shape that a model wants its clips in."""
+    """The clip shape that a model expects."""
 
     audio_frames: int
-    """Frames of the log-mel, one each 10 ms; shorter clips are padded, longer ones cut."""
+    """Frames of the log-mel, one every 10 ms; shorter clips are padded, longer ones cut."""
     mel_bins: int
     """Mel filters."""
     image_size: int
@@ -19,16 +19,16 @@ class ClipShape:
 
 @dataclass
 class AudioVideoBatch:
-    """Clips of one micro-batch with where they come from."""
+    """The clips of one micro-batch and their origin."""
 
     log_mel: torch.Tensor
-    """`(batch, audio_frames, mel_bins)` float32, `(log-mel - mean) / deviation`; padding was zero
-    before that."""
+    """`(batch, audio_frames, mel_bins)` float32, `(log-mel - mean) / std`; padding was zero before
+    normalisation."""
     frames: torch.Tensor
     """`(batch, frames_per_clip, 3, image_size, image_size)` float32 RGB, normalised with
-    ImageNet's mean and deviation."""
+    ImageNet's mean and std."""
     positions: torch.Tensor
-    """`(batch,)` int64 in CPU memory: place in the sample plan."""
+    """`(batch,)` int64 in CPU memory: position in the sample plan."""
     epochs: torch.Tensor
     """`(batch,)` int64 in CPU memory."""
     sample_ids: tuple[str, ...]
@@ -38,15 +38,15 @@ class AudioVideoBatch:
     frame_seconds: torch.Tensor
     """`(batch, frames_per_clip)` float32 in CPU memory: presentation time of each frame."""
     audio_seconds: torch.Tensor
-    """`(batch, 2)` float32 in CPU memory: start and length of the audio that was heard."""
-    shares: torch.Tensor
-    """`(batch,)` float32 in CPU memory: share of the clip itself where another one is mixed into
-    sound and frames; 1 where none is."""
+    """`(batch, 2)` float32 in CPU memory: start and length of the audio window."""
+    mixup_lambda: torch.Tensor
+    """`(batch,)` float32 in CPU memory: weight of the clip itself, against the clip mixed into its
+    audio and frames; 1: no mixup."""
     mixed_labels: tuple[tuple[str, ...], ...]
-    """Labels of the clip that is mixed into each; empty where none is."""
+    """Labels of the clip mixed into each; empty without mixup."""
 
     def to(self, device: torch.device) -> "AudioVideoBatch":
-        """The batch with log-mel and frames on `device`; everything else stays in CPU memory."""
+        """Copy log-mel and frames to `device`; everything else stays in CPU memory."""
         return replace(
             self,
             log_mel=self.log_mel.to(device, non_blocking=True),

@@ -1,4 +1,4 @@
-"""Softmax attention without a stored attention matrix, by the best means of each device.
+"""Softmax attention without a stored attention matrix, by the fastest way of each device.
 
 - `blocks`: on a CPU. The scores of a few heads at a time fill one buffer that stays in the cache,
   and are computed again in the backward pass. torch's fused attention for CPUs multiplies bf16
@@ -129,7 +129,7 @@ def _flash_attn(
 
 
 def segment_ends(batch: int, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Where each segment of each sample begins and ends in all tokens of a batch, end to end:
+    """Return the bounds of each segment of each sample in the concatenated tokens of a batch:
     (batch * segments + 1,) int32, from 0 on."""
     every = torch.tensor([0, *list(lengths) * batch], dtype=torch.int32)
     return every.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
@@ -216,7 +216,7 @@ _block_attention.register_autograd(_gradients, setup_context=_save)
 
 @register_flop_formula(torch.ops.cavmae.block_attention)
 def _forward_operations(query_shape: Any, key_shape: Any, *others: Any, **options: Any) -> int:
-    """Of the two products."""
+    """Count the two products."""
     batch, heads, queries, head_width = query_shape
     return 4 * batch * heads * queries * key_shape[2] * head_width
 
@@ -225,6 +225,5 @@ def _forward_operations(query_shape: Any, key_shape: Any, *others: Any, **option
 def _backward_operations(
     grad_shape: Any, query_shape: Any, key_shape: Any, *others: Any, **options: Any
 ) -> int:
-    """Of the four products; the scores that are computed again are no work that the gradient
-    needs."""
+    """Count the four products; recomputed scores are not work that the gradient needs."""
     return 2 * _forward_operations(query_shape, key_shape)

@@ -18,19 +18,19 @@ jit: Any = triton.jit
 INTERPRETED: bool = knobs.runtime.interpret
 """Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1 at import)."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels compute with; they accumulate in float32."""
+"""Dtypes that the kernels compute with; they accumulate in float32."""
 
 
 def default_backend(device: torch.device) -> Backend:
-    """What `backend=None` means for tensors on `device`."""
+    """Return the backend that `backend=None` means for tensors on `device`."""
     return "triton" if device.type == "cuda" else "torch"
 
 
 def choose_backend(backend: Backend | None, **tensors: torch.Tensor) -> Backend:
-    """The implementation for these arguments.
+    """Return the implementation for these arguments.
 
     Args:
-        backend: what the caller asked for.
+        backend: the caller's choice.
         tensors: the tensor arguments by name.
 
     Raises:
@@ -69,7 +69,7 @@ def _check_current(name: str, device: torch.device) -> None:
 
 
 def check_floats(**tensors: torch.Tensor) -> None:
-    """Refuse dtypes that the kernels don't compute with.
+    """Refuse dtypes that the kernels do not support.
 
     Raises:
         ValueError: names the argument, its dtype and those that work.
@@ -83,13 +83,13 @@ def check_floats(**tensors: torch.Tensor) -> None:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at the values of a tensor.
+    """Return whether a check may read the values of a tensor.
 
     On a GPU that would stop the stream. While a graph is compiled or exported, or memory is counted
     on fake tensors, there are none.
     """
-    there = tensor.device.type == "cpu" and tensor.numel() > 0
-    return there and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
+    on_cpu = tensor.device.type == "cpu" and tensor.numel() > 0
+    return on_cpu and not isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling()
 
 
 def check_ids(name: str, ids: torch.Tensor, batch: int, limit: int) -> None:

@@ -37,7 +37,7 @@ def contrastive_loss(
 ) -> ContrastiveResult:
     """Softmax cross-entropy of the true pairs among all pairs of a group.
 
-    `loss = mean over pairs of logsumexp_a(s[v, a]) - s[v, partner]` with
+    `loss = mean over pairs of logsumexp_a(s[v, a]) - s[v, positive]` with
     `s[v, a] = cosine(video v, audio a) / temperature`: each video ranks the audio clips of its
     group. `bidirectional` averages this with each audio clip ranking the videos, from the same
     similarities.
@@ -48,11 +48,11 @@ def contrastive_loss(
     Args:
         audio: (batch, width) float, any strides; normalised here, width up to 2,048 in Triton.
         video: (batch, width), same dtype. Where one side is longer, its other embeddings are
-            candidates without a partner.
+            candidates without a positive.
         temperature: divides the cosine similarities; a 0-dimensional tensor may want a gradient.
         bidirectional: average both directions.
         group_size: consecutive pairs that rank each other; None: the whole batch.
-        row_offset: place in the longer side of the first embedding of the shorter one's partner.
+        row_offset: place in the longer side of the first embedding of the shorter one's positive.
         backend: see `cavmae.kernels.backend`.
 
     Raises:

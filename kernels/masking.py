@@ -156,7 +156,7 @@ def _words(number, position, key, part):
 
 @jit
 def _line_is_marked(line, position, key, part, lines, marked, LINES: tl.constexpr):
-    """Whether fewer than `marked` of the columns (or rows) have a smaller key than this one."""
+    """Return whether fewer than `marked` columns (or rows) have a smaller key than this one."""
     own = (_words(line, position, key, part) << 30) | line
     other = tl.arange(0, LINES)
     others = (_words(other, position, key, part) << 30) | other

@@ -17,7 +17,7 @@ def gather_patches(
     patch: int = 16,
     *,
     mean: torch.Tensor | None = None,
-    deviation: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
@@ -30,8 +30,8 @@ def gather_patches(
         pixels: (batch, channels, height, width) float or uint8, any strides.
         ids: (batch, kept) int64 patch ids, row-major over the grid of patches.
         patch: side of a patch in pixels; divides height and width.
-        mean, deviation: (channels,) float32 in units of the pixels; the result is
-            `(pixel - mean) / deviation`, computed in float32. Both or neither.
+        mean, std: (channels,) float32 in units of the pixels; the result is
+            `(pixel - mean) / std`, computed in float32. Both or neither.
         dtype: of the result; None: that of float pixels, float32 for uint8.
         backend: see `cavmae.kernels.backend`.
 
@@ -42,14 +42,14 @@ def gather_patches(
         ValueError: shapes, dtypes or devices that don't fit; an id out of range (on a GPU: NaN);
             pixels that want a gradient from the Triton kernel.
     """
-    statistics = {"mean": mean, "deviation": deviation}
+    statistics = {"mean": mean, "std": std}
     given = {name: tensor for name, tensor in statistics.items() if tensor is not None}
     chosen = choose_backend(backend, pixels=pixels, ids=ids, **given)
     check_pixels(pixels, patch)
     channels, height, width = pixels.shape[1:]
     check_ids("ids", ids, pixels.shape[0], (height // patch) * (width // patch))
-    if (mean is None) != (deviation is None):
-        raise ValueError("mean and deviation go together; give both or neither")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together; give both or neither")
     for name, statistic in given.items():
         if statistic.shape != (channels,):
             raise ValueError(
@@ -58,7 +58,7 @@ def gather_patches(
             )
     dtype = dtype or (pixels.dtype if pixels.is_floating_point() else torch.float32)
     if chosen == "torch":
-        return _reference(pixels, ids, patch, mean, deviation, dtype)
+        return _reference(pixels, ids, patch, mean, std, dtype)
     if pixels.requires_grad:
         raise ValueError("pixels want a gradient, which the kernel has not; use backend='torch'")
     if dtype not in FLOATS or pixels.dtype not in (*FLOATS, torch.uint8):
@@ -66,7 +66,7 @@ def gather_patches(
             f"pixels are {pixels.dtype} and dtype is {dtype}; the Triton kernel takes float32, "
             "bfloat16, float16 and uint8 pixels and gives the first three"
         )
-    return _launch(pixels, ids, patch, mean, deviation, dtype)
+    return _launch(pixels, ids, patch, mean, std, dtype)
 
 
 def check_pixels(pixels: torch.Tensor, patch: int) -> None:
@@ -97,13 +97,13 @@ def _reference(
     ids: torch.Tensor,
     patch: int,
     mean: torch.Tensor | None,
-    deviation: torch.Tensor | None,
+    std: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     patches = patches_of(pixels, ids, patch)
-    if mean is not None and deviation is not None:
+    if mean is not None and std is not None:
         exact = torch.promote_types(torch.float32, dtype)
-        shift, scale = (x.to(exact)[:, None, None] for x in (mean, deviation))
+        shift, scale = (x.to(exact)[:, None, None] for x in (mean, std))
         patches = (patches.to(exact) - shift) / scale
     return patches.to(dtype).flatten(2)
 
@@ -113,7 +113,7 @@ def _patch_kernel(
     pixels,
     ids,
     mean,
-    deviation,
+    std,
     out,
     rows,
     kept,
@@ -146,7 +146,7 @@ def _patch_kernel(
         value = tl.load(source[:, None] + offset[None, :], mask=wanted & there[:, None], other=0)
         value = value.to(tl.float32)
         if NORMALISE:
-            value = (value - tl.load(mean + channel)) / tl.load(deviation + channel)
+            value = (value - tl.load(mean + channel)) / tl.load(std + channel)
         value = tl.where(there[:, None], value, float("nan"))
         target = row * (CHANNELS * PATCH * PATCH) + channel * (PATCH * PATCH)
         tl.store(out + target[:, None] + pixel[None, :], value, mask=wanted)
@@ -157,7 +157,7 @@ def _launch(
     ids: torch.Tensor,
     patch: int,
     mean: torch.Tensor | None,
-    deviation: torch.Tensor | None,
+    std: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
@@ -172,7 +172,7 @@ def _launch(
         pixels,
         ids,
         out if mean is None else mean.to(torch.float32).contiguous(),
-        out if deviation is None else deviation.to(torch.float32).contiguous(),
+        out if std is None else std.to(torch.float32).contiguous(),
         out,
         rows,
         kept,

@@ -7,22 +7,8 @@ batch and after any resume. This is the readable reference in torch.
 import torch
 
 # Named streams of one seed. A stream is a half of the key, so that no two streams ever overlap.
-STREAMS = {
-    "mask_audio": 1,
-    "mask_video": 2,
-    "frame": 3,
-    "crop": 4,
-    "noise": 5,
-    "order": 6,
-    "substitute": 7,
-    "mixture": 8,
-    "flip": 9,
-    "spec_augment": 10,
-    "shift": 11,
-    "window": 12,
-    "mix": 13,
-    "partner": 14,
-}
+# Numbers from 3 are those of the data loaders, in `cavmae.dataloaders.sampling.philox`.
+STREAMS = {"mask_audio": 1, "mask_video": 2}
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -5,7 +5,7 @@ folder of that format; a part that a folder lacks is skipped by name.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cavmae.benchmarks.conformance.cases import read_json
-from cavmae.benchmarks.conformance.finetune import FinetuneCase
-from cavmae.benchmarks.conformance.forward import ForwardCase
-from cavmae.benchmarks.conformance.tiny_train import TinyTrain
+from cavmae.benchmarks.conformance.parts import PARTS, not_compared
 from cavmae.benchmarks.conformance.tolerances import Deviation, worst
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
-from cavmae.trainer.model.cavmae import CAVMAE
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
 EXCERPT = REPOSITORY / "tests" / "golden" / "data"
-
-# Parts of a golden folder that no test compares yet, and why; named in every summary.
-NOT_COMPARED = {
-    "published_curves": "transcribed logs; only their learning rates are compared",
-    "deviations.json": "where the tolerances come from, nothing to compute",
-}
 
 # The files that take longest: begun first, they don't keep one process at work when the other has
 # nothing left.
@@ -43,12 +33,11 @@ LONG_FILES = (
     "trainer/distributed/test_engine.py",
     "trainer/test_resume.py",
     "trainer/test_launchers.py",
-    "golden/test_pretrain_forward.py",
-    "golden/test_finetune.py",
+    "golden/test_pretraining.py",
+    "golden/test_finetuning.py",
     "cluster/test_train.py",
     "cluster/experiments/test_queue.py",
     "cluster/experiments/test_sweep.py",
-    "golden/test_gradients.py",
     "benchmarks/gpu/test_check.py",
     "benchmarks/faults/test_faults.py",
     "benchmarks/training/test_train.py",
@@ -80,64 +69,29 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--golden: there is no folder {config.option.golden}")
 
 
-def _golden_parameters(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each parameter of the golden tests: the file it comes from, and values by test id."""
-    forward = {case.name: case for case in ForwardCase.all(folder)}
-    finetune = {case.name: case for case in FinetuneCase.all(folder)}
-    return {
-        "forward_case": ("pretrain_forward/index.json", forward),
-        "gradient_case": (
-            "pretrain_forward/*_grad.json",
-            {name: case for name, case in forward.items() if case.has_gradients},
-        ),
-        "weights_check": (
-            "pretrain_forward/weights_*_check.json",
-            _files(folder, "pretrain_forward/weights_*_check.json"),
-        ),
-        "tiny_run": ("tiny_train/*.json", {name: name for name in TinyTrain.names(folder)}),
-        "contrastive_entry": (
-            "contrastive.json",
-            {f"seed{e['seed']}_batch{e['batch']}": e for e in _list(folder / "contrastive.json")},
-        ),
-        "retrieval_entry": (
-            "retrieval_metrics.json",
-            {
-                e.get("matrix", f"{number}_seed{e.get('seed', '_none')}"): e
-                for number, e in enumerate(_list(folder / "retrieval_metrics.json"))
-            },
-        ),
-        "patchify_file": ("patchify*.npz", _files(folder, "patchify*.npz")),
-        "position_file": ("pos_embed_T*.npz", _files(folder, "pos_embed_T*.npz")),
-        "mapping_file": ("adapt_mae/mapping_*.json", _files(folder, "adapt_mae/mapping_*.json")),
-        "finetune_case": ("finetune_forward/index.json", finetune),
-        "finetune_gradient_case": (
-            "finetune_forward/*_grad.json",
-            {name: case for name, case in finetune.items() if case.has_gradients},
-        ),
-        "finetune_shapes_case": (
-            "finetune_forward/*_shapes.json",
-            {name: case for name, case in finetune.items() if case.shapes_file.exists()},
-        ),
-        "finetune_run": (
-            "finetune_forward/tiny_train_*.json",
-            _files(folder, "finetune_forward/tiny_train_*.json"),
-        ),
-        "classification_entry": (
-            "classification_metrics.json",
-            {
-                f"seed{e['seed']}_{e['K']}_classes" if "K" in e else f"seed{e['seed']}_single": e
-                for e in _list(folder / "classification_metrics.json")
-            },
-        ),
-    }
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder = metafunc.config.option.golden
+    for argument, part in (("tiny_run", "tiny_train"), ("finetune_run", "finetune_training")):
+        if argument in metafunc.fixturenames:
+            paths = sorted(folder.glob(PARTS[part].source))
+            cases = [pytest.param(path, id=path.stem) for path in paths]
+            metafunc.parametrize(argument, cases or [_absent(metafunc, PARTS[part].source)])
+    if "comparison" in metafunc.fixturenames:
+        found = []
+        for name in vars(metafunc.module)["PARTS"]:
+            part = PARTS[name]
+            marks = [pytest.mark.slow] if part.slow else []
+            cases = part.cases(folder).items()
+            found += [
+                pytest.param(comparison, id=f"{name}-{case}", marks=marks)
+                for case, comparison in cases
+            ] or [_absent(metafunc, part.source, name)]
+        metafunc.parametrize("comparison", found)
 
 
-def _files(folder: Path, pattern: str) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.glob(pattern))}
-
-
-def _list(path: Path) -> list[dict[str, Any]]:
-    return read_json(path) if path.exists() else []
+def _absent(metafunc: pytest.Metafunc, source: str, part: str = "absent") -> Any:
+    reason = f"{metafunc.config.option.golden} has no {source}"
+    return pytest.param(None, id=part, marks=pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -148,16 +102,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    folder = metafunc.config.option.golden
-    for argument, (source, values) in _golden_parameters(folder).items():
-        if argument not in metafunc.fixturenames:
-            continue
-        absent = pytest.mark.skip(reason=f"{folder} has no {source}")
-        cases = [pytest.param(value, id=name) for name, value in values.items()]
-        metafunc.parametrize(argument, cases or [pytest.param(None, marks=absent, id="absent")])
 
 
 @pytest.fixture
@@ -181,21 +125,6 @@ def check_deviations_of(request: pytest.FixtureRequest) -> Callable[[list[Deviat
     return check
 
 
-@pytest.fixture(scope="module")
-def golden_model() -> Iterator[Callable[[ForwardCase], CAVMAE]]:
-    """Builds the model of a case; cases that share weights share the model."""
-    models: dict[Any, CAVMAE] = {}
-
-    def model(case: ForwardCase) -> CAVMAE:
-        if case.weights not in models:
-            models.clear()  # a base model has 0.8 GB: keep one
-            models[case.weights] = case.build()
-        return models[case.weights]
-
-    yield model
-    models.clear()
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     noted: list[tuple[str, str, float, int]] = []
     for reports in terminalreporter.stats.values():
@@ -213,9 +142,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(f"{case}: {nearest}; {count} compared")
     equal = sum(value == 0 for _, _, value, _ in noted)
     terminalreporter.line(f"{equal} more cases are equal in every value compared")
-    for part, reason in NOT_COMPARED.items():
-        if (config.option.golden / part).exists():
-            terminalreporter.line(f"not compared: {part} ({reason})")
+    for part, reason in not_compared(config.option.golden).items():
+        terminalreporter.line(f"not compared: {part} ({reason})")
 
 
 @pytest.fixture(scope="session")

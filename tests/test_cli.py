@@ -73,7 +73,7 @@ def broken_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
 
     monkeypatch.setattr(cavmae, "__path__", [*cavmae.__path__, str(folder)])
-    monkeypatch.setitem(cli.COMMANDS, "broken", ("cavmae.broken", "Fails."))
+    monkeypatch.setitem(cli.COMMANDS, "broken", ("broken", "Fails."))
     monkeypatch.delitem(sys.modules, "cavmae.broken", raising=False)
     monkeypatch.delenv("CAVMAE_DEBUG", raising=False)
     return folder / "broken.py"

@@ -10,8 +10,7 @@ from commands_page import RUN_COMMANDS, commands
 from fields_page import fields
 
 from cavmae.cli import BENCHMARKS, COMMANDS, GROUPS
-from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
-from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.config.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]

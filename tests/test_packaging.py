@@ -151,6 +151,16 @@ def test_a_wheel_holds_every_module_and_nothing_under_a_bare_name(
     assert {file.parts[0] for file in files if ".dist-info" not in file.parts[0]} == {"cavmae"}
 
 
+def test_a_wheel_holds_the_templates_and_the_ablations(wheel: Path, unpacked_tree: Path) -> None:
+    data = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    expected = {
+        Path("cavmae") / path.relative_to(unpacked_tree)
+        for path in (unpacked_tree / "cluster").rglob("*")
+        if path.suffix in (".yaml", ".sh")
+    }
+    assert len(expected) > 5 and expected <= data
+
+
 def test_an_installed_wheel_does_not_answer_to_bare_folder_names(
     wheel: Path, tmp_path: Path
 ) -> None:

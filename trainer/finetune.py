@@ -1,19 +1,24 @@
 """`cavmae finetune RECIPE [--field value ...]`, or `python -m cavmae.trainer.finetune`.
 
-Started in all the ways that `cavmae pretrain` is; it differs in the recipes that it takes.
+Launched like `cavmae pretrain`; it differs in the recipes that it takes.
 """
 
 import sys
 
 from cavmae.command import exit_code
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.run import run_as_rank
+from cavmae.trainer.run import MakeHooks, run_as_rank
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
-    run_as_rank(parse(arguments, [FinetuneConfig], "cavmae finetune"))
+def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        arguments: words after the command.
+        make_hooks: see `run`.
+    """
+    run_as_rank(parse(arguments, [FinetuneConfig], "cavmae finetune"), make_hooks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no state of it."""
+"""The learning rate as a function of the step alone, so that resuming needs no state for it."""
 
 import math
 
@@ -8,15 +8,15 @@ from cavmae.trainer.config.configs import ScheduleConfig
 def learning_rate(
     config: ScheduleConfig, peak: float, *, step: int, steps: int, steps_per_epoch: float
 ) -> float:
-    """The rate of optimizer step `step`, counted from 0.
+    """Compute the learning rate of optimizer step `step`, counted from 0.
 
-    `step` is the published schedule: times `gamma` after `step_start_epochs` finished epochs
-    and after every `step_every_epochs` more. `cosine` falls from the end of the warm-up to
-    `min_lr_ratio` of the peak at the last step.
+    The `step` schedule is the published one: it multiplies by `gamma` after `step_start_epochs`
+    finished epochs and after every `step_every_epochs` more. `cosine` falls from the end of the
+    warm-up to `min_lr_ratio` of the peak at the last step.
 
     Args:
         config: the schedule.
-        peak: the rate after warm-up.
+        peak: learning rate after warm-up.
         step: optimizer step.
         steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps of a pass over the training set.

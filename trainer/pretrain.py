@@ -1,7 +1,7 @@
 """`cavmae pretrain RECIPE [--field value ...]`, or `python -m cavmae.trainer.pretrain`.
 
-Started by plain python, `deepspeed --module`, `torchrun -m` or `cavmae.cluster.train`; each sets
-the same rank variables. A run folder that has checkpoints goes on from the newest whole one.
+Launched by plain python, `deepspeed --module`, `torchrun -m` or `cavmae.cluster.train`, which all
+set the same rank variables. A run folder that has checkpoints is resumed from the newest whole one.
 """
 
 import sys
@@ -9,12 +9,17 @@ import sys
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.run import run_as_rank
+from cavmae.trainer.run import MakeHooks, run_as_rank
 
 
-def main(arguments: list[str]) -> int:
-    """The command; returns its exit code."""
-    run_as_rank(parse(arguments, [PretrainConfig], "cavmae pretrain"))
+def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        arguments: words after the command.
+        make_hooks: see `run`.
+    """
+    run_as_rank(parse(arguments, [PretrainConfig], "cavmae pretrain"), make_hooks)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,103 @@
-"""How a start takes up its run folder: a new run, or one that goes on."""
+"""Opening a run: its data, its ranks, its store of checkpoints, and its folder, new or resumed."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cavmae.trainer.checkpoint.format import check_not_left_behind, checkpoints
+import torch
+
+from cavmae.atomic_write import read_json, remove_leftovers, write_json
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.checkpoint.format import (
+    check_not_left_behind,
+    checkpoint_folder,
+    list_checkpoints,
+)
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.resolve import check_same_run, native_dtype
-from cavmae.trainer.config.serialize import load_run_config, read_json, save_config, write_json
+from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
+from cavmae.trainer.config.serialize import load_run_config, save_config
+from cavmae.trainer.distributed.collectives import on_first_rank
+from cavmae.trainer.distributed.env import Ranks
+from cavmae.trainer.distributed.process_group import start_process_group
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
+from cavmae.trainer.tracking.rank_logging import log_to_file
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that this rank has opened.
+
+    Attributes:
+        config: resolved.
+        run_dir: its folder.
+        ranks: this process's rank.
+        device: this rank's device.
+        store: its checkpoints.
+        train_set: what it trains on.
+        status: what watchers see of it.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    device: torch.device
+    store: Store
+    train_set: ShardSet
+    status: StatusWriter
+
+
+def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter) -> OpenRun:
+    """Open the data, join the other ranks, and open the run folder; all ranks call it.
+
+    Args:
+        config: what the user asked for.
+        ranks: this process's rank.
+        threads: CPU threads of this rank, as set.
+        status: learns when the run folder is open.
+
+    Raises:
+        ValueError: the data, the rank count or the run folder does not fit the configuration.
+        OSError: data can't be read or the run folder can't be written.
+    """
+    if not config.data.train_folders:
+        raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    train_set = ShardSet(config.data.train_folders, config.data.cache)
+    store = Store(checkpoint_folder(config))
+    resolved = resolve(
+        config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
+    )
+    device = start_process_group(ranks)
+    run_dir = Path(resolved.run_dir)
+    config = on_first_rank(lambda: open_run_dir(resolved, run_dir, store, device.type))
+    status.opened(config.steps)
+    log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
+    return OpenRun(config, run_dir, ranks, device, store, train_set, status)
+
+
 def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Config:
-    """Make the folder, or check that this start goes on with the run that is there; one rank calls
-    it.
+    """Make the folder, or check that this attempt resumes the run in it; one rank calls it.
 
     Args:
         config: resolved.
         run_dir: its folder.
-        store: of its checkpoints.
+        store: its checkpoints.
         device: type of the ranks' devices.
 
     Returns:
         The configuration with the dtype of the run.
 
     Raises:
-        ValueError: the folder or the checkpoints are of another run, or the store is no place to
-            write to.
-        OSError: one of them can't be written.
+        ValueError: the folder or the checkpoints are of another run, or the store is not writable.
+        OSError: the folder or the store can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (run_dir, run_dir / "epoch-weights", run_dir / "journal"):
+        remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}
     check_writable(store)
@@ -43,11 +108,11 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
     if record and folder_before != folder:
         check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
     before = None
-    if checkpoints(store):
+    if list_checkpoints(store):
         if not saved.exists():
             raise ValueError(
-                f"checkpoint.folder {store.place()} has checkpoints and run_dir {run_dir} no "
-                "config.json: they are of another run; give another folder, or that run's run_dir"
+                f"checkpoint.folder {store.location()} has checkpoints and run_dir {run_dir} has "
+                "no config.json: they belong to another run; give another folder, or its run_dir"
             )
         before = load_run_config(saved)
     if config.engine.dtype == "auto":

@@ -1,261 +1,407 @@
-"""The training loop: micro-batches in, updates, scores and checkpoints out.
+"""The training loop of every run: micro-batches in, updates, scores and checkpoints out."""
 
-It knows a task (`begin_step`, `loss`, `metrics`), an engine and callbacks for what happens now and
-then; pretraining and fine-tuning share it.
-"""
-
+import dataclasses
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.trainer.distributed.engine import Engine
-from cavmae.trainer.fault_tolerance.preemption import StopRequest
-from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
+from cavmae.atomic_write import atomic_write, write_json
+from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
+from cavmae.trainer.checkpoint.load import load_newest
+from cavmae.trainer.checkpoint.save import CheckpointSaver
+from cavmae.trainer.checkpoint.weight_average import EpochWeights
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
+from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
+from cavmae.trainer.distributed.engine import Engine, Update
+from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.lr_schedule import learning_rate
+from cavmae.trainer.run_dir import OpenRun
+from cavmae.trainer.run_summary import RunSummary
+from cavmae.trainer.tasks.build_model import configure_blocks
+from cavmae.trainer.tasks.finetune import FinetuneTask
+from cavmae.trainer.tasks.labels import open_labels
+from cavmae.trainer.tasks.pretrain import PretrainTask
+from cavmae.trainer.tasks.task import Loader, Task
 from cavmae.trainer.tracking.profiler import StepProfile
+from cavmae.trainer.tracking.run_logger import RunLogger
+from cavmae.trainer.validator import Validator
 
 log = logging.getLogger(__name__)
 
 RETRIES_PER_INTERVAL = 10
-"""A checkpoint that failed is tried again after this part of the steps between two."""
-
-
-class Task(Protocol):
-    """What a step computes; `description` is for the log."""
-
-    @property
-    def description(self) -> str: ...
-    def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None: ...
-    def loss(self, engine: Engine, batch: AudioVideoBatch) -> torch.Tensor: ...
-    def metrics(self) -> dict[str, torch.Tensor]: ...
-
-
-class Loader(Protocol):
-    """Endless micro-batches, with the time that taking them has cost."""
-
-    wait_seconds: float
-
-    def __iter__(self) -> Iterator[AudioVideoBatch]: ...
-
-
-class Saver(Protocol):
-    """Writes checkpoints beside the steps; `open` and what `commit` returns are the same on all
-    ranks."""
-
-    failures: int
-
-    @property
-    def open(self) -> bool: ...
-    @property
-    def writing(self) -> bool: ...
-    def begin(self, step: int) -> None: ...
-    def commit(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Attributes: step, optimizer steps done; metrics, means over ranks of that step, with
-    `samples_per_second` and `data_wait_share` since the last report."""
-
-    step: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class LoopOutcome:
-    """Attributes: step, optimizer steps done; stopped, why the run was asked to leave early, empty
-    where it was not; skipped_updates, steps whose loss or gradient was not finite."""
-
-    step: int
-    stopped: str
-    skipped_updates: int
+"""A failed checkpoint is retried after this part of the steps between two."""
 
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 
-def train(
-    engine: Engine,
-    task: Task,
-    loader: Loader,
-    *,
-    start_step: int,
-    steps: int,
-    accumulation: int,
-    global_batch: int,
-    learning_rate: Callable[[int], float],
-    max_skipped_updates: int,
-    report_every: int,
-    report: Callable[[StepReport], None],
-    evaluate_every: int,
-    evaluate: Callable[[int], None],
-    end_step: Callable[[int], None],
-    save_every: int,
-    saver: Saver,
-    stop: StopRequest,
-    rank_timer: RankTimer,
-    stragglers: StragglerReport,
-    watchdog: Watchdog,
-    profile: StepProfile,
-    device: torch.device,
-) -> LoopOutcome:
-    """Train from `start_step` to `steps`, or until a rank is asked to leave; all ranks call it.
+@dataclass(frozen=True)
+class Hooks:
+    """What benchmarks and tests put in place of a trainer's parts.
 
-    The last step, and a step at which the ranks are asked to leave, are always saved; the last step
-    is always evaluated. A checkpoint that could not be written is tried again soon; none is begun
-    in a row of updates that were left out, so that a run can go on from before them.
+    Attributes:
+        make_loader: called with the arguments of `TrainLoader`.
+        wrap_task: gets the run's task and returns the one to train.
+        span: context of a named part of a step: data wait, begin step, forward, backward, update,
+            validation, checkpoint.
+    """
+
+    make_loader: Callable[..., Loader] = TrainLoader
+    wrap_task: Callable[[Task], Task] = lambda task: task
+    span: Callable[[str], AbstractContextManager[object]] = record_function
+
+
+class Trainer:
+    """One attempt of a run on this rank; all ranks build one and call `train`.
+
+    Args:
+        opened: the run.
+        notice: returns why the launcher wants this rank to save and stop, or an empty text.
+        hooks: replaced parts.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped, skipped_in_a_row: updates of this attempt that were skipped as not finite.
 
     Raises:
-        OSError: the last checkpoint could not be written; those before it stay.
-        NonFiniteError: `max_skipped_updates` updates in a row were left out. What was saved
-            before stays.
+        ValueError: the checkpoints, the initial weights or the data do not fit the configuration.
+        OSError: checkpoints, labels or data can't be read.
     """
-    batches = iter(loader)
-    skipped = skipped_in_a_row = 0
-    since, since_step, waited = time.monotonic(), start_step, loader.wait_seconds
-    step, save_again = start_step, -1
-    if step >= steps:  # killed after its last checkpoint: the scores are still to be told
-        evaluate(step)
-    with stop, closing(profile), closing(watchdog):  # no step is watched while a trace is written
-        while step < steps:
-            watchdog.step()
-            rank_timer.step()
-            with record_function("data wait"):
-                parts = [next(batches).to(device) for _ in range(accumulation)]
-            rank_timer.batch_ready()
-            if engine.zero_stage == 3:
-                rank_timer.before_sync()
-            with record_function("begin step"):
-                task.begin_step(engine, parts)
-            for index, part in enumerate(parts):
-                with record_function("forward"):
-                    loss = task.loss(engine, part)
-                rank_timer.before_sync()
-                with record_function("backward"):
-                    engine.backward(loss)
-                    if index + 1 < len(parts):
-                        engine.accumulate()
-            rate = learning_rate(step)
-            with record_function("update"):
-                update = engine.update(rate)
-            step += 1
 
-            skipped_in_a_row = 0 if update.applied else skipped_in_a_row + 1
-            skipped += not update.applied
-            last = step == steps
-            due = step % report_every == 0 or last
-            means, (stops, writers), own_seconds = _over_ranks(
-                task.metrics() if due or not update.applied else {},
-                (bool(stop.reason), saver.writing),
-                rank_timer.take() if due else None,
-                device,
+    def __init__(self, opened: OpenRun, notice: Callable[[], str], hooks: Hooks) -> None:
+        config, ranks, device = opened.config, opened.ranks, opened.device
+        run_dir, train_set = opened.run_dir, opened.train_set
+        self.config, self.ranks, self.device, self.run_dir = config, ranks, device, run_dir
+        self.span, self.status = hooks.span, opened.status
+        torch.manual_seed(config.seed)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+        self.timer = RankTimer(device)
+        self.task = hooks.wrap_task(build_task(opened, self.timer.before_sync))
+        model, groups = self.task.build_model()
+        configure_blocks(model, config.engine)
+        self.accumulation = config.global_batch // ranks.world_size // config.micro_batch
+        self.engine = Engine(
+            model,
+            config.engine,
+            config.optimizer,
+            micro_batch=config.micro_batch,
+            accumulation=self.accumulation,
+            device=device,
+            groups=groups,
+        )
+        checkpoint, state = load_newest(opened.store, self.engine) or ("", None)
+        self.fingerprint = train_set.fingerprint
+        if state and state.train_set != self.fingerprint:
+            raise ValueError(
+                f"the run in {run_dir} was trained on other clips than data.train "
+                f"{config.data.train} now holds; give the former set, or another --run-dir"
             )
-            if stops:
-                stop.start_budget()
-            if saver.open and not writers and not saver.commit():
-                save_again = step + max(1, save_every // RETRIES_PER_INTERVAL)
-            if not update.applied:
-                log.warning(
-                    "step %d: the loss (%s) or a gradient is not finite; the update is left out "
-                    "(%d in a row, samples %s)",
-                    step,
-                    means["loss"],
-                    skipped_in_a_row,
-                    ", ".join(name for part in parts for name in part.sample_ids[:8]),
+        self.resumed_from = checkpoint
+        self.step = self.start_step = state.step if state else 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.steps_per_epoch = train_set.samples / config.global_batch
+        self.epoch_weights = EpochWeights(
+            run_dir / "epoch-weights",
+            first_epoch=config.average_from_epoch,
+            steps=config.steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        self.loader = hooks.make_loader(
+            config.data,
+            ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size),
+            seed=config.seed,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            lanes=config.lanes,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+            start_position=state.position if state else 0,
+            quarantine=state.quarantine if state else (),
+            journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
+        )
+        self.logger = RunLogger(
+            config,
+            run_dir,
+            ranks,
+            start_step=self.start_step,
+            steps_per_epoch=self.steps_per_epoch,
+            device=device,
+        )
+        self.logger.log_start(self.task.description, train_set, resumed_from=checkpoint)
+        self.validator = Validator(config, ranks, device, self.task.validate, self.logger)
+        self.saver = CheckpointSaver(
+            opened.store, config.checkpoint, self.engine, self._state_at, self.start_step
+        )
+        self.retry_save_at = -1
+        self.stop = StopRequest(
+            run_dir if ranks.rank == 0 else None, config.checkpoint.grace_seconds, notice
+        )
+        self.stragglers = StragglerMonitor(
+            config.watchdog.straggler_ratio, on_all_ranks(socket.gethostname)
+        )
+        self.watchdog = Watchdog(config.watchdog, run_dir / "hangs", ranks.rank)
+        self.profiler = StepProfile(
+            config.profile,
+            run_dir / "profile",
+            rank=ranks.rank,
+            start_step=self.start_step,
+            device=device,
+        )
+
+    def train(self) -> RunSummary:
+        """Train to the last step, or until a stop is requested.
+
+        Raises:
+            OSError: the last checkpoint could not be written; the earlier ones stay.
+            NonFiniteError: `engine.max_skipped_updates` updates in a row were skipped; the
+                checkpoints of before stay.
+        """
+        began = time.monotonic()
+        self.status.running(self.step, self.resumed_from)
+        try:
+            stopped = self._loop()
+            weights = {} if stopped else self._final_weights()
+        except BaseException:
+            self.logger.close("FAILED")
+            raise
+        finally:
+            self.loader.close()
+        seconds = time.monotonic() - began
+        samples = (self.step - self.start_step) * self.config.global_batch
+        summary = RunSummary(
+            run_dir=str(self.run_dir),
+            step=self.step,
+            steps=self.config.steps,
+            stopped=stopped,
+            skipped_updates=self.skipped,
+            quarantined=len(self.loader.quarantine),
+            seconds=seconds,
+            samples_per_second=samples / max(seconds, 1e-9),
+            scores=self.validator.scores,
+            tracking_uri=self.logger.tracking_uri,
+            mlflow_run=self.logger.mlflow_run,
+        )
+        if self.ranks.rank == 0 and stopped:
+            withdraw_request(self.run_dir)
+        elif self.ranks.rank == 0:
+            path = self.run_dir / "weights.pt"
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                torch.save(weights, file)  # torch writes the name of a path into the file
+            write_json(self.run_dir / "summary.json", dataclasses.asdict(summary))
+        self.logger.close("KILLED" if stopped else "FINISHED")
+        if stopped:
+            log.info(
+                "Stopped at step %d/%d (%s). Rerun the same command to resume.",
+                self.step,
+                self.config.steps,
+                stopped,
+            )
+        self.status.change("stopped" if stopped else "finished", reason=stopped)
+        dist.barrier()
+        return summary
+
+    def _loop(self) -> str:
+        """Train until the last step or a stop request; returns the reason for the stop, if any.
+
+        The last step of an attempt is always saved; the last step of a run is always validated. A
+        checkpoint that could not be written is retried soon. None is begun while updates are being
+        skipped, so that a run can be resumed from before them.
+        """
+        config = self.config
+        batches = iter(self.loader)
+        logged_at, logged_step = time.monotonic(), self.step
+        waited = self.loader.wait_seconds
+        if self.step >= config.steps:  # killed after its last checkpoint, before its scores
+            self.validator.score(self.engine.module, self.step)
+        with self.stop, closing(self.profiler), closing(self.watchdog):
+            while self.step < config.steps:
+                rate = learning_rate(
+                    config.schedule,
+                    config.optimizer.learning_rate,
+                    step=self.step,
+                    steps=config.steps,
+                    steps_per_epoch=self.steps_per_epoch,
                 )
-                if skipped_in_a_row >= max_skipped_updates:
-                    raise NonFiniteError(
-                        f"{skipped_in_a_row} updates in a row were not finite, up to step {step}; "
-                        "lower optimizer.learning_rate, set engine.clip_grad_norm, or raise "
-                        "engine.max_skipped_updates"
-                    )
-            if due:
-                now = time.monotonic()
-                seconds = max(now - since, 1e-9)
-                report(
-                    StepReport(
+                update, sample_ids = self._train_step(batches, rate)
+                step, last = self.step, self.step == config.steps
+                log_now = step % config.tracking.every_steps == 0 or last
+                means, (stops, writers), busy_seconds = reduce_step(
+                    self.task.metrics() if log_now or not update.applied else {},
+                    (bool(self.stop.reason), self.saver.is_writing),
+                    self.timer.pop_mean() if log_now else None,
+                    self.device,
+                )
+                if stops:
+                    self.stop.start_grace_period()
+                    self.status.change("stopping", reason=self.stop.reason)
+                if self.saver.is_open and not writers and not self.saver.commit():
+                    every = config.checkpoint.every_steps
+                    self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
+                if not update.applied:
+                    self._check_skipped(means["loss"], sample_ids)
+                if log_now:
+                    now = time.monotonic()
+                    seconds, steps = max(now - logged_at, 1e-9), step - logged_step
+                    self.logger.log_step(
                         step,
                         means
                         | {
                             "gradient_norm": update.gradient_norm,
                             "learning_rate": rate,
-                            "skipped_updates": float(skipped),
-                            "samples_per_second": (step - since_step) * global_batch / seconds,
-                            "checkpoint_failures": float(saver.failures),
-                            "data_wait_share": (loader.wait_seconds - waited) / seconds,
+                            "skipped_updates": float(self.skipped),
+                            "samples_per_second": steps * config.global_batch / seconds,
+                            "checkpoint_failures": float(self.saver.failures),
+                            "data_wait_share": (self.loader.wait_seconds - waited) / seconds,
                         }
-                        | stragglers.look(own_seconds, seconds / (step - since_step)),
+                        | self.stragglers.update(busy_seconds, seconds / steps),
                     )
-                )
-                since, since_step, waited = now, step, loader.wait_seconds
-            end_step(step)
-            if stops and not last and step % evaluate_every == 0:
-                log.warning("the evaluation of step %d is left out", step)
-            elif step % evaluate_every == 0 or last:
-                with watchdog.pause(), record_function("evaluation"):
-                    evaluate(step)
-            if step % save_every == 0 or step == save_again or last or stops:
-                if skipped_in_a_row and not (last or stops):
-                    save_again = step + 1
-                else:
-                    with watchdog.pause(), record_function("checkpoint"):
-                        saver.begin(step)
-            if last or stops:
-                with watchdog.pause():
-                    _commit_last(saver, step)
-            if profile.ends:
-                with watchdog.pause():
-                    profile.step()
-                    dist.barrier()  # else the next step waits for the rank that writes longest
-            else:
-                profile.step()
+                    logged_at, logged_step, waited = now, step, self.loader.wait_seconds
+                self.epoch_weights.keep(self.engine, step)
+                self._validate_and_save(stops=bool(stops), last=last)
+                self._end_profiled_step()
+                if stops and not last:
+                    # Of the first rank that has one: it may reach the others later.
+                    return next(filter(None, on_all_ranks(lambda: self.stop.reason)))
+        return ""
+
+    def _train_step(
+        self, batches: Iterator[AudioVideoBatch], learning_rate: float
+    ) -> tuple[Update, list[str]]:
+        """Take one optimizer step; returns what it did, and ids of some of its samples."""
+        self.watchdog.step()
+        self.timer.begin_step()
+        with self.span("data wait"):
+            parts = [next(batches).to(self.device) for _ in range(self.accumulation)]
+        self.timer.batch_ready()
+        if self.engine.zero_stage == 3:  # gathers weights in the forward pass
+            self.timer.before_sync()
+        with self.span("begin step"):
+            self.task.begin_step(self.engine, parts)
+        for index, part in enumerate(parts):
+            with self.span("forward"):
+                loss = self.task.loss(self.engine, part)
+            self.timer.before_sync()
+            with self.span("backward"):
+                self.engine.backward(loss)
+                if index + 1 < len(parts):
+                    self.engine.accumulate()
+        with self.span("update"):
+            update = self.engine.update(learning_rate)
+        self.step += 1
+        self.status.step = self.step
+        self.skipped += not update.applied
+        self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+        return update, [name for part in parts for name in part.sample_ids[:8]]
+
+    def _check_skipped(self, loss: float, sample_ids: list[str]) -> None:
+        """Warn of an update that was skipped; raises NonFiniteError after too many in a row."""
+        log.warning(
+            "step %d: the loss (%s) or a gradient is not finite; the update is skipped (%d in a "
+            "row, samples %s)",
+            self.step,
+            loss,
+            self.skipped_in_a_row,
+            ", ".join(sample_ids),
+        )
+        if self.skipped_in_a_row >= self.config.engine.max_skipped_updates:
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} updates in a row were not finite, up to step "
+                f"{self.step}; lower optimizer.learning_rate, set engine.clip_grad_norm, or raise "
+                "engine.max_skipped_updates"
+            )
+
+    def _validate_and_save(self, *, stops: bool, last: bool) -> None:
+        """Validate and save after a step, if it is due."""
+        config, step = self.config, self.step
+        if step % config.validation.every_steps == 0 or last:
             if stops and not last:
-                return LoopOutcome(step, _first_reason(stop), skipped)
-    return LoopOutcome(step, "", skipped)
+                log.warning("step %d: validation is skipped, as a stop is requested", step)
+            else:
+                with self.watchdog.pause(), self.span("validation"):
+                    self.validator.score(self.engine.module, step)
+        save = step % config.checkpoint.every_steps == 0 or step == self.retry_save_at
+        if save and self.skipped_in_a_row and not (last or stops):
+            self.retry_save_at = step + 1
+        elif save or last or stops:
+            with self.watchdog.pause(), self.span("checkpoint"):
+                self.saver.begin(step)
+        if last or stops:
+            with self.watchdog.pause():
+                if not self.saver.commit():
+                    raise OSError(
+                        f"the checkpoint of step {step}, the last of this attempt, could not be "
+                        "written (the log has the reason); free some space and rerun the same "
+                        "command: the run resumes from the checkpoint before"
+                    )
 
+    def _end_profiled_step(self) -> None:
+        if not self.profiler.ends:
+            self.profiler.step()
+            return
+        with self.watchdog.pause():  # the trace is written
+            self.profiler.step()
+            dist.barrier()  # or the next step waits for the rank that writes longest
 
-def _commit_last(saver: Saver, step: int) -> None:
-    if not saver.commit():
-        raise OSError(
-            f"the checkpoint of step {step}, the last of this start, could not be written (the log "
-            "has the reason); make room and start again: the run goes on from the one before"
+    def _state_at(self, step: int) -> RunState:
+        """Collect what a checkpoint holds beside weights and optimizer; all ranks call it."""
+        own = [(item.sample_id, item.reason) for item in self.loader.quarantine]
+        return RunState(
+            step=step,
+            position=step * self.config.global_batch,
+            quarantine=tuple(
+                sorted({item for items in on_all_ranks(lambda: own) for item in items})
+            ),
+            train_set=self.fingerprint,
+            world_size=self.ranks.world_size,
+            zero_stage=self.config.engine.zero_stage,
+            dtype=self.config.engine.dtype,
         )
 
-
-def _over_ranks(
-    metrics: dict[str, torch.Tensor],
-    flags: tuple[bool, ...],
-    own_seconds: float | None,
-    device: torch.device,
-) -> tuple[dict[str, float], list[int], list[float]]:
-    """Means of the metrics, on how many ranks each flag is set, and each rank's own seconds (none
-    where they are None), in one small reduction."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    names = sorted(metrics)
-    seconds = torch.zeros(0 if own_seconds is None else world_size, dtype=torch.float64)
-    if own_seconds is not None:
-        seconds[rank] = own_seconds
-    values = [metrics[name].double().reshape(1) for name in names]
-    counts = torch.tensor(flags, dtype=torch.float64)
-    total = torch.cat([*values, counts.to(device), seconds.to(device)])
-    dist.all_reduce(total)
-    sums = total.tolist()
-    means = {name: value / world_size for name, value in zip(names, sums, strict=False)}
-    after = len(names) + len(flags)
-    return means, [int(count) for count in sums[len(names) : after]], sums[after:]
+    def _final_weights(self) -> dict[str, torch.Tensor]:
+        """Gather the run's weights on rank 0: the last ones, or the mean of epochs, scored."""
+        if not self.epoch_weights:
+            return self.engine.full_state_dict()
+        weights = self.epoch_weights.mean()
+        if self.validator.enabled:
+            model, _ = self.task.build_model()
+            if self.ranks.rank == 0:
+                model.load_state_dict(weights)
+            model.to(self.device)
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, src=0)
+            self.validator.score(model, self.step, "averaged")
+        return weights
 
 
-def _first_reason(stop: StopRequest) -> str:
-    """Of the first rank that has one; it may have reached the others later."""
-    reasons = [""] * dist.get_world_size()
-    dist.all_gather_object(reasons, stop.reason)
-    return next(filter(None, reasons))
+def build_task(opened: OpenRun, before_sync: Callable[[], None]) -> Task:
+    """Build the task of a run; the first rank keeps the classes of fine-tuning in its folder.
+
+    Args:
+        opened: the run.
+        before_sync: called when this rank is about to wait for others in a forward pass.
+    """
+    config = opened.config
+    if isinstance(config, FinetuneConfig):
+        labels = on_first_rank(
+            lambda: open_labels(config, opened.run_dir, begun=bool(list_checkpoints(opened.store)))
+        )
+        return FinetuneTask(config, labels, opened.device)
+    assert isinstance(config, PretrainConfig)
+    return PretrainTask(config, opened.ranks, opened.device, before_sync)

@@ -1,7 +1,6 @@
-"""Scores and pictures on clips that are never trained on, during a run."""
+"""Validation during a run: scores and figures on clips that are never trained on."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,92 +10,70 @@ from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks
-from cavmae.trainer.tracking.run_logger import RunReport
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Held-out clips, scored.
-
-    Attributes:
-        metrics: by name, the same on all ranks.
-        draw: writes pictures to a folder, named for a step, and returns their paths; one rank
-            calls it.
-    """
-
-    metrics: dict[str, float]
-    draw: Callable[[Path, int], list[Path]] = lambda folder, step: []
-
-
-Scorer = Callable[[nn.Module, Iterable[AudioVideoBatch]], Scored]
-"""Scores a model on this rank's part of the clips; all ranks call it. Positions of the batches are
-the clips' places in the set."""
+from cavmae.trainer.tasks.task import Validation
+from cavmae.trainer.tracking.run_logger import RunLogger
 
 
 class Validator:
-    """Scores the run's model on `data.validation`; does nothing where that is empty.
+    """Scores models on `data.validation`; does nothing if that is empty.
 
     Args:
         config: resolved run.
-        shape: what the model takes.
-        ranks: this process's place.
-        scorer: what is scored.
-        report: where scores and pictures go.
+        ranks: this process's rank.
         device: this rank's device.
+        validate: `Task.validate`.
+        logger: gets scores and figures.
 
     Attributes:
-        scores: metrics of the last evaluation.
+        scores: metrics of the last validation.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        shape: ClipShape,
         ranks: Ranks,
-        scorer: Scorer,
-        report: RunReport,
-        *,
         device: torch.device,
+        validate: Callable[[nn.Module, Iterable[AudioVideoBatch]], Validation],
+        logger: RunLogger,
     ) -> None:
-        self._config, self._shape, self._ranks = config, shape, ranks
-        self._scorer, self._report, self._device = scorer, report, device
+        self._config, self._ranks, self._device = config, ranks, device
+        self._validate, self._logger = validate, logger
         self.scores: dict[str, float] = {}
 
     @property
-    def there(self) -> bool:
-        """Whether there are held-out clips."""
+    def enabled(self) -> bool:
         return bool(self._config.data.validation)
 
-    def score(self, model: nn.Module, step: int, kind: str = "val") -> None:
-        """Evaluate after `step` optimizer steps; all ranks call it.
+    def score(self, model: nn.Module, step: int, prefix: str = "val") -> None:
+        """Score a model after `step` optimizer steps; all ranks call it.
 
         Args:
-            model: what is scored.
-            step: of the run.
-            kind: what the scores are reported as; `scores` has them as `val_`.
+            model: the model, on this rank's device.
+            step: optimizer steps done.
+            prefix: what logged metrics begin with; in `scores` they always begin with `val`.
         """
-        config = self._config
-        if not self.there:
+        if not self.enabled:
             return
+        config = self._config
         loader = ValidationLoader(
             config.data,
-            self._shape,
+            ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size),
             folder=config.data.validation,
             batch=config.micro_batch,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             device=self._device,
-            limit=config.evaluation.clips,
+            limit=config.validation.clips,
         )
         model.eval()
         try:
-            scored = self._scorer(model, (batch.to(self._device) for batch in loader))
+            validation = self._validate(model, (batch.to(self._device) for batch in loader))
         finally:
             model.train()
             loader.close()
-        self.scores = scored.metrics
-        reported = {name.replace("val", kind, 1): value for name, value in scored.metrics.items()}
-        self._report.scores(reported, step)
+        self.scores = validation.metrics
+        logged = {prefix + name.removeprefix("val"): x for name, x in self.scores.items()}
+        self._logger.log_scores(logged, step)
         if self._ranks.rank == 0:
-            for path in scored.draw(Path(config.run_dir) / "pictures", step):
-                self._report.picture(path)
+            for path in validation.draw(Path(config.run_dir) / "figures", step):
+                self._logger.log_figure(path)

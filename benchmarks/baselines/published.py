@@ -23,7 +23,7 @@ TEMPERATURE = 0.05
 
 @dataclass
 class PublishedOutput:
-    """What the published forward returns, and the arrays on the way.
+    """Results of the published forward pass, and intermediate arrays.
 
     Attributes:
         loss: weighted sum of the losses; the parts below are unweighted.

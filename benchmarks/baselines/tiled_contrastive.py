@@ -18,7 +18,7 @@ from cavmae.kernels.backend import Backend, choose_backend, jit
 
 BLOCK = 64
 STEP = 64
-"""Of the width, at a time."""
+"""Columns of the width at a time."""
 
 Precision = Literal["ieee", "tf32"]
 
@@ -35,7 +35,7 @@ def tiled_contrastive_loss(
 
     Args:
         audio: (batch, width) float.
-        video: (batch, width), same dtype; its row i is the partner of row i of `audio`.
+        video: (batch, width), same dtype; its row i is the positive of row i of `audio`.
         temperature: divides the cosine similarities.
         precision: of the products in Triton; None: TF32 where
             `torch.backends.cuda.matmul.allow_tf32`, which also rules the torch rendering.
@@ -59,7 +59,7 @@ def tiled_contrastive_loss(
 
 
 class _TiledDirection(torch.autograd.Function):
-    """Mean over rows of `logsumexp over columns - partner`, for unit vectors."""
+    """Mean over rows of `logsumexp over columns - positive`, for unit vectors."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -90,7 +90,7 @@ class _TiledDirection(torch.autograd.Function):
                 grad = _launch_gradient(first, second, log_sums, ctx.scale, by_row, precision)
             else:
                 grad = _torch_gradient(first, second, log_sums, ctx.scale, by_row)
-            # The partner's part is a vector's business and no tile's.
+            # The positive's part is a vector's business and no tile's.
             gradients.append((grad - second) * (grad_loss * ctx.scale / len(rows)))
         return gradients[0], gradients[1], None, None
 

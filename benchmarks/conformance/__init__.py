@@ -1,0 +1,1 @@
+"""Comparison with reference numbers of the published implementation."""

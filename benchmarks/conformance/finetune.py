@@ -15,10 +15,11 @@ from cavmae.benchmarks.conformance.cases import (
     config_from_arguments,
     fill_from_recipe,
     noise,
+    read_json,
     recipe_inputs,
 )
 from cavmae.benchmarks.conformance.forward import GoldenCase, gradient_deviations
-from cavmae.benchmarks.conformance.tiny_train import final_deviations
+from cavmae.benchmarks.conformance.tiny_train import final_deviations, frozen_deviation
 from cavmae.benchmarks.conformance.tolerances import (
     LIMITS,
     Deviation,
@@ -27,8 +28,10 @@ from cavmae.benchmarks.conformance.tolerances import (
     relative,
 )
 from cavmae.trainer.losses.classification import LossName, classification_loss
+from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.weights import published_state
 
 LOSSES: dict[str, LossName] = {"BCE": "bce", "CE": "cross_entropy"}
 
@@ -103,6 +106,38 @@ class FinetuneCase(GoldenCase):
             deviations.append(array_deviation(key, measured, expected, LIMITS.array))
         return deviations
 
+    def forward_deviations(self) -> list[Deviation]:
+        """Compare every mode, the audio-only model, and the features of the pretraining model,
+        whose encoders have the names, hence the recipe weights, of this one's."""
+        audio, image = self.inputs()
+        encoders = CAVMAE(self.config)
+        fill_from_recipe(encoders, self.entry["seed"], self.entry["pos"])
+        with torch.no_grad():
+            others = {
+                "logits_audio_model": self.build(video=False)(audio, None, "audioonly").logits,
+                "feat_a_mean": encoders.embed_audio(audio),
+                "feat_v_mean": encoders.embed_video(image),
+            }
+        return self.deviations(self.run(self.build())) + [
+            array_deviation(f"{key}, alone", value, self.files[key], LIMITS.array)
+            for key, value in others.items()
+        ]
+
+    def shape_deviations(self) -> list[Deviation]:
+        """Compare names and shapes of the parameters, here and in the published file format."""
+        with torch.device("meta"):
+            model = CAVMAEClassifier(self.config, self.entry["label_dim"])
+        expected = {name: tuple(shape) for name, shape in read_json(self.shapes_file).items()}
+        # The published files were saved under DataParallel.
+        exported = {f"module.{name}": shape for name, shape in expected.items()}
+        return [
+            Deviation(f"{what} names and shapes", len(shapes.items() ^ _shapes_of(state)), 0)
+            for what, shapes, state in (
+                ("parameter", expected, model.state_dict()),
+                ("exported", exported, published_state(model)),
+            )
+        ]
+
     def gradient_deviations(self, model: CAVMAEClassifier) -> list[Deviation]:
         """Both losses in the multimodal mode, and the gradient of binary cross-entropy by every
         parameter."""
@@ -117,6 +152,10 @@ class FinetuneCase(GoldenCase):
             relative(key, losses[name].item(), self.gradients[key], LIMITS.loss)
             for name, key in recorded.items()
         ] + gradient_deviations(gradients, self.gradients["grad"])
+
+
+def _shapes_of(state: Mapping[str, torch.Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -193,4 +232,7 @@ class FinetuneTraining:
                     zip(history, self.record[kind], strict=True)
                 )
             ]
-        return deviations + final_deviations(self.record, state, self.build().state_dict())
+        initial = self.build()
+        frozen = {name for name, p in initial.named_parameters() if not p.requires_grad}
+        deviations += final_deviations(self.record, state, initial.state_dict())
+        return [*deviations, frozen_deviation(self.record, frozen)]

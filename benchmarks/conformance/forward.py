@@ -21,6 +21,7 @@ from cavmae.benchmarks.conformance.cases import (
     fill_from_recipe,
     mask_on,
     read_json,
+    recipe,
     recipe_inputs,
 )
 from cavmae.benchmarks.conformance.tolerances import (
@@ -43,7 +44,7 @@ NOISE = 1e-9
 
 @dataclass
 class ForwardNumbers:
-    """What a model computed for one case, in the names of the golden files.
+    """Numbers that a model computed for one case, by the names of the golden files.
 
     Attributes:
         arrays: `latent`, `ca`, `cv` (batch, tokens, width), `ca_mean`, `cv_mean` (batch, width),
@@ -334,8 +335,37 @@ class ForwardCase(GoldenCase):
             )
         return deviations
 
+    def frozen_deviation(self) -> Deviation:
+        """Compare the parameters that get frozen with those that have no published gradient."""
+        with torch.device("meta"):
+            model = CAVMAE(self.config)
+        mae_weight, contrast_weight = self._loss_weights()
+        model.freeze_unused(reconstruct=mae_weight != 0, contrast=contrast_weight != 0)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        without = {name for name, value in self.gradients.items() if value is None}
+        return Deviation("frozen parameters", len(frozen ^ without), 0)
+
     def _loss_weights(self) -> tuple[float, float]:
         return self.entry["mae_loss_weight"], self.entry["contrast_loss_weight"]
+
+
+def weights_deviations(path: Path) -> list[Deviation]:
+    """Compare names, shapes and recipe values of parameters with a `weights_*_check.json`."""
+    check = read_json(path)
+    shapes = {name: tuple(shape) for name, shape in check["shapes"].items()}
+    state = CAVMAE(config_from_shapes(shapes)).state_dict()
+    wrong = shapes.items() ^ {(name, tuple(tensor.shape)) for name, tensor in state.items()}
+    pattern = rf"weights_seed{check['seed']}_.*_{check['pos']}_check"
+    misnamed = re.fullmatch(pattern, path.stem) is None
+    deviations = [
+        Deviation("names and shapes of parameters", len(wrong), 0),
+        Deviation("seed and positions in the file's name", misnamed, 0),
+    ]
+    for name, expected in check["parameter_checks"].items():
+        constructed = check["pos"] == "sincos" and "pos_embed" in name
+        value = state[name] if constructed else recipe(name, shapes[name], check["seed"])
+        deviations += check_deviations(name, value, expected)
+    return deviations
 
 
 def gradient_deviations(

@@ -73,16 +73,16 @@ class TinyTrain:
     ids_shuffle_v: np.ndarray = field(repr=False)
 
     @staticmethod
-    def names(folder: Path) -> list[str]:
-        """The runs of a golden folder; empty where it has none."""
-        return sorted(path.stem for path in (folder / "tiny_train").glob("*.json"))
+    def all(folder: Path) -> "list[TinyTrain]":
+        """Load the runs of a golden folder; empty where it has none."""
+        return [TinyTrain.load(path) for path in sorted(folder.glob("tiny_train/*.json"))]
 
     @staticmethod
-    def load(folder: Path, name: str) -> "TinyTrain":
-        """Raises FileNotFoundError where the folder has no such run."""
-        with np.load(folder / "tiny_train" / f"{name}_masks.npz") as masks:
+    def load(path: Path) -> "TinyTrain":
+        """Load a run from its JSON file, which has its masks beside it."""
+        with np.load(path.with_name(f"{path.stem}_masks.npz")) as masks:
             shuffles = masks["ids_shuffle_a"], masks["ids_shuffle_v"]
-        return TinyTrain(name, read_json(folder / "tiny_train" / f"{name}.json"), *shuffles)
+        return TinyTrain(path.stem, read_json(path), *shuffles)
 
     @property
     def config(self) -> ModelConfig:
@@ -190,8 +190,20 @@ class TinyTrain:
         history.append(losses.row(None))
         return history
 
+    def train_deviations(self, device: torch.device | str = "cpu") -> list[Deviation]:
+        """Repeat the run in plain torch and compare masks, history and final parameters."""
+        model = self.build()
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        history = self.train(model, device)
+        return [
+            *self.check_masks(),
+            *self.check_history(history),
+            *self.check_final(model.state_dict()),
+            frozen_deviation(self.record, frozen),
+        ]
+
     def check_masks(self) -> list[Deviation]:
-        """Whether every row of the mask file is a permutation of the patches."""
+        """Compare every row of the mask file with a permutation of the patches."""
         return [
             mismatches(
                 f"{letter} masks are no permutations",
@@ -234,6 +246,12 @@ class TinyTrain:
             state: full tensors in float32 under the published names.
         """
         return final_deviations(self.record, state, self.initial_state)
+
+
+def frozen_deviation(record: Mapping[str, Any], frozen: set[str]) -> Deviation:
+    """Compare the frozen parameters with those that the published training left unchanged."""
+    recorded = frozen & record["final_parameters"].keys()
+    return Deviation("frozen parameters", len(recorded ^ set(record["unchanged_parameters"])), 0)
 
 
 def final_deviations(

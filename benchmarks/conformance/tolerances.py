@@ -1,7 +1,7 @@
-"""How far a result is from its reference, and how far it may be.
+"""Deviations of results from their references, and their limits.
 
-All tolerances of the conformance tests are here, in `Limits`; the tests and the device check share
-them.
+All tolerances of the conformance tests are here, in `Limits`; tests, `cavmae bench golden` and the
+GPU check share them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +39,8 @@ class Limits:
     gradient_cancelling: float = 10.0
     """Factor on the three above for `norm_a.bias` and `norm_v.bias`: the samples of a batch pull
     them in opposite directions, and only about 1e-3 of each pull is left."""
+    score: float = 1e-12
+    """Retrieval or classification score, relative: both are float64 sums of the same ranks."""
     training_loss: float = 2e-6
     """Loss at a step of the tiny training, relative."""
     training_norm: float = 2e-4
@@ -54,7 +56,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one quantity is from its reference, and how far it may be."""
+    """The deviation of one quantity from its reference, and its limit."""
 
     quantity: str
     value: float
@@ -77,7 +79,7 @@ class Deviation:
 
 
 def worst(deviations: Iterable[Deviation]) -> Deviation:
-    """The deviation that is nearest to its limit or furthest beyond it."""
+    """Return the deviation that is nearest to its limit or furthest beyond it."""
     return max(deviations, key=lambda d: float("inf") if d.share != d.share else d.share)
 
 

@@ -1,0 +1,1 @@
+"""The data plane: loader, storage tiers, shuffle quality, storage faults."""

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.published_loader import write_published
-from cavmae.dataloaders.media.audio_codec import decode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 
 HEIGHT, WIDTH, FPS, SECONDS = 720, 1280, 25, 10
 GROUP = 250
@@ -56,7 +57,7 @@ def _lay_out(shards: ShardSet, folder: Path) -> None:
                 Image.open(io.BytesIO(shards.member(shard, sample, f"{place}.jpg")))
                 for place in range(FRAMES_PER_CLIP)
             ]
-            samples = decode_sound(shards.member(shard, sample, shards.audio_codec))
+            samples = decode_audio(shards.member(shard, sample, shards.audio_codec))
             key = shards.description(shard, sample)["key"]
             write_published(folder, key, samples, frames)
 
@@ -67,8 +68,10 @@ def _write_video(path: Path, seed: int) -> None:
     coarse = Image.fromarray(rng.integers(0, 255, (45, 80, 3), dtype=np.uint8))
     picture = np.array(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
     grain = rng.integers(0, 12, (HEIGHT, WIDTH, 1), dtype=np.uint8)
-    part = path.with_suffix(".part")
-    with av.open(str(part), "w", format="mp4") as container:
+    with (
+        atomic_write(path, durable=False) as temporary,
+        av.open(str(temporary), "w", format="mp4") as container,
+    ):
         video = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
         sound = container.add_stream("aac", rate=44100, layout="mono")
         assert isinstance(video, av.VideoStream) and isinstance(sound, av.AudioStream)
@@ -92,4 +95,3 @@ def _write_video(path: Path, seed: int) -> None:
             piece.sample_rate, piece.pts = 44100, first
             container.mux(sound.encode(piece))
         container.mux(sound.encode(None))
-    part.rename(path)

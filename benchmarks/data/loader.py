@@ -24,6 +24,7 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.clips import make_clips
 from cavmae.benchmarks.data.published_loader import (
     PublishedDataset,
@@ -385,4 +386,5 @@ def _plot(results: dict[str, Any], path: str) -> None:
         [point["samples"] for point in points], [point["bytes"] / 1e6 for point in points], "o-"
     )
     axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

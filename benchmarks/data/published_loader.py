@@ -19,15 +19,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import resize_and_crop
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
-from cavmae.dataloaders.media.log_mel import (
-    AUDIO_HZ,
-    FFT_SAMPLES,
-    HOP_SAMPLES,
-    PREEMPHASIS,
-    WINDOW_SAMPLES,
-)
+from cavmae.dataloaders.media.log_mel import FFT_SAMPLES, HOP_SAMPLES, PREEMPHASIS, WINDOW_SAMPLES
 
 MEAN, STD = -5.081, 4.4849
 FRAMES, BINS, SIZE = 1024, 128, 224

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
@@ -137,4 +138,5 @@ def _plot(windows: tuple[int, ...], results: dict[str, Any], path: Path) -> None
         axis.axhline(results["perfect"][name], color="black", ls="--", label="perfect shuffle")
         axis.set(xscale="log", xlabel="shuffle window (samples)", title=title, ylim=(0, None))
     axes[0].legend()
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+from cavmae.atomic_write import write_text
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.benchmarks.harness.processes import Start, module_command
 from cavmae.benchmarks.harness.records import write_record
@@ -29,7 +30,8 @@ from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
-from cavmae.dataloaders.shards.shard_set import ShardSet, description_bytes
+from cavmae.dataloaders.shards.format import description_bytes
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 
 RANKS, LANES, GLOBAL_BATCH, WINDOW = 2, 8, 64, 256
@@ -213,7 +215,7 @@ def _cut_log(work: Path, rank: int, steps: int) -> None:
     """Keep the first steps of a log."""
     log = _log(work, rank)
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[:steps]))
+    write_text(log, "".join(lines[:steps]))
 
 
 def _steps_logged(work: Path) -> int:

@@ -25,15 +25,16 @@ from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
-from cavmae.dataloaders.media.audio_codec import decode_sound, encode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
 from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode_video
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.shards.shard_set import AUDIO_CODECS, FRAMES_PER_CLIP, ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
 
 T = TypeVar("T")
@@ -178,13 +179,13 @@ def _sounds(sets: dict[str, ShardSet]) -> dict[str, dict[str, float]]:
     """Measure bytes and CPU-seconds of encoding and decoding the sound of a clip, by codec."""
     shards = sets["frames"]
     found: dict[str, dict[str, float]] = {}
-    sounds = [decode_sound(shards.member(*place, "wav")) for place in _places(shards)]
+    sounds = [decode_audio(shards.member(*place, "wav")) for place in _places(shards)]
     for codec in AUDIO_CODECS:
         packing, stored = _timed(
-            lambda codec=codec: [encode_sound(sound, codec) for sound in sounds]
+            lambda codec=codec: [encode_audio(sound, codec) for sound in sounds]
         )
-        # A moment of sound costs what the rest of the pipeline does.
-        moment = encode_sound(np.ones(400, dtype=np.int16), codec)
+        # A moment of audio costs what the rest of the pipeline does.
+        moment = encode_audio(np.ones(400, dtype=np.int16), codec)
         decoding = _sound_decoding(stored) - _sound_decoding([moment] * len(stored))
         found[codec] = {
             "bytes": statistics.fmean(map(len, stored)),

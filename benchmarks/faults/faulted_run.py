@@ -11,22 +11,10 @@ from cavmae.benchmarks.faults.outcome import (
     outcome,
     step_records,
 )
-from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
+from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step, status_of
 from cavmae.benchmarks.harness.processes import Start
 from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_name
 from cavmae.trainer.config.configs import PretrainConfig
-
-# Regular expressions of the log lines by which a run reports each fault.
-RANK_FAILED = "rank . failed"
-NOT_FINITE = "rank . failed: NonFiniteError"
-SAVING = "SIGTERM: saving"
-PREEMPTED = "asked to save and leave"
-RESUMING = "going on from"
-OLDER_CHECKPOINT = "trying the one before"
-CHECKPOINT_FAILED = "ALARM"
-UPDATE_SKIPPED = "the update is left out"
-CLIP_SKIPPED = "left out"
-TRACKING_FAILED = "did not take a record"
 
 
 class FaultedRun:
@@ -51,18 +39,38 @@ class FaultedRun:
         self._launch = launch
         self.before, self._fault_seconds = 0, 0.0
         self._noticed_seconds, self._said = 0.0, ""
+        self._faulted = 0
+        self._counters: dict[str, float] = {}
         self.launch()
 
     def launch(self) -> None:
         """Launch the run, or resume it by the same command."""
         self.attempt = self._launch(self.config)
-        self.reported_bytes = 0
 
-    def wait_for_line(self, pattern: str) -> str:
-        """Return the next line of the log that matches a regular expression."""
-        return self.attempt.wait_for(
-            lambda: self.attempt.line(pattern, self.reported_bytes), pattern
-        )
+    def failure(self) -> str:
+        """Return the failure of the attempt that the fault was done to, once it is written."""
+        status = status_of(self.run_dir)
+        over = status.state in ("restarting", "failed") or status.attempt > self._faulted
+        return status.last_error if over else ""
+
+    def stop(self) -> str:
+        """Return why the run stops, once it has noticed."""
+        status = status_of(self.run_dir)
+        return status.describe() if status.state in ("stopping", "stopped") else ""
+
+    def resume(self) -> str:
+        """Return what an attempt after the fault resumed from, once it has."""
+        status = status_of(self.run_dir)
+        resumed = status.attempt > self._faulted and status.resumed_from
+        return f"resumed from {status.resumed_from}" if resumed else ""
+
+    def metric(self, name: str) -> str:
+        """Return a counter among the metrics with its step, once it exceeds its value at the time
+        of the fault."""
+        for record in step_records(self.run_dir):
+            if record[name] > self._counters.get(name, 0.0):
+                return f"{name} is {record[name]:g} at step {record['step']:g}"
+        return ""
 
     def wait_for_step(self, step: int) -> None:
         """Wait until that many steps are done."""
@@ -77,11 +85,19 @@ class FaultedRun:
         """Note the time of the fault, and the steps that are done."""
         self.before, self._fault_seconds = last_step(self.run_dir), time.time()
         self._noticed_seconds = self._fault_seconds
+        self._faulted = status_of(self.run_dir).attempt
+        records = step_records(self.run_dir) if self.before else []
+        self._counters = dict(records[-1]) if records else {}
 
-    def wait_until_noticed(self, pattern: str) -> None:
-        """Wait for the line of the log that reports the fault."""
-        self._said = self.wait_for_line(pattern)
+    def wait_until_noticed(self, noticed: Callable[[], str]) -> str:
+        """Wait until the run has written that it noticed the fault; return what it wrote.
+
+        Args:
+            noticed: returns that, or an empty text before it is written.
+        """
+        self._said = self.attempt.wait_for(noticed, "a sign that the fault was noticed")
         self._noticed_seconds = time.time()
+        return self._said
 
     def row(
         self,
@@ -102,7 +118,7 @@ class FaultedRun:
             resumed: step that was resumed from; None: as the last attempt reports it.
             while_writing: steps done while a checkpoint was being written.
             tolerance: of the losses, relative.
-            said: in place of the line that reports the fault.
+            said: in place of what the run wrote of the fault.
             expected: what the run is compared with; None: the undisturbed run.
 
         Raises:
@@ -113,7 +129,7 @@ class FaultedRun:
         found = outcome(self.config, self.run_dir.name)
         lost, again = 0, 0.0
         if resumes:
-            resumed = resumed_step(self.attempt) if resumed is None else resumed
+            resumed = resumed_step(self.run_dir) if resumed is None else resumed
             lost = (self.before if before is None else before) - resumed
             new = [
                 one["unix_seconds"] for one in step_records(self.run_dir) if one["step"] > resumed

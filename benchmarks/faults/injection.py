@@ -11,24 +11,23 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from cavmae.benchmarks.faults.faulted_run import (
-    CHECKPOINT_FAILED,
-    CLIP_SKIPPED,
-    OLDER_CHECKPOINT,
-    RANK_FAILED,
-    SAVING,
-    TRACKING_FAILED,
-    UPDATE_SKIPPED,
-    FaultedRun,
-)
+from cavmae.atomic_write import read_json
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.outcome import Row
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.checkpoint.format import checkpoint_name, checkpoints, step_folders, step_of
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.format import (
+    checkpoint_name,
+    list_checkpoints,
+    list_folders,
+    read_run_state,
+    step_of,
+)
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
+from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
 """Of a shard."""
@@ -42,7 +41,7 @@ def rank_signalled(sign: signal.Signals) -> Callable[[Bench, str], Row]:
         run.wait_for_checkpoint(2 * INTERVAL)
         run.fault_is_now()
         run.attempt.ranks()[-1].send_signal(sign)
-        run.wait_until_noticed(RANK_FAILED)
+        run.wait_until_noticed(run.failure)
         return run.row()
 
     return row
@@ -65,7 +64,7 @@ def preempted(bench: Bench, name: str) -> Row:
     run.fault_is_now()
     for process in run.attempt.processes:
         process.send_signal(signal.SIGTERM)
-    run.wait_until_noticed(SAVING)
+    run.wait_until_noticed(run.stop)
     run.attempt.finish()
     before = last_step(run.run_dir)
     run.launch()
@@ -82,9 +81,9 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
         run.fault_is_now()
         newest = damage_newest(run.config, damage)
         run.launch()
-        run.wait_until_noticed(OLDER_CHECKPOINT)
+        run.wait_until_noticed(run.resume)
         run.attempt.finish()
-        if resumed_step(run.attempt) >= newest:
+        if resumed_step(run.run_dir) >= newest:
             raise RuntimeError(f"the damaged checkpoint of step {newest} was used")
         # The steps since the damaged checkpoint don't count: its own interval is lost with it.
         return run.row(before=min(run.before, newest))
@@ -95,7 +94,7 @@ def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str],
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:
     """Damage a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
-    newest = checkpoints(open_store(folder))[-1]
+    newest = list_checkpoints(Store(folder))[-1]
     damage(next((folder / newest).glob("state/*optim_states.pt")))
     return step_of(newest)
 
@@ -123,8 +122,8 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
     run.attempt.kill()
     run.launch()
     row = run.row(while_writing=run.before - step, said="resumed by hand")
-    store = open_store(run.run_dir / "checkpoints")
-    left = set(step_folders(store)) - set(checkpoints(store))
+    store = Store(run.run_dir / "checkpoints")
+    left = set(list_folders(store)) - set(list_checkpoints(store))
     if left:
         raise RuntimeError(f"{left} is left")
     return row
@@ -144,7 +143,7 @@ def disk_full(bench: Bench, name: str) -> Row:
     file_of_second_rank(run.config, 3 * INTERVAL).symlink_to("/dev/full")
     run.wait_for_step(3 * INTERVAL)
     run.fault_is_now()
-    run.wait_until_noticed(CHECKPOINT_FAILED)
+    run.wait_until_noticed(lambda: run.metric("checkpoint_failures"))
     return run.row(resumes=False)
 
 
@@ -157,7 +156,7 @@ def nan_rolled_back(bench: Bench, name: str) -> Row:
     run = FaultedRun(bench, config, bench.on_ray)
     run.attempt.wait_for(lambda: not pending.exists(), "the gradient")
     run.fault_is_now()
-    run.wait_until_noticed(RANK_FAILED)
+    run.wait_until_noticed(run.failure)
     return run.row(before=step)
 
 
@@ -168,7 +167,7 @@ def nan_skipped(bench: Bench, name: str) -> Row:
     run = FaultedRun(bench, config, bench.plain)
     run.attempt.wait_for(lambda: not pending.exists(), "the gradient")
     run.fault_is_now()
-    run.wait_until_noticed(UPDATE_SKIPPED)
+    run.wait_until_noticed(lambda: run.metric("skipped_updates"))
     run.attempt.finish()
     return run.row(resumes=False, expected=bench.skipping_update(step))
 
@@ -183,9 +182,25 @@ def shard_damaged(bench: Bench, name: str) -> Row:
     data = dataclasses.replace(config.data, train=str(shards))
     run = FaultedRun(bench, dataclasses.replace(config, data=data), bench.plain)
     run.fault_is_now()
-    run.wait_until_noticed(CLIP_SKIPPED)
+    run.wait_until_noticed(lambda: quarantined(run.run_dir))
     run.attempt.finish()
     return run.row(resumes=False, expected=bench.without(damaged))
+
+
+def quarantined(run_dir: Path) -> str:
+    """Return the clips in quarantine and why, from the newest checkpoint; empty if none."""
+    store = Store(run_dir / "checkpoints")
+    newest = list_checkpoints(store)[-1:]
+    found = [item for name in newest for item in read_run_state(store, name).quarantine]
+    return ", ".join(f"{sample_id}: {reason}" for sample_id, reason in found)
+
+
+def unsent(run_dir: Path) -> str:
+    """Return which metrics MLflow has missed; empty if none."""
+    path = run_dir / UNSENT
+    return (
+        f"MLflow lacks metrics after step {read_json(path)['after_step']}" if path.exists() else ""
+    )
 
 
 def flip_bits_of_sounds(folder: Path, clips: int) -> tuple[str, ...]:
@@ -226,7 +241,7 @@ def tracking_server_stopped(bench: Bench, name: str) -> Row:
         run.wait_for_checkpoint(2 * INTERVAL)
         run.fault_is_now()
         server.kill()
-        run.wait_until_noticed(TRACKING_FAILED)
+        run.wait_until_noticed(lambda: unsent(run.run_dir))
         return run.row(resumes=False)
 
 
@@ -242,5 +257,5 @@ def other_rank_counts(bench: Bench, name: str) -> Row:
     run.config = config
     run.launch()
     run.attempt.finish()
-    said = f"resumed with 1 and again with 2 ranks, from step {resumed_step(run.attempt)}"
+    said = f"resumed with 1 and again with 2 ranks, from step {resumed_step(run.run_dir)}"
     return run.row(before=left, resumed=left, tolerance=1e-5, said=said)

@@ -22,7 +22,6 @@ from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, module_command
 _PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount", "hostname")
 _PORT = 6379
 _OBJECT_STORE_BYTES = 100_000_000
-_UP = "Ray runtime started"
 _POLL_SECONDS = 0.2
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -168,12 +167,11 @@ class Nodes:
         """Run Ray on a node, as the only thing that it does."""
         number = self._nodes.index(node)
         node.starts += 1
-        folder = self._folder / f"{number}-{node.starts}"
         ray = module_command(
             "ray.scripts.scripts",
             *("start", "--block", "--disable-usage-stats"),
             f"--node-ip-address={node.address}",
-            f"--temp-dir={folder}",
+            f"--temp-dir={self._folder_of(node)}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--num-cpus={min(number, 1)}",
             *(
@@ -198,6 +196,10 @@ class Nodes:
                 start_new_session=True,
             )
 
+    def _folder_of(self, node: _Node) -> Path:
+        """Ray's files of a node's last start."""
+        return self._folder / f"{self._nodes.index(node)}-{node.starts}"
+
     def _first_process(self, node: _Node) -> int:
         """Return the outside id of a node's process 1."""
         assert node.process is not None
@@ -208,7 +210,7 @@ class Nodes:
         deadline = time.monotonic() + PATIENCE_SECONDS
         for node in self._nodes:
             assert node.process is not None
-            while _UP not in node.log.read_text(errors="replace"):
+            while not any(self._folder_of(node).glob("session_*/sockets/raylet")):
                 if node.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{node.namespace} did not come up; see {node.log}")
                 time.sleep(_POLL_SECONDS)

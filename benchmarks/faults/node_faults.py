@@ -8,7 +8,7 @@ module.
 from collections.abc import Callable
 from pathlib import Path
 
-from cavmae.benchmarks.faults.faulted_run import RANK_FAILED, FaultedRun
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.netns_nodes import Nodes, unavailable
 from cavmae.benchmarks.faults.outcome import Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, new_log, observed_command
@@ -53,7 +53,7 @@ def _row(
             run.wait_for_checkpoint(2 * INTERVAL)
             run.fault_is_now()
             do(nodes)
-            run.wait_until_noticed(RANK_FAILED)
+            run.wait_until_noticed(run.failure)
             undo(nodes)
             nodes.supervise(1)
             return run.row()

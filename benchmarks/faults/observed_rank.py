@@ -1,9 +1,9 @@
 """A rank of a training run that notes what it trains on, and can be made to go wrong.
 
 The run is the product's own: `cavmae pretrain` or `cavmae train`, started through this module.
-Around it, in each rank, the task notes the sample ids of every step before it computes on them; and
-what a file beside the run folder orders is done: one gradient that isn't finite, clips in
-quarantine from the start, a pause in each step. The product has no hooks for any of that.
+Through the trainer's hooks each rank notes the sample ids of every step before it computes on them,
+and follows the orders in a file beside the run folder: one gradient that isn't finite, clips in
+quarantine from the start, a pause in each step.
 
     python -m cavmae.benchmarks.faults.observed_rank pretrain CONFIG [--field value ...]
 """
@@ -13,18 +13,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from cavmae.atomic_write import write_json, write_text
 from cavmae.cluster import train
-from cavmae.cluster.config import ClusterConfig
 from cavmae.command import exit_code
 from cavmae.trainer import pretrain
-from cavmae.trainer.config.serialize import load_config, write_json
-from cavmae.trainer.run import RunSummary
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.serialize import load_config
+
+if TYPE_CHECKING:
+    from cavmae.dataloaders.batch import AudioVideoBatch
+    from cavmae.trainer.distributed.engine import Engine
+    from cavmae.trainer.tasks.task import Task
+    from cavmae.trainer.trainer import Hooks
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,7 @@ def order_nan(run_dir: Path, rank: int, step: int) -> Path:
         A file that is gone as soon as the order is carried out.
     """
     path = _nan_file(run_dir, rank)
-    partial = path.with_suffix(".partial")
-    partial.write_text(str(step))
-    partial.replace(path)
+    write_text(path, str(step))
     return path
 
 
@@ -78,79 +81,59 @@ def trained_samples(run_dir: Path) -> dict[int, str]:
 
 def main(arguments: list[str]) -> int:
     """Run `pretrain` or `train` with observed ranks; returns its exit code."""
+    from cavmae.benchmarks.faults import observed_rank  # Ray's workers find it by this name
+
     command, *words = arguments
-    if command == "pretrain":
-        observe()
-        return pretrain.main(words)
-    assert command == "train", command
-    connected = train.connected
-
-    @contextmanager
-    def observing(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
-        with connected(cluster, threads) as folder:
-            from cavmae.benchmarks.faults import (
-                observed_rank,
-            )  # by this name workers find it
-            from cavmae.cluster import worker  # imports Ray, which `connected` prepares
-
-            worker.train_rank = observed_rank.train_observed_rank
-            yield folder
-
-    train.connected = observing
-    return train.main(words)
+    main = {"pretrain": pretrain.main, "train": train.main}[command]
+    return main(words, observed_rank.make_hooks)
 
 
-def train_observed_rank(settings: dict[str, Any]) -> RunSummary:
-    """`cavmae.cluster.worker.train_rank` in a Ray process."""
-    from cavmae.cluster.worker import train_rank
+def make_hooks(config: RunConfig) -> "Hooks":
+    """Make the hooks of a rank that notes its samples and follows its orders."""
+    from cavmae.dataloaders.loading.loader import TrainLoader
+    from cavmae.trainer.trainer import Hooks
 
-    observe()
-    return train_rank(settings)
+    run_dir = Path(config.run_dir)
+
+    def make_loader(*arguments: Any, quarantine: Sequence[Any] = (), **options: Any) -> TrainLoader:
+        ordered = _orders(run_dir).quarantine
+        return TrainLoader(*arguments, quarantine=[*quarantine, *ordered], **options)
+
+    def wrap_task(task: "Task") -> "Task":
+        return cast("Task", _ObservedTask(task, config))
+
+    return Hooks(make_loader=make_loader, wrap_task=wrap_task)
 
 
-def observe() -> None:
-    """Have this process's run use the task and loader of this module."""
-    # The run sets threads before it imports torch; here they are set by the starter's environment.
-    assert "OMP_NUM_THREADS" in os.environ
-    from cavmae.dataloaders.batch import AudioVideoBatch
-    from cavmae.dataloaders.loading import loader
-    from cavmae.trainer.config.configs import PretrainConfig
-    from cavmae.trainer.tasks import pretraining
+class _ObservedTask:
+    """A task that notes its samples in a file before it computes on them."""
 
-    class ObservedTask(pretraining.PretrainTask):
-        def __init__(self, config: PretrainConfig, *, rank: int, **options: Any) -> None:
-            super().__init__(config, rank=rank, **options)
-            run_dir = Path(config.run_dir)
-            folder = _samples_folder(run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"{time.time_ns()}-rank-{rank}.jsonl"  # sorted by time: the last one counts
-            self._samples = (folder / name).open("w", buffering=1)
-            self._pause_seconds = _orders(run_dir).pause_seconds
-            self._nan_file = _nan_file(run_dir, rank)
-            self._global_batch = config.global_batch
+    def __init__(self, task: "Task", config: RunConfig) -> None:
+        self._task = task
+        run_dir, self._rank = Path(config.run_dir), int(os.environ["RANK"])
+        folder = _samples_folder(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time_ns()}-rank-{self._rank}.jsonl"  # sorted by time: the last one counts
+        self._samples = (folder / name).open("w", buffering=1)
+        self._pause_seconds = _orders(run_dir).pause_seconds
+        self._nan_file = _nan_file(run_dir, self._rank)
+        self._global_batch = config.global_batch
 
-        def begin_step(self, engine: Any, batches: list[AudioVideoBatch]) -> None:
-            noted = {
-                "positions": [one for batch in batches for one in batch.positions.tolist()],
-                "sample_ids": [one for batch in batches for one in batch.sample_ids],
-            }
-            self._samples.write(json.dumps(noted) + "\n")
-            time.sleep(self._pause_seconds)
-            step = noted["positions"][0] // self._global_batch
-            if self._nan_file.exists() and step >= int(self._nan_file.read_text()):
-                self._nan_file.unlink()
-                _make_next_gradient_nan(engine)
-            super().begin_step(engine, batches)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
 
-    class OrderedLoader(loader.TrainLoader):
-        def __init__(self, *arguments: Any, quarantine: Any = (), journal: Path, **options: Any):
-            ordered = _orders(journal.parents[1]).quarantine
-            super().__init__(
-                *arguments, quarantine=[*quarantine, *ordered], journal=journal, **options
-            )
-
-    pretraining.PretrainTask = ObservedTask
-    loader.TrainLoader = OrderedLoader
+    def begin_step(self, engine: "Engine", batches: "list[AudioVideoBatch]") -> None:
+        noted = {
+            "positions": [one for batch in batches for one in batch.positions.tolist()],
+            "sample_ids": [one for batch in batches for one in batch.sample_ids],
+        }
+        self._samples.write(json.dumps(noted) + "\n")
+        time.sleep(self._pause_seconds)
+        step = noted["positions"][0] // self._global_batch
+        if self._nan_file.exists() and step >= int(self._nan_file.read_text()):
+            self._nan_file.unlink()
+            _make_next_gradient_nan(engine)
+        self._task.begin_step(engine, batches)
 
 
 def _make_next_gradient_nan(engine: Any) -> None:

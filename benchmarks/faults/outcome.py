@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 NOTICED_WITHIN_SECONDS = 30.0
 """The bar for every fault."""
@@ -35,7 +35,7 @@ class Row:
     """The outcome of a fault.
 
     Attributes:
-        noticed_seconds: from the fault to the log line that reports it.
+        noticed_seconds: from the fault until the run has written that it noticed it.
         again_seconds: from the fault to the next new step; 0: training continued meanwhile.
         steps_lost: steps done before the fault that were repeated.
         steps_allowed: limit of `steps_lost`: an interval, and the steps done while a checkpoint was
@@ -44,7 +44,7 @@ class Row:
         largest_difference: of the losses, relative to the expected ones; 0: bit for bit.
         tolerance: limit of `largest_difference`.
         compared_with: the run that samples and losses are compared with.
-        said: the log line.
+        said: what the run wrote of it (`status.json`, metrics, a checkpoint), for people.
     """
 
     noticed_seconds: float

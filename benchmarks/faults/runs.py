@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cavmae.atomic_write import write_json
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import Expected, outcome
 from cavmae.benchmarks.harness.processes import Start, free_port, module_command
@@ -25,8 +26,9 @@ from cavmae.trainer.checkpoint.format import (
     checkpoint_name,
     manifest_bytes,
     read_manifest,
+    step_of,
 )
-from cavmae.trainer.checkpoint.store import FileSum, open_store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
     EngineConfig,
@@ -37,8 +39,9 @@ from cavmae.trainer.config.configs import (
     TrackingConfig,
     WatchdogConfig,
 )
-from cavmae.trainer.config.serialize import save_config, write_json
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.run_status import RunStatus, read_status
 
 RANKS = 2
 CLIPS = 24
@@ -113,7 +116,7 @@ class Bench:
             checkpoint=CheckpointConfig(every_steps=INTERVAL),
             tracking=TrackingConfig(every_steps=1),
             watchdog=WatchdogConfig(
-                minimum_seconds=HANG_SECONDS, max_pause_seconds=FIRST_STEPS_SECONDS
+                min_seconds=HANG_SECONDS, max_pause_seconds=FIRST_STEPS_SECONDS
             ),
             threads_per_rank=1,
         )
@@ -211,18 +214,22 @@ def last_step(run_dir: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
-def resumed_step(start: Start) -> int:
-    """Return the step that an attempt resumed from, the last time that it did."""
-    return int(re.findall(r"going on from \S*step-(\d+)", start.text())[-1])
+def status_of(run_dir: Path) -> RunStatus:
+    """Return the status that a run has written; one of no attempt before that."""
+    return read_status(run_dir) or RunStatus("waiting")
+
+
+def resumed_step(run_dir: Path) -> int:
+    """Return the step that the newest attempt resumed from."""
+    return step_of(status_of(run_dir).resumed_from.rpartition("/")[2])
 
 
 def _set_step(folder: Path, step: int) -> None:
     """Change the step of a copied checkpoint."""
-    store, name = open_store(folder), checkpoint_name(step)
+    store, name = Store(folder), checkpoint_name(step)
     files = read_manifest(store, name)
-    assert not isinstance(files, str), files
     path = folder / name / RUN_STATE
     write_json(path, json.loads(path.read_text()) | {"step": step, "position": step * GLOBAL_BATCH})
     data = path.read_bytes()
-    files[RUN_STATE] = FileSum(len(data), zlib.crc32(data))
+    files[RUN_STATE] = FileDigest(len(data), zlib.crc32(data))
     store.put(f"{name}/{MANIFEST}", manifest_bytes(files))

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.faults.leak_check import (
     FIRST_FAILURE_BYTES,
     HANDLES_GROWTH,
@@ -218,4 +219,5 @@ def _plot(samples: list[Usage], faults: list[Endured], path: Path) -> None:
         axis.set(ylabel=name, ylim=(0, None))
     axes[1].set(xlabel="minutes; a line is a fault")
     axes[1].legend()
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from cavmae.benchmarks.faults.faulted_run import (
-    CHECKPOINT_FAILED,
-    NOT_FINITE,
-    OLDER_CHECKPOINT,
-    PREEMPTED,
-    RANK_FAILED,
-    RESUMING,
-    FaultedRun,
-)
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.injection import (
     cut_short,
     damage_newest,
@@ -30,8 +22,8 @@ from cavmae.benchmarks.faults.injection import (
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
-from cavmae.trainer.checkpoint.format import checkpoints, step_of
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.format import list_checkpoints, step_of
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
@@ -48,10 +40,6 @@ class SoakedRun(FaultedRun):
         super().__init__(
             bench, config, lambda config: bench.on_ray(config, "--max-failures=100000")
         )
-
-    def ignore_log_so_far(self) -> None:
-        """Wait only for lines that are logged from now on."""
-        self.reported_bytes = self.attempt.log.stat().st_size
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Return the processes that live as long as the run does, by kind."""
@@ -81,17 +69,17 @@ class SoakedRun(FaultedRun):
 
 def _rank_killed(run: SoakedRun, rng: random.Random) -> str:
     run.one_rank(rng).kill()
-    return run.wait_for_line(RANK_FAILED)
+    return run.wait_until_noticed(run.failure)
 
 
 def _rank_stopped(run: SoakedRun, rng: random.Random) -> str:
     run.one_rank(rng).suspend()
-    return run.wait_for_line(RANK_FAILED)
+    return run.wait_until_noticed(run.failure)
 
 
 def _preempted(run: SoakedRun, rng: random.Random) -> str:
     run.preempt()
-    said = run.wait_for_line(PREEMPTED)
+    said = run.wait_until_noticed(run.stop)
     run.launch()
     return said
 
@@ -99,25 +87,25 @@ def _preempted(run: SoakedRun, rng: random.Random) -> str:
 def _head_killed(run: SoakedRun, rng: random.Random) -> str:
     run.attempt.kill()
     run.launch()
-    return run.wait_for_line(RESUMING)
+    return run.wait_until_noticed(run.resume)
 
 
 def _newest_damaged(run: SoakedRun, rng: random.Random) -> str:
     run.attempt.kill()
     damage_newest(run.config, rng.choice([cut_short, flip_a_bit]))
     run.launch()
-    return run.wait_for_line(OLDER_CHECKPOINT)
+    return run.wait_until_noticed(run.resume)
 
 
 def _nan_rolled_back(run: SoakedRun, rng: random.Random) -> str:
     order_nan(run.run_dir, rng.randrange(RANKS), step=0)
-    return run.wait_for_line(NOT_FINITE)
+    return run.wait_until_noticed(run.failure)
 
 
 def _disk_full(run: SoakedRun, rng: random.Random) -> str:
     step = (last_step(run.run_dir) // INTERVAL + 2) * INTERVAL
     file_of_second_rank(run.config, step).symlink_to("/dev/full")
-    return run.wait_for_line(CHECKPOINT_FAILED)
+    return run.wait_until_noticed(lambda: run.metric("checkpoint_failures"))
 
 
 def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
@@ -130,7 +118,7 @@ def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
 
 
 def _readers(rank: psutil.Process) -> list[psutil.Process]:
-    return [one for one in descendants(rank) if "reader_pool" in words_of(one)]
+    return [one for one in descendants(rank) if "process_pool" in words_of(one)]
 
 
 FAULTS: dict[str, Callable[[SoakedRun, random.Random], str]] = {
@@ -158,7 +146,7 @@ class Endured:
         checkpoint_step: of the newest checkpoint before the fault that the fault leaves whole.
         resumed_step: step that was resumed from; None: training continued.
         again_seconds: until a new step was done.
-        said: the log line that reports it.
+        said: what the run wrote of it.
     """
 
     fault: str
@@ -186,15 +174,15 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
     Raises:
         RuntimeError: it does not.
     """
-    run.ignore_log_so_far()
-    whole = [step_of(one) for one in checkpoints(open_store(run.run_dir / "checkpoints"))]
+    run.fault_is_now()
+    whole = [step_of(one) for one in list_checkpoints(Store(run.run_dir / "checkpoints"))]
     newest = whole[-2] if fault in LOSES_A_CHECKPOINT else whole[-1]
     before, began = last_step(run.run_dir), time.time()
     said = FAULTS[fault](run, rng)
     resumed = None
     if fault not in TRAINING_CONTINUES:
-        run.wait_for_line(RESUMING)
-        resumed = resumed_step(run.attempt)
+        run.wait_until_noticed(run.resume)
+        resumed = resumed_step(run.run_dir)
     run.wait_for_step(before + 1)
     said = said.replace(f"{run.run_dir.parent}/", "")
     return Endured(fault, began, before, newest, resumed, time.time() - began, said)

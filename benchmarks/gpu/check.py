@@ -1,7 +1,8 @@
 """`cavmae bench gpu-check`: correctness and speed of model and kernels on the device at hand.
 
-Runs where only torch, triton and numpy are installed, in under eight minutes, and writes one JSON
-record, so that a GPU that is lent for minutes tells as much as it can. What cannot run says why.
+It writes one JSON record in under eight minutes, so that a GPU that is lent for minutes is used
+well. Parts that cannot run have the reason. It runs where only torch, triton and numpy are
+installed, so its options are those of argparse, not tyro.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from cavmae.benchmarks.gpu import training
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
 from cavmae.benchmarks.kernels.bench import measure
-from cavmae.benchmarks.step.step import SIZES, compare
-from cavmae.benchmarks.step.training_step import Precision, TrainingStep
+from cavmae.benchmarks.step.step import compare
+from cavmae.benchmarks.step.training_step import SIZES, Precision, TrainingStep
+from cavmae.command import exit_code
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -36,17 +38,17 @@ CUDA_FACTOR = 10.0
 BF16_LOSS_LIMIT = 1e-2
 _LOOP_NEEDS = ("deepspeed", "nvidia.dali", "mlflow", "psutil", "rich", "av")
 _LOOP_SECONDS, _GRACE_SECONDS = 180.0, 60.0
-"""What the training loop is expected to take, and how long it may go on after the time in which
-parts start."""
+"""Expected time of the training loop, and how long it may continue after the time in which parts
+start."""
 
 
 class Skip(Exception):
-    """A part that cannot run here; the message says why."""
+    """A part cannot run here, for the reason in the message."""
 
 
 @dataclasses.dataclass
 class Check:
-    """Flags and clock that all parts share."""
+    """Options and clock that all parts share."""
 
     device: torch.device
     golden: Path | None
@@ -63,30 +65,30 @@ class Check:
         return CUDA_FACTOR if self.device.type == "cuda" else 1.0
 
     def require_time(self) -> None:
-        """Raises Skip once the time of this run is spent."""
+        """Raise Skip once the time of this run is spent."""
         if time.monotonic() > self.deadline:
             raise Skip("the time given by --seconds was spent before")
 
     def require_gpu(self, what: str) -> None:
-        """Raises Skip on a CPU."""
+        """Raise Skip on a CPU."""
         if self.device.type != "cuda":
             raise Skip(f"{what} is measured on a GPU; this is {self.device}")
 
     def require_best(self) -> tuple[int, bool]:
-        """Raises Skip where no throughput was measured."""
+        """Return the fastest batch; raise Skip where no throughput was measured."""
         if self.best is None:
             raise Skip("no throughput was measured before, so the fastest batch is not known")
         return self.best
 
     def golden_folder(self) -> Path:
-        """Raises Skip without a folder."""
+        """Return the folder of reference numbers; raise Skip without one."""
         if self.golden is None:
             raise Skip("no folder of reference numbers was given (--golden DIR)")
         return self.golden
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     arguments = argparse.ArgumentParser(
         prog="cavmae bench gpu-check", description="Check kernels and model on this device."
     )
@@ -149,7 +151,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(name: str, part: Callable[[Check], dict[str, Any]], check: Check) -> dict[str, Any]:
-    """One part's status, reason, seconds and details; an error fails that part alone."""
+    """Run one part: its status, reason, seconds and details; an error fails that part alone."""
     start = time.monotonic()
     reason, details = "", {}
     try:
@@ -160,7 +162,7 @@ def _run(name: str, part: Callable[[Check], dict[str, Any]], check: Check) -> di
     except Skip as skip:
         status, reason = "skipped", str(skip)
     except Exception as error:
-        # Whatever breaks on an unknown device is this run's finding, and the other parts go on.
+        # An error on an unknown device is a result, and the other parts continue.
         traceback.print_exc()
         status, reason = "failed", f"{type(error).__name__}: {error}"
     seconds = time.monotonic() - start
@@ -169,7 +171,7 @@ def _run(name: str, part: Callable[[Check], dict[str, Any]], check: Check) -> di
 
 
 def _summary(deviations: list[Deviation], factor: float) -> dict[str, Any]:
-    """Nearest to its limit, and everything beyond `factor` times its limit."""
+    """Return the deviation nearest to its limit, and all beyond `factor` times theirs."""
     nearest = worst(deviations)
     return {
         "compared": len(deviations),
@@ -186,7 +188,7 @@ def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
 
 
 def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
-    """Each case with its model on the device, while there is time; equal weights share a model."""
+    """Yield each case with its model on the device, while time is left; equal weights share one."""
     weights, model = None, None
     for case in cases:
         if time.monotonic() > check.deadline:
@@ -198,7 +200,7 @@ def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[Forwar
 
 
 def golden_forward(check: Check) -> dict[str, Any]:
-    """Forward passes of the published model, in fp32 and (losses only) in bf16."""
+    """Compare forward passes of the published model, in fp32 and (losses only) in bf16."""
     cases = ForwardCase.all(check.golden_folder())
     if not cases:
         raise Skip(f"{check.golden} has no pretrain_forward/index.json")
@@ -219,7 +221,7 @@ def golden_forward(check: Check) -> dict[str, Any]:
 
 
 def golden_gradients(check: Check) -> dict[str, Any]:
-    """Gradients of the published model in fp32."""
+    """Compare gradients of the published model in fp32."""
     cases = [case for case in ForwardCase.all(check.golden_folder()) if case.has_gradients]
     if not cases:
         raise Skip(f"{check.golden} has no pretrain_forward/*_grad.json")
@@ -232,23 +234,17 @@ def golden_gradients(check: Check) -> dict[str, Any]:
 
 
 def tiny_train_repeats(check: Check) -> dict[str, Any]:
-    """Training of the published model at a small size in fp32."""
+    """Compare training of the published model at a small size in fp32."""
     folder = check.golden_folder()
-    names = TinyTrain.names(folder)
-    if not names:
+    runs = TinyTrain.all(folder)
+    if not runs:
         raise Skip(f"{folder} has no tiny_train/*.json")
-    results = {}
-    for name in names:
-        run = TinyTrain.load(folder, name)
-        model = run.build()
-        history = run.train(model, check.device)
-        deviations = run.check_history(history) + run.check_final(model.state_dict())
-        results[name] = _summary(deviations, check.factor)
-    return _merged(results, len(names))
+    results = {run.name: _summary(run.train_deviations(check.device), check.factor) for run in runs}
+    return _merged(results, len(runs))
 
 
 def training_goes_down(check: Check) -> dict[str, Any]:
-    """Ten steps on one batch at a small size: losses finite and falling in both precisions."""
+    """Train ten steps on one batch at a small size: losses must be finite and fall."""
     losses: dict[str, list[float]] = {}
     beyond = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
@@ -265,7 +261,7 @@ def training_goes_down(check: Check) -> dict[str, Any]:
 
 
 def kernels_agree(check: Check) -> dict[str, Any]:
-    """Every Triton kernel against its torch reference, and two runs of it, bit by bit."""
+    """Compare every Triton kernel with its torch reference, and two runs of it bit by bit."""
     if check.device.type != "cuda" and not INTERPRETED:
         raise Skip("the kernels run on a GPU, or on a CPU under TRITON_INTERPRET=1")
     found, beyond = disagreements(check.device, 64 if check.device.type == "cuda" else 3)
@@ -273,7 +269,7 @@ def kernels_agree(check: Check) -> dict[str, Any]:
 
 
 def kernels_against_others(check: Check) -> dict[str, Any]:
-    """`cavmae bench kernels` with fewer repeats; a kernel of ours that doesn't run is a failure."""
+    """Run `cavmae bench kernels` with fewer repeats; a kernel of ours that fails is a failure."""
     gpu = check.device.type == "cuda"
     results = measure(
         check.device,
@@ -292,7 +288,7 @@ def kernels_against_others(check: Check) -> dict[str, Any]:
 
 
 def step_against_baseline(check: Check) -> dict[str, Any]:
-    """A training step of ours and of the published operations, in turn."""
+    """Time a training step of ours and of the published operations, in turn."""
     batch = check.batches[0] if check.device.type == "cuda" else 2
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     results = {}
@@ -305,7 +301,7 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
 
 
 def throughput(check: Check) -> dict[str, Any]:
-    """Samples per second and memory of our bf16 step over batch sizes, eager and compiled."""
+    """Measure speed and memory of our bf16 step over batch sizes, eager and compiled."""
     check.require_gpu("throughput over batch sizes")
     results = training.throughput(
         check.config, check.batches, check.device, repeats=check.repeats, deadline=check.deadline
@@ -315,7 +311,7 @@ def throughput(check: Check) -> dict[str, Any]:
 
 
 def training_loop(check: Check) -> dict[str, Any]:
-    """The real loop at the fastest batch: synthetic batches, and shards through DALI."""
+    """Run the real loop at the fastest batch: synthetic batches, and shards through DALI."""
     check.require_gpu("the training loop at the fastest batch")
     batch, compile = check.require_best()
     absent = [name for name in _LOOP_NEEDS if _absent(name)]
@@ -335,7 +331,7 @@ def _absent(module: str) -> bool:
 
 
 def limits(check: Check) -> dict[str, Any]:
-    """The largest batch in memory, and a contrastive batch that no matrix would fit for."""
+    """Find the largest batch in memory, and time a contrastive batch whose matrix would not fit."""
     check.require_gpu("the largest batch")
     batch, compile = check.require_best()
 
@@ -359,4 +355,4 @@ def limits(check: Check) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,43 +1,50 @@
-"""`cavmae bench video-check`: whether this machine can decode video on its GPU, and what it lacks.
+"""`cavmae bench nvdec`: whether this machine can decode video on its GPU, and what is missing.
 
-NVDEC needs a driver library that containers leave out unless asked for, and DALI; both fail far
-from their cause, so they are looked for by name here.
+NVDEC needs a driver library that containers lack unless it is requested, and DALI; both fail far
+from their cause, so each is probed by name here.
 """
 
-import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
+import tyro
 from rich.console import Console
 
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.timing import default_device
 from cavmae.cluster.local.checks import Finding, dali, gpu, library, nvdec, show
+from cavmae.command import exit_code
+
+
+@dataclass(frozen=True)
+class NvdecConfig:
+    """Check video decoding on this GPU (NVDEC)."""
+
+    out: str = RESULTS
+    """Folder of the record."""
 
 
 def findings() -> list[Finding]:
-    """Everything that decoding on the GPU needs."""
+    """Probe everything that decoding on the GPU needs."""
     driver = "install the NVIDIA driver; in a container, pass the GPU in"
     return [gpu(), library("libcuda.so.1", driver), nvdec(), dali()]
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Print each probe, write a record; returns 0 where video decodes on the GPU, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="cavmae bench video-check", description="Check video decoding on this GPU (NVDEC)."
-    )
-    parser.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    flags = parser.parse_args(argv)
+    config = tyro.cli(NvdecConfig, prog="cavmae bench nvdec", args=arguments)
     found = findings()
     show(found, Console(highlight=False))
     absent = ", ".join(one.name for one in found if one.state != "ok")
-    ready = not absent
-    print("video decodes on this GPU" if ready else f"no video decoding on a GPU: without {absent}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = {"ready": ready, "probes": [asdict(one) for one in found]}
-    print(f"record: {write_record(flags.out, 'video-check', device, {}, results)}")
-    return 0 if ready else 1
+    print(
+        f"no video decoding on a GPU: without {absent}" if absent else "video decodes on this GPU"
+    )
+    results = {"ready": not absent, "probes": [asdict(one) for one in found]}
+    device = torch.device(default_device())
+    print(f"record: {write_record(config.out, 'nvdec', device, {}, results)}")
+    return 1 if absent else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
-from cavmae.benchmarks.kernels.timing import median_seconds
+from cavmae.benchmarks.harness.timing import median_seconds
 from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, TrainingStep
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.cost_model.flops import training_flops
@@ -30,11 +30,11 @@ def throughput(
     repeats: int,
     deadline: float,
 ) -> dict[str, Any]:
-    """Samples a second and memory of our bf16 step over batch sizes, eager and compiled.
+    """Measure speed and memory of our bf16 step over batch sizes, eager and compiled.
 
     Args:
         config: sizes of the model.
-        batches: in rising order; those above one that does not fit are left out.
+        batches: in rising order; those above one that does not fit are skipped.
         device: a GPU.
         repeats: timed steps of each.
         deadline: `time.monotonic()` after which no further one starts.
@@ -44,7 +44,7 @@ def throughput(
     for compile in (False, True):
         for batch in batches:
             if time.monotonic() > deadline:
-                rows.append({"batch": batch, "compile": compile, "skipped": "time is spent"})
+                rows.append({"batch": batch, "compile": compile, "skipped": "out of time"})
                 continue
             try:
                 row = _throughput_of(config, batch, device, repeats=repeats, compile=compile)
@@ -93,7 +93,7 @@ def _throughput_of(
 
 
 def best(rows: list[dict[str, Any]]) -> tuple[int, bool] | None:
-    """Batch and whether it is compiled, of the fastest row; None where nothing was measured."""
+    """Return batch and compilation of the fastest row; None where nothing was measured."""
     measured = [row for row in rows if "samples_per_second" in row]
     if not measured:
         return None
@@ -126,7 +126,7 @@ def training_loop(model: str, batch: int, compile: bool, within_seconds: float) 
 
 
 def largest_batch(fits: Callable[[int], bool], known: int) -> int:
-    """The largest batch that fits, to within a share of it.
+    """Return the largest batch that fits, to within a share of it.
 
     Args:
         fits: whether a batch does.
@@ -144,9 +144,9 @@ def largest_batch(fits: Callable[[int], bool], known: int) -> int:
 def step_fits(
     config: ModelConfig, batch: int, device: torch.device, *, compile: bool = False
 ) -> bool:
-    """Whether two training steps in bf16 fit into the memory of a GPU; the second one has the
-    optimizer's state beside everything else."""
-    torch.cuda.empty_cache()  # of a try before, whose error still held its tensors then
+    """Return whether two training steps in bf16 fit into the memory of a GPU; the second one has
+    the optimizer's state beside everything else."""
+    torch.cuda.empty_cache()  # of an attempt before, whose error still held its tensors then
     try:
         step = TrainingStep(
             "cavmae", config, batch, "bf16", device, choices=Choices(compile=compile)
@@ -161,7 +161,7 @@ def step_fits(
 
 
 def large_contrast(pairs: int, width: int, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Time and memory of the contrastive loss over so many pairs in bf16, with backward."""
+    """Measure time and memory of the contrastive loss over many pairs in bf16, with backward."""
     audio, video = (
         F.normalize(torch.randn(pairs, width, device=device), dim=1)
         .to(torch.bfloat16)

@@ -1,7 +1,7 @@
-"""What a machine can do at most, measured: a copy, and matrix products as the model has them.
+"""Peak rates of a machine, measured: a copy, and matrix products of the model's shapes.
 
-A share of these says how far a step is from its own machine's limit, a share of the datasheet how
-far the machine is from what it is sold as.
+A share of these shows how far a step is from the limit of its machine, a share of the datasheet how
+far the machine is from its specification.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cavmae.benchmarks.kernels.timing import ceilings, median_seconds
+from cavmae.benchmarks.harness.timing import ceilings, median_seconds
 from cavmae.trainer.model.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -18,13 +18,13 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class Datasheet:
-    """What the maker states of a GPU, without sparsity.
+    """Specified peak rates of a GPU, without sparsity.
 
     Attributes:
-        name: of the GPU, as its driver calls it, or the beginning of it.
+        name: driver's name of the GPU, or the beginning of it.
         fp32, bf16: matrix operations a second; fp32 without TF32.
-        bytes_per_second: of its memory.
-        source: where it is stated.
+        bytes_per_second: memory bandwidth.
+        source: the document.
     """
 
     name: str
@@ -50,14 +50,14 @@ DATASHEETS = (
     Datasheet("NVIDIA H200", 67e12, 989.5e12, 4.8e12, _H200),
     Datasheet("NVIDIA B200", 75e12, 2250e12, 8.0e12, _B200),
 )
-"""A name that begins another one comes after it. Where the maker states products with sparsity
-only, half of that."""
+"""A prefix of another name comes after it. Where only rates with sparsity are specified, half of
+them."""
 
 
 def datasheet(gpu: str) -> Datasheet | None:
-    """Of a GPU by its driver's name; None where it is not known here.
+    """Return the datasheet of a GPU by its driver's name; None where it is unknown.
 
-    CPUs have none: how many multiply units a core has can't be read.
+    CPUs have none: the number of multiply units of a core can't be read.
     """
     return next((one for one in DATASHEETS if gpu.startswith(one.name)), None)
 
@@ -65,16 +65,16 @@ def datasheet(gpu: str) -> Datasheet | None:
 def measure_rates(
     device: torch.device, dtype: Literal["fp32", "bf16"], config: ModelConfig, batch: int
 ) -> dict[str, Any]:
-    """Rates of the machine in one dtype, for a record.
+    """Measure the rates of the machine in one dtype, for a record.
 
     Args:
-        device: to be measured.
-        dtype: of the matrices; TF32 stays as the process has it.
-        config, batch: whose products are measured beside a square one.
+        device: device to measure.
+        dtype: dtype of the matrices; TF32 stays as the process has it.
+        config, batch: sizes of the products that are measured beside a square one.
 
     Returns:
         `bytes_per_second` of a copy, read and written; `flops_per_second` of the fastest product,
-        which is what shares are of; `products`: of each; `datasheet`: as stated, or None.
+        the base of all shares; `products`: the rate of each; `datasheet`: as specified, or None.
     """
     ceiling = ceilings(device, DTYPES[dtype])
     products = {"square": ceiling["flops_per_second"]}
@@ -103,15 +103,15 @@ def measure_rates(
 
 
 def utilization(flops_per_second: float, rates: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Shares of the matrix rate, for a record.
+    """Compute shares of the matrix rate, for a record.
 
     Args:
-        flops_per_second: of the arithmetic that the losses need.
+        flops_per_second: rate of the arithmetic that the losses need.
         rates: from `measure_rates`.
-        dtype: that they are of.
+        dtype: dtype of the rates.
 
     Returns:
-        `mfu`: of the fastest product measured; `mfu_of_datasheet`: None where there is none.
+        `mfu`: share of the fastest product measured; `mfu_of_datasheet`: None without a datasheet.
     """
     stated = rates["datasheet"]
     return {

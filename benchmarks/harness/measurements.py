@@ -1,6 +1,6 @@
-"""The times and rates in a record of any benchmark, by name, with every value that there is.
+"""The times and rates in a record of any benchmark, by name, with every single value.
 
-Records differ in what they hold, but not in how they name it: the unit is in the key
+Records have different contents but one naming scheme: the unit is in the key
 (`decode_cpu_seconds`, `samples_per_second`), a timing has `all_seconds`, and `all_X` are the values
 that X is the median of. So one walk reads them all.
 """
@@ -14,27 +14,29 @@ from cavmae.benchmarks.harness.records import Record
 
 Unit = Literal["seconds", "per second"]
 
-_LABELS = ("fault", "gpus", "zero_stage", "exchange", "global_batch", "batch", "compile")
-"""Fields that say which one of a list something is; those that have them all in common are one."""
+PASSES = {"forward": "forward", "both": "with backward"}
+"""Passes of an operation in records of kernels, and their titles."""
+_LABELS = ("fault", "gpus", "zero_stage", "global_batch", "batch", "compile")
+"""Fields that identify an entry of a list; entries that have them all in common are one."""
 _NOT_MEASURED = {"inputs", "bars", "criteria", "flat_means", "processes", "kinds"}
-"""Parts of results: what went in, what is made of it, and what was watched."""
+"""Parts of results: inputs, judgements, and what was watched."""
 _NO_COSTS = {"unix_seconds", "best_interval_seconds"}
 """Seconds of which fewer are not better."""
 _TIMES_BY_POSITION = "first_batch"
-"""Of `cavmae bench data`: its keys are positions, so they have no unit."""
+"""A result of `cavmae bench data` whose keys are positions, so they have no unit."""
 _COMPUTED = {"scaling"}
-"""Suites whose numbers come out the same each time."""
+"""Suites whose numbers are the same in each run."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Something that a record has values of.
+    """The values of one quantity in a record.
 
     Attributes:
-        unit: of the values.
-        values: above 0; of a benchmark that has starts, one for each: the steps of a start are not
-            independent of each other.
-        exact: computed, so that one value says it all.
+        unit: unit of the values.
+        values: above 0; one for each run of a benchmark that repeats runs, because the steps of a
+            run are not independent.
+        exact: computed, so that one value is enough.
     """
 
     unit: Unit
@@ -43,9 +45,9 @@ class Measurement:
 
 
 def measurements(record: Record) -> dict[str, Measurement]:
-    """All times and rates of a record by name; empty where it has none.
+    """Return all times and rates of a record by name; empty where it has none.
 
-    A rate beside the timing that it was computed from is left out.
+    A rate beside the timing that it was computed from is skipped.
     """
     found: dict[str, tuple[Unit, list[float]]] = {}
     for name, unit, values in _walk(record.results, (), None):

@@ -1,8 +1,8 @@
 """An S3-compatible store on loopback that fails on purpose: `with object_store() as store: ...`.
 
-A process of its own runs moto's S3 server behind a layer that counts what is sent and spoils
-answers to order: errors 500, connections reset, bodies cut short, bodies that trickle, or nothing
-but errors. Used by tests and by `cavmae bench data-day`; needs the `dev` extra.
+A separate process runs moto's S3 server behind a layer that counts what is sent and injects faults:
+errors 500, connections reset, bodies cut short, bodies that trickle, or nothing but errors. Used by
+tests and by `cavmae bench storage-faults`; needs the `dev` extra.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from typing import Any
 FAULTS = ("error", "reset", "truncated", "slow")
 SLOW_PARTS = 5
 SLOW_SECONDS = 0.05
-"""Between the parts of a body that trickles."""
+"""Delay between the parts of a body that trickles."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class ObjectStore:
     environment: dict[str, str]
 
     def make_bucket(self, bucket: str) -> None:
-        """Make an empty one."""
+        """Make an empty bucket."""
         self._call("PUT", f"/{bucket}")
 
     def upload(self, folder: Path, bucket: str) -> str:
-        """Put a folder's files there; returns its `s3://` URL."""
+        """Upload a folder's files to a new bucket; returns its `s3://` URL."""
         self.make_bucket(bucket)
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -54,23 +54,23 @@ class ObjectStore:
         return f"s3://{bucket}"
 
     def replace(self, bucket: str, name: str, data: bytes) -> None:
-        """Put other bytes in an object's place."""
+        """Replace an object's bytes."""
         self._call("PUT", f"/{bucket}/{name}", data)
 
     def fail(self, every: int, kinds: Iterable[str] = FAULTS) -> None:
-        """Spoil each `every`-th answer with an object, by the kinds in turn; 0: none."""
+        """Make each `every`-th download fail, by the kinds in turn; 0: none."""
         self._call("POST", "/_faults", json.dumps([every, list(kinds)]).encode())
 
     def down(self, is_down: bool) -> None:
-        """Answer everything with an error 503 from now on, or no longer."""
+        """Answer everything with an error 503, or stop doing so."""
         self._call("POST", "/_down", json.dumps(is_down).encode())
 
     def counts(self) -> dict[str, int]:
-        """`bytes` of objects sent, `requests` for them, and how often each fault was made."""
+        """Return `bytes` of objects sent, `requests` for them, and the count of each fault."""
         return json.loads(self._call("GET", "/_counts"))
 
     def _call(self, method: str, path: str, data: bytes | None = None) -> bytes:
-        # A form would be parsed; what is not public can't be read by plain HTTP or written again.
+        # A form would be parsed; plain HTTP reads and overwrites public objects only.
         headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read-write"}
         request = urllib.request.Request(f"{self.url}{path}", data, headers, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -79,7 +79,7 @@ class ObjectStore:
 
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Start a store; it ends with the block.
+    """Start a store that ends with the block.
 
     Raises:
         RuntimeError: it did not start.
@@ -99,7 +99,7 @@ def object_store() -> Iterator[ObjectStore]:
         if not port.isdigit():
             raise RuntimeError("the object store did not start; is the `dev` extra installed?")
         url = f"http://127.0.0.1:{port}"
-        S3FileSystem.clear_instance_cache()  # else it would go on asking the store before
+        S3FileSystem.clear_instance_cache()  # else it would continue with the store before
         keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
         yield ObjectStore(url, keys | {"AWS_ENDPOINT_URL_S3": url, "AWS_REGION": "us-east-1"})
     finally:
@@ -109,7 +109,7 @@ def object_store() -> Iterator[ObjectStore]:
 
 
 class _Spoiler:
-    """WSGI application that counts and spoils the answers of another one."""
+    """Counts the answers of a WSGI application and injects faults."""
 
     def __init__(self, application: Callable[..., Iterable[bytes]]):
         self._application = application
@@ -164,7 +164,7 @@ class _Spoiler:
 
 
 def _cut(body: bytes, environ: dict[str, Any]) -> Iterator[bytes]:
-    """Half of what was announced; then the connection ends."""
+    """Send half of the announced body, then close the connection."""
     yield body[: len(body) // 2]
     environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
 

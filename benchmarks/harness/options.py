@@ -35,5 +35,5 @@ def budget_seconds(text: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not found or float(found[1]) <= 0:
-        raise ValueError(f"--budget is {text}; use a time such as 90s, 10m or 2h")
+        raise ValueError(f"budget is {text}; use a time such as 90s, 10m or 2h")
     return float(found[1]) * _UNIT_SECONDS[found[2]]

@@ -1,7 +1,7 @@
-"""Energy of a machine while something runs, where it lets a user read it.
+"""Energy of a machine during a measurement, where a user may read it.
 
-On a GPU the driver is asked for its power ten times a second. On a CPU the packages count their
-energy (RAPL), which most systems show to root alone, and virtual machines not at all. What can't be
+On a GPU the driver reports its power ten times a second. On a CPU the packages count their energy
+(RAPL), which most systems show to root alone, and virtual machines not at all. Energy that can't be
 read is None with the reason.
 """
 
@@ -23,21 +23,21 @@ _INTERVAL_MILLISECONDS = 100
 
 @dataclass(frozen=True)
 class Energy:
-    """Attributes: joules, None where they can't be read; watts, their mean; source, of the numbers,
-    or why there are none."""
+    """Energy of a measurement. Attributes: joules, None where they can't be read; watts, their
+    mean; source of the numbers, or why there are none."""
 
     joules: float | None
     watts: float | None
     source: str
 
     def record(self, samples: int) -> dict[str, Any]:
-        """For a record, with the energy of each of the samples trained meanwhile."""
+        """Return the record's entry, with the energy of each sample trained meanwhile."""
         each = None if self.joules is None else self.joules / samples
         return asdict(self) | {"joules_per_sample": each}
 
 
 class PowerMeter(Protocol):
-    """Measures from `start` to `stop`; what is not `readable` only says why."""
+    """Measures from `start` to `stop`; one that is not `readable` only returns the reason."""
 
     @property
     def readable(self) -> bool: ...
@@ -46,10 +46,10 @@ class PowerMeter(Protocol):
 
 
 def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
-    """The one that this device has.
+    """Return the meter of a device.
 
     Args:
-        device: a GPU by itself, or the CPU with all its packages.
+        device: one GPU, or the CPU with all its packages.
         powercap: Linux's folder of energy counters.
     """
     if device.type == "cuda":
@@ -70,7 +70,7 @@ def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
 
 
 class _Unreadable:
-    """Nothing can be read, for a reason."""
+    """Reads nothing, and returns the reason."""
 
     readable = False
 
@@ -84,7 +84,7 @@ class _Unreadable:
 
 
 class _PackageCounters:
-    """Counters of microjoules that begin anew at their range."""
+    """Reads counters of microjoules that wrap around at their range."""
 
     readable = True
 
@@ -107,7 +107,7 @@ class _PackageCounters:
 
 
 class _DriverPower:
-    """Mean of what `nvidia-smi` says, times the time."""
+    """Multiplies the mean power of `nvidia-smi` by the time."""
 
     readable = True
 
@@ -130,11 +130,11 @@ class _DriverPower:
         seconds = time.monotonic() - self._began
         self._process.terminate()
         assert self._process.stdout is not None
-        said = _lines(self._process.stdout)
+        printed = _lines(self._process.stdout)
         self._process.wait()
-        watts = [float(line) for line in said if _is_number(line)]
+        watts = [float(line) for line in printed if _is_number(line)]
         if not watts:
-            return Energy(None, None, f"nvidia-smi gave no power: {said[:1]}")
+            return Energy(None, None, f"nvidia-smi gave no power: {printed[:1]}")
         mean = statistics.fmean(watts)
         return Energy(mean * seconds, mean, f"nvidia-smi, {len(watts)} readings")
 

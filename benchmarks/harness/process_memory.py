@@ -1,34 +1,47 @@
-"""Memory of a process, or of the GPU in its hands: now, and at its most (Linux)."""
+"""Memory of a process (Linux) or of its GPU: now, and at its peak."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""To that file: the peak begins anew from what is resident now (proc(5))."""
+"""Written to that file, the peak begins anew from what is resident now (proc(5))."""
 
 
 def resident_bytes() -> int:
-    """In memory now."""
+    """Return the resident memory of this process."""
     return _status("VmRSS")
 
 
 def reset_peak() -> None:
-    """The peak of this process begins anew.
+    """Reset the peak of this process.
 
     Raises:
-        OSError: the system does not let it.
+        OSError: the system does not allow it.
     """
     _CLEAR.write_text(_RESET_PEAK)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """At most: of tensors on a GPU; on a CPU of the process, with its program and libraries."""
+    """Return the peak: of tensors on a GPU; on a CPU of the process, program and libraries
+    included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM")
+
+
+def gpu_peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Return the peak of tensors on a GPU during a call, beyond those that were there before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _status(name: str) -> int:

@@ -4,7 +4,6 @@ Nothing here looks for a process by its name: other people run Ray on the same m
 """
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -107,6 +106,14 @@ def words_of(process: psutil.Process) -> str:
         return ""
 
 
+class BadExit(RuntimeError):
+    """A process did not end well. Attributes: code, its exit code; None if it ran for too long."""
+
+    def __init__(self, code: int | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Start:
     """One start of something: its processes and the one log that they share. Leaving its context
     kills what still runs.
@@ -142,21 +149,8 @@ class Start:
         self.kill()
 
     def text(self) -> str:
-        """What was said so far."""
+        """Return the log so far, for people."""
         return self.log.read_text(errors="replace")
-
-    def line(self, pattern: str, after_bytes: int = 0) -> str:
-        """The first line of the log in which a regular expression is found; empty: in none.
-
-        Args:
-            pattern: to look for.
-            after_bytes: of the log, which are not looked at.
-        """
-        with self.log.open("rb") as file:
-            file.seek(after_bytes)
-            text = file.read().decode(errors="replace")
-        found = re.search(f"^.*{pattern}.*$", text, re.MULTILINE)
-        return found[0].strip() if found else ""
 
     def ranks(self) -> list[psutil.Process]:
         """Processes of the ranks that Ray has placed on this machine."""
@@ -168,30 +162,31 @@ class Start:
 
     @property
     def ended(self) -> bool:
-        """Whether none of the processes runs any more."""
+        """Return whether none of the processes runs any more."""
         return all(process.poll() is not None for process in self.processes)
 
     def kill(self) -> None:
-        """All of it at once."""
+        """Kill all processes and their descendants."""
         end_family(self._roots)
 
     def finish(self, within_seconds: float = PATIENCE_SECONDS) -> None:
-        """Wait for the end, which must be a good one.
+        """Wait for the end, which must be a success.
 
         Raises:
-            RuntimeError: a process ended with another code than 0, or not in time; with the end of
-                the log.
+            BadExit: a process ended with another code than 0, or not in time; with the end of the
+                log.
         """
         for process in self.processes:
             try:
                 code = process.wait(timeout=within_seconds)
+                problem = f"ended with exit code {code}"
             except subprocess.TimeoutExpired:
-                code = f"nothing in {within_seconds:g} s"
+                code, problem = None, f"still running after {within_seconds:g} s"
             if code != 0:
-                raise RuntimeError(f"a start ended with {code}:\n{self.text()[-4000:]}")
+                raise BadExit(code, f"{problem}:\n{self.text()[-4000:]}")
 
     def wait_for(self, happened: Callable[[], Any], what: str) -> Any:
-        """The first true answer of `happened`.
+        """Return the first true answer of `happened`.
 
         Raises:
             RuntimeError: there was none until all processes had ended, or for too long; with the

@@ -7,24 +7,28 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
-import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RECORD_SCHEMA = 1
+from cavmae.atomic_write import write_text
+from cavmae.trainer.tracking.code_snapshot import git_commit
+
+RESULTS = "benchmarks/results"
+RECORD_SCHEMA = 2
 _PACKAGES = ("torch", "triton", "numpy", "flash-attn", "deepspeed", "nvidia-dali-cuda130")
 
 
 def timing(seconds: list[float]) -> dict[str, Any]:
-    """Median, spread and every single time.
+    """Return the median, the spread and every single time.
 
     Args:
-        seconds: at least one time.
+        seconds: one time or more.
     """
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {
@@ -37,8 +41,13 @@ def timing(seconds: list[float]) -> dict[str, Any]:
     }
 
 
+def spread(ratios: list[float]) -> dict[str, float]:
+    """Return the median and the extremes of ratios of neighbouring runs."""
+    return {"median": statistics.median(ratios), "minimum": min(ratios), "maximum": max(ratios)}
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, memory and, for a CUDA device, GPU and driver side."""
+    """Return processor, memory and, for a CUDA device, GPU and driver side."""
     found: dict[str, Any] = {
         "device": device.type,
         "processor": _processor(),
@@ -69,7 +78,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the packages that matter to a step; None where one is not installed."""
+    """Return versions of Python and the packages that matter to a step; None: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -79,23 +88,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str:
-    """Short git commit of this tree, `-dirty` if changed; `unknown` outside a repository."""
-    folder = Path(__file__).resolve().parent
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
-    return described.stdout.strip()
-
-
 def _portable(value: Any) -> Any:
-    """A path of this machine as its last name, which is what others can know of it."""
+    """Reduce an absolute path of this machine to its last name."""
     is_path = isinstance(value, str) and Path(value).is_absolute()
     return Path(value).name if is_path else value
 
@@ -109,15 +103,16 @@ def write_record(
 ) -> Path:
     """Write `<suite>-<date>-<commit>.json` and return its path.
 
-    A second record of one suite, second and commit replaces the first.
+    A second record of the same suite, second and commit replaces the first.
 
     Args:
-        folder: made where it is missing.
+        folder: created where it is missing.
         suite: name of the benchmark.
         configuration: every flag and size that the results depend on.
         results: JSON values.
     """
-    now, code = datetime.datetime.now(datetime.UTC), commit()
+    now = datetime.datetime.now(datetime.UTC)
+    code = re.sub(r"\b[0-9a-f]{40}\b", lambda full: full[0][:10], git_commit() or "unknown")
     record = {
         "schema": RECORD_SCHEMA,
         "suite": suite,
@@ -130,7 +125,7 @@ def write_record(
     }
     path = Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(path, json.dumps(record, indent=2) + "\n")
     return path
 
 
@@ -139,13 +134,13 @@ class Record:
     """A record that was read back.
 
     Attributes:
-        path: of its file.
+        path: its file.
         suite: name of the benchmark.
-        time: when it was written, ISO 8601; of a record put together by hand, the day.
-        commit: of the code.
+        time: when it was written, ISO 8601; the day, of a record put together by hand.
+        commit: short git commit of the code.
         hardware, versions: of the machine.
-        configuration: that the results depend on.
-        results: JSON values; what a record put together by hand has beside them is among them.
+        configuration: flags and sizes that the results depend on.
+        results: JSON values.
     """
 
     path: Path
@@ -163,27 +158,27 @@ def read_record(path: str | Path) -> Record:
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no record, or one of a later version.
+        ValueError: it is no record, or one of another schema.
     """
     path = Path(path)
     try:
         document = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); give a record of `cavmae bench`") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is no record of `cavmae bench`")
-    schema = document.pop("schema", RECORD_SCHEMA)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema is None:
+        raise ValueError(f"{path} is no record of `cavmae bench`: it has no schema")
     if schema != RECORD_SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {RECORD_SCHEMA}")
-    texts = {name: document.pop(name, None) for name in ("suite", "commit")}
-    texts["time"] = document.pop("time", None) or document.pop("date", None)
-    parts = {
-        name: document.pop(name, None)
-        for name in ("hardware", "versions", "configuration", "results")
-    }
-    absent = [name for name, value in texts.items() if not isinstance(value, str)]
-    absent += [name for name, value in parts.items() if not isinstance(value, dict)]
+        raise ValueError(
+            f"{path} has schema {schema} and this version reads {RECORD_SCHEMA}; measure again, or "
+            "compare with the version of cavmae that wrote it"
+        )
+    kinds = {field.name: field.type for field in fields(Record) if field.name != "path"}
+    absent = [
+        name
+        for name, kind in kinds.items()
+        if not isinstance(document.get(name), str if kind is str else dict)
+    ]
     if absent:
         raise ValueError(f"{path} is no record of `cavmae bench`: it has no {', '.join(absent)}")
-    parts["results"] = document | parts["results"]
-    return Record(path=path, **texts, **parts)
+    return Record(path=path, **{name: document[name] for name in kinds})

@@ -57,7 +57,7 @@ class SyntheticBatches:
                     labels=((),) * batch,
                     frame_seconds=torch.zeros(batch, 1),
                     audio_seconds=torch.zeros(batch, 2),
-                    shares=torch.ones(batch),
+                    mixup_lambda=torch.ones(batch),
                     mixed_labels=((),) * batch,
                 )
 

@@ -1,8 +1,8 @@
-"""What a device is at, over the steps of a run: every moment belongs to exactly one label.
+"""A timeline of a device over the steps of a run: every moment belongs to exactly one label.
 
-So the labels of a step sum to the step. Where one begins, the time is noted: on a GPU as an event
-in the stream that was the current one when the timeline was made, for which nothing waits; on a CPU
-from its clock. What other streams do at the same time takes none.
+So the labels of a step sum to the step. A label begins with a time stamp: on a GPU an event in the
+stream that was current when the timeline was made, for which nothing waits; on a CPU its clock.
+Work of other streams at the same time counts to no label.
 """
 
 import time
@@ -18,18 +18,18 @@ Result = TypeVar("Result")
 
 
 class Label(NamedTuple):
-    """Attributes: part, of a step; kind, `forward` or `backward`, or `step` for what is neither."""
+    """Attributes: part of a step; kind, `forward` or `backward`, or `step` for neither."""
 
     part: str
     kind: str = "step"
 
 
 class Timeline:
-    """Labels of the moments of a run, step by step.
+    """Labels the moments of a run, step by step.
 
     Args:
-        device: whose time it is.
-        first: label of the moments before any other.
+        device: device whose time is labelled.
+        first: label until the first switch.
     """
 
     def __init__(self, device: torch.device, first: Label) -> None:
@@ -41,12 +41,12 @@ class Timeline:
         self.switch(first)
 
     def begin_step(self, label: Label) -> None:
-        """A step begins with a label; the one before, if any, ends."""
+        """Begin a step with a label; end the one before, if any."""
         self._starts.append(len(self._marks))
         self.switch(label)
 
     def switch(self, label: Label) -> None:
-        """From now on the device is at `label`."""
+        """Label the time from now on."""
         self.label = label
         self._marks.append((self._now(), label))
 
@@ -54,12 +54,12 @@ class Timeline:
         if self._stream is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)  # a library may have made another one current
+        event.record(self._stream)  # a library may have made another stream current
         return event
 
     @contextmanager
     def within(self, label: Label) -> Iterator[None]:
-        """`label` for as long as this is open, then what was before."""
+        """Label the time within, then restore the label before."""
         before = self.label
         self.switch(label)
         try:
@@ -70,7 +70,7 @@ class Timeline:
     def during(
         self, label: Label, function: Callable[Parameters, Result]
     ) -> Callable[Parameters, Result]:
-        """`function`, whose calls are `label`."""
+        """Wrap a function: its calls get a label."""
 
         def labelled(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
             with self.within(label):
@@ -79,7 +79,7 @@ class Timeline:
         return labelled
 
     def seconds(self) -> list[dict[Label, float]]:
-        """Of each step that has ended, by label; waits for the device."""
+        """Return the seconds of each step that has ended, by label; wait for the device."""
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
         found = []

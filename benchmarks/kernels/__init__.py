@@ -1,0 +1,1 @@
+"""Kernels against torch and published methods."""

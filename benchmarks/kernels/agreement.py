@@ -1,12 +1,13 @@
 """Every kernel against its torch reference in float64, on the device at hand, and against itself.
 
-The tests compare more, at small sizes; this is for a GPU that is there for minutes.
+The tests compare more, at small sizes; this is for a GPU that is lent for minutes.
 """
 
 from collections.abc import Callable
 
 import torch
 
+from cavmae.benchmarks.kernels.timing import relative_difference
 from cavmae.kernels import (
     Backend,
     contrastive_loss,
@@ -24,7 +25,7 @@ Operation = Callable[[Backend], list[torch.Tensor]]
 
 
 def disagreements(device: torch.device, batch: int) -> tuple[dict[str, float], list[str]]:
-    """Compare outputs and gradients.
+    """Compare outputs and gradients of every kernel with its reference.
 
     Args:
         device: where the kernels run.
@@ -32,7 +33,7 @@ def disagreements(device: torch.device, batch: int) -> tuple[dict[str, float], l
 
     Returns:
         Largest difference over the largest reference value of each operation and dtype; what is
-        beyond its limit, or differs between two runs, in words.
+        beyond its limit, or differs between two runs, as messages.
     """
     torch.manual_seed(0)
     found: dict[str, float] = {}
@@ -44,7 +45,7 @@ def disagreements(device: torch.device, batch: int) -> tuple[dict[str, float], l
             if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
                 beyond.append(f"{label}: two runs differ")
             found[label] = max(
-                _difference(ours, reference)
+                relative_difference(ours, reference)
                 for ours, reference in zip(first, operation("torch"), strict=True)
             )
             bound = 0.0 if name.startswith("random_mask") else limit
@@ -53,20 +54,15 @@ def disagreements(device: torch.device, batch: int) -> tuple[dict[str, float], l
     return found, beyond
 
 
-def _difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    scale = reference.double().abs().max().clamp(min=1e-30)
-    return float((ours.double() - reference.double()).abs().max() / scale)
-
-
 def _with_gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]) -> Operation:
     def operation(backend: Backend) -> list[torch.Tensor]:
         # The references are the truth here: float64, of the same rounded inputs.
-        exact = [leaf.double() if backend == "torch" else leaf for leaf in leaves]
-        wanted = [leaf.detach().requires_grad_() for leaf in exact]
-        output = run(backend, *wanted)
+        inputs = [leaf.double() if backend == "torch" else leaf for leaf in leaves]
+        inputs = [leaf.detach().requires_grad_() for leaf in inputs]
+        output = run(backend, *inputs)
         upstream = torch.arange(1, output.numel() + 1, device=output.device).sin()
         upstream = upstream.reshape(output.shape).to(leaves[0].dtype).to(output.dtype)
-        return [output.detach(), *torch.autograd.grad(output, wanted, upstream)]
+        return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
     return operation
 
@@ -104,7 +100,10 @@ def _operations(device: torch.device, batch: int, dtype: torch.dtype) -> dict[st
     }
     sizes = {"": (8 * batch, 192)}
     if device.type == "cuda":
-        sizes[" large"] = (5000, 768)  # the larger tiles, several slabs, neither a whole number
+        sizes[" large"] = (
+            5000,
+            768,
+        )  # the larger tiles, several row blocks, neither a whole number
     for name, shape in sizes.items():
         operations[f"contrastive_loss{name}"] = _with_gradients(
             lambda backend, a, v, t: contrastive_loss(a, v, t, True, backend=backend).loss,

@@ -5,73 +5,72 @@ do at most, measured in the same run: a large copy and a large matrix product. O
 Triton kernels, on a CPU the torch references, which is what runs there.
 """
 
-import argparse
 import math
 import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.measurements import PASSES
+from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
-from cavmae.benchmarks.kernels.timing import ceilings, measured
+from cavmae.benchmarks.kernels.timing import measured
+from cavmae.command import exit_code
 from cavmae.kernels import default_backend
 
-TITLES = {"forward": "forward", "both": "with backward"}
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Time kernels against torch, torch.compile and published methods."""
+
+    device: Device = field(default_factory=default_device)
+    """Where the operations run."""
+    batch: int | None = None
+    """Samples; None: 512 on a GPU, 8 on a CPU."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of tokens and embeddings; None: bf16 on a GPU, fp32 on a CPU."""
+    contrastive: tuple[int, ...] = ()
+    """Batches of the contrastive loss; empty: 512 4096 32768 on a GPU, 512 on a CPU."""
+    repeats: int = 10
+    """Timed runs of each contender."""
+    compile: bool = field(default_factory=torch.cuda.is_available)
+    """Time torch.compile as well."""
+    out: str = RESULTS
+    """Folder of the record."""
+
+    def __post_init__(self) -> None:
+        for name, values in (
+            ("batch", [self.batch]),
+            ("repeats", [self.repeats]),
+            ("contrastive", self.contrastive),
+        ):
+            for value in values:
+                if value is not None and value < 1:
+                    raise ValueError(f"{name} is {value}; use 1 or more")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench kernels", description="Kernels against torch and published methods."
-    )
-    arguments.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="`cuda` or `cpu`; a GPU where there is one",
-    )
-    arguments.add_argument("--batch", type=int, help="samples; 512 on a GPU, 8 on a CPU")
-    arguments.add_argument("--dtype", choices=list(DTYPES), help="bf16 on a GPU, fp32 on a CPU")
-    arguments.add_argument(
-        "--contrastive",
-        type=int,
-        nargs="+",
-        help="batches of the contrastive loss; 512 4096 32768 on a GPU, 512 on a CPU",
-    )
-    arguments.add_argument("--repeats", type=int, default=10, help="timed runs of each contender")
-    arguments.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile is a contender; on a GPU it is unless told otherwise",
-    )
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    return arguments
-
-
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Time everything, write the record and the plot; returns the exit code."""
-    flags = parser().parse_args(argv)
-    device = torch.device(flags.device)
-    for name, values in (
-        ("batch", [flags.batch]),
-        ("repeats", [flags.repeats]),
-        ("contrastive", flags.contrastive or []),
-    ):
-        for value in values:
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}; use 1 or more")
+    import tyro  # which a machine lacks that has torch and triton alone
+
+    config = tyro.cli(KernelsConfig, prog="cavmae bench kernels", args=arguments)
+    device = torch.device(config.device)
     results = measure(
         device,
-        batch=flags.batch,
-        dtype=flags.dtype,
-        contrastive=flags.contrastive,
-        repeats=flags.repeats,
-        compile=flags.compile,
+        batch=config.batch,
+        dtype=config.dtype,
+        contrastive=list(config.contrastive),
+        repeats=config.repeats,
+        compile=config.compile,
     )
-    path = write_record(flags.out, "kernels", device, vars(flags) | results.pop("sizes"), results)
+    configuration = asdict(config) | results.pop("sizes")
+    path = write_record(config.out, "kernels", device, configuration, results)
     print(f"record: {path}")
     print(f"plot: {plot(results, path.with_suffix('.png'))}")
     return 0
@@ -87,11 +86,11 @@ def measure(
     compile: bool | None = None,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Ceilings, all cases and the bars.
+    """Measure the ceilings and all cases, and judge the bars.
 
     Args:
         device: where to run.
-        batch, dtype, contrastive, compile: None for what fits the device.
+        batch, dtype, contrastive, compile: None for the default of the device.
         repeats: timed runs of each contender.
         deadline: `time.monotonic()` after which no further case starts.
     """
@@ -109,13 +108,13 @@ def measure(
     found: dict[str, Any] = {}
     for case in cases(device, batch, DTYPES[dtype], contrastive):
         if time.monotonic() > deadline:
-            found[case.name] = {"skipped": "the time given was spent before"}
+            found[case.name] = {"skipped": "out of time"}
             continue
         found[case.name] = measured(case, device, repeats, compile, ceiling)
         print(line(case.name, found[case.name]), flush=True)
     judged = bars(found, device)
-    met = [entry["met"] for entry in judged.values()]
     if gpu:
+        met = [entry["met"] for entry in judged.values()]
         print(f"bars met: {met.count(True)}, not met: {met.count(False)}, not measured: "
               f"{met.count(None)}")  # fmt: skip
     return {
@@ -130,9 +129,9 @@ def measure(
 
 
 def line(name: str, result: dict[str, Any]) -> str:
-    """One case for people."""
+    """Format the result of one case."""
     parts = []
-    for kind, title in TITLES.items():
+    for kind, title in PASSES.items():
         if "ours" not in result.get(kind, {}):
             continue
         ours = result[kind]["ours"]
@@ -154,11 +153,11 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 
 def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    """What is to be reached on a GPU, and whether it was.
+    """Judge results on a GPU by their bars.
 
     Returns:
         By name: the value (None: not measured), the bar, whether it was met (None: not judged) and
-        the verdict in words.
+        the verdict as text.
     """
     judged: dict[str, dict[str, Any]] = {}
 
@@ -178,7 +177,7 @@ def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any
         }
 
     for name in ("gather_tokens", "restore_tokens", "reconstruction_audio", "reconstruction_video"):
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             value = _of(found, name, kind, "ours", "share_of_copy")
             judge(f"{name} {title}: share of copy", value, 0.85)
     for name in ("patch_embedding_audio", "patch_embedding_video"):
@@ -190,16 +189,16 @@ def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any
     workspace = _of(found, large, "both", "ours", "workspace_share_of_matrix")
     judge(f"{large} with backward: workspace over matrix", workspace, 0.01, at_least=False)
     for name in ("contrastive_4096", large):
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             judge(f"{name} {title}: times eager", _against(found, name, kind, "eager"), 1)
-    for kind, title in TITLES.items():
+    for kind, title in PASSES.items():
         value = _against(found, "contrastive_512", kind, "compiled")
         judge(f"contrastive_512 {title}: times compiled", value, 1)
     return judged
 
 
 def _of(found: dict[str, Any], name: str, kind: str, contender: str, key: str) -> Any:
-    """One entry of the results, None where it wasn't measured."""
+    """Return one entry of the results, None where it was not measured."""
     return found.get(name, {}).get(kind, {}).get(contender, {}).get(key)
 
 
@@ -209,10 +208,10 @@ def _against(found: dict[str, Any], name: str, kind: str, contender: str) -> flo
 
 
 def plot(results: dict[str, Any], path: Path) -> str:
-    """Draw how long others take, ours being 1, and our share of the ceilings.
+    """Draw times relative to ours, and our share of the ceilings.
 
     Returns:
-        Where it is, or why there is none.
+        The path of the plot, or why there is none.
     """
     try:
         from matplotlib.figure import Figure
@@ -221,7 +220,7 @@ def plot(results: dict[str, Any], path: Path) -> str:
     passes = {
         f"{name}\n{title}": case[kind]
         for name, case in results["cases"].items()
-        for kind, title in TITLES.items()
+        for kind, title in PASSES.items()
         if "ours" in case.get(kind, {})
     }
     if not passes:
@@ -250,9 +249,10 @@ def plot(results: dict[str, Any], path: Path) -> str:
     shares.axvline(1, color="black", linewidth=0.8)
     shares.set_xlabel(f"share of the measured ceiling, ours ({results['backend']})")
     shares.legend(fontsize=8)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     return str(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What `cavmae bench kernels` times: each operation as we compute it and as others do.
+"""The cases of `cavmae bench kernels`: each operation as we compute it and as others do.
 
 Contenders of a case compute the same thing from the same values; a test compares their results,
 and a run notes how far they are apart. `eager` is the published model's operations in plain torch.

@@ -1,0 +1,1 @@
+"""Comparing records, and a report of the newest ones."""

@@ -1,4 +1,4 @@
-"""What `cavmae bench report` is put together from: sections of words, tables and pictures."""
+"""The parts of `cavmae bench report`: sections of paragraphs, tables and pictures."""
 
 import io
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """What a record says, for people.
+    """A record as text, tables and plots.
 
     Attributes:
         words: paragraphs before all tables.
-        grids, pictures: in their order.
+        grids, pictures: in their order on the page.
     """
 
     words: list[str] = field(default_factory=list)
@@ -45,42 +45,48 @@ class Section:
         )
 
 
+def bars_grid(bars: dict[str, Any]) -> Grid:
+    """Make the table of the bars that a record was judged by."""
+    rows = [(name, shown(one["value"]), one["bar"], met(one["met"])) for name, one in bars.items()]
+    return Grid("Targets", ("what", "value", "bar", "met"), rows)
+
+
 def drawn(title: str, figure: "Figure") -> Picture:
-    """A matplotlib figure as a picture."""
+    """Render a matplotlib figure."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return Picture(title, file.getvalue())
 
 
 def shown(value: Any) -> str:
-    """A value of a record in a cell: four digits, `-` for nothing."""
+    """Format a value: four digits, `-` for None."""
     if value is None:
         return "-"
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def met(value: bool | None) -> str:
-    """Whether a bar was met, in a cell; None: not judged."""
+    """Format whether a bar was met; None: not judged."""
     return "-" if value is None else "yes" if value else "NO"
 
 
 def share(value: float | None) -> str:
-    """A share in a cell."""
+    """Format a share as a percentage."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def gigabytes(value: float | None) -> str:
-    """Bytes in a cell."""
+    """Format bytes."""
     return "-" if value is None else f"{value / 1e9:.2f} GB"
 
 
 def milliseconds(seconds: float) -> str:
-    """A time in a cell."""
+    """Format a time."""
     return f"{seconds * 1e3:,.4g} ms"
 
 
 def numbers(results: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Name and value of all single values on the first two levels."""
+    """Yield name and value of all single values on the first two levels."""
     for name, value in results.items():
         if isinstance(value, dict) and not path:
             yield from numbers(value, (name,))

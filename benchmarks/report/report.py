@@ -1,39 +1,31 @@
-"""`cavmae bench report`: the newest record of each benchmark as one page, for people.
+"""`cavmae bench report`: the newest record of each benchmark on one page.
 
-The page is Markdown, and the same as one HTML file that needs nothing else, with its pictures in
-it. What a benchmark has drawn beside its record is among them.
+The page is Markdown, and the same as one self-contained HTML file with its pictures. The plot that
+a benchmark wrote beside its record is among them.
 """
 
-import argparse
 import base64
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from markdown_it import MarkdownIt
 
-from cavmae.benchmarks.harness.records import Record, read_record
+from cavmae.atomic_write import write_bytes, write_text
+from cavmae.benchmarks.harness.records import RESULTS, Record, read_record
 from cavmae.benchmarks.report.parts import Grid, Picture, Section, gigabytes
 from cavmae.benchmarks.report.sections import section
+from cavmae.command import exit_code
 from cavmae.trainer.tracking.tracker import flatten
 
 ORDER = (
-    *(
-        "step",
-        "choices",
-        "train",
-        "gpu-check",
-        "kernels",
-        "data",
-        "tiers",
-        "scaling",
-        "overhead",
-        "faults",
-    ),
-    "soak",
+    *("step", "ablations", "train", "gpu-check", "kernels", "data", "tiers", "scaling"),
+    *("overhead", "faults", "soak"),
 )
-"""Of the sections; other kinds come after them."""
+"""The order of the sections; other kinds come after them."""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -55,22 +47,20 @@ h2 {{ border-top: 2px solid #444; padding-top: 0.6em; margin-top: 2em; }}
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench report", description="The newest records as a page with plots."
-    )
-    arguments.add_argument("--results", default="benchmarks/results", help="folder of the records")
-    arguments.add_argument(
-        "--out", default="report.html", help="HTML file; a Markdown file is written beside it"
-    )
-    return arguments
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the newest record of each benchmark as a page with tables and plots."""
+
+    results: str = RESULTS
+    """Folder of the records."""
+    out: str = "report.html"
+    """HTML file; a Markdown file is written beside it."""
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Write the page; returns the exit code."""
-    flags = parser().parse_args(argv)
-    for path in write_report(Path(flags.results), Path(flags.out)):
+    config = tyro.cli(ReportConfig, prog="cavmae bench report", args=arguments)
+    for path in write_report(Path(config.results), Path(config.out)):
         print(f"report: {path}")
     return 0
 
@@ -80,7 +70,7 @@ def write_report(results: Path, out: Path) -> list[Path]:
 
     Args:
         results: the folder.
-        out: HTML file. Beside it come `<name>.md` and its pictures, in `<name>_files`.
+        out: HTML file. `<name>.md` is written beside it, with its pictures in `<name>_files`.
 
     Returns:
         The HTML file and the Markdown file.
@@ -90,21 +80,21 @@ def write_report(results: Path, out: Path) -> list[Path]:
         OSError: a file can't be read or written.
     """
     if out.suffix != ".html":
-        raise ValueError(f"--out is {out}; name an HTML file, such as report.html")
+        raise ValueError(f"out is {out}; name an HTML file, such as report.html")
     records, refused = _read_all(results)
     if not records:
-        raise ValueError(f"--results is {results}, which has no record; run a benchmark first")
+        raise ValueError(f"results is {results}, which has no record; run a benchmark first")
     sections = _sections(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     body = _markdown(sections, refused, _embedded)
-    out.write_text(_PAGE.format(body=MarkdownIt("js-default").render(body)))
+    write_text(out, _PAGE.format(body=MarkdownIt("js-default").render(body)))
     text = out.with_suffix(".md")
-    text.write_text(_markdown(sections, refused, lambda one: _beside(one, out)))
+    write_text(text, _markdown(sections, refused, lambda one: _beside(one, out)))
     return [out, text]
 
 
 def _read_all(folder: Path) -> tuple[list[Record], list[str]]:
-    """All records of a folder from the newest on, and why other JSON files are none."""
+    """Read all records of a folder, the newest first, and why other JSON files are not records."""
     records, refused = [], []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -115,7 +105,7 @@ def _read_all(folder: Path) -> tuple[list[Record], list[str]]:
 
 
 def _sections(records: list[Record]) -> dict[str, tuple[Record, list[Record], Section]]:
-    """For each kind: the newest record, the older ones, and what the newest says."""
+    """Make for each kind the newest record, the older ones, and the section of the newest."""
     kinds: dict[str, list[Record]] = {}
     for record in records:
         kinds.setdefault(record.suite, []).append(record)
@@ -141,7 +131,7 @@ def _markdown(
     refused: list[str],
     place: Callable[[Picture], str],
 ) -> str:
-    """The page; `place` says where a picture is."""
+    """Format the page; `place` returns the URL of a picture."""
     overview = Grid(
         "Records",
         ("benchmark", "time", "commit", "on"),
@@ -159,7 +149,7 @@ def _markdown(
 
 
 def _provenance(record: Record, older: list[Record]) -> list[str]:
-    """What makes the numbers comparable."""
+    """Format what makes the numbers comparable: commit, machine, versions, settings."""
     packages = [f"{name} {version}" for name, version in record.versions.items() if version]
     settings = [
         f"{name} {value}"
@@ -179,7 +169,7 @@ def _provenance(record: Record, older: list[Record]) -> list[str]:
 
 def _machine(record: Record) -> str:
     found = record.hardware
-    where = f"{found.get('cores', '?')} cores of {found.get('processor', 'unknown make')}"
+    where = f"{found.get('cores', '?')} cores of {found.get('processor', 'unknown processor')}"
     if "memory_bytes" in found:
         where += f", {gigabytes(found['memory_bytes'])}"
     if "gpu" in found:
@@ -189,7 +179,7 @@ def _machine(record: Record) -> str:
 
 def _grid(grid: Grid) -> list[str]:
     if not grid.rows:
-        return [f"### {_escaped(grid.title)}", "Nothing."]
+        return [f"### {_escaped(grid.title)}", "No rows."]
     rows = [grid.header, tuple("---" for _ in grid.header), *grid.rows]
     lines = [
         "| " + " | ".join(cells if place == 1 else map(_escaped, cells)) + " |"
@@ -199,7 +189,7 @@ def _grid(grid: Grid) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
@@ -208,13 +198,13 @@ def _embedded(picture: Picture) -> str:
 
 
 def _beside(picture: Picture, out: Path) -> str:
-    """Written to the folder of the page's pictures; relative to the page."""
+    """Write a picture to the folder beside the page; returns its URL relative to the page."""
     folder = out.with_name(f"{out.stem}_files")
     folder.mkdir(exist_ok=True)
     name = re.sub(r"\W+", "-", picture.title.lower()) + ".png"
-    (folder / name).write_bytes(picture.png)
+    write_bytes(folder / name, picture.png)
     return f"{folder.name}/{name}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,15 +1,17 @@
-"""A section of `cavmae bench report` for each kind of record: the tables and plots that fit it."""
+"""A section of `cavmae bench report` for each kind of record: its tables and plots."""
 
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from cavmae.benchmarks.harness.measurements import PASSES
 from cavmae.benchmarks.harness.records import Record
-from cavmae.benchmarks.kernels.bench import TITLES
 from cavmae.benchmarks.report.parts import (
     Grid,
+    Picture,
     Section,
+    bars_grid,
     drawn,
     gigabytes,
     met,
@@ -19,7 +21,7 @@ from cavmae.benchmarks.report.parts import (
     shown,
 )
 from cavmae.benchmarks.report.training import (
-    choices,
+    ablations,
     details,
     matrix_rates,
     steps,
@@ -29,11 +31,11 @@ from cavmae.benchmarks.report.training import (
 
 
 def section(record: Record, others: list[Record]) -> Section:
-    """What a record says; of a kind that is not known here, its numbers.
+    """Make the section of a record; of an unknown kind, its numbers.
 
     Args:
-        record: to be shown.
-        others: all records at hand; a matrix rate of the same machine is looked for in them.
+        record: the record to show.
+        others: all records at hand; they may have a matrix rate of the same machine.
     """
     if record.suite == "step":
         return steps(record.results, matrix_rates(others, record.hardware))
@@ -42,7 +44,7 @@ def section(record: Record, others: list[Record]) -> Section:
     if record.suite in _SECTIONS:
         return _SECTIONS[record.suite](record.results)
     raw = Grid("Numbers as recorded", ("name", "value"), list(numbers(record.results)))
-    return Section(["This page has no tables of its own for this kind of record."], [raw])
+    return Section(["This page has no tables for this kind of record."], [raw])
 
 
 # ---------------------------------------------------------------------------------- GPU check
@@ -53,7 +55,7 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
         (name, part["status"], f"{part['seconds']:.0f} s", part["reason"])
         for name, part in record.results.items()
     ]
-    found = Section([], [Grid("Parts", ("part", "status", "time", "reason"), parts)])
+    found = Section(grids=[Grid("Parts", ("part", "status", "time", "reason"), parts)])
     rates = matrix_rates(others, record.hardware)
     if step := details(record, "step"):
         found += steps(step["precisions"], rates)
@@ -65,7 +67,7 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
     if loop := details(record, "train"):
         found += train(loop)
     if limits := details(record, "limits"):
-        found += Section([], [Grid("Limits", ("what", "value"), list(numbers(limits)))])
+        found += Section(grids=[Grid("Limits", ("what", "value"), list(numbers(limits)))])
     return found
 
 
@@ -75,7 +77,7 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
 def _kernels(results: dict[str, Any]) -> Section:
     rows = []
     for name, case in results["cases"].items():
-        for kind, title in TITLES.items():
+        for kind, title in PASSES.items():
             if "ours" not in case.get(kind, {}):
                 continue
             ours = case[kind]["ours"]
@@ -105,31 +107,25 @@ def _kernels(results: dict[str, Any]) -> Section:
         for name, case in results["cases"].items()
         for what, why in case.get("failed", {}).items()
     ]
-    header = (
-        "operation",
-        "ours",
-        "of a copy",
-        "of a product",
-        "how long others take, ours being 1",
-    )
+    header = ("operation", "ours", "of a copy", "of a product", "others, times ours")
     found = Section(words, [Grid("Operations", header, rows)])
     points = _roofline_points(results["cases"])
     return found + Section(pictures=[_roofline(points, ceiling)]) if points else found
 
 
 def _roofline_points(cases: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Operations for each byte, and operations a second, where both are known."""
+    """Return operations a byte and operations a second, where both are known."""
     return {
         f"{name}, {title}": (one["flops_per_second"] / one["bytes_per_second"],
                              one["flops_per_second"])
         for name, case in cases.items()
-        for kind, title in TITLES.items()
+        for kind, title in PASSES.items()
         if (one := case.get(kind, {}).get("ours"))
         and one["flops_per_second"] and one["bytes_per_second"]
     }  # fmt: skip
 
 
-def _roofline(points: dict[str, tuple[float, float]], ceiling: dict[str, float]) -> Any:
+def _roofline(points: dict[str, tuple[float, float]], ceiling: dict[str, float]) -> Picture:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     copy, product = ceiling["bytes_per_second"], ceiling["flops_per_second"]
@@ -140,7 +136,7 @@ def _roofline(points: dict[str, tuple[float, float]], ceiling: dict[str, float])
         axis.plot([x], [y], "o", label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="operations a second")
     axis.legend(fontsize="small")
-    return drawn("Roofline, of what has both operations and bytes", figure)
+    return drawn("Roofline of operations that have both flops and bytes", figure)
 
 
 # --------------------------------------------------------------------------------------- data
@@ -156,18 +152,9 @@ def _data(results: dict[str, Any]) -> Section:
         )
         for name, one in results["contenders"].items()
     ]
-    bars = [
-        (name, shown(one["value"]), one["bar"], met(one["met"]))
-        for name, one in results["bars"].items()
-    ]
     header = ("way", "clips/s", "CPU a clip", "first batch after")
-    return Section(
-        [],
-        [
-            Grid("Ways to load 10 s clips", header, ways),
-            Grid("What was asked for", ("what", "value", "bar", "met"), bars),
-        ],
-    )
+    grids = [Grid("Ways to load 10 s clips", header, ways), bars_grid(results["bars"])]
+    return Section(grids=grids)
 
 
 def _tiers(results: dict[str, Any]) -> Section:
@@ -184,12 +171,11 @@ def _tiers(results: dict[str, Any]) -> Section:
         for kind in ("pictures", "sound")
         for name, one in results[kind].items()
     ]
-    on_gpu = [
-        (name, *(f"{rate:,.0f} clips/s with {count} pipelines" for count, rate in rates.items()))
-        for name, one in results["pictures"].items()
-        if (rates := one["gpu_clips_per_second"])
-    ]
-    words = [f"{name} on the GPU: {', '.join(rates)}." for name, *rates in on_gpu]
+    words = []
+    for name, one in results["pictures"].items():
+        rates = (one["gpu_clips_per_second"] or {}).items()
+        cells = [f"{rate:,.0f} clips/s with {count} pipelines" for count, rate in rates]
+        words += [f"{name} on the GPU: {', '.join(cells)}."] if cells else []
     return Section(words or ["Not measured on a GPU."], [Grid("Of a clip", header, rows)])
 
 
@@ -201,9 +187,7 @@ def _scaling(results: dict[str, Any]) -> Section:
     header = ("GPUs", "clips a step", "step", "samples/s", "efficiency", "goodput", "lasting/s")
     grids, lines = [], {}
     for name in ("weak", "strong"):
-        line = [
-            row for row in results[name] if (row["zero_stage"], row["exchange"]) == (1, "gather")
-        ]
+        line = [row for row in results[name] if row["zero_stage"] == 1]
         lines[name] = line
         rows = [
             (
@@ -217,7 +201,7 @@ def _scaling(results: dict[str, Any]) -> Section:
             )
             for row in line
         ]
-        grids.append(Grid(f"{name.capitalize()} scaling, ZeRO 1, gathered", header, rows))
+        grids.append(Grid(f"{name.capitalize()} scaling, ZeRO 1", header, rows))
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, line in lines.items():
@@ -245,7 +229,7 @@ def _overhead(results: dict[str, Any]) -> Section:
         means = ", ".join(f"{seconds * 1e3:.1f}" for seconds in one["mean_seconds"])
         rows.append((name, milliseconds(one["median_seconds"]), means, change))
     header = ("start", "median step", "mean of each start, ms", "longer than the plain launcher")
-    return Section([], [Grid("Time of a step", header, rows)])
+    return Section(grids=[Grid("Time of a step", header, rows)])
 
 
 def _faults(results: dict[str, Any]) -> Section:
@@ -271,7 +255,7 @@ def _faults(results: dict[str, Any]) -> Section:
                 row["said"],
             )
         )
-    return Section([], [Grid("Faults, done for real", header, rows)])
+    return Section(grids=[Grid("Faults, done for real", header, rows)])
 
 
 def _soak(results: dict[str, Any]) -> Section:
@@ -313,7 +297,7 @@ def _soak(results: dict[str, Any]) -> Section:
 
 
 _SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
-    "choices": choices,
+    "ablations": ablations,
     "train": train,
     "kernels": _kernels,
     "data": _data,

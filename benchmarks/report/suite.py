@@ -1,10 +1,9 @@
-"""`cavmae bench all --budget 10m`: what this machine can measure in that time, and a report.
+"""`cavmae bench all --budget 10m`: all benchmarks that fit this machine and the time, and a report.
 
-Benchmarks run one after the other, each in a process of its own, the most telling first, as small
-as they still tell something. What is left out is named with the reason.
+Benchmarks run one after the other, each in a separate process, the most informative first, at the
+smallest size that still means something. Skipped ones are named with the reason.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+import tyro
 
 from cavmae.benchmarks.harness.options import budget_seconds
 from cavmae.benchmarks.harness.processes import (
@@ -23,15 +22,18 @@ from cavmae.benchmarks.harness.processes import (
     module_command,
     unwind_on_sigterm,
 )
+from cavmae.benchmarks.harness.records import RESULTS
+from cavmae.benchmarks.harness.timing import default_device
 from cavmae.benchmarks.report.report import write_report
+from cavmae.command import exit_code
 
 _PATIENCE_SECONDS = 30.0
-"""For a benchmark that is told to end."""
+"""Time that a benchmark has to end after SIGTERM."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A benchmark as it is run on a kind of device. Attributes: seconds that it takes; flags."""
+    """One run of a benchmark on a kind of device. Attributes: seconds that it takes; flags."""
 
     seconds: float
     flags: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class Benchmark:
     Attributes:
         name: `cavmae bench NAME`.
         cpu: on two cores, with the time that it took on them beside other work (`overhead`,
-            `train`, `storage-faults` and `soak`: estimated); None: it tells nothing there.
+            `train`, `storage-faults` and `soak`: estimated); None: it means nothing on a CPU.
         cuda: with a GPU, with an estimate of the time.
         needs: module without which it does not run.
     """
@@ -54,100 +56,102 @@ class Benchmark:
     cuda: Turn | None
     needs: str = ""
 
-    def turn(self, device: str) -> Turn | None:
-        """On this kind of device, `cpu` or `cuda`."""
-        return self.cuda if device == "cuda" else self.cpu
-
 
 _DATA = ("--clips", "8", "--batches", "2", "--workers", "2", "--memory-samples", "2000")
 _STEP = ("--batch", "2", "--repeats", "3", "--no-memory")
 _STEP_BATCHES = ("--only", "cavmae", "--batch", "32", "64", "128", "256")
-_CHOICES = ("--batch", "2", "--repeats", "2", "--precision", "fp32")
+_ABLATIONS = ("--batch", "2", "--repeats", "2", "--precision", "fp32")
 _TRAIN = ("--batch", "2", "--steps", "3", "--part-steps", "2", "--clips", "8")
 _AUTOTUNE = ("demo", "--budget", "3m")
 _FAULTS = ("--only", "a rank is killed (SIGKILL)", "the newest checkpoint is cut short")
-_DAY = ("--clips", "4000", "--different", "50")
+_STORAGE = ("--clips", "4000", "--different", "50")
 
 SUITE = (
-    Benchmark("video-check", None, Turn(20)),
+    Benchmark("nvdec", None, Turn(20)),
     Benchmark("gpu-check", None, Turn(240, ("--seconds", "210"))),
     Benchmark("step", Turn(210, _STEP), Turn(90, _STEP_BATCHES)),
-    Benchmark("choices", Turn(150, _CHOICES), Turn(120, ("--repeats", "3"))),
+    Benchmark("ablations", Turn(150, _ABLATIONS), Turn(120, ("--repeats", "3"))),
     Benchmark("train", Turn(180, _TRAIN), Turn(150, ("--batch", "256"))),
     Benchmark("kernels", Turn(20, ("--repeats", "5")), Turn(90)),
     Benchmark("data", Turn(165, _DATA), Turn(90, _DATA)),
     Benchmark("faults", Turn(110, _FAULTS), Turn(150, _FAULTS)),
     Benchmark("tiers", Turn(160, ("--clips", "4", "--rounds", "3")), Turn(60, ("--clips", "16"))),
     Benchmark("overhead", Turn(240, ("--steps", "80", "--repeats", "1")), None),
-    Benchmark("storage-faults", Turn(60, _DAY), Turn(60, _DAY), needs="moto"),
+    Benchmark("storage-faults", Turn(60, _STORAGE), Turn(60, _STORAGE), needs="moto"),
     Benchmark("memory", Turn(150, ("--recipes", "demo")), None),
     Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
     Benchmark("scaling", Turn(15), Turn(15)),
     Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),
 )
-"""The most telling first."""
+"""The most informative first."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    arguments = argparse.ArgumentParser(
-        prog="cavmae bench all", description="What this machine can measure within a time."
-    )
-    arguments.add_argument("--budget", default="10m", help="time for all, as 90s, 10m or 2h")
-    names = [one.name for one in SUITE]
-    arguments.add_argument("--only", nargs="+", choices=names, default=names, help="some of them")
-    arguments.add_argument("--work-dir", default="runs/bench-all", help="of what they say")
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the records")
-    arguments.add_argument("--report", default="report.html", help="HTML file of the report")
-    return arguments
+@dataclass(frozen=True)
+class SuiteConfig:
+    """Run all benchmarks that fit this machine and a time budget, then write the report."""
+
+    budget: str = "10m"
+    """Time for all, as 90s, 10m or 2h."""
+    only: tuple[str, ...] = ()
+    """Some of them, such as `step kernels`; empty: all."""
+    work_dir: str = "runs/bench-all"
+    """Folder of their logs."""
+    out: str = RESULTS
+    """Folder of the records."""
+    report: str = "report.html"
+    """HTML file of the report."""
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in SUITE]
+        if unknown := set(self.only) - set(names):
+            raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(names)}")
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Run what fits, then write the report; returns 1 where a benchmark failed."""
-    flags = parser().parse_args(argv)
-    budget = budget_seconds(flags.budget)
+    config = tyro.cli(SuiteConfig, prog="cavmae bench all", args=arguments)
+    budget = budget_seconds(config.budget)
     unwind_on_sigterm()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logs = Path(flags.work_dir)
+    logs = Path(config.work_dir)
     logs.mkdir(parents=True, exist_ok=True)
-    began, failed, left_out = time.monotonic(), [], []
+    began, failed, skipped = time.monotonic(), [], []
     for benchmark in SUITE:
-        if benchmark.name not in flags.only:
+        if config.only and benchmark.name not in config.only:
             continue
         left = budget - (time.monotonic() - began)
-        turn = benchmark.turn(device)
-        reason = why_not(benchmark, turn, left)
+        turn = benchmark.cuda if default_device() == "cuda" else benchmark.cpu
+        reason = why_skipped(benchmark, turn, left)
         if reason or turn is None:
-            left_out.append(f"left out: {benchmark.name}, which {reason}")
+            skipped.append(f"skipped: {benchmark.name}, which {reason}")
             continue
         print(f"{benchmark.name}, about {turn.seconds:g} s ...", file=sys.stderr, flush=True)
         started = time.monotonic()
-        words = (benchmark.name, *turn.flags, "--out", flags.out)
+        words = (benchmark.name, *turn.flags, "--out", config.out)
         problem = _run(words, left, logs / f"{benchmark.name}.log")
         ending = f"FAILED, {problem}," if problem else "done"
         print(f"{benchmark.name}: {ending} after {time.monotonic() - started:.0f} s", flush=True)
         if problem:
             failed.append(benchmark.name)
-    for line in left_out:
+    for line in skipped:
         print(line)
     if failed:
-        print(f"failed: {', '.join(failed)}; what they said is in {logs}")
-    for path in write_report(Path(flags.out), Path(flags.report)):
+        print(f"failed: {', '.join(failed)}; their logs are in {logs}")
+    for path in write_report(Path(config.out), Path(config.report)):
         print(f"report: {path}")
     return 1 if failed else 0
 
 
-def why_not(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str:
-    """Why a benchmark is left out; empty: it is not.
+def why_skipped(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str:
+    """Return why a benchmark is skipped; empty where it runs.
 
     Args:
-        benchmark: to be run.
-        turn: of it on the device at hand.
-        left_seconds: of the budget.
+        benchmark: the benchmark.
+        turn: its run on the device at hand.
+        left_seconds: rest of the budget.
     """
     if turn is None:
-        return "tells nothing on this device"
+        return "means nothing on this device"
     if benchmark.needs and find_spec(benchmark.needs) is None:
         return f"needs {benchmark.needs}: pip install 'cavmae[dev]'"
     if turn.seconds > left_seconds:
@@ -156,21 +160,21 @@ def why_not(benchmark: Benchmark, turn: Turn | None, left_seconds: float) -> str
 
 
 def _run(words: tuple[str, ...], left_seconds: float, log: Path) -> str:
-    """Run one to its end, or to the end of the budget; returns what went wrong, in a line."""
+    """Run one to its end, or to the end of the budget; returns what failed, in a line."""
     start = Start([(module_command("cavmae", "bench", *words), {})], log)
     try:
         start.finish(round(left_seconds))
     except RuntimeError as error:
-        said = start.text().strip().splitlines() or ["nothing was said"]
-        return f"{str(error).splitlines()[0]} {said[-1]}"
+        lines = start.text().strip().splitlines() or ["the log is empty"]
+        return f"{str(error).splitlines()[0]} {lines[-1]}"
     finally:
         _end(start)
     return ""
 
 
 def _end(start: Start) -> None:
-    """Have it end what it has started, where it has not ended by itself; then end what is left."""
-    family = [start.first, *descendants(start.first)]  # whose parents are not known afterwards
+    """Let it end what it started, where it has not ended by itself; then kill what is left."""
+    family = [start.first, *descendants(start.first)]  # their parents are not known afterwards
     for process in start.processes:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -179,4 +183,4 @@ def _end(start: Start) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a report shows of training: steps over batch sizes, the loop, and a step by its parts."""
+"""Report sections of training: steps over batch sizes, the loop, and a step by its parts."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from cavmae.benchmarks.report.parts import (
     Grid,
     Picture,
     Section,
+    bars_grid,
     drawn,
     gigabytes,
-    met,
     milliseconds,
     share,
     shown,
@@ -21,7 +21,7 @@ _MODELS = ("cavmae", "published")
 
 
 def matrix_rates(records: list[Record], hardware: dict[str, Any]) -> dict[str, float]:
-    """Operations a second of a large matrix product by dtype, as measured on just that machine."""
+    """Return the flops a second of a large matrix product by dtype, as measured on that machine."""
     found = {}
     for record in sorted(records, key=lambda one: one.time):
         if record.hardware != hardware:
@@ -40,7 +40,7 @@ def matrix_rates(records: list[Record], hardware: dict[str, Any]) -> dict[str, f
 
 
 def details(record: Record, part: str) -> dict[str, Any]:
-    """Of a part of a GPU check; empty where it was skipped or failed before."""
+    """Return the details of a part of a GPU check; empty where it was skipped or failed early."""
     return record.results.get(part, {}).get("details", {})
 
 
@@ -48,11 +48,11 @@ def details(record: Record, part: str) -> dict[str, Any]:
 
 
 def steps(results: dict[str, Any], rates: dict[str, float]) -> Section:
-    """By precision and batch size: both models, and the ratio of neighbouring steps.
+    """Show both models and the ratio of neighbouring steps, by precision and batch size.
 
     Args:
-        results: of `cavmae bench step`.
-        rates: matrix rates by dtype, for records that have none of their own.
+        results: results of `cavmae bench step`.
+        rates: matrix rates by dtype, for records without rates.
     """
     timed = {name: one for name, one in results.items() if name != "machine"}
     rows, words = [], []
@@ -124,7 +124,7 @@ Point = tuple[int, float, float | None, float | None]
 
 
 def _lines(timed: dict[str, Any], rates: dict[str, float]) -> dict[str, list[Point]]:
-    """By precision and model: what changes over batch sizes."""
+    """Return what changes over batch sizes, by precision and model."""
     lines: dict[str, list[Point]] = {}
     for result in timed.values():
         for model in _MODELS:
@@ -137,7 +137,7 @@ def _lines(timed: dict[str, Any], rates: dict[str, float]) -> dict[str, list[Poi
 
 
 def _over_batches(title: str, lines: dict[str, list[Point]]) -> Picture:
-    """Throughput, MFU and memory over batch size, as far as they are known."""
+    """Draw throughput, MFU and memory over batch size, as far as they are known."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     throughput, utilization, memory = figure.subplots(1, 3)
     for name, points in lines.items():
@@ -157,7 +157,7 @@ def _over_batches(title: str, lines: dict[str, list[Point]]) -> Picture:
 
 
 def throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section:
-    """Our step in bf16 over batch sizes, as a GPU check has it."""
+    """Show our step in bf16 over batch sizes, from a GPU check."""
     cells = [
         (
             f"{row['batch']}{', compiled' if row['compile'] else ''}",
@@ -176,14 +176,14 @@ def throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section
         lines.setdefault("compiled" if row["compile"] else "eager", []).append(point)
     title = "Throughput and memory over batch size, bf16"
     header = ("batch", "samples/s", "TFLOP/s", "MFU", "of datasheet", "peak memory")
-    return Section([], [Grid(title, header, cells)], [_over_batches(title, lines)])
+    return Section(grids=[Grid(title, header, cells)], pictures=[_over_batches(title, lines)])
 
 
 # -------------------------------------------------------------------------------------- train
 
 
-def choices(results: dict[str, Any]) -> Section:
-    """Time and memory of a step with one thing changed, over those of the step that runs do."""
+def ablations(results: dict[str, Any]) -> Section:
+    """Show time and memory of a step with one change, over those of the step that runs do."""
     header = ("precision", "change", "time, times as much", "from", "to", "memory, times as much")
     rows = [
         (
@@ -195,11 +195,11 @@ def choices(results: dict[str, Any]) -> Section:
         for precision, changes in results.items()
         for name, one in changes.items()
     ]
-    return Section([], [Grid("A step with one thing changed", header, rows)])
+    return Section(grids=[Grid("A step with one thing changed", header, rows)])
 
 
 def train(results: dict[str, Any]) -> Section:
-    """The loop on each source of batches, and a step by its parts beside their floors."""
+    """Show the loop on each source of batches, and a step by its parts beside their floors."""
     rates = results["machine"]
     stated = rates["datasheet"]
     sources = {name: one for name, one in results.items() if "parts" in one}
@@ -227,17 +227,7 @@ def train(results: dict[str, Any]) -> Section:
         *("batches", "median step", "samples/s", "TFLOP/s", "MFU", "of datasheet"),
         *("waits for data", "loop", "peak memory", "J a sample"),
     )
-    bars = [
-        (name, shown(one["value"]), one["bar"], met(one["met"]))
-        for name, one in results["bars"].items()
-    ]
-    found = Section(
-        words,
-        [
-            Grid("Training loop", header, rows),
-            Grid("What was asked for", ("what", "value", "bar", "met"), bars),
-        ],
-    )
+    found = Section(words, [Grid("Training loop", header, rows), bars_grid(results["bars"])])
     for name, one in sources.items():
         if one["parts"]:
             found += _parts(f"A step by parts, {name} batches", one["parts"])
@@ -277,4 +267,4 @@ def _parts(title: str, parts: dict[str, Any]) -> Section:
     axis.set_xlabel("ms of a step")
     axis.legend()
     header = ("part", "median", "floor", "times the floor", "GFLOP", "least bytes")
-    return Section([], [Grid(title, header, rows)], [drawn(title, figure)])
+    return Section(grids=[Grid(title, header, rows)], pictures=[drawn(title, figure)])

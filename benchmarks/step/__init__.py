@@ -1,0 +1,1 @@
+"""A training step: time, memory, parts, ablations, roofline."""

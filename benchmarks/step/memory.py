@@ -1,7 +1,7 @@
-"""The most memory that a training step takes on a CPU, measured in a process of its own.
+"""Peak memory of a training step on a CPU, measured in a separate process.
 
-torch doesn't count memory on CPUs, and a process that has trained another model still holds pages
-of it. So each model gets a process, whose peak begins anew before the model is built.
+torch does not count memory on CPUs, and a process that trained another model still holds pages of
+it. So each model gets a process, whose peak is reset before the model is built.
 """
 
 import multiprocessing
@@ -25,15 +25,15 @@ def step_peak_bytes(
     precision: Precision,
     choices: Choices | None = None,
 ) -> int:
-    """Resident memory of a training step on the CPU at its most, beyond what the process had
-    before: model, optimizer, batch, activations, and what the allocator holds.
+    """Measure the peak of resident memory of a training step on the CPU, beyond what the process
+    had before: model, optimizer, batch, activations, and what the allocator holds.
 
     Args:
         name, config, batch, precision, choices: as `TrainingStep` takes them.
 
     Raises:
-        OSError: the system does not let a process reset its peak.
-        RuntimeError: the process was ended, most likely for lack of memory.
+        OSError: the system does not allow a process to reset its peak.
+        RuntimeError: the process was killed, most likely out of memory.
     """
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawned) as pool:
@@ -41,8 +41,8 @@ def step_peak_bytes(
             return pool.submit(_peak, name, config, batch, precision, choices).result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"the process of a {name} step of batch {batch} in {precision} was ended, most "
-                "likely for lack of memory; use a smaller --batch, or --no-memory"
+                f"the process of a {name} step of batch {batch} in {precision} was killed, most "
+                "likely out of memory; use a smaller --batch, or --no-memory"
             ) from None
 
 

@@ -1,16 +1,17 @@
-"""Which part of the model a device is at, seen from outside: the model has no hooks for it.
+"""Attributes a step's time to parts of the model from outside: the model has no hooks for it.
 
-Forward, the calls of the model's modules and of a few functions tell. Backward, autograd's nodes
-do: each belongs to the part in which it was made. On a GPU nothing waits for any of this.
+Forward, parts are seen by calls of the model's modules and of a few functions; backward by
+autograd's nodes, each of which belongs to the part in which it was made. Nothing of this makes a
+GPU wait.
 
-What the tables below name has to be there and to be called, and they have to name every module of
-the model: a part that has a new name is an error and never a number that is too small.
+All names in the tables below must exist and be called, and the tables must name every module of the
+model: a renamed part is an error, never a number that is too small.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from cavmae.benchmarks.harness.timeline import Label, Timeline
+from cavmae.trainer.model import cavmae
+from cavmae.trainer.tasks import pretrain
 
 MODULES = {
     "patch_embed_a": "embed",
@@ -35,28 +38,29 @@ MODULES = {
     "decoder_pred_a": "decoder",
     "decoder_pred_v": "decoder",
 }
-FUNCTIONS = {
-    "cavmae.trainer.tasks.pretrain.random_masks": "mask",
-    "cavmae.trainer.model.cavmae.restore_tokens": "decoder",
-    "cavmae.trainer.model.cavmae.gather_tokens": "decoder",
-    "cavmae.trainer.model.cavmae.masked_reconstruction_loss": "losses",
-    "cavmae.trainer.tasks.pretrain.local_loss": "losses",
-    "cavmae.trainer.tasks.pretrain.exchanged_loss": "losses",
-}
+FUNCTIONS: tuple[tuple[ModuleType, Callable[..., Any], str], ...] = (
+    (pretrain, pretrain.random_masks, "mask"),
+    (cavmae, cavmae.restore_tokens, "decoder"),
+    (cavmae, cavmae.gather_tokens, "decoder"),
+    (cavmae, cavmae.masked_reconstruction_loss, "losses"),
+    (pretrain, pretrain.local_loss, "losses"),
+    (pretrain, pretrain.exchanged_loss, "losses"),
+)
+"""The module that calls each, the function, and its part."""
 PARTS = ("mask", "embed", "encoders", "joint", "decoder", "losses")
-"""Of the forward pass."""
+"""Parts of the forward pass."""
 REST = "rest of the model"
 """Additions of positions, means over tokens, and whatever lies between the parts."""
 GRADIENTS = Label("gradients", "backward")
-"""Their addition to the parameters, and what DeepSpeed does with them then."""
+"""Accumulation into the parameters, and what DeepSpeed does with gradients then."""
 COMMUNICATION = Label("communication")
 
 
 def part_of(module: str) -> str:
-    """The part that one of the model's own modules belongs to.
+    """Return the part that one of the model's modules belongs to.
 
     Raises:
-        ValueError: it is not known here.
+        ValueError: the module is unknown.
     """
     if module not in MODULES:
         raise ValueError(f"parts.py knows no module {module} of the model; name its part there")
@@ -64,11 +68,11 @@ def part_of(module: str) -> str:
 
 
 class PartObserver:
-    """Labels a timeline by parts of the model from the moment that it is made.
+    """Labels a timeline by parts of the model, from its construction on.
 
     Args:
-        model: whose modules are called.
-        timeline: to be labelled.
+        model: the model; its modules are observed.
+        timeline: the timeline to label.
 
     Raises:
         ValueError: the tables of this file do not fit the model.
@@ -80,15 +84,15 @@ class PartObserver:
         self._called: set[str] = set()
         for name, child in model.named_children():
             for module in child if isinstance(child, nn.ModuleList) else [child]:
-                # Where torch keeps what a compiled module is called by: outside of its graph.
+                # torch calls a compiled module through this attribute, outside of its graph.
                 inner = module._compiled_call_impl or module._call_impl
                 module._compiled_call_impl = self._observed(part_of(name), inner)
-        for path, part in FUNCTIONS.items():
-            owner, name = owner_of(path)
-            setattr(owner, name, self._observed(part, getattr(owner, name)))
+        for caller, function, part in FUNCTIONS:
+            name = function.__name__
+            setattr(caller, name, self._observed(part, getattr(caller, name)))
 
     def _observed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose calls and whose nodes are of `part`."""
+        """Wrap a function: its calls and its nodes belong to `part`."""
 
         def observed(*arguments: Any, **options: Any) -> Any:
             first = _next_node()
@@ -103,7 +107,7 @@ class PartObserver:
 
     @contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[None]:
-        """Labels of the backward pass of `loss`, which is run meanwhile."""
+        """Label the backward pass of `loss`, which runs within."""
         handles = [node.register_prehook(self._entry(node)) for node in _nodes(loss)]
         try:
             with self._timeline.within(Label(REST, "backward")):
@@ -126,19 +130,19 @@ class PartObserver:
         return enter
 
     def check(self) -> None:
-        """Raises ValueError where a part was not seen."""
+        """Raise ValueError where a part was not seen."""
         if unseen := [part for part in PARTS if part not in self._called]:
             raise ValueError(
-                f"the step did not call what parts.py takes for {', '.join(unseen)}; name "
-                "there what the model calls now"
+                f"the step called no function or module that parts.py names for "
+                f"{', '.join(unseen)}; name there what the model calls now"
             )
 
 
 def observe_collectives(timeline: Timeline) -> None:
-    """Label all collectives of this process, as long as they keep a caller waiting.
+    """Label all collectives of this process while they block the caller.
 
-    They are seen in the classes that every function for them ends in, as DeepSpeed keeps some of
-    torch's functions from before and waits for others when it needs what they bring.
+    The classes that every collective ends in are patched, because DeepSpeed keeps references to
+    some of torch's functions and waits for others only when it needs their results.
     """
     begin = [name for name in dir(dist.ProcessGroup) if _begins_work(name)]
     assert {"allreduce", "broadcast", "send", "barrier"} <= set(begin)
@@ -148,32 +152,19 @@ def observe_collectives(timeline: Timeline) -> None:
 
 
 def _begins_work(name: str) -> bool:
-    """Whether a method of process groups is a collective, by what its signature says it returns:
-    which ones there are differs between versions of torch."""
+    """Return whether a method of process groups is a collective, by the return type in its
+    signature: versions of torch have different ones."""
     signatures = getattr(dist.ProcessGroup, name).__doc__ or ""
     return re.search(r"-> \S*Work\b", signatures) is not None
 
 
 def _next_node() -> int:
-    """The number of the node of autograd that will be made next."""
+    """Return the sequence number of the next autograd node."""
     return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def owner_of(path: str) -> tuple[Any, str]:
-    """The module that has a name, and the name.
-
-    Raises:
-        ValueError: it has no such name.
-    """
-    module, _, name = path.rpartition(".")
-    owner = importlib.import_module(module)
-    if not hasattr(owner, name):
-        raise ValueError(f"{module} has no {name}; name in parts.py what does its work now")
-    return owner, name
-
-
 def _nodes(loss: torch.Tensor) -> Iterator[Node]:
-    """Of the graph of a loss."""
+    """Yield the nodes of the graph of a loss."""
     assert loss.grad_fn is not None
     waiting, seen = [loss.grad_fn], {loss.grad_fn}
     while waiting:

@@ -1,8 +1,8 @@
 """The least time that each part of a step can take on a machine: from its operations and bytes.
 
-Operations are those that the losses need (`trainer/cost_model/flops.py`). Bytes are what a part
-can't do without: its weights, what comes in and what goes out, once each; whatever lies between
-might stay in a cache. So a floor is never too high, and where caches are small no code reaches it.
+Operations are those that the losses need (`trainer/cost_model/flops.py`). Bytes are the unavoidable
+ones: weights, inputs and outputs of a part, once each; everything between might stay in a cache. So
+a floor is never too high, and where caches are small no code reaches it.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,33 +16,33 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
 
 _ADAM_BYTES = 28
-"""For each weight. In fp32: gradient, weight and two moments read, the last three written. In bf16
-the weight has a master of 4 bytes, and gradient and weight have 2."""
+"""Bytes of each weight. In fp32: gradient, weight and two moments read, the last three written. In
+bf16 the weight has a master of 4 bytes, and gradient and weight have 2."""
 _PIXEL_BYTES, _ID_BYTES = 4, 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """Attributes: flops and bytes, of a step on one rank."""
+    """Work of a part. Attributes: flops and bytes of a step on one rank."""
 
     flops: int
     bytes: int
 
     def floor_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Where operations and bytes overlap fully."""
+        """Return the least time, with operations and bytes fully overlapped."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def part_work(
     config: ModelConfig, batch: int, dtype: torch.dtype, *, ranks: int, zero_stage: int
 ) -> dict[Label, Work]:
-    """What a training step needs at the default mask ratios, by part.
+    """Return the work of a training step at the default mask ratios, by part.
 
     Args:
         config: sizes of the model.
         batch: samples of a rank.
-        dtype: of weights and activations.
-        ranks: that share the negatives, and from stage 1 on the optimizer's state.
+        dtype: dtype of weights and activations.
+        ranks: ranks that share the negatives, and from stage 1 on the optimizer's state.
         zero_stage: at 0 each rank updates all weights.
     """
     element = dtype.itemsize
@@ -53,7 +53,7 @@ def part_work(
     pixels = _PIXEL_BYTES * (256 * audio + 768 * video)
     target = _PIXEL_BYTES * (256 * removed_audio + 768 * removed_video)
     predicted = element * (256 * removed_audio + 768 * removed_video)
-    # Bytes of a sample that come in and go out.
+    # Bytes of a sample: inputs and outputs.
     passing = {
         "embed": (pixels, kept),
         "encoders": (kept, kept),
@@ -65,7 +65,7 @@ def part_work(
     work = {}
     for part, (comes, goes) in passing.items():
         held = element * weights[part]
-        # Backward: what came in again, its gradient (pixels have none) and that of what went out.
+        # Backward: inputs again, their gradient (pixels have none) and that of outputs.
         back = comes + goes + (comes if part != "embed" else 0)
         work[Label(part, "forward")] = Work(
             batch * asdict(forward)[part], held + batch * (comes + goes)
@@ -86,7 +86,7 @@ def part_work(
 
 
 def _weights(config: ModelConfig) -> dict[str, int]:
-    """Trained weights by part; those of no module are counted to none."""
+    """Count trained weights by part; those outside of modules belong to no part."""
     model = CAVMAE(config)
     model.freeze_unused(reconstruct=True, contrast=True)
     weights: dict[str, int] = {}

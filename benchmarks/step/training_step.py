@@ -1,9 +1,10 @@
 """One training step (forward, backward, update) of our model or of the baseline, without engine.
 
-Inputs are random and fixed; masks are drawn anew in every step, as in training.
+Inputs are random and fixed; new masks are drawn in every step, as in training.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,24 +13,42 @@ from torch import nn
 
 from cavmae.benchmarks.baselines.published import PublishedCAVMAE
 from cavmae.kernels import AttentionBackend, contrastive_loss
+from cavmae.trainer.config.recipes import audioset_huge, audioset_large
 from cavmae.trainer.model.blocks import Recompute
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 from cavmae.trainer.model.masking import random_masks
 
 Precision = Literal["fp32", "bf16"]
 ModelName = Literal["cavmae", "published"]
+Size = Literal["base", "large", "huge", "tiny"]
+
+SIZES: dict[Size, ModelConfig] = {
+    "base": ModelConfig(),
+    "large": audioset_large().model,
+    "huge": audioset_huge().model,
+    "tiny": ModelConfig(
+        audio_frames=128,
+        image_size=64,
+        width=48,
+        modality_depth=2,
+        heads=4,
+        decoder_width=32,
+        decoder_depth=2,
+        decoder_heads=4,
+    ),
+}
 
 LEARNING_RATE = 1e-4
 CONTRASTIVE_WEIGHT = 0.01
 TEMPERATURE = 0.05
 SLICE_ELEMENTS = 16_000_000
-"""Parameters that have float32 gradients at the same time."""
+"""Parameters whose float32 gradients exist at the same time."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How our step is done; the defaults are those of a run.
+    """Implementation choices of our step; the defaults are those of a run.
 
     Attributes:
         attention: see `cavmae.kernels.attention`.
@@ -47,8 +66,8 @@ class Choices:
 
 
 class MasterAdam:
-    """Adam on float32 copies of bfloat16 parameters, a slice of them after the other: gradients in
-    float32 are there for one slice only."""
+    """Adam on float32 copies of bfloat16 parameters, slice by slice: float32 gradients exist for
+    one slice at a time."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, fused: bool = True) -> None:
         self.parameters = list(parameters)
@@ -155,10 +174,38 @@ class TrainingStep:
         if isinstance(self.model, PublishedCAVMAE):
             return self.model(self.log_mel, self.frame, contrastive_weight=CONTRASTIVE_WEIGHT).loss
         positions = torch.arange(self.position, self.position + self.batch, device=self.device)
-        masks = random_masks(self.config, positions, seed=0, audio_ratio=0.75, video_ratio=0.75)
+        masks = random_masks(self.config, MaskConfig(), positions, seed=0)
         output = self.model(self.log_mel, self.frame, *masks, predict_all=self.choices.predict_all)
         contrast = contrastive_loss(
             output.audio_embedding, output.video_embedding, TEMPERATURE, False
         )
         reconstruction = output.reconstruction_audio + output.reconstruction_video
         return reconstruction + CONTRASTIVE_WEIGHT * contrast.loss
+
+
+def timed(step: TrainingStep, device: torch.device) -> tuple[float, float]:
+    """Return seconds and loss of one step, the device idle before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    loss = step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, float(loss)
+
+
+def timed_in_turn(
+    steps: Mapping[str, TrainingStep], repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Time steps in turn; the first one changes, so that neither of two always follows the other.
+
+    Returns:
+        Seconds of each repeat and the last loss, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for repeat in range(repeats):
+        for name in list(steps)[:: 1 if repeat % 2 else -1]:
+            elapsed, losses[name] = timed(steps[name], device)
+            seconds[name].append(elapsed)
+    return seconds, losses

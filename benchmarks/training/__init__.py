@@ -1,0 +1,1 @@
+"""Whole runs: the loop, memory, overhead, scaling, autotuning."""

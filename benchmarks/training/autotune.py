@@ -28,7 +28,7 @@ from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import native_dtype
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
-from cavmae.trainer.fault_tolerance.oom import machine_memory
+from cavmae.trainer.fault_tolerance.host_memory import machine_memory
 
 FASTER = 1.03
 """Smallest speedup that is not taken for noise; below it the value stays as it was."""

@@ -2,19 +2,28 @@
 separate processes, so that a trial that runs out of memory or crashes is a result too."""
 
 import dataclasses
+import signal
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cavmae.benchmarks.harness.processes import BadExit
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import CheckpointConfig, EvaluationConfig, PretrainConfig
-from cavmae.trainer.fault_tolerance.oom import RAN_OUT
+from cavmae.trainer.config.configs import (
+    CheckpointConfig,
+    PretrainConfig,
+    ValidationConfig,
+)
+from cavmae.trainer.fault_tolerance.oom import OutOfMemory
+from cavmae.trainer.run_status import RunStatus, read_status
 
 WARM_UP_STEPS, STEPS = 2, 4
+_KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
+"""Exit codes of a rank that the kernel ended, and of a launcher that passes one on."""
 
 Fields = dict[str, Any]
 """Values of a run's fields by their dotted names, as on the command line."""
@@ -87,7 +96,7 @@ def short_run(config: PretrainConfig, ranks: int) -> PretrainConfig:
         ),
         data=dataclasses.replace(config.data, validation=""),
         checkpoint=CheckpointConfig(every_steps=10**9),
-        evaluation=EvaluationConfig(every_steps=10**9),
+        validation=ValidationConfig(every_steps=10**9),
     )
 
 
@@ -127,9 +136,8 @@ def run_trial(
             part_steps=0,
             within_seconds=within_seconds,
         )
-    except RuntimeError as error:
-        log = (folder / "log").read_text(errors="replace")
-        problem = _problem(str(error).splitlines()[0], log)
+    except BadExit as error:
+        problem = problem_of(error.code, read_status(folder / "run"))
     return Trial(
         fields=fields,
         real_data=real_data,
@@ -161,13 +169,18 @@ def _seconds(step: Step) -> float:
     return sum(sum(kinds.values()) for kinds in step.values())
 
 
-def _problem(ending: str, text: str) -> str:
-    """Why a trial failed, in a line."""
-    if RAN_OUT in text:
+def problem_of(code: int | None, status: RunStatus | None) -> str:
+    """Return why a trial failed, in a line.
+
+    Args:
+        code: exit code of its process; None if it took too long.
+        status: that the trial's run has written.
+    """
+    error = status if status is not None and status.state == "failed" else None
+    if error and error.error_type == OutOfMemory.__name__:
         return "out of memory"
-    if "-9" in ending:
+    if code in _KILLED:
         return "killed, as for want of memory"
-    if "nothing in" in ending:
+    if code is None:
         return "took too long"
-    said = [line for line in text.strip().splitlines() if line.strip()]
-    return said[-1] if said else ending
+    return error.last_error if error else f"ended with {code}"

@@ -1,10 +1,9 @@
-"""`cavmae bench memory`: what a run is said to take beside what real processes take.
+"""`cavmae bench memory`: the predicted memory of a run beside that of real processes.
 
-Each case is a few steps of new processes. Said is what `trainer/cost_model/memory.py` counts for
-all tensors at the peak of a step, clips left out, and with what the C library keeps of freed
-memory; measured is the peak of a process's resident memory, less what is resident when the same
-steps were done with a model that takes next to nothing. A run's peak is that of its worst step:
-gloo's threads may hold gradients into the update, or not.
+Each case trains a few steps in new processes. Predicted are all tensors at the peak of a step
+without the clips, and the heap slack (`trainer/cost_model/memory.py`). Measured is the peak of a
+process's resident memory, less what is resident after the same steps with a tiny model. A run's
+peak is that of its worst step: gloo's threads may hold gradients into the update, or not.
 """
 
 import dataclasses
@@ -18,17 +17,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.benchmarks.harness.processes import Start, free_port, module_command
+from cavmae.atomic_write import read_json
+from cavmae.benchmarks.harness.processes import Start, deepspeed_command
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
-from cavmae.trainer.config.serialize import read_json, save_config
+from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
 
 Case = tuple[str, int, str, int, int, int]
-"""Recipe, ranks, dtype, ZeRO stage, micro-batch of a rank, micro-batches of a step."""
+"""Recipe, ranks, dtype, ZeRO stage, micro-batch of a rank, micro-batches per step."""
 
 CASES: tuple[Case, ...] = (
     *(("audioset_base", 1, "fp32", 1, batch, 1) for batch in (2, 8)),
@@ -55,12 +55,12 @@ class MemoryBenchConfig:
 def main(arguments: list[str]) -> int:
     """Measure, print and write the record; returns the exit code."""
     config = tyro.cli(MemoryBenchConfig, prog="cavmae bench memory", args=arguments)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with work_folder("memory") as work:
         for number, case in enumerate(case for case in CASES if case[0] in config.recipes):
             rows.append(_row(case, work / str(number)))
-            said = f"said / measured {rows[-1]['ratio']:.3f}"
-            print(f"{_name(case)}: {said}", file=sys.stderr, flush=True)
+            ratio = f"predicted / measured {rows[-1]['ratio']:.3f}"
+            print(f"{_name(case)}: {ratio}", file=sys.stderr, flush=True)
     Console(width=120).print(_table(rows))
     device = torch.device("cpu")
     print(f"record: {write_record(config.out, 'memory', device, vars(config), {'rows': rows})}")
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def config_of(case: Case) -> PretrainConfig:
-    """A run that needs no data."""
+    """Build a run that needs no data."""
     recipe, ranks, dtype, stage, micro_batch, times = case
     global_batch = ranks * micro_batch * times
     return dataclasses.replace(
@@ -82,21 +82,21 @@ def config_of(case: Case) -> PretrainConfig:
     )
 
 
-def _row(case: Case, folder: Path) -> dict[str, object]:
+def _row(case: Case, folder: Path) -> dict[str, Any]:
     config, ranks = config_of(case), case[1]
-    said = footprint(config, model_sizes(config), ranks, gpu=False)
+    predicted = footprint(config, model_sizes(config), ranks, gpu=False)
     measured = _measured(config, ranks, folder)
-    said_bytes = said.tensors + said.kept - said.clips
+    predicted_bytes = predicted.tensors + predicted.heap_slack - predicted.clips
     peaks = [peak - measured["before_bytes"] for peak in measured["peak_bytes"]]
     return {
         "case": _name(case),
-        "said_bytes": said_bytes,
-        "said_tensor_bytes": said.tensors - said.clips,
-        "said": dataclasses.asdict(said),
-        "peak_part": said.peak_part,
+        "predicted_bytes": predicted_bytes,
+        "predicted_tensor_bytes": predicted.tensors - predicted.clips,
+        "predicted": dataclasses.asdict(predicted),
+        "peak_part": predicted.peak_part,
         "before_bytes": measured["before_bytes"],
         "measured_bytes": peaks,
-        "ratio": said_bytes / max(peaks),
+        "ratio": predicted_bytes / max(peaks),
     }
 
 
@@ -104,16 +104,9 @@ def _measured(config: PretrainConfig, ranks: int, folder: Path) -> dict[str, Any
     folder.mkdir()
     save_config(config, folder / "config.json")
     words = (str(folder / "config.json"), str(folder / "found.json"))
-    command, port = (
-        module_command("cavmae.benchmarks.training.memory_rank", *words),
-        str(free_port()),
-    )
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-    commands = [
-        (command, {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"} | shared)
-        for rank in range(ranks)
-    ]
-    with Start(commands, folder / "log") as start:
+    rank_module = "cavmae.benchmarks.training.memory_rank"
+    launch = deepspeed_command(rank_module, *words, ranks=ranks, gpus=False)
+    with Start([launch], folder / "log") as start:
         start.finish(_PATIENCE_SECONDS)
     return read_json(folder / "found.json")
 
@@ -124,27 +117,23 @@ def _name(case: Case) -> str:
     return f"{recipe}, {ranks} ranks, {dtype}, ZeRO {stage}, batch {micro_batch}{accumulated}"
 
 
-def _table(rows: list[dict[str, object]]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "case",
-        "tensors said, GB",
-        "in memory said, GB",
-        "peak is in",
+        "tensors predicted, GB",
+        "resident predicted, GB",
+        "peak part",
         "measured, GB (least of a step)",
-        "said / measured",
+        "predicted / measured",
     )
     for row in rows:
-        peaks, said, tensors = (
-            row[name] for name in ("measured_bytes", "said_bytes", "said_tensor_bytes")
-        )
-        assert isinstance(peaks, list) and isinstance(said, int) and isinstance(tensors, int)
-        low, high = (f"{value / 1e9:.3f}" for value in (min(peaks), max(peaks)))
+        peaks = row["measured_bytes"]
         table.add_row(
-            str(row["case"]),
-            f"{tensors / 1e9:.3f}",
-            f"{said / 1e9:.3f}",
-            str(row["peak_part"]),
-            f"{high} ({low})",
+            row["case"],
+            f"{row['predicted_tensor_bytes'] / 1e9:.3f}",
+            f"{row['predicted_bytes'] / 1e9:.3f}",
+            row["peak_part"],
+            f"{max(peaks) / 1e9:.3f} ({min(peaks) / 1e9:.3f})",
             f"{row['ratio']:.3f}",
         )
     return table

@@ -1,4 +1,4 @@
-"""One rank that trains a few steps on random clips and says how much memory its process took.
+"""One rank that trains a few steps on random clips and reports the memory of its process.
 
 python -m cavmae.benchmarks.training.memory_rank CONFIG OUTPUT
 """
@@ -10,16 +10,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from cavmae.atomic_write import write_json
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import load_config, write_json
+from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.model.config import ModelConfig
 
-if TYPE_CHECKING:  # torch comes after the threads are set
+if TYPE_CHECKING:  # torch is imported after the threads are set
     from cavmae.dataloaders.batch import AudioVideoBatch
 
 WARM_UP_STEPS = 2
-"""Stage 3 learns the order of modules, and allocators what they keep."""
+"""Stage 3 learns the order of modules, and allocators fill their caches."""
 STEPS = 5
 SMALLEST = ModelConfig(
     audio_frames=32,
@@ -32,15 +33,15 @@ SMALLEST = ModelConfig(
     decoder_depth=1,
     decoder_heads=2,
 )
-"""A model that takes next to nothing."""
+"""A model that needs next to no memory."""
 
 
 def measure(config: PretrainConfig) -> dict[str, object]:
-    """Train and look; every rank calls it.
+    """Train and measure; every rank calls it.
 
     Returns:
-        `before_bytes`, resident when a model that takes next to nothing has been trained, clips
-        included; `peak_bytes`, of each step.
+        `before_bytes`, resident after training the smallest model, clips included; `peak_bytes`,
+        of each step.
     """
     ranks = ranks_from_environment()
     limit_threads(config.threads_per_rank, ranks)
@@ -49,9 +50,10 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
     from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
     from cavmae.dataloaders.batch import ClipShape
-    from cavmae.trainer.distributed.engine import Engine, start_process_group
-    from cavmae.trainer.run import configure_blocks
-    from cavmae.trainer.tasks.pretraining import Pretraining
+    from cavmae.trainer.distributed.engine import Engine
+    from cavmae.trainer.distributed.process_group import start_process_group
+    from cavmae.trainer.tasks.build_model import configure_blocks
+    from cavmae.trainer.tasks.pretrain import PretrainTask
 
     device = start_process_group(ranks)
     times = config.global_batch // ranks.world_size // config.micro_batch
@@ -71,8 +73,8 @@ def measure(config: PretrainConfig) -> dict[str, object]:
         return list(itertools.islice(batches, times))
 
     def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
-        stage = Pretraining(config, ranks, device)
-        model, groups = stage.model()
+        task = PretrainTask(config, ranks, device)
+        model, groups = task.build_model()
         configure_blocks(model, config.engine)
         engine = Engine(
             model,
@@ -83,7 +85,6 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             device=device,
             groups=groups,
         )
-        task = stage.task(lambda: None)
         found = []
         for _ in range(WARM_UP_STEPS + STEPS):
             dist.barrier()
@@ -97,7 +98,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             found.append(peak_bytes(device))
         return found[WARM_UP_STEPS:]
 
-    # Code that is run for the first time is read into memory, and libraries make their buffers.
+    # The first steps load code into memory, and libraries allocate their buffers.
     small = dataclasses.replace(config, model=SMALLEST)
     peaks(small, clips(small))
     gc.collect()
@@ -107,12 +108,12 @@ def measure(config: PretrainConfig) -> dict[str, object]:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Measure the run of a saved configuration; rank 0 writes what it found. Does not return."""
+    """Measure the run of a saved configuration; rank 0 writes the result. Does not return."""
     config, output = load_config(arguments[0], PretrainConfig), Path(arguments[1])
     found = measure(config)
     if ranks_from_environment().rank == 0:
         write_json(output, found)
-    from cavmae.trainer.distributed.engine import end_rank
+    from cavmae.trainer.distributed.process_group import end_rank
 
     end_rank()
 

@@ -28,7 +28,7 @@ from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 RANKS = 2
 CLIPS = 48

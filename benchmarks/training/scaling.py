@@ -7,8 +7,8 @@ comes from. Two series: `weak`, in which each GPU has 128 clips a step however m
 """
 
 import dataclasses
-import itertools
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -16,14 +16,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.records import write_record
-from cavmae.benchmarks.training.goodput import (
-    LLAMA_3_GPU_SECONDS_PER_FAILURE,
-    Failures,
-    best_interval,
-    goodput,
-)
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import audioset_base
 from cavmae.trainer.cost_model.comm_volume import (
@@ -43,14 +38,9 @@ from cavmae.trainer.cost_model.step_time import (
 from cavmae.trainer.model.cavmae import CAVMAE
 
 STAGES = (0, 1, 2, 3)
-EXCHANGES = ("gather", "ring")
-EFFICIENCIES = {
-    "stage 0": (0, "gather"),
-    "2": (2, "gather"),
-    "3": (3, "gather"),
-    "1, ring": (1, "ring"),
-}
-"""Columns of the table."""
+LLAMA_3_GPU_SECONDS_PER_FAILURE = 16_384 * 54 * 86_400 / 419
+"""Grattafiori et al., The Llama 3 Herd of Models, 2024, section 3.3.4: 419 unexpected interruptions
+in 54 days on 16,384 H100, one every half a million GPU hours."""
 # What an input is where no flag says otherwise, and where that comes from.
 INPUTS: dict[str, tuple[float, str]] = {
     "matrix_tflops": (
@@ -106,12 +96,59 @@ ScalingConfig = dataclasses.make_dataclass(
 """The inputs are options too."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Failures:
+    """How often a run fails, and what failures and checkpoints cost.
+
+    Attributes:
+        seconds_between: mean time between two failures of the run; inf: none.
+        recovery_seconds: from a failure to the next step, without the steps that are repeated.
+        checkpoint_seconds: that training stands still for a checkpoint.
+    """
+
+    seconds_between: float
+    recovery_seconds: float
+    checkpoint_seconds: float
+
+
+def goodput(failures: Failures, interval_seconds: float) -> float:
+    """Return the share of the time, 0 to 1, that goes into steps that are not repeated.
+
+    Source: Daly, A higher order estimate of the optimum checkpoint interval for restart dumps,
+    2006: failures come at random with a constant rate, also during a restart.
+
+    Args:
+        failures: their rate and costs.
+        interval_seconds: of training between two checkpoints.
+    """
+    between, segment = failures.seconds_between, interval_seconds + failures.checkpoint_seconds
+    if math.isinf(between):
+        return interval_seconds / segment
+    exponent = (failures.recovery_seconds + segment) / between
+    if exponent > 700:
+        return 0.0  # the run reaches its next checkpoint once in the age of the universe
+    lasting = math.exp(failures.recovery_seconds / between) * math.expm1(segment / between)
+    return interval_seconds / (between * lasting)
+
+
+def best_interval(failures: Failures) -> float:
+    """Return the seconds between checkpoints with the highest goodput (Daly, equation 37); inf
+    where nothing fails."""
+    between, cost = failures.seconds_between, failures.checkpoint_seconds
+    if math.isinf(between):
+        return math.inf
+    if cost >= 2 * between:
+        return between
+    ratio = cost / (2 * between)
+    return math.sqrt(2 * cost * between) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+
+
+@dataclass(frozen=True)
 class Row:
     """A step on so many GPUs.
 
     Attributes:
-        gpus, zero_stage, exchange, global_batch: what is trained on what.
+        gpus, zero_stage, global_batch: of the run.
         seconds: of the parts of a step, by name; they add up to `step_seconds`.
         sent_gbytes: that each GPU sends in a step.
         samples_per_second: without failures and checkpoints.
@@ -124,7 +161,6 @@ class Row:
 
     gpus: int
     zero_stage: int
-    exchange: str
     global_batch: int
     seconds: dict[str, float]
     step_seconds: float
@@ -181,7 +217,7 @@ def main(arguments: list[str]) -> int:
 def rows(
     values: dict[str, float], tensors: TensorSizes, clips_per_gpu: int, global_batch: int = 0
 ) -> list[Row]:
-    """A series: every stage and exchange on 1, 2, 4, ... GPUs, as long as they share the batch.
+    """Compute a series: every stage on 1, 2, 4, ... GPUs, as long as they divide the batch.
 
     Args:
         values: of `INPUTS`.
@@ -190,31 +226,27 @@ def rows(
         global_batch: clips of a step; 0: `clips_per_gpu` for each GPU.
     """
     found: list[Row] = []
-    for stage, exchange in itertools.product(STAGES, EXCHANGES):
+    for stage in STAGES:
         alone = 0.0
         for gpus in (2**power for power in range(13)):
             batch = global_batch or gpus * clips_per_gpu
             if batch % gpus == 0:
-                config = _config(stage, exchange, batch, gpus, clips_per_gpu)
+                config = _config(stage, batch, gpus, clips_per_gpu)
                 row = _row(values, tensors, config, gpus, alone)
                 alone = alone or row.samples_per_second
                 found.append(row)
     return found
 
 
-def _config(
-    stage: int, exchange: str, global_batch: int, gpus: int, clips_per_gpu: int
-) -> PretrainConfig:
+def _config(stage: int, global_batch: int, gpus: int, clips_per_gpu: int) -> PretrainConfig:
     recipe = audioset_base()
     settings: dict[str, Any] = {"zero_stage": stage, "dtype": "bf16", "compile": False}
-    loss: dict[str, Any] = {"exchange": exchange}
     return dataclasses.replace(
         recipe,
         global_batch=global_batch,
         micro_batch=math.gcd(clips_per_gpu, global_batch // gpus),
         lanes=gpus,
         engine=dataclasses.replace(recipe.engine, **settings),
-        loss=dataclasses.replace(recipe.loss, **loss),
     )
 
 
@@ -247,7 +279,6 @@ def _row(
     return Row(
         gpus=gpus,
         zero_stage=config.engine.zero_stage,
-        exchange=config.loss.exchange,
         global_batch=config.global_batch,
         seconds=dataclasses.asdict(step),
         step_seconds=step.total,
@@ -261,14 +292,15 @@ def _row(
 
 
 def _table(name: str, found: list[Row]) -> Table:
-    """Of stage 1 with gathered embeddings, and the efficiency of the others."""
-    by_kind = {(row.gpus, row.zero_stage, row.exchange): row for row in found}
+    """Show stage 1, and the efficiency of the other stages."""
+    by_stage = {(row.gpus, row.zero_stage): row for row in found}
     headings = ("GPUs", "clips a step", "step, ms", "sent, GB", "samples/s", "goodput", "lasting/s")
-    table = Table(*headings, "efficiency", *EFFICIENCIES, title=f"{name} scaling, stage 1, gather")
+    efficiencies = ("efficiency", *(f"ZeRO {stage}" for stage in STAGES if stage != 1))
+    table = Table(*headings, *efficiencies, title=f"{name} scaling, ZeRO 1")
     for row in found:
-        if (row.zero_stage, row.exchange) != (1, "gather"):
+        if row.zero_stage != 1:
             continue
-        others = [by_kind[row.gpus, stage, form] for stage, form in EFFICIENCIES.values()]
+        others = [by_stage[row.gpus, stage] for stage in STAGES if stage != 1]
         table.add_row(
             f"{row.gpus:,}",
             f"{row.global_batch:,}",
@@ -290,19 +322,15 @@ def _plot(series: dict[str, list[Row]], path: str) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for axis, (name, found) in zip(axes, series.items(), strict=False):
-        for stage, exchange in itertools.product(STAGES, EXCHANGES):
-            line = [one for one in found if (one.zero_stage, one.exchange) == (stage, exchange)]
+        for stage in STAGES:
+            line = [one for one in found if one.zero_stage == stage]
             axis.plot(
-                [one.gpus for one in line],
-                [one.efficiency for one in line],
-                "-" if exchange == "gather" else ":",
-                color=f"C{stage}",
-                label=f"ZeRO {stage}, {exchange}",
+                [one.gpus for one in line], [one.efficiency for one in line], label=f"ZeRO {stage}"
             )
         axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.2))
         axis.set_xscale("log", base=2)
     axes[0].legend(fontsize="small")
-    line = [one for one in series["weak"] if (one.zero_stage, one.exchange) == (1, "gather")]
+    line = [one for one in series["weak"] if one.zero_stage == 1]
     parts = [name for name in line[0].seconds if any(one.seconds[name] for one in line)]
     axes[2].stackplot(
         [one.gpus for one in line],
@@ -310,8 +338,9 @@ def _plot(series: dict[str, list[Row]], path: str) -> None:
         labels=parts,
     )
     axes[2].set_xscale("log", base=2)
-    axes[2].set(xlabel="GPUs", title="weak, ZeRO 1, gather: ms of a step")
+    axes[2].set(xlabel="GPUs", title="weak, ZeRO 1: ms of a step")
     axes[2].legend(fontsize="small", loc="lower right")
     figure.suptitle("Computed, not measured")
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     pyplot.close(figure)

@@ -1,10 +1,10 @@
-"""The training loop with its calls labelled on a timeline: first as the loop sees them, for rates,
-then by parts of the model."""
+"""The training loop with the spans of its steps on a timeline: first as the loop sees them, for
+rates, then by parts of the model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,85 +13,83 @@ from cavmae.benchmarks.harness.process_memory import peak_bytes
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import REST, PartObserver, observe_collectives
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.trainer.distributed.engine import Engine, Update
-from cavmae.trainer.trainer import Loader, LoopOutcome, Task
+from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.trainer.distributed.engine import Engine
+from cavmae.trainer.tasks.task import Loader, Task
+from cavmae.trainer.trainer import Hooks
 
 DATA, LOOP, OPTIMIZER = Label("data wait"), Label("loop"), Label("optimizer")
+_SPANS = {
+    "begin step": Label(REST, "forward"),
+    "forward": Label(REST, "forward"),
+    "backward": Label(REST, "backward"),
+    "update": OPTIMIZER,
+}
 
 
 class AllTimed(Exception):
-    """All steps are timed; what else the run would do is left out."""
+    """All steps are timed; the rest of the run is skipped."""
 
 
 class TimedLoop:
-    """Stands for the loop's `train`, and calls it.
+    """Times the steps of a trainer through its hooks, which raise AllTimed after the last one.
 
     Args:
-        train: of the loop.
+        device: this rank's device.
         warm_up: steps that are not timed.
         steps: timed steps.
         part_steps: steps after those that are timed by parts.
     """
 
-    def __init__(
-        self, train: Callable[..., LoopOutcome], *, warm_up: int, steps: int, part_steps: int
-    ) -> None:
-        self._train = train
+    def __init__(self, device: torch.device, *, warm_up: int, steps: int, part_steps: int) -> None:
+        self._device = device
         self._first, self._end = warm_up, warm_up + steps
         self._part_steps = part_steps
-        self._observer: PartObserver | None = None
-        self._updated = True  # the next batch is the first of a step
-        self._done = 0
-
-    def train(
-        self, engine: Engine, task: Task, loader: Loader, *, device: torch.device, **options: Any
-    ) -> LoopOutcome:
-        """Train as the loop does; raises AllTimed."""
-        self._device, self._engine = device, engine
         self._timeline = Timeline(device, LOOP)
         self._meter: PowerMeter = power_meter(device)
-        # These objects alone, in this process alone.
-        engine.backward = self._backward(engine.backward)
-        engine.update = self._update(engine.update)
-        forward = Label(REST, "forward")
-        task.begin_step = self._timeline.during(forward, task.begin_step)
-        task.loss = self._timeline.during(forward, task.loss)
-        batches = _LabelledBatches(loader, self)
-        return self._train(engine, task, batches, device=device, **options)
+        self._observer: PartObserver | None = None
+        self._done = 0
 
-    def _backward(self, inner: Callable[..., None]) -> Callable[..., None]:
-        def backward(loss: torch.Tensor) -> None:
-            parts = self._observer.backward(loss) if self._observer else nullcontext()
-            with self._timeline.within(Label(REST, "backward")), parts:
-                inner(loss)
+    def hooks(self, make_loader: Callable[..., Loader] = TrainLoader) -> Hooks:
+        """Return the trainer's hooks.
 
-        return backward
+        Args:
+            make_loader: makes the loader.
+        """
+        return Hooks(make_loader, self._wrap_task, self.span)
 
-    def _update(self, inner: Callable[..., Update]) -> Callable[..., Update]:
-        def update(learning_rate: float) -> Update:
-            with self._timeline.within(OPTIMIZER):
-                done = inner(learning_rate)
-            self._updated = True
-            self._done += 1
-            return done
+    def _wrap_task(self, task: Task) -> Task:
+        self._task = _RememberedTask(task)
+        return cast(Task, self._task)
 
-        return update
-
-    def waits_for_batch(self) -> None:
-        """The loop is about to ask for a batch."""
-        if not self._updated:
-            self._timeline.switch(DATA)
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Label a part of a step."""
+        if name == "data wait":
+            self._begin_step()
+            yield
+            self._timeline.switch(LOOP)
             return
-        self._updated = False
+        if name not in _SPANS:
+            yield
+            return
+        parts = nullcontext()
+        if name == "backward" and self._observer:
+            parts = self._observer.backward(self._task.last_loss)
+        with self._timeline.within(_SPANS[name]), parts:
+            yield
+        self._done += name == "update"
+
+    def _begin_step(self) -> None:
         if self._done == self._first:
             self._meter.start()
         if self._done == self._end:
-            # What follows takes time, so it is in a step of its own that `results` leaves out.
+            # What follows takes time, so it is in a step of its own that `results` skips.
             self._timeline.begin_step(LOOP)
             self._energy: Energy = self._meter.stop()
             self._peak_bytes = peak_bytes(self._device)
             if self._part_steps:
-                self._observer = PartObserver(self._engine.module, self._timeline)
+                self._observer = PartObserver(self._task.engine.module, self._timeline)
                 observe_collectives(self._timeline)
         self._timeline.begin_step(DATA)
         if self._done == self._end + self._part_steps:
@@ -99,13 +97,9 @@ class TimedLoop:
                 self._observer.check()
             raise AllTimed
 
-    def has_batch(self) -> None:
-        """The batch has come."""
-        self._timeline.switch(LOOP)
-
     def results(self) -> dict[str, Any]:
-        """What was found, as JSON values: seconds of each timed step by part and kind; the same of
-        the steps by parts; energy and most memory of the timed steps."""
+        """Return JSON values: seconds of each timed step by part and kind, the same of the steps by
+        parts, and energy and peak memory of the timed steps."""
         seconds = [_as_json(step) for step in self._timeline.seconds()]
         return {
             "steps": seconds[self._first : self._end],
@@ -115,24 +109,20 @@ class TimedLoop:
         }
 
 
-class _LabelledBatches:
-    """A loader whose batches are waited for on the timeline."""
+class _RememberedTask:
+    """A task that remembers its engine and its last loss."""
 
-    def __init__(self, loader: Loader, timed: TimedLoop) -> None:
-        self._loader, self._timed = loader, timed
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.engine: Engine
+        self.last_loss: torch.Tensor
 
-    @property
-    def wait_seconds(self) -> float:
-        """Of the loader."""
-        return self._loader.wait_seconds
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
 
-    def __iter__(self) -> Iterator[AudioVideoBatch]:
-        batches = iter(self._loader)
-        while True:
-            self._timed.waits_for_batch()
-            batch = next(batches)
-            self._timed.has_batch()
-            yield batch
+    def loss(self, engine: Engine, batch: AudioVideoBatch) -> torch.Tensor:
+        self.engine, self.last_loss = engine, self._task.loss(engine, batch)
+        return self.last_loss
 
 
 def _as_json(step: dict[Label, float]) -> dict[str, dict[str, float]]:

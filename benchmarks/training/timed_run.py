@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
 from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import read_json, save_config
+from cavmae.trainer.config.serialize import save_config
 
 
 def timed_run(

@@ -1,0 +1,1 @@
+"""Many runs: queues of experiments and sweeps."""

@@ -1,4 +1,4 @@
-"""Many runs beside each other: a table, a plot, and both in MLflow."""
+"""Comparison of many runs: a table and a plot, both also logged to MLflow."""
 
 import csv
 import io
@@ -7,19 +7,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.trainer.config.serialize import read_json
-from cavmae.trainer.tracking.tracker import log_files, read_metrics
+from cavmae.atomic_write import atomic_write, read_json, write_text
+from cavmae.trainer.tracking.metrics_file import read_metrics
+from cavmae.trainer.tracking.tracker import log_files
 
-_LEFT_OUT = ("_low", "_high", "_chance", "_p_value")
+_OMITTED_SUFFIXES = ("_low", "_high", "_chance", "_p_value")
 
 
 def compare(folder: Path, states: dict[str, str], console: Console) -> None:
     """Write `comparison.csv`, `comparison.png` and an MLflow run `comparison` beside the runs.
 
     Args:
-        folder: with the run folders.
-        states: of each run, by name.
-        console: where the table goes.
+        folder: folder of the run folders.
+        states: state of each run, by name.
+        console: console for the table.
     """
     runs = {name: _metrics(folder / name) for name in states}
     finals = {name: _final(folder / name, records) for name, records in runs.items()}
@@ -35,7 +36,7 @@ def compare(folder: Path, states: dict[str, str], console: Console) -> None:
         writer.writerow([name, state, *("" if value is None else value for value in values)])
     console.print(table)
     files = [folder / "comparison.csv", folder / "comparison.png"]
-    files[0].write_text(text.getvalue())
+    write_text(files[0], text.getvalue())
     _plot(runs, finals, files[1])
     for name in states:
         if (folder / name / "run.json").exists():
@@ -49,20 +50,22 @@ def _metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def _final(run_dir: Path, records: list[dict[str, float]]) -> dict[str, float]:
-    """Steps done, the last loss, and the held-out scores."""
+    """Return the last step, the last loss, and the validation scores."""
     losses = [record for record in records if "loss" in record]
     final = {"step": losses[-1]["step"], "loss": losses[-1]["loss"]} if losses else {}
     summary = run_dir / "summary.json"
     if summary.exists():
         scores = read_json(summary)["scores"]
-        final |= {name: score for name, score in scores.items() if not name.endswith(_LEFT_OUT)}
+        final |= {
+            name: score for name, score in scores.items() if not name.endswith(_OMITTED_SUFFIXES)
+        }
     return final
 
 
 def _plot(
     runs: dict[str, list[dict[str, float]]], finals: dict[str, dict[str, float]], path: Path
 ) -> None:
-    """Losses over steps, and R@10 of each run where it was measured."""
+    """Plot losses over steps, and R@10 of each run where it was measured."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -77,7 +80,8 @@ def _plot(
         places = [place + 0.4 * index for place in range(len(finals))]
         heights = [final.get(score, 0.0) for final in finals.values()]
         right.barh(places, heights, height=0.4, label=score)
-    right.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel="R@10, held out")
+    right.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel="validation R@10")
     if scores:
         right.legend(fontsize="small")
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

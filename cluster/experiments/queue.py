@@ -1,16 +1,17 @@
-"""`cavmae queue FILE`: many runs, one after the other or side by side, on one cluster.
+"""`cavmae queue FILE`: many runs on one cluster, one after another or side by side.
 
-Each run is a `cavmae train` of its own. The queue starts what fits, the higher priority first; a
-run that has to give way saves, leaves, and comes back later at the step where it was. Nothing is
-kept but the run folders: a queue that is started again goes on with whatever is not finished.
+Each run is a separate `cavmae train`. The queue starts what fits, the higher priority first; a
+preempted run saves a checkpoint, stops, and resumes later at the same step. The queue itself keeps
+no state: rerunning it continues with the run folders that are not finished.
 """
 
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,39 +25,39 @@ from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Experiment, Need, State, read_experiments
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class QueueConfig:
-    """Run the experiments of a file, and compare them. Fields after these are of every run:
+    """Run the experiments of a file, and compare them. Fields after these apply to every run:
     `--data.train SHARDS`, `--workers 8`.
 
-    The file is looked at again while the queue runs: runs may be added, and priorities changed.
+    The file is reread when it changes: runs may be added, and priorities changed.
 
     Raises:
-        ValueError: the file, or a run in it, is not as it should be.
+        ValueError: the file, or a run in it, is invalid.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE|paper_ablations")]
     """YAML with `experiment`, `recipe`, `fields`, `retries` and `runs`; see `many-runs.md`."""
     folder: str
-    """The run folders go here, with logs of the drivers and the comparison."""
+    """Folder for the run folders, the drivers' logs and the comparison."""
     address: str = ""
     """Ray cluster; empty: the one that RAY_ADDRESS names, else one on this machine's cores that
-    ends with the queue."""
+    is started and stopped with the queue."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the queue does next: start these, ask those to leave."""
+    """Next actions of the queue: runs to start, and runs to preempt."""
 
     start: list[Experiment]
-    give_way: list[Experiment]
+    preempt: list[Experiment]
 
 
 def main(arguments: list[str]) -> int:
-    """The command; 0 where every run has finished, else 1."""
+    """Run the command; returns 0 if every run finished, else 1."""
     config, words = tyro.cli(
         QueueConfig, prog="cavmae queue", args=arguments, return_unknown_args=True
     )
@@ -64,20 +65,21 @@ def main(arguments: list[str]) -> int:
     if config.file == "paper_ablations":
         path = Path(__file__).with_name("paper_ablations.yaml")
     folder = Path(config.folder)
-    experiments, retries = read_experiments(path, folder, words)
+    read = partial(read_experiments, path, folder, words)
+    experiments = read()
     cores = max(len(os.sched_getaffinity(0)), *(one.need.cpus for one in experiments))
     own = ClusterConfig(workers=1, cpus_per_worker=cores, address=config.address)
     with connected(own, threads=1):
         import ray
 
         address = ray.get_runtime_context().gcs_address
-        signal.signal(signal.SIGTERM, _leave)
+        signal.signal(signal.SIGTERM, _stop)
         try:
-            _run(path, folder, words, experiments, retries, address)
+            _run(path, folder, read, experiments, address)
         finally:
             for experiment in experiments:
                 if experiment.driver is not None:
-                    experiment.driver.ask_to_leave()
+                    experiment.driver.request_stop()
             for experiment in experiments:
                 if experiment.driver is not None:
                     experiment.driver.wait()
@@ -85,24 +87,24 @@ def main(arguments: list[str]) -> int:
     return 0 if all(one.state == "finished" for one in experiments) else 1
 
 
-def _leave(_signal: int, _frame: object) -> None:
-    """SIGTERM: the runs save and leave, then the queue ends."""
-    print("SIGTERM: the runs are asked to save and leave", file=sys.stderr, flush=True)
+def _stop(_signal: int, _frame: object) -> None:
+    """End the queue, on which its runs save and stop."""
+    print("SIGTERM: stop requested; the runs save and stop", file=sys.stderr, flush=True)
     raise SystemExit(START_AGAIN_EXIT_CODE)
 
 
 def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
-    """What to start, and who has to give way for what can't start otherwise.
+    """Decide which runs to start, and which to preempt for runs that cannot start otherwise.
 
-    A run that waits lets runs of lower priority use what it can't, as they will give way; runs of
-    its own priority wait behind it.
+    While a run waits, runs of lower priority use the resources that do not suffice for it, as they
+    can be preempted; runs of the same priority wait behind it.
     """
-    active = [one for one in experiments if one.state in ("running", "leaving")]
+    active = [one for one in experiments if one.state in ("running", "stopping")]
     free = capacity
     for one in active:
         free -= one.need
     start: list[Experiment] = []
-    give_way: list[Experiment] = []
+    preempt: list[Experiment] = []
     blocked: int | None = None
     waiting = [one for one in experiments if one.state == "waiting"]
     for one in sorted(waiting, key=lambda one: -one.priority):
@@ -115,29 +117,28 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
             free -= one.need
             continue
         blocked = one.priority
-        soon = free
+        available = free
         for other in active:
-            if other.state == "leaving":
-                soon += other.need
+            if other.state == "stopping":
+                available += other.need
         lower = [o for o in active if o.state == "running" and o.priority < one.priority]
         chosen = []
         for other in sorted(reversed(lower), key=lambda other: other.priority):
-            if one.need.fits(soon):
+            if one.need.fits(available):
                 break
             chosen.append(other)
-            soon += other.need
-        if one.need.fits(soon):  # what becomes free is for this one
-            give_way += chosen
+            available += other.need
+        if one.need.fits(available):  # what becomes free is for this one
+            preempt += chosen
             break
-    return Step(start, give_way)
+    return Step(start, preempt)
 
 
 def _run(
     path: Path,
     folder: Path,
-    words: list[str],
+    read: Callable[[], list[Experiment]],
     experiments: list[Experiment],
-    retries: int,
     address: str,
 ) -> None:
     import ray
@@ -147,69 +148,67 @@ def _run(
     while True:
         if path.stat().st_mtime_ns != read_at:
             read_at = path.stat().st_mtime_ns
-            retries = _read_again(path, folder, words, experiments, retries)
+            _reread(read, experiments)
         for one in experiments:
             if one.driver is not None and one.driver.exit_code is not None:
-                _ended(one, folder, retries)
-        if not any(one.state in ("waiting", "running", "leaving") for one in experiments):
+                _ended(one, folder)
+        if not any(one.state in ("waiting", "running", "stopping") for one in experiments):
             return
-        there = ray.cluster_resources()
-        capacity = Need(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+        resources = ray.cluster_resources()
+        capacity = Need(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
         for one in experiments:
             if not one.need.fits(capacity) and one.name not in too_large:
                 too_large.add(one.name)
-                print(f"{one.name} waits: needs {one.need}, there is {capacity}", file=sys.stderr)
+                print(
+                    f"{one.name} waits: it needs {one.need}, the cluster has {capacity}",
+                    file=sys.stderr,
+                )
         step = next_step(experiments, capacity)
-        for one in step.give_way:
-            _say(one, "leaving")
+        for one in step.preempt:
+            _set_state(one, "stopping")
             if one.driver is not None:
-                one.driver.ask_to_leave()
+                one.driver.request_stop()
         for one in step.start:
-            _say(one, "running")
+            _set_state(one, "running")
             one.driver = Driver(
                 [*one.words, f"--address={address}"], folder / "drivers" / f"{one.name}.log"
             )
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def _ended(one: Experiment, folder: Path, retries: int) -> None:
-    """What the end of a driver makes of its run."""
+def _ended(one: Experiment, folder: Path) -> None:
+    """Update a run whose driver has ended."""
     assert one.driver is not None
-    code = one.driver.exit_code
-    one.driver = None
+    driver, one.driver = one.driver, None
+    code = driver.exit_code
     if code == 0:
-        _say(one, "finished")
-    elif one.state == "leaving" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
-        _say(one, "waiting")  # by the signal itself where it had hardly begun
+        _set_state(one, "finished")
+    elif one.state == "stopping" and code in (START_AGAIN_EXIT_CODE, -signal.SIGTERM):
+        _set_state(one, "waiting")  # killed by the signal itself if it had hardly started
     elif code == START_AGAIN_EXIT_CODE:
-        _say(one, "stopped")  # whoever has asked it to leave may start it again
+        _set_state(one, "stopped")  # by someone else, who may rerun it
     else:
         one.failures += 1
-        log_path = folder / "drivers" / f"{one.name}.log"
-        last = log_path.read_text().strip().rpartition("\n")[2]
-        print(f"{one.name} failed with {code}: {last} ({log_path})", file=sys.stderr)
-        _say(one, "waiting" if one.failures <= retries else "failed")
+        print(driver.failure(folder / one.name), file=sys.stderr)
+        _set_state(one, "waiting" if one.failures <= one.retries else "failed")
 
 
-def _say(one: Experiment, state: State) -> None:
+def _set_state(one: Experiment, state: State) -> None:
     one.state = state
     print(f"{one.name}: {state}", file=sys.stderr, flush=True)
 
 
-def _read_again(
-    path: Path, folder: Path, words: list[str], experiments: list[Experiment], retries: int
-) -> int:
-    """Take added runs and changed priorities; a file that is wrong now is told and left alone."""
+def _reread(read: Callable[[], list[Experiment]], experiments: list[Experiment]) -> None:
+    """Take over added runs and changed priorities; a file that is invalid now is reported only."""
     try:
-        read, retries = read_experiments(path, folder, words)
+        now = read()
     except (ValueError, OSError) as error:
-        print(f"not taken: {error}", file=sys.stderr)
-        return retries
+        print(f"file ignored: {error}", file=sys.stderr)
+        return
     known = {one.name: one for one in experiments}
-    for one in read:
+    for one in now:
         if one.name in known:
-            known[one.name].priority = one.priority
+            known[one.name].priority, known[one.name].retries = one.priority, one.retries
         else:
             experiments.append(one)
             print(f"{one.name}: added", file=sys.stderr)
-    return retries

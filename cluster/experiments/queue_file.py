@@ -1,4 +1,4 @@
-"""The file of a queue: runs of one recipe with other fields, checked before any starts."""
+"""The file of a queue: variants of one recipe, checked before any of them starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json
+from cavmae.trainer.run_status import read_status
 
-State = Literal["waiting", "running", "leaving", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "stopping", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run takes of a cluster."""
+    """Resources that a run needs."""
 
     cpus: int
     gpus: int
 
     @classmethod
     def of(cls, cluster: ClusterConfig) -> "Need":
-        """All ranks of a run."""
+        """Sum up the ranks of a run."""
         return cls(
             cluster.workers * cluster.cpus_per_worker, cluster.workers * cluster.gpus_per_worker
         )
@@ -49,13 +49,14 @@ class Experiment:
     """One run of the file.
 
     Attributes:
-        name: of its folder.
-        priority: higher ones go first and take the place of lower ones.
-        words: after `cavmae train`.
-        need: what its ranks take.
-        state: where it is.
-        failures: starts that failed.
-        driver: of the start that is under way.
+        name: name of its run folder.
+        priority: higher ones start first and preempt lower ones.
+        words: arguments of `cavmae train`.
+        need: resources of its ranks.
+        state: its current state.
+        retries: failed attempts that are allowed.
+        failures: failed attempts so far.
+        driver: driver of the current attempt.
     """
 
     name: str
@@ -63,24 +64,24 @@ class Experiment:
     words: list[str]
     need: Need
     state: State = "waiting"
+    retries: int = 0
     failures: int = 0
     driver: Driver | None = field(default=None, repr=False)
 
 
-def read_experiments(
-    path: Path, folder: Path, words: Sequence[str]
-) -> tuple[list[Experiment], int]:
-    """The runs of a file, in its order, and how often a failed one is tried again.
+def read_experiments(path: Path, folder: Path, words: Sequence[str]) -> list[Experiment]:
+    """Read the runs of a file, in its order.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key or a field that there is not, or ranks that can't share a batch.
+        FileNotFoundError: there is no such file.
+        ValueError: a key or a field is unknown, or the ranks cannot share a batch.
     """
     document = read_yaml(path)
     known = {"experiment", "recipe", "fields", "retries", "runs"}
     check_keys(document, known, {"recipe", "runs"}, str(path))
     runs = checked(document, "runs", {}, dict, str(path))
     common = common_words(document, path, folder)
+    retries = checked(document, "retries", 2, int, str(path))
     experiments = []
     for name, run in runs.items():
         run, where = run or {}, f"{path}: run {name}"
@@ -93,19 +94,20 @@ def read_experiments(
         config = checked_run(run_words, where)
         need = Need.of(config.cluster)
         state: State = "finished" if _is_finished(folder / str(name), config.steps) else "waiting"
-        experiments.append(
-            Experiment(str(name), checked(run, "priority", 0, int, where), run_words, need, state)
-        )
+        priority = checked(run, "priority", 0, int, where)
+        experiments.append(Experiment(str(name), priority, run_words, need, state, retries))
     if not experiments:
         raise ValueError(f"{path}: runs is empty; name at least one")
-    return experiments, checked(document, "retries", 2, int, str(path))
+    return experiments
 
 
 def _is_finished(run_dir: Path, steps: int) -> bool:
-    """Whether a former queue has brought a run to its end.
+    """Return whether an earlier attempt finished a run.
 
     Args:
-        steps: that are asked for; 0: as many as its epochs need, which the run folder knows.
+        steps: requested steps; 0: as many as its epochs need, which its status has.
     """
-    path = run_dir / "summary.json"
-    return path.exists() and read_json(path)["step"] == (steps or read_json(path)["steps"])
+    status = read_status(run_dir)
+    return (
+        status is not None and status.state == "finished" and status.step == (steps or status.steps)
+    )

@@ -1,9 +1,9 @@
-"""`cavmae sweep FILE`: fields drawn at random, and trials that fall behind given up early.
+"""`cavmae sweep FILE`: hyperparameter search with early stopping.
 
-Ray Tune draws and decides (asynchronous successive halving, ASHA: Li et al., MLSys 2020). A trial
-is a `cavmae train` of its own, whose metrics are followed; one that is given up saves and leaves.
-A sweep that is started again goes on: what was decided lies in `tune` of its folder, what was
-trained in the trials' run folders.
+Ray Tune samples the trials and stops them by asynchronous successive halving (ASHA: Li et al.,
+MLSys 2020). A trial is a separate `cavmae train`, whose metrics are followed; one that is stopped
+early saves a checkpoint first. Rerunning a sweep resumes it: Tune's state is in `tune` of its
+folder, the checkpoints in the trials' run folders.
 """
 
 import os
@@ -27,31 +27,31 @@ from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.cluster.experiments.yaml_file import words_of
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Search the fields of a file with Ray Tune (ASHA). Fields after these are of every trial:
+    """Search the space of a file with Ray Tune (ASHA). Fields after these apply to every trial:
     `--data.train SHARDS`, `--workers 8`.
 
     Raises:
-        ValueError: the file is not as it should be.
+        ValueError: the file is invalid.
     """
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """YAML with `recipe`, `fields`, `space`, `metric` and more (docs/training/many-runs.md)."""
     folder: str
-    """The trials' run folders go here, with logs of the drivers and the comparison."""
+    """Folder for the trials' run folders, the drivers' logs and the comparison."""
     address: str = ""
     """Ray cluster; empty: the one that RAY_ADDRESS names, else one on this machine's cores that
-    ends with the sweep."""
+    is started and stopped with the sweep."""
 
 
 def main(arguments: list[str]) -> int:
-    """The command; 0 where no trial has failed, 75 where the sweep was asked to leave."""
+    """Run the command; returns 0 if no trial failed, 75 if the sweep was preempted."""
     config, words = tyro.cli(
         SweepConfig, prog="cavmae sweep", args=arguments, return_unknown_args=True
     )
@@ -59,16 +59,16 @@ def main(arguments: list[str]) -> int:
     sweep = read_sweep(Path(config.file), folder, words)
     cores = max(len(os.sched_getaffinity(0)), sweep.need.cpus)
     own = ClusterConfig(workers=1, cpus_per_worker=cores, address=config.address)
-    asked: list[int] = []
+    signals: list[int] = []
 
-    def leave(number: int, _frame: object) -> None:
-        asked.append(number)
-        print("SIGTERM: the trials are asked to save and leave", file=sys.stderr, flush=True)
-        signal.raise_signal(signal.SIGINT)  # on which Tune keeps its state and ends
+    def stop(number: int, _frame: object) -> None:
+        signals.append(number)
+        print("SIGTERM: stop requested; the trials save and stop", file=sys.stderr, flush=True)
+        signal.raise_signal(signal.SIGINT)  # on which Tune saves its state and ends
 
     with connected(own, threads=1):
-        signal.signal(signal.SIGTERM, leave)
-        trials = _tune(sweep, folder, asked)
+        signal.signal(signal.SIGTERM, stop)
+        trials = _tune(sweep, folder, signals)
         _wait_for_drivers(folder)
     states = {trial.name: trial.state for trial in trials}
     compare(folder, states, Console())
@@ -76,20 +76,20 @@ def main(arguments: list[str]) -> int:
     if measured:
         value, best = (max if sweep.mode == "max" else min)(measured, key=lambda pair: pair[0])
         print(f"best {sweep.metric}: {value:.4g}, {best.name}: {' '.join(best.words)}")
-    if asked:
+    if signals:
         return START_AGAIN_EXIT_CODE
     return 1 if "failed" in states.values() else 0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a trial.
+    """Outcome of a trial.
 
     Attributes:
-        name: of its run folder.
-        state: finished, given up, left (the sweep was asked to leave) or failed.
-        value: the metric when it was last measured; None: it never was.
-        words: its varied fields.
+        name: name of its run folder.
+        state: finished, stopped early, preempted (with the sweep) or failed.
+        value: the metric's last value; None: it was never measured.
+        words: its sampled fields.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Trial:
     words: list[str]
 
 
-def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
+def _tune(sweep: Sweep, folder: Path, signals: list[int]) -> list[Trial]:
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     import ray
     from ray import tune
@@ -106,26 +106,25 @@ def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
     from ray.tune.schedulers import AsyncHyperBandScheduler
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    from cavmae.cluster.experiments.trial_lines import TrialLines, trial_name
-
-    here = Path.cwd()
+    working_folder = Path.cwd()
     address = ray.get_runtime_context().gcs_address
 
     def trial(fields: dict[str, Any]) -> None:
-        name = trial_name(str(tune.get_context().get_trial_id()))
+        name = _trial_name(str(tune.get_context().get_trial_id()))
         words = [
             *(*sweep.words, *words_of(fields)),
             *(f"--run-dir={folder / name}", f"--address={address}"),
         ]
         log = folder / "drivers" / f"{name}.log"
-        for step, value in _train(Driver(words, log, here), log, folder / name, sweep.metric):
+        driver = Driver(words, log, working_folder)
+        for step, value in _train(driver, folder / name, sweep.metric):
             tune.report({"step": step, sweep.metric: value})
 
-    # The ranks are placed by the trials' own drivers; a trial itself must take something, a byte.
+    # The trials' drivers place the ranks; Tune wants a trial to reserve something: a byte.
     trainable = tune.with_resources(trial, {"memory": 1})
-    begun = tune.Tuner.can_restore(str(folder / "tune"))
-    keep_or_compare(sweep, folder / "sweep.json", begun=begun)
-    if begun:
+    started = tune.Tuner.can_restore(str(folder / "tune"))
+    keep_or_compare(sweep, folder / "sweep.json", started=started)
+    if started:
         tuner = tune.Tuner.restore(
             str(folder / "tune"), trainable, resume_unfinished=True, resume_errored=True
         )
@@ -138,60 +137,87 @@ def _tune(sweep: Sweep, folder: Path, asked: list[int]) -> list[Trial]:
                 mode=sweep.mode,
                 num_samples=sweep.trials,
                 search_alg=BasicVariantGenerator(
-                    max_concurrent=_at_once(sweep.need), random_state=sweep.seed
+                    max_concurrent=_concurrent_trials(sweep.need), random_state=sweep.seed
                 ),
                 scheduler=AsyncHyperBandScheduler(
                     time_attr="step",
                     max_t=sweep.steps,
                     grace_period=sweep.grace_steps,
                     reduction_factor=sweep.reduction,
-                    stop_last_trials=False,  # they save and end by themselves
+                    stop_last_trials=False,  # they save and end on their own
                 ),
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(folder),
                 failure_config=tune.FailureConfig(max_failures=sweep.retries),
-                callbacks=[JsonLoggerCallback(), TrialLines(sweep.metric)],
+                callbacks=[JsonLoggerCallback(), _progress_lines(sweep.metric)],
                 verbose=0,
             ),
         )
     trials = []
     for result in tuner.fit():
         metrics = result.metrics or {}
-        name = trial_name(str(metrics["trial_id"]))
+        name = _trial_name(str(metrics["trial_id"]))
         if result.error:
             state = "failed"
         elif (folder / name / "summary.json").exists():
             state = "finished"
         else:
-            state = "left" if asked else "given up"
+            state = "preempted" if signals else "stopped early"
         words = words_of(result.config or {})
         trials.append(Trial(name, state, metrics.get(sweep.metric), words))
     return sorted(trials, key=lambda trial: trial.name)
 
 
-def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
-    """Yield the metric of a run with its step, as it comes, until the driver has ended.
+def _trial_name(trial_id: str) -> str:
+    """Name a trial's run folder; Tune's own `a1b2c_00003` starts with random letters."""
+    return f"trial-{trial_id.rpartition('_')[2]}"
+
+
+def _progress_lines(metric: str) -> Any:
+    """Return a callback that prints each measurement and each end of a trial."""
+    from ray.tune import Callback
+
+    class ProgressLines(Callback):
+        def on_trial_result(
+            self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any
+        ) -> None:
+            if metric in result:
+                _print(trial, f"step {result['step']}, {metric} {result[metric]:.4g}")
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            _print(trial, f"ended at step {trial.last_result.get('step', 0)}")
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            _print(trial, "failed")
+
+    def _print(trial: Any, text: str) -> None:
+        print(f"{_trial_name(trial.trial_id)}: {text}", file=sys.stderr, flush=True)
+
+    return ProgressLines()
+
+
+def _train(driver: Driver, run_dir: Path, metric: str) -> Iterator[tuple[int, float]]:
+    """Yield steps and values of a run's metric as they are written, until the driver ends.
 
     Raises:
-        RuntimeError: the driver has failed.
+        RuntimeError: the driver failed.
         ValueError: the run has no such metric.
     """
     path, seen = run_dir / "metrics.jsonl", 0
     records: list[dict[str, float]] = []
     code = None
     while code is None:
-        code = driver.exit_code  # before the look, so that the last one sees all
+        code = driver.exit_code  # first, so that the last read sees every record
         records = list(read_metrics(path)) if path.exists() else []
         found = [record for record in records if metric in record]
         for record in found[seen:]:
             yield int(record["step"]), record[metric]
         seen = len(found)
-        time.sleep(_LOOK_SECONDS if code is None else 0)
+        time.sleep(_POLL_SECONDS if code is None else 0)
     if code not in (0, START_AGAIN_EXIT_CODE):
-        last = log.read_text().strip().rpartition("\n")[2]
-        raise RuntimeError(f"{run_dir.name} failed with {code}: {last} ({log})")
+        raise RuntimeError(driver.failure(run_dir))
     if not seen:
         names = ", ".join(sorted({name for record in records for name in record}))
         raise ValueError(
@@ -202,37 +228,34 @@ def _train(driver: Driver, log: Path, run_dir: Path, metric: str) -> Iterator[tu
 def _domain(varied: Varied) -> Any:
     from ray import tune
 
-    values = list(varied.values)
-    if varied.distribution == "choice":
-        return tune.choice(values)
-    if varied.distribution == "grid":
-        return tune.grid_search(values)
-    low, high = values
-    if varied.distribution == "whole":
-        return tune.randint(low, high + 1)
-    return (
-        tune.uniform(low, high) if varied.distribution == "uniform" else tune.loguniform(low, high)
-    )
+    sample = {
+        "choice": tune.choice,
+        "grid": tune.grid_search,
+        "uniform": lambda bounds: tune.uniform(*bounds),
+        "log_uniform": lambda bounds: tune.loguniform(*bounds),
+        "whole": lambda bounds: tune.randint(bounds[0], bounds[1] + 1),
+    }[varied.distribution]
+    return sample(list(varied.values))
 
 
-def _at_once(need: Need) -> int:
-    """Trials whose ranks fit the cluster together; one where none does, as it may grow."""
+def _concurrent_trials(need: Need) -> int:
+    """Return how many trials fit on the cluster at once; one where none does, as it may grow."""
     import ray
 
-    there = ray.cluster_resources()
-    at_once = int(there.get("CPU", 0)) // need.cpus
+    resources = ray.cluster_resources()
+    trials = int(resources.get("CPU", 0)) // need.cpus
     if need.gpus:
-        at_once = min(at_once, int(there.get("GPU", 0)) // need.gpus)
-    return max(1, at_once)
+        trials = min(trials, int(resources.get("GPU", 0)) // need.gpus)
+    return max(1, trials)
 
 
 def _wait_for_drivers(folder: Path) -> None:
-    """Of trials that were given up: their ranks save, for which a cluster of our own must be there.
-    On other nodes they have a cluster that stays."""
-    here = f"--run-dir={folder}{os.sep}"
+    """Wait for drivers of trials that were stopped early: their ranks are saving, for which a
+    cluster started by us must stay up. On other nodes they use a cluster that outlives us."""
+    prefix = f"--run-dir={folder}{os.sep}"
     drivers = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if any(word.startswith(here) for word in process.info["cmdline"] or ())
+        if any(word.startswith(prefix) for word in process.info["cmdline"] or ())
     ]
     psutil.wait_procs(drivers)

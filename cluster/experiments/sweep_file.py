@@ -1,4 +1,4 @@
-"""The file of a sweep: one recipe, the fields that vary, and when a trial is given up."""
+"""The file of a sweep: one recipe, the search space, and when a trial is stopped early."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.yaml_file import (
     check_keys,
@@ -16,19 +17,18 @@ from cavmae.cluster.experiments.yaml_file import (
     read_yaml,
     words_of,
 )
-from cavmae.trainer.config.serialize import read_json, write_json
 
 DISTRIBUTIONS = ("choice", "grid", "uniform", "log_uniform", "whole")
 
 
 @dataclass(frozen=True)
 class Varied:
-    """A field that trials differ in.
+    """A field of the search space.
 
     Attributes:
-        distribution: `choice` draws one of the values and `grid` takes each of them; `uniform`,
-            `log_uniform` and `whole` (numbers) draw between two bounds, both included.
-        values: what is chosen from, or the two bounds.
+        distribution: `choice` samples one of the values and `grid` tries each of them; `uniform`,
+            `log_uniform` and `whole` (numbers) sample between two bounds, both included.
+        values: the choices, or the two bounds.
     """
 
     distribution: str
@@ -37,21 +37,21 @@ class Varied:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file asks for.
+    """A sweep as its file describes it.
 
     Attributes:
-        words: after `cavmae train`, of every trial.
-        space: what varies, by the field's name on the command line.
-        trials: draws from the space, each of all points of its grids.
-        metric: which of a run's metrics trials are compared by, and whether more of it is better.
-        mode: which end of it is better.
-        steps: of a trial that is not given up.
-        grace_steps: nothing is given up before.
-        reduction: of the trials that have come to a rung, one in so many goes on from there; the
-            next rung is at so many times the steps.
-        retries: of a trial that fails.
-        seed: of the draws.
-        need: what the ranks of a trial take.
+        words: arguments of `cavmae train` that all trials share.
+        space: search space, by the field's name on the command line.
+        trials: samples of the space, each at every point of its grids.
+        metric: metric of a run by which trials are compared.
+        mode: whether a larger or a smaller value is better.
+        steps: steps of a trial that is not stopped early.
+        grace_steps: steps before which no trial is stopped early.
+        reduction: ASHA's reduction factor: one in so many trials at a rung continues, and the next
+            rung is at so many times the steps.
+        retries: times that a failed trial is retried.
+        seed: seed of the samples.
+        need: resources of a trial's ranks.
     """
 
     words: list[str]
@@ -68,16 +68,16 @@ class Sweep:
 
 
 def read_sweep(path: Path, folder: Path, words: Sequence[str]) -> Sweep:
-    """Read and check a sweep: each varied field is tried with each of its values or bounds.
+    """Read and check a sweep, every field of the space with each of its values or bounds.
 
     Args:
-        path: YAML.
-        folder: where the trials' run folders go.
-        words: fields of every trial, after those of the file.
+        path: YAML file.
+        folder: folder of the trials' run folders.
+        words: fields of every trial, which override those of the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key, a field or a value that is not as it should be.
+        FileNotFoundError: there is no such file.
+        ValueError: a key, a field or a value is invalid.
     """
     document, where = read_yaml(path), str(path)
     numbers = {"trials": 16, "grace_steps": 0, "reduction": 4, "retries": 2, "seed": 0}
@@ -102,56 +102,53 @@ def read_sweep(path: Path, folder: Path, words: Sequence[str]) -> Sweep:
     found = {
         name: checked(document, name, default, int, where) for name, default in numbers.items()
     }
-    grace = found["grace_steps"] or config.evaluation.every_steps
-    least = {"trials": 1, "reduction": 2, "retries": 0, "seed": 0}
-    for name, low in least.items():
+    minimum = {"trials": 1, "reduction": 2, "retries": 0, "seed": 0}
+    for name, low in minimum.items():
         if found[name] < low:
             raise ValueError(f"{where}: {name} is {found[name]}; use {low} or more")
+    grace = found.pop("grace_steps") or config.validation.every_steps
     if not 0 < grace <= config.steps:
         raise ValueError(f"{where}: grace_steps is {grace}; use 1 to steps, {config.steps}")
     return Sweep(
         all_words,
         space,
-        trials=found["trials"],
         metric=checked(document, "metric", "", str, where),
         mode=mode,
         steps=config.steps,
         grace_steps=grace,
-        reduction=found["reduction"],
-        retries=found["retries"],
-        seed=found["seed"],
         need=Need.of(config.cluster),
+        **found,
     )
 
 
-def keep_or_compare(sweep: Sweep, path: Path, *, begun: bool) -> None:
-    """Note what a sweep was begun with, or see that it goes on with the same.
+def keep_or_compare(sweep: Sweep, path: Path, *, started: bool) -> None:
+    """Save a sweep's settings, or check that it is resumed with the same ones.
 
     Args:
-        sweep: as it is asked for now.
-        path: JSON in the folder of the sweep.
-        begun: whether trials are there already.
+        sweep: the sweep as it is requested now.
+        path: JSON file in the folder of the sweep.
+        started: whether it has trials already.
 
     Raises:
-        ValueError: the sweep was begun with something else; Tune would go on with that.
+        ValueError: the sweep was started with other settings, which Tune would keep using.
     """
-    asked = json.loads(json.dumps(dataclasses.asdict(sweep)))  # tuples as JSON has them
-    if not begun:
+    requested = json.loads(json.dumps(dataclasses.asdict(sweep)))  # tuples as JSON has them
+    if not started:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asked)
+        write_json(path, requested)
         return
     before = read_json(path)
-    for name, value in asked.items():
+    for name, value in requested.items():
         if before[name] != value:
             raise ValueError(
-                f"{name} is {value!r} and the sweep in {path.parent} was begun with "
+                f"{name} is {value!r} and the sweep in {path.parent} was started with "
                 f"{before[name]!r}; use that again, or give another --folder"
             )
 
 
 def _varied(value: Any, where: str) -> Varied:
-    names = ", ".join(DISTRIBUTIONS)
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in DISTRIBUTIONS:
+        names = ", ".join(DISTRIBUTIONS)
         raise ValueError(f"{where} is {value!r}; use one of {names}, as in {{uniform: [0, 1]}}")
     ((distribution, values),) = value.items()
     if not isinstance(values, list) or not values:

@@ -1,4 +1,4 @@
-"""The YAML files that name many runs of one recipe: read strictly, errors with the place."""
+"""Strict reading of the YAML files of queues and sweeps; errors name the place."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 def read_yaml(path: Path) -> Any:
-    """The document.
+    """Read a YAML document.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML.
     """
     import yaml
 
@@ -26,7 +26,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:
-    """Raises ValueError where `values` is no mapping, or a key is unknown or missing."""
+    """Raise ValueError if `values` is no mapping, or a key is unknown or missing."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; use a mapping with {', '.join(sorted(known))}")
     for name in sorted(values.keys() - known):
@@ -36,10 +36,10 @@ def check_keys(values: Any, known: set[str], needed: set[str], where: str) -> No
 
 
 def checked(values: dict[str, Any], name: str, default: T, kind: type[T], where: str) -> T:
-    """A value of the file, or its default where it is not given.
+    """Return a value of the file, or its default.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: the value has another type.
     """
     value = values.get(name, default)
     if type(value) is not kind:
@@ -49,7 +49,7 @@ def checked(values: dict[str, Any], name: str, default: T, kind: type[T], where:
 
 
 def words_of(fields: dict[str, Any]) -> list[str]:
-    """Fields of a run as they stand on a command line."""
+    """Turn fields of a run into words of a command line."""
     words = []
     for name, value in fields.items():
         option = name.replace("_", "-")
@@ -62,7 +62,7 @@ def words_of(fields: dict[str, Any]) -> list[str]:
 
 
 def common_words(document: dict[str, Any], path: Path, folder: Path) -> list[str]:
-    """What all runs of a file share: `fields`, and one MLflow experiment in the runs' folder."""
+    """Return the words that all runs of a file share: `fields`, and one MLflow experiment."""
     return [
         f"--tracking.experiment={document.get('experiment', path.stem)}",
         f"--tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
@@ -71,17 +71,16 @@ def common_words(document: dict[str, Any], path: Path, folder: Path) -> list[str
 
 
 def checked_run(words: list[str], where: str) -> RayRunConfig:
-    """The run that the words after `cavmae train` name.
+    """Parse the arguments of `cavmae train`.
 
     Raises:
-        ValueError: a field that there is not, one out of its range, or ranks that can't share a
-            batch.
+        ValueError: a field is unknown or out of range, or the ranks cannot share a batch.
     """
     try:
         config = parse(words, RAY_KINDS, where)
         check_run(config)
-    except SystemExit as error:  # the parser has told which field
-        raise ValueError(f"{where} has a field that is not as it should be") from error
+    except SystemExit as error:  # the parser has printed which field
+        raise ValueError(f"{where} has an invalid field") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     return config

@@ -1,0 +1,1 @@
+"""One machine: the demos, and `cavmae doctor`."""

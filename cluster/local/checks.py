@@ -1,7 +1,7 @@
-"""What this machine has for training, each part with what to do where it is absent.
+"""Checks of this machine's hardware, libraries and limits, each with a fix for what is missing.
 
-Libraries are tried by loading them, and DALI in a process of its own: a broken
-driver fails far from its cause and can end a process.
+Libraries are checked by loading them, and DALI in a subprocess: a broken driver fails far from its
+cause and can kill a process.
 """
 
 import ctypes
@@ -20,36 +20,43 @@ import torch.cuda.nccl
 from rich.console import Console
 from rich.markup import escape
 
+import cavmae
 from cavmae.trainer.config.resolve import native_dtype
 
+State = Literal["ok", "warning", "problem"]
 STATES = {"ok": "green", "warning": "yellow", "problem": "red"}
-"""Of findings, with their colours."""
+"""States of findings, with their colours."""
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_OPEN_FILES, _PROCESSES = 4096, 4096
-"""Below this Ray and readers of many shards may run out."""
-_SHARED_MEMORY_BYTES = 1 << 30
+_MIN_OPEN_FILES, _MIN_PROCESSES = 4096, 4096
+"""With less, Ray and readers of many shards may fail."""
+_MIN_SHARED_MEMORY_BYTES = 1 << 30
 _FIRST_BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: of it.
-        state: `warning`: training works, but slower or not in all ways; `problem`: it does not.
+        name: name of the check.
+        state: `warning`: training works, but slower or with less; `problem`: it does not work.
         found: a version, a size, or what is wrong.
-        advice: what to do about it; empty where all is well.
+        advice: how to fix it; empty if all is well.
     """
 
     name: str
-    state: Literal["ok", "warning", "problem"]
+    state: State
     found: str
     advice: str = ""
 
 
+def judge(name: str, good: bool, found: str, advice: str, bad: State = "problem") -> Finding:
+    """Return a finding that is ok, or `bad` with the advice."""
+    return Finding(name, "ok", found) if good else Finding(name, bad, found, advice)
+
+
 def show(findings: list[Finding], console: Console) -> None:
-    """A line for each, and one below it that says what to do."""
+    """Print a line for each finding, and one below it with the advice."""
     width = max(len(one.name) for one in findings)
     for one in findings:
         state = f"[{STATES[one.state]}]{one.state:>7}[/]"
@@ -59,71 +66,54 @@ def show(findings: list[Finding], console: Console) -> None:
 
 
 def gpu() -> Finding:
-    """Whether torch sees a CUDA device."""
+    """Check that torch sees a CUDA device."""
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
         named = ", ".join(f"{card.name} ({card.total_memory / 1e9:.0f} GB)" for card in cards)
         return Finding("GPU", "ok", named)
-    build = torch.version.cuda or "no CUDA"
-    found = f"torch {torch.__version__} (built for {build}) sees none"
+    found = f"torch {torch.__version__} (built for {torch.version.cuda or 'CPU'}) finds no GPU"
+    install = "install a CUDA build of torch (docs/start/install.md); expose the GPU to a container"
     if _NVIDIA_DRIVER.exists():
-        return Finding(
-            "GPU",
-            "problem",
-            f"there is an NVIDIA driver, but {found}",
-            "install a CUDA build of torch that suits the driver (docs/start/install.md); in a "
-            "container, pass the GPU in",
-        )
-    return Finding(
-        "GPU",
-        "warning",
-        found,
-        "nothing for a small model on the CPU; otherwise install the driver and a CUDA build of "
-        "torch, and in a container pass the GPU in",
-    )
+        found = f"an NVIDIA driver is installed, but {found}"
+        return Finding("GPU", "problem", found, f"for this driver, {install}")
+    advice = f"none needed for a small model on the CPU; else install a driver, then {install}"
+    return Finding("GPU", "warning", found, advice)
 
 
 def driver() -> Finding:
-    """The driver, and whether it is new enough for torch's CUDA; only where torch sees a GPU."""
+    """Check that the driver supports torch's CUDA; call it only where torch sees a GPU."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    supported = (version.value // 1000, version.value % 1000 // 10)
+    major, minor = version.value // 1000, version.value % 1000 // 10
     name = _NVIDIA_DRIVER.read_text().splitlines()[0] if _NVIDIA_DRIVER.exists() else "a driver"
-    found = f"{name}; it has CUDA {supported[0]}.{supported[1]}, torch {torch.version.cuda}"
-    needed = int(str(torch.version.cuda).partition(".")[0])
-    if supported[0] < needed:
-        return Finding("driver", "problem", found, "update the driver, or install an older torch")
-    return Finding("driver", "ok", found)
+    cuda = str(torch.version.cuda)
+    found = f"{name}; it supports CUDA {major}.{minor}, torch needs {cuda}"
+    advice = "update the driver, or install an older torch"
+    return judge("driver", major >= int(cuda.partition(".")[0]), found, advice)
 
 
 def nccl() -> Finding:
-    """With which GPUs exchange tensors; only where torch sees a GPU."""
+    """Check that torch has NCCL; call it only where torch sees a GPU."""
     if not torch.distributed.is_nccl_available():
         return Finding("NCCL", "problem", "torch was built without it", "install another torch")
     return Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
 def bf16() -> Finding:
-    """Whether the hardware multiplies bf16, which `engine.dtype auto` depends on."""
+    """Check for hardware support of bf16, on which `engine.dtype auto` depends."""
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
-        if capability < _FIRST_BF16_CAPABILITY:
-            return Finding(
-                "bf16",
-                "warning",
-                f"the GPU has compute capability {capability[0]}.{capability[1]}, which has none",
-                "train with --engine.dtype fp32",
-            )
-        return Finding("bf16", "ok", "by the GPU")
+        found = f"GPU of compute capability {capability[0]}.{capability[1]}"
+        advice = "train with --engine.dtype fp32"
+        return judge("bf16", capability >= _FIRST_BF16_CAPABILITY, found, advice, "warning")
     if native_dtype(gpu=False) == "bf16":
-        return Finding("bf16", "ok", "by the CPU")
-    return Finding(
-        "bf16", "warning", "not by this CPU", "nothing: runs train in fp32 here unless told not to"
-    )
+        return Finding("bf16", "ok", "supported by the CPU")
+    advice = "none needed: runs train in fp32 here by default"
+    return Finding("bf16", "warning", "not supported by this CPU", advice)
 
 
 def library(name: str, advice: str) -> Finding:
-    """Whether the dynamic linker finds a shared library."""
+    """Check that the dynamic linker finds a shared library."""
     try:
         ctypes.CDLL(name)
     except OSError as error:
@@ -132,116 +122,114 @@ def library(name: str, advice: str) -> Finding:
 
 
 def nvdec() -> Finding:
-    """The library by which GPUs decode video."""
-    return library(
-        "libnvcuvid.so.1",
-        "install the driver's video libraries; in a container, set "
-        "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video",
-    )
+    """Check for the library with which GPUs decode video."""
+    container = "in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+    return library("libnvcuvid.so.1", f"install the driver's video libraries; {container}")
 
 
 def dali() -> Finding:
-    """Whether DALI imports."""
-    code = "import nvidia.dali as dali; print(dali.__version__)"
-    advice = "pip install nvidia-dali-cuda130 (or -cuda120 for CUDA 12)"
+    """Check that DALI can be imported."""
+    result = run_python("import nvidia.dali as dali; print(dali.__version__)", seconds=120)
+    if result is None:
+        return Finding("DALI", "problem", "not imported within 120 s", "check the driver")
+    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    good = result.returncode == 0
+    found = f"version {result.stdout.split()[-1]}" if good else lines[-1]
+    return judge("DALI", good, found, "pip install nvidia-dali-cuda130 (or -cuda120 for CUDA 12)")
+
+
+def run_python(code: str, seconds: float) -> "subprocess.CompletedProcess[str] | None":
+    """Run code in a subprocess that imports this tree; returns None after a timeout."""
+    tree = str(Path(cavmae.__file__).resolve().parents[1])
+    path = os.pathsep.join([tree, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        result = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=os.environ | {"PYTHONPATH": path},
         )
     except subprocess.TimeoutExpired:
-        return Finding("DALI", "problem", "does not import within 120 s", "look at the driver")
-    if result.returncode == 0:
-        return Finding("DALI", "ok", f"version {result.stdout.split()[-1]}")
-    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-    return Finding("DALI", "problem", lines[-1], advice)
+        return None
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
-    """Room for what Ray and NCCL share between processes; a container has 64 MB unless told."""
+    """Check the shared memory of Ray and NCCL; containers have 64 MB by default."""
     if not folder.is_dir():
         return Finding("shared memory", "problem", f"no {folder}", "mount a tmpfs there")
     usage = shutil.disk_usage(folder)
     found = f"{folder} has {usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
-    if usage.free < _SHARED_MEMORY_BYTES:
-        advice = "in a container, start it with --shm-size=16g; elsewhere, mount a larger tmpfs"
-        return Finding("shared memory", "warning", found, advice)
-    return Finding("shared memory", "ok", found)
+    advice = "in a container, start it with --shm-size=16g; elsewhere, mount a larger tmpfs"
+    good = usage.free >= _MIN_SHARED_MEMORY_BYTES
+    return judge("shared memory", good, found, advice, "warning")
 
 
 def limits() -> list[Finding]:
-    """Of this process and its children, by the shell that it was started from."""
+    """Check the limits that this process inherits from its shell."""
     findings = []
-    for name, which, least, flag in (
-        ("open files", resource.RLIMIT_NOFILE, _OPEN_FILES, "-n"),
-        ("processes", resource.RLIMIT_NPROC, _PROCESSES, "-u"),
+    for name, which, minimum, flag in (
+        ("open files", resource.RLIMIT_NOFILE, _MIN_OPEN_FILES, "-n"),
+        ("processes", resource.RLIMIT_NPROC, _MIN_PROCESSES, "-u"),
     ):
-        soft, hard = resource.getrlimit(which)
-        enough = soft == resource.RLIM_INFINITY or soft >= least
-        reach = least if hard == resource.RLIM_INFINITY else min(hard, 16 * least)
-        advice = f"ulimit {flag} {reach}"
-        if hard != resource.RLIM_INFINITY and hard < least:
-            advice = (
-                f"raise the hard limit in /etc/security/limits.conf, then ulimit {flag} {least}"
-            )
-        findings.append(
-            Finding(name, "ok", _limit(soft))
-            if enough
-            else Finding(name, "warning", f"{_limit(soft)} at most", advice)
+        soft, hard = (
+            sys.maxsize if limit == resource.RLIM_INFINITY else limit
+            for limit in resource.getrlimit(which)
         )
+        found = f"at most {soft:,}" if soft < sys.maxsize else "unlimited"
+        advice = f"ulimit {flag} {max(minimum, min(hard, 16 * minimum))}"
+        if hard < minimum:
+            advice = f"raise the hard limit in /etc/security/limits.conf, then {advice}"
+        findings.append(judge(name, soft >= minimum, found, advice, "warning"))
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    # Host memory for copies to a GPU is pinned by the driver, which this limit does not bind;
-    # InfiniBand's is bound.
-    few = torch.cuda.is_available() and locked != resource.RLIM_INFINITY
-    advice = "with InfiniBand: ulimit -l unlimited (docker: --ulimit memlock=-1)" if few else ""
-    amount = _limit(locked) + ("" if locked == resource.RLIM_INFINITY else " bytes")
-    findings.append(Finding("locked memory", "warning" if few else "ok", amount, advice))
-    return findings
+    unlimited = locked == resource.RLIM_INFINITY
+    # The driver pins host memory for copies to a GPU, which this limit does not affect; it does
+    # affect InfiniBand.
+    found = "unlimited" if unlimited else f"at most {locked:,} bytes"
+    advice = "with InfiniBand: ulimit -l unlimited (docker: --ulimit memlock=-1)"
+    good = unlimited or not torch.cuda.is_available()
+    return [*findings, judge("locked memory", good, found, advice, "warning")]
 
 
-def _limit(value: int) -> str:
-    return "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}"
-
-
-def disk(name: str, folder: Path, wanted_bytes: float) -> Finding:
-    """Whether a folder, or the first above it that exists, can be written to and has room.
+def disk(name: str, folder: Path, needed_bytes: float) -> Finding:
+    """Check that a folder, or its nearest existing parent, is writable and has space.
 
     Args:
-        name: what it is for.
-        folder: of this machine.
-        wanted_bytes: that should be free.
+        name: name of the finding.
+        folder: folder of this machine.
+        needed_bytes: space that should be free.
     """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        advice = "choose another folder, or give yourself the right to write"
-        return Finding(name, "problem", f"{there} can't be written to", advice)
-    free = shutil.disk_usage(there).free
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        advice = "choose another folder, or get write permission"
+        return Finding(name, "problem", f"{existing} is not writable", advice)
+    free = shutil.disk_usage(existing).free
     found = f"{folder}: {free / 1e9:.1f} GB free"
-    if free < wanted_bytes:
-        advice = (
-            f"make room: {wanted_bytes / 1e9:.0f} GB are wanted there, or set less or elsewhere"
-        )
-        return Finding(name, "warning", found, advice)
-    return Finding(name, "ok", found)
+    advice = (
+        f"free space ({needed_bytes / 1e9:.0f} GB are needed), or choose another folder or size"
+    )
+    return judge(name, free >= needed_bytes, found, advice, "warning")
 
 
 def compiler() -> Finding:
-    """What DeepSpeed compiles its CPU operators with."""
-    wanted = os.environ.get("CXX", "g++")
-    path = shutil.which(wanted)
-    if path is None:
-        state = "warning" if torch.cuda.is_available() else "problem"
-        return Finding("C++ compiler", state, f"no {wanted}", "apt-get install g++, or set CXX")
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return Finding("C++ compiler", "ok", (said.stdout.splitlines() or [path])[0])
+    """Check for the C++ compiler with which DeepSpeed compiles its CPU operators."""
+    state = "warning" if torch.cuda.is_available() else "problem"
+    command = os.environ.get("CXX", "g++")
+    return _program("C++ compiler", command, None, "apt-get install g++, or set CXX", state)
 
 
 def ninja() -> Finding:
-    """What DeepSpeed's compiling is driven by: of this environment, also where it isn't active."""
-    places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    path = shutil.which("ninja", path=places)
-    if path is None:
-        return Finding("ninja", "problem", "absent", "pip install ninja")
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return Finding("ninja", "ok", said.stdout.strip())
+    """Check for ninja, which DeepSpeed compiles with, in PATH or this environment's scripts."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    return _program("ninja", "ninja", path, "pip install ninja", "problem")
+
+
+def _program(name: str, command: str, path: str | None, advice: str, bad: State) -> Finding:
+    """Look for a program in `path`, or PATH, and for its version."""
+    program = shutil.which(command, path=path)
+    if program is None:
+        return Finding(name, bad, f"{command} not found", advice)
+    output = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    return Finding(name, "ok", (output.splitlines() or [program])[0])

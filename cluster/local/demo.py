@@ -1,12 +1,11 @@
-"""`cavmae demo`: the whole way on two CPU cores, from videos that it draws itself to scores on
-videos that the model never saw.
+"""`cavmae demo`: the whole pipeline on two CPU cores, from generated videos to retrieval scores on
+unseen ones.
 
-It shows that everything works together and that the model learns a correspondence that was designed
+It shows that the parts work together and that the model learns a correspondence that was designed
 to be learned. The control, `cavmae demo --shuffled-pairs`, trains on clips with the sound of other
-clips and has to end at chance.
+clips and must score at chance.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,89 +15,81 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.cluster.config import ClusterConfig, RayPretrainConfig
+from cavmae.atomic_write import read_json, write_json
+from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import train_on_ray
 from cavmae.command import exit_code
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.recipes import demo as demo_recipe
-from cavmae.trainer.config.serialize import load_config, read_json, write_json
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.config.serialize import load_config
 
 UNSEEN_START_INDEX = 1_000_000
-"""Clips are a function of seed and index: from here on, none of the training clips."""
+"""A clip is a function of seed and index, so these are none of the training clips."""
 RECALLS = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
 DIRECTIONS = {
     "audio_to_video": "sound to picture",
     "video_to_audio": "picture to sound",
 }
-_HONEST_WORDS = (
-    "The videos are drawn so that pictures and sounds correspond: this shows that the system "
+_LIMITATIONS = (
+    "The videos are generated so that pictures and sounds correspond: this shows that the system "
     "learns correspondences that were designed to be learned, and is no evidence about natural "
-    "video. One frame a clip is used, which does not test synchrony. The contrastive weight (1) "
-    "and the share of patches masked (1/2) differ from the published recipe (0.01 and 3/4), which "
-    "learns this slower.\n"
+    "video. One frame per clip is used, which does not test synchrony. The contrastive weight (1) "
+    "and the masking ratio (1/2) differ from the published recipe (0.01 and 3/4), which learns "
+    "this more slowly.\n"
 )
 CONTROL_P_VALUE = 0.001
-"""A control this unlikely by chance has learned what it can't have learned."""
+"""A control below this has learned something that it cannot have learned."""
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """Draw videos with sound, pack them, pretrain on two Ray workers under DeepSpeed, and look for
-    the right picture to a sound among videos never seen. About ten minutes on two CPU cores.
+class DemoConfig(CheckedFields):
+    """Generate videos with sound, pack them, pretrain on two Ray workers under DeepSpeed, and score
+    audio-visual retrieval on unseen videos. About ten minutes on two CPU cores.
 
-    Videos and shards in the folder are used again; a training that was interrupted goes on, and one
-    that is finished is only shown.
+    Videos and shards in the folder are reused; an interrupted training is resumed, and the scores
+    of a finished one are only shown.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of range.
     """
 
     folder: str = ""
-    """Where everything goes; empty: runs/demo, or runs/demo-shuffled-pairs."""
-    clips: int = 3000
+    """Output folder; empty: runs/demo, or runs/demo-shuffled-pairs."""
+    clips: Annotated[int, at_least(128)] = 3000
     """Videos to train on."""
-    unseen_clips: int = 200
+    unseen_clips: Annotated[int, at_least(20)] = 200
     """Videos to score on."""
-    steps: int = 0
-    """Optimizer steps; 0: as many as the recipe `demo` has."""
-    workers: int = 2
-    """Ranks; each is a process with its share of the cores."""
+    steps: NonNegativeInt = 0
+    """Optimizer steps; 0: those of the recipe `demo`."""
+    workers: PositiveInt = 2
+    """Ranks, each a process with its share of the cores."""
     seed: int = 1
-    """Seed of videos and training. (The drawing was designed while looking at clips of seed 0.)"""
+    """Seed of videos and training. (The generator was designed on clips of seed 0.)"""
     shuffled_pairs: bool = False
-    """The control: train on videos that have the sound of others. It must end at chance."""
+    """The control: train on videos with the sound of others. It must score at chance."""
     fresh: bool = False
-    """Remove an earlier training of this folder first (videos and shards stay)."""
-
-    def __post_init__(self) -> None:
-        if self.clips < 128 or self.unseen_clips < 20:
-            raise ValueError(
-                f"clips is {self.clips} and unseen_clips {self.unseen_clips}; use 128 or more and "
-                "20 or more"
-            )
-        if self.workers < 1 or self.steps < 0:
-            raise ValueError(
-                f"workers is {self.workers} and steps {self.steps}; use 1 or more and 0 or more"
-            )
+    """Delete an earlier training in this folder first; videos and shards stay."""
 
 
 @dataclass
 class Demo:
-    """What the phases share.
+    """State that the phases share.
 
     Attributes:
-        config: what was asked for.
-        folder: where everything is.
-        console: where people look.
-        seconds: wall time by phase; a phase that found its work done is left out.
+        config: the command's fields.
+        folder: output folder.
+        console: console of the user.
+        seconds: wall time by phase, of those that were not done already.
     """
 
     config: DemoConfig
@@ -122,7 +113,7 @@ class Demo:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns 0 where the scores are what they must be, else 1."""
+    """Run the command; returns 0 if the scores are as good as they must be, else 1."""
     config = tyro.cli(DemoConfig, prog="cavmae demo", args=arguments)
     folder = config.folder or ("runs/demo" + "-shuffled-pairs" * config.shuffled_pairs)
     demo = Demo(config, Path(folder), Console())
@@ -134,145 +125,106 @@ def main(arguments: list[str]) -> int:
 
 
 def make_shards(demo: Demo) -> None:
-    """Draw and pack the videos of both sets; what an earlier call has finished is kept."""
+    """Generate and pack the videos of both sets, unless an earlier call has."""
     config = demo.config
     note = {
         name: getattr(config, name) for name in ("clips", "unseen_clips", "seed", "shuffled_pairs")
     }
     noted = demo.folder / "demo.json"
-    if noted.exists() and read_json(noted) != note:
-        raise ValueError(
-            f"{demo.folder} holds a demo of {json.dumps(read_json(noted))}, and this one is "
-            f"{json.dumps(note)}; give another --folder"
-        )
     if noted.exists():
-        demo.console.print(f"Videos and shards of an earlier start are used: {demo.folder}")
+        if read_json(noted) != note:
+            raise ValueError(
+                f"{demo.folder} holds a demo of {json.dumps(read_json(noted))}, and this one is "
+                f"{json.dumps(note)}; give another --folder"
+            )
+        demo.console.print(f"Using the videos and shards in {demo.folder}")
         return
-    total = config.clips + config.unseen_clips
-    with demo.phase("draw", f"{total} videos with sound, 2 seconds each"):
-        for part, count, start in (
-            ("train", config.clips, 0),
-            ("unseen", config.unseen_clips, UNSEEN_START_INDEX),
-        ):
+    videos, sets = demo.folder / "videos", {"train": config.clips, "unseen": config.unseen_clips}
+    with demo.phase("generate", f"{sum(sets.values())} videos with sound, 2 seconds each"):
+        for part, count in sets.items():
             generate(
-                demo.folder / "videos" / part,
+                videos / part,
                 count,
                 config.seed,
-                start_index=start,
+                start_index=0 if part == "train" else UNSEEN_START_INDEX,
                 shuffled_pairs=config.shuffled_pairs and part == "train",
             )
     with demo.phase("pack", "into WebDataset shards of key-frame VP9 and FLAC"):
-        for part in ("train", "unseen"):
-            summary = pack(
-                PackConfig(
-                    videos=str(demo.folder / "videos" / part / "clips.csv"),
-                    out=str(demo.folder / "shards" / part),
-                    tiers="video",
-                ),
-                demo.console,
-            )
+        for part in sets:
+            listing, out = str(videos / part / "clips.csv"), str(demo.folder / "shards" / part)
+            summary = pack(PackConfig(listing, out, tiers="video"), demo.console)
             if summary.skipped:
-                raise ValueError(f"videos just drawn can't be packed: {summary.skipped}")
+                raise ValueError(f"generated videos cannot be packed: {summary.skipped}")
     write_json(noted, note)
 
 
 def train(demo: Demo) -> dict[str, float]:
-    """Pretrain with the recipe `demo` on Ray; returns the held-out scores at the end."""
-    config = demo.config
-    if config.fresh:
+    """Pretrain with the recipe `demo` on Ray; returns the final validation scores."""
+    if demo.config.fresh:
         shutil.rmtree(demo.run_dir, ignore_errors=True)
-    wanted = training_config(demo)
+    run = training_config(demo)
     saved, summary = demo.run_dir / "config.json", demo.run_dir / "summary.json"
-    if saved.exists() and load_config(saved, PretrainConfig).steps != wanted.steps:
+    if saved.exists() and (steps := load_config(saved, PretrainConfig).steps) != run.steps:
         raise ValueError(
-            f"{demo.run_dir} was begun with {load_config(saved, PretrainConfig).steps} steps and "
-            f"this start has {wanted.steps}; give the former, or --fresh to train anew"
+            f"{demo.run_dir} was started with {steps} steps and this attempt has {run.steps}; give "
+            "the former, or --fresh to retrain"
         )
     if summary.exists():
-        demo.console.print(f"Finished by an earlier start (--fresh trains anew): {demo.run_dir}")
+        demo.console.print(f"Training is already finished (--fresh retrains): {demo.run_dir}")
         return read_json(summary)["scores"]
-    ranks = f"{config.workers} Ray workers under DeepSpeed ZeRO {wanted.engine.zero_stage}"
-    with demo.phase("train", f"{wanted.steps} steps on {ranks}"):
-        demo.console.print("(the first time, DeepSpeed compiles an operator, for about a minute)")
-        return train_on_ray(wanted).scores
+    ranks = f"{demo.config.workers} Ray workers under DeepSpeed ZeRO {run.engine.zero_stage}"
+    with demo.phase("train", f"{run.steps} steps on {ranks}"):
+        demo.console.print("(the first time, DeepSpeed compiles an operator for about a minute)")
+        return train_on_ray(run).scores
 
 
-def training_config(demo: Demo) -> RayPretrainConfig:
-    """The recipe `demo` with this demo's data, place and length."""
-    config, recipe = demo.config, demo_recipe()
-    cores = len(os.sched_getaffinity(0))
-    fields = {entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(recipe)}
-    return RayPretrainConfig(
-        **fields
-        | {
-            "run_dir": str(demo.run_dir),
-            "seed": config.seed,
-            "steps": config.steps or recipe.steps,
-            "data": dataclasses.replace(
-                recipe.data,
-                train=str(demo.shards("train")),
-                validation=str(demo.shards("unseen")),
-            ),
-            "evaluation": dataclasses.replace(recipe.evaluation, clips=config.unseen_clips),
-        },
-        cluster=ClusterConfig(
-            workers=config.workers, cpus_per_worker=max(1, cores // config.workers)
-        ),
-    )
+def training_config(demo: Demo) -> RayRunConfig:
+    """Return the recipe `demo` with this demo's data, folder and length."""
+    config = demo.config
+    words = [
+        f"--run-dir={demo.run_dir}",
+        f"--seed={config.seed}",
+        f"--data.train={demo.shards('train')}",
+        f"--data.validation={demo.shards('unseen')}",
+        f"--validation.clips={config.unseen_clips}",
+        f"--workers={config.workers}",
+        f"--cpus-per-worker={max(1, len(os.sched_getaffinity(0)) // config.workers)}",
+    ]
+    steps = [f"--steps={config.steps}"] if config.steps else []
+    return parse(["demo", *words, *steps], RAY_KINDS, "cavmae demo")
 
 
 def untrained_scores(demo: Demo) -> dict[str, float]:
-    """Retrieval scores of the model before its first step, named as `train` names them."""
+    """Return the retrieval scores of the model before its first step, named as `train` does."""
     import torch
 
-    from cavmae.dataloaders.batch import ClipShape
-    from cavmae.dataloaders.loading.loader import ValidationLoader
+    from cavmae.trainer.evaluation.inference import embed
+    from cavmae.trainer.evaluation.trained_run import open_trained_run
     from cavmae.trainer.metrics.retrieval import retrieval_scores
-    from cavmae.trainer.model.cavmae import CAVMAE
 
-    config = training_config(demo)
-    torch.manual_seed(config.seed)
-    model = CAVMAE(config.model).eval()
-    loader = ValidationLoader(
-        config.data,
-        ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size),
-        folder=config.data.validation,
-        batch=config.micro_batch,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        limit=config.evaluation.clips,
-    )
-    try:
-        with torch.no_grad():
-            audio, video = zip(
-                *(
-                    (model.embed_audio(batch.log_mel), model.embed_video(batch.frames[:, 0]))
-                    for batch in loader
-                ),
-                strict=True,
-            )
-    finally:
-        loader.close()
+    run, shards = open_trained_run(demo.run_dir), str(demo.shards("unseen"))
+    model = run.untrained_model(torch.device("cpu"))
+    clips = demo.config.unseen_clips
+    values = embed(model, run.config, shards, clips=clips, batch=run.config.micro_batch).values
     return {
         f"val_{direction}_{name}": value
-        for direction, scores in retrieval_scores(torch.cat(audio), torch.cat(video)).items()
+        for direction, scores in retrieval_scores(values["audio"], values["video"]).items()
         for name, value in scores.as_metrics().items()
     }
 
 
 def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> int:
-    """Print scores, what they mean and where everything is; returns the exit code."""
+    """Print scores, what they mean and where the results are; returns the exit code."""
     config, console = demo.config, demo.console
     console.print(scores_table(scores, untrained, config.unseen_clips))
-    console.print(_HONEST_WORDS, highlight=False)
+    console.print(_LIMITATIONS, highlight=False)
     # The program's full path: the environment of `make demo` is not on the user's PATH.
     mlflow = Path(sys.executable).parent / "mlflow"
     database = (demo.folder / "mlflow.db").resolve()
     where = {
         "run folder": demo.run_dir,
         "weights": demo.run_dir / "weights.pt",
-        "pictures": demo.run_dir / "pictures",
+        "figures": demo.run_dir / "figures",
         "videos": demo.folder / "videos" / "unseen",
         "all curves": f"{mlflow} ui --backend-store-uri sqlite:///{database} --host 127.0.0.1",
     }
@@ -283,61 +235,48 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
         console.print(f"{name:<12}{place}", soft_wrap=True, highlight=False)
 
     rows = [f"val_{direction}_r10" for direction in DIRECTIONS]
+    error, verdict = "", "R@10 is above chance both ways, with its whole confidence interval."
     if config.shuffled_pairs:
+        verdict = "The control is at chance, as it must be."
         if min(scores[f"{row}_p_value"] for row in rows) < CONTROL_P_VALUE:
-            print("error: the control is above chance: something leaks", file=sys.stderr)
-            return 1
-        console.print("\nThe control is at chance, as it must be.")
-        return 0
-    if any(scores[f"{row}_low"] <= scores[f"{row}_chance"] for row in rows):
-        print(
-            "error: R@10 is not clearly above chance (its interval reaches down to it): the model "
-            "has not learned, or not for long enough",
-            file=sys.stderr,
+            error = "the control is above chance: there is a leak"
+    elif any(scores[f"{row}_low"] <= scores[f"{row}_chance"] for row in rows):
+        error = (
+            "R@10 is not clearly above chance, which its confidence interval includes: the model "
+            "has not learned, or not for long enough"
         )
+    if error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    console.print("\nR@10 is above chance both ways, with its whole interval.")
+    console.print(f"\n{verdict}")
     return 0
 
 
 def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: int) -> Table:
-    """Retrieval both ways, beside chance and the model before training."""
-    table = Table(
-        title=f"\nRetrieval among {clips} unseen clips",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    """Return a table of retrieval both ways, beside chance and the model before training."""
+    title = f"\nRetrieval among {clips} unseen clips"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in ("trained", "95% CI", "chance", "x chance", "p", "untrained"):
         table.add_column(column, justify="right", no_wrap=True)
     for direction, title in DIRECTIONS.items():
-        prefix = f"val_{direction}_"
         table.add_row(f"[bold]{title}")
         for name, recall in RECALLS.items():
-            value, low, high, chance, p_value = (
-                scores[prefix + name + part]
-                for part in ("", "_low", "_high", "_chance", "_p_value")
-            )
+            key = f"val_{direction}_{name}"
+            value, chance, p = (scores[key + part] for part in ("", "_chance", "_p_value"))
             table.add_row(
                 recall,
                 f"{value:.1%}",
-                f"{100 * low:.0f} to {high:.0%}",
+                f"{100 * scores[f'{key}_low']:.0f} to {scores[f'{key}_high']:.0%}",
                 f"{chance:.1%}",
                 f"{value / chance:.1f}",
-                "< 1e-9" if p_value < 1e-9 else f"{p_value:.2g}",
-                f"{untrained[prefix + name]:.1%}",
+                "< 1e-9" if p < 1e-9 else f"{p:.2g}",
+                f"{untrained[key]:.1%}",
             )
-        median = prefix + "median_rank"
-        table.add_row(
-            "median rank",
-            f"{scores[median]:g}",
-            "",
-            f"{scores[prefix + 'chance_median_rank']:g}",
-            "",
-            "",
-            f"{untrained[median]:g}",
-        )
+        key = f"val_{direction}_median_rank"
+        chance = scores[f"val_{direction}_chance_median_rank"]
+        values = [f"{scores[key]:g}", "", f"{chance:g}", "", "", f"{untrained[key]:g}"]
+        table.add_row("median rank", *values)
     return table
 
 

@@ -1,8 +1,8 @@
-"""`cavmae demo-full`: all that a pretrained model is for, one command after the other, on a CPU.
+"""`cavmae demo-full`: everything that a pretrained model is for, on a CPU.
 
-Each step is a command of its own, printed as a user would type it, and has to be better than chance
-or than a model that was not trained, by the margin that the table states. What an earlier call has
-finished is kept, unless it was made with other words or of other weights.
+Each step is a command, printed as a user would type it, and must beat chance or an untrained model
+by the margin in the table. Steps that an earlier call finished are skipped, unless their arguments
+or the weights that they use have changed.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
 from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import read_json, write_json
 
 SEARCHES = 8
 """Sounds that are looked up. By chance a sound finds its video among ten of 200 once in 20 times:
@@ -39,165 +38,158 @@ class DemoFullConfig:
     embed, search and export, and compare each with chance. About 20 minutes on two CPU cores."""
 
     folder: str = "runs/demo"
-    """Where everything goes; what `cavmae demo` left there is used."""
+    """Output folder; results of `cavmae demo` in it are reused."""
     clips: int = DemoConfig.clips
     """Videos to train on."""
     unseen_clips: int = DemoConfig.unseen_clips
     """Videos to score on."""
     steps: int = 0
-    """Optimizer steps of pretraining; 0: as many as the recipe `demo` has."""
+    """Optimizer steps of pretraining; 0: those of the recipe `demo`."""
     finetune_epochs: float = 10.0
-    """ActivationTimeline of fine-tuning over the videos."""
+    """Epochs of fine-tuning."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the table.
-
-    Attributes:
-        step: what was done.
-        score: what is judged, and its value.
-        baseline: what it is compared with.
-        good: whether the margin is met.
-    """
-
-    step: str
-    score: str
-    baseline: str
-    good: bool
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command.
+@dataclass
+class Demo:
+    """State that the steps share.
 
     Attributes:
-        name: of the step.
-        words: after `cavmae`.
-        weights: what it is made of, if anything.
-        out: file or folder that it makes, which is removed where it is made anew; None: the command
-            itself keeps what is finished.
-        judge: of what it left.
-        goes_on: whether the command takes up what an interrupted start of it has left.
+        folder: output folder.
+        console: console of the user.
+        lines: step, score, baseline and verdict (good) of each step.
+        seconds: wall time by step, of those that were not done already.
     """
 
-    name: str
-    words: list[str]
-    weights: Path | None
-    out: Path | None
-    judge: Callable[[], Line]
-    goes_on: bool = False
+    folder: Path
+    console: Console
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def made_of(self) -> dict[str, Any]:
-        """What its result depends on."""
-        sha256 = ""
-        if self.weights is not None:
-            with self.weights.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"words": self.words, "weights_sha256": sha256}
+    def run(
+        self,
+        name: str,
+        words: list[str],
+        *,
+        weights: Path | None = None,
+        out: Path | None = None,
+        resumes: bool = False,
+    ) -> None:
+        """Run a command, unless it has finished with the same words and weights.
+
+        Args:
+            name: name of the step.
+            words: arguments of `cavmae`.
+            weights: weights that the command uses, if any.
+            out: file or folder that it creates, deleted before it is created anew; None: the
+                command skips finished work by itself.
+            resumes: whether the command resumes an interrupted attempt.
+        """
+        self.console.rule(name, align="left")
+        inputs: dict[str, Any] = {"words": words, "weights_sha256": ""}
+        if weights is not None:
+            with weights.open("rb") as file:
+                inputs["weights_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        note = self.folder / "notes" / f"{name}.json"
+        noted = read_json(note) if note.exists() else {}
+        same = noted.get("inputs") == inputs
+        if same and noted["finished"] and out is not None:
+            self.console.print(f"cavmae {shlex.join(words)}\nalready done: {out}")
+            return
+        if out is not None and not (same and resumes):
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"inputs": inputs, "finished": False})
+        self.command(name, words)
+        write_json(note, {"inputs": inputs, "finished": True})
+
+    def command(self, name: str, words: list[str]) -> None:
+        """Run a command of a step, and add to the step's time."""
+        self.console.print(f"cavmae {shlex.join(words)}", style="bold")
+        began = time.monotonic()
+        _run(words)
+        self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - began
+
+    def judge(self, step: str, score: str, baseline: str, good: bool) -> None:
+        """Add a line of the table: the score, what it must beat, and whether it does."""
+        self.lines.append({"step": step, "score": score, "baseline": baseline, "good": good})
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns 0 where every step is as much better as it must be, else 1."""
+    """Run the command; returns 0 if every step beats its baseline by the margin, else 1."""
     config = tyro.cli(DemoFullConfig, prog="cavmae demo-full", args=arguments)
-    console, folder = Console(soft_wrap=True, highlight=False), Path(config.folder)
-    lines, seconds = [], {}
-    for step in steps(config, folder):
-        console.rule(step.name, align="left")
-        console.print(f"cavmae {shlex.join(step.words)}", style="bold")
-        note, made_of = folder / "notes" / f"{step.name}.json", step.made_of()
-        noted = read_json(note) if note.exists() else {}
-        same = noted.get("made_of") == made_of
-        if same and noted["finished"] and step.out is not None:
-            console.print(f"done by an earlier start: {step.out}")
-        else:
-            if step.out is not None and not (same and step.goes_on):
-                _remove(step.out)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"made_of": made_of, "finished": False})
-            began = time.monotonic()
-            _start(step.words)
-            seconds[step.name] = time.monotonic() - began
-            write_json(note, {"made_of": made_of, "finished": True})
-        lines.append(step.judge())
-    lines.append(_searched(folder, console, seconds))
-    return _show(console, folder, lines, seconds)
-
-
-def steps(config: DemoFullConfig, folder: Path) -> list[Step]:
-    """The commands in their order, all but the searches."""
+    folder = Path(config.folder)
+    demo = Demo(folder, Console(soft_wrap=True, highlight=False))
     run, classifier = folder / "run", folder / "classifier"
     train, unseen = (str(folder / "shards" / part / "video") for part in ("train", "unseen"))
-    results = folder / "results"
-    embeddings, exported = folder / "embeddings", folder / "exported"
-    pictures = folder / "reconstructed"
+    pretrained = run / "weights.pt"
 
-    def result(name: str) -> Path:
-        return results / f"{name}.json"
+    words = [f"--folder={folder}", f"--steps={config.steps}", f"--clips={config.clips}"]
+    demo.run("pretrain", ["demo", *words, f"--unseen-clips={config.unseen_clips}"])
+    scores, name = read_json(run / "summary.json")["scores"], "val_audio_to_video_r10"
+    _judge_recall(demo, "pretrain", *(scores[name + part] for part in ("", "_low", "_chance")))
 
-    demo = ["demo", "--folder", str(folder), "--steps", str(config.steps)]
-    demo += ["--clips", str(config.clips), "--unseen-clips", str(config.unseen_clips)]
-    finetune = ["finetune", "demo_finetune", "--run-dir", str(classifier)]
-    finetune += ["--initial-weights", str(run / "weights.pt"), "--data.train", train]
-    finetune += ["--data.validation", unseen, "--epochs", str(config.finetune_epochs)]
-    of_classifier = ["evaluate", "classify", str(classifier), unseen, "--frames", "10"]
-    of_classifier += ["--allow-empty-classes"]  # few unseen clips may lack one
-    formats = ["--format", "hub", "torch", "onnx"]
-    pretrained, finetuned = run / "weights.pt", classifier / "weights.pt"
-    retrieve = ["evaluate", "retrieve", str(run), unseen, "--out", str(result("retrieve"))]
-    probe = ["evaluate", "probe", str(run), train, unseen, "--out", str(result("probe"))]
-    return [
-        Step("pretrain", demo, None, None, lambda: _pretrained(run)),
-        Step("fine-tune", finetune, pretrained, classifier, lambda: _finetuned(classifier), True),
-        Step(
-            "classify",
-            [*of_classifier, "--out", str(result("classify"))],
-            finetuned,
-            result("classify"),
-            lambda: _classified(result("classify"), classifier),
-        ),
-        Step(
-            "retrieve",
-            retrieve,
-            pretrained,
-            result("retrieve"),
-            lambda: _retrieved(result("retrieve")),
-        ),
-        Step("probe", probe, pretrained, result("probe"), lambda: _probed(result("probe"))),
-        Step(
-            "reconstruct",
-            ["reconstruct", str(run), unseen, str(pictures), "--clips", "16"],
-            pretrained,
-            pictures,
-            lambda: _reconstructed(pictures / "reconstructions.json"),
-        ),
-        Step(
-            "embed",
-            ["embed", str(run), unseen, str(embeddings)],
-            pretrained,
-            embeddings,
-            lambda: _embedded(embeddings / "embeddings.json", unseen),
-            goes_on=True,
-        ),
-        Step(
-            "export",
-            ["export", str(run), str(exported), *formats],
-            pretrained,
-            exported,
-            lambda: _exported(exported),
-        ),
-    ]
+    words = ["finetune", "demo_finetune", f"--run-dir={classifier}"]
+    words += [f"--initial-weights={pretrained}", f"--epochs={config.finetune_epochs}"]
+    words += [f"--data.train={train}", f"--data.validation={unseen}"]
+    demo.run("fine-tune", words, weights=pretrained, out=classifier, resumes=True)
+    loss = read_json(classifier / "summary.json")["scores"]["val_loss"]
+    classes = _classes(classifier)
+    uniform = math.log(classes)  # cross-entropy of equal probabilities
+    baseline = f"uniform guess {uniform:.3f}; half of it"
+    demo.judge("fine-tune", f"validation loss {loss:.3f}", baseline, 2 * loss < uniform)
+
+    # Few unseen clips may lack a class.
+    words = [str(classifier), unseen, "--frames=10", "--allow-empty-classes"]
+    result = _evaluate(demo, "classify", words, classifier / "weights.pt")
+    value, low = (result["modes"]["multimodal"][name] for name in ("accuracy", "accuracy_low"))
+    score, baseline = _share("accuracy", value, low), f"chance {1 / classes:.1%}; 5 times that"
+    demo.judge("classify", score, baseline, low > 5 / classes)
+
+    result = _evaluate(demo, "retrieve", [str(run), unseen], pretrained)["video_to_audio"]
+    recall = (result[name] for name in ("r10", "r10_low", "r10_chance"))
+    _judge_recall(demo, "retrieve, picture to sound", *recall)
+
+    scores = _evaluate(demo, "probe", [str(run), train, unseen], pretrained)["scores"]
+    trained, random = scores["pretrained, linear"], scores["random weights, linear"]
+    score = _share("accuracy", trained["accuracy"], trained["accuracy_low"])
+    baseline = f"random weights {random['accuracy']:.1%}, up to {random['accuracy_high']:.1%}"
+    good = trained["accuracy_low"] > random["accuracy_high"]
+    demo.judge("linear probe", score, f"{baseline}; intervals apart", good)
+
+    out = folder / "reconstructed"
+    words = ["reconstruct", str(run), unseen, str(out), "--clips=16"]
+    demo.run("reconstruct", words, weights=pretrained, out=out)
+    errors = {  # the model's squared error, and that of the best guess
+        kind: (model, min(guesses))
+        for kind, means in read_json(out / "reconstructions.json")["mean"].items()
+        for model, *guesses in [means.values()]
+    }
+    parts = [f"{kind} {model:.3f} ({guess:.3f})" for kind, (model, guess) in errors.items()]
+    score, baseline = f"squared error: {', '.join(parts)}", "best guess in brackets; 0.9 of it"
+    good = all(model < 0.9 * guess for model, guess in errors.values())
+    demo.judge("reconstruct", score, baseline, good)
+
+    out, clips = folder / "embeddings", ShardSet(unseen).samples
+    words = ["embed", str(run), unseen, str(out)]
+    demo.run("embed", words, weights=pretrained, out=out, resumes=True)
+    description = read_json(out / "embeddings.json")
+    count = description["rows"] + len(description["left_out"])
+    demo.judge("embed", f"{count} clips accounted for", f"{clips} clips; all", count == clips)
+
+    out = folder / "exported"
+    words = ["export", str(run), str(out), "--format", "hub", "torch", "onnx"]
+    demo.run("export", words, weights=pretrained, out=out)
+    names = ("model.safetensors", "audio.pt2", "audio.onnx", "video.pt2", "video.onnx")
+    good = all((out / name).exists() for name in names)
+    baseline = f"the model's; at most {LARGEST_DEVIATION:g} apart"
+    demo.judge("export", "outputs of the graphs compared", baseline, good)
+
+    _search(demo, unseen)
+    return _show(demo)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _start(words: list[str]) -> None:
-    """Run a command of the product and show what it says.
+def _run(words: list[str]) -> None:
+    """Run a command of the package and show its output.
 
     Raises:
         ValueError: it failed.
@@ -207,20 +199,11 @@ def _start(words: list[str]) -> None:
         raise ValueError(f"`cavmae {shlex.join(words)}` ended with {code}; see above")
 
 
-def _pretrained(run: Path) -> Line:
-    scores = read_json(run / "summary.json")["scores"]
-    name = "val_audio_to_video_r10"
-    value, low, chance = (scores[name + part] for part in ("", "_low", "_chance"))
-    score = f"R@10 {value:.1%}, 95% interval from {low:.1%}"
-    return Line("pretrain", score, f"chance {chance:.1%}; 3 times that", low > 3 * chance)
-
-
-def _finetuned(classifier: Path) -> Line:
-    loss = read_json(classifier / "summary.json")["scores"]["val_loss"]
-    # Cross-entropy of a guess that gives all classes the same probability.
-    chance = math.log(_classes(classifier))
-    baseline = f"no knowledge {chance:.3f}; half of it"
-    return Line("fine-tune", f"held-out loss {loss:.3f}", baseline, 2 * loss < chance)
+def _evaluate(demo: Demo, kind: str, words: list[str], weights: Path) -> dict[str, Any]:
+    """Run `cavmae evaluate`; returns its result."""
+    out = demo.folder / "results" / f"{kind}.json"
+    demo.run(kind, ["evaluate", kind, *words, f"--out={out}"], weights=weights, out=out)
+    return read_json(out)
 
 
 def _classes(classifier: Path) -> int:
@@ -229,102 +212,44 @@ def _classes(classifier: Path) -> int:
     return len(read_labels(classifier / "labels.csv"))
 
 
-def _classified(path: Path, classifier: Path) -> Line:
-    scores = read_json(path)["modes"]["multimodal"]
-    chance = 1 / _classes(classifier)
-    value, low = scores["accuracy"], scores["accuracy_low"]
-    score = f"accuracy {value:.1%}, 95% interval from {low:.1%}"
-    return Line("classify", score, f"chance {chance:.1%}; 5 times that", low > 5 * chance)
+def _share(name: str, value: float, low: float) -> str:
+    return f"{name} {value:.1%}, 95% interval from {low:.1%}"
 
 
-def _retrieved(path: Path) -> Line:
-    scores = read_json(path)["video_to_audio"]
-    score = f"R@10 {scores['r10']:.1%}, 95% interval from {scores['r10_low']:.1%}"
-    chance = scores["r10_chance"]
-    good = scores["r10_low"] > 3 * chance
-    return Line("retrieve, picture to sound", score, f"chance {chance:.1%}; 3 times that", good)
+def _judge_recall(demo: Demo, step: str, value: float, low: float, chance: float) -> None:
+    baseline = f"chance {chance:.1%}; 3 times that"
+    demo.judge(step, _share("R@10", value, low), baseline, low > 3 * chance)
 
 
-def _probed(path: Path) -> Line:
-    scores = read_json(path)["scores"]
-    trained, random = scores["pretrained, linear"], scores["random weights, linear"]
-    score = f"accuracy {trained['accuracy']:.1%}, 95% interval from {trained['accuracy_low']:.1%}"
-    baseline = f"random weights {random['accuracy']:.1%}, up to {random['accuracy_high']:.1%}"
-    good = trained["accuracy_low"] > random["accuracy_high"]
-    return Line("linear probe", score, f"{baseline}; intervals apart", good)
-
-
-def _reconstructed(path: Path) -> Line:
-    mean = read_json(path)["mean"]
-    parts, good = [], True
-    for kind in ("audio", "video"):
-        model, *guesses = mean[kind].values()
-        parts.append(f"{kind} {model:.3f} ({min(guesses):.3f})")
-        good &= model < 0.9 * min(guesses)
-    return Line(
-        "reconstruct",
-        f"squared error: {', '.join(parts)}",
-        "best guess in brackets; 0.9 of it",
-        good,
-    )
-
-
-def _embedded(path: Path, shards: str) -> Line:
-    noted, clips = read_json(path), ShardSet(shards).samples
-    there = noted["rows"] + len(noted["skipped"])
-    return Line("embed", f"{there} clips accounted for", f"{clips} clips; all", there == clips)
-
-
-def _exported(folder: Path) -> Line:
-    names = ("model.safetensors", "audio.pt2", "audio.onnx", "video.pt2", "video.onnx")
-    there = all((folder / name).exists() for name in names)
-    return Line(
-        "export",
-        "outputs of the graphs compared",
-        f"the model's; at most {LARGEST_DEVIATION:g} apart",
-        there,
-    )
-
-
-def _searched(folder: Path, console: Console, seconds: dict[str, float]) -> Line:
+def _search(demo: Demo, unseen: str) -> None:
     """Look up the sounds of clips spread over the set: does each find its own video?"""
-    shards = ShardSet(str(folder / "shards" / "unseen" / "video"))
-    console.rule("search", align="left")
-    began = time.monotonic()
-    results = folder / "results"
-    found = 0
+    demo.console.rule("search", align="left")
+    shards, found = ShardSet(unseen), 0
     for number in range(SEARCHES):
         sample = shards.sample_id(*shards.at(number * shards.samples // SEARCHES))
-        out = results / f"search-{number}.json"
-        words = ["search", str(folder / "embeddings"), sample]
-        words += ["--for", "video", "--top", "10", "--out", str(out)]
-        console.print(f"cavmae {shlex.join(words)}", style="bold")
-        _start(words)
+        out = demo.folder / "results" / f"search-{number}.json"
+        words = ["search", str(demo.folder / "embeddings"), sample, "--for", "video", "--top", "10"]
+        demo.command("search", [*words, f"--out={out}"])
         found += sample in {one["sample_id"] for one in read_json(out)["found"]["video"]}
-    seconds["search"] = time.monotonic() - began
-    chance = SEARCHES * 10 / shards.samples
-    return Line(
-        "search, sound finds video",
-        f"{found} of {SEARCHES} find their own among ten",
-        f"chance {chance:.1f}; half of them",
-        2 * found >= SEARCHES,
-    )
+    score = f"{found} of {SEARCHES} find their own among ten"
+    baseline = f"chance {SEARCHES * 10 / shards.samples:.1f}; half of them"
+    demo.judge("search, sound finds video", score, baseline, 2 * found >= SEARCHES)
 
 
-def _show(console: Console, folder: Path, lines: list[Line], seconds: dict[str, float]) -> int:
-    table = Table(box=box.SIMPLE_HEAD, title="\nEach step beside what it must beat")
+def _show(demo: Demo) -> int:
+    """Print and write the table; returns the exit code."""
+    table = Table(box=box.SIMPLE_HEAD, title="\nEach step and what it must beat")
     for column in ("step", "score", "must beat", ""):
         table.add_column(column)
-    for line in lines:
-        table.add_row(line.step, line.score, line.baseline, "yes" if line.good else "NO")
-    console.print(table)
-    for name, value in seconds.items():
-        console.print(f"{name}: {value:.0f} s")
-    write_json(
-        folder / "results" / "demo-full.json",
-        {"lines": [vars(line) for line in lines], "seconds": seconds},
-    )
-    failed = [line.step for line in lines if not line.good]
+    for line in demo.lines:
+        *texts, good = line.values()
+        table.add_row(*texts, "yes" if good else "NO")
+    demo.console.print(table)
+    for name, value in demo.seconds.items():
+        demo.console.print(f"{name}: {value:.0f} s")
+    result = {"lines": demo.lines, "seconds": demo.seconds}
+    write_json(demo.folder / "results" / "demo-full.json", result)
+    failed = [line["step"] for line in demo.lines if not line["good"]]
     if failed:
         print(f"error: not as good as it must be: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

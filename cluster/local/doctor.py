@@ -1,12 +1,11 @@
-"""`cavmae doctor`: whether this machine can train, and what to do where it can't.
+"""`cavmae doctor`: whether this machine can train, and how to fix it if it cannot.
 
-Everything is looked at, whatever is wrong before; nothing is changed but for DeepSpeed's operator,
-which is compiled as the first run would.
+All checks run, whatever fails; nothing is changed, except that DeepSpeed's operator is compiled as
+the first run would do.
 """
 
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -18,16 +17,17 @@ import torch
 import tyro
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from rich.console import Console
 
 import cavmae
 from cavmae.cluster.local import checks
-from cavmae.cluster.local.checks import STATES, Finding, show
+from cavmae.cluster.local.checks import STATES, Finding, judge, show
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 
 _RUN_BYTES = 20e9
-"""Of a run's folder: three checkpoints of the base model with optimizer state are 7 GB."""
+"""Size of a run's folder: three checkpoints of the base model with optimizer state are 7 GB."""
 _COMPILE_SECONDS = 600
 
 
@@ -35,143 +35,121 @@ _COMPILE_SECONDS = 600
 class DoctorConfig:
     """Check versions, GPU, limits, disk, compiler, tracking store and shards of this machine.
 
-    Exit code 1 where something stands in the way of training.
+    The exit code is 1 if a problem prevents training.
     """
 
     shards: str = ""
     """One tier of packed shards, a folder or a URL: its first clip is read and decoded."""
     run_dir: str = "runs"
-    """Where runs will be written."""
+    """Folder in which runs will be written."""
     cache_folder: str = DataConfig.cache_folder
-    """As `data.cache_folder` of a run."""
+    """`data.cache_folder` of a run."""
     cache_gigabytes: float = DataConfig.cache_gigabytes
-    """As `data.cache_gigabytes` of a run."""
+    """`data.cache_gigabytes` of a run."""
     tracking_uri: str = ""
-    """As `tracking.uri` of a run; empty: `mlflow.db` in the folder of runs."""
+    """`tracking.uri` of a run; empty: `mlflow.db` in the folder of runs."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Don't compile DeepSpeed's operator, which takes a minute once."""
+    """Do not compile DeepSpeed's operator, which takes a minute once."""
 
 
 def examine(config: DoctorConfig) -> list[Finding]:
-    """Look at everything."""
+    """Run all checks."""
     findings = [python_version(), *packages(), checks.dali(), checks.gpu()]
     if torch.cuda.is_available():
         findings += [checks.driver(), checks.nccl(), checks.nvdec()]
-    findings += [checks.bf16(), checks.shared_memory(), *checks.limits()]
     cache = Path(os.path.expanduser(config.cache_folder))
     findings += [
+        *(checks.bf16(), checks.shared_memory(), *checks.limits()),
         checks.disk("disk of the shard cache", cache, config.cache_gigabytes * 1e9),
         checks.disk("disk of runs", Path(config.run_dir), _RUN_BYTES),
-        checks.compiler(),
-        checks.ninja(),
+        *(checks.compiler(), checks.ninja()),
     ]
     if not config.quick:
         findings.append(operators())
     findings.append(tracking_store(config.tracking_uri, Path(config.run_dir)))
     if config.shards:
-        findings.append(shard_access(config.shards, DataConfig(
-            cache_folder=config.cache_folder, cache_gigabytes=config.cache_gigabytes
-        )))  # fmt: skip
+        data = DataConfig(cache_folder=config.cache_folder, cache_gigabytes=config.cache_gigabytes)
+        findings.append(shard_access(config.shards, data))
     return findings
 
 
 # ----------------------------------------------------------------------------------- versions
 
 
-def _asked() -> tuple[str, list[Requirement]]:
-    """Python and packages that this tree, or the installed package, asks for."""
+def _requirements() -> tuple[str, list[Requirement]]:
+    """Return the Python and the packages that this tree, or the installed package, requires."""
     tree = Path(cavmae.__file__).resolve().parents[1] / "pyproject.toml"
     if tree.exists():
         project = tomllib.loads(tree.read_text())["project"]
         return project["requires-python"], list(map(Requirement, project["dependencies"]))
-    installed = metadata.metadata("cavmae")
-    asked = map(Requirement, metadata.requires("cavmae") or [])
-    needed = [one for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return installed["Requires-Python"], needed
+    required = map(Requirement, metadata.requires("cavmae") or [])
+    needed = [one for one in required if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return metadata.metadata("cavmae")["Requires-Python"], needed
 
 
 def python_version() -> Finding:
-    """Whether this Python is one that the package is for."""
-    version, asked = ".".join(map(str, sys.version_info[:3])), _asked()[0]
-    if version in SpecifierSet(asked):
-        return Finding("Python", "ok", version)
-    return Finding("Python", "problem", version, f"make an environment with Python {asked}")
+    """Check that the package supports this Python."""
+    version, required = ".".join(map(str, sys.version_info[:3])), _requirements()[0]
+    good = version in SpecifierSet(required)
+    return judge("Python", good, version, f"create an environment with Python {required}")
 
 
 def packages() -> list[Finding]:
-    """All that are there in a version asked for, in one finding; one for each other."""
+    """List all packages of a required version in one finding, and each other one by itself."""
+    installed = {canonicalize_name(one.name): one.version for one in metadata.distributions()}
+    # DALI is a package for each version of CUDA; any of them will do.
+    dali = next((name for name in installed if name.startswith("nvidia-dali-cuda")), None)
     fitting, wrong = [], []
-    for asked in _asked()[1]:
-        names = [asked.name]
-        if asked.name.startswith("nvidia-dali-cuda"):  # There is one for each CUDA.
-            names += [f"nvidia-dali-cuda{version}" for version in (120, 130)]
-        found = _installed(names)
-        if found is None:
-            wrong.append(Finding(asked.name, "problem", "absent", f"pip install '{asked}'"))
-        elif not asked.specifier.contains(found[1], prereleases=True):
-            advice = f"pip install '{asked}'"
-            wrong.append(Finding(asked.name, "problem", f"{found[1]} is too old", advice))
+    for required in _requirements()[1]:
+        name = canonicalize_name(required.name)
+        if dali is not None and name.startswith("nvidia-dali-cuda"):
+            name = dali
+        advice = f"pip install '{required}'"
+        if name not in installed:
+            wrong.append(Finding(required.name, "problem", "not installed", advice))
+        elif not required.specifier.contains(installed[name], prereleases=True):
+            wrong.append(Finding(name, "problem", f"{installed[name]} is too old", advice))
         else:
-            fitting.append(" ".join(found))
+            fitting.append(f"{name} {installed[name]}")
     return [Finding("packages", "ok", ", ".join(fitting)), *wrong]
 
 
-def _installed(names: list[str]) -> tuple[str, str] | None:
-    """The first that is there, with its version."""
-    for name in names:
-        try:
-            return name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-# ----------------------------------------------------------------- what has to be tried to know
+# --------------------------------------------------------------- what has to be tried out
 
 
 def operators() -> Finding:
-    """Whether DeepSpeed's operator compiles, in a process of its own."""
+    """Check that DeepSpeed's operator compiles, in a subprocess."""
     name = "DeepSpeed's operator"
     if torch.cuda.is_available():
         return Finding(name, "ok", "not needed with a GPU")
-    code = (
-        "from cavmae.trainer.distributed.engine import compile_operators;"
-        "print(compile_operators(cuda=False))"
+    done = checks.run_python(
+        "from cavmae.trainer.distributed.process_group import compile_operators;"
+        "print(compile_operators(cuda=False))",
+        _COMPILE_SECONDS,
     )
-    tree = str(Path(cavmae.__file__).resolve().parents[1])
-    path = os.pathsep.join([tree, *filter(None, [os.environ.get("PYTHONPATH")])])
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_COMPILE_SECONDS,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-    except subprocess.TimeoutExpired:
-        found = f"not compiled in {_COMPILE_SECONDS} s"
-        return Finding(name, "problem", found, "see that no other process compiles, then try again")
+    if done is None:
+        found = f"not compiled within {_COMPILE_SECONDS} s"
+        return Finding(name, "problem", found, "check that no other process compiles, then retry")
     if done.returncode == 0:
         return Finding(name, "ok", f"compiled, in {done.stdout.split()[-1]}")
-    said = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if line.strip()]
-    errors = [line for line in said if re.search(r"\berror\b|Error", line)]
-    advice = "install a C++ compiler that is not older than 9, and the headers of this Python"
-    return Finding(name, "problem", (errors or said or ["nothing was said"])[0].strip(), advice)
+    lines = [one for one in (done.stdout + "\n" + done.stderr).splitlines() if one.strip()]
+    errors = [line for line in lines if re.search(r"\berror\b|Error", line)]
+    advice = "install a C++ compiler, version 9 or newer, and the headers of this Python"
+    return Finding(name, "problem", (errors or lines or ["no output"])[0].strip(), advice)
 
 
 def tracking_store(uri: str, run_dir: Path) -> Finding:
-    """Whether MLflow's store answers; one in a file is made by the first run."""
+    """Check that MLflow's store answers; the first run creates one in a file."""
     from cavmae.trainer.tracking.tracker import check_store
 
     name = "tracking store"
     uri = uri or f"sqlite:///{run_dir.absolute() / 'mlflow.db'}"
     file = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not file.exists():
-        place = checks.disk(name, file.parent, 0)
-        if place.state != "ok":
-            return place
-        return Finding(name, "ok", f"{file} will be made by the first run")
+        disk = checks.disk(name, file.parent, 0)
+        if disk.state != "ok":
+            return disk
+        return Finding(name, "ok", f"the first run will create {file}")
     try:
         return Finding(name, "ok", f"{uri}: {check_store(uri)} experiments")
     except ValueError as error:
@@ -180,29 +158,27 @@ def tracking_store(uri: str, run_dir: Path) -> Finding:
 
 
 def shard_access(folder: str, data: DataConfig) -> Finding:
-    """Whether the first clip of a set can be read, and decoded by DALI."""
+    """Check that the first clip of a set can be read, and decoded by DALI."""
     from cavmae.dataloaders.loading.quarantine import ClipTrial, find_culprits
     from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
     from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
     from cavmae.dataloaders.shards.shard_set import ShardSet
 
     name = "shards"
-    samples = 1023 * HOP_SAMPLES + WINDOW_SAMPLES  # of 10 s
+    samples = 1023 * HOP_SAMPLES + WINDOW_SAMPLES  # 10 s
     gpu = 0 if torch.cuda.is_available() else None
     try:
         shards = ShardSet(folder, data.cache)
         settings = ReaderSettings(shards, 0, data.frame_choice, 224, samples, False, gpu)
-        damages = find_culprits(ClipTrial(settings), shards, [ReadTask(0, 0, 0, 0)])
+        bad = find_culprits(ClipTrial(settings), shards, [ReadTask(0, 0, 0, 0)])
     except (OSError, ValueError, ImportError) as error:
-        advice = (
-            "check the name, the network and the credentials; docs/training/data.md has the URLs"
-        )
+        advice = "check path, network and credentials; docs/training/data.md lists the URLs"
         return Finding(name, "problem", " ".join(str(error).split()), advice)
-    if damages:
-        found = f"{damages[0].sample_id}: {damages[0].reason}, {damages[0].detail}"
+    if bad:
+        found = f"{bad[0].sample_id}: {bad[0].reason}, {bad[0].detail}"
         return Finding(name, "problem", found, f"cavmae verify {folder}; see DALI and NVDEC above")
-    where = "on the GPU" if gpu == 0 else "on the CPU"
-    found = f"{folder}: {shards.samples} clips, the first is read and decoded {where}"
+    device = "GPU" if gpu == 0 else "CPU"
+    found = f"{folder}: {shards.samples} clips; the first one was read and decoded on the {device}"
     return Finding(name, "ok", found)
 
 
@@ -210,7 +186,7 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
 
 
 def main(arguments: list[str]) -> int:
-    """The command; returns 1 where there is a problem."""
+    """Run the command; returns 1 if there is a problem."""
     findings = examine(tyro.cli(DoctorConfig, prog="cavmae doctor", args=arguments))
     show(findings, Console(highlight=False))
     counts = {state: sum(one.state == state for one in findings) for state in STATES}

@@ -1,0 +1,1 @@
+"""Loaders: from the sample plan to batches on the training device."""

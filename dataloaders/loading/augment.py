@@ -1,7 +1,7 @@
-"""What is drawn for a clip's place in the plan: crop, flip, mixing, masks, noise, shift.
+"""Augmentation of a clip: crop, flip, mixup, masks, noise, shift.
 
-Every draw is a function of seed, stream and position (`random_streams`), so a sample that comes
-again is changed differently, and a run that goes on, or has other ranks, changes it the same.
+Every draw is a function of seed, stream and position in the plan (`sampling.philox`), so a sample
+is augmented differently in each epoch, and the same after a resume or on another number of ranks.
 """
 
 import math
@@ -15,53 +15,47 @@ from cavmae.dataloaders.sampling.philox import random_words
 
 CROP_TRIES = 10
 NARROWEST, WIDEST = 3 / 4, 4 / 3
-"""Ratios of width to height that a random crop may have; torchvision's."""
+"""Limits of a random crop's ratio of width to height, as in torchvision."""
 
 Box = tuple[float, float, float, float]
-"""Top, left, bottom and right of a crop, as shares of the picture's height and width."""
+"""Top, left, bottom and right of a crop, as fractions of the image's height and width."""
 
 
 def resize_and_crop(
     height: int, width: int, size: int
 ) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Short side to `size`, then the middle `size` x `size` pixels, rounded as torchvision does.
+    """Resize the short side to `size`, then crop the central `size` x `size` pixels, rounding like
+    torchvision.
 
     Returns:
-        Height and width after the resize; top and left of the crop, each as a share (0 to 1) of
-        the pixels that the crop leaves over.
+        Height and width after the resize; top and left of the crop, each as a fraction (0 to 1) of
+        the pixels outside the crop.
     """
     short = min(height, width)
     resized = (size * height // short, size * width // short)
-    left_over = [side - size for side in resized]
-    start = [round(pixels / 2) for pixels in left_over]
     top, left = (
-        pixels / over if over else 0.0 for pixels, over in zip(start, left_over, strict=True)
+        round(over / 2) / over if over else 0.0 for over in (side - size for side in resized)
     )
     return resized, (top, left)
 
 
-def middle_box(height: int, width: int, size: int) -> Box:
-    """What `resize_and_crop` leaves, in the picture as it was."""
-    resized, crop = resize_and_crop(height, width, size)
-    top, left = (share * (side - size) for share, side in zip(crop, resized, strict=True))
-    return (
-        top / resized[0],
-        left / resized[1],
-        (top + size) / resized[0],
-        (left + size) / resized[1],
-    )
+def center_crop(height: int, width: int, size: int) -> Box:
+    """The crop of `resize_and_crop`, relative to the original image."""
+    (rows, columns), (top, left) = resize_and_crop(height, width, size)
+    top, left = top * (rows - size), left * (columns - size)
+    return top / rows, left / columns, (top + size) / rows, (left + size) / columns
 
 
-def random_box(
+def random_crop(
     height: int, width: int, size: int, augmentation: Augmentation, seed: int, position: int
 ) -> Box:
-    """A crop of a random area and ratio, as torchvision's RandomResizedCrop draws it.
+    """Draw a crop of random area and aspect ratio, like torchvision's RandomResizedCrop.
 
-    Where no crop fits in ten tries, and where the least area is 1, the middle.
+    Falls back to the center crop after ten tries, and if the minimum area is 1.
     """
     smallest = augmentation.min_crop_area
     if smallest == 1:
-        return middle_box(height, width, size)
+        return center_crop(height, width, size)
     shares = _uniform(seed, "crop", position, 4 * CROP_TRIES).reshape(CROP_TRIES, 4)
     for area_share, ratio_share, top_share, left_share in shares.tolist():
         area = height * width * (smallest + (1 - smallest) * area_share)
@@ -77,18 +71,18 @@ def random_box(
                 (top + crop_height) / height,
                 (left + crop_width) / width,
             )
-    return middle_box(height, width, size)
+    return center_crop(height, width, size)
 
 
-def is_mirrored(augmentation: Augmentation, seed: int, position: int) -> bool:
-    """Whether the frames are flipped left to right: half of the time where that is on."""
+def is_flipped(augmentation: Augmentation, seed: int, position: int) -> bool:
+    """Whether the frames are flipped horizontally: half of the time, if enabled."""
     return augmentation.flip and bool(_uniform(seed, "flip", position, 1)[0] < 0.5)
 
 
-def mix_share(augmentation: Augmentation, seed: int, position: int) -> float:
-    """Share of the clip itself where another one is mixed in, from Beta(10, 10); 1: none is.
+def mixup_lambda(augmentation: Augmentation, seed: int, position: int) -> float:
+    """Weight of the clip itself when another one is mixed in, from Beta(10, 10); 1: no mixup.
 
-    The median of 19 uniform numbers has that very distribution.
+    The median of 19 uniform numbers has that distribution.
     """
     if not augmentation.mixup_prob:
         return 1.0
@@ -96,32 +90,32 @@ def mix_share(augmentation: Augmentation, seed: int, position: int) -> float:
     return statistics.median(uniform) if decision < augmentation.mixup_prob else 1.0
 
 
-def mixed_waveform(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
-    """Two sounds as one, as published: each without its mean, the second cut or padded with zeros.
+def mixed_waveform(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
+    """Mix two waveforms as published: each without its mean, the second cut or zero-padded.
 
     Args:
         first: `(samples,)` float32.
         second: `(its samples,)` float32.
-        share: of the first, 0 to 1.
+        weight: of the first, 0 to 1.
 
     Returns:
-        `(samples,)` float32; the log-mel takes its mean away again.
+        `(samples,)` float32; the log-mel subtracts its mean again.
     """
-    mixed = share * (first - first.mean())
-    second = (1 - share) * (second - second.mean())
-    heard = min(len(first), len(second))
-    mixed[:heard] += second[:heard]
+    mixed = weight * (first - first.mean())
+    second = (1 - weight) * (second - second.mean())
+    length = min(len(first), len(second))
+    mixed[:length] += second[:length]
     return mixed
 
 
 @dataclass(frozen=True)
-class SpectrogramChange:
-    """What happens to one log-mel.
+class SpecAugment:
+    """Augmentation of one log-mel.
 
     Attributes:
-        frames, bins: first and end of the masked ones; they get 0 before normalisation.
-        noise: `(frames, bins)` float32 to be added after it; None: no noise, no shift.
-        shift: frames by which it is rolled then.
+        frames, bins: start and end of the masks, which set 0 before normalisation.
+        noise: `(frames, bins)` float32 to add after normalisation; None: no noise, no shift.
+        shift: frames by which to roll the result.
     """
 
     frames: tuple[int, int]
@@ -130,11 +124,11 @@ class SpectrogramChange:
     shift: int
 
 
-def spectrogram_change(
+def spec_augment(
     augmentation: Augmentation, frames: int, bins: int, seed: int, position: int
-) -> SpectrogramChange:
-    """As the published fine-tuning draws it: one mask of frames and one of bins, both of random
-    length; noise of random strength up to 0.1; a shift by up to the whole length, around the end.
+) -> SpecAugment:
+    """Draw the augmentation of the published fine-tuning: one mask of frames and one of bins, both
+    of random length; noise of random strength up to 0.1; a roll by up to the whole length.
 
     The noise has 256 levels.
     """
@@ -147,21 +141,21 @@ def spectrogram_change(
         )
     ]
     if not augmentation.noise:
-        return SpectrogramChange(spans[0], spans[1], None, 0)
+        return SpecAugment(spans[0], spans[1], None, 0)
     words = random_words(seed, "noise", position, -(-frames * bins // 4)).astype("<u4")
     levels = words.view(np.uint8)[: frames * bins].reshape(frames, bins)
     strength, turn = _uniform(seed, "shift", position, 2).tolist()
     noise = levels * np.float32(strength / 10 / 255)
-    return SpectrogramChange(spans[0], spans[1], noise, int(turn * 2 * frames) - frames)
+    return SpecAugment(spans[0], spans[1], noise, int(turn * 2 * frames) - frames)
 
 
 def _mask(count: int, longest: int, length_share: float, start_share: float) -> tuple[int, int]:
-    """torchaudio's mask along an axis: a length below `longest`, then a start that lets it fit."""
+    """Draw torchaudio's mask along an axis: a length below `longest`, then a start that fits."""
     length = min(length_share * longest, count)
     start = start_share * (count - length)
     return int(start), int(start) + int(length)
 
 
 def _uniform(seed: int, stream: str, position: int, count: int) -> np.ndarray:
-    """`(count,)` float64 from 0 up to below 1."""
+    """`(count,)` float64 in [0, 1)."""
     return random_words(seed, stream, position, count) / 2.0**32

@@ -1,9 +1,9 @@
-"""The only file that knows DALI: encoded clips in, waveforms and normalised frames out.
+"""The only file that imports DALI: decodes clips to waveforms and normalised frames.
 
-One graph for CPU and GPU. Everything random was drawn by the readers, so all operators here are
-deterministic. The pipeline is fed batch by batch (`feed_input`) from the loader's thread; its own
-threads decode one batch at a time, so that an error belongs to that batch. torch is imported only
-for a GPU: the processes that try out suspicious clips start in a second without it.
+CPU and GPU share one graph. The readers draw everything random, so all operators here are
+deterministic. The loader's thread feeds the pipeline batch by batch (`feed_input`); DALI's threads
+decode one batch at a time, so that an error belongs to that batch. torch is imported only for a
+GPU: without it, the processes that try suspicious clips start in a second.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,15 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.reader import EncodedClip
-
-IMAGE_MEAN = (0.4850, 0.4560, 0.4060)
-IMAGE_STD = (0.2290, 0.2240, 0.2250)
 
 _NOTHING = np.zeros(1, dtype=np.uint8)
 _NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
 
 
 class DecodeError(RuntimeError):
-    """DALI refused a batch; the decoder that raised this cannot be used any more.
+    """DALI failed to decode a batch; the decoder that raised this is no longer usable.
 
     Attributes:
         reason: `audio_undecodable`, `video_undecodable` or `undecodable`.
@@ -42,7 +40,7 @@ class DecodeError(RuntimeError):
 
 @dataclass
 class DecodedClips:
-    """What one batch decodes to."""
+    """One decoded batch."""
 
     waveforms: list[np.ndarray]
     """`(samples,)` int16 each, as long as the clip's audio."""
@@ -52,16 +50,16 @@ class DecodedClips:
 
 
 class ClipDecoder:
-    """Decodes batches of clips of one tier; `schedule` and `collect` take turns.
+    """Decodes batches of clips of one tier; call `schedule` and `collect` alternately.
 
     Args:
         tier: of the shards.
-        image_size: height and width of the frames that come out.
-        maximum_batch: most clips in a batch.
-        threads: CPU threads that decode.
+        image_size: height and width of the decoded frames.
+        maximum_batch: maximum number of clips in a batch.
+        threads: CPU threads for decoding.
         frames_per_clip: frames of every clip.
-        gpu: number of the GPU that decodes the frames and where they are left; None: the CPU does.
-            Audio is always decoded by the CPU.
+        gpu: index of the GPU that decodes the frames and keeps them; None: the CPU does. Audio is
+            always decoded on the CPU.
     """
 
     def __init__(
@@ -88,27 +86,27 @@ class ClipDecoder:
         self._pipeline.build()
 
     def schedule(self, clips: Sequence[EncodedClip]) -> None:
-        """Begin to decode a batch; returns at once."""
+        """Start decoding a batch without waiting for it."""
         feed = self._pipeline.feed_input
-        frames = [(clip, place) for clip in clips for place in range(self._frames_per_clip)]
-        # A row of the pipeline is a frame; a clip's sound goes with its first one.
-        feed("has_sound", [np.bool_(place == 0) for _, place in frames])
-        feed("sound", [_bytes(clip.sound) if place == 0 else _NOTHING for clip, place in frames])
+        frames = [(clip, number) for clip in clips for number in range(self._frames_per_clip)]
+        # A row of the pipeline is a frame; a clip's audio goes with its first one.
+        feed("has_audio", [np.bool_(number == 0) for _, number in frames])
+        feed("audio", [_bytes(clip.audio) if number == 0 else _NOTHING for clip, number in frames])
         if self.tier != "frames":
-            pixels = [clip.pixels[place] if clip.pixels else None for clip, place in frames]
+            pixels = [clip.pixels[number] if clip.pixels else None for clip, number in frames]
             feed("has_pixels", [np.bool_(one is not None) for one in pixels])
             feed("pixels", [_NO_PIXELS if one is None else one[None] for one in pixels])
-        feed("encoded", [_bytes(clip.pictures[place]) for clip, place in frames])
-        feed("box_start", [np.array(clip.box[:2], dtype=np.float32) for clip, _ in frames])
-        feed("box_end", [np.array(clip.box[2:], dtype=np.float32) for clip, _ in frames])
-        feed("mirrored", [np.array(clip.mirrored, dtype=np.int32) for clip, _ in frames])
+        feed("encoded", [_bytes(clip.frames[number]) for clip, number in frames])
+        feed("crop_start", [np.array(clip.crop[:2], dtype=np.float32) for clip, _ in frames])
+        feed("crop_end", [np.array(clip.crop[2:], dtype=np.float32) for clip, _ in frames])
+        feed("flipped", [np.array(clip.flipped, dtype=np.int32) for clip, _ in frames])
         self._pipeline.schedule_run()
 
     def collect(self) -> DecodedClips:
-        """Wait for the batch.
+        """Wait for the scheduled batch.
 
         Raises:
-            DecodeError: it cannot be decoded.
+            DecodeError: the batch cannot be decoded.
         """
         try:
             waveforms, frames = self._pipeline.outputs()
@@ -117,7 +115,7 @@ class ClipDecoder:
         # A later batch overwrites DALI's memory.
         firsts = range(0, len(waveforms), self._frames_per_clip)
         return DecodedClips(
-            [np.array(waveforms.at(place)).reshape(-1) for place in firsts], self._copied(frames)
+            [np.array(waveforms.at(row)).reshape(-1) for row in firsts], self._copied(frames)
         )
 
     def _copied(self, frames: Any) -> Any:
@@ -143,38 +141,38 @@ def _source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -
 
 
 def _waveform() -> Any:
-    """Sound of the rows that have any; DALI's conditionals reach into this function."""
-    has_sound: Any = _source("has_sound", DALIDataType.BOOL, 0)
-    sound = _source("sound", DALIDataType.UINT8, 1)
-    if has_sound:
-        waveform, _ = fn.decoders.audio(sound, dtype=DALIDataType.INT16, downmix=False)
+    """Decode the audio of rows that have any; DALI makes conditionals of the `if` here too."""
+    has_audio: Any = _source("has_audio", DALIDataType.BOOL, 0)
+    audio = _source("audio", DALIDataType.UINT8, 1)
+    if has_audio:
+        waveform, _ = fn.decoders.audio(audio, dtype=DALIDataType.INT16, downmix=False)
     else:
         waveform = Constant(np.zeros((1, 1), dtype=np.int16), device="cpu")
     return waveform
 
 
-def _to_input(picture: Any, image_size: int, layout: str) -> Any:
-    """Resize the box as PIL does (antialiased triangle filter, uint8 result), flip, normalise.
+def _to_input(image: Any, image_size: int, layout: str) -> Any:
+    """Resize the crop like PIL (antialiased triangle filter, uint8 result), flip, normalise.
 
-    The filter looks beyond the edges of the box: the middle box gives what a resize of the whole
-    picture and a crop would.
+    The filter reaches beyond the edges of the crop: the center crop gives the result of resizing
+    the whole image and cropping that.
     """
     resized: Any = fn.resize(
-        picture,
+        image,
         size=(image_size, image_size),
-        roi_start=_source("box_start", DALIDataType.FLOAT, 1),
-        roi_end=_source("box_end", DALIDataType.FLOAT, 1),
+        roi_start=_source("crop_start", DALIDataType.FLOAT, 1),
+        roi_end=_source("crop_end", DALIDataType.FLOAT, 1),
         roi_relative=True,
         interp_type=DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
     return fn.crop_mirror_normalize(
         resized,
-        mirror=_source("mirrored", DALIDataType.INT32, 0),
+        mirror=_source("flipped", DALIDataType.INT32, 0),
         dtype=DALIDataType.FLOAT,
         output_layout=layout,
         mean=[255 * mean for mean in IMAGE_MEAN],
-        std=[255 * deviation for deviation in IMAGE_STD],
+        std=[255 * std for std in IMAGE_STD],
     )
 
 
@@ -184,22 +182,22 @@ def _video_graph(on_gpu: bool, image_size: int):
     encoded = _source("encoded", DALIDataType.UINT8, 1)
     pixels = _source("pixels", DALIDataType.UINT8, 4, "FHWC")
     if has_pixels:
-        picture = pixels.gpu() if on_gpu else pixels
+        image = pixels.gpu() if on_gpu else pixels
     else:
         # Out of range must raise: the default is a black frame.
         device = "mixed" if on_gpu else "cpu"
-        picture = fn.decoders.video(encoded, device=device, frames=[0], pad_mode="none")
-    return _waveform(), _to_input(picture, image_size, "FCHW")
+        image = fn.decoders.video(encoded, device=device, frames=[0], pad_mode="none")
+    return _waveform(), _to_input(image, image_size, "FCHW")
 
 
 @pipeline_def(enable_conditionals=True)
 def _image_graph(on_gpu: bool, image_size: int):
     encoded = _source("encoded", DALIDataType.UINT8, 1)
-    picture = fn.decoders.image(
+    image = fn.decoders.image(
         encoded,
         device="mixed" if on_gpu else "cpu",
         output_type=DALIImageType.RGB,
         jpeg_fancy_upsampling=True,
         adjust_orientation=False,
     )
-    return _waveform(), _to_input(picture, image_size, "CHW")
+    return _waveform(), _to_input(image, image_size, "CHW")

@@ -1,9 +1,9 @@
-"""Packed clips as batches on the training device, the same ones every time.
+"""Deterministic loaders of packed clips, as batches on the training device.
 
-What a loader hands out depends on configuration, seed and position alone: one that is started at
-position k goes on exactly as one that came there by itself, whatever the number of readers. Clips
-that cannot be decoded are put in quarantine by name and reason; in training the plan names a
-substitute for their place, and nothing else changes.
+The batches depend on configuration, seed and position alone: a loader that starts at position k
+yields exactly what one that has reached k by itself does, whatever the number of readers. Clips
+that cannot be decoded are quarantined by name and reason; in training the plan has a substitute for
+their position, and nothing else changes.
 
 Work happens in a background thread, in reader processes and in DALI's threads. None of it outlives
 the loader, the interpreter or the process, however they end.
@@ -22,7 +22,7 @@ import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import Augmentation, DataConfig
-from cavmae.dataloaders.loading.augment import mix_share
+from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.pipeline import ClipStream
 from cavmae.dataloaders.loading.prefetch import Prefetcher
 from cavmae.dataloaders.loading.quarantine import (
@@ -40,8 +40,6 @@ from cavmae.dataloaders.sampling.sample_plan import (
     PlannedSample,
     SamplePlan,
     any_sample,
-    check_ranks,
-    default_lanes,
     rank_positions,
 )
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -52,30 +50,30 @@ log = logging.getLogger(__name__)
 
 
 class TrainLoader:
-    """Endless micro-batches of one rank, in the order of the sample plan.
+    """Yields endless micro-batches of one rank, in the order of the sample plan.
 
     Args:
-        config: the set and how it is read.
-        shape: of the clips that come out.
-        seed: of the run: order of samples and choice of frames.
+        config: the set and how to read it.
+        shape: of the clips in the batches.
+        seed: of the run; decides the order of samples and the choice of frames.
         global_batch: clips of one optimizer step over all ranks and micro-batches.
-        micro_batch: clips of one batch that comes out.
-        lanes: of the plan; fixed for the run (`plan.default_lanes`).
+        micro_batch: clips of one batch.
+        lanes: of the plan; fixed for the run (`sample_plan.default_lanes`).
         rank: this process among `world_size`.
         world_size: ranks that share the global batch.
-        device: where the tensors come out; a GPU also decodes the frames.
-        start_position: first position of the step to begin with, a multiple of `lanes`.
+        device: of the batches; a GPU also decodes the frames.
+        start_position: first position of the first step, a multiple of `lanes`.
         quarantine: ids, or ids with reasons, of clips that the run found damaged before.
-        journal: file of this rank that names what is being decoded, beside those of the other
-            ranks; where ranks died and left theirs, those clips are tried out before the start.
+        journal: this rank's file for the clips being decoded, beside those of the other ranks; if
+            crashed ranks left theirs, those clips are tried first.
 
     Attributes:
-        wait_seconds: time for which batches were waited for, in all.
+        wait_seconds: total time spent waiting for batches.
 
     Raises:
-        FileNotFoundError: no packed shards in `config.train`.
-        ValueError: numbers that do not divide each other, a set that is too small, or one that
-            was packed for another choice of frames.
+        FileNotFoundError: `config.train` has no packed shards.
+        ValueError: numbers do not divide each other, the set is too small, or it was packed with
+            another frame choice.
     """
 
     def __init__(
@@ -94,11 +92,12 @@ class TrainLoader:
         quarantine: Iterable[str | tuple[str, str]] = (),
         journal: Path | None = None,
     ):
-        _check_batches(global_batch, micro_batch, lanes, world_size)
+        offsets = rank_positions(0, rank, world_size, global_batch, lanes)
+        _check_micro_batch(micro_batch, world_size, len(offsets))
         if start_position % lanes:
             raise ValueError(
-                f"start_position is {start_position}, which is not the start of a step: it has to "
-                f"be a multiple of lanes = {lanes}"
+                f"start_position is {start_position}, which is not the start of a step; use a "
+                f"multiple of lanes = {lanes}"
             )
         shards = ShardSet(config.train_folders, config.cache)
         check_frame_choice(shards, config.frame_choice)
@@ -113,15 +112,14 @@ class TrainLoader:
         if notes is not None:
             suspects = [
                 task
-                for task in notes.left_behind(shards)
+                for task in notes.unfinished(shards)
                 if task.position >= start_position
                 and task.position % lanes * world_size // lanes == rank
             ]
-            for damage in find_culprits(ClipTrial(settings), shards, suspects):
-                self._quarantine.add(damage)
+            for bad in find_culprits(ClipTrial(settings), shards, suspects):
+                self._quarantine.add(bad)
         stream = ClipStream(
             settings,
-            shards,
             config,
             shape,
             device,
@@ -130,33 +128,33 @@ class TrainLoader:
             partial(_planned, plan, config.augmentation, self._quarantine),
             notes,
         )
-        offsets = rank_positions(0, rank, world_size, global_batch, lanes)
         positions = (
             start_position + step * global_batch + some
             for step in itertools.count()
             for some in np.split(offsets, len(offsets) // micro_batch)
         )
-        self._ahead = Prefetcher(stream.batches(positions), config.prefetch_batches)
-        self._end = weakref.finalize(self, _end, self._ahead, stream)
+        self._prefetcher = Prefetcher(stream.batches(positions), config.prefetch_batches)
+        self._end = weakref.finalize(self, _end, self._prefetcher, stream)
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
-        """Goes on where the last iterator stopped.
+        """Continue where the last iterator stopped.
 
         Raises:
             OSError: a shard cannot be read.
             DataFaultError: more clips are damaged than `config.max_bad_fraction` allows.
         """
         while True:
-            batch = _taken(self._ahead.next())
-            self.wait_seconds = self._ahead.wait_seconds
+            batch = _on_current_stream(self._prefetcher.next())
+            self.wait_seconds = self._prefetcher.wait_seconds
             self._last_position = int(batch.positions[-1])
             yield batch
 
     @property
     def quarantine(self) -> list[QuarantinedSample]:
-        """Clips left out, those found up to the last batch handed out included.
+        """Excluded clips, including those found up to the last batch yielded.
 
-        What the readers found ahead of it is not: a run that goes on from here finds it again.
+        Clips that the readers found beyond it are not listed: a run that resumes here finds them
+        again.
         """
         return [
             sample
@@ -165,31 +163,31 @@ class TrainLoader:
         ]
 
     def close(self) -> None:
-        """End readers and decoders; does nothing the second time."""
+        """End readers and decoders; further calls do nothing."""
         self._end()
 
 
 class ValidationLoader:
-    """The first clips of a set in packing order, once per iteration, with their middle frame.
+    """Yields the first clips of a set in packing order, each with its middle frame, per iteration.
 
-    Each rank has a contiguous part, so the ranks' parts end to end are the whole in order. A clip
-    that cannot be decoded is left out and named in `quarantine`.
+    Each rank reads a contiguous part, so the concatenated parts are the whole set in order. A clip
+    that cannot be decoded is skipped and listed in `quarantine`.
 
     Args:
-        config: how the set is read.
-        shape: of the clips that come out.
+        config: how to read the set.
+        shape: of the clips in the batches.
         folder: one tier of packed shards.
         batch: clips per batch; the last one of a rank may be smaller.
         rank: this process among `world_size`.
         world_size: ranks that share the clips.
-        device: where the tensors come out.
-        limit: clips over all ranks at most; 0: all.
-        parts: places in packing order to read, None: the rank's; each part has batches of its
-            own, so what a clip is decoded and computed with does not depend on the other parts.
+        device: of the batches.
+        limit: maximum number of clips over all ranks; 0: all.
+        parts: positions in packing order to read, None: the rank's. No batch spans two parts, so
+            the result for a clip does not depend on the other parts.
 
     Raises:
-        FileNotFoundError: no packed shards in `folder`.
-        ValueError: a number out of range, or a set packed for another choice of frames.
+        FileNotFoundError: `folder` has no packed shards.
+        ValueError: a number is out of range, or the set was packed with another frame choice.
     """
 
     def __init__(
@@ -226,11 +224,11 @@ class ValidationLoader:
         self._end: weakref.finalize | None = None
 
     def __len__(self) -> int:
-        """Clips over all ranks."""
+        """Number of clips over all ranks."""
         return self._count
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
-        """Begins again from the first clip; an earlier iteration of this loader ends.
+        """Start over from the first clip; ends an earlier iteration of this loader.
 
         Raises:
             OSError: a shard cannot be read.
@@ -239,7 +237,6 @@ class ValidationLoader:
         self.close()
         stream = ClipStream(
             self._settings,
-            self._shards,
             self._config,
             self._shape,
             self._device,
@@ -253,42 +250,43 @@ class ValidationLoader:
             for part in self._parts
             for start in range(part.start, part.stop, self._batch)
         )
-        ahead = Prefetcher(stream.batches(positions), self._config.prefetch_batches)
-        self._end = weakref.finalize(self, _end, ahead, stream)
+        prefetcher = Prefetcher(stream.batches(positions), self._config.prefetch_batches)
+        self._end = weakref.finalize(self, _end, prefetcher, stream)
         while True:
             try:
-                batch = ahead.next()
+                batch = prefetcher.next()
             except StopIteration:
                 self.close()
                 return
-            yield _taken(batch)
+            yield _on_current_stream(batch)
 
     @property
     def quarantine(self) -> list[QuarantinedSample]:
-        """Clips of this rank's part that were left out."""
+        """Excluded clips of this rank's part."""
         return list(self._quarantine.samples)
 
     def close(self) -> None:
-        """End readers and decoders of an iteration that was not finished."""
+        """End readers and decoders of an unfinished iteration."""
         if self._end is not None:
             self._end()
 
 
-# Not methods: a loader that its background thread refers to would never be given up.
+# Not methods: a loader that its background thread refers to would never be collected.
 def _planned(
     plan: SamplePlan | MixturePlan,
     augmentation: Augmentation,
     quarantine: Quarantine,
     positions: np.ndarray,
 ) -> list[ReadTask]:
-    """What to read in training: the planned samples, then those mixed into some of them, with
-    substitutes for those left out."""
-    own, partners = [], []
+    """Tasks of training: the planned samples, then those mixed into some of them, with substitutes
+    for excluded ones."""
+    own, mixed_in = [], []
     for position, planned in zip(positions.tolist(), plan.at(positions), strict=True):
-        own.append(_kept(quarantine, _planned_and_substitutes(plan, position, planned)))
-        if mix_share(augmentation, plan.seed, position) < 1:
-            partners.append(_kept(quarantine, _partners(plan, position, planned.epoch)))
-    return own + partners
+        own.append(_first_usable(quarantine, _planned_and_substitutes(plan, position, planned)))
+        if mixup_lambda(augmentation, plan.seed, position) < 1:
+            candidates = _mix_sources(plan, position, planned.epoch)
+            mixed_in.append(_first_usable(quarantine, candidates))
+    return own + mixed_in
 
 
 def _planned_and_substitutes(
@@ -300,54 +298,42 @@ def _planned_and_substitutes(
         yield ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
 
 
-def _partners(plan: SamplePlan | MixturePlan, position: int, epoch: int) -> Iterator[ReadTask]:
-    """Clips to mix into the one at a position: any of all sets, as published."""
+def _mix_sources(plan: SamplePlan | MixturePlan, position: int, epoch: int) -> Iterator[ReadTask]:
+    """Candidates to mix into the clip at a position: any clip of all sets, as published."""
     for attempt in itertools.count():
-        shard, sample = any_sample(plan.ends, plan.seed, "partner", position, attempt)
-        yield ReadTask(position, epoch, shard, sample, partner=True)
+        shard, sample = any_sample(plan.ends, plan.seed, "mix_source", position, attempt)
+        yield ReadTask(position, epoch, shard, sample, mixed_in=True)
 
 
-def _kept(quarantine: Quarantine, tasks: Iterator[ReadTask]) -> ReadTask:
-    """The first that is not left out."""
-    task = next(tasks)
-    for _ in range(MAXIMUM_SUBSTITUTES):
-        if not quarantine.leaves_out(task):
+def _first_usable(quarantine: Quarantine, tasks: Iterator[ReadTask]) -> ReadTask:
+    for task in itertools.islice(tasks, MAXIMUM_SUBSTITUTES):
+        if not quarantine.excludes(task):
             return task
-        task = next(tasks)
     raise DataFaultError(
-        f"position {task.position}: {MAXIMUM_SUBSTITUTES} clips in a row are in quarantine"
+        f"position {next(tasks).position}: {MAXIMUM_SUBSTITUTES} clips in a row are in quarantine"
     )
 
 
 def _in_packing_order(
     shards: ShardSet, quarantine: Quarantine, positions: np.ndarray
 ) -> list[ReadTask]:
-    """What to read in validation: the samples themselves, less those left out."""
+    """Tasks of validation: the samples at the positions, without excluded ones."""
     tasks = [ReadTask(position, 0, *shards.at(position)) for position in positions.tolist()]
-    return [task for task in tasks if not quarantine.leaves_out(task)]
+    return [task for task in tasks if not quarantine.excludes(task)]
 
 
-def _check_batches(global_batch: int, micro_batch: int, lanes: int, world_size: int) -> None:
-    check_ranks(lanes, world_size)
-    if global_batch % lanes:
-        raise ValueError(
-            f"lanes is {lanes}, which does not divide global_batch = {global_batch}; "
-            f"use {default_lanes(global_batch)}"
-        )
-    if micro_batch < 1 or (global_batch // world_size) % micro_batch:
-        fitting = max(
-            size
-            for size in range(1, max(1, min(micro_batch, global_batch // world_size)) + 1)
-            if (global_batch // world_size) % size == 0
-        )
+def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> None:
+    if micro_batch < 1 or rank_batch % micro_batch:
+        divisors = (size for size in range(min(micro_batch, rank_batch), 0, -1))
+        fitting = next((size for size in divisors if rank_batch % size == 0), 1)
         raise ValueError(
             f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
-            f"global_batch = {global_batch}; use micro_batch = {fitting}"
+            f"global_batch = {world_size * rank_batch}; use micro_batch = {fitting}"
         )
 
 
 def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
-    """Say when pieces of remote shards will be thrown away before they are used up."""
+    """Warn if the cache is smaller than the remote bytes in use at a time."""
     remote = sum(
         file.bytes for file, one in zip(shards.files, shards.sets, strict=True) if one.remote
     )
@@ -358,8 +344,8 @@ def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
         in_use, field = remote, "data.augmentation.mixup_prob"
     if in_use > config.cache.limit_bytes > 0:
         log.warning(
-            "data.cache_gigabytes is %g, and %s draws from %.3g GB of %s at a time: much will be "
-            "fetched again and again; raise it, or lower %s",
+            "data.cache_gigabytes is %g, but %s draws from %.3g GB of %s at a time: much will be "
+            "fetched repeatedly; raise it, or lower %s",
             config.cache_gigabytes,
             field,
             in_use / 1e9,
@@ -391,14 +377,14 @@ def _settings(
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Threads have a current GPU each, so the loader's thread must be told which one."""
+    """Make the GPU index explicit: each thread has its own current GPU."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def _taken(batch: AudioVideoBatch) -> AudioVideoBatch:
-    """Tell the allocator that the taker's stream uses memory of the loader's stream."""
+def _on_current_stream(batch: AudioVideoBatch) -> AudioVideoBatch:
+    """Tell the allocator that the consumer's stream uses memory of the loader's stream."""
     if batch.log_mel.is_cuda:
         stream = torch.cuda.current_stream(batch.log_mel.device)
         batch.log_mel.record_stream(stream)
@@ -406,8 +392,8 @@ def _taken(batch: AudioVideoBatch) -> AudioVideoBatch:
     return batch
 
 
-def _end(ahead: Prefetcher[AudioVideoBatch], stream: ClipStream) -> None:
-    ahead.stop()
-    stream.interrupt()
-    ahead.join()
+def _end(prefetcher: Prefetcher[AudioVideoBatch], stream: ClipStream) -> None:
+    prefetcher.stop()
+    stream.end_readers()
+    prefetcher.join()
     stream.close()

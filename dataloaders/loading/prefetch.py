@@ -1,4 +1,4 @@
-"""Runs an iterator in a thread, a few items ahead of whoever wants them."""
+"""Runs an iterator in a background thread, a few items ahead of its consumer."""
 
 import queue
 import threading
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 10.0
-"""How long `close` waits for the item under way; a decoder that hangs is left behind."""
+"""How long `join` waits for the item in progress; a decoder that hangs is abandoned."""
 
 
 class Prefetcher(Generic[T]):
-    """Items of an iterator, made in a background thread; exceptions come out where the item would.
+    """Computes the items of an iterator in a background thread; `next` re-raises its exceptions.
 
     Args:
-        items: used by the thread alone from now on.
-        depth: finished items kept.
+        items: consumed by the thread alone.
+        depth: maximum number of finished items.
     """
 
     def __init__(self, items: Iterator[T], depth: int):
@@ -26,17 +26,17 @@ class Prefetcher(Generic[T]):
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self.wait_seconds = 0.0
-        # A daemon, because an interpreter that exits waits for all others before it runs the
-        # exit functions that would end them.
+        # A daemon, because an exiting interpreter waits for all other threads before it runs the
+        # exit handlers that would end them.
         self._thread = threading.Thread(target=self._make, args=(items,), daemon=True)
         self._thread.start()
 
     def next(self) -> T:
-        """The next item.
+        """Wait for the next item.
 
         Raises:
-            StopIteration: there is none.
-            Exception: what the iterator raised, here and whenever this is called again.
+            StopIteration: the iterator is exhausted.
+            Exception: the iterator's exception, on this and every further call.
             RuntimeError: `stop` was called.
         """
         if self._failure is None:
@@ -49,7 +49,7 @@ class Prefetcher(Generic[T]):
         raise self._failure
 
     def stop(self) -> None:
-        """Ask the thread to end after the item that it is at."""
+        """Ask the thread to end after the current item."""
         self._stop.set()
 
     def join(self) -> None:
@@ -62,7 +62,7 @@ class Prefetcher(Generic[T]):
                 if not self._put((item, None)):
                     return
             self._put((None, StopIteration()))
-        except Exception as error:  # raised again in the thread that wants the item
+        except Exception as error:  # raised again by `next`
             self._put((None, error))
 
     def _get(self) -> tuple[T | None, Exception | None]:

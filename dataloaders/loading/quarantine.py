@@ -1,20 +1,22 @@
-"""Clips that cannot be decoded: found by name and reason, kept out, and never able to kill twice.
+"""Finds clips that cannot be decoded, by name and reason, and excludes them from the run.
 
-A decode error of DALI names no sample and a crash of it leaves no error at all. So the clips that
-were under way are decoded again one by one in a process of their own: at once after an error, and
-when the run starts again after a crash, from the journal that the rank wrote before it decoded.
+A decode error of DALI names no sample, and a crash leaves no error at all. So the clips of the
+batch are decoded again one by one in a separate process: immediately after an error, and when the
+run resumes after a crash, from the journal that the rank wrote before it decoded.
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
 from cavmae.dataloaders.loading.reader import (
-    PARTNER_DRAWS,
+    MIXED_IN_DRAWS,
     BadSample,
     ClipReader,
     EncodedClip,
@@ -22,20 +24,20 @@ from cavmae.dataloaders.loading.reader import (
     ReadTask,
     StorageError,
 )
-from cavmae.dataloaders.loading.reader_pool import WorkerDied, WorkerPool
+from cavmae.dataloaders.process_pool import Failure, ProcessPool, TaskLimits
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 ALWAYS_ALLOWED = 10
 """Bad clips that never stop a run, however few clips were seen."""
 TRIAL_SECONDS = 120.0
-"""A clip that takes longer than this to try out (process start included) hangs its decoder."""
+"""A clip that takes longer than this to decode alone is considered to hang its decoder."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class QuarantinedSample:
-    """A clip that is left out from some position on."""
+    """A clip that is excluded from some position on."""
 
     sample_id: str
     """Such as `000003/000003017`."""
@@ -43,7 +45,7 @@ class QuarantinedSample:
     """A word to count by, such as `crc_mismatch` or `video_undecodable`."""
     detail: str = ""
     position: int = -1
-    """Place in the plan at which it was found; -1: it was known when the loader started."""
+    """Position in the plan at which it was found; -1: known when the loader was created."""
 
 
 class DataFaultError(RuntimeError):
@@ -51,15 +53,15 @@ class DataFaultError(RuntimeError):
 
 
 class Quarantine:
-    """The clips of one set that are left out, and the share of bad ones among those seen.
+    """Tracks the excluded clips of one set, and the fraction of bad ones among the clips seen.
 
-    A clip is left out from the position on at which it was found: a damaged frame of it may have
-    been drawn only there, and what comes before must be the same whenever it is found.
+    A clip is excluded from the position at which it was found: a damaged frame of it may have been
+    drawn only there, and earlier positions must not depend on when it was found.
 
     Args:
         shards: the set.
-        known: ids, or ids with reasons, of clips found bad before; left out from the start.
-        max_bad_fraction: of the clips seen from now on.
+        known: ids, or ids with reasons, of clips found bad before; excluded from the start.
+        max_bad_fraction: limit for the clips seen from now on.
 
     Raises:
         ValueError: a known id is not in the set.
@@ -72,7 +74,7 @@ class Quarantine:
         max_bad_fraction: float,
     ):
         self._folder = shards.folder
-        self._maximum_bad_share = max_bad_fraction
+        self._max_bad_fraction = max_bad_fraction
         self._seen = 0
         reasons: dict[str, str] = {}
         for item in known:
@@ -80,41 +82,41 @@ class Quarantine:
             reasons.setdefault(sample_id, reason)
         self.samples = [QuarantinedSample(*pair) for pair in reasons.items()]
         self._known = len(self.samples)
-        self._left_out_from = dict.fromkeys(
+        self._excluded_from = dict.fromkeys(
             _places(shards, [sample.sample_id for sample in self.samples]), -1
         )
 
-    def leaves_out(self, task: ReadTask) -> bool:
+    def excludes(self, task: ReadTask) -> bool:
         """Whether the task's sample must not be used at the task's position."""
-        first = self._left_out_from.get((task.shard, task.sample))
+        first = self._excluded_from.get((task.shard, task.sample))
         return first is not None and task.position >= first
 
-    def add(self, damage: BadSample) -> None:
-        """Leave a clip out from the position of its damage on; it is listed once, with the first
-        position at which it was found.
+    def add(self, bad: BadSample) -> None:
+        """Exclude a clip from its task's position on; it is listed once, with the first position
+        at which it was found.
 
         Raises:
-            DataFaultError: that is one too many.
+            DataFaultError: the limit is exceeded.
         """
-        task = damage.task
-        if self.leaves_out(task):
+        task = bad.task
+        if self.excludes(task):
             return
         place = (task.shard, task.sample)
-        found = QuarantinedSample(damage.sample_id, damage.reason, damage.detail, task.position)
-        if place in self._left_out_from:  # As a substitute, before its own place was read.
+        found = QuarantinedSample(bad.sample_id, bad.reason, bad.detail, task.position)
+        if place in self._excluded_from:  # As a substitute, before its own position was read.
             self.samples = [one for one in self.samples if one.sample_id != found.sample_id]
-        self._left_out_from[place] = task.position
+        self._excluded_from[place] = task.position
         self.samples.append(found)
-        log.warning("left out %s: %s (%s)", damage.sample_id, damage.reason, damage.detail)
+        log.warning("quarantined %s: %s (%s)", bad.sample_id, bad.reason, bad.detail)
         self._check()
 
     def count_seen(self, clips: int) -> None:
-        """Note that this many more clips were read."""
+        """Count clips that were read."""
         self._seen += clips
 
     def _check(self) -> None:
         bad = self.samples[self._known :]
-        if len(bad) <= max(ALWAYS_ALLOWED, self._maximum_bad_share * self._seen):
+        if len(bad) <= max(ALWAYS_ALLOWED, self._max_bad_fraction * self._seen):
             return
         reasons = Counter(sample.reason for sample in bad)
         examples = {sample.reason: sample.sample_id for sample in reversed(bad)}
@@ -125,8 +127,8 @@ class Quarantine:
         )
         raise DataFaultError(
             f"{len(bad)} clips of {self._folder} cannot be used and {self._seen} could so far, "
-            f"over data.max_bad_fraction = {self._maximum_bad_share}:\n{table}\n"
-            f"See `cavmae verify {self._folder}`; pack the clips again, or raise the share."
+            f"over data.max_bad_fraction = {self._max_bad_fraction}:\n{table}\n"
+            f"See `cavmae verify {self._folder}`; pack the clips again, or raise the fraction."
         )
 
 
@@ -142,15 +144,15 @@ def _places(shards: ShardSet, sample_ids: Iterable[str]) -> list[tuple[int, int]
             samples_of[shard] = {shards.sample_id(shard, number): number for number in numbers}
         if sample_id not in samples_of.get(shard, {}):
             raise ValueError(
-                f"quarantine names {sample_id}, which is not in {shards.folder}; a run goes on "
-                f"only with the set that it began with"
+                f"quarantine names {sample_id}, which is not in {shards.folder}; a run resumes "
+                f"only with the set that it was started with"
             )
         places.append((shard, samples_of[shard][sample_id]))
     return places
 
 
 class Journal:
-    """The clips that a rank is decoding, on disk, for whoever finds the rank dead.
+    """Records on disk which clips a rank is decoding, in case it crashes.
 
     A line per clip: counter of its draws (`ReadTask.draw`), epoch, shard, sample, id.
 
@@ -163,26 +165,23 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, clips: Iterable[EncodedClip]) -> None:
-        """Replace the journal. It outlives the process; a power cut needs no culprit."""
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(
-            "".join(
-                f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
-                f"{clip.sample_id}\n"
-                for clip in clips
-            )
+        """Replace the journal. It survives a crash; a power cut, which no clip causes, need not."""
+        lines = (
+            f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
+            f"{clip.sample_id}\n"
+            for clip in clips
         )
-        os.replace(part, self.path)
+        with atomic_write(self.path, durable=False) as temporary:
+            temporary.write_text("".join(lines))
 
-    def left_behind(self, shards: ShardSet) -> list[ReadTask]:
-        """What ranks that did not end properly were decoding, this one or any other: a run may go
-        on with fewer ranks than it had."""
+    def unfinished(self, shards: ShardSet) -> list[ReadTask]:
+        """Tasks that crashed ranks were decoding, whichever ranks: a run may resume with fewer."""
         tasks = []
         for path in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
             for line in path.read_text().splitlines():
                 draw, epoch, shard, sample, sample_id = line.split(" ", 4)
-                partner, position = divmod(int(draw), PARTNER_DRAWS)
-                task = ReadTask(position, int(epoch), int(shard), int(sample), bool(partner))
+                mixed_in, position = divmod(int(draw), MIXED_IN_DRAWS)
+                task = ReadTask(position, int(epoch), int(shard), int(sample), bool(mixed_in))
                 in_set = task.shard < len(shards.sizes) and task.sample < shards.sizes[task.shard]
                 if in_set and shards.sample_id(task.shard, task.sample) == sample_id:
                     tasks.append(task)
@@ -191,14 +190,14 @@ class Journal:
         return tasks
 
     def clear(self) -> None:
-        """Nothing is being decoded any more."""
+        """Remove the journal: nothing is being decoded."""
         self.path.unlink(missing_ok=True)
 
 
 class ClipTrial:
-    """Callable that reads and decodes one clip as the rank would; None, or what is wrong with it.
+    """Callable that reads and decodes one clip like the rank does, in a separate process.
 
-    Runs in a process of its own.
+    Returns None, or what is wrong with the clip.
     """
 
     def __init__(self, settings: ReaderSettings):
@@ -227,9 +226,9 @@ class ClipTrial:
 def find_culprits(
     trial: ClipTrial, shards: ShardSet, tasks: Iterable[ReadTask], seconds: float = TRIAL_SECONDS
 ) -> list[BadSample]:
-    """Try clips one by one, apart from this process; returns those that cannot be decoded.
+    """Try clips one by one in a separate process; returns those that cannot be decoded.
 
-    A crash or a hang of the decoder is a finding as well.
+    A crash or a hang of the decoder counts as well.
 
     Raises:
         OSError: a shard cannot be read.
@@ -238,33 +237,24 @@ def find_culprits(
     culprits: list[BadSample] = []
     if not tasks:
         return culprits
-    pool = WorkerPool(trial, 1)
-    try:
+    with closing(ProcessPool(trial, 1, TaskLimits(seconds))) as pool:
         for task in tasks:
-            finding = None
-            try:
-                finding = pool.result(pool.submit(task), seconds)
-            except WorkerDied as death:
-                sample_id = shards.sample_id(task.shard, task.sample)
-                finding = BadSample(task, sample_id, "decoder_crash", str(death))
-            except TimeoutError:
-                pool.close()
-                pool = WorkerPool(trial, 1)
-                sample_id = shards.sample_id(task.shard, task.sample)
-                finding = BadSample(task, sample_id, "decoder_hang", f"over {seconds:g} s")
+            finding = pool.submit(task).result()
             if isinstance(finding, StorageError):
                 raise OSError(finding.detail)
+            if isinstance(finding, Failure):
+                sample_id = shards.sample_id(task.shard, task.sample)
+                reason = "decoder_hang" if finding.reason == "timeout" else "decoder_crash"
+                finding = BadSample(task, sample_id, reason, finding.detail)
             if finding is not None:
                 culprits.append(finding)
-    finally:
-        pool.close()
     return culprits
 
 
 def _last_line(text: str) -> str:
-    """The sentence of a DALI error that says what happened, without the traceback around it."""
+    """The line of a DALI error that says what happened, without the traceback around it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for place, line in enumerate(lines):
-        if line == "encountered:" and place + 1 < len(lines):
-            return lines[place + 1]
+    for line, following in pairwise(lines):
+        if line == "encountered:":
+            return following
     return lines[-1] if lines else ""

@@ -1,9 +1,9 @@
-"""What a reader worker does for one place of the plan: fetch the bytes, choose frame and crop.
+"""Reads one position of the sample plan: fetches the bytes and chooses frames and crop.
 
 Runs in worker processes, so it imports neither torch nor DALI. Everything random is drawn from the
-position in the plan (`random_streams`), hence does not depend on which worker reads when. Damaged
-samples are answers, not exceptions; a shard that cannot be read, however often it was tried, is an
-answer too and ends the run.
+position in the plan (`sampling.philox`), so it does not depend on which worker reads when. Damaged
+samples are return values, not exceptions; so is a shard that cannot be read after all retries,
+which ends the run.
 """
 
 from dataclasses import dataclass
@@ -12,64 +12,63 @@ from typing import Any, Literal
 import numpy as np
 
 from cavmae.dataloaders.config import Augmentation
-from cavmae.dataloaders.loading.augment import Box, is_mirrored, middle_box, random_box
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP, MIDDLE_FRAME
+from cavmae.dataloaders.loading.augment import Box, center_crop, is_flipped, random_crop
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, decode_original
 from cavmae.dataloaders.sampling.philox import random_words
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, FRAMES_PER_CLIP, ShardError, ShardSet
+from cavmae.dataloaders.shards.format import ShardError
+from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SHORTEST_AUDIO_SAMPLES = 400
-"""One window of the log-mel; less would make a constant input."""
+"""One window of the log-mel; shorter audio would give a constant input."""
 LARGEST_SIDE = 1 << 14
-"""Pixels; packing writes far less, and decoders would want memory for what is stated."""
-MIDDLE_FRAME = FRAMES_PER_CLIP // 2
-"""The one of the ten frames that is used where nothing is drawn."""
+"""Pixels; packing writes far less, and decoders allocate whatever a header states."""
 
-PARTNER_DRAWS = 1 << 61
-"""Counters of the draws for clips that are mixed into others start here, beyond every position that
-a run can reach."""
+MIXED_IN_DRAWS = 1 << 61
+"""Counters of the draws for mixed-in clips start here, beyond every position that a run reaches."""
 
 CPU_VIDEO_CODECS = ("vp9", "mjpeg")
-"""What DALI decodes without a GPU."""
+"""Codecs that DALI decodes without a GPU."""
 NVDEC_SMALLEST_SIDE = {"vp9": 128, "h264": 48, "mjpeg": 64}
 """Pixels; NVDEC refuses smaller frames (NVDEC Video Decoder API Programming Guide, table 1)."""
 
 
 @dataclass(frozen=True)
 class ReaderSettings:
-    """What all clips of one loader have in common."""
+    """Settings that all clips of one loader share."""
 
     shards: ShardSet
     seed: int
     frame_choice: Literal["by_time", "published"]
     image_size: int
     audio_samples: int
-    """Samples that the log-mel looks at."""
+    """Audio samples that the log-mel covers."""
     draw_frame: bool
-    """Draw the frame for the position; otherwise take the middle one of the ten."""
+    """Draw the frame for the position; otherwise use the middle one of the ten."""
     gpu: int | None
-    """Number of the GPU on which DALI decodes frames; None: the CPU does."""
+    """Index of the GPU on which DALI decodes frames; None: on the CPU."""
     frames_per_clip: int = 1
     window_seconds: float = 0.0
-    """Part of the clip that is heard and seen; 0: from the beginning."""
+    """Length of the window of the clip that is used; 0: the clip from its start."""
     augmentation: Augmentation | None = None
-    """None: nothing is drawn for the position, as in validation."""
+    """None: no augmentation, as in validation."""
 
 
 @dataclass(frozen=True)
 class ReadTask:
-    """One place of the plan and the sample to read for it."""
+    """A position of the plan and the sample to read for it."""
 
     position: int
     epoch: int
     shard: int
     sample: int
-    partner: bool = False
-    """It is mixed into the clip at this position."""
+    mixed_in: bool = False
+    """The sample is mixed into the clip at this position."""
 
     @property
     def draw(self) -> int:
-        """Counter of what is drawn for the clip (window, frames, crop, flip)."""
-        return self.position + PARTNER_DRAWS * self.partner
+        """Counter of the random draws for the clip (window, frames, crop, flip)."""
+        return self.position + MIXED_IN_DRAWS * self.mixed_in
 
 
 @dataclass(frozen=True)
@@ -79,18 +78,18 @@ class EncodedClip:
     task: ReadTask
     sample_id: str
     labels: tuple[str, ...]
-    sound: bytes
+    audio: bytes
     """FLAC or WAV."""
-    pictures: tuple[bytes, ...]
+    frames: tuple[bytes, ...]
     """JPEGs or one-frame videos; one zero byte each where `pixels` are given."""
     pixels: tuple[np.ndarray, ...] | None
-    """`(height, width, 3)` uint8 each, where DALI has no decoder for the video."""
-    box: Box
-    """Of the pictures, what the model sees."""
-    mirrored: bool
+    """`(height, width, 3)` uint8 each, if DALI has no decoder for the video."""
+    crop: Box
+    """Crop of the frames."""
+    flipped: bool
     frame_seconds: tuple[float, ...]
     audio_seconds: tuple[float, float]
-    """Start and length of the audio that is heard."""
+    """Start and length of the audio window."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class StorageError:
-    """A shard could not be read, however often it was tried; says nothing about the sample."""
+    """A shard could not be read after all retries; the sample itself may be intact."""
 
     detail: str
 
@@ -130,9 +129,7 @@ class ClipReader:
             except FrameError as error:
                 return BadSample(task, sample_id, "video_unreadable", str(error))
         except OSError as error:
-            return StorageError(
-                f"{error}; check the storage and start again: the run goes on where it was"
-            )
+            return StorageError(f"{error}; check the storage and rerun the same command to resume")
 
     def _read(self, task: ReadTask, sample_id: str) -> EncodedClip | BadSample:
         description = self.shards.description(task.shard, task.sample)
@@ -149,13 +146,13 @@ class ClipReader:
             return BadSample(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
-        pictures, pixels = self._pictures(task, frames, height, width)
+        encoded, pixels = self._read_frames(task, frames, height, width)
         augmentation, size = self.settings.augmentation, self.settings.image_size
-        box, mirrored = middle_box(height, width, size), False
+        crop, flipped = center_crop(height, width, size), False
         if augmentation is not None:
             seed = self.settings.seed
-            box = random_box(height, width, size, augmentation, seed, task.draw)
-            mirrored = is_mirrored(augmentation, seed, task.draw)
+            crop = random_crop(height, width, size, augmentation, seed, task.draw)
+            flipped = is_flipped(augmentation, seed, task.draw)
         longest = self.settings.audio_samples / AUDIO_HZ
         start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
@@ -163,36 +160,39 @@ class ClipReader:
             sample_id,
             labels,
             self.shards.member(task.shard, task.sample, self.shards.audio_codec),
-            pictures,
+            encoded,
             pixels,
-            box,
-            mirrored,
+            crop,
+            flipped,
             tuple(seconds for _, _, seconds in frames),
             (start, min(length, longest)),
         )
 
-    def _pictures(
+    def _read_frames(
         self, task: ReadTask, frames: list[tuple[int, int, float]], height: int, width: int
     ) -> tuple[tuple[bytes, ...], tuple[np.ndarray, ...] | None]:
-        """The frames, as `_choose_frames` gives them, and their pixels where DALI has no
-        decoder."""
+        """Encoded frames, and their pixels if DALI has no decoder for them.
+
+        Args:
+            frames: as `_choose_frames` returns them.
+        """
         shard, sample = task.shard, task.sample
-        nothing = (b"\0",) * len(frames)
+        placeholder = (b"\0",) * len(frames)
         if self.shards.tier == "frames":
             names = [f"{chosen}.jpg" for chosen, _, _ in frames]
             return tuple(self.shards.member(shard, sample, name) for name in names), None
         if self.shards.tier == "original":
             source = self.shards.member(shard, sample, "source")
-            return nothing, tuple(
+            return placeholder, tuple(
                 decode_original(source, seconds, width, height) for _, _, seconds in frames
             )
         videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
         if self._dali_decodes(height, width):
             return videos, None
-        return nothing, tuple(decode_frame(video) for video in videos)
+        return placeholder, tuple(decode_frame(video) for video in videos)
 
     def _window(self, draw: int, clip_seconds: float) -> tuple[float, float] | None:
-        """Start and length of what is heard and seen; None: the clip from its beginning."""
+        """Start and length of the window in seconds; None: the clip from its start."""
         if not self.settings.window_seconds:
             return None
         length = min(self.settings.window_seconds, clip_seconds)
@@ -205,10 +205,11 @@ class ClipReader:
     def _choose_frames(
         self, draw: int, description: dict[str, Any], window: tuple[float, float] | None
     ) -> list[tuple[int, int, float]]:
-        """Of each frame: its place among the ten, its index in the video, and its time.
+        """Choose frames: each one's number among the ten, its index in the video, and its time.
 
-        Each comes from its own equal part of the window. Only the `frames` tier is bound to the
-        ten: `by_time` shows any moment of the others; the first number has no meaning then.
+        Each frame comes from its own equal part of the window. Only the `frames` tier is limited
+        to the ten: `by_time` may choose any moment of the others, where the first number has no
+        meaning.
         """
         count = self.settings.frames_per_clip
         inside = [0.5] * count
@@ -239,10 +240,10 @@ class ClipReader:
 
 
 def check_frame_choice(shards: ShardSet, frame_choice: str) -> None:
-    """Refuse to draw frames by a rule that the set was not packed for.
+    """Refuse a frame choice that the set was not packed with.
 
     Raises:
-        ValueError: names the set, both rules and the fix.
+        ValueError: names the set, both choices and the fix.
     """
     by_ten = shards.tier == "frames" or frame_choice == "published"
     if by_ten and shards.frame_choice != frame_choice:

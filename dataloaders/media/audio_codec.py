@@ -1,4 +1,4 @@
-"""The sound of a sample as it is stored: 16 kHz mono int16, FLAC or WAV.
+"""Encodes and decodes the stored audio of a sample: 16 kHz mono int16, FLAC or WAV.
 
 FLAC takes about two thirds of the bytes, WAV next to no time to decode.
 """
@@ -10,14 +10,14 @@ from typing import Literal
 import av
 import numpy as np
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ
 
 AudioCodec = Literal["flac", "wav"]
-"""As `shards.AUDIO_CODECS`."""
+"""One of `constants.AUDIO_CODECS`."""
 
 
-def encode_sound(audio: np.ndarray, codec: AudioCodec) -> bytes:
-    """`(samples,)` int16 to a file; the same bytes for the same samples."""
+def encode_audio(audio: np.ndarray, codec: AudioCodec) -> bytes:
+    """Encode `(samples,)` int16 as a file; the same samples give the same bytes."""
     stream_of_bytes = io.BytesIO()
     if codec == "wav":
         with wave.open(stream_of_bytes, "wb") as target:
@@ -34,11 +34,11 @@ def encode_sound(audio: np.ndarray, codec: AudioCodec) -> bytes:
     return stream_of_bytes.getvalue()
 
 
-def decode_sound(data: bytes) -> np.ndarray:
-    """`(samples,)` int16 of a stored file.
+def decode_audio(data: bytes) -> np.ndarray:
+    """Decode a stored file to `(samples,)` int16.
 
     Raises:
-        FFmpegError: it does not decode.
+        FFmpegError: the file does not decode.
     """
     with av.open(io.BytesIO(data), "r") as container:
         parts = [frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)]

@@ -1,9 +1,10 @@
-"""The sound of a clip as it is decoded: placed by its timestamps, mixed to mono, resampled."""
+"""Decodes the audio of a clip: places it by timestamps, mixes it to mono, resamples it."""
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
+from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.media.errors import (
     MAXIMUM_CLIP_BYTES,
     ClipError,
@@ -11,15 +12,14 @@ from cavmae.dataloaders.media.errors import (
     error_text,
     within,
 )
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
 
 GAP_SECONDS = 0.03
-"""Timestamps may be this far from the end of the samples before them (containers round them, to a
-millisecond or more); beyond it zeros fill the gap, or samples already heard are dropped."""
+"""Tolerance between a timestamp and the end of the samples before it (containers round timestamps,
+to a millisecond or more); beyond it, gaps are filled with zeros and overlaps are dropped."""
 
 
-class SoundTrack:
-    """Takes the sound of a window as mono int16 at the stream's own rate.
+class AudioTrack:
+    """Collects the audio of a window as mono int16 at the stream's sample rate.
 
     Args:
         stream: the stream whose packets `decode` is given.
@@ -35,25 +35,25 @@ class SoundTrack:
         self.settings = settings
         self.hz = stream.rate
         self.samples = 0
-        """Samples from the start of the window to the end of the sound taken."""
+        """Samples from the start of the window to the end of the audio so far."""
         self.frames = 0
-        """Frames decoded, in the window or not."""
+        """Number of decoded frames, in the window or not."""
         self.errors: list[str] = []
         """Packets of the window that failed."""
         self.done = False
-        """No further sound can belong to the window."""
+        """Whether no further audio can belong to the window."""
         self.begins_late = False
-        """The first sound decoded comes after the start of the window."""
+        """Whether the first decoded audio comes after the start of the window."""
         self._parts: list[np.ndarray] = []
         self._resampler: av.AudioResampler | None = None
         self._source: tuple[str, str, int] | None = None
         self._clock: int | None = None
 
     def decode(self, packet: av.Packet) -> None:
-        """Decode a packet of the stream; failures are noted in `errors`.
+        """Decode a packet of the stream; failures are added to `errors`.
 
         Raises:
-            ClipError: the sound takes too much memory.
+            ClipError: the audio takes too much memory.
         """
         try:
             for frame in packet.decode():
@@ -65,7 +65,7 @@ class SoundTrack:
                 self.errors.append(error_text(error))
 
     def waveform(self) -> np.ndarray:
-        """(samples,) int16 at 16 kHz."""
+        """The collected audio, `(samples,)` int16 at 16 kHz."""
         return resample(np.concatenate([np.zeros(0, np.int16), *self._parts]), self.hz)
 
     def _take(self, frame: av.AudioFrame) -> None:
@@ -94,7 +94,7 @@ class SoundTrack:
         self.done = position >= self.length * self.hz
 
     def _place(self, mono: np.ndarray, position: int) -> None:
-        if position < self.samples:  # before the window, or heard already
+        if position < self.samples:  # before the window, or an overlap
             mono = mono[self.samples - position :]
             position = self.samples
         end = self.length * self.hz
@@ -103,14 +103,14 @@ class SoundTrack:
         if len(mono) == 0:
             return
         if (position + len(mono)) * 2 > MAXIMUM_CLIP_BYTES:
-            raise ClipError("too_large", f"more than {MAXIMUM_CLIP_BYTES} bytes of sound")
+            raise ClipError("too_large", f"more than {MAXIMUM_CLIP_BYTES} bytes of audio")
         self._parts.append(np.zeros(position - self.samples, np.int16))
         self._parts.append(np.array(mono))
         self.samples = position + len(mono)
 
 
 def resample(native: np.ndarray, hz: int) -> np.ndarray:
-    """(samples,) int16 at `hz` to int16 at 16 kHz, with ffmpeg's anti-alias filter."""
+    """Resample `(samples,)` int16 at `hz` to 16 kHz, with ffmpeg's anti-aliasing filter."""
     if hz == AUDIO_HZ or len(native) == 0:
         return native
     samples = round(len(native) * AUDIO_HZ / hz)

@@ -1,20 +1,20 @@
-"""Decoding of one clip from a file that nobody has checked, with PyAV.
+"""Decodes one clip from an untrusted file, with PyAV.
 
-Everything that pretraining needs to be able to trust is settled here, once, when clips are packed:
-what a file is (by its content, never its name), which of its streams are used, where sound and
-frames lie on the presentation timeline, and whether enough of it can be decoded. What cannot be
-used is refused with a reason that a program can count.
+Everything that training relies on is decided here, once, when clips are packed: what a file is (by
+its content, never its name), which of its streams are used, the times of audio and frames on the
+presentation timeline, and whether enough of it can be decoded. Unusable clips are refused with a
+machine-readable reason.
 
 Conventions:
 - Time zero of a file is the earlier start of the two streams used, as `ffmpeg -ss` counts; time
-  zero of a clip is its `start_seconds` on that timeline. Sound that starts late follows zeros,
-  sound that ends early is shorter. A frame already shown at the start has time 0.
-- The stream marked as default counts, else the first; a cover picture is no video.
+  zero of a clip is its `start_seconds` on that timeline. Audio that starts late follows zeros,
+  audio that ends early is shorter. A frame already shown at the start has time 0.
+- The stream marked as default counts, else the first; cover art is not a video.
 - Frames are turned as the display matrix says (mirroring is ignored), stretched to square pixels,
   scaled down (never up) to the short side, cut to even sizes, and kept as 8-bit 4:2:0 with BT.601
-  coefficients and limited range, which is what video decoders assume without being told.
-- Corrupt frames are left out and counted. A damaged clip is kept if more frames and packets of it
-  decode than fail, and `minimum_seconds` of both sound and video do.
+  coefficients and limited range, which is what video decoders assume by default.
+- Corrupt frames are skipped and counted. A damaged clip is kept if more frames and packets of it
+  decode than fail, and `minimum_seconds` of both audio and video do.
 """
 
 import io
@@ -29,7 +29,7 @@ import av.stream
 import numpy as np
 from av.error import FFmpegError
 
-from cavmae.dataloaders.media.audio_track import SoundTrack
+from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
 from cavmae.dataloaders.media.video_track import VideoTrack
 
@@ -40,18 +40,18 @@ PREROLL_SECONDS = 2.0
 ONE_FRAME_SECONDS = 1e-3
 """A window with one frame."""
 INTERLEAVING_SECONDS = 60.0
-"""Sound and video of the same moment lie at most this far apart in a file."""
+"""Maximum distance in a file between audio and video of the same time."""
 MAXIMUM_SOURCE_PIXELS = 1 << 27
 """Largest frame that is decoded (16k x 8k); a header can claim any size."""
 
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,wtv,gxf,rm"
-SOUND_CONTAINERS = "wav,flac"
+AUDIO_CONTAINERS = "wav,flac"
 """Formats that are opened. Playlists (HLS, concat) are not: they name other files and hosts."""
 
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Sound and frames of one clip; all times in seconds from the start of the clip."""
+    """Audio and frames of one clip; all times in seconds from the start of the clip."""
 
     audio: np.ndarray
     """(samples,) int16, 16 kHz mono."""
@@ -65,9 +65,9 @@ class DecodedClip:
     width: int
     height: int
     video_codec: str
-    """Of the file, as ffmpeg calls it."""
+    """ffmpeg's name of the file's codec."""
     decode_errors: int
-    """Packets or frames that failed, plus one if the file ends before its header says."""
+    """Packets or frames that failed, plus one if the file is shorter than its header says."""
 
 
 def decode_clip(
@@ -80,11 +80,11 @@ def decode_clip(
     """Decode the part of a file from `start_seconds` up to `end_seconds` (may be infinite).
 
     Args:
-        part: offset and size in bytes of the video in the file; None: it is the file.
+        part: offset and size in bytes of the video in the file; None: the whole file.
 
     Raises:
-        ClipError: the clip cannot be used; see `Reason`.
-        OSError: the file is there and cannot be looked at.
+        ClipError: the clip is unusable; see `Reason`.
+        OSError: the file exists but cannot be accessed.
     """
     url = _url(path, part)
     tracks = None
@@ -96,43 +96,43 @@ def decode_clip(
     return _checked_clip(*tracks, start_seconds, end_seconds, settings)
 
 
-def decode_sound_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
-    """`(samples,)` int16 at 16 kHz: the first `seconds` of a file's sound.
+def decode_audio_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
+    """Decode the first `seconds` of a file's audio to `(samples,)` int16 at 16 kHz.
 
     Raises:
-        ClipError: the file cannot be used.
-        OSError: it is there and cannot be looked at.
+        ClipError: the file is unusable.
+        OSError: the file exists but cannot be accessed.
     """
-    with _open(_url(path, None), f"{SOUND_CONTAINERS},{CONTAINERS}") as container:
+    with _open(_url(path, None), f"{AUDIO_CONTAINERS},{CONTAINERS}") as container:
         audio = next(iter(container.streams.audio), None)
         if audio is None or audio.codec_context is None:
             raise ClipError("no_audio", "no audio stream that can be decoded")
         zero = float((audio.start_time or 0) * (audio.time_base or 0))
-        sound = SoundTrack(audio, zero, seconds, settings)
+        audio_track = AudioTrack(audio, zero, seconds, settings)
         errors: list[str] = []
         for packet in _packets(container, [audio], errors):
-            sound.decode(packet)
-            if sound.done:
+            audio_track.decode(packet)
+            if audio_track.done:
                 break
-    errors = [*sound.errors, *errors]
-    if sound.samples == 0 or len(sound.errors) > sound.frames:
-        raise ClipError("decode_error", f"no sound decodes; {errors[0] if errors else ''}")
-    return _checked_sound(sound, settings)
+    errors = [*audio_track.errors, *errors]
+    if audio_track.samples == 0 or len(audio_track.errors) > audio_track.frames:
+        raise ClipError("decode_error", f"no audio decodes; {errors[0] if errors else ''}")
+    return _checked_audio(audio_track, settings)
 
 
 def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> np.ndarray:
-    """The frame that a file shows at a moment of the timeline of `decode_clip`.
+    """Decode the frame that a file shows at a time on the timeline of `decode_clip`.
 
     Args:
         video: the file.
-        seconds: as `DecodedClip.times_seconds` of a clip from 0 has them.
+        seconds: time as in `DecodedClip.times_seconds` of a clip that starts at 0.
         size: width and height to scale to.
 
     Returns:
-        `(height * 3 / 2, width)` uint8 planes as those of `DecodedClip.frames`.
+        `(height * 3 / 2, width)` uint8 planes in the format of `DecodedClip.frames`.
 
     Raises:
-        ClipError: it cannot be decoded.
+        ClipError: the frame cannot be decoded.
     """
     errors: list[str] = []
     for seek in (True, False) if seconds > PREROLL_SECONDS else (False,):
@@ -158,10 +158,10 @@ def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> n
 
 
 def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
-    """Seconds from time zero to the last packet's end, from the packets and not the header.
+    """Measure the seconds from time zero to the last packet's end, ignoring the header.
 
     Raises:
-        ClipError: the file has no sound or video, or cannot be opened.
+        ClipError: the file has no audio or video, or cannot be opened.
     """
     with _open(_url(path, part)) as container:
         video, audio = _choose_streams(container)
@@ -175,7 +175,7 @@ def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
 
 
 def _url(path: str, part: tuple[int, int] | None) -> str:
-    """What libavformat is to open: a file that is there, or a part of it."""
+    """The URL for libavformat of an existing file, or of a part of it."""
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -206,9 +206,9 @@ def _choose_streams(
     videos = [stream for stream in container.streams.video if not stream.disposition & cover]
     audios = list(container.streams.audio)
     if not videos and not audios:
-        raise ClipError("open_failed", f"a {container.format.name} file without sound or video")
+        raise ClipError("open_failed", f"a {container.format.name} file without audio or video")
     if not videos:
-        raise ClipError("no_video", "no video stream (a cover picture is none)")
+        raise ClipError("no_video", "no video stream (cover art is not one)")
     if not audios:
         raise ClipError("no_audio", "no audio stream")
     video = next((stream for stream in videos if stream.disposition & default), videos[0])
@@ -235,7 +235,7 @@ def _packets(
     streams: Sequence[av.VideoStream | av.AudioStream],
     errors: list[str],
 ) -> Iterator[av.Packet]:
-    """Packets until the end or until the container can't be read on, which is noted."""
+    """Yield packets until the end, or until an error, which is added to `errors`."""
     packets = container.demux(*streams)
     while True:
         try:
@@ -250,14 +250,14 @@ def _packets(
 
 def _read(
     url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
-) -> tuple[VideoTrack, SoundTrack] | None:
-    """Decode the window; None if seeking fails or skips a part of it."""
+) -> tuple[VideoTrack, AudioTrack] | None:
+    """Decode the window; returns None if seeking fails or skips a part of it."""
     with _open(url) as container:
         video, audio = _choose_streams(container)
         zero = _origin_seconds(video, audio) + start
         length = end - start
         frames = VideoTrack(video, zero, length, settings)
-        sound = SoundTrack(audio, zero, length, settings)
+        audio_track = AudioTrack(audio, zero, length, settings)
         if seek:
             try:
                 container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
@@ -265,38 +265,38 @@ def _read(
                 return None
         errors: list[str] = []
         for packet in _packets(container, [video, audio], errors):
-            track = frames if packet.stream is video else sound
+            track = frames if packet.stream is video else audio_track
             if not track.done:
                 track.decode(packet)
             if seek and track.begins_late:
                 return None
-            if (frames.done and sound.done) or _far_past(packet, zero + length):
+            if (frames.done and audio_track.done) or _far_past(packet, zero + length):
                 break
         frames.errors.extend(errors)
         frames.finish()
-        if seek and not (frames.frames and sound.samples):
+        if seek and not (frames.frames and audio_track.samples):
             return None
-        return frames, sound
+        return frames, audio_track
 
 
 def _far_past(packet: av.Packet, end: float) -> bool:
-    """Whether a packet lies so far after the window that the other stream has ended as well."""
+    """Whether a packet is so far after the window that the other stream has passed it too."""
     if packet.dts is None or packet.time_base is None:
         return False
     return float(packet.dts * packet.time_base) > end + INTERLEAVING_SECONDS
 
 
 def _checked_clip(
-    frames: VideoTrack, sound: SoundTrack, start: float, end: float, settings: DecodeSettings
+    frames: VideoTrack, audio_track: AudioTrack, start: float, end: float, settings: DecodeSettings
 ) -> DecodedClip:
-    errors = [*frames.errors, *sound.errors]
+    errors = [*frames.errors, *audio_track.errors]
     reason: Reason = "decode_error"
     detail = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
     if not errors and _ends_early(frames, start, end):
         reason, detail = "short_read", "the file ends before its header says"
         errors = [detail]
-    if not frames.frames or sound.samples == 0:
-        missing = "video frame" if not frames.frames else "sound"
+    if not frames.frames or audio_track.samples == 0:
+        missing = "video frame" if not frames.frames else "audio"
         if errors:
             raise ClipError(reason, f"no {missing} decodes; {detail}")
         if start > 0:
@@ -305,17 +305,17 @@ def _checked_clip(
             "no_video" if not frames.frames else "no_audio", f"the stream has no {missing}"
         )
     video_seconds = min(frames.times[-1] + _last_frame_seconds(frames), end - start)
-    audio_seconds = sound.samples / sound.hz
+    audio_seconds = audio_track.samples / audio_track.hz
     if errors:
-        if len(frames.errors) > frames.decoded or len(sound.errors) > sound.frames:
+        if len(frames.errors) > frames.decoded or len(audio_track.errors) > audio_track.frames:
             raise ClipError(reason, f"most of it does not decode; {detail}")
         if min(video_seconds, audio_seconds) < settings.minimum_seconds:
             raise ClipError(
                 reason,
-                f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of sound decode; "
+                f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of audio decode; "
                 f"{detail}",
             )
-    audio = _checked_sound(sound, settings)
+    audio = _checked_audio(audio_track, settings)
     assert frames.size is not None
     rate = min(frames.rate, settings.video_fps) if settings.video_fps > 0 else frames.rate
     return DecodedClip(
@@ -331,13 +331,13 @@ def _checked_clip(
     )
 
 
-def _checked_sound(sound: SoundTrack, settings: DecodeSettings) -> np.ndarray:
-    seconds = sound.samples / sound.hz
+def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndarray:
+    seconds = audio_track.samples / audio_track.hz
     if seconds < settings.minimum_seconds:
         raise ClipError(
-            "too_short", f"{seconds:.3f} s of sound, {settings.minimum_seconds:g} s needed"
+            "too_short", f"{seconds:.3f} s of audio, {settings.minimum_seconds:g} s needed"
         )
-    audio = sound.waveform()
+    audio = audio_track.waveform()
     peak = int(np.abs(audio.astype(np.int32)).max())
     if peak <= SILENT_PEAK and not settings.keep_silent:
         raise ClipError("silent_audio", f"the largest sample is {peak} of 32768")
@@ -351,7 +351,7 @@ def _last_frame_seconds(frames: VideoTrack) -> float:
 
 
 def _ends_early(frames: VideoTrack, start: float, end: float) -> bool:
-    """Whether the video stops over half a second before the stream's own table says."""
+    """Whether the video ends over half a second before the duration in the header."""
     stream = frames.stream
     if frames.done or stream.duration is None or stream.time_base is None:
         return False

@@ -1,8 +1,7 @@
-"""Pixels of one stored frame, for what DALI has no decoder for; runs in the readers.
+"""Decodes one stored frame that DALI has no decoder for; runs in the readers.
 
-A frame of the `video` tier is a file of its own (see `ShardSet.frame`). The `original` tier keeps
-the source's video as it was, from which any frame costs a seek and the decoding of all frames since
-the last key frame.
+A frame of the `video` tier is a complete file (see `ShardSet.frame`). The `original` tier keeps the
+source's video, where a frame costs a seek and decoding all frames since the last key frame.
 """
 
 import io
@@ -18,23 +17,23 @@ from cavmae.dataloaders.media.video_track import rgb_pixels
 
 
 class FrameError(ValueError):
-    """The video cannot give the wanted frame: damaged, or not packed by us."""
+    """The video does not give the requested frame: it is damaged, or was not packed by cavmae."""
 
 
 def decode_frame(video: bytes) -> np.ndarray:
-    """Pixels of the first frame of a packed video.
+    """Decode the first frame of a packed video.
 
     Returns:
         `(height, width, 3)` uint8 RGB.
 
     Raises:
-        FrameError: it cannot be decoded.
+        FrameError: the frame cannot be decoded.
     """
     try:
         with av.open(io.BytesIO(video), "r") as source:
             context = source.streams.video[0].codec_context
             if context is None:
-                raise FrameError("the frame cannot be decoded: no decoder is known for it")
+                raise FrameError("the frame cannot be decoded: there is no decoder for its codec")
             context.thread_count = 1
             frame = next(source.decode(video=0))
             return rgb_pixels(frame, VideoReformatter())
@@ -43,19 +42,19 @@ def decode_frame(video: bytes) -> np.ndarray:
 
 
 def decode_original(video: bytes, seconds: float, width: int, height: int) -> np.ndarray:
-    """Pixels of the frame that a source's video shows at a moment.
+    """Decode the frame that a source's video shows at a time.
 
     Args:
-        video: the file as it was packed.
-        seconds: on the clip's timeline.
-        width: of the result; as for `height`, what packing noted.
+        video: the source file.
+        seconds: time on the clip's timeline.
+        width: of the result; like `height`, from the sample's JSON.
         height: of the result.
 
     Returns:
-        `(height, width, 3)` uint8 RGB, turned and scaled as packing does.
+        `(height, width, 3)` uint8 RGB, rotated and scaled like in packing.
 
     Raises:
-        FrameError: it cannot be decoded.
+        FrameError: the frame cannot be decoded.
     """
     try:
         planes = decode_shown_frame(video, seconds, (width, height))

@@ -1,14 +1,14 @@
-"""Encoding of the frames of a clip into the members of a shard: JPEG and key-frame-only video.
+"""Encodes the frames of a clip for a shard, as JPEGs or as key-frame-only video.
 
-Every video frame is a key frame in a fragment of its own, so that any one of them is read and
-decoded alone: the file's header and one fragment are a whole file. VP9 is the default
-because DALI decodes it on the CPU and on the GPU; H.264 decodes on the GPU only, MJPEG on the CPU
-only. Encoded video runs at a constant rate (frame i is at i / rate) whatever the source did:
-decoders that pick frames by number do not all agree on variable rates. The presentation times are
-in the sample's JSON.
+Every video frame is a key frame in its own fragment, so that it can be read and decoded alone: the
+file's header and one fragment are a complete file. VP9 is the default because DALI decodes it on
+the CPU and on the GPU; H.264 decodes on the GPU only, MJPEG on the CPU only. Encoded video has a
+constant rate (frame i is at i / rate) whatever the source's, since decoders disagree on frame
+numbers at variable rates. The presentation times are in the sample's JSON.
 """
 
 import io
+import zlib
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -42,25 +42,27 @@ ENCODERS: dict[VideoCodec, tuple[str, str, dict[str, str]]] = {
 
 
 def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
-    """(height * 3 / 2, width) uint8 planes of 4:2:0 (BT.601, limited range) to a JPEG file each."""
-    reformatter = VideoReformatter()
-    return [_encode_jpeg(planes, reformatter) for planes in frames]
+    """Encode each frame as a JPEG file.
 
-
-def _encode_jpeg(planes: np.ndarray, reformatter: VideoReformatter) -> bytes:
-    frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-    picture = rgb_pixels(frame, reformatter)
-    stream_of_bytes = io.BytesIO()
-    Image.fromarray(picture).save(stream_of_bytes, "JPEG", quality=JPEG_QUALITY)
-    return stream_of_bytes.getvalue()
+    Args:
+        frames: `(height * 3 / 2, width)` uint8 planes of 4:2:0, BT.601, limited range.
+    """
+    reformatter, jpegs = VideoReformatter(), []
+    for planes in frames:
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        buffer = io.BytesIO()
+        pixels = rgb_pixels(frame, reformatter)
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        jpegs.append(buffer.getvalue())
+    return jpegs
 
 
 def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second: float) -> bytes:
-    """Frames as `encode_jpegs` takes them to an MP4 file in which each is a key frame."""
+    """Encode frames (in the format of `encode_jpegs`) as an MP4 file of key frames."""
     name, pixel_format, options = ENCODERS[codec]
     rate = Fraction(frames_per_second).limit_denominator(1001)
-    stream_of_bytes = io.BytesIO()
-    with av.open(stream_of_bytes, "w", format="mp4", options=FRAGMENTED) as container:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options=FRAGMENTED) as container:
         stream = container.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height = frames[0].shape[0] * 2 // 3
@@ -75,26 +77,30 @@ def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second:
             frame.time_base = 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return stream_of_bytes.getvalue()
+    return buffer.getvalue()
 
 
-def fragment_sizes(video: bytes) -> list[int]:
-    """Bytes of the header and of each frame's fragment of what `encode_video` returns.
+def describe_fragments(video: bytes) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of the header and of each frame's fragment in a file of `encode_video`.
 
     Source: ISO/IEC 14496-12, boxes `moof` and `mdat`.
 
     Raises:
-        ValueError: the file is not made up so.
+        ValueError: the file has another structure.
     """
     starts = []
-    place = 0
-    while place + 8 <= len(video):
-        size, kind = int.from_bytes(video[place : place + 4], "big"), video[place + 4 : place + 8]
-        if kind == b"moof":
-            starts.append(place)
+    offset = 0
+    while offset + 8 <= len(video):
+        size = int.from_bytes(video[offset : offset + 4], "big")
+        if video[offset + 4 : offset + 8] == b"moof":
+            starts.append(offset)
         if size < 8:
-            raise ValueError(f"a box of {size} bytes at {place}")
-        place += size
-    if place != len(video) or not starts:
+            raise ValueError(f"a box of {size} bytes at {offset}")
+        offset += size
+    if offset != len(video) or not starts:
         raise ValueError(f"{len(video)} bytes of boxes with {len(starts)} fragments")
-    return [starts[0], *(end - start for start, end in pairwise([*starts, len(video)]))]
+    parts = [video[start:end] for start, end in pairwise([0, *starts, len(video)])]
+    return {
+        "bytes": [len(part) for part in parts],
+        "crc32": [zlib.crc32(part) for part in parts],
+    }

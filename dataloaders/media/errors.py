@@ -1,4 +1,4 @@
-"""What is asked of a clip, and why one is refused."""
+"""Decoding settings, and the reasons to refuse a clip."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import av
 
 MAXIMUM_CLIP_BYTES = 1 << 30
-"""Scaled frames, or sound, of one clip held in memory; a larger clip is refused as `too_large`."""
+"""Memory limit for the scaled frames, or the audio, of one clip; a larger one is `too_large`."""
 
 Reason = Literal[
     "missing_file",
@@ -25,7 +25,7 @@ Reason = Literal[
 
 
 class ClipError(ValueError):
-    """A clip that is not packed; `reason` is for counting, `detail` for reading."""
+    """A clip cannot be packed; `reason` is for counting, `detail` for reading."""
 
     def __init__(self, reason: Reason, detail: str):
         super().__init__(reason, detail)
@@ -38,7 +38,7 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What is taken from a clip; the fields are those of `PackConfig`."""
+    """Decoding settings; the fields are those of `PackConfig`."""
 
     short_side: int = 256
     video_fps: float = 0.0
@@ -48,7 +48,7 @@ class DecodeSettings:
 
 
 def within(packet: av.Packet, zero: float, length: float) -> bool:
-    """Whether a packet belongs to the window of `length` seconds from `zero`, if it says when."""
+    """Whether a packet belongs to the window of `length` seconds from `zero`; True if unknown."""
     stamp = packet.dts if packet.pts is None else packet.pts
     if stamp is None or packet.time_base is None:
         return True
@@ -56,5 +56,5 @@ def within(packet: av.Packet, zero: float, length: float) -> bool:
 
 
 def error_text(error: Exception) -> str:
-    """The message of an FFmpeg error without its number and file name."""
+    """Format an FFmpeg error without its number and file name."""
     return getattr(error, "strerror", None) or str(error)

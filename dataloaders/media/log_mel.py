@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Kaldi computes them, batched in torch on the device that trains.
+"""Kaldi's log-mel spectrograms, batched in torch on the training device.
 
 Neither torchaudio (its wheels want CUDA torch) nor DALI's operators (their mel filters and missing
 DC removal are off by 4 to 8) give the published input; this file follows Kaldi's
@@ -14,20 +14,21 @@ from functools import lru_cache
 
 import torch
 
-AUDIO_HZ = 16000
+from cavmae.dataloaders.constants import AUDIO_HZ
+
 WINDOW_SAMPLES = 400
 HOP_SAMPLES = 160
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0
 CHUNK_CLIPS = 64
-"""Clips transformed together on an accelerator: 10 s clips take 0.5 GB of working memory."""
+"""Clips per chunk on an accelerator: 10 s clips take 0.5 GB of working memory."""
 
 
 def log_mel(
     waveforms: Sequence[torch.Tensor], mel_bins: int, frames: int, device: torch.device
 ) -> torch.Tensor:
-    """Log-mel of each waveform, zero-padded or cut to the same number of frames.
+    """Compute the log-mel of each waveform, zero-padded or cut to the same number of frames.
 
     The waveform's mean is subtracted first. Padding is zero, as in the published code, although
     silence is `log(epsilon)` = -15.9; nothing is normalised here.
@@ -36,8 +37,8 @@ def log_mel(
         waveforms: mono at 16 kHz, `(samples,)` each, any lengths; all of them int16, or all
             float32 in -1 to 1.
         mel_bins: number of mel filters from 20 Hz to 8 kHz.
-        frames: frames of the result, one each 10 ms.
-        device: where to compute, and where the result is.
+        frames: frames of the result, one every 10 ms.
+        device: of the computation and the result.
 
     Returns:
         `(batch, frames, mel_bins)` float32.
@@ -67,10 +68,10 @@ def log_mel(
 
 @lru_cache(maxsize=1)
 def _clip_threads(count: int, process: int) -> ThreadPoolExecutor:
-    """Threads of one process in which torch uses one thread each.
+    """Make a pool of threads in which torch uses one thread each.
 
-    Operations this small gain nothing from torch's own threads, which wait for each other spinning.
-    torch keeps the number for each thread, and one for threads to come: that one is put back.
+    Operations this small gain nothing from torch's own threads, which spin while they wait for each
+    other. torch stores the number per thread, and a default for new threads, which is restored.
     """
     pool = ThreadPoolExecutor(count, "log-mel", initializer=torch.set_num_threads, initargs=(1,))
     started = threading.Barrier(count + 1)
@@ -144,8 +145,8 @@ def hann_window(device: torch.device) -> torch.Tensor:
 def _mel_groups(
     mel_bins: int, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[int, int, torch.Tensor]]:
-    """The filters in four groups, each without the rows that are zero for all of it: first row, end
-    and `(end - first, filters)`. A quarter of the products is left."""
+    """Split the filters into four groups without their all-zero rows: first row, end, and
+    `(end - first, filters)`. This leaves a quarter of the products."""
     groups = []
     for part in mel_filters(mel_bins, device, dtype).chunk(4, 1):
         rows = part.any(1).nonzero().flatten().tolist() or [0]

@@ -1,4 +1,4 @@
-"""The video frames of a clip as they are decoded: when they are shown, and scaled for storage."""
+"""Decodes the video frames of a clip: finds their times, and scales them for storage."""
 
 from fractions import Fraction
 
@@ -16,11 +16,11 @@ from cavmae.dataloaders.media.errors import (
 )
 
 EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-"""Without these, libswscale's colours come out up to 1.4 of 255 too dark."""
+"""Without these flags, libswscale's colours are up to 1.4 of 255 too dark."""
 
 
 class VideoTrack:
-    """Takes the video frames of a window.
+    """Collects the video frames of a window.
 
     Args:
         stream: the stream whose packets `decode` is given.
@@ -38,20 +38,20 @@ class VideoTrack:
         self.codec = stream.codec_context.name
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)
         self.frames: list[np.ndarray] = []
-        """Each (height * 3 / 2, width) uint8, as `scale_frame` returns them."""
+        """`(height * 3 / 2, width)` uint8 each, from `scale_frame`."""
         self.times: list[float] = []
         """Seconds from the start of the window, ascending."""
         self.decoded = 0
-        """Frames decoded, kept or not."""
+        """Number of decoded frames, kept or not."""
         self.errors: list[str] = []
         """Packets and frames of the window that failed."""
         self.done = False
-        """No further frame can belong to the window."""
+        """Whether no further frame can belong to the window."""
         self.begins_late = False
-        """The first frame decoded comes after the start of the window."""
+        """Whether the first decoded frame comes after the start of the window."""
         self.size: tuple[int, int] | None = None
         self.reached = 0.0
-        """End of the last frame decoded, seconds from the start of the window."""
+        """End of the last decoded frame, seconds from the start of the window."""
         self._reformatter = VideoReformatter()
         self._clock: float | None = None
         self._shown_at_start: av.VideoFrame | None = None
@@ -61,7 +61,7 @@ class VideoTrack:
         self._faulty_pts = self._faulty_dts = 0
 
     def decode(self, packet: av.Packet) -> None:
-        """Decode a packet of the stream; failures are noted in `errors`.
+        """Decode a packet of the stream; failures are added to `errors`.
 
         Raises:
             ClipError: the frames take too much memory.
@@ -83,7 +83,7 @@ class VideoTrack:
                 self._take(frame)
 
     def finish(self) -> None:
-        """At the end of the file: a frame from before the window may still be shown in it."""
+        """At the end of the file, keep a frame from before the window that is still shown in it."""
         if self._shown_at_start is not None and self.reached > 1e-3:
             self._keep(self._shown_at_start, 0.0)
         self._shown_at_start = None
@@ -117,7 +117,7 @@ class VideoTrack:
             self._keep(frame, max(0.0, time))
 
     def _timestamp(self, frame: av.VideoFrame) -> int | None:
-        """The timestamp to believe, as ffmpeg's `guess_correct_pts` decides.
+        """Choose between PTS and DTS, like ffmpeg's `guess_correct_pts`.
 
         AVI stores one time per packet in decoding order, so that frames which are reordered carry
         the times of others; their decoding times ascend.
@@ -154,7 +154,7 @@ class VideoTrack:
 
 
 def scaled_size(frame: av.VideoFrame, pixel_aspect: Fraction, short_side: int) -> tuple[int, int]:
-    """Width and height to store: square pixels, turned, short side at most `short_side`, even."""
+    """Width and height to store: square pixels, upright, short side at most `short_side`, even."""
     width, height = float(frame.width), float(frame.height)
     if pixel_aspect > 1:
         width *= float(pixel_aspect)
@@ -169,10 +169,10 @@ def scaled_size(frame: av.VideoFrame, pixel_aspect: Fraction, short_side: int) -
 def scale_frame(
     frame: av.VideoFrame, width: int, height: int, reformatter: VideoReformatter
 ) -> np.ndarray:
-    """Turn and scale to (height * 3 / 2, width) uint8: the planes of 4:2:0, BT.601, limited range.
+    """Rotate and scale to `(height * 3 / 2, width)` uint8: planes of 4:2:0, BT.601, limited range.
 
-    Colours are converted from what the frame states; one that states nothing is BT.601. The
-    reformatter keeps its tables from frame to frame, which takes longer than small frames do.
+    Colours are converted from the color space of the frame, BT.601 if it has none. The reformatter
+    caches its tables, which cost more than scaling a small frame.
     """
     turns = _quarter_turns(frame)
     unturned = (height, width) if turns % 2 else (width, height)
@@ -195,9 +195,9 @@ def scale_frame(
 
 
 def rgb_pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """`(height, width, 3)` uint8 RGB, without gaps, of a frame of 4:2:0, BT.601, limited range
-    unless it states another."""
-    picture = reformatter.reformat(
+    """Convert a frame of 4:2:0, BT.601, limited range (unless its metadata differ) to contiguous
+    `(height, width, 3)` uint8 RGB."""
+    image = reformatter.reformat(
         frame,
         format="rgb24",
         src_colorspace=Colorspace.ITU601,
@@ -205,9 +205,9 @@ def rgb_pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarra
         dst_color_range="JPEG",
         interpolation=EXACT | Interpolation.BILINEAR,
     )
-    return np.ascontiguousarray(picture.to_ndarray())
+    return np.ascontiguousarray(image.to_ndarray())
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counterclockwise quarter turns that show the frame upright."""
+    """Number of counterclockwise quarter turns that make the frame upright."""
     return round(frame.rotation / 90) % 4

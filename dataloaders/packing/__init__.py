@@ -1,0 +1,1 @@
+"""`cavmae pack`: from videos to shards."""

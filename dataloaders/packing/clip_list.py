@@ -1,7 +1,7 @@
-"""The list of clips to pack: a folder of videos or tars, a tar, a CSV file, or published JSON.
+"""Lists the clips to pack: of a folder of videos or tars, a tar, a CSV file, or published JSON.
 
-The order of this list is the order of the shards, and a clip's place in it is its key, so the list
-depends on nothing but names: folders are sorted by path, CSV files keep their order.
+The order of this list is the order of the shards, and a clip's position in it is its key, so the
+list depends only on names: folders are sorted by path, CSV files keep their order.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from cavmae.dataloaders.packing.tar_source import list_tar
@@ -19,35 +19,35 @@ TEXT = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".rst", ".xml", ".yaml
 SUBTITLES_AND_SUMS = (".srt", ".vtt", ".ass", ".md5", ".sha256")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 SIDECAR_SUFFIXES = frozenset({*TEXT, *SUBTITLES_AND_SUMS, *PICTURES})
-"""What lies beside videos and is not tried."""
+"""Files beside videos that are not tried."""
 COLUMNS = ("path", "start", "end", "labels")
 MAXIMUM_WINDOW_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class ListedClip:
-    """A line of the list."""
+    """A clip to pack."""
 
     path: str
-    """Where the file is."""
+    """Path of the file."""
     source: str
-    """How the list names it: relative to the folder, or as the CSV has it."""
+    """Name of the file in the list: relative to the folder, or as in the CSV."""
     start_seconds: float = 0.0
     end_seconds: float | None = None
-    """None: not stated."""
+    """None: not given."""
     labels: tuple[str, ...] = ()
     part: tuple[int, int] | None = None
     """Offset and size of the video in a tar at `path`, in bytes."""
     frames: str | None = None
-    """Folder of the ten JPEGs that belong to the sound at `path`; None: `path` is a video."""
+    """Folder of the ten JPEGs that belong to the audio at `path`; None: `path` is a video."""
 
 
 def list_clips(videos: Path, out: Path) -> list[ListedClip]:
-    """Clips of a folder (all its files, sorted; tars by their videos), a tar, a CSV file, or a
-    JSON file of the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`).
+    """List the clips of a folder (all its files, sorted; the videos of tars), a tar, a CSV file, or
+    a JSON file in the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`).
 
     Raises:
-        FileNotFoundError: no such folder or file, or nothing to pack in it.
+        FileNotFoundError: the folder or file does not exist, or has nothing to pack.
         ValueError: a line or an entry cannot be used (named), or a tar is refused.
     """
     if videos.is_dir():
@@ -63,31 +63,37 @@ def list_clips(videos: Path, out: Path) -> list[ListedClip]:
     )
 
 
-def _found(clips: list[ListedClip], place: Path) -> list[ListedClip]:
+def _found(clips: list[ListedClip], path: Path) -> list[ListedClip]:
     if not clips:
-        raise FileNotFoundError(f"no videos in {place}")
+        raise FileNotFoundError(f"no videos in {path}")
     return clips
+
+
+def _split_labels(text: str, separator: str) -> tuple[str, ...]:
+    return tuple(label.strip() for label in text.split(separator) if label.strip())
 
 
 def _list_tar(path: Path, source: str) -> list[ListedClip]:
     clips = []
     for video in list_tar(path):
-        place = f"{video.name} in {path}"
+        location = f"{video.name} in {path}"
         labels = video.description.get("labels", ())
         if isinstance(labels, str):
             labels = labels.split(",")
         if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
-            raise ValueError(f"{place}: labels is {labels!r}; use texts")
-        window = {"start": "", "end": ""} | {
-            name: str(video.description[name])
+            raise ValueError(f"{location}: labels is {labels!r}; use strings")
+        window = {
+            name: str(value)
             for name in ("start", "end")
-            if video.description.get(name) is not None
+            if (value := video.description.get(name)) is not None
         }
+        start, end = _window(f"{location}, key", window)
         clips.append(
-            replace(
-                _window(place, "key", window),
+            ListedClip(
                 path=str(path),
                 source=f"{source}/{video.name}",
+                start_seconds=start,
+                end_seconds=end,
                 labels=tuple(label.strip() for label in labels if label.strip()),
                 part=(video.offset, video.size),
             )
@@ -96,13 +102,13 @@ def _list_tar(path: Path, source: str) -> list[ListedClip]:
 
 
 def _list_json(path: Path) -> list[ListedClip]:
-    """The published list; its paths count from the folder of the list where they are relative."""
+    """List the clips of a published JSON; relative paths are resolved against its folder."""
     try:
         entries = json.loads(path.read_bytes())["data"]
         assert isinstance(entries, list)
     except (ValueError, RecursionError, KeyError, TypeError, AssertionError) as error:
         raise ValueError(
-            f"{path} is not a list of the published format, "
+            f"{path} is not a list in the published format, "
             f'{{"data": [{{"wav", "video_id", "video_path", "labels"}}]}} ({error})'
         ) from error
     clips = []
@@ -111,13 +117,13 @@ def _list_json(path: Path) -> list[ListedClip]:
         if not isinstance(entry, dict) or not all(
             isinstance(entry.get(name), str) for name in fields
         ):
-            raise ValueError(f"{path}, entry {number}: {', '.join(fields)} have to be texts")
+            raise ValueError(f"{path}, entry {number}: {', '.join(fields)} have to be strings")
         wav, video_id, frames, labels = (entry[name] for name in fields)
         clips.append(
             ListedClip(
                 path=str(path.parent / wav),
                 source=video_id,
-                labels=tuple(label.strip() for label in labels.split(",") if label.strip()),
+                labels=_split_labels(labels, ","),
                 frames=str(path.parent / frames),
             )
         )
@@ -140,7 +146,7 @@ def _list_folder(folder: Path, out: Path) -> list[ListedClip]:
             if path.is_file() or path.is_symlink():  # Never a pipe or a device.
                 found.append(path.relative_to(folder).as_posix())
     if not found:
-        raise FileNotFoundError(f"no videos in {folder}: it holds no files that could be one")
+        raise FileNotFoundError(f"no videos in {folder}: it has no files that could be one")
     clips = []
     for source in sorted(found):
         if source.lower().endswith(".tar"):
@@ -165,12 +171,12 @@ def _list_csv(path: Path) -> list[ListedClip]:
             clips = []
             for row in rows:
                 if row:
-                    place = f"{path}, line {rows.line_num}"
+                    line = f"{path}, line {rows.line_num}"
                     if len(row) != len(header):
                         raise ValueError(
-                            f"{place}: {len(row)} columns, the header has {len(header)}"
+                            f"{line}: {len(row)} columns, the header has {len(header)}"
                         )
-                    clips.append(_row(place, path.parent, dict(zip(header, row, strict=True))))
+                    clips.append(_row(line, path.parent, dict(zip(header, row, strict=True))))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path} is not a CSV file in UTF-8 ({error}); give a folder or a CSV file"
@@ -187,50 +193,45 @@ def _check_header(path: Path, header: list[str]) -> None:
                 f"{path}, line 1: unknown column {column!r}; the columns are {','.join(COLUMNS)}"
             )
         if header.count(column) > 1:
-            raise ValueError(f"{path}, line 1: column {column!r} is there twice")
+            raise ValueError(f"{path}, line 1: column {column!r} is duplicated")
     if "path" not in header:
-        raise ValueError(f"{path}, line 1: there is no column 'path'")
+        raise ValueError(f"{path}, line 1: the column 'path' is missing")
 
 
-def _row(place: str, folder: Path, row: dict[str, str]) -> ListedClip:
+def _row(line: str, folder: Path, row: dict[str, str]) -> ListedClip:
     if not row["path"]:
-        raise ValueError(f"{place}, column path: it is empty")
-    labels = tuple(label.strip() for label in row.get("labels", "").split(";") if label.strip())
-    return replace(
-        _window(place, "column", row),
-        path=str(folder / row["path"]),
-        source=row["path"],
-        labels=labels,
-    )
+        raise ValueError(f"{line}, column path: it is empty")
+    start, end = _window(f"{line}, column", row)
+    labels = _split_labels(row.get("labels", ""), ";")
+    return ListedClip(str(folder / row["path"]), row["path"], start, end, labels)
 
 
-def _window(place: str, kind: str, row: Mapping[str, str]) -> ListedClip:
-    """A clip of which only start and end are known yet."""
-    start = _seconds(f"{place}, {kind} start", row.get("start", ""))
-    end = _seconds(f"{place}, {kind} end", row.get("end", ""))
-    start = 0.0 if start is None else start
+def _window(location: str, fields: Mapping[str, str]) -> tuple[float, float | None]:
+    """Parse start (default 0) and end, in seconds."""
+    start = _seconds(f"{location} start", fields.get("start", "")) or 0.0
+    end = _seconds(f"{location} end", fields.get("end", ""))
     if end is not None and not start < end <= start + MAXIMUM_WINDOW_SECONDS:
         raise ValueError(
-            f"{place}, {kind} end: {end:g} must be after start {start:g}, "
+            f"{location} end: {end:g} must be after start {start:g}, "
             f"by {MAXIMUM_WINDOW_SECONDS:g} s at most"
         )
-    return ListedClip("", "", start, end)
+    return start, end
 
 
-def _seconds(place: str, text: str) -> float | None:
+def _seconds(location: str, text: str) -> float | None:
     if not text.strip():
         return None
     try:
         seconds = float(text)
     except ValueError:
-        raise ValueError(f"{place}: {text!r} is not a number of seconds") from None
+        raise ValueError(f"{location}: {text!r} is not a number of seconds") from None
     if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{place}: {text!r} is not 0 or more seconds")
+        raise ValueError(f"{location}: {text!r} is not 0 or more seconds")
     return seconds
 
 
 def list_digest(clips: list[ListedClip]) -> str:
-    """SHA-256 of what the list says, wherever it lies."""
+    """SHA-256 of the list's content, independent of the paths of the files."""
     digest = hashlib.sha256()
     for clip in clips:
         line = [clip.source, clip.start_seconds, clip.end_seconds, clip.labels, clip.part]

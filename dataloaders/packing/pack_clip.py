@@ -1,37 +1,38 @@
-"""From a listed clip to the members of its samples: what one packing worker does.
+"""Packs one listed clip into the members of its samples; runs in the worker processes.
 
-Kept apart from `pack.py` so that a worker process imports neither torch nor the command line.
+Separate from `pack.py` so that a worker process imports neither torch nor the command line.
 """
 
 import hashlib
 import os
 import zlib
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
-from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_sound
-from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
+from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip, media_seconds
 from cavmae.dataloaders.media.encode_video import (
     VideoCodec,
+    describe_fragments,
     encode_jpegs,
     encode_video,
-    fragment_sizes,
 )
 from cavmae.dataloaders.media.errors import MAXIMUM_CLIP_BYTES, ClipError, DecodeSettings
 from cavmae.dataloaders.packing.clip_list import ListedClip
 from cavmae.dataloaders.packing.published_source import read_published
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, FRAMES_PER_CLIP, SCHEMA, description_bytes
+from cavmae.dataloaders.shards.format import SCHEMA, description_bytes
 
 PUBLISHED_SECONDS = 10
-"""The original code looks at the first ten seconds."""
+"""The original code reads the first ten seconds."""
 
 FrameChoice = Literal["by_time", "published"]
 
 
 @dataclass(frozen=True)
 class ClipTask:
-    """Everything that a worker needs to make the samples of one clip."""
+    """Everything that a worker needs to pack one clip."""
 
     number: int
     clip: ListedClip
@@ -45,15 +46,16 @@ class ClipTask:
 
 @dataclass(frozen=True)
 class PackedClip:
-    """Samples of one clip: tier, extension, bytes."""
+    """The samples of one clip."""
 
     key: str
     members: dict[str, dict[str, bytes]]
+    """Bytes by tier and extension."""
     seconds: float
     codec: str
-    """Of the source's video."""
+    """Codec of the source's video."""
     content: str
-    """SHA-256 of the sound and the pictures of the first tier."""
+    """SHA-256 of the audio and the frames of the first tier."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +81,41 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
     chosen = ten_frames(
         decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
     )
-    sound = {task.audio_codec: encode_sound(decoded.audio, task.audio_codec)}
+    audio = {task.audio_codec: encode_audio(decoded.audio, task.audio_codec)}
     description = describe(task, key, decoded, chosen)
     members = {}
     for tier in task.tiers:
-        described, media = description, sound
+        described = description
         if tier == "video":
-            video = encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
-            media = {**sound, "mp4": video}
-            described = {**description, "fragments": _fragments(video)}
+            media = {
+                "mp4": encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
+            }
+            described = {**description, "fragments": describe_fragments(media["mp4"])}
         elif tier == "original":
-            media = {**sound, "source": source}
+            media = {"source": source}
         else:
             distinct = sorted(set(chosen))
-            pictures = encode_jpegs([decoded.frames[index] for index in distinct])
-            jpegs = dict(zip(distinct, pictures, strict=True))
-            named = {f"{place}.jpg": jpegs[index] for place, index in enumerate(chosen)}
-            media = {**sound, **named}
-        members[tier] = _members(described, media)
+            encoded = encode_jpegs([decoded.frames[index] for index in distinct])
+            jpegs = dict(zip(distinct, encoded, strict=True))
+            media = {f"{number}.jpg": jpegs[index] for number, index in enumerate(chosen)}
+        members[tier] = _members(described, {**audio, **media})
     seconds = len(decoded.audio) / AUDIO_HZ
     content = _content(members[task.tiers[0]])
     return PackedClip(key, members, seconds, decoded.video_codec, content)
 
 
+def clip_length(clip: ListedClip) -> float | None:
+    """Length in seconds of the file of a clip without an end; None if it is unknown."""
+    if clip.end_seconds is not None or clip.frames is not None:
+        return None
+    try:
+        return media_seconds(clip.path, clip.part)
+    except ClipError:
+        return None
+
+
 def _source_bytes(clip: ListedClip) -> bytes:
-    """The file, or its part of a tar, as it is."""
+    """The unchanged file, or its part of a tar."""
     with open(clip.path, "rb") as file:
         offset, size = clip.part or (0, os.fstat(file.fileno()).st_size)
         if size > MAXIMUM_CLIP_BYTES:
@@ -116,21 +128,13 @@ def _source_bytes(clip: ListedClip) -> bytes:
         return file.read(size)
 
 
-def _fragments(video: bytes) -> dict[str, list[int]]:
-    """Bytes and CRC-32 of the header and of each frame: what reading one frame needs to know."""
-    sizes = fragment_sizes(video)
-    ends = list(accumulate(sizes))
-    parts = [video[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    return {"bytes": sizes, "crc32": [zlib.crc32(part) for part in parts]}
-
-
 def _members(description: dict[str, Any], media: dict[str, bytes]) -> dict[str, bytes]:
     crc32 = {extension: zlib.crc32(data) for extension, data in media.items()}
     return {"json": description_bytes(description, crc32), **media}
 
 
 def _content(members: dict[str, bytes]) -> str:
-    """SHA-256 of all but the JSON."""
+    """SHA-256 of all members but the JSON."""
     content = hashlib.sha256()
     for name, data in members.items():
         if name != "json":
@@ -139,17 +143,17 @@ def _content(members: dict[str, bytes]) -> str:
 
 
 def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
-    """The `frames` sample of sound and pictures that were prepared the published way.
+    """Pack the `frames` sample of a clip that was prepared the published way.
 
-    When the pictures were shown is not known: each is given the middle of its tenth.
+    The times of its frames are unknown: each gets the middle of its tenth of the clip.
     """
     clip = task.clip
     assert clip.frames is not None
-    audio, pictures, (width, height) = read_published(
+    audio, jpegs, (width, height) = read_published(
         clip.path, clip.frames, clip.source, seconds, task.decode
     )
     length = len(audio) / AUDIO_HZ
-    times = [round((place + 0.5) / FRAMES_PER_CLIP * length, 6) for place in range(FRAMES_PER_CLIP)]
+    times = [round((i + 0.5) / FRAMES_PER_CLIP * length, 6) for i in range(FRAMES_PER_CLIP)]
     description = _description(
         task,
         key,
@@ -164,14 +168,14 @@ def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
         },
         chosen=list(range(FRAMES_PER_CLIP)),
     )
-    named = {f"{place}.jpg": data for place, data in enumerate(pictures)}
-    sound = {task.audio_codec: encode_sound(audio, task.audio_codec)}
-    members = {"frames": _members(description, {**sound, **named})}
+    media = {task.audio_codec: encode_audio(audio, task.audio_codec)}
+    media |= {f"{number}.jpg": data for number, data in enumerate(jpegs)}
+    members = {"frames": _members(description, media)}
     return PackedClip(key, members, length, "jpeg", _content(members["frames"]))
 
 
 def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
-    """The sample's JSON without the checksums, which differ between tiers."""
+    """Build the sample's JSON without the checksums, which differ between tiers."""
     description = _description(
         task,
         key,
@@ -216,19 +220,15 @@ def ten_frames(
     frames_per_second: float,
     choice: FrameChoice,
 ) -> list[int]:
-    """Indexes of the ten frames of a clip; a frame may come more than once.
+    """Choose the indexes of the ten frames of a clip; a frame may occur more than once.
 
     `by_time`: the frame shown at (i + 0.5) / 10 of the video. `published`: the index of the
-    original code, `int(i * (min(frames, int(10 * fps)) / 10))`, less one because of the way it
-    reads (the first stays 0).
+    original code, `int(i * (min(frames, int(10 * fps)) / 10))`, minus one because it reads the
+    frame before (the first stays 0).
     """
     frames = len(times_seconds)
     if choice == "published":
         span = min(frames, int(PUBLISHED_SECONDS * frames_per_second))
         return [max(0, int(i * (span / FRAMES_PER_CLIP)) - 1) for i in range(FRAMES_PER_CLIP)]
-    chosen = []
-    for i in range(FRAMES_PER_CLIP):
-        moment = (i + 0.5) / FRAMES_PER_CLIP * video_seconds
-        shown = [index for index, time in enumerate(times_seconds) if time <= moment]
-        chosen.append(shown[-1] if shown else 0)
-    return chosen
+    moments = [(i + 0.5) / FRAMES_PER_CLIP * video_seconds for i in range(FRAMES_PER_CLIP)]
+    return [max(0, bisect_right(times_seconds, moment) - 1) for moment in moments]

@@ -1,4 +1,4 @@
-"""What a packing run shows: progress while it runs and a table at the end."""
+"""Shows the progress of a packing run, and a table at the end."""
 
 import time
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ PLAIN_PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What a finished run has packed."""
+    """The result of a finished packing run."""
 
     clips: int
-    """Clips packed."""
+    """Number of clips packed."""
     skipped: dict[str, int]
-    """Reason: clips."""
+    """Number of clips by reason."""
     seconds: float
-    """Sound packed."""
+    """Total audio."""
     bytes: dict[str, int]
-    """Tier: bytes of its tars."""
+    """Bytes of the tars by tier."""
     resumed_shards: int
-    """Shards that an earlier run had finished."""
+    """Number of shards finished by an earlier run."""
 
 
 class PackProgress:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, console: Console, clips: int):
         self.console = console
@@ -53,7 +53,7 @@ class PackProgress:
         self.bar.stop()
 
     def count(self, *, packed: bool) -> None:
-        """Note one clip."""
+        """Count one clip."""
         self.done += 1
         self.skipped += not packed
         self.bar.update(self.task, advance=1, skipped=self.skipped)
@@ -67,10 +67,10 @@ class PackProgress:
 
 
 def summary_table(summary: PackSummary, out: str) -> Table:
-    """What was packed, for people."""
+    """Format a summary."""
     table = Table(title=f"Packed into {out}", show_header=False)
     table.add_row("clips packed", str(summary.clips))
-    table.add_row("sound", f"{summary.seconds:.0f} s")
+    table.add_row("audio", f"{summary.seconds:.0f} s")
     for tier, size in summary.bytes.items():
         each = size / summary.clips / 1000
         table.add_row(f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip")

@@ -1,10 +1,9 @@
-"""What is written once all shards of a set are packed: statistics, sampling weights, duplicates.
+"""Writes the statistics, sampling weights and duplicates of a set when all shards are packed.
 
-Everything comes from the reports of finished shards, read one by one, so memory is not proportional
-to the set, but for one number a clip.
+Everything comes from the reports of finished shards, read one by one; memory grows by one number a
+clip.
 """
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.atomic_write import atomic_write, write_json, write_text
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.dataloaders.shards.writer import write_atomically
 
 LOG_MEL_CLIPS = 500
-"""Clips, drawn by counter, of which mean and deviation of the log-mel are computed."""
+"""Number of randomly drawn clips for the mean and std of the log-mel."""
 MEL_BINS = 128
 
 
@@ -29,11 +28,11 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
 
     Args:
         out: folder whose tiers are complete.
-        tiers: in it.
-        others: sets that were allowed to share clips with this one; the shared ones are counted.
+        tiers: names of the tiers.
+        others: sets whose clips shared with this one are counted.
 
     Returns:
-        What `statistics.json` holds.
+        The content of `statistics.json`.
     """
     classes: Counter[str] = Counter()
     codecs: Counter[str] = Counter()
@@ -48,16 +47,14 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             classes.update(clip["labels"])
             codecs[clip["codec"]] += 1
             unlabelled += not clip["labels"]
-            first = known.earlier(clip["content"], int(clip["key"]))
-            known.note(clip["content"], int(clip["key"]))
+            first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
                 duplicates.append({"key": clip["key"], "first": f"{first:09d}"})
             shared += others is not None and (
                 clip["content"] in others.content or source_id(clip["source"]) in others.names
             )
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
-    write_atomically(out / "duplicates.jsonl", text.encode())
-    mean, deviation, heard = _log_mel(ShardSet(out / tiers[0]))
+    write_text(out / "duplicates.jsonl", text)
     statistics = {
         "clips": clips,
         "seconds": seconds,
@@ -65,8 +62,8 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "classes": dict(classes.most_common()),
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),
-        "clips_in_sets_of_not_in": shared,
-        "log_mel": {"mean": mean, "deviation": deviation, "clips": heard},
+        "clips_in_not_in": shared,
+        "log_mel": _log_mel_statistics(ShardSet(out / tiers[0])),
         "weights": None
         if unlabelled
         else "weights.npy of each tier: sum over a clip's labels of 1000 / (count + 0.01)",
@@ -74,42 +71,38 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
     for tier in tiers:
         (out / tier / "weights.npy").unlink(missing_ok=True)
         if not unlabelled:
-            write_atomically(out / tier / "weights.npy", _weights(out, classes, clips))
-    write_atomically(out / "statistics.json", (json.dumps(statistics, indent=1) + "\n").encode())
+            path = out / tier / "weights.npy"
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                np.save(file, _weights(out, classes, clips), allow_pickle=False)
+    write_json(out / "statistics.json", statistics)
     return statistics
 
 
-def _weights(out: Path, classes: Counter[str], clips: int) -> bytes:
-    """`(clips,)` float32 as the published `gen_weight_file.py` computes them, as a .npy file."""
+def _weights(out: Path, classes: Counter[str], clips: int) -> np.ndarray:
+    """Compute `(clips,)` float32 weights like the published `gen_weight_file.py`."""
     of_class = {name: 1000 / (count + 0.01) for name, count in classes.items()}
     packed = (clip for report in finished_reports(out) for clip in report["packed"])
-    weights = np.fromiter(
+    return np.fromiter(
         (sum(of_class[label] for label in clip["labels"]) for clip in packed), np.float32, clips
     )
-    data = io.BytesIO()
-    np.save(data, weights, allow_pickle=False)
-    return data.getvalue()
 
 
-def _log_mel(shards: ShardSet) -> tuple[float, float, int]:
-    """Mean and deviation over all values, as the published `get_norm_stats.py` averages them: of
-    each clip's own, over the clips; and the number of clips."""
+def _log_mel_statistics(shards: ShardSet) -> dict[str, float]:
+    """Mean and std of the log-mel of each clip, averaged over the clips like the published
+    `get_norm_stats.py`; and the number of clips."""
     import torch
 
     from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 
     order = random_permutation(0, "order", 0, shards.samples)[:LOG_MEL_CLIPS]
-    ends = np.cumsum(shards.sizes)
-    means, deviations = [], []
-    for place in sorted(order.tolist()):
-        shard = int(np.searchsorted(ends, place, side="right"))
-        sample = place - int(ends[shard] - shards.sizes[shard])
-        waveform = torch.from_numpy(decode_sound(shards.member(shard, sample, shards.audio_codec)))
+    means, stds = [], []
+    for position in sorted(order.tolist()):
+        audio = shards.member(*shards.at(position), shards.audio_codec)
+        waveform = torch.from_numpy(decode_audio(audio))
         frames = 1 + (len(waveform) - WINDOW_SAMPLES) // HOP_SAMPLES
         if frames > 0:
             values = log_mel([waveform], MEL_BINS, frames, torch.device("cpu"))
             means.append(float(values.mean()))
-            deviations.append(float(values.std()))
-    if not means:
-        return 0.0, 0.0, 0
-    return float(np.mean(means)), float(np.mean(deviations)), len(means)
+            stds.append(float(values.std()))
+    mean, std = (float(np.mean(values)) if values else 0.0 for values in (means, stds))
+    return {"mean": mean, "std": std, "clips": len(means)}

@@ -1,8 +1,8 @@
-"""Videos inside WebDataset tars, as others have packed them: `KEY.mp4` with `KEY.json` beside it.
+"""Lists videos inside WebDataset tars of other packers: `KEY.mp4` with an optional `KEY.json`.
 
-Nothing is extracted: a video is decoded where it lies, by offset and size. Members that could lead
-out of the tar (absolute names, `..`) make it refused; links and devices are no members here, and
-what is neither a video nor JSON is never read.
+Nothing is extracted: a video is decoded inside the tar, by offset and size. A tar with names that
+lead out of it (absolute, `..`) is refused; links and devices are ignored, and members that are
+neither videos nor JSON are never read.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".source")
-"""The last is what the `original` tier keeps, which can be packed again."""
+"""The last is from the `original` tier, which can be packed again."""
 LARGEST_JSON = 1 << 20
-"""Bytes; more is no description of a clip."""
+"""Bytes; a larger file cannot be the description of a clip."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class TarVideo:
 
     Attributes:
         name: of the member.
-        offset, size: its bytes.
-        description: of the JSON beside it; empty where there is none.
+        offset, size: its position in the tar, in bytes.
+        description: content of the JSON with the same key; empty if there is none.
     """
 
     name: str
@@ -34,11 +34,11 @@ class TarVideo:
 
 
 def list_tar(path: Path) -> list[TarVideo]:
-    """The videos of a tar in its order; reads the headers and the JSON.
+    """List the videos of a tar in order, from its headers and JSON members.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no tar, or a name would lead out of it, or a JSON is damaged.
+        OSError: the tar cannot be read.
+        ValueError: the file is not a tar, a name leads out of it, or a JSON is damaged.
     """
     videos: dict[str, TarVideo] = {}
     descriptions: dict[str, dict[str, Any]] = {}
@@ -63,13 +63,13 @@ def list_tar(path: Path) -> list[TarVideo]:
 
 
 def _description(path: Path, member: tarfile.TarInfo, data: bytes) -> dict[str, Any]:
-    place = f"{member.name} in {path}"
+    location = f"{member.name} in {path}"
     if len(data) > LARGEST_JSON:
-        raise ValueError(f"{place} has more than {LARGEST_JSON} bytes")
+        raise ValueError(f"{location} has more than {LARGEST_JSON} bytes")
     try:
         description = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
+        raise ValueError(f"{location} is not JSON: {error}") from error
     if not isinstance(description, dict):
-        raise ValueError(f"{place} is not a JSON object")
+        raise ValueError(f"{location} is not a JSON object")
     return description

@@ -1,0 +1,1 @@
+"""The order of samples: sample plans, mixtures, and counter-based random numbers."""

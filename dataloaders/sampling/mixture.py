@@ -1,9 +1,9 @@
-"""Several sets in one order, each with its share: a pure function of the position as well.
+"""The order of a mixture of sets with given shares; a pure function of the position, too.
 
-Lanes stay what they are. The places of a lane come in blocks of `BLOCK`; in each block every set
-has the same number of places, in an order drawn for the lane and block. The `n`-th place of a set
-in a lane reads the `n`-th place of that lane in the set's own plan. So a set keeps its epochs, each
-sample once, and its locality, and sets of very different sizes can be mixed.
+Lanes are those of `SamplePlan`. A lane consists of blocks of `BLOCK` slots; each set has the same
+number of slots in every block, in an order drawn for the lane and block. The `n`-th slot of a set
+in a lane reads the `n`-th position of that lane in the set's own plan. So each set keeps its epochs
+and its locality, and sets of very different sizes can be mixed.
 """
 
 from collections import OrderedDict
@@ -19,46 +19,43 @@ from cavmae.dataloaders.sampling.sample_plan import PlannedSample, SamplePlan
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 BLOCK = 1000
-"""Places of a lane among which each set has its share; shares are kept to a part in this many."""
+"""Slots of a lane in which each set has its exact share; the resolution of shares."""
 
 
 class _Block(NamedTuple):
-    """Of each place of a block: its set, and how many of that set come before it in the block."""
+    """The set of each slot of a block, and the number of that set's earlier slots in the block."""
 
     which: np.ndarray
     before: np.ndarray
 
 
 class MixturePlan:
-    """The order of samples of several sets.
+    """Orders the samples of several sets.
 
     Args:
-        plans: of each set, all with the same seed and lanes; shards are numbered through.
-        shares: of the places that each set has, in proportion.
+        plans: one for each set, all with the same seed and lanes.
+        shares: one for each set, in any unit.
 
     Raises:
-        ValueError: shares that cannot be used.
+        ValueError: the shares are invalid.
     """
 
     def __init__(self, plans: Sequence[SamplePlan], shares: Sequence[float]):
-        if len(shares) != len(plans):
-            raise ValueError(f"mixture has {len(shares)} shares for {len(plans)} sets")
-        if not all(0 < share < float("inf") for share in shares):
-            raise ValueError(f"mixture is {tuple(shares)}; use shares above 0")
         self.plans = plans
         self.seed, self.lanes = plans[0].seed, plans[0].lanes
         self.ends = np.cumsum(np.concatenate([plan.sizes for plan in plans]))
         self.count = int(self.ends[-1])
         self._first_shard = np.cumsum([0, *(len(plan.sizes) for plan in plans)]).tolist()
         self.quotas = _quotas(shares)
-        if 0 in self.quotas:
+        if len(shares) != len(plans) or min(self.quotas) < 1:
             raise ValueError(
-                f"mixture is {tuple(shares)}: a share of less than 1 in {BLOCK} is never drawn"
+                f"data.mixture is {tuple(shares)}; use a share of at least 1 in {BLOCK} for each "
+                f"of the {len(plans)} sets"
             )
         self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
 
     def at(self, positions: np.ndarray) -> list[PlannedSample]:
-        """The samples at any positions.
+        """Return the samples at any positions.
 
         Args:
             positions: `(count,)` int64, in any order.
@@ -72,7 +69,7 @@ class MixturePlan:
         return planned
 
     def substitute(self, position: int, attempt: int) -> PlannedSample:
-        """As `SamplePlan.substitute`, from the set that the position has."""
+        """Draw a substitute, like `SamplePlan.substitute`, from the position's set."""
         which, inside = self._places(np.array([position]))
         number = int(which[0])
         sample = self.plans[number].substitute(position, attempt)
@@ -83,7 +80,7 @@ class MixturePlan:
         return PlannedSample(self._first_shard[number] + sample.shard, sample.sample, sample.epoch)
 
     def _places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The set of each position, and the position in that set's own plan."""
+        """Return the set of each position, and the position in that set's own plan."""
         rows, lanes = np.divmod(positions, self.lanes)
         numbers, slots = np.divmod(rows, BLOCK)
         which = np.empty(len(positions), dtype=np.int64)
@@ -114,7 +111,7 @@ class MixturePlan:
 
 
 def _quotas(shares: Sequence[float]) -> list[int]:
-    """Places of a block for each share: those that add up to `BLOCK` and are nearest to it."""
+    """Round the shares to numbers of slots that add up to `BLOCK`."""
     exact = np.array(shares, dtype=np.float64) / np.sum(shares) * BLOCK
     quotas = np.floor(exact).astype(np.int64)
     by_rest = np.argsort(quotas - exact, kind="stable")
@@ -125,10 +122,10 @@ def _quotas(shares: Sequence[float]) -> list[int]:
 def training_plan(
     config: DataConfig, shards: ShardSet, seed: int, lanes: int
 ) -> SamplePlan | MixturePlan:
-    """The order in which the training sets are read.
+    """Make the plan of the training sets.
 
     Raises:
-        ValueError: a set that is too small, or weights or shares that cannot be used.
+        ValueError: a set is too small, or weights or shares are invalid.
     """
 
     def plan(first_shard: int, last_shard: int, weights: np.ndarray | None) -> SamplePlan:

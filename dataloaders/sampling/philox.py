@@ -1,17 +1,15 @@
-"""Random numbers that depend on nothing but seed, stream and position in the sample plan.
+"""Random numbers that depend only on seed, stream and position in the sample plan.
 
 Order of samples, choice of frames and substitutes are drawn here, in the reader workers, without
-torch. `cavmae.kernels.philox` is the twin of this file for tensors: same generator, same layout of
-key and counter, same numbers (a test holds them together).
+torch. `cavmae.kernels.philox` is the tensor version of this file: same generator, same layout of
+key and counter, same numbers (a test compares them).
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10).
 """
 
 import numpy as np
 
-STREAMS = {
-    "mask_audio": 1,
-    "mask_video": 2,
+STREAMS = {  # 1 and 2 are those of the masks, in `cavmae.kernels.philox`
     "frame": 3,
     "crop": 4,
     "noise": 5,
@@ -23,7 +21,7 @@ STREAMS = {
     "shift": 11,
     "window": 12,
     "mix": 13,
-    "partner": 14,
+    "mix_source": 14,
 }
 
 _ROUNDS = 10
@@ -62,7 +60,7 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def random_words(seed: int, stream: str, position: int, count: int) -> np.ndarray:
-    """The first `count` words of one position of a stream.
+    """Draw the first `count` words of one position of a stream.
 
     Args:
         seed: any int; its low 32 bits are the key.
@@ -83,7 +81,7 @@ def random_words(seed: int, stream: str, position: int, count: int) -> np.ndarra
 
 
 def random_permutation(seed: int, stream: str, position: int, length: int) -> np.ndarray:
-    """A permutation of `0 .. length - 1`: indexes sorted by a random word each.
+    """Draw a permutation of `0 .. length - 1` by sorting on a random word each.
 
     The sorted keys `(word << 32) | index` are unique, so every sorting algorithm on every machine
     gives the same answer.

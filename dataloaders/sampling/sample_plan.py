@@ -1,19 +1,19 @@
-"""Which sample is at which place of the training order: a pure function, the same on every machine.
+"""The training order: a pure function from position to sample, the same on every machine.
 
 Position `p` of the endless order belongs to lane `p % lanes` and to epoch `p // samples`. In each
-epoch the shards are permuted and laid end to end; the result is cut into one run per lane, and each
+epoch the shards are permuted and concatenated; the result is cut into one run per lane, and each
 run is shuffled within windows of `window` samples. So
 
-- every sample comes exactly once an epoch, without padding; batches may straddle epochs;
+- every sample occurs exactly once an epoch, without padding; batches may span two epochs;
 - a rank owns whole lanes, hence reads a contiguous part of the permuted shards once an epoch;
 - the order does not depend on ranks, workers or machines, and any position can be computed alone:
-  a restart needs a position, not a loader's state.
+  a resume needs a position, not a loader's state.
 
-With weights, samples are laid end to end with lengths in proportion to them (systematic
-resampling): an epoch has as many places as there are samples, and a sample of `w` times the mean
-weight has `w` of them, give or take one. All else stays.
+With weights, samples are concatenated with lengths proportional to them (systematic resampling): an
+epoch has as many positions as there are samples, and a sample of `w` times the mean weight has `w`
+of them, plus or minus one. Everything else stays the same.
 
-Memory is proportional to the number of shards, plus the windows in use; weights are mapped.
+Memory is proportional to the number of shards, plus the windows in use; weights are memory-mapped.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,7 @@ beyond every position that a run can reach."""
 
 
 class PlannedSample(NamedTuple):
-    """Where a sample is read, and in which epoch."""
+    """The location of a sample, and its epoch."""
 
     shard: int
     sample: int
@@ -44,9 +44,9 @@ class _Epoch(NamedTuple):
 
     Attributes:
         shards: `(shards,)` in the order of this epoch.
-        ends: `(shards,)` where each ends when they are laid end to end: in samples, or in weight.
-        run_starts: `(lanes,)` places at which the lanes' runs start.
-        offset: 0 to 1: where in its place a sample is looked for among the weights.
+        ends: `(shards,)` cumulative samples, or cumulative weight.
+        run_starts: `(lanes,)` indexes at which the lanes' runs start.
+        offset: 0 to 1, of the systematic resampling.
     """
 
     shards: np.ndarray
@@ -56,18 +56,18 @@ class _Epoch(NamedTuple):
 
 
 class SamplePlan:
-    """The order of samples for one set, seed and number of lanes.
+    """Orders the samples of one set for a seed and a number of lanes.
 
     Args:
         shard_sizes: samples in each shard, in the set's order.
         seed: of the run.
         lanes: contiguous parts into which each epoch is cut; see `default_lanes`.
         window: samples of a lane among which the order is shuffled.
-        weights: `(samples,)` float, 0 or more: how often each sample comes, in proportion; may be a
-            mapped file. None: all alike.
+        weights: `(samples,)` float, 0 or more: relative frequency of each sample; may be a
+            memory-mapped file. None: uniform.
 
     Raises:
-        ValueError: fewer samples than lanes, a count below 1, or weights that cannot be used.
+        ValueError: there are fewer samples than lanes, a count is below 1, or weights are invalid.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class SamplePlan:
         """`(shards,)` float64 sum of the weights of each shard's samples."""
         if weights.shape != (self.count,):
             raise ValueError(
-                f"weights has shape {weights.shape}; use ({self.count},): one a sample"
+                f"weights has shape {weights.shape}; use ({self.count},): one per sample"
             )
         sums = np.empty(len(self.sizes))
         low = 0.0
@@ -111,19 +111,19 @@ class SamplePlan:
             sums[shard] = part.sum(dtype=np.float64)
             low = min(low, float(part.min(initial=0)))
         if not np.isfinite(sums).all() or low < 0 or sums.sum() <= 0:
-            raise ValueError("weights has numbers below 0, or not finite, or all are 0")
+            raise ValueError("weights must be finite and 0 or more, and not all 0")
         return sums
 
     def sample(self, position: int) -> PlannedSample:
-        """The sample at one position."""
+        """Return the sample at one position."""
         return self.samples(position, 1)[0]
 
     def samples(self, start: int, count: int) -> list[PlannedSample]:
-        """The samples at positions `start .. start + count - 1`."""
+        """Return the samples at positions `start .. start + count - 1`."""
         return self.at(np.arange(start, start + count, dtype=np.int64))
 
     def at(self, positions: np.ndarray) -> list[PlannedSample]:
-        """The samples at any positions.
+        """Return the samples at any positions.
 
         Args:
             positions: `(count,)` int64, in any order.
@@ -143,13 +143,13 @@ class SamplePlan:
         ]
 
     def _by_place(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and sample at places of the epoch."""
+        """Shard and sample at indexes of the epoch."""
         place = np.searchsorted(epoch.ends, index, side="right")
         shards = epoch.shards[place]
         return shards, index - (epoch.ends[place] - self.sizes[shards])
 
     def _by_weight(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same with weights."""
+        """Shard and sample at indexes of the epoch, with weights."""
         assert self._weights is not None
         total = epoch.ends[-1]
         target = (index + epoch.offset) * (total / self.count)
@@ -168,8 +168,8 @@ class SamplePlan:
         return shards, samples
 
     def substitute(self, position: int, attempt: int) -> PlannedSample:
-        """What is read at `position` when the planned sample, and `attempt` substitutes before
-        this one, are in quarantine: any sample of the set, drawn for the position."""
+        """Draw any sample of the set for a position whose planned sample, and `attempt` earlier
+        substitutes, are in quarantine."""
         shard, sample = any_sample(self.ends, self.seed, "substitute", position, attempt)
         return PlannedSample(shard, sample, position // self.count)
 
@@ -192,7 +192,7 @@ class SamplePlan:
         return self._epochs[number]
 
     def _shuffled(self, epoch: int, run_starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Place of each position of one epoch in its permuted shards laid end to end."""
+        """Index of each position of one epoch in its concatenated shards."""
         first = epoch * self.count
         lanes = positions % self.lanes
         in_run = (positions - (first + (lanes - first) % self.lanes)) // self.lanes
@@ -210,7 +210,7 @@ class SamplePlan:
         return shuffled
 
     def _window(self, epoch: int, start: int, length: int) -> np.ndarray:
-        """The permutation of one window, which begins at place `start` of the epoch."""
+        """The permutation of one window, which begins at index `start` of the epoch."""
         name = (epoch, start)
         if name in self._windows:
             self._windows.move_to_end(name)
@@ -225,10 +225,10 @@ class SamplePlan:
 def any_sample(
     ends: np.ndarray, seed: int, stream: str, position: int, attempt: int
 ) -> tuple[int, int]:
-    """Any sample of a set, drawn for a position and the number of draws there before this one.
+    """Draw any sample of a set for a position and a number of earlier draws at that position.
 
     Args:
-        ends: `(shards,)` samples up to each shard's end.
+        ends: `(shards,)` cumulative samples.
 
     Returns:
         Shard and sample.
@@ -240,7 +240,7 @@ def any_sample(
 
 
 def default_lanes(global_batch: int) -> int:
-    """The largest divisor of the global batch up to 64."""
+    """Return the largest divisor of the global batch up to 64."""
     return max(
         lanes
         for lanes in range(1, min(global_batch, MAXIMUM_LANES) + 1)
@@ -252,7 +252,7 @@ def check_ranks(lanes: int, world_size: int) -> None:
     """Refuse a number of ranks that does not divide the lanes.
 
     Raises:
-        ValueError: names the next number of ranks that does.
+        ValueError: names the next number of ranks that divides them.
     """
     if world_size < 1 or lanes % world_size:
         next_count = next(
@@ -265,21 +265,21 @@ def check_ranks(lanes: int, world_size: int) -> None:
 
 
 def largest_rank_count(lanes: int, most: int) -> int:
-    """The largest number of ranks, up to `most`, that divides the lanes; 0 where `most` is 0."""
+    """Return the largest number of ranks up to `most` that divides the lanes; 0 if `most` is 0."""
     return next((count for count in range(min(most, lanes), 0, -1) if lanes % count == 0), 0)
 
 
 def rank_positions(
     step: int, rank: int, world_size: int, global_batch: int, lanes: int
 ) -> np.ndarray:
-    """Positions of one rank in one optimizer step, ascending.
+    """Return the positions of one rank in one optimizer step, ascending.
 
     Returns:
         `(global_batch // world_size,)` int64: all `p` of the step with `p % lanes` in the rank's
         lanes.
 
     Raises:
-        ValueError: lanes do not divide the global batch, or ranks the lanes.
+        ValueError: lanes do not divide the global batch, or ranks do not divide the lanes.
     """
     check_ranks(lanes, world_size)
     if global_batch % lanes:

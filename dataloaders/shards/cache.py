@@ -1,8 +1,8 @@
-"""A bounded folder of pieces of remote files, shared by all processes of a node.
+"""A bounded on-disk cache of chunks of remote files, shared by all processes of a node.
 
-A piece is fetched once, whoever asks first: the others wait for a lock on its name. Reading needs
-no lock, since a file that is evicted stays readable for those who have it open. When the folder
-grows over its limit, the pieces that were used longest ago go.
+A chunk is fetched once, by the first process that asks; the others wait for a lock on its name.
+Reading needs no lock, since an evicted file stays readable for processes that have it open. When
+the folder exceeds its limit, the least recently used chunks are evicted.
 """
 
 import errno
@@ -14,26 +14,29 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write
+
 STRIPES = 256
-"""Locks for fetching; pieces share them by the hash of their names."""
-KEPT_SHARE = 0.9
-"""Of the limit, when pieces are evicted: not at every insertion."""
-_TRAILER = 4  # CRC-32 of the piece, little-endian
+"""Locks for fetching; chunks share them by the hash of their names."""
+EVICTION_TARGET = 0.9
+"""Eviction goes down to this fraction of the limit, so that not every insertion evicts."""
+_TRAILER = 4  # CRC-32 of the chunk, little-endian
 
 log = logging.getLogger(__name__)
 
 
 class ChunkCache:
-    """Pieces by name.
+    """An LRU cache of chunks by name.
 
     Args:
-        folder: on a disk of this node; made where it is not there.
-        limit_bytes: of all pieces together; one piece more for each process may be on its way.
+        folder: on a local disk of this node; created if it does not exist.
+        limit_bytes: size of all chunks; each process may exceed it by one chunk in flight.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
         ValueError: the limit is below 1.
     """
 
@@ -42,62 +45,64 @@ class ChunkCache:
             raise ValueError(f"the cache {folder} is limited to {limit_bytes} bytes; use 1 or more")
         self.folder = folder
         self.limit_bytes = limit_bytes
-        self._full_disk_said = False
+        self._warned_of_full_disk = False
         (folder / "locks").mkdir(parents=True, exist_ok=True)
 
-    def kept(self, name: str) -> bytes | None:
-        """A whole piece if it is here and its checksum holds."""
+    def get(self, name: str) -> bytes | None:
+        """A whole chunk, or None if it is absent or fails its checksum."""
         try:
             data = self._path(name).read_bytes()
         except FileNotFoundError:
             return None
-        piece, trailer = data[:-_TRAILER], data[-_TRAILER:]
-        if trailer != _checksum(piece):  # What a power cut or a bad disk has left.
+        chunk, trailer = data[:-_TRAILER], data[-_TRAILER:]
+        if trailer != _checksum(chunk):  # After a power cut, or on a bad disk.
             return None
-        self._used(self._path(name))
-        return piece
+        self._touch(self._path(name))
+        return chunk
 
-    def keep(self, name: str, piece: bytes) -> None:
-        """Put a piece in the place of any of this name."""
-        if self.kept(name) != piece:
-            self._insert(name, piece)
+    def put(self, name: str, chunk: bytes) -> None:
+        """Insert a chunk, or replace the one of this name."""
+        if self.get(name) != chunk:
+            self._insert(name, chunk)
 
-    def whole(self, name: str, fetch: Callable[[], bytes]) -> bytes:
-        """A whole piece, whose length only its bytes tell."""
-        found = self.kept(name)
-        if found is None:
-            with self._locked(name):
-                found = self.kept(name)
-                if found is None:
-                    found = fetch()
-                    self._insert(name, found)
-        return found
+    def get_or_fetch(self, name: str, fetch: Callable[[], bytes]) -> bytes:
+        """A whole chunk of unknown length."""
+        return self._get_or_fetch(name, lambda: self.get(name), fetch, slice(None))
 
-    def part(
+    def range_or_fetch(
         self, name: str, length: int, start: int, stop: int, fetch: Callable[[], bytes]
     ) -> bytes:
-        """Bytes `start` to `stop` of a piece of `length` bytes."""
-        found = self._part(name, length, start, stop)
-        if found is None:
-            with self._locked(name):
-                found = self._part(name, length, start, stop)
-                if found is None:
-                    piece = fetch()
-                    self._insert(name, piece)
-                    found = piece[start:stop]
-        return found
+        """Bytes `start` to `stop` of a chunk of `length` bytes, without its checksum."""
+        read = partial(self._read_range, name, length, start, stop)
+        return self._get_or_fetch(name, read, fetch, slice(start, stop))
 
-    def forget(self, name: str) -> None:
-        """Remove a piece: its bytes are not what they should be."""
+    def _get_or_fetch(
+        self,
+        name: str,
+        read: Callable[[], bytes | None],
+        fetch: Callable[[], bytes],
+        part: slice,
+    ) -> bytes:
+        if (found := read()) is not None:
+            return found
+        with self._locked(name):
+            if (found := read()) is not None:
+                return found
+            chunk = fetch()
+            self._insert(name, chunk)
+            return chunk[part]
+
+    def drop(self, name: str) -> None:
+        """Remove a chunk whose bytes have turned out to be wrong."""
         self._path(name).unlink(missing_ok=True)
 
-    # ------------------------------------------------------------------------------- pieces
+    # ------------------------------------------------------------------------------- chunks
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode()).hexdigest()
         return self.folder / digest[:2] / digest[2:34]
 
-    def _part(self, name: str, length: int, start: int, stop: int) -> bytes | None:
+    def _read_range(self, name: str, length: int, start: int, stop: int) -> bytes | None:
         path = self._path(name)
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -109,40 +114,38 @@ class ChunkCache:
             data = os.pread(descriptor, stop - start, start)
         finally:
             os.close(descriptor)
-        self._used(path)
+        self._touch(path)
         return data if len(data) == stop - start else None
 
-    def _used(self, path: Path) -> None:
+    def _touch(self, path: Path) -> None:
         with suppress(FileNotFoundError):  # Evicted meanwhile.
             os.utime(path)
 
-    def _insert(self, name: str, piece: bytes) -> None:
+    def _insert(self, name: str, chunk: bytes) -> None:
         path = self._path(name)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(exist_ok=True)
-            part.write_bytes(piece + _checksum(piece))
             before = path.stat().st_size if path.exists() else 0
-            os.replace(part, path)
+            with atomic_write(path, durable=False) as temporary:  # a chunk has a checksum
+                temporary.write_bytes(chunk + _checksum(chunk))
         except OSError as error:
-            part.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            if not self._full_disk_said:
-                log.warning("%s: the disk is full; what is fetched now is not kept", self.folder)
-            self._full_disk_said = True
+            if not self._warned_of_full_disk:
+                log.warning("%s: the disk is full; nothing more is cached", self.folder)
+            self._warned_of_full_disk = True
             return
-        self._account(len(piece) + _TRAILER - before)
+        self._account(len(chunk) + _TRAILER - before)
 
     # ------------------------------------------------------------------------------ eviction
 
     def _account(self, grown: int) -> None:
-        """Add to the bytes noted; over the limit, count what is there and evict."""
+        """Add to the recorded size; over the limit, measure the folder and evict."""
         with open(self.folder / "bytes", "a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            noted = file.read()
-            total = int(noted) + grown if noted.isdigit() else self._evict()
+            recorded = file.read()
+            total = int(recorded) + grown if recorded.isdigit() else self._evict()
             if total > self.limit_bytes:
                 total = self._evict()
             file.seek(0)
@@ -150,20 +153,20 @@ class ChunkCache:
             file.write(str(max(0, total)))
 
     def _evict(self) -> int:
-        """Remove the pieces used longest ago until `KEPT_SHARE` is left; returns what is."""
-        pieces = sorted(self._pieces())
-        total = sum(size for _, size, _ in pieces)
+        """Remove the least recently used chunks; returns the bytes that remain."""
+        chunks = sorted(self._chunks())
+        total = sum(size for _, size, _ in chunks)
         if total <= self.limit_bytes:
             return total
-        for _, size, path in pieces:
-            if total <= KEPT_SHARE * self.limit_bytes:
+        for _, size, path in chunks:
+            if total <= EVICTION_TARGET * self.limit_bytes:
                 break
             path.unlink(missing_ok=True)
             total -= size
         return total
 
-    def _pieces(self) -> Iterator[tuple[float, int, Path]]:
-        """When each piece was used, its bytes, its path; leftovers of killed processes go."""
+    def _chunks(self) -> Iterator[tuple[float, int, Path]]:
+        """Last use, size and path of each chunk; removes leftovers of killed processes."""
         for folder in self.folder.iterdir():
             if not folder.is_dir() or folder.name == "locks":
                 continue
@@ -172,7 +175,7 @@ class ChunkCache:
                     status = path.stat()
                 except FileNotFoundError:
                     continue
-                if path.suffix != ".part":
+                if path.suffix != TEMPORARY_SUFFIX:
                     yield status.st_mtime, status.st_size, path
                 elif time.time() - status.st_mtime > 3600:
                     path.unlink(missing_ok=True)
@@ -185,5 +188,5 @@ class ChunkCache:
             yield
 
 
-def _checksum(piece: bytes) -> bytes:
-    return zlib.crc32(piece).to_bytes(_TRAILER, "little")
+def _checksum(chunk: bytes) -> bytes:
+    return zlib.crc32(chunk).to_bytes(_TRAILER, "little")

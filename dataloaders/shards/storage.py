@@ -1,7 +1,7 @@
-"""Where shards lie: a folder, or any URL that fsspec opens (s3://, gs://, https://, ...).
+"""Storage of shards: a folder, or any URL that fsspec opens (s3://, gs://, https://, ...).
 
-Both read whole files and ranges, and both try again when reading fails. What comes from far away is
-kept in pieces on a disk of the node, so that an epoch costs the bytes of the set once.
+Both read whole files and ranges, and both retry reads that fail. Remote bytes are cached in chunks
+on a disk of the node, so that an epoch transfers the set once.
 """
 
 import logging
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from cavmae.dataloaders.config import CacheSettings
 from cavmae.dataloaders.shards.cache import ChunkCache
 
 OPEN_FILES = 384
@@ -25,34 +26,19 @@ shards in use at once, and processes may commonly hold 1,024 files."""
 LOCAL_TRIES = 3
 REMOTE_TRIES = 6
 FIRST_WAIT_SECONDS = 0.5
-"""Before the second try; doubled before each further one, up to half as much again by chance."""
+"""Wait before the second try; doubles with each further one, with up to 50% of jitter."""
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CacheSettings:
-    """How a node keeps pieces of remote shards.
-
-    Attributes:
-        folder: on a disk of the node; processes that name the same one share it.
-        limit_bytes: of all pieces; 0: nothing is kept.
-        chunk_bytes: of a piece.
-    """
-
-    folder: str
-    limit_bytes: int
-    chunk_bytes: int = 8 << 20
-
-
-@dataclass(frozen=True)
 class StoredFile:
-    """A file whose bytes are known to be these.
+    """A file of known content.
 
     Attributes:
         name: in its folder.
-        version: changes when the bytes do; pieces are kept under it.
+        version: changes when the bytes do; names the file's chunks in the cache.
         bytes: its length.
     """
 
@@ -62,40 +48,40 @@ class StoredFile:
 
 
 class Storage(Protocol):
-    """Files of one folder, for reading. Pickled copies open their own files."""
+    """Reads the files of one folder. Pickled copies open their own files."""
 
-    def place(self, name: str) -> str:
-        """The file's path or URL, for people."""
+    def location(self, name: str) -> str:
+        """The file's path or URL, for messages."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A whole file as it is now.
+        """The current content of a file.
 
         Raises:
-            FileNotFoundError: it is not there.
-            OSError: it could not be read, however often it was tried.
+            FileNotFoundError: the file does not exist.
+            OSError: every try to read it failed.
         """
         ...
 
-    def read_beside(self, name: str, file: StoredFile) -> bytes:
-        """A whole file that belongs to another one and changes only with it; raises as `read`."""
+    def read_sidecar(self, name: str, file: StoredFile) -> bytes:
+        """A whole file that changes only when `file` does; raises like `read`."""
         ...
 
     def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
-        """Bytes `offset` to `offset + size`; fewer where the file is shorter than it should be.
+        """Bytes `offset` to `offset + size`; fewer if the file is shorter than it should be.
 
         Raises:
-            OSError: it could not be read, however often it was tried.
+            OSError: every try to read them failed.
         """
         ...
 
     def forget(self, file: StoredFile, offset: int, size: int) -> bool:
-        """Drop what is kept of a range because its bytes are wrong; False: nothing is kept here."""
+        """Drop a range with wrong bytes from the cache; False if there is no cache."""
         ...
 
 
 def open_storage(folder: str | Path, cache: CacheSettings | None) -> Storage:
-    """The storage of a folder or URL.
+    """Open the storage of a folder or URL.
 
     Raises:
         ValueError: no package is installed for this kind of URL, or it is `pipe:`.
@@ -137,18 +123,18 @@ def retried(
     again: Callable[[], None] = lambda: None,
     done: str = "read",
 ) -> T:
-    """The result of `call`, called up to `tries` times with growing waits between.
+    """Call up to `tries` times with exponential backoff, until `OSError` is not raised.
 
     Args:
-        call: raises `OSError` for what may pass.
-        place: what is read, for the error.
+        call: raises `OSError` for errors that may be transient.
+        place: path or URL, for the error.
         tries: calls in all.
         may_be_missing: `FileNotFoundError` is an answer; otherwise a mount may be lost.
         again: called before each further try.
-        done: what could not be done, for the error.
+        done: participle of what is tried, for the error.
 
     Raises:
-        FileNotFoundError: at once, where the file may be missing.
+        FileNotFoundError: on the first try, where the file may be missing.
         OSError: the last try failed as well.
     """
     wait_seconds = FIRST_WAIT_SECONDS
@@ -171,7 +157,7 @@ def retried(
 
 
 class LocalFolder:
-    """A folder that this machine mounts."""
+    """Reads a folder on a mounted file system."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -188,24 +174,24 @@ class LocalFolder:
         self.folder = state["folder"]
         self._start()
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return str(self.folder / name)
 
     def read(self, name: str) -> bytes:
         path = self.folder / name
         return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=True)
 
-    def read_beside(self, name: str, file: StoredFile) -> bytes:
+    def read_sidecar(self, name: str, file: StoredFile) -> bytes:
         path = self.folder / name
         return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=False)
 
     def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
         return retried(
             lambda: self._read_range(file.name, offset, size),
-            self.place(file.name),
+            self.location(file.name),
             LOCAL_TRIES,
             may_be_missing=False,
-            again=self._start,  # A network file system that came back wants its files opened again.
+            again=self._start,  # After an outage, a network file system needs its files reopened.
         )
 
     def forget(self, file: StoredFile, offset: int, size: int) -> bool:
@@ -235,7 +221,7 @@ class LocalFolder:
 
 
 class _OpenFile:
-    """Closed when the last thread that reads it is done."""
+    """Closes its descriptor when the last thread that reads it drops it."""
 
     def __init__(self, path: Path):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -246,14 +232,14 @@ class _OpenFile:
 
 
 class RemoteFolder:
-    """A URL's files, fetched by range and kept in pieces.
+    """Fetches the files of a URL by range and caches them in chunks.
 
-    Credentials and end points are fsspec's: the store's own environment variables (such as
+    Credentials and endpoints are fsspec's: the store's own environment variables (such as
     `AWS_ACCESS_KEY_ID`), or `FSSPEC_S3_ENDPOINT_URL` and the like.
 
     Args:
         url: such as `s3://bucket/shards/video`.
-        cache: where pieces are kept; None: nowhere.
+        cache: where chunks are cached; None: nowhere.
 
     Raises:
         ValueError: no package is installed for this kind of URL.
@@ -262,7 +248,7 @@ class RemoteFolder:
     def __init__(self, url: str, cache: CacheSettings | None):
         self.url = url.rstrip("/")
         self.settings = cache if cache and cache.limit_bytes else None
-        _ = self._files  # What is not installed is told at once.
+        _ = self._files  # Raises now if the package for this URL is missing.
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "settings": self.settings}
@@ -277,7 +263,7 @@ class RemoteFolder:
             return None
         return ChunkCache(Path(self.settings.folder), self.settings.limit_bytes)
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
@@ -286,20 +272,22 @@ class RemoteFolder:
         except FileNotFoundError:
             raise
         except OSError as error:
-            kept = None if self._cache is None else self._cache.kept(self.place(name))
-            if kept is None:
+            cached = None if self._cache is None else self._cache.get(self.location(name))
+            if cached is None:
                 raise
-            log.warning("%s; going on with what was kept of it", error)
-            return kept
+            log.warning("%s; using the cached copy", error)
+            return cached
         if self._cache is not None:
-            self._cache.keep(self.place(name), data)
+            self._cache.put(self.location(name), data)
         return data
 
-    def read_beside(self, name: str, file: StoredFile) -> bytes:
+    def read_sidecar(self, name: str, file: StoredFile) -> bytes:
         def fetch() -> bytes:
             return self._fetched(name, None)
 
-        return fetch() if self._cache is None else self._cache.whole(_beside(name, file), fetch)
+        if self._cache is None:
+            return fetch()
+        return self._cache.get_or_fetch(f"{file.version} {name}", fetch)
 
     def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
         stop = min(offset + size, file.bytes)
@@ -308,30 +296,30 @@ class RemoteFolder:
         if self._cache is None:
             return self._fetched(file.name, (offset, stop))
         parts = [
-            self._cache.part(
-                piece,
+            self._cache.range_or_fetch(
+                chunk,
                 end - first,
                 max(offset, first) - first,
                 min(stop, end) - first,
                 lambda ends=(first, end): self._fetched(file.name, ends),
             )
-            for piece, first, end in self._pieces(file, offset, stop)
+            for chunk, first, end in self._chunks(file, offset, stop)
         ]
         return b"".join(parts)
 
     def forget(self, file: StoredFile, offset: int, size: int) -> bool:
         if self._cache is None:
             return False
-        for piece, _, _ in self._pieces(file, offset, offset + size):
-            self._cache.forget(piece)
+        for chunk, _, _ in self._chunks(file, offset, offset + size):
+            self._cache.drop(chunk)
         return True
 
-    def _pieces(self, file: StoredFile, offset: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """Name, first byte and end of the pieces that a range touches."""
+    def _chunks(self, file: StoredFile, offset: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Name, first byte and end of the chunks that a range touches."""
         assert self.settings is not None
-        chunk = self.settings.chunk_bytes
-        for number in range(offset // chunk, -(-stop // chunk)):
-            first, end = number * chunk, min((number + 1) * chunk, file.bytes)
+        length = self.settings.chunk_bytes
+        for first in range(offset // length * length, stop, length):
+            end = min(first + length, file.bytes)
             yield f"{file.version} {first} {end}", first, end
 
     def _fetched(
@@ -345,19 +333,15 @@ class RemoteFolder:
             with as_os_errors():
                 data = files.cat_file(path, start=start, end=stop)
             if ends and len(data) != ends[1] - ends[0]:
-                raise OSError(f"{len(data)} bytes came instead of {ends[1] - ends[0]}")
+                raise OSError(f"received {len(data)} bytes instead of {ends[1] - ends[0]}")
             return data
 
-        return retried(fetch, self.place(name), REMOTE_TRIES, may_be_missing=may_be_missing)
-
-
-def _beside(name: str, file: StoredFile) -> str:
-    return f"{file.version} {name}"
+        return retried(fetch, self.location(name), REMOTE_TRIES, may_be_missing=may_be_missing)
 
 
 @contextmanager
 def as_os_errors() -> Iterator[None]:
-    """Object stores raise what their libraries have: most of it may pass."""
+    """Turn the exceptions of object-store libraries, most of them transient, into `OSError`."""
     try:
         yield
     except OSError:

@@ -1,53 +1,23 @@
-"""Writing of packed shards: whole or not at all, and the same bytes for the same samples.
+"""Writes packed shards: whole or not at all, and the same bytes for the same samples.
 
-The layout is described in `shard_set.py`, which reads it.
+`shard_set.py`, which reads them, describes the layout.
 """
 
 import hashlib
-import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ, SCHEMA, ShardEntry
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is seen whole or not at all, even after a power cut."""
-    part = path.with_name(path.name + ".part")
-    with _named_errors(part), open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _flush_folder(path.parent)
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """A full disk fails in calls that do not know the file; the error should name it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from cavmae.atomic_write import commit, named_errors, temporary_path, write_json, write_text
+from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.shards.format import SCHEMA, ShardEntry
 
 
 class _HashedFile:
-    """What a tar writer writes to: the digest of a shard is known without reading it again."""
+    """Computes the digest of a shard while the tar is written."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -55,7 +25,7 @@ class _HashedFile:
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
-        if self.file.closed:  # The tar of an abandoned shard still ends itself when collected.
+        if self.file.closed:  # The tar of an abandoned shard writes its end when collected.
             return len(data)
         self.sha256.update(data)
         self.bytes += len(data)
@@ -63,19 +33,18 @@ class _HashedFile:
 
 
 class ShardWriter:
-    """Writes `NAME.tar` and `NAME.idx`; nothing has those names before `finish`.
+    """Writes `NAME.tar` and `NAME.idx`, which appear when `finish` is called.
 
-    The same samples give the same bytes: no times, users or machine names are stored.
+    The same samples give the same bytes: no times, users or host names are stored.
     """
 
     def __init__(self, folder: Path, name: str):
         # webdataset imports torch (2 s); readers and packing workers never need it.
         from webdataset.writer import TarWriter
 
-        self.folder = folder
-        self.name = name
-        self._part = folder / f"{name}.tar.part"
-        self._file = open(self._part, "wb")  # noqa: SIM115 (closed by finish or abandon)
+        self._path = folder / f"{name}.tar"
+        self._temporary = temporary_path(self._path)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by finish or abandon)
         self._hashed = _HashedFile(self._file)
         self._tar = TarWriter(
             cast(BinaryIO, self._hashed),
@@ -88,11 +57,11 @@ class ShardWriter:
         self._lines: list[str] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Append one sample; `members` maps extensions to bytes, in the order to store them."""
+        """Append one sample; `members` maps extensions to bytes, in the order of the tar."""
         line = []
         for extension, data in members.items():
             # One call per member: a single call would sort them and put the JSON last.
-            with _named_errors(self._part):
+            with named_errors(self._path):
                 self._tar.write({"__key__": key, extension: data})
             blocks = -(-len(data) // tarfile.BLOCKSIZE)
             offset = self._tar.tarstream.offset - blocks * tarfile.BLOCKSIZE
@@ -100,31 +69,28 @@ class ShardWriter:
         self._lines.append(" ".join(line))
 
     def finish(self) -> ShardEntry | None:
-        """Close and name the shard; None, and no files, if no sample was added."""
+        """Complete the shard; without samples, returns None and leaves no files."""
         if not self._lines:
             self.abandon()
             return None
-        with _named_errors(self._part):
+        with named_errors(self._path):
             self._tar.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
         text = f"v1.2 {len(self._lines)}\n" + "".join(line + "\n" for line in self._lines)
-        write_atomically(self.folder / f"{self.name}.idx", text.encode())
-        os.replace(self._part, self.folder / f"{self.name}.tar")
-        _flush_folder(self.folder)
+        write_text(self._path.with_suffix(".idx"), text)
+        commit(self._temporary, self._path)
         return ShardEntry(
-            f"{self.name}.tar",
+            self._path.name,
             len(self._lines),
             self._hashed.bytes,
             self._hashed.sha256.hexdigest(),
         )
 
     def abandon(self) -> None:
-        """Remove what has been written so far."""
+        """Remove the unfinished shard."""
         with suppress(OSError):  # On a full disk: the last bytes cannot be flushed.
             self._file.close()
-        self._part.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def write_index(
@@ -138,7 +104,7 @@ def write_index(
     skipped: int,
     shards: Iterable[ShardEntry],
 ) -> None:
-    """Write `index.json`, which declares the shards of a tier complete."""
+    """Write the `index.json` that marks a tier as complete."""
     entries = list(shards)
     index = {
         "schema": SCHEMA,
@@ -152,4 +118,4 @@ def write_index(
         "skipped": skipped,
         "shards": [asdict(entry) for entry in entries],
     }
-    write_atomically(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
+    write_json(folder / "index.json", index)

@@ -1,0 +1,1 @@
+"""Tools for packed sets: `cavmae verify`, `cavmae inspect`, and synthetic videos."""

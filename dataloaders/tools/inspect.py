@@ -1,14 +1,13 @@
-"""`cavmae inspect`: look at packed clips before paying for a run.
+"""`cavmae inspect`: shows packed clips before a run.
 
-Prints what a set holds, and writes a sheet of clips drawn by counter: the frame and the spectrogram
-that a model would get, with label and key. Works on a folder and on a URL.
+Prints statistics of a set, and writes a contact sheet of randomly drawn clips: the frame and the
+spectrogram that a model gets, with label and key. Works on a folder and on a URL.
 """
 
 import base64
 import html
 import io
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,40 +18,41 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
+from cavmae.atomic_write import atomic_write
+from cavmae.dataloaders.constants import MIDDLE_FRAME
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 LARGEST_SURVEY = 2000
-"""Clips whose descriptions are read for the tables; of larger sets a part is drawn."""
+"""Maximum number of clips for the tables; larger sets are sampled."""
 HISTOGRAM_ROWS = 8
-LABELS_SHOWN = 20
+ROWS_SHOWN = 20
 AUDIO_FRAMES, MEL_BINS = 1024, 128
 
 
 @dataclass(frozen=True)
-class InspectConfig:
-    """Print what packed shards hold and write a sheet of clips.
+class InspectConfig(CheckedFields):
+    """Print statistics of packed shards and write a contact sheet of clips.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field is out of range.
     """
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
     """One tier of packed shards, such as `shards/video`; a folder or a URL."""
     out: str = "inspect.html"
-    """The sheet: a self-contained page (.html) or a picture (.png)."""
-    clips: int = 16
-    """Clips on it."""
+    """Contact sheet: a self-contained page (.html) or an image (.png)."""
+    clips: PositiveInt = 16
+    """Number of clips on the sheet."""
     seed: int = 0
-    """Of the draw."""
+    """Seed of the random choice of clips."""
 
     def __post_init__(self) -> None:
-        if self.clips < 1:
-            raise ValueError(f"clips is {self.clips}; use 1 or more")
+        super().__post_init__()
         if Path(self.out).suffix not in (".html", ".png"):
-            raise ValueError(f"out is {self.out!r}; use a name that ends in .html or .png")
+            raise ValueError(f"out is {self.out!r}; use a .html or .png file")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _places(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
-    """Shard and sample of clips drawn from the set, in the set's order."""
+def _drawn(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
+    """Shard and sample of randomly drawn clips, in the set's order."""
     chosen = np.sort(random_permutation(seed, "order", 0, shards.samples)[:count])
     return [shards.at(position) for position in chosen.tolist()]
 
@@ -82,13 +82,13 @@ def _places(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
 
 
 def survey(shards: ShardSet, seed: int) -> list[Table]:
-    """Tables of what the set holds.
+    """Make tables of a set's statistics.
 
     Raises:
         OSError: a shard cannot be read.
         ShardError: a sample's JSON is damaged.
     """
-    places = _places(shards, LARGEST_SURVEY, seed)
+    places = _drawn(shards, LARGEST_SURVEY, seed)
     found = [shards.description(*place) for place in places]
     table = Table(title=shards.folder, show_header=False)
     table.add_row("tier", shards.tier)
@@ -96,28 +96,26 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     size = sum(file.bytes for file in shards.files)
     table.add_row("bytes", f"{size / 1e9:.2f} GB, {size / shards.samples / 1e3:.0f} kB a clip")
     if len(found) < shards.samples:
-        table.add_row("looked at", f"{len(found)} clips, drawn")
+        table.add_row("sampled", f"{len(found)} clips")
     seconds = np.array([one["audio"]["samples"] / one["audio"]["hz"] for one in found])
-    table.add_row("sound", f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
+    table.add_row("audio", f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
     frames = np.array([one["video"]["frames"] for one in found])
     table.add_row("frames", _spread(frames))
-    table.add_row("codec", f"{shards.video_codec or 'JPEG'}, {shards.audio_codec} sound")
+    table.add_row("codec", f"{shards.video_codec or 'JPEG'}, {shards.audio_codec} audio")
     sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
     table.add_row("frame sizes", _most_common(sizes, 5))
     tables = [table, _histogram(seconds)]
     labels = Counter(label for one in found for label in one["labels"])
-    if labels:
-        of_labels = Table("label", "clips", title=f"{len(labels)} labels")
-        for label, count in labels.most_common(LABELS_SHOWN):
-            of_labels.add_row(label, str(count))
-        tables.append(of_labels)
-    skipped = _skipped(shards)
-    if skipped:
-        of_skipped = Table("reason", "clips", title="not packed")
-        for reason, count in skipped.most_common():
-            of_skipped.add_row(reason, str(count))
-        tables.append(of_skipped)
-    return tables
+    tables += _counts("label", f"{len(labels)} labels", labels)
+    return tables + _counts("reason", "skipped by packing", _skipped(shards))
+
+
+def _counts(column: str, title: str, counts: Counter[str]) -> list[Table]:
+    """A table of the most common values, if there are any."""
+    table = Table(column, "clips", title=title)
+    for value, count in counts.most_common(ROWS_SHOWN):
+        table.add_row(value, str(count))
+    return [table] if counts else []
 
 
 def _spread(values: np.ndarray) -> str:
@@ -131,14 +129,14 @@ def _most_common(counts: Counter[str], count: int) -> str:
 
 def _histogram(seconds: np.ndarray) -> Table:
     counts, edges = np.histogram(seconds, HISTOGRAM_ROWS)
-    table = Table("seconds", "clips", "", title="length of the sound")
+    table = Table("seconds", "clips", "", title="length of the audio")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         table.add_row(f"{low:.1f} to {high:.1f}", str(count), "#" * round(40 * count / max(counts)))
     return table
 
 
 def _skipped(shards: ShardSet) -> Counter[str]:
-    """Reasons in the report beside the tiers, where there is one."""
+    """Reasons in the `report.jsonl` beside local tiers."""
     found: Counter[str] = Counter()
     for storage in {id(one.storage): one.storage for one in shards.sets}.values():
         if isinstance(storage, LocalFolder):
@@ -153,10 +151,10 @@ def _skipped(shards: ShardSet) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Card:
-    """A clip on the sheet.
+    """A clip on the contact sheet.
 
     Attributes:
-        sample_id, labels, facts: what is written under it.
+        sample_id, labels, facts: caption.
         frame: `(height, width, 3)` uint8.
         log_mel: `(frames, bins)` float32, not normalised.
     """
@@ -169,31 +167,31 @@ class Card:
 
 
 def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
-    """Clips drawn by counter; raises as `card_of`."""
-    return [card_of(shards, *place) for place in _places(shards, count, seed)]
+    """Make cards of randomly drawn clips; raises like `card_of`."""
+    return [card_of(shards, *place) for place in _drawn(shards, count, seed)]
 
 
 def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
-    """A clip with its middle frame.
+    """Make the card of a clip, with its middle frame.
 
     Raises:
         OSError: the shard cannot be read.
         ShardError: the clip is damaged.
-        ValueError: it does not decode.
+        ValueError: the clip does not decode.
     """
     import torch
     from av.error import FFmpegError
 
-    from cavmae.dataloaders.media.audio_codec import decode_sound
+    from cavmae.dataloaders.media.audio_codec import decode_audio
     from cavmae.dataloaders.media.decode_frame import FrameError
     from cavmae.dataloaders.media.log_mel import log_mel
 
     described = shards.description(shard, sample)
     frame = described["ten_frames"][MIDDLE_FRAME]
     sample_id = shards.sample_id(shard, sample)
-    sound = shards.member(shard, sample, shards.audio_codec)
+    audio = shards.member(shard, sample, shards.audio_codec)
     try:
-        waveform = torch.from_numpy(decode_sound(sound))
+        waveform = torch.from_numpy(decode_audio(audio))
         pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
     except (FFmpegError, FrameError, OSError) as error:
         raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
@@ -201,19 +199,19 @@ def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
     source = described["source"]
     facts = (
         f"{source['path']} from {source['start_seconds']:g} s, "
-        f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of sound, "
+        f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of audio, "
         f"{described['video']['frames']} frames, the one at {frame['seconds']:.2f} s"
     )
     return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram.numpy())
 
 
 def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.ndarray:
-    """`(height, width, 3)` uint8: one of the ten frames of a clip.
+    """Decode one of the ten frames of a clip: `(height, width, 3)` uint8.
 
     Raises:
         OSError: the shard cannot be read.
         ShardError: the clip is damaged.
-        FrameError: it does not decode.
+        FrameError: the frame does not decode.
     """
     from PIL import Image
 
@@ -232,13 +230,14 @@ def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.n
 
 
 def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
-    """Clips beside each other, as a page (.html) or a picture.
+    """Write a contact sheet, as a page (.html) or an image.
 
     Raises:
         OSError: the file can't be written.
     """
-    write = _write_page if path.suffix == ".html" else _write_picture
-    write(path, title, cards)
+    write = _write_page if path.suffix == ".html" else _write_image
+    with atomic_write(path) as temporary:
+        write(temporary, title, cards)
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
@@ -256,11 +255,12 @@ def _write_page(path: Path, title: str, cards: list[Card]) -> None:
     )
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n",
+        encoding="utf-8",
     )
 
 
-def _write_picture(path: Path, title: str, cards: list[Card]) -> None:
+def _write_image(path: Path, title: str, cards: list[Card]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -280,7 +280,7 @@ def _write_picture(path: Path, title: str, cards: list[Card]) -> None:
         above.set_title(f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}", fontsize=8)
         below.imshow(card.log_mel.T, origin="lower", aspect="auto")
     figure.suptitle(title)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, format="png", dpi=80)
     pyplot.close(figure)
 
 
@@ -300,7 +300,3 @@ def _jpeg(pixels: np.ndarray) -> str:
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG", quality=85)
     return base64.b64encode(encoded.getvalue()).decode()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Videos with a designed correspondence between picture and sound, for the demo and for tests.
+"""Renders videos with a designed correspondence of video and audio, for the demo and for tests.
 
 Every clip is a function of (seed, index). One to three objects of a shape move in one of four ways;
-what one sees and what one hears come from the same hidden quantities:
+video and audio depend on the same latent quantities:
 
-| seen | heard |
+| video | audio |
 |---|---|
 | shape: disc, square, triangle, star, ring | timbre: which partials sound |
 | motion: bounce, swing, pulse, jump | envelope of each note |
@@ -13,10 +13,9 @@ what one sees and what one hears come from the same hidden quantities:
 | moments of bounces, turns, pulses, jumps | onsets |
 
 A trail behind each object lets a single frame show the motion. Background, position, noise and gain
-are drawn for picture and sound separately and tell nothing of each other. A model that finds the
-sound of a clip it never saw has learned this design; it says nothing about natural video. With
-`shuffled_pairs` each clip has the sound of another one: nothing can be learned, which is the
-control.
+are drawn independently for video and audio. A model that retrieves the audio of an unseen clip has
+learned this design; that says nothing about natural video. With `shuffled_pairs` each clip has the
+audio of another one, so that nothing can be learned: the control.
 """
 
 import csv
@@ -31,7 +30,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from cavmae.dataloaders.shards.shard_set import AUDIO_HZ
+from cavmae.atomic_write import atomic_write
+from cavmae.dataloaders.constants import AUDIO_HZ
 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
 MOTIONS = ("bounce", "swing", "pulse", "jump")
@@ -57,7 +57,7 @@ PARTIALS = {
 
 @dataclass(frozen=True)
 class Latents:
-    """What picture and sound of a clip share; numbers without a unit run from 0 to 1."""
+    """The quantities that video and audio of a clip share; unitless numbers are from 0 to 1."""
 
     shape: str
     motion: str
@@ -205,7 +205,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Placing:
-    """Where the objects are at a time; shares of the picture's side."""
+    """The positions of the objects over time, as fractions of the image size."""
 
     def __init__(self, hidden: Latents, random: np.random.Generator):
         self.hidden = hidden
@@ -323,9 +323,8 @@ def _write_clip(job: _Job) -> str:
     heard = latents(job.seed, job.sound_index, job.seconds)
     frames = render_frames(hidden, job.seed, job.index, job.size, job.fps, job.seconds)
     audio = render_audio(heard, job.seed, job.sound_index, job.seconds)
-    part = job.path.with_suffix(".part")
-    part.write_bytes(encode_clip(frames, audio, job.fps))
-    os.replace(part, job.path)
+    with atomic_write(job.path, durable=False) as temporary:
+        temporary.write_bytes(encode_clip(frames, audio, job.fps))
     return hidden.label
 
 
@@ -344,16 +343,16 @@ def generate(
     """Write clips `start_index` to `start_index + count - 1` and a list of them.
 
     Args:
-        folder: made if it is not there; files are named by index.
+        folder: created if missing; files are named by index.
         size: pixels of each side, even.
-        shuffled_pairs: give each clip the sound of another one of this call.
+        shuffled_pairs: give each clip the audio of another one of this call.
         workers: processes; 0: one per core.
 
     Returns:
         The CSV file (path,start,end,labels) that `cavmae pack` takes; written last.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
     """
     if count < 1 or (shuffled_pairs and count < 2):
         raise ValueError(f"count is {count}; use 1 or more, with shuffled_pairs 2 or more")
@@ -384,18 +383,19 @@ def generate(
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             labels = pool.map(_write_clip, jobs, chunksize=16)
     listing = folder / "clips.csv"
-    part = listing.with_suffix(".part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(listing) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["path", "start", "end", "labels"])
         for job, label in zip(jobs, labels, strict=True):
             writer.writerow([job.path.name, "", "", label])
-    os.replace(part, listing)
     return listing
 
 
 def _other_clips(count: int, seed: int) -> np.ndarray:
-    """A permutation in which no clip keeps its own sound: one random cycle through all."""
+    """Draw a permutation in which no clip keeps its audio: one random cycle through all."""
     order = _stream(seed, 0, 3).permutation(count)
     sounds = np.empty(count, np.int64)
     sounds[order] = np.roll(order, 1)

@@ -1,19 +1,19 @@
-"""`cavmae verify`: whether packed shards are what they were when they were written.
+"""`cavmae verify`: checks packed shards for damage.
 
-Disks and transfers damage files without a word. This reads everything once and compares it with
-what the packer noted: sizes and SHA-256 of the shards, the index against the tar, the CRC-32 and
-the description of every sample, and on request whether every member still decodes. Works on a
-folder and on a URL.
+Disks and transfers damage files silently. This reads everything once and compares it with what the
+packer recorded: sizes and SHA-256 of the shards, the index against the tar, the CRC-32 and the
+description of every sample, and on request whether every member still decodes. Works on a folder
+and on a URL.
 """
 
 import hashlib
 import io
-import sys
+import os
 import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,45 +23,39 @@ from av.error import FFmpegError
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.constants import AUDIO_CODECS, AUDIO_HZ, FRAMES_PER_CLIP, TIERS
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
-from cavmae.dataloaders.media.encode_video import fragment_sizes
-from cavmae.dataloaders.packing.worker_pool import Failure, TaskLimits, run_in_order
-from cavmae.dataloaders.shards.shard_set import (
-    AUDIO_CODECS,
-    AUDIO_HZ,
-    FRAMES_PER_CLIP,
+from cavmae.dataloaders.media.encode_video import describe_fragments
+from cavmae.dataloaders.process_pool import Failure, TaskLimits, run_in_order
+from cavmae.dataloaders.shards.format import (
     SCHEMA,
-    TIERS,
     MemberIndex,
     ShardEntry,
     ShardError,
     member_names,
     parse_description,
     parse_member_index,
-    read_index,
 )
+from cavmae.dataloaders.shards.shard_set import read_index
 from cavmae.dataloaders.shards.storage import Storage, StoredFile, open_storage
+from cavmae.field_checks import CheckedFields, PositiveInt
 
-SHARD_LIMITS = TaskLimits(seconds=7200.0)
+SHARD_LIMITS = TaskLimits(seconds=7200.0, memory_bytes=6 << 30)
 READ_BYTES = 1 << 23
 LISTED_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(CheckedFields):
     """Check packed shards: sizes, checksums, index, descriptions."""
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """What `cavmae pack` made, or one tier of it; a folder or a URL."""
+    """Output of `cavmae pack`, or one tier of it; a folder or a URL."""
     decode: bool = False
-    """Decode every member as well."""
-    workers: int = 1
+    """Also decode every member."""
+    workers: PositiveInt = 1
     """Processes."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class _Check:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What was found in one shard."""
+    """The result for one shard."""
 
     tier: str
     name: str
@@ -89,16 +83,16 @@ class ShardResult:
 
 
 def verify(config: VerifyConfig) -> list[ShardResult]:
-    """Check every shard of every tier in a folder.
+    """Check every shard of every tier in a folder or at a URL.
 
     Raises:
-        FileNotFoundError: no finished shards there.
+        FileNotFoundError: there are no finished shards.
         OSError: `index.json` cannot be read.
         ValueError: `index.json` is damaged.
     """
     checks, results = [], []
     for folder in _tiers(config.shards):
-        index = read_index(folder)
+        index = read_index(open_storage(folder, None))
         tier, stated = index["tier"], index["samples"]
         found = sum(entry.samples for entry in index["shards"])
         if stated != found:
@@ -116,23 +110,21 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
 
 
 def _tiers(shards: str) -> list[str]:
-    """The tiers in a folder or at a URL; itself, where it is one."""
-    places = [f"{shards.rstrip('/')}/{tier}" for tier in TIERS]
-    if "://" in shards:
-        return [place for place in places if _has_index(place)] or [shards]
-    return [place for place in places if Path(place).is_dir()] or [shards]
+    """The tiers in a folder or at a URL, or `shards` itself if it is one."""
+    tiers = [f"{shards.rstrip('/')}/{tier}" for tier in TIERS]
+    exists = _has_index if "://" in shards else os.path.isdir
+    return [tier for tier in tiers if exists(tier)] or [shards]
 
 
 def _has_index(folder: str) -> bool:
     try:
-        read_index(folder)
+        return bool(open_storage(folder, None).read("index.json"))
     except FileNotFoundError:
         return False
-    return True
 
 
 class _HashedReader(io.RawIOBase):
-    """Reads a shard once from its start, and knows what it read."""
+    """Reads a shard from start to end, and computes its size and digest."""
 
     def __init__(self, storage: Storage, file: StoredFile):
         self._storage = storage
@@ -152,7 +144,7 @@ class _HashedReader(io.RawIOBase):
 
 
 def check_shard(check: _Check) -> ShardResult:
-    """Check one shard; the problems name the sample."""
+    """Check one shard; its problems name the sample."""
     entry, storage = check.entry, open_storage(check.folder, None)
     hashed = _HashedReader(storage, StoredFile(entry.name, entry.sha256, entry.bytes))
     problems: list[str] = []
@@ -161,7 +153,7 @@ def check_shard(check: _Check) -> ShardResult:
     with io.BufferedReader(hashed, READ_BYTES) as stream:
         try:
             name = f"{Path(entry.name).stem}.idx"
-            index = parse_member_index(storage.read(name), storage.place(name))
+            index = parse_member_index(storage.read(name), storage.location(name))
             samples = _check_samples(check, index, stream, problems)
         except (OSError, ValueError, tarfile.TarError) as error:
             problems.append(str(error))
@@ -184,10 +176,10 @@ def check_shard(check: _Check) -> ShardResult:
 def _check_samples(
     check: _Check, index: MemberIndex, stream: "io.BufferedReader[Any]", problems: list[str]
 ) -> int:
-    """Read the tar through and compare it with its index; returns the number of samples."""
+    """Compare a tar with its index; returns the number of samples."""
     if index.extensions != check.members:
-        listed, due = " ".join(index.extensions), " ".join(check.members)
-        problems.append(f"its .idx lists {listed}, not {due}")
+        listed, expected = " ".join(index.extensions), " ".join(check.members)
+        problems.append(f"its .idx lists {listed} instead of {expected}")
         return len(index.keys)
     samples = 0
     with tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES) as tar:
@@ -200,8 +192,8 @@ def _check_samples(
                 if member is None:
                     problems.append(f"the tar ends before {name}")
                     return samples
-                place = (name, int(index.offset[sample, column]), int(index.size[sample, column]))
-                if (member.name, member.offset_data, member.size) != place or not member.isfile():
+                listed = (name, int(index.offset[sample, column]), int(index.size[sample, column]))
+                if (member.name, member.offset_data, member.size) != listed or not member.isfile():
                     problems.append(f"the tar has {member.name} where the .idx has {name}")
                     return samples
                 content = tar.extractfile(member)
@@ -221,7 +213,7 @@ def _check_sample(check: _Check, key: str, data: dict[str, bytes]) -> list[str]:
         return [f"its JSON is damaged: {error}"]
     wrong = description_problem(description, key, check.members)
     if wrong:
-        return [f"its JSON is not as it should be: {wrong}"]
+        return [f"its JSON is invalid: {wrong}"]
     damaged = [
         extension
         for extension in check.members[1:]
@@ -234,7 +226,7 @@ def _check_sample(check: _Check, key: str, data: dict[str, bytes]) -> list[str]:
 
 
 def description_problem(description: Any, key: str, members: Iterable[str]) -> str | None:
-    """What is wrong with a sample's JSON (schema 2), or None."""
+    """The first rule that a sample's JSON violates, or None."""
     try:
         audio, video = description["audio"], description["video"]
         times, ten = video["times_seconds"], description["ten_frames"]
@@ -242,11 +234,11 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
         rules = {
             f"schema is {SCHEMA}": description["schema"] == SCHEMA,
             f"key is {key}": description["key"] == key,
-            "source.path is text": isinstance(source["path"], str),
+            "source.path is a string": isinstance(source["path"], str),
             "source.start_seconds is 0 or more": source["start_seconds"] >= 0,
             "source.end_seconds is after the start or null": source["end_seconds"] is None
             or source["end_seconds"] > source["start_seconds"],
-            "labels are texts": isinstance(description["labels"], list)
+            "labels are strings": isinstance(description["labels"], list)
             and all(isinstance(label, str) for label in description["labels"]),
             f"audio.hz is {AUDIO_HZ}": audio["hz"] == AUDIO_HZ,
             "audio.samples is above 0": audio["samples"] > 0,
@@ -267,17 +259,15 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
 
 
 def _fragment_problems(description: dict[str, Any], video: bytes) -> list[str]:
-    """Whether the frames lie where the JSON says, and are what it says."""
+    """Compare the fragments in the JSON with those of the video."""
     try:
-        sizes, sums = description["fragments"]["bytes"], description["fragments"]["crc32"]
-        if sizes != fragment_sizes(video) or len(sizes) != description["video"]["frames"] + 1:
-            raise ValueError(f"{len(sizes)} fragments that are not those of the mp4")
-        ends = list(accumulate(sizes))
-        found = [zlib.crc32(video[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-        if sums != found:
-            raise ValueError("a CRC-32 that is not that of its fragment")
-    except (KeyError, TypeError, ValueError) as error:
-        return [f"its JSON is not as it should be: fragments: {type(error).__name__}: {error}"]
+        found = describe_fragments(video)
+    except ValueError as error:
+        return [f"mp4 has no fragments: {error}"]
+    if description.get("fragments") != found:
+        return ["its JSON is invalid: fragments differ from those of the mp4"]
+    if len(found["bytes"]) != description["video"]["frames"] + 1:
+        return [f"mp4 has {len(found['bytes']) - 1} frames, its JSON another number"]
     return []
 
 
@@ -290,9 +280,9 @@ def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> lis
             continue
         try:
             if extension in AUDIO_CODECS:
-                found: Any = len(decode_sound(content))
+                found: Any = len(decode_audio(content))
                 expected: Any = description["audio"]["samples"]
-            elif extension == "source":  # The last frame wanted takes the most of the file.
+            elif extension == "source":  # The last frame needs most of the file.
                 last = max(frame["seconds"] for frame in description["ten_frames"])
                 found, expected = decode_original(content, last, *size).shape[1::-1], size
             else:
@@ -303,12 +293,12 @@ def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> lis
             problems.append(f"{extension} does not decode: {error}")
             continue
         if found != expected:
-            problems.append(f"{extension} decodes to something else than its JSON says")
+            problems.append(f"{extension} does not decode to what its JSON describes")
     return problems
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 1 if anything is wrong."""
+    """Run the command line; returns the exit code: 1 if there are problems."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         results = verify(tyro.cli(VerifyConfig, prog="cavmae verify", args=argv))
@@ -330,7 +320,3 @@ def main(argv: list[str] | None = None) -> int:
     if len(problems) > LISTED_PROBLEMS:
         errors.print(f"and {len(problems) - LISTED_PROBLEMS} more problems")
     return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

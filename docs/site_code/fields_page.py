@@ -1,7 +1,7 @@
-"""The site's page of all fields of a run: what the dataclasses say, with the values of the recipes.
+"""The site's page of all fields of a run, generated from the dataclasses and the recipes.
 
-It is in no file: the site makes it when it is built (`site_hooks.py`) and the tests read it, so it
-is never out of date.
+It is not a file: the site generates it when it is built (`site_hooks.py`) and the tests read it, so
+it is never out of date.
 """
 
 import ast
@@ -13,9 +13,8 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.recipes import RECIPES
 
 CLUSTER = "On Ray: `cavmae train`, `cavmae submit`"
 
@@ -25,10 +24,10 @@ class Field:
     """A field that a command line takes.
 
     Attributes:
-        section: title of the part of the page.
-        path: such as `data.train`.
-        kind, default, meaning: for people; the meaning is empty where nothing is said.
-        recipes: the value in each recipe that has another one.
+        section: title of its section of the page.
+        path: dotted name, such as `data.train`.
+        kind, default, meaning: Markdown; the meaning is empty if the field has no docstring.
+        recipes: its value in each recipe that changes the default.
     """
 
     section: str
@@ -40,7 +39,7 @@ class Field:
 
 
 def fields() -> list[Field]:
-    """Every field of a run: of all runs, of pretraining, of fine-tuning, of runs on Ray."""
+    """Return the fields of all runs, of pretraining, of fine-tuning and of runs on Ray."""
     declared_again = {*PretrainConfig.__annotations__, *FinetuneConfig.__annotations__}
     found = [
         field
@@ -60,18 +59,17 @@ def fields() -> list[Field]:
 
 
 def fields_page() -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     recipes = [
         f"| `{name}` | `cavmae {_command_of(recipe())}` | {_first_paragraph(recipe)} |"
         for name, recipe in RECIPES.items()
     ]
     parts = [
         "# Fields of a run",
-        "A run is a recipe and the fields that you change. What is called `data.cache_gigabytes` "
-        "here is `--data.cache-gigabytes 50` on the command line, and `cache_gigabytes` of `data` "
-        "in the `config.json` of a run. What is true or false is `--engine.compile` or "
-        "`--engine.no-compile`. Recipes that have another value than the default are named below "
-        "what the field means.",
+        "A run is a recipe and the fields that you override. `data.cache_gigabytes` here is "
+        "`--data.cache-gigabytes 50` on the command line, and `cache_gigabytes` of `data` in the "
+        "`config.json` of a run. Booleans are flags: `--engine.compile` or `--engine.no-compile`. "
+        "Recipes that change the default are listed after the meaning of the field.",
         "## Recipes",
         "\n".join(["| recipe | command | what |", "| --- | --- | --- |", *recipes]),
     ]
@@ -84,7 +82,7 @@ def fields_page() -> str:
 
 
 def _fields_of(kind: type[RunConfig], title: str) -> Iterator[Field]:
-    """The fields that a kind of run declares itself."""
+    """Yield the fields that a kind of run declares itself."""
     made = {name: recipe() for name, recipe in RECIPES.items()}
     recipes = {name: recipe for name, recipe in made.items() if isinstance(recipe, kind)}
     for path, type_, meaning in _declared(kind):
@@ -100,7 +98,7 @@ def _fields_of(kind: type[RunConfig], title: str) -> Iterator[Field]:
 
 
 def _declared(kind: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Path, type and docstring of what a dataclass declares itself, down to the last field."""
+    """Yield path, type and docstring of every field that a dataclass declares, recursively."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     types = get_type_hints(kind)

@@ -1,9 +1,9 @@
 """The two passes over a similarity matrix that is never stored: statistics, and gradients.
 
-Queries rank candidates by `s[q, c] = cosine(query q, candidate c) / temperature`; the partner of
+Queries rank candidates by `s[q, c] = cosine(query q, candidate c) / temperature`; the positive of
 query `q` is candidate `q + shift`. The statistics of a query are the logarithm of its sum of
-`exp(s)` over all candidates, its largest similarity to a candidate that is not its partner (its
-rival), and the similarity to its partner. The same tiles give the candidates' own statistics over
+`exp(s)` over all candidates, its largest similarity to a negative (the hardest
+one), and the similarity to its positive. The same tiles give the candidates' own statistics over
 the queries, so both directions cost one matrix product.
 
 Nothing here knows of losses, ranks or autograd: `contrastive.py` and a distributed caller put these
@@ -32,7 +32,7 @@ from cavmae.kernels.similarity.tile_statistics import (
 
 __all__ = [
     "LARGEST_WIDTH",
-    "SLAB_BYTES",
+    "ROW_BLOCK_BYTES",
     "Parts",
     "Similarity",
     "Statistics",
@@ -41,17 +41,17 @@ __all__ = [
     "inverse_norms",
     "merge",
     "project",
-    "slabs",
+    "row_blocks",
     "statistics",
 ]
 
 LARGEST_WIDTH = 2048
-SLAB_BYTES = 32 << 20
-"""Of the weights that are stored at a time."""
+ROW_BLOCK_BYTES = 32 << 20
+"""Memory for the weights that are stored at a time."""
 
 
 def inverse_norms(x: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """1 / norm of each row of (groups, count, width), float32 (float64 for float64).
+    """Return 1 / norm of each row of (groups, count, width), float32 (float64 for float64).
 
     At most 1 / SMALLEST_NORM; NaN where the norm overflows, or is not a number.
     """
@@ -63,11 +63,11 @@ def inverse_norms(x: torch.Tensor, backend: Backend) -> torch.Tensor:
 
 
 def statistics(similarity: Similarity, *, reverse: bool) -> Parts:
-    """Statistics of every query over these candidates.
+    """Compute the statistics of every query over these candidates.
 
     Args:
         similarity: the matrix.
-        reverse: also those of every candidate over these queries.
+        reverse: compute those of every candidate over these queries too.
     """
     if similarity.backend == "torch":
         return reference.statistics(similarity, reverse)
@@ -77,14 +77,14 @@ def statistics(similarity: Similarity, *, reverse: bool) -> Parts:
 def merge(
     parts: Parts, *, shift: int, first_query: int, pairs: int, backend: Backend
 ) -> Statistics:
-    """Statistics over all parts, and the loss of each pair.
+    """Merge statistics over all parts, and compute the loss of each pair.
 
     Args:
-        parts: of the whole other side; join blocks along the dimension of parts.
-        shift: of the whole matrix.
-        first_query: the first query that has a partner.
+        parts: parts of the whole other side; join blocks along the dimension of parts.
+        shift: shift of the whole matrix.
+        first_query: the first query that has a positive.
         pairs: queries from there on that have one.
-        backend: whose arithmetic.
+        backend: the implementation.
     """
     if backend == "torch":
         return reference.merge(parts, shift, first_query, pairs)
@@ -98,14 +98,15 @@ def direction_gradient(
     queries: slice,
     group: slice,
 ) -> torch.Tensor:
-    """Gradient of the summed losses with respect to the normalised queries, times temperature.
+    """Compute the gradient of the summed losses by the normalised queries, times temperature.
 
     Args:
         similarity: the matrix.
-        query_log_sum: of the direction in which queries rank; None: it is no part of the loss.
-        candidate_log_sum: of the other direction, likewise.
-        queries: which of them.
-        group: which groups.
+        query_log_sum: statistics of the direction in which queries rank; None: it is no part of the
+            loss.
+        candidate_log_sum: statistics of the other direction, likewise.
+        queries: slice of queries.
+        group: slice of groups.
 
     Returns:
         (groups, queries, width) float32 (float64 for float64) of the slices.
@@ -126,7 +127,7 @@ def project(
     alignment: torch.Tensor,
     backend: Backend,
 ) -> None:
-    """From the gradient of a normalised embedding to that of the embedding.
+    """Turn the gradient by a normalised embedding into that by the embedding.
 
     Args:
         direction: (groups, count, width) from `direction_gradient`.
@@ -136,7 +137,7 @@ def project(
         out: (groups, count, width) receives the gradient, dtype of `x`.
         alignment: (groups, count) receives `factor * direction . normalised x`, whose sum over
             queries is `-temperature` times the gradient of the temperature.
-        backend: whose arithmetic.
+        backend: the implementation.
     """
     if backend == "torch":
         unit = x.to(direction.dtype) * inverse[..., None]
@@ -153,56 +154,56 @@ def embedding_gradients(
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the queries and of the candidates, and the queries' alignment (see `project`).
+    """Compute gradients of queries and candidates, and the queries' alignment (see `project`).
 
-    The workspace is one slab of weights: `SLAB_BYTES`, or 128 queries where those take more. The
-    reference stores all weights, but computes them once for both sides.
+    The workspace is the weights of one row block: `ROW_BLOCK_BYTES`, or 128 queries where those
+    take more. The reference stores all weights, but computes them once for both sides.
     """
     if similarity.backend == "torch":
         return reference.embedding_gradients(similarity, query_log_sum, candidate_log_sum, factor)
-    queries, alignment = _by_slabs(similarity, query_log_sum, candidate_log_sum, factor)
+    queries, alignment = _by_row_blocks(similarity, query_log_sum, candidate_log_sum, factor)
     turned = similarity.transposed()
-    candidates, _ = _by_slabs(turned, candidate_log_sum, query_log_sum, factor)
+    candidates, _ = _by_row_blocks(turned, candidate_log_sum, query_log_sum, factor)
     return queries, candidates, alignment
 
 
-def _by_slabs(
+def _by_row_blocks(
     similarity: Similarity,
     query_log_sum: torch.Tensor | None,
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     groups, count, _ = similarity.queries.shape
-    fit = _queries_in_a_slab(similarity)
+    fit = _queries_per_block(similarity)
     together = max(1, fit // count)
     out = torch.empty_like(similarity.queries, memory_format=torch.contiguous_format)
     alignment = torch.empty_like(similarity.query_inverse)
     for first_group in range(0, groups, together):
         group = slice(first_group, first_group + together)
-        for slab in slabs(similarity):
-            weights = launch_weights(similarity, query_log_sum, candidate_log_sum, slab, group)
+        for block in row_blocks(similarity):
+            weights = launch_weights(similarity, query_log_sum, candidate_log_sum, block, group)
             launch_project(
                 product(weights, similarity.candidates[group]),
-                similarity.queries[group, slab],
-                similarity.query_inverse[group, slab],
+                similarity.queries[group, block],
+                similarity.query_inverse[group, block],
                 factor,
-                out[group, slab],
-                alignment[group, slab],
+                out[group, block],
+                alignment[group, block],
             )
     return out, alignment
 
 
-def slabs(similarity: Similarity) -> Iterator[slice]:
-    """The queries in parts whose weights take `SLAB_BYTES`, or 128 queries where that is more."""
+def row_blocks(similarity: Similarity) -> Iterator[slice]:
+    """Yield blocks of queries whose weights take `ROW_BLOCK_BYTES`, or 128 queries if more."""
     count = similarity.queries.shape[1]
-    fit = _queries_in_a_slab(similarity)
+    fit = _queries_per_block(similarity)
     rows = count if fit >= count else max(128, fit // 128 * 128)
     for first in range(0, count, rows):
         yield slice(first, min(first + rows, count))
 
 
-def _queries_in_a_slab(similarity: Similarity) -> int:
+def _queries_per_block(similarity: Similarity) -> int:
     if similarity.backend == "torch":
-        return similarity.queries.shape[1]  # the reference has the whole matrix anyway
+        return similarity.queries.shape[1]  # the reference stores the whole matrix anyway
     weight_bytes = 4 if similarity.queries.dtype == torch.float32 else 2
-    return max(1, SLAB_BYTES // (weight_bytes * similarity.candidates.shape[1]))
+    return max(1, ROW_BLOCK_BYTES // (weight_bytes * similarity.candidates.shape[1]))

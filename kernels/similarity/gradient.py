@@ -1,6 +1,6 @@
-"""Second pass: the weights `dL/ds` of a slab of queries, and gradients from them.
+"""Second pass: the weights `dL/ds` of a block of queries (rows), and gradients from them.
 
-A slab's weights are stored, in bf16 for 16-bit inputs, for one matrix product of the library's.
+A block's weights are stored, in bf16 for 16-bit inputs, for one matrix product of the library.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _weights_kernel(
     candidate_log_sum,
     weights,
     first_query,
-    slab_queries,
+    block_queries,
     candidate_count,
     width,
     shift,
@@ -41,13 +41,13 @@ def _weights_kernel(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """`dL/ds / |candidate|` for the queries of a slab; a log of +inf leaves a row or column out."""
+    """`dL/ds / |candidate|` for a block of queries; a log of +inf excludes a row or column."""
     group = tl.program_id(2).to(tl.int64)
     queries += group * query_group_stride
     candidates += group * candidate_group_stride
     row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     candidate = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    query = first_query + tl.minimum(row, slab_queries - 1)
+    query = first_query + tl.minimum(row, block_queries - 1)
     at_candidate = tl.minimum(candidate, candidate_count - 1)
     inverse = tl.load(candidate_inverse + group * candidate_inverse_stride + at_candidate)
     scale = tl.load(inverse_temperature) * LOG2_E
@@ -75,8 +75,8 @@ def _weights_kernel(
     if REVERSE:
         log_sum = tl.load(candidate_log_sum + group * candidate_inverse_stride + at_candidate)
         weight += tl.exp2(s - log_sum[None, :] * LOG2_E) - one
-    target = (group * slab_queries + row.to(tl.int64)[:, None]) * candidate_count
-    wanted = (row < slab_queries)[:, None] & (candidate < candidate_count)[None, :]
+    target = (group * block_queries + row.to(tl.int64)[:, None]) * candidate_count
+    wanted = (row < block_queries)[:, None] & (candidate < candidate_count)[None, :]
     tl.store(weights + target + candidate[None, :], weight * inverse[None, :], mask=wanted)
 
 
@@ -124,24 +124,24 @@ def launch_weights(
     similarity: Similarity,
     query_log_sum: torch.Tensor | None,
     candidate_log_sum: torch.Tensor | None,
-    slab: slice,
+    block: slice,
     group: slice,
 ) -> torch.Tensor:
-    """(groups, queries, candidates) `dL/ds / |candidate|` of the slices."""
+    """Compute `dL/ds / |candidate|` of the slices: (groups, queries, candidates)."""
     queries, candidates = similarity.queries[group], similarity.candidates[group]
     query_inverse, candidate_inverse = (
         inverse[group].contiguous()
         for inverse in (similarity.query_inverse, similarity.candidate_inverse)
     )
     groups, candidate_count, width = candidates.shape
-    slab_queries = slab.stop - slab.start
+    block_queries = block.stop - block.start
     exact = queries.dtype == torch.float32
     weights = queries.new_empty(
-        groups, slab_queries, candidate_count, dtype=torch.float32 if exact else torch.bfloat16
+        groups, block_queries, candidate_count, dtype=torch.float32 if exact else torch.bfloat16
     )
     options = tile_options(similarity)
     grid = (
-        triton.cdiv(slab_queries, int(options["BLOCK_Q"])),
+        triton.cdiv(block_queries, int(options["BLOCK_Q"])),
         triton.cdiv(candidate_count, int(options["BLOCK_C"])),
         groups,
     )
@@ -154,8 +154,8 @@ def launch_weights(
         query_inverse if query_log_sum is None else query_log_sum[group].contiguous(),
         query_inverse if candidate_log_sum is None else candidate_log_sum[group].contiguous(),
         weights,
-        slab.start,
-        slab_queries,
+        block.start,
+        block_queries,
         candidate_count,
         width,
         similarity.shift,
@@ -180,7 +180,7 @@ def launch_project(
     out: torch.Tensor,
     alignment: torch.Tensor,
 ) -> None:
-    """As `project`."""
+    """Launch the kernel of `project`."""
     groups, count, width = x.shape
     columns = triton.next_power_of_2(width)
     rows_each = max(1, 2048 // columns)
@@ -207,7 +207,7 @@ def launch_project(
 
 
 def product(weights: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """`weights @ candidates` accumulated and returned in float32.
+    """Compute `weights @ candidates`, accumulated and returned in float32.
 
     float16 has too few exponents for the weights, so its candidates become bf16, a part at a time.
     """

@@ -22,7 +22,7 @@ class Similarity:
         candidates: (groups, candidates, width), same dtype.
         query_inverse, candidate_inverse: (groups, count) 1 / norm, from `inverse_norms`.
         inverse_temperature: 0-dimensional tensor.
-        shift: the partner of query q is candidate q + shift, where there is one.
+        shift: the positive of query q is candidate q + shift, where there is one.
         backend: whose arithmetic.
     """
 
@@ -65,8 +65,8 @@ class Parts:
     """Statistics over parts of the other side, to be merged; natural logarithms, float32.
 
     Attributes:
-        query: (3, parts, groups, queries): log of the sum, rival, partner; -inf for none.
-        candidate: (2, parts, groups, candidates): log of the sum, rival; None if not asked for.
+        query: (3, parts, groups, queries): log of the sum, hardest negative, positive; -inf: none.
+        candidate: (2, parts, groups, candidates): log of the sum, hardest negative, or None.
     """
 
     query: torch.Tensor
@@ -75,13 +75,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `merge` makes of all parts.
+    """Statistics over all parts, from `merge`.
 
     Attributes:
-        query_log_sum: (groups, queries); +inf where a query has no partner, hence no loss.
-        candidate_log_sum: (groups, candidates) likewise; None if not asked for.
+        query_log_sum: (groups, queries); +inf where a query has no positive, hence no loss.
+        candidate_log_sum: (groups, candidates) likewise, or None.
         terms: (directions, 2, groups * pairs): loss of each pair, and 1 where its similarity is
-            larger than that of every rival. Direction 0: queries rank candidates.
+            larger than that of every negative. Direction 0: queries rank candidates.
     """
 
     query_log_sum: torch.Tensor

@@ -5,46 +5,46 @@ import torch
 from cavmae.kernels.similarity.matrix import LARGEST_INVERSE, Parts, Similarity, Statistics
 
 
-def _partners(matrix: torch.Tensor, shift: int) -> torch.Tensor:
-    """(groups, pairs) view of the entries of queries and their partners."""
+def _positives(matrix: torch.Tensor, shift: int) -> torch.Tensor:
+    """(groups, pairs) view of the entries of queries and their positives."""
     return matrix.diagonal(shift, 1, 2)
 
 
 def statistics(similarity: Similarity, reverse: bool) -> Parts:
-    """As `statistics` of the package."""
+    """Compute `statistics` from the dense matrix."""
     dense, shift = similarity.dense, similarity.shift
-    rivals = dense.clone()
-    _partners(rivals, shift).fill_(-torch.inf)
-    partner = torch.full_like(dense[:, :, 0], -torch.inf)
-    first, pairs = max(0, -shift), _partners(dense, shift).shape[1]
-    partner[:, first : first + pairs] = _partners(dense, shift)
-    query = torch.stack([dense.logsumexp(2), rivals.amax(2), partner])[:, None]
+    negatives = dense.clone()
+    _positives(negatives, shift).fill_(-torch.inf)
+    positive = torch.full_like(dense[:, :, 0], -torch.inf)
+    first, pairs = max(0, -shift), _positives(dense, shift).shape[1]
+    positive[:, first : first + pairs] = _positives(dense, shift)
+    query = torch.stack([dense.logsumexp(2), negatives.amax(2), positive])[:, None]
     if not reverse:
         return Parts(query, None)
-    return Parts(query, torch.stack([dense.logsumexp(1), rivals.amax(1)])[:, None])
+    return Parts(query, torch.stack([dense.logsumexp(1), negatives.amax(1)])[:, None])
 
 
 def merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
-    """As `merge` of the package."""
+    """Merge parts in torch."""
 
-    def direction(log_sum: torch.Tensor, rival: torch.Tensor, first: int) -> torch.Tensor:
+    def direction(log_sum: torch.Tensor, hardest: torch.Tensor, first: int) -> torch.Tensor:
         """(2, groups * pairs) loss and hit of each pair, and +inf where there is no pair."""
         paired = slice(first, first + pairs)
-        loss, hit = log_sum[:, paired] - partner, partner > rival[:, paired]
+        loss, hit = log_sum[:, paired] - positive, positive > hardest[:, paired]
         log_sum[:, :first] = log_sum[:, first + pairs :] = torch.inf
         return torch.stack([loss.flatten(), hit.to(loss.dtype).flatten()])
 
     def total(log_sums: torch.Tensor) -> torch.Tensor:
         return log_sums[0] if len(log_sums) == 1 else log_sums.logsumexp(0)
 
-    query_log_sum, rival = total(parts.query[0]), parts.query[1].amax(0)
-    partner = parts.query[2].amax(0)[:, first_query : first_query + pairs]
-    terms = [direction(query_log_sum, rival, first_query)]
+    query_log_sum, hardest = total(parts.query[0]), parts.query[1].amax(0)
+    positive = parts.query[2].amax(0)[:, first_query : first_query + pairs]
+    terms = [direction(query_log_sum, hardest, first_query)]
     candidate_log_sum = None
     if parts.candidate is not None:
         candidate_log_sum = total(parts.candidate[0])
-        candidate_rival = parts.candidate[1].amax(0)
-        terms.append(direction(candidate_log_sum, candidate_rival, first_query + shift))
+        candidate_hardest = parts.candidate[1].amax(0)
+        terms.append(direction(candidate_log_sum, candidate_hardest, first_query + shift))
     return Statistics(query_log_sum, candidate_log_sum, torch.stack(terms))
 
 
@@ -61,7 +61,7 @@ def weights(
     ):
         if log_sum is not None:
             total += (similarity.dense - log_sum).exp_()
-            _partners(total, similarity.shift).sub_(1)
+            _positives(total, similarity.shift).sub_(1)
     return total
 
 
@@ -82,7 +82,7 @@ def embedding_gradients(
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `embedding_gradients` of the package."""
+    """Compute `embedding_gradients` from the dense matrix."""
     weight = weights(similarity, query_log_sum, candidate_log_sum)
     queries, candidates = similarity.units
     of_queries, alignment = project(weight @ candidates, queries, similarity.query_inverse, factor)

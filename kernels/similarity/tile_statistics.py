@@ -1,7 +1,7 @@
 """First pass: statistics of queries and candidates over all tiles, and their merging.
 
-`walkers x splits` programs go over the tiles in a fixed order without atomics; each walker has a
-buffer of its own for the candidates' partial statistics.
+A grid of programs x splits goes over the tiles in a fixed order without atomics; each row of it has
+a separate buffer for the candidates' partial statistics.
 """
 
 import torch
@@ -68,31 +68,31 @@ def _statistics_kernel(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Every `walkers`-th block of queries against every `splits`-th block of candidates.
+    """Every `programs`-th block of queries against every `splits`-th block of candidates.
 
     Similarities are in base 2 here. A query's statistics stay in registers; a candidate's are kept
-    in this walker's own part, which no other program touches.
+    in this program's part, which no other program touches.
     """
-    walker, split = tl.program_id(0), tl.program_id(1)
-    walkers, splits = tl.num_programs(0), tl.num_programs(1)
+    program, split = tl.program_id(0), tl.program_id(1)
+    programs, splits = tl.num_programs(0), tl.num_programs(1)
     group, groups = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     queries += group * query_group_stride
     candidates += group * candidate_group_stride
     scale = tl.load(inverse_temperature) * LOG2_E
     query_plane = groups.to(tl.int64) * splits * query_count
-    candidate_plane = groups.to(tl.int64) * walkers * candidate_count
+    candidate_plane = groups.to(tl.int64) * programs * candidate_count
     query_part = query_parts + (split * groups + group) * query_count
-    candidate_part = candidate_parts + (walker * groups + group) * candidate_count
+    candidate_part = candidate_parts + (program * groups + group) * candidate_count
 
-    for block in range(walker, tl.cdiv(query_count, BLOCK_Q), walkers):
+    for block in range(program, tl.cdiv(query_count, BLOCK_Q), programs):
         query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         is_query = query < query_count
         at_query = tl.minimum(query, query_count - 1)
         query_scale = tl.load(query_inverse + group * query_count + at_query) * scale
         top = tl.full((BLOCK_Q,), _LOW, tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
-        rival = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-        partner = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        hardest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        positive = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         for candidate_block in range(split, tl.cdiv(candidate_count, BLOCK_C), splits):
             candidate = candidate_block * BLOCK_C + tl.arange(0, BLOCK_C)
             is_candidate = candidate < candidate_count
@@ -118,8 +118,8 @@ def _statistics_kernel(
             others = tl.where(pair, float("-inf"), s)
             own = tl.max(tl.where(pair, s, float("-inf")), 1)
             best = tl.max(others, 1)
-            partner = tl.maximum(partner, own)
-            rival = tl.maximum(rival, best)
+            positive = tl.maximum(positive, own)
+            hardest = tl.maximum(hardest, best)
             new_top = tl.maximum(top, tl.maximum(own, best))
             total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(s - new_top[:, None]), 1)
             top = new_top
@@ -127,8 +127,8 @@ def _statistics_kernel(
                 best = tl.max(others, 0)
                 tile_top = tl.maximum(tl.max(s, 0), _LOW)
                 log_sum = tile_top + tl.log2(tl.sum(tl.exp2(s - tile_top[None, :]), 0))
-                # This walker's first block of queries finds nothing there yet.
-                again = candidate < tl.where(block == walker, 0, candidate_count)
+                # This program's first block of queries finds nothing there yet.
+                again = candidate < tl.where(block == program, 0, candidate_count)
                 kept = candidate_part + candidate
                 before = tl.load(kept, mask=again, other=float("-inf")) * LOG2_E
                 best_before = tl.load(kept + candidate_plane, mask=again, other=float("-inf"))
@@ -139,14 +139,14 @@ def _statistics_kernel(
                 tl.store(kept + candidate_plane, best, mask=is_candidate)
         place = query_part + query
         tl.store(place, (top + tl.log2(total)) * _LN_2, mask=is_query)
-        tl.store(place + query_plane, rival * _LN_2, mask=is_query)
-        tl.store(place + 2 * query_plane, partner * _LN_2, mask=is_query)
+        tl.store(place + query_plane, hardest * _LN_2, mask=is_query)
+        tl.store(place + 2 * query_plane, positive * _LN_2, mask=is_query)
         tl.debug_barrier()  # the next block reads the candidates' part that this one wrote
 
 
 @jit
 def _merged_log_sum(place, parts, part_stride, mask):
-    """log of the sum of exp over parts, in the order of the parts."""
+    """Merge logs of sums of exp over parts, in the order of the parts."""
     top = tl.load(place, mask=mask, other=0.0)
     for part in range(1, parts):
         top = tl.maximum(top, tl.load(place + part * part_stride, mask=mask, other=0.0))
@@ -191,37 +191,37 @@ def _merge_kernel(
     here = index < query_count
     place = query_parts + group * query_count + index
     log_sum = _merged_log_sum(place, query_part_count, part_stride, here)
-    rival = _merged_maximum(place + plane, query_part_count, part_stride, here)
-    partner = _merged_maximum(place + 2 * plane, query_part_count, part_stride, here)
+    hardest = _merged_maximum(place + plane, query_part_count, part_stride, here)
+    positive = _merged_maximum(place + 2 * plane, query_part_count, part_stride, here)
     pair = index - first_query
     paired = (pair >= 0) & (pair < pairs)
     kept = tl.where(paired, log_sum, float("inf"))
     tl.store(query_log_sum + group * query_count + index, kept, mask=here)
     term = terms + group * pairs + pair
-    tl.store(term, log_sum - partner, mask=paired)
-    tl.store(term + term_plane, (partner > rival).to(tl.float32), mask=paired)
+    tl.store(term, log_sum - positive, mask=paired)
+    tl.store(term + term_plane, (positive > hardest).to(tl.float32), mask=paired)
     if REVERSE:
         here = index < candidate_count
         stride = groups.to(tl.int64) * candidate_count
         place = candidate_parts + group * candidate_count + index
         log_sum = _merged_log_sum(place, candidate_part_count, stride, here)
-        rival = _merged_maximum(
+        hardest = _merged_maximum(
             place + stride * candidate_part_count, candidate_part_count, stride, here
         )
         query = index - shift
         pair = query - first_query
         paired = (pair >= 0) & (pair < pairs)
         place = query_parts + 2 * plane + group * query_count + query
-        partner = _merged_maximum(place, query_part_count, part_stride, paired)
+        positive = _merged_maximum(place, query_part_count, part_stride, paired)
         kept = tl.where(paired, log_sum, float("inf"))
         tl.store(candidate_log_sum + group * candidate_count + index, kept, mask=here)
         term = terms + 2 * term_plane + group * pairs + pair
-        tl.store(term, log_sum - partner, mask=paired)
-        tl.store(term + term_plane, (partner > rival).to(tl.float32), mask=paired)
+        tl.store(term, log_sum - positive, mask=paired)
+        tl.store(term + term_plane, (positive > hardest).to(tl.float32), mask=paired)
 
 
 def launch_inverse_norms(x: torch.Tensor) -> torch.Tensor:
-    """As `inverse_norms`."""
+    """Launch the kernel of `inverse_norms`."""
     groups, count, width = x.shape
     out = x.new_empty(groups, count, dtype=torch.float32)
     columns, rows_each = row_tile(x)
@@ -241,7 +241,7 @@ def launch_inverse_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
-    """As `statistics`."""
+    """Launch the kernel of `statistics`."""
     queries, candidates = similarity.queries, similarity.candidates
     groups, query_count, width = queries.shape
     candidate_count = candidates.shape[1]
@@ -249,12 +249,14 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
     query_blocks = triton.cdiv(query_count, int(options["BLOCK_Q"]))
     candidate_blocks = triton.cdiv(candidate_count, int(options["BLOCK_C"]))
     splits = min(candidate_blocks, 4)
-    walkers = min(query_blocks, max(1, _programs(queries.device) // (splits * groups)))
+    programs = min(query_blocks, max(1, _programs(queries.device) // (splits * groups)))
     query_parts = similarity.query_inverse.new_empty(3, splits, groups, query_count)
     candidate_parts = (
-        similarity.query_inverse.new_empty(2, walkers, groups, candidate_count) if reverse else None
+        similarity.query_inverse.new_empty(2, programs, groups, candidate_count)
+        if reverse
+        else None
     )
-    _statistics_kernel[(walkers, splits, groups)](
+    _statistics_kernel[(programs, splits, groups)](
         queries,
         candidates,
         similarity.query_inverse.contiguous(),  # a block's are a slice of every group's
@@ -277,14 +279,14 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
 
 
 def _programs(device: torch.device) -> int:
-    """Two for each multiprocessor: one multiplies while the other adds up."""
+    """Return two for each multiprocessor: one multiplies while the other adds up."""
     if device.type != "cuda":
         return 8
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
-    """As `merge`."""
+    """Launch the kernel of `merge`."""
     reverse = parts.candidate is not None
     query = parts.query.contiguous()
     candidate = query if parts.candidate is None else parts.candidate.contiguous()

@@ -1,4 +1,4 @@
-"""What both passes over the matrix share: one tile of it, and how large tiles are."""
+"""Parts of both passes over the matrix: one tile of it, and the tile sizes."""
 
 import torch
 import triton
@@ -47,7 +47,7 @@ def tile(
 
 
 def tile_options(similarity: Similarity) -> dict[str, int | bool]:
-    """Tile sizes by what there is: small ones where large ones would leave a GPU idle."""
+    """Choose tile sizes: small ones where large ones would leave a GPU idle."""
     longest = max(similarity.queries.shape[1], similarity.candidates.shape[1])
     full = similarity.queries.dtype == torch.float32
     block = min(64 if full or longest <= 1024 else 128, max(16, triton.next_power_of_2(longest)))

@@ -161,13 +161,13 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         )
         nodes.order(f"cut {second}")
         wait_until_said("training on 1 of 2 ranks; no CPU is idle")
-        wait_until_said("going on from")
+        wait_until_said("resuming from")
         third = nodes.order("add")
         wait_until_said("more ranks fit: 2 instead of 1")
-        wait_until_said("going on from", 2)
+        wait_until_said("resuming from", 2)
         nodes.order(f"drain {third} 60")
-        wait_until_said(r"a node is taken away \(of rank .\): saving after this step")
-        wait_until_said("going on from", 3)
+        wait_until_said(r"node preemption notice \(rank .\): saving after this step")
+        wait_until_said("resuming from", 3)
         start.send_signal(signal.SIGTERM)
         assert start.wait(timeout=120) == START_AGAIN_EXIT_CODE, text()[-5000:]
     finally:
@@ -194,7 +194,7 @@ def test_ranks_start_together_or_wait_together(
     nodes.add_up_to(1)
     start = start_on(nodes, config, tmp_path)
     try:
-        wait_until(lambda: "waiting for 2 CPUs; the cluster has 1" in text(), text)
+        wait_until(lambda: "waiting for 2 CPUs (the cluster has 1)" in text(), text)
         time.sleep(8)  # a rank that did not wait would have begun
         assert not nodes.ranks()
         nodes.add_up_to(2)
@@ -220,4 +220,4 @@ def test_a_dry_run_places_the_ranks_on_the_nodes_that_are_there(lasting_nodes: N
         check=True,
     ).stdout
     assert f"the nodes of {address}" in shown and ": rank 1\n" in shown
-    assert "without a place: 2" in shown
+    assert "without a node: 2" in shown

@@ -1,39 +1,105 @@
-"""What is told of a job, and what is refused before it becomes one (the real thing is in
+"""What is shown of a job, and what is refused before it becomes one (the real thing is in
 tests/trainer/test_launchers.py)."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import tiny_run
 
+from cavmae.cluster import jobs, status_relay
 from cavmae.cluster.jobs import _without_address, job_state, logs, run_state, status, stop, submit
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import requested_stop
+from cavmae.trainer.run_status import RunStatus, last_line, write_status
 
-STEPS = "step 10/40  loss 1.2  3.0 samples/s\nstep 20/40  loss 1.1  3.0 samples/s\n"
+RUN = RunStatus("running", step=20, steps=40, attempt=1, updated_at=time.time() + 3600)
+WAITING = RunStatus("waiting", reason="8 GPUs (the cluster has 4)")
+
+
+def log_of(*statuses: RunStatus) -> str:
+    """The output of a driver, with messages whose words mean nothing to programs."""
+    lines = [f"step 39/40  error: no\n{status.line()}\nleft at step 7" for status in statuses]
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize(
-    ("ray_status", "text", "expected"),
+    ("ray_status", "log", "expected"),
     [
         ("PENDING", "", ("pending", "")),
-        ("RUNNING", "waiting for 8 GPUs\n", ("waiting for 8 GPUs", "")),
-        ("RUNNING", "waiting for 8 GPUs\n" + STEPS, ("running", "20/40")),
-        ("SUCCEEDED", STEPS + "/runs/a: step 40 of 40\n", ("finished", "40/40")),
-        ("SUCCEEDED", STEPS, ("ended without finishing (succeeded)", "20/40")),
-        ("FAILED", STEPS + "error: disk full\n", ("error: disk full", "20/40")),
+        ("RUNNING", "", ("running", "")),
+        ("RUNNING", log_of(WAITING), ("waiting: 8 GPUs (the cluster has 4)", "0")),
+        ("RUNNING", log_of(WAITING, RUN), ("running", "20/40")),
+        ("RUNNING", log_of(RUN) + RUN.line()[:-9], ("running", "20/40")),
+        (
+            "SUCCEEDED",
+            log_of(RUN, replace(RUN, state="finished", step=40)),
+            ("finished", "40/40"),
+        ),
+        (
+            "SUCCEEDED",
+            log_of(RUN),
+            ("ended without finishing (succeeded); see `cavmae logs`", "20/40"),
+        ),
         (
             "FAILED",
-            STEPS + "left at step 21 of 40 (cavmae stop); the same command goes on\n"
-            "/runs/a: step 21 of 40\n",
-            ("left (cavmae stop)", "21/40"),
+            log_of(RUN, replace(RUN, state="failed", last_error="disk full")),
+            ("failed: disk full", "20/40"),
         ),
+        (
+            "FAILED",
+            log_of(replace(RUN, state="stopped", step=21, reason="cavmae stop")),
+            ("stopped: cavmae stop", "21/40"),
+        ),
+        ("FAILED", "error: no", ("ended without finishing (failed); see `cavmae logs`", "")),
     ],
 )
-def test_how_a_job_is_comes_from_what_its_driver_said(
-    ray_status: str, text: str, expected: tuple[str, str]
+def test_the_state_of_a_job_is_read_from_the_status_lines_of_its_driver(
+    ray_status: str, log: str, expected: tuple[str, str]
 ) -> None:
-    assert job_state(ray_status, text) == expected
+    assert job_state(ray_status, log) == expected
+
+
+def test_a_driver_in_a_job_repeats_each_state_as_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(status_relay, "_POLL_SECONDS", 0.01)
+    write_status(tmp_path, state="stopped", step=3, steps=40)  # by a job before
+    printed = ""
+
+    def wait_for(state: str) -> RunStatus:
+        nonlocal printed
+        deadline = time.monotonic() + 30
+        while (found := last_line(printed)) is None or found.state != state:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            printed += capsys.readouterr().out
+        return found
+
+    monkeypatch.setenv(status_relay.VARIABLE, "1")
+    with status_relay.StatusRelay(tmp_path):
+        write_status(tmp_path, state="running", step=4)
+        assert wait_for("running").step == 4
+        write_status(tmp_path, step=5)  # is no other state
+        write_status(tmp_path, state="finished", step=40)
+    printed += capsys.readouterr().out
+    assert wait_for("finished").step == 40
+    assert '"step": 3' not in printed and '"step": 5' not in printed
+    monkeypatch.delenv(status_relay.VARIABLE)
+    with status_relay.StatusRelay(tmp_path):
+        write_status(tmp_path, state="running")
+    assert not capsys.readouterr().out, "the output of a driver at a terminal is for people"
+
+
+def test_a_run_that_trains_outside_of_the_cluster_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_client", lambda _: SimpleNamespace(list_jobs=list))
+    write_status(tmp_path, state="running", step=3, steps=40)
+    with pytest.raises(ValueError, match=r"is in use: running at step 3/40; `cavmae stop"):
+        submit(["demo", "--data.train", "/s", "--run-dir", str(tmp_path)])
 
 
 def test_a_job_is_not_told_the_address_of_the_job_server() -> None:
@@ -73,14 +139,17 @@ def test_a_configuration_beside_the_user_is_not_one_of_the_cluster(
 def test_a_run_folder_can_be_asked_without_a_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         run_state(tmp_path)
     save_config(tiny_run(tmp_path, tmp_path), tmp_path / "config.json")
-    assert run_state(tmp_path) == ("no step", "0/20")
+    with pytest.raises(ValueError, match=r"has no status\.json; use the version that wrote it"):
+        run_state(tmp_path)
+    write_status(tmp_path, state="running", steps=20)
+    assert run_state(tmp_path) == ("running", "0/20")
     assert stop([str(tmp_path)]) == 0
     assert requested_stop(tmp_path) == "cavmae stop"
     assert status([str(tmp_path)]) == 0
     assert "0/20" in capsys.readouterr().out
-    assert run_state(tmp_path) == ("asked to leave (cavmae stop), no step", "0/20")
-    with pytest.raises(ValueError, match=r"rank-3\.log is not here"):
+    assert run_state(tmp_path) == ("stop requested: cavmae stop", "0/20")
+    with pytest.raises(ValueError, match=r"rank-3\.log does not exist here"):
         logs([str(tmp_path), "--rank", "3"])

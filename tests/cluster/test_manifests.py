@@ -1,6 +1,8 @@
-"""Files for clusters: valid for those who read them, and of one mind about ranks and tokens."""
+"""Files for clusters: valid for those who read them, and in agreement about ranks and tokens."""
 
+import dataclasses
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -12,7 +14,7 @@ import ray.autoscaler
 import yaml
 
 from cavmae.cluster.config import RAY_KINDS
-from cavmae.cluster.manifests import FILES, ClusterFilesConfig, main
+from cavmae.cluster.manifests import FILES, ClusterFilesConfig, main, render
 from cavmae.trainer.config.parse import parse
 
 SCHEMAS = Path(__file__).parents[3] / "shared" / "schemas"
@@ -30,7 +32,7 @@ CONFIG = ClusterFilesConfig(
 
 
 def made(name: str) -> str:
-    return FILES[name](CONFIG)
+    return render(name, CONFIG)
 
 
 def strict(schema: Any) -> Any:
@@ -48,7 +50,7 @@ def strict(schema: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "resource"), [("raycluster.yaml", "rayclusters"), ("rayjob.yaml", "rayjobs")]
+    ("name", "resource"), [("ray-cluster.yaml", "rayclusters"), ("ray-job.yaml", "rayjobs")]
 )
 def test_manifests_are_what_kuberay_publishes(name: str, resource: str) -> None:
     path = SCHEMAS / f"ray.io_{resource}.yaml"
@@ -83,7 +85,7 @@ def test_the_batch_script_is_one_that_bash_takes() -> None:
 
 
 def test_all_start_the_same_run_with_a_rank_for_each_gpu() -> None:
-    entrypoint = yaml.safe_load(made("rayjob.yaml"))["spec"]["entrypoint"]
+    entrypoint = yaml.safe_load(made("ray-job.yaml"))["spec"]["entrypoint"]
     assert entrypoint in made("slurm.sh")
     program, command, *words = shlex.split(entrypoint)
     assert (program, command) == ("cavmae", "train")
@@ -93,9 +95,49 @@ def test_all_start_the_same_run_with_a_rank_for_each_gpu() -> None:
     assert run.cluster.cpus_per_worker == 12 and run.cluster.address == "auto"
 
 
+@pytest.mark.parametrize(
+    "folder", ["it's", 'a "b"', "a: b # c", "$HOME %{name}", "été 🎬", "a\\nb"]
+)
+def test_whatever_stands_in_a_field_arrives_as_it_is(folder: str) -> None:
+    words = shlex.join(["demo", "--data.train", f"/{folder}", "--run-dir", "/run"])
+    config = dataclasses.replace(CONFIG, run=words, volume_claim=folder, image=folder)
+    job = yaml.safe_load(render("ray-job.yaml", config))["spec"]
+    assert shlex.split(job["entrypoint"])[4] == f"/{folder}"
+    for group in (
+        job["rayClusterSpec"]["headGroupSpec"],
+        *job["rayClusterSpec"]["workerGroupSpecs"],
+    ):
+        pod = group["template"]["spec"]
+        assert pod["containers"][0]["image"] == folder
+        assert pod["volumes"][1]["persistentVolumeClaim"]["claimName"] == folder
+    script = render("slurm.sh", config).replace("cavmae train", "printf '<%s>'")
+    command = script[script.index("printf") : script.rindex(" &")]
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert f"</{folder}>" in printed.stdout
+
+
+def test_without_a_claim_nothing_is_mounted_at_shared() -> None:
+    text = render("ray-cluster.yaml", dataclasses.replace(CONFIG, volume_claim=""))
+    assert "shared" not in text and yaml.safe_load(text)["kind"] == "RayCluster"
+
+
+def test_all_notice_failures_alike() -> None:
+    spec = yaml.safe_load(made("ray-cluster.yaml"))["spec"]
+    (pod,) = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert pod["env"] == spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    settings = {f"{one['name']}={one['value']}" for one in pod["env"]}
+    cloud = yaml.safe_load(made("ray-aws.yaml"))
+    for text in (
+        cloud["head_start_ray_commands"][-1],
+        cloud["worker_start_ray_commands"][-1],
+        made("slurm.sh"),
+    ):
+        assert set(re.findall(r"RAY_(?!AUTH)\w+=\d+", text)) == settings
+
+
 def test_pods_ask_for_the_token_and_train_on_the_nodes_alone() -> None:
-    spec = yaml.safe_load(made("raycluster.yaml"))["spec"]
-    assert spec == yaml.safe_load(made("rayjob.yaml"))["spec"]["rayClusterSpec"]
+    spec = yaml.safe_load(made("ray-cluster.yaml"))["spec"]
+    assert spec == yaml.safe_load(made("ray-job.yaml"))["spec"]["rayClusterSpec"]
     assert spec["authOptions"] == {"mode": "token"}
     head, (workers,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
     assert head["serviceType"] == "ClusterIP" and head["rayStartParams"]["num-cpus"] == "0"
@@ -130,7 +172,8 @@ def test_a_run_that_could_not_start_is_refused_here(run: str, message: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("nodes", 0), ("cpus_per_node", 3), ("name", "My Run"), ("run", " ")]
+    ("field", "value"),
+    [("nodes", 0), ("cpus_per_node", 3), ("name", "My Run"), ("run", " "), ("slurm_time", "1h")],
 )
 def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
     fields: dict[str, Any] = {"run": RUN, "image": "i", "gpus_per_node": 4} | {field: value}

@@ -17,12 +17,13 @@ from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayFinetuneConfig, RayPretrainConfig
 from cavmae.cluster.train import train_on_ray, with_absolute_paths
-from cavmae.cluster.worker import FailureReport, LastingError
+from cavmae.cluster.worker import FailureReport, PermanentError
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.run_status import read_status
 from cavmae.trainer.trainer import NonFiniteError
 
 
@@ -121,12 +122,15 @@ def start_on_ray(config: PretrainConfig, folder: Path, *words: str) -> "subproce
     )
 
 
-def test_updates_that_are_not_finite_send_the_run_back_once() -> None:
+def test_updates_that_are_not_finite_send_the_run_back_once(tmp_path: Path) -> None:
     """To its newest checkpoint, as any failure does; the same again is the user's to mend."""
-    report = FailureReport(max_failures=3)
+    report = FailureReport(3, tmp_path)
     report.after_exception(None, {0: NonFiniteError("up to step 7"), 1: OSError("gone")})
+    status = read_status(tmp_path)
+    assert status and status.state == "restarting"
+    assert (status.last_error, status.error_type) == ("rank 0: up to step 7", "NonFiniteError")
     report.after_exception(None, {1: NonFiniteError("up to step 9")})
-    with pytest.raises(LastingError, match=r"again, after .* up to step 9"):
+    with pytest.raises(PermanentError, match=r"repeated after .* up to step 9"):
         report.after_exception(None, {0: NonFiniteError("up to step 9")})
 
 
@@ -160,8 +164,10 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
     family = psutil.Process(start.pid).children(recursive=True)
     text = start.communicate(timeout=500)[0]
     assert start.returncode == 0, text[-5000:]
-    assert "starting all ranks again from the newest checkpoint (1 of 3)" in text
-    assert "going on from" in text
+    assert "restarting all ranks from the newest checkpoint (1 of 3)" in text
+    status = read_status(tmp_path / "run")
+    assert status and (status.state, status.step, status.attempt) == ("finished", 60, 2)
+    assert status.resumed_from and status.last_error.startswith("rank ")
     assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
 
     straight = dataclasses.replace(config, run_dir=str(tmp_path / "straight/run"))
@@ -188,7 +194,7 @@ def test_a_controller_that_is_killed_ends_the_driver_with_one_line(
     text = start.communicate(timeout=120)[0]
     assert start.returncode == 1, text[-5000:]
     assert "error: Ray Train's controller, the process that starts the ranks, is gone" in text
-    assert "the same command goes on from the newest checkpoint" in text
+    assert "rerun the same command to resume from the newest checkpoint" in text
     assert "Traceback" not in text
     assert not psutil.wait_procs(family, timeout=60)[1], "readers, ranks and Ray have ended"
 

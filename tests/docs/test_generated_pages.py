@@ -10,9 +10,8 @@ from fields_page import fields, fields_page
 
 from cavmae.cli import COMMANDS, GROUPS
 from cavmae.cluster.config import ClusterConfig
-from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
+from cavmae.trainer.config.recipes import RECIPES
 
 ALL = commands()
 
@@ -67,7 +66,7 @@ def test_every_field_says_what_it_means() -> None:
 def test_every_field_has_a_row_with_its_default() -> None:
     page = fields_page()
     assert [one.path for one in fields() if f"| `{one.path}` | {one.kind} | " not in page] == []
-    assert "| `optimizer.beta1` | float | `0.95` | Decay of the mean of gradients." in page
+    assert "| `optimizer.beta1` | float | `0.95` | Decay rate of the first moment, the " in page
 
 
 def test_a_recipe_that_differs_from_the_default_is_named_with_its_value() -> None:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from cavmae.benchmarks.conformance.cases import read_json
 from cavmae.benchmarks.conformance.finetune import LOSSES, FinetuneTraining
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, ParamGroup, end_rank, start_process_group
+from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 from cavmae.trainer.losses.classification import classification_loss
 
 

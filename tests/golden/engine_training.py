@@ -15,9 +15,11 @@ import torch.distributed as dist
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.kernels import MaskIds
 from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
-from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss, own_groups
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
+from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss
+from cavmae.trainer.losses.contrastive_groups import own_groups
 
 
 def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def main() -> None:
     ranks = ranks_from_environment()
     limit_threads(1, ranks)
     device = start_process_group(ranks)
-    run = TinyTrain.load(Path(arguments["folder"]), arguments["run"])
+    run = TinyTrain.load(Path(arguments["run"]))
     results = [train(run, stage, ranks, device) for stage in arguments["stages"]]
     if ranks.rank == 0:
         output.write_text(json.dumps(results))

@@ -29,7 +29,7 @@ PARTS = [
 def run_golden(folder: Path) -> subprocess.CompletedProcess[str]:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "golden", "tests/golden"]
     return subprocess.run(
-        [sys.executable, *command, "--golden", str(folder)],
+        [sys.executable, *command, f"--golden={folder}"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -119,10 +119,10 @@ def altered(value: Any, path: tuple[Any, ...]) -> Any:
 
 @pytest.mark.slow
 def test_each_altered_number_of_a_training_record_is_noticed(golden_folder: Path) -> None:
-    names = TinyTrain.names(golden_folder)
-    if not names:
+    runs = TinyTrain.all(golden_folder)
+    if not runs:
         pytest.skip(f"{golden_folder} has no tiny_train/*.json")
-    run = TinyTrain.load(golden_folder, names[0])
+    run = runs[0]
     model = run.build()
     history, state = run.train(model), model.state_dict()
 

@@ -13,13 +13,12 @@ pytestmark = [pytest.mark.golden, pytest.mark.slow]
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_stage_repeats_the_published_training(
-    golden_folder: Path,
-    tiny_run: str,
+    tiny_run: Path,
     world_size: int,
     check_deviations_of: Callable[[list[Deviation]], None],
     tmp_path: Path,
 ) -> None:
-    arguments = {"folder": str(golden_folder), "run": tiny_run}
+    arguments = {"run": str(tiny_run)}
     for deviations in of_every_stage("engine_training.py", world_size, arguments, tmp_path):
         check_deviations_of(deviations)
 

@@ -72,7 +72,7 @@ def patches() -> None:
         image = tensor(BATCH, 3, 224, 224, dtype=dtype)
         statistic = tensor(3, dtype=torch.float32)
         gather_patches(
-            image, ids(49), mean=statistic, deviation=statistic, dtype=torch.bfloat16,
+            image, ids(49), mean=statistic, std=statistic, dtype=torch.bfloat16,
             backend="triton",
         )  # fmt: skip
     spectrogram = tensor(BATCH, 1024, 128, dtype=torch.float32).transpose(1, 2)[:, None]

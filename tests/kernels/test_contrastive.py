@@ -109,7 +109,7 @@ def test_loss_and_gradients_are_the_formula_s(
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
 def test_more_blocks_than_programs(bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 10 blocks of 64 queries and candidates over 2 walkers and 4 splits, on a GPU as well.
+    # 10 blocks of 64 queries and candidates over 2 programs and 4 splits, on a GPU as well.
     monkeypatch.setattr(tile_statistics, "_programs", lambda _: 8)
     check_against_truth(*pairs(600, 610, 16, 4), bidirectional, torch.float32, "triton", offset=4)
 
@@ -123,7 +123,7 @@ def test_the_widest_embeddings(dtype) -> None:
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_sharp_and_flat_temperatures(temperature: float, backend) -> None:
     audio, video = pairs(40, 40, 24)
-    video[3] = -audio[3]  # a partner on the far side: its similarity is -1 / temperature
+    video[3] = -audio[3]  # a positive on the far side: its similarity is -1 / temperature
     check_against_truth(audio, video, True, torch.float32, backend, temperature=temperature)
 
 
@@ -137,12 +137,12 @@ def test_more_groups_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "slab_bytes"),
+    ("group", "block_bytes"),
     [(None, 1), (70, 1), (70, 2 * 70 * 70 * 4)],
-    ids=["two-slabs", "one-group-at-a-time", "two-groups-at-a-time"],
+    ids=["two-blocks", "one-group-at-a-time", "two-groups-at-a-time"],
 )
-def test_gradients_do_not_depend_on_the_slabs(
-    group: int | None, slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+def test_gradients_do_not_depend_on_the_row_blocks(
+    group: int | None, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audio, video = (x.float() for x in pairs(210, 210, 8))
 
@@ -151,7 +151,7 @@ def test_gradients_do_not_depend_on_the_slabs(
 
     inputs = [audio, video, torch.tensor(0.07, device=DEVICE)]
     at_once = results(loss, "", inputs)
-    monkeypatch.setattr(similarity, "SLAB_BYTES", slab_bytes)
+    monkeypatch.setattr(similarity, "ROW_BLOCK_BYTES", block_bytes)
     for ours, theirs in zip(results(loss, "", inputs), at_once, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
 

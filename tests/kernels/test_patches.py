@@ -47,10 +47,10 @@ def test_pixels_are_read_through_their_strides(view, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_uint8_pixels_are_normalised_on_the_way(dtype) -> None:
     pixels = (normal(2, 3, 32, 48).abs() * 80).clamp(max=255).to(torch.uint8)
-    mean, deviation = (torch.tensor(x, device=DEVICE) for x in ([124.0, 116, 104], [58.0, 57, 56]))
+    mean, std = (torch.tensor(x, device=DEVICE) for x in ([124.0, 116, 104], [58.0, 57, 56]))
     ids = shuffles(2, 6)[:, :3]
-    truth = (pixels.double() - mean[:, None, None]) / deviation[:, None, None]
-    found = cut(pixels, ids, "triton", mean=mean, deviation=deviation, dtype=dtype)
+    truth = (pixels.double() - mean[:, None, None]) / std[:, None, None]
+    found = cut(pixels, ids, "triton", mean=mean, std=std, dtype=dtype)
     assert found.dtype == dtype
     assert error(found, cut(truth, ids, "torch")) < ROUNDING[dtype]
 
@@ -59,13 +59,12 @@ def test_uint8_pixels_are_normalised_on_the_way(dtype) -> None:
 @pytest.mark.parametrize("patch", [1, 4, 6, 16])
 def test_normalised_pixels_are_as_near_to_the_truth_as_torch(patch: int, dtype) -> None:
     pixels = (normal(2, 3, 2 * patch, 3 * patch) * 50 + 100).to(dtype)
-    mean, deviation = (normal(3, seed=s).float().abs() * 40 + 20 for s in (1, 2))
+    mean, std = (normal(3, seed=s).float().abs() * 40 + 20 for s in (1, 2))
     ids = shuffles(2, 6)[:, :5]
-    statistics = {"mean": mean.double(), "deviation": deviation.double()}
+    statistics = {"mean": mean.double(), "std": std.double()}
     truth = cut(pixels.double(), ids, "torch", patch, **statistics)
     by_torch, by_kernel = (
-        cut(pixels, ids, backend, patch, mean=mean, deviation=deviation)
-        for backend in ("torch", "triton")
+        cut(pixels, ids, backend, patch, mean=mean, std=std) for backend in ("torch", "triton")
     )
     assert by_kernel.dtype == dtype
     # The interpreter cuts float32 off at bf16; what is compiled rounds (cvt.rn.bf16).
@@ -92,8 +91,7 @@ def test_uint8_pixels_without_statistics_keep_their_values(dtype) -> None:
 def test_statistics_are_read_through_their_strides(view) -> None:
     pixels, ids = normal(2, 3, 8, 12).float(), shuffles(2, 6)[:, :4]
     by_kernel, by_torch = (
-        cut(pixels, ids, backend, 4, mean=view(), deviation=view())
-        for backend in ("triton", "torch")
+        cut(pixels, ids, backend, 4, mean=view(), std=view()) for backend in ("triton", "torch")
     )
     torch.testing.assert_close(by_kernel, by_torch)
 
@@ -134,10 +132,8 @@ def test_the_reference_passes_gradcheck_for_pixels() -> None:
     ids = shuffles(2, 6)[:, :4]
     pixels = normal(2, 2, 4, 6).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cut(x, ids, "torch", 2), [pixels])
-    mean, deviation = normal(2, seed=1), normal(2, seed=2).abs() + 1
-    assert torch.autograd.gradcheck(
-        lambda x: cut(x, ids, "torch", 2, mean=mean, deviation=deviation), [pixels]
-    )
+    mean, std = normal(2, seed=1), normal(2, seed=2).abs() + 1
+    assert torch.autograd.gradcheck(lambda x: cut(x, ids, "torch", 2, mean=mean, std=std), [pixels])
 
 
 def test_two_runs_give_the_same_bits() -> None:
@@ -156,24 +152,24 @@ def test_two_runs_give_the_same_bits() -> None:
         (torch.zeros(1, 3, 32, 32), [[0], [0]], {}, r"ids has shape \(2, 1\)"),
         (torch.zeros(1, 3, 32, 32), [[0]], {"patch": 0}, r"patch is 0"),
         (torch.zeros(1, 3, 32, 32, device="meta"), [[0]], {}, r"ids is on cpu and pixels on meta"),
-        (torch.zeros(1, 3, 32, 32), [[0]], {"mean": torch.zeros(3)}, r"mean and deviation go"),
-        (torch.zeros(1, 3, 32, 32), [[0]], {"deviation": torch.ones(3)}, r"mean and deviation go"),
+        (torch.zeros(1, 3, 32, 32), [[0]], {"mean": torch.zeros(3)}, r"mean and std go"),
+        (torch.zeros(1, 3, 32, 32), [[0]], {"std": torch.ones(3)}, r"mean and std go"),
         (
             torch.zeros(1, 3, 32, 32),
             [[0]],
-            {"mean": torch.zeros(3), "deviation": torch.ones(3, 1)},
-            r"deviation has shape \(3, 1\)",
+            {"mean": torch.zeros(3), "std": torch.ones(3, 1)},
+            r"std has shape \(3, 1\)",
         ),
         (
             torch.zeros(1, 3, 32, 32),
             [[0]],
-            {"mean": torch.zeros(3, device="meta"), "deviation": torch.ones(3)},
+            {"mean": torch.zeros(3, device="meta"), "std": torch.ones(3)},
             r"mean is on meta and pixels on cpu",
         ),
         (
             torch.zeros(1, 3, 32, 32),
             [[0]],
-            {"mean": torch.zeros(1), "deviation": torch.ones(3)},
+            {"mean": torch.zeros(1), "std": torch.ones(3)},
             r"mean has shape \(1,\)",
         ),
     ],
@@ -198,8 +194,8 @@ def test_the_kernel_refuses_what_it_has_not() -> None:
 @pytest.mark.gpu
 def test_published_shapes_of_images() -> None:
     pixels = (normal(256, 3, 224, 224).abs() * 80).clamp(max=255).to(torch.uint8)
-    mean, deviation = (torch.tensor(x, device=DEVICE) for x in ([124.0, 116, 104], [58.0, 57, 56]))
-    options = {"mean": mean, "deviation": deviation, "dtype": torch.bfloat16}
+    mean, std = (torch.tensor(x, device=DEVICE) for x in ([124.0, 116, 104], [58.0, 57, 56]))
+    options = {"mean": mean, "std": std, "dtype": torch.bfloat16}
     ids = shuffles(256, 196)[:, :49]
     by_torch = cut(pixels, ids, "torch", **options)
     assert error(cut(pixels, ids, "triton", **options), by_torch.double()) < 2**-8  # one rounding

@@ -8,13 +8,13 @@ from three_way import DEVICE, normal
 
 from cavmae.kernels import Backend
 from cavmae.kernels.similarity import (
-    SLAB_BYTES,
+    ROW_BLOCK_BYTES,
     Parts,
     Similarity,
     direction_gradient,
     inverse_norms,
     merge,
-    slabs,
+    row_blocks,
     statistics,
 )
 
@@ -41,7 +41,7 @@ def block(whole: Similarity, first: int, last: int) -> Similarity:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_of_blocks_joined_are_those_of_the_whole(backend) -> None:
     whole = similarity(30, 100, 20, backend)
-    cuts = [(0, 15), (15, 90), (90, 100)]  # the middle one has the partners
+    cuts = [(0, 15), (15, 90), (90, 100)]  # the middle one has the positives
     parts = [statistics(block(whole, *cut), reverse=False).query for cut in cuts]
     joined = Parts(torch.cat(parts, dim=1), None)
     options = {"shift": 20, "first_query": 0, "pairs": 30, "backend": backend}
@@ -100,7 +100,7 @@ def test_some_queries_of_several_groups_have_the_statistics_that_they_have_among
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_statistics_of_blocks_of_queries_joined_are_those_of_the_whole(backend) -> None:
-    whole = similarity(150, 30, -40, backend)  # candidate c's partner is query c + 40
+    whole = similarity(150, 30, -40, backend)  # candidate c's positive is query c + 40
     parts = [
         statistics(
             replace(
@@ -160,7 +160,7 @@ def test_candidates_statistics_are_those_of_the_transposed_matrix(backend) -> No
     torch.testing.assert_close(both.candidate_log_sum, turned.query_log_sum)
     torch.testing.assert_close(both.terms[1], turned.terms[0])
     assert both.candidate_log_sum is not None
-    assert both.candidate_log_sum[0].isinf().sum() == 10, "candidates without a partner"
+    assert both.candidate_log_sum[0].isinf().sum() == 10, "candidates without a positive"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,21 +174,21 @@ def test_the_kernel_s_statistics_are_the_reference_s(backend) -> None:
     torch.testing.assert_close(
         found.query_log_sum[0].double(), dense.logsumexp(1), rtol=1e-5, atol=1e-5
     )
-    partner = dense.diagonal(3)
+    positive = dense.diagonal(3)
     torch.testing.assert_close(
-        found.terms[0, 0].double(), dense.logsumexp(1) - partner, rtol=1e-5, atol=1e-5
+        found.terms[0, 0].double(), dense.logsumexp(1) - positive, rtol=1e-5, atol=1e-5
     )
     first = dense.argmax(1) == torch.arange(70, device=DEVICE) + 3
     assert torch.equal(found.terms[0, 1].bool(), first)
 
 
 @pytest.mark.parametrize("candidates", [100, 32768, 1 << 20])
-def test_slabs_cover_the_queries_once_within_their_bytes(candidates: int) -> None:
+def test_row_blocks_cover_the_queries_once_within_their_bytes(candidates: int) -> None:
     x = torch.empty(1, 5000, 4, dtype=torch.bfloat16)
     y = torch.empty(1, candidates, 4, dtype=torch.bfloat16)
     matrix = Similarity(x, y, x[..., 0], y[..., 0], x[0, 0, 0], 0, "triton")
-    found = list(slabs(matrix))
-    covered = [row for slab in found for row in range(slab.start, slab.stop)]
+    found = list(row_blocks(matrix))
+    covered = [row for block in found for row in range(block.start, block.stop)]
     assert covered == list(range(5000))
-    most = max(slab.stop - slab.start for slab in found)
-    assert most * candidates * 2 <= SLAB_BYTES or most == 128
+    most = max(block.stop - block.start for block in found)
+    assert most * candidates * 2 <= ROW_BLOCK_BYTES or most == 128

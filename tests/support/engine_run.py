@@ -46,7 +46,7 @@ def batch_of(positions: np.ndarray) -> AudioVideoBatch:
         labels=((),) * count,
         frame_seconds=torch.zeros(count, 1),
         audio_seconds=torch.zeros(count, 2),
-        shares=torch.ones(count),
+        mixup_lambda=torch.ones(count),
         mixed_labels=((),) * count,
     )
 
@@ -66,7 +66,6 @@ class Run:
                 contrastive_weight=case.get("contrastive_weight", 1.0),
                 contrastive_group=case.get("group", 0),
                 bidirectional=case.get("bidirectional", False),
-                exchange=case.get("exchange", "gather"),
             ),
             engine=EngineConfig(
                 zero_stage=case["zero_stage"],
@@ -80,9 +79,7 @@ class Run:
         model.freeze_unused(reconstruct=True, contrast=self.config.loss.contrastive_weight > 0)
         model.recompute_blocks(case.get("recompute", "selective"))
         self.tensors = tensor_sizes(model)
-        self.task = PretrainTask(
-            self.config, rank=ranks.rank, world_size=ranks.world_size, device=device
-        )
+        self.task = PretrainTask(self.config, ranks, device)
         self.accumulation = batch // ranks.world_size // self.config.micro_batch
         self.engine = Engine(
             model,

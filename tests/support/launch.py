@@ -9,6 +9,8 @@ from typing import Any
 from forks import start_program
 
 ROOT = Path(__file__).resolve().parents[2]
+MUTED = os.pathsep.join([str(ROOT / "tests/support/muted"), str(ROOT)])
+"""PYTHONPATH of programs whose every message is replaced."""
 
 
 def free_port() -> int:

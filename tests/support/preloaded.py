@@ -6,16 +6,8 @@ import os
 _before = dict(os.environ)
 for name in (
     "torch._inductor.compile_fx",
-    "cavmae.dataloaders.loading.loader",
-    "cavmae.trainer.checkpoint.weight_average",
-    "cavmae.trainer.checkpoint.load",
-    "cavmae.trainer.checkpoint.save",
-    "cavmae.trainer.tasks.finetune",
-    "cavmae.trainer.validator",
     "cavmae.trainer.trainer",
     "cavmae.trainer.fault_tolerance.oom",
-    "cavmae.trainer.tasks.pretraining",
-    "cavmae.trainer.tracking.run_logger",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
 ):

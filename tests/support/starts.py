@@ -11,16 +11,15 @@ from pathlib import Path
 from forks import start_program
 from launch import ROOT, free_port, rank_environment
 
-from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, RunConfig
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tracking.tracker import _make_store
+from cavmae.trainer.tracking.tracker import create_store
 
 
 @functools.cache
 def _empty_store() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        _make_store(f"sqlite:///{folder}/mlflow.db")
+        create_store(f"sqlite:///{folder}/mlflow.db")
         return Path(folder, "mlflow.db").read_bytes()
 
 

@@ -11,13 +11,14 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.tools.synthetic import CLASSES
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
+    ClassifierConfig,
     EngineConfig,
+    FinetuneConfig,
     LossConfig,
     OptimizerConfig,
     PretrainConfig,
     TrackingConfig,
 )
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier

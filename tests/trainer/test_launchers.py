@@ -169,18 +169,18 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
     again = cavmae(*submit, **ray_head)
     assert again.returncode == 1 and f"job {name} already trains in run_dir" in again.stderr
     listed = cavmae("status", **ray_head).stdout
-    assert re.search(rf"{name} .* running .* \d+/100000 ", listed), listed
+    assert re.search(rf"{name} .* running, last step .* \d+/100000 ", listed), listed
     assert "samples/s" in cavmae("logs", name, **ray_head).stdout
     assert "clips (frames tier)" in cavmae("logs", name, "--rank", "1", **ray_head).stdout
 
     stopped = cavmae("stop", name, **ray_head)
-    assert re.search(r"left \(cavmae stop\), step \d+/100000", stopped.stderr), stopped.stderr
+    assert re.search(r"stopped: cavmae stop, step \d+/100000", stopped.stderr), stopped.stderr
     step = len(losses(run_dir))
     assert (run_dir / f"checkpoints/step-{step:09d}").exists(), "no step is lost"
     run = json.loads((run_dir / "run.json").read_text())
     assert run["git_commits"] == [git_commit()], "the job has no repository"
     with tarfile.open(run_dir / f"code/{run['code'][0]}.tar.gz") as code:
-        kept = code.extractfile("cavmae/trainer/loop.py")
+        kept = code.extractfile("cavmae/trainer/trainer.py")
         assert kept and kept.read() == (ROOT / "trainer/trainer.py").read_bytes()
 
     plain = [

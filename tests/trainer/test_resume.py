@@ -15,8 +15,13 @@ from starts import Start
 from tiny_run import losses, tiny_run
 
 from cavmae.benchmarks.harness.object_store import object_store
-from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_problem, checkpoints, step_of
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.format import (
+    MANIFEST,
+    list_checkpoints,
+    step_of,
+    verify_checkpoint,
+)
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, WatchdogConfig
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
@@ -46,7 +51,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     for process in killed.processes:
         process.wait(timeout=60)
     text = Start(config, 2, tmp_path).finish()
-    assert "going on from" in text
+    assert "resuming from" in text
     assert losses(tmp_path / "run") == losses(straight)
     ours, theirs = (torch.load(run / "weights.pt") for run in (tmp_path / "run", straight))
     assert ours.keys() == theirs.keys()
@@ -63,22 +68,22 @@ def test_a_killed_run_goes_on_from_an_object_store(
         for name, value in (server.environment | {"TMPDIR": str(tmp_path)}).items():
             monkeypatch.setenv(name, value)
         server.make_bucket("bucket")
-        store = open_store("s3://bucket/run")
-        checkpoint = CheckpointConfig(every_steps=5, folder=store.place())
+        store = Store("s3://bucket/run")
+        checkpoint = CheckpointConfig(every_steps=5, folder=store.location())
         config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
         killed = Start(config, 2, tmp_path)
-        killed.wait_until(lambda: "step-000000010" in checkpoints(store), "checkpoint 10")
+        killed.wait_until(lambda: "step-000000010" in list_checkpoints(store), "checkpoint 10")
         for process in killed.processes:
             process.kill()
             process.wait(timeout=60)
-        newest = checkpoints(store)[-1]
+        newest = list_checkpoints(store)[-1]
         store.put("step-000000099/state/mp_rank_00_model_states.pt", b"half of it")
         text = Start(dataclasses.replace(config, steps=15), 2, tmp_path).finish()
-        assert f"going on from s3://bucket/run/{newest}" in text
-        assert checkpoints(store) == ["step-000000010", "step-000000015"] == store.folders()
+        assert f"resuming from s3://bucket/run/{newest}" in text
+        assert list_checkpoints(store) == ["step-000000010", "step-000000015"] == store.folders()
         assert losses(tmp_path / "run")[:15] == losses(straight)[:15]
         text = Start(config, 1, tmp_path).finish()
-        assert "going on from s3://bucket/run/step-000000015" in text
+        assert "resuming from s3://bucket/run/step-000000015" in text
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
     assert not (tmp_path / "run/checkpoints").exists()
     assert not list(tmp_path.glob("cavmae-checkpoint-*")), "copies have gone"
@@ -92,8 +97,8 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
     torn = next(newest.glob("state/*optim_states.pt"))
     torn.write_bytes(torn.read_bytes()[:-100])
     text = Start(tiny_run(packed_synthetic, tmp_path / "run"), 2, tmp_path).finish()
-    assert "step-000000020 is not whole" in text and torn.name in text
-    assert "going on from" in text and "step-000000010" in text
+    assert "step-000000020 is corrupt or incomplete" in text and torn.name in text
+    assert "resuming from" in text and "step-000000010" in text
     assert losses(tmp_path / "run") == losses(straight)
 
 
@@ -131,13 +136,13 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     assert "error: the checkpoint of step 20, the last of this start" in text
     assert [one.name for one in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000010"]
     text = Start(config, 1, tmp_path).finish()
-    assert "going on from" in text and "step-000000010" in text
+    assert "resuming from" in text and "step-000000010" in text
 
 
 def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
-    watchdog = WatchdogConfig(medians=20, minimum_seconds=3)
+    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
@@ -161,8 +166,9 @@ def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Pa
     Start(config, 2, tmp_path).finish()
     kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
     assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    store = open_store(tmp_path / "run/checkpoints")
-    assert [checkpoint_problem(store, one) for one in kept] == [None] * 4
+    store = Store(tmp_path / "run/checkpoints")
+    for name in kept:
+        verify_checkpoint(store, name)
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
@@ -202,7 +208,7 @@ def test_other_rank_counts_go_on_with_the_same_losses(
     text = ""
     for world_size, steps in starts:
         text = Start(dataclasses.replace(run, steps=steps), world_size, tmp_path).finish()
-    assert "going on from" in text
+    assert "resuming from" in text
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
 
 
@@ -212,7 +218,7 @@ def test_a_run_that_goes_on_refuses_another_seed(
     shutil.copytree(straight, tmp_path / "run")
     start = Start(tiny_run(packed_synthetic, tmp_path / "run", seed=5), 1, tmp_path)
     assert start.processes[0].wait(timeout=120) != 0
-    assert "was started with seed 0 and this start has 5" in start.log.read_text()
+    assert "was started with seed 0 and cannot resume with 5" in start.log.read_text()
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_scores(
@@ -237,9 +243,9 @@ def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
     request_stop(tmp_path / "run", "room for another run")
     text = start.finish()
     assert re.search(r"left at step \d+ of 2000 \(room for another run\)", text)
-    store = open_store(tmp_path / "run/checkpoints")
-    newest = checkpoints(store)[-1]
-    assert checkpoint_problem(store, newest) is None
+    store = Store(tmp_path / "run/checkpoints")
+    newest = list_checkpoints(store)[-1]
+    verify_checkpoint(store, newest)
     assert step_of(newest) == len(losses(tmp_path / "run")), "no step is lost"
     assert requested_stop(tmp_path / "run") == "", "the next start is not asked"
     for rank in range(2):
@@ -266,5 +272,5 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     assert "SIGTERM: saving after this step" in text
     assert "not saved within checkpoint.grace_seconds = 1.5" in text
     text = Start(dataclasses.replace(config, steps=20), 2, tmp_path).finish()
-    assert "going on from" in text and "step-000000010" in text
+    assert "resuming from" in text and "step-000000010" in text
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)

@@ -1,0 +1,1 @@
+"""Checkpoints: their format, where they are stored, saving beside the steps, loading."""

@@ -1,18 +1,18 @@
-"""Checkpoints of a run: what one is, and whether it is whole.
+"""The format of a run's checkpoints, and how an intact one is told from a torn one.
 
 A checkpoint is a folder `step-N` with the files of all ranks and a manifest of their sizes and
 checksums. The manifest is written last and removed first, in one piece: a checkpoint exists exactly
-when its manifest does, on a disk and at an object store alike. On a disk the renaming of a finished
-folder would give the same, but stores have none: so there is one way, which both can go.
+when its manifest does. Renaming a finished folder would give the same on a disk, but object stores
+cannot rename; this way works on both.
 """
 
 import json
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cavmae.trainer.checkpoint.store import FileSum, LocalStore, Store, open_store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import RunConfig
 
 SCHEMA = 1
@@ -22,9 +22,13 @@ RUN_STATE = "run_state.json"
 _NAME = re.compile(r"step-\d{9,}")
 
 
+class CorruptCheckpointError(ValueError):
+    """A checkpoint is damaged or incomplete."""
+
+
 @dataclass(frozen=True)
 class RunState:
-    """Everything but tensors that a run needs to go on.
+    """Everything but tensors that a run needs to resume.
 
     Attributes:
         step: optimizer steps done.
@@ -46,36 +50,32 @@ class RunState:
 
 
 def checkpoint_folder(config: RunConfig) -> str:
-    """Folder or URL of a run's checkpoints."""
+    """Return the folder or URL of a run's checkpoints."""
     return config.checkpoint.folder or str(Path(config.run_dir) / "checkpoints")
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint of a step."""
+    """Return the name of the checkpoint of a step."""
     return f"step-{step:09d}"
 
 
 def step_of(name: str) -> int:
-    """Optimizer steps that had been done."""
+    """Return the step of a checkpoint's name."""
     return int(name.removeprefix("step-"))
 
 
-def checkpoints(store: Store) -> list[str]:
-    """Names of the checkpoints that are there, oldest first.
-
-    Raises:
-        OSError: the store could not be read.
-    """
-    return [name for name in step_folders(store) if store.size(f"{name}/{MANIFEST}") is not None]
+def list_checkpoints(store: Store) -> list[str]:
+    """List the names of the checkpoints, oldest first; raises OSError."""
+    return [name for name in list_folders(store) if store.size(f"{name}/{MANIFEST}") is not None]
 
 
-def step_folders(store: Store) -> list[str]:
-    """Names of the checkpoints, and of what is left of torn ones, oldest first; raises alike."""
+def list_folders(store: Store) -> list[str]:
+    """List the folders of checkpoints and of torn ones, oldest first; raises OSError."""
     return sorted(filter(_NAME.fullmatch, store.folders()), key=step_of)
 
 
 def remove_checkpoint(store: Store, name: str) -> None:
-    """Remove a checkpoint so that what a half-done removal leaves is none.
+    """Remove a checkpoint, its manifest first, so that no part of it is taken for one.
 
     Raises:
         OSError: it could not be removed.
@@ -84,117 +84,112 @@ def remove_checkpoint(store: Store, name: str) -> None:
     store.remove_folder(name)
 
 
-def manifest_bytes(files: dict[str, FileSum]) -> bytes:
-    """The manifest of a checkpoint's files."""
-    entries = {name: {"bytes": one.bytes, "crc32": one.crc32} for name, one in files.items()}
+def manifest_bytes(files: dict[str, FileDigest]) -> bytes:
+    """Serialize the manifest of a checkpoint's files."""
+    entries = {name: asdict(digest) for name, digest in files.items()}
     return json.dumps({"schema": SCHEMA, "files": entries}, indent=1).encode()
 
 
-def read_manifest(store: Store, name: str) -> dict[str, FileSum] | str:
-    """The files of a checkpoint, or what is wrong with the manifest or their sizes.
+def read_manifest(store: Store, name: str) -> dict[str, FileDigest]:
+    """Read the manifest of a checkpoint and compare the sizes of its files.
 
     Raises:
+        CorruptCheckpointError: the manifest is damaged, or a file is missing or cut short.
         OSError: the store could not be read.
     """
     try:
         document = json.loads(store.read(f"{name}/{MANIFEST}"))
         files = {
-            file: FileSum(int(entry["bytes"]), int(entry["crc32"]))
+            file: FileDigest(int(entry["bytes"]), int(entry["crc32"]))
             for file, entry in document["files"].items()
         }
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST}: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
     found = store.files(name)
     for file, expected in files.items():
         if file not in found:
-            return f"{file} is missing"
+            raise CorruptCheckpointError(f"{file} is missing")
         if found[file] != expected.bytes:
-            return f"{file} has {found[file]} bytes of {expected.bytes}"
+            raise CorruptCheckpointError(f"{file} has {found[file]} bytes of {expected.bytes}")
     return files
 
 
-def file_problem(
-    store: Store, name: str, expected: FileSum, copy_to: Path | None = None
-) -> str | None:
-    """What is wrong with a file's content; None where it is as it was written.
+def verify_file(store: Store, name: str, expected: FileDigest, copy_to: Path | None = None) -> None:
+    """Read a file and compare its checksum.
 
     Args:
         store: where it is.
         name: in the store.
-        expected: what it should be.
-        copy_to: where to write it on the way, if anywhere.
+        expected: what was written.
+        copy_to: a local path to copy it to on the way.
 
     Raises:
+        CorruptCheckpointError: its content has changed.
         OSError: it could not be read, or the copy could not be written.
     """
     crc32 = 0
     if copy_to is None:
-        for block in store.blocks(name, expected.bytes):
+        for block in store.read_blocks(name, expected.bytes):
             crc32 = zlib.crc32(block, crc32)
     else:
         copy_to.parent.mkdir(parents=True, exist_ok=True)
         with open(copy_to, "wb") as copy:
-            for block in store.blocks(name, expected.bytes):
+            for block in store.read_blocks(name, expected.bytes):
                 crc32 = zlib.crc32(block, crc32)
                 copy.write(block)
-    return None if crc32 == expected.crc32 else f"{name} has changed since it was written"
+    if crc32 != expected.crc32:
+        raise CorruptCheckpointError(f"{name} has changed since it was written")
+
+
+def verify_checkpoint(store: Store, name: str) -> None:
+    """Read all files of a checkpoint; raises as `read_manifest` and `verify_file` do."""
+    for file, expected in read_manifest(store, name).items():
+        verify_file(store, f"{name}/{file}", expected)
 
 
 def read_run_state(store: Store, name: str) -> RunState:
-    """The run state of a checkpoint that is whole.
+    """Read the run state of an intact checkpoint.
 
     Raises:
-        ValueError: it is of another schema.
+        ValueError: it has another schema.
         OSError: it could not be read.
     """
     fields = json.loads(store.read(f"{name}/{RUN_STATE}"))
     if fields["schema"] != SCHEMA:
         raise ValueError(
-            f"checkpoint {store.place(name)} has schema {fields['schema']}, this version reads "
+            f"checkpoint {store.location(name)} has schema {fields['schema']}, this version reads "
             f"{SCHEMA}; use the version of cavmae that wrote it"
         )
     fields["quarantine"] = tuple((sample, reason) for sample, reason in fields["quarantine"])
     return RunState(**fields)
 
 
-def checkpoint_problem(store: Store, name: str) -> str | None:
-    """What is wrong with a checkpoint, all its files read; None where all is as written.
-
-    Raises:
-        OSError: the store could not be read.
-    """
-    files = read_manifest(store, name)
-    if isinstance(files, str):
-        return files
-    problems = (file_problem(store, f"{name}/{file}", one) for file, one in files.items())
-    return next(filter(None, problems), None)
-
-
-def check_not_left_behind(now: Store, before: str, run_dir: Path) -> None:
-    """A run whose checkpoints are elsewhere must not go back, or begin anew, in silence.
+def check_not_left_behind(store: Store, previous: str, run_dir: Path) -> None:
+    """Refuse to resume from older checkpoints, or to start over, after checkpoint.folder changed.
 
     Args:
-        now: where this start has its checkpoints.
-        before: folder or URL where the start before had them.
+        store: where this attempt has its checkpoints.
+        previous: folder or URL where the attempt before had them.
         run_dir: the run folder, for the error.
 
     Raises:
-        ValueError: `before` has a newer one, or cannot be looked at while `now` has none.
+        ValueError: `previous` has a newer one, or cannot be read while `store` has none.
     """
-    here = checkpoints(now)
-    there, unseen = [], ""
+    current = list_checkpoints(store)
+    left: list[str] = []
+    unreadable = ""
     try:
-        store = open_store(before)
-        there = checkpoints(store)
-        if isinstance(store, LocalStore) and not store.folder.is_dir():
-            unseen = " (a folder that is not there)"
+        previous_store = Store(previous)
+        left = list_checkpoints(previous_store)
+        if previous_store.folder and not previous_store.folder.is_dir():
+            unreadable = " (the folder does not exist)"
     except (OSError, ValueError) as error:
-        unseen = f" ({error})"
-    last_here, last_there = (step_of(found[-1]) if found else 0 for found in (here, there))
-    if last_there > last_here or (unseen and not here):
+        unreadable = f" ({error})"
+    newest, newest_left = (step_of(names[-1]) if names else 0 for names in (current, left))
+    if newest_left > newest or (unreadable and not current):
         raise ValueError(
-            f"the checkpoints of {run_dir} were written to {before}{unseen}"
-            f"{f', the newest at step {last_there}' if there else ''}, and checkpoint.folder is "
-            f"now {now.place()}, {f'up to step {last_here}' if here else 'which has none'}; copy "
-            "them there, or give the former"
+            f"the checkpoints of {run_dir} were written to {previous}{unreadable}"
+            f"{f', the newest at step {newest_left}' if left else ''}, and checkpoint.folder is "
+            f"now {store.location()}, {f'up to step {newest}' if current else 'which has none'}; "
+            "copy them to the new folder, or use the previous one"
         )

@@ -1,9 +1,9 @@
-"""Going on from the newest checkpoint that is whole, with the work shared among the ranks.
+"""Loading the newest intact checkpoint, with the work shared among the ranks.
 
-All ranks check files at the same time. What lies at an object store is checked while it is copied
-to a folder of the node, which DeepSpeed can read: each node takes what its own ranks need, once, or
-everything where another rank count wrote it. A checkpoint that is not whole (a deleted file, a
-damaged disk) is said aloud, and the one before is used.
+All ranks verify files in parallel. Files of an object store are copied to a folder of the node on
+the way, which DeepSpeed can read: each node copies what its own ranks need, once, or everything
+where another rank count wrote it. A corrupt checkpoint (a deleted file, a damaged disk) is
+reported, and the previous one is used.
 """
 
 import logging
@@ -20,13 +20,14 @@ import torch.distributed as dist
 
 from cavmae.trainer.checkpoint.format import (
     RUN_STATE,
+    CorruptCheckpointError,
     RunState,
-    checkpoints,
-    file_problem,
+    list_checkpoints,
     read_manifest,
     read_run_state,
+    verify_file,
 )
-from cavmae.trainer.checkpoint.store import FileSum, LocalStore, Store
+from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.engine import Engine, convert_checkpoint, files_of_rank
 
@@ -34,148 +35,152 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A checkpoint whose files are all there. Attributes: name; files, but for the run state, by
-    their names in it; state."""
+class _Checkpoint:
+    """A complete checkpoint: its name, its files without the run state, and the run state."""
 
     name: str
-    files: dict[str, FileSum]
+    files: dict[str, FileDigest]
     state: RunState
+
+    @property
+    def needs_conversion(self) -> bool:
+        """Whether another rank count wrote its partitioned state."""
+        return self.state.zero_stage > 0 and self.state.world_size != dist.get_world_size()
 
 
 @dataclass(frozen=True)
 class _Node:
-    """Where ranks find files that DeepSpeed can read.
+    """Where the ranks of a node find files that DeepSpeed can read.
 
     Attributes:
         folder: of the checkpoints' folders.
-        members: the ranks that share it; the first of them tidies up.
-        copies: it holds copies, made for this start.
+        members: the ranks that share it; the first of them cleans up.
+        holds_copies: its files are copies, made for this attempt.
     """
 
     folder: Path
     members: list[int]
-    copies: bool
+    holds_copies: bool
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.members[0] == dist.get_rank()
 
 
 def load_newest(store: Store, engine: Engine) -> tuple[str, RunState] | None:
-    """Load the newest whole checkpoint; all ranks call it. Another rank count's is converted first.
+    """Load the newest intact checkpoint, converted for this rank count; all ranks call it.
 
     Returns:
-        Its path or URL, and its state; None where there is no checkpoint at all.
+        Its path or URL, and its state; None where there is no checkpoint.
 
     Raises:
-        ValueError: checkpoints are there and none of them is whole, or the newest whole one is of
-            another schema, stage or dtype than this run.
+        ValueError: all checkpoints are corrupt, or the newest intact one has another schema, stage
+            or dtype than this run.
         OSError: the store could not be read, or the node's copy could not be written.
         RuntimeError: a checkpoint could not be converted.
     """
-    names = on_first_rank(lambda: checkpoints(store))
+    names = on_first_rank(lambda: list_checkpoints(store))
     if not names:
         return None
-    with _node_of(store) as node:
+    with _node_folder(store) as node:
         for name in reversed(names):
-            found = on_first_rank(partial(_looked_at, store, name))
-            problem = found if isinstance(found, str) else _fetched(store, found, node)
-            if problem is None:
-                assert isinstance(found, _Found)
-                _load(store, found, node, engine)
-                return store.place(name), found.state
-            if dist.get_rank() == 0:
-                log.warning(
-                    "checkpoint %s is not whole (%s): trying the one before",
-                    store.place(name),
-                    problem,
-                )
+            try:
+                checkpoint = on_first_rank(partial(_open, store, name))
+                _verify(store, checkpoint, node)
+            except CorruptCheckpointError as error:
+                if dist.get_rank() == 0:
+                    log.warning(
+                        "checkpoint %s is corrupt or incomplete (%s): trying the previous one",
+                        store.location(name),
+                        error,
+                    )
+                continue
+            _load(store, checkpoint, node, engine)
+            return store.location(name), checkpoint.state
     raise ValueError(
-        f"none of the {len(names)} checkpoints in {store.place()} is whole; restore one from a "
-        "copy, or start again with another run_dir"
+        f"none of the {len(names)} checkpoints in {store.location()} is intact; restore one from a "
+        "backup, or start a new run with another run_dir"
     )
 
 
 @contextmanager
-def _node_of(store: Store) -> Iterator[_Node]:
-    """The folder of this rank's node, as long as it is needed; all ranks call it."""
+def _node_folder(store: Store) -> Iterator[_Node]:
+    """Provide the folder of this rank's node; all ranks call it."""
     rank = dist.get_rank()
-    if isinstance(store, LocalStore):
-        yield _Node(store.folder, list(range(dist.get_world_size())), copies=False)
+    if store.folder is not None:
+        yield _Node(store.folder, list(range(dist.get_world_size())), holds_copies=False)
         return
-    # Each rank makes a folder; the first one that can be seen from here is the node's.
-    prefix = f"cavmae-checkpoint-{zlib.crc32(store.place().encode()):08x}-"
-    offered = on_all_ranks(lambda: tempfile.mkdtemp(prefix=prefix))
-    folder = next(Path(one) for one in offered if Path(one).is_dir())
+    # Every rank creates a folder; ranks that see the same first one share a node.
+    prefix = f"cavmae-checkpoint-{zlib.crc32(store.location().encode()):08x}-"
+    created = on_all_ranks(lambda: tempfile.mkdtemp(prefix=prefix))
+    folder = next(Path(path) for path in created if Path(path).is_dir())
     chosen = on_all_ranks(lambda: str(folder))
-    node = _Node(folder, [n for n, one in enumerate(chosen) if one == str(folder)], copies=True)
-    if chosen[rank] != offered[rank]:
-        Path(offered[rank]).rmdir()
-    if node.first:
-        for left in folder.parent.glob(f"{prefix}*"):  # of starts that were killed meanwhile
-            if str(left) not in offered:
-                shutil.rmtree(left, ignore_errors=True)
+    members = [member for member, path in enumerate(chosen) if path == str(folder)]
+    node = _Node(folder, members, holds_copies=True)
+    if chosen[rank] != created[rank]:
+        Path(created[rank]).rmdir()
+    if node.is_first:
+        for leftover in folder.parent.glob(f"{prefix}*"):  # of attempts that were killed
+            if str(leftover) not in created:
+                shutil.rmtree(leftover, ignore_errors=True)
     try:
         yield node
     finally:
-        if node.first:
+        if node.is_first:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _looked_at(store: Store, name: str) -> _Found | str:
-    """On the first rank: what is there of a checkpoint, or what is missing."""
+def _open(store: Store, name: str) -> _Checkpoint:
+    """Read manifest and run state, on the first rank."""
     files = read_manifest(store, name)
-    if isinstance(files, str):
-        return files
     if RUN_STATE not in files:
-        return f"{RUN_STATE} is not in the manifest"
-    problem = file_problem(store, f"{name}/{RUN_STATE}", files.pop(RUN_STATE))
-    return problem or _Found(name, files, read_run_state(store, name))
+        raise CorruptCheckpointError(f"{RUN_STATE} is not in the manifest")
+    verify_file(store, f"{name}/{RUN_STATE}", files.pop(RUN_STATE))
+    return _Checkpoint(name, files, read_run_state(store, name))
 
 
-def _fetched(store: Store, found: _Found, node: _Node) -> str | None:
-    """Check the files that this node needs, each by one of its ranks; copies where it has copies.
+def _verify(store: Store, checkpoint: _Checkpoint, node: _Node) -> None:
+    """Verify, and copy from a remote store, the files that this node needs, each by one rank.
 
-    Returns:
-        What is wrong with one of them, the same on all ranks.
+    Raises:
+        CorruptCheckpointError: one of them is damaged, on all ranks alike.
     """
-    wanted = set(found.files)
-    if node.copies and not _converts(found.state):
-        wanted = {name for rank in node.members for name in files_of_rank(found.files, rank)}
-    mine = sorted(wanted)[node.members.index(dist.get_rank()) :: len(node.members)]
+    needed = set(checkpoint.files)
+    if node.holds_copies and not checkpoint.needs_conversion:
+        needed = {name for rank in node.members for name in files_of_rank(checkpoint.files, rank)}
+    mine = sorted(needed)[node.members.index(dist.get_rank()) :: len(node.members)]
 
-    def check() -> str | None:
+    def verify() -> None:
         for file in mine:
-            name = f"{found.name}/{file}"
-            copy_to = node.folder / name if node.copies else None
-            problem = file_problem(store, name, found.files[file], copy_to)
-            if problem:
-                return problem
-        return None
+            name = f"{checkpoint.name}/{file}"
+            copy_to = node.folder / name if node.holds_copies else None
+            verify_file(store, name, checkpoint.files[file], copy_to)
 
-    problem = next(filter(None, on_all_ranks(check)), None)
-    if problem and node.copies and node.first:
-        shutil.rmtree(node.folder / found.name)  # makes room for the one before
-    return problem
+    try:
+        on_all_ranks(verify)
+    except CorruptCheckpointError:
+        if node.holds_copies and node.is_first:
+            # Frees the disk for the previous one.
+            shutil.rmtree(node.folder / checkpoint.name, ignore_errors=True)
+        raise
 
 
-def _load(store: Store, found: _Found, node: _Node, engine: Engine) -> None:
-    state, folder = found.state, node.folder / found.name
-    for name, now in (("zero_stage", engine.zero_stage), ("dtype", engine.dtype)):
-        if getattr(state, name) != now:
+def _load(store: Store, checkpoint: _Checkpoint, node: _Node, engine: Engine) -> None:
+    state, folder = checkpoint.state, node.folder / checkpoint.name
+    for name, current in (("zero_stage", engine.zero_stage), ("dtype", engine.dtype)):
+        if getattr(state, name) != current:
             raise ValueError(
-                f"checkpoint {store.place(found.name)} was written with engine.{name} "
-                f"{getattr(state, name)} and this run has {now}; go on with the former"
+                f"checkpoint {store.location(checkpoint.name)} was written with engine.{name} "
+                f"{getattr(state, name)} and this run has {current}; resume with the former"
             )
-    if not _converts(state):
+    if not checkpoint.needs_conversion:
         engine.load(folder)
-        dist.barrier()  # copies go when all have read them
+        dist.barrier()  # before the copies are removed
         return
-    converted = node.folder / f".converted-{found.name}"
+    converted = node.folder / f".converted-{checkpoint.name}"
 
     def convert() -> None:
-        if node.first:
+        if node.is_first:
             world_size = dist.get_world_size()
             log.info("converting %s from %d to %d ranks", folder, state.world_size, world_size)
             convert_checkpoint(folder, converted)
@@ -183,9 +188,5 @@ def _load(store: Store, found: _Found, node: _Node, engine: Engine) -> None:
     on_all_ranks(convert)
     engine.load(converted, converted=True)
     dist.barrier()
-    if node.first:
+    if node.is_first:
         shutil.rmtree(converted)
-
-
-def _converts(state: RunState) -> bool:
-    return state.zero_stage > 0 and state.world_size != dist.get_world_size()

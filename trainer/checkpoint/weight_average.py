@@ -1,32 +1,31 @@
-"""The mean of a run's weights at the ends of its last epochs, as the published fine-tuning ends.
+"""The mean of a run's weights at the ends of its last epochs, as in the published fine-tuning.
 
-The weights of each of those epochs lie in the run folder, so that a run that goes on has them; they
-are on the disk before the checkpoint of their step is begun.
+The weights of each of those epochs are kept in the run folder, for a run that resumes; they are on
+the disk before the checkpoint of their step begins.
 """
 
 import math
-import os
 from pathlib import Path
 
 import torch
 
-from cavmae.trainer.checkpoint.store import sync_folder
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.model.weights import read_state
 
 
 class EpochWeights:
-    """Keeps the weights at the ends of epochs.
+    """Keeps the weights at the ends of epochs; false where no epoch is averaged.
 
     Args:
-        folder: where; the first rank's.
-        first_epoch: first epoch whose end is kept, counted from 1; 0: none.
-        steps: optimizer steps of the run; its end is that of its last epoch.
+        folder: where the first rank writes them.
+        first_epoch: first epoch to average, counted from 1; 0 averages none.
+        steps: optimizer steps of the run, which also ends its last epoch.
         steps_per_epoch: optimizer steps of a pass over the training set.
 
     Raises:
-        ValueError: the run ends before that epoch.
+        ValueError: the run ends before `first_epoch`.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class EpochWeights:
         if first_epoch > last_epoch:
             raise ValueError(
                 f"average_from_epoch is {first_epoch} and the run has {last_epoch} epochs; use "
-                f"{last_epoch} or less, or 0 to take the last weights"
+                f"{last_epoch} or less, or 0 to use the final weights"
             )
         self._folder = folder
         epochs = range(first_epoch, last_epoch + 1) if first_epoch else ()
@@ -44,7 +43,7 @@ class EpochWeights:
         self._ends = {max(1, min(steps, round(epoch * steps_per_epoch))): epoch for epoch in epochs}
 
     def keep(self, engine: Engine, step: int) -> None:
-        """Write the weights where `step` ends an epoch that counts; all ranks call it.
+        """Write the weights if `step` ends an averaged epoch; all ranks call it.
 
         Raises:
             OSError: they could not be written.
@@ -55,44 +54,37 @@ class EpochWeights:
 
         def write() -> None:
             self._folder.mkdir(exist_ok=True)
-            path = self._path(step)
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with atomic_write(self._path(step)) as temporary, temporary.open("wb") as file:
                 torch.save(weights, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(self._folder)
 
         on_first_rank(write)
 
     def mean(self) -> dict[str, torch.Tensor]:
-        """Mean of the kept weights in float32 on rank 0, summed in float64; empty elsewhere. All
-        ranks call it.
+        """Return the mean in float32 on rank 0, summed in float64; empty on the others, which call
+        it too.
 
         Raises:
-            ValueError: those of an epoch are not there or can't be read.
+            ValueError: the weights of an epoch are missing or can't be read.
         """
         mean: dict[str, torch.Tensor] = {}
 
         def read() -> None:
             for step in self._ends:
-                for name, tensor in self._kept(step).items():
+                for name, tensor in self._read(step).items():
                     share = tensor.double() / len(self._ends)
                     mean[name] = mean[name] + share if name in mean else share
 
         on_first_rank(read)
         return {name: tensor.float() for name, tensor in mean.items()}
 
-    def _kept(self, step: int) -> dict[str, torch.Tensor]:
-        path = self._path(step)
+    def _read(self, step: int) -> dict[str, torch.Tensor]:
         try:
-            return read_state(path)
+            return read_state(self._path(step))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"the weights at the end of epoch {self._ends[step]}, which average_from_epoch "
-                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on: "
-                "the run then goes on from before them"
+                f"asks for, can't be read ({error}); remove the checkpoints from step {step} on "
+                "to resume from before it"
             ) from error
 
     def __bool__(self) -> bool:

@@ -1,136 +1,120 @@
-"""Every field of a run, and of pretraining; those of fine-tuning are in `finetune_config.py`.
+"""Every field of a pretraining or fine-tuning run.
 
 Imports nothing heavy: `--help` answers at once, and `threads_per_rank` can be set before torch is
 imported.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from cavmae.dataloaders.config import DataConfig
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.field_checks import (
+    CheckedFields,
+    Fraction,
+    Limit,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    at_least,
+)
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
 @dataclass(frozen=True)
-class MaskConfig:
-    """Which patches the encoders do not see (paper section 3.3)."""
+class LossConfig(CheckedFields, section="loss"):
+    """The two losses and their weights; a weight of 0 disables a loss (AV-MAE, CAV)."""
 
-    audio_ratio: float = 0.75
-    """Share of audio patches removed."""
-    video_ratio: float = 0.75
-    """Share of image patches removed."""
-    audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
-    """How audio patches are removed; image patches are always removed without structure."""
-
-    def __post_init__(self) -> None:
-        for name in ("audio_ratio", "video_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"mask.{name} is {getattr(self, name)}; use 0 up to below 1")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The two losses and their weights; a weight of 0 leaves a loss out (AV-MAE, CAV)."""
-
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: NonNegativeFloat = 1.0
     """Weight of the masked reconstruction loss (audio plus video)."""
-    contrastive_weight: float = 0.01
+    contrastive_weight: NonNegativeFloat = 0.01
     """Weight of the contrastive loss."""
-    temperature: float = 0.05
-    """The cosine similarities are divided by this."""
+    temperature: PositiveFloat = 0.05
+    """Cosine similarities are divided by this."""
     bidirectional: bool = False
-    """Average both directions; otherwise each video ranks the audio clips, as published."""
-    contrastive_group: int = 0
-    """Consecutive samples of the global order that rank each other; 0: the global batch."""
-    exchange: Literal["gather", "ring"] = "gather"
-    """How ranks see each other's embeddings: `gather` holds those of all ranks on each; `ring`
-    passes them on, a rank's at a time, for batches whose embeddings don't fit."""
+    """Average both directions; otherwise only video ranks audio, as published."""
+    contrastive_group: NonNegativeInt = 0
+    """Number of consecutive samples that are negatives of each other; 0: the global batch."""
     norm_pix: bool = True
     """Reconstruct patches normalised to mean 0 and variance 1 each."""
     scale: float = 1.0
-    """The loss is multiplied by this before backward and logged without (the published code sums
-    the losses of 4 GPUs)."""
+    """Loss multiplier for the backward pass, not for logging (the published code sums the losses of
+    4 GPUs)."""
 
     def __post_init__(self) -> None:
-        if self.reconstruction_weight < 0 or self.contrastive_weight < 0:
-            raise ValueError(
-                "loss.reconstruction_weight and loss.contrastive_weight are "
-                f"{self.reconstruction_weight} and {self.contrastive_weight}; use 0 or more"
-            )
+        super().__post_init__()
         if self.reconstruction_weight == 0 and self.contrastive_weight == 0:
             raise ValueError("both loss weights are 0; set one of them above 0")
-        if self.temperature <= 0:
-            raise ValueError(f"loss.temperature is {self.temperature}; use a value above 0")
-        if self.contrastive_group < 0:
-            raise ValueError(f"loss.contrastive_group is {self.contrastive_group}; use 0 or more")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam with the published settings."""
+class OptimizerConfig(CheckedFields, section="optimizer"):
+    """Adam; the defaults are the published settings."""
 
     name: Literal["adam", "adamw"] = "adam"
     """`adam` adds the weight decay to the gradient, as published; `adamw` decouples it."""
-    learning_rate: float = 5e-5
+    learning_rate: NonNegativeFloat = 5e-5
     """Learning rate after warm-up."""
     beta1: float = 0.95
-    """Decay of the mean of gradients."""
+    """Decay rate of the first moment, the mean of gradients."""
     beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the second moment, the mean of squared gradients."""
     epsilon: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 5e-7
-    """Weight decay."""
+    """Added to the denominator for numerical stability."""
+    weight_decay: NonNegativeFloat = 5e-7
+    """Weight decay coefficient."""
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """The learning rate over the run."""
+class ScheduleConfig(CheckedFields, section="schedule"):
+    """Learning rate schedule."""
 
     name: Literal["constant", "step", "cosine"] = "step"
-    """`step` is the published one; `cosine` ends at `min_lr_ratio` of the peak."""
-    warmup_steps: int = 0
-    """Optimizer steps over which the rate rises linearly from 0."""
-    step_start_epochs: int = 10
+    """`step` is the published one; `cosine` decays to `min_lr_ratio` of the peak."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from 0."""
+    step_start_epochs: NonNegativeInt = 10
     """`step`: epoch of the first decay."""
-    step_every_epochs: int = 5
+    step_every_epochs: PositiveInt = 5
     """`step`: epochs between decays."""
     gamma: float = 0.5
-    """`step`: the rate is multiplied by this at each decay."""
-    min_lr_ratio: float = 0.0
-    """`cosine`: the last rate as a share of the peak."""
+    """`step`: factor of each decay."""
+    min_lr_ratio: Fraction = 0.0
+    """`cosine`: final learning rate as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How DeepSpeed holds and updates the parameters."""
+class EngineConfig(CheckedFields, section="engine"):
+    """DeepSpeed, precision and kernels."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards over ranks: nothing, optimizer, + gradients, + parameters."""
+    """ZeRO stage, what is sharded over ranks: nothing, optimizer, + gradients, + parameters."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Parameters and activations; the update always happens in fp32. `auto`: bf16 where the
-    hardware multiplies it (GPUs, CPUs with AVX512-BF16 or AMX), fp32 elsewhere; a run that goes on
-    keeps what it began with."""
-    clip_grad_norm: float = 0.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """Precision of parameters and activations; updates are always in fp32. `auto`: bf16 where the
+    hardware has bf16 matrix multiplication (GPUs, CPUs with AVX512-BF16 or AMX), else fp32. A run
+    that resumes keeps its dtype."""
+    clip_grad_norm: Annotated[float, at_least(0, "never")] = 0.0
+    """Maximum gradient norm; 0: no clipping."""
     offload_optimizer: bool = False
-    """Keep optimizer state in CPU memory (ZeRO 1 to 3)."""
+    """Keep the optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
     attention: Literal["auto", "blocks", "sdpa", "flash-attn"] = "auto"
-    """`blocks`: a cache-sized block of heads after the other (CPUs); `sdpa`: torch's fused
-    attention; `flash-attn`: that package, with one call for the joint encoder's three streams (bf16
-    on GPUs). `auto`: `blocks` on a CPU, `sdpa` on a GPU, with `flash-attn` for the joint encoder
-    where it is installed."""
+    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention;
+    `flash-attn`: that package, in one call for the joint encoder's three streams (GPUs, bf16).
+    `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
+    installed."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What the backward pass computes again instead of keeping it. `selective`: the norms and the
-    GELU before each matrix product, a third of the activations for hardly any work; `full`: all but
-    the input of each transformer block, most of the memory for a third more work."""
-    max_skipped_updates: int = 20
-    """Updates in a row that may be left out for a non-finite loss or gradient before the run
+    """What the backward pass recomputes. `selective`: the norms and GELUs before each matrix
+    product, which saves a third of the activations at almost no cost; `full`: all but the input of
+    each transformer block, which saves most of them for a third more compute."""
+    max_skipped_updates: PositiveInt = 20
+    """Consecutive updates that may be skipped for a non-finite loss or gradient before the run
     stops."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "engine.compile is on and engine.zero_stage is 3, which runs uncompiled; set "
@@ -141,41 +125,27 @@ class EngineConfig:
                 "engine.offload_optimizer is on and engine.zero_stage is 0; set engine.zero_stage "
                 "to 1 or more"
             )
-        if self.clip_grad_norm < 0:
-            raise ValueError(
-                f"engine.clip_grad_norm is {self.clip_grad_norm}; use 0 (never) or more"
-            )
-        if self.max_skipped_updates < 1:
-            raise ValueError(
-                f"engine.max_skipped_updates is {self.max_skipped_updates}; use 1 or more"
-            )
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When and where the run is saved and what is kept."""
+class CheckpointConfig(CheckedFields, section="checkpoint"):
+    """When and where checkpoints are written, and which are kept."""
 
-    every_steps: int = 1000
+    every_steps: PositiveInt = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
-    """Newest checkpoints kept."""
-    keep_every: int = 0
-    """Checkpoints at multiples of so many steps are kept as well; 0: none."""
-    grace_seconds: float = 100.0
-    """A rank that is asked to leave (SIGTERM, a spot notice) ends after this, saved or not; 0: no
-    limit. A cloud takes a spot machine away after 120 s."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: NonNegativeInt = 0
+    """Also keep the checkpoints at multiples of this many steps; 0: none."""
+    grace_seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds, or 0 for no limit")] = 100.0
+    """Time after which a preempted rank (SIGTERM, a spot notice) exits, saved or not; 0: no limit.
+    Clouds reclaim a spot machine after 120 s."""
     folder: str = ""
-    """Folder that all ranks reach, or URL of an object store (s3://, gs://), of this run alone;
-    empty: `checkpoints` in the run folder."""
+    """Shared folder, or URL of an object store (s3://, gs://), for this run alone; empty:
+    `checkpoints` in the run folder."""
 
     def __post_init__(self) -> None:
-        for name in ("every_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}; use 1 or more")
-        if self.grace_seconds < 0:
-            raise ValueError(
-                f"checkpoint.grace_seconds is {self.grace_seconds}; use seconds, or 0 for no limit"
-            )
+        super().__post_init__()
         if self.keep_every % self.every_steps:
             raise ValueError(
                 f"checkpoint.keep_every is {self.keep_every}; use a multiple of "
@@ -184,118 +154,97 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class WatchdogConfig:
-    """When a rank without progress is ended, so that the run can be started again."""
+class WatchdogConfig(CheckedFields, section="watchdog"):
+    """When a hung rank is killed, so that the run can restart, and when a straggler is reported."""
 
-    medians: float = 20.0
-    """A step that takes so many times the median of the steps before is a hang; 0: never."""
-    minimum_seconds: float = 300.0
-    """Nothing shorter is."""
-    max_pause_seconds: float = 3600.0
-    """The same for what is no step: the first ones, which compile, an evaluation, a checkpoint, the
-    trace of a profile."""
-    straggler_ratio: float = 1.5
-    """A rank that works so many times as long as the median rank before it meets the others is
-    named, where that costs a tenth of the step; 0: never."""
-
-    def __post_init__(self) -> None:
-        if self.medians and self.medians < 2:
-            raise ValueError(f"watchdog.medians is {self.medians}; use 0 (never) or 2 or more")
-        if self.straggler_ratio and self.straggler_ratio <= 1:
-            raise ValueError(
-                f"watchdog.straggler_ratio is {self.straggler_ratio}; use 0 (never) or above 1"
-            )
-        for name in ("minimum_seconds", "max_pause_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"watchdog.{name} is {getattr(self, name)}; use seconds above 0")
+    hang_ratio: Annotated[float, Limit(lambda x: x == 0 or x >= 2, "0 (never) or 2 or more")] = 20.0
+    """A step this many times as long as the median step is a hang; 0: never."""
+    min_seconds: Seconds = 300.0
+    """Steps shorter than this are never a hang."""
+    max_pause_seconds: Seconds = 3600.0
+    """Limit for everything else: the first steps, which compile, validation, checkpoints, profiler
+    traces."""
+    straggler_ratio: Annotated[float, Limit(lambda x: x == 0 or x > 1, "0 (never) or above 1")] = (
+        1.5
+    )
+    """Report a rank that computes this many times as long as the median rank before each
+    synchronization, where that costs a tenth of the step; 0: never."""
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out scores during the run."""
+class ValidationConfig(CheckedFields, section="validation"):
+    """Validation during the run."""
 
-    every_steps: int = 1000
-    """Optimizer steps between evaluations; the last step is always evaluated."""
-    clips: int = 1000
-    """Held-out clips used at most, the first ones in packing order."""
-
-    def __post_init__(self) -> None:
-        for name in ("every_steps", "clips"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evaluation.{name} is {getattr(self, name)}; use 1 or more")
+    every_steps: PositiveInt = 1000
+    """Optimizer steps between validations; the last step is always followed by one."""
+    clips: PositiveInt = 1000
+    """Maximum number of validation clips: the first ones in packing order."""
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
-    """MLflow."""
+class TrackingConfig(CheckedFields, section="tracking"):
+    """MLflow tracking and logging."""
 
     uri: str = ""
     """MLflow tracking URI; empty: `sqlite:///<runs folder>/mlflow.db` beside the run folder."""
     experiment: str = "cavmae"
     """MLflow experiment name."""
-    every_steps: int = 10
-    """Optimizer steps between logged metrics and log lines."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"tracking.every_steps is {self.every_steps}; use 1 or more")
+    every_steps: PositiveInt = 10
+    """Optimizer steps between log lines and logged metrics."""
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
-    """A trace of some steps on every rank, for https://ui.perfetto.dev."""
+class ProfileConfig(CheckedFields, section="profile"):
+    """Profiler traces of some steps on every rank, for https://ui.perfetto.dev."""
 
-    steps: int = 0
-    """Optimizer steps that are traced in each start; 0: none, which costs nothing."""
-    after_steps: int = 10
-    """Optimizer steps of a start that go before them, for warm-up."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"profile.steps is {self.steps}; use 0 (none) or more")
-        if self.after_steps < 1:
-            raise ValueError(f"profile.after_steps is {self.after_steps}; use 1 or more")
+    steps: Annotated[int, at_least(0, "none")] = 0
+    """Optimizer steps traced in each attempt; 0: none, at no cost."""
+    after_steps: PositiveInt = 10
+    """Optimizer steps of each attempt before the trace, as warm-up."""
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every run has, whatever it trains.
+class RunConfig(CheckedFields):
+    """Fields of every run.
 
     Attributes:
-        FIXED: fields that decide what a run computes: one that goes on keeps them.
+        FIXED: fields and sections that decide what a run computes, so that it cannot resume with
+            other values.
 
     Raises:
-        ValueError: batch sizes that do not divide, with the nearest that do.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
         *("model", "seed", "global_batch", "lanes", "initial_weights", "average_from_epoch"),
+        *("data.frame_choice", "data.log_mel_mean", "data.log_mel_std", "data.shuffle_window"),
+        *("data.mixture", "data.sampling", "data.window_seconds", "data.augmentation"),
     )
 
     run_dir: str = "runs/run"
-    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
+    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
-    """Checkpoint to start from; empty: random."""
-    steps: int = 0
-    """Optimizer steps in all; 0: as many as `epochs` needs."""
+    """Checkpoint to initialize from; empty: random."""
+    steps: NonNegativeInt = 0
+    """Total optimizer steps; 0: as many as `epochs` needs."""
     epochs: float = 25.0
-    """ActivationTimeline over the training set, used where `steps` is 0."""
-    average_from_epoch: int = 0
-    """The result is the mean of the weights at the ends of the epochs from this one, counted from
-    1, to the last; 0: the last weights."""
-    global_batch: int = 48
-    """Samples per optimizer step over all ranks and accumulation."""
-    micro_batch: int = 12
-    """Samples per rank in one forward pass at most; the rest is accumulated."""
-    lanes: int = 0
-    """Fixed parts of the global batch that ranks share out, fixed when a run starts; the rank
-    count must divide it. 0: the largest divisor of the global batch up to 64."""
+    """Passes over the training set, used where `steps` is 0."""
+    average_from_epoch: Annotated[int, at_least(0, "none")] = 0
+    """Average the weights at the ends of the epochs from this one (counted from 1) to the last;
+    0: no averaging."""
+    global_batch: PositiveInt = 48
+    """Samples per optimizer step, over all ranks and accumulation."""
+    micro_batch: PositiveInt = 12
+    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated."""
+    lanes: NonNegativeInt = 0
+    """Equal parts of the global batch that are distributed over ranks, fixed for the whole run; the
+    rank count must divide it. 0: the largest divisor of the global batch up to 64."""
     seed: int = 0
-    """Seed of weights, order, masks and frames."""
+    """Seed of initialization, order, masks and frames."""
     deterministic: bool = False
-    """Bit-equal repetition on a GPU as well (slower there; on CPU it always holds)."""
-    threads_per_rank: int = 0
-    """CPU threads of each rank; 0: cores of the machine divided by its ranks."""
+    """Use deterministic kernels on GPUs too, which is slower; CPUs always do."""
+    threads_per_rank: NonNegativeInt = 0
+    """CPU threads of each rank; 0: the cores of the machine divided by its ranks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -303,20 +252,14 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        super().__post_init__()
         if self.steps == 0 and self.epochs <= 0:
             raise ValueError(f"steps is 0 and epochs is {self.epochs}; set one of them above 0")
-        if self.average_from_epoch < 0:
-            raise ValueError(
-                f"average_from_epoch is {self.average_from_epoch}; use 0 (none) or more"
-            )
         if self.lanes and self.global_batch % self.lanes:
             raise ValueError(
                 f"lanes is {self.lanes}, which does not divide global_batch {self.global_batch}"
@@ -332,27 +275,64 @@ class PretrainConfig(RunConfig):
     """One pretraining run.
 
     Raises:
-        ValueError: batch sizes that do not divide, with the nearest that do.
+        ValueError: a field is out of range, or does not fit another one.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "mask", "loss")
 
     run_dir: str = "runs/pretrain"
-    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run goes on."""
+    """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
-    """ImageNet MAE or published CAV-MAE checkpoint to start from; empty: random."""
+    """ImageNet MAE or published CAV-MAE checkpoint to initialize from; empty: random."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    pictures: int = 4
-    """Held-out clips shown masked, reconstructed and original at each evaluation."""
+    pictures: PositiveInt = 4
+    """Validation clips shown masked, reconstructed and original at each validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pictures < 1:
-            raise ValueError(f"pictures is {self.pictures}; use 1 or more")
         group = self.loss.contrastive_group
         if group and self.global_batch % group:
             raise ValueError(
                 f"loss.contrastive_group is {group}, which does not divide "
                 f"global_batch {self.global_batch}"
             )
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(CheckedFields, section="classifier"):
+    """The classes, and how they are learned (paper section 4.2)."""
+
+    labels: str = ""
+    """CSV file of the classes with the columns index, mid, display_name, as published; clips are
+    labelled by mid. Empty: the labels of the training set, sorted by name."""
+    allow_empty_classes: bool = False
+    """Train even if the training set has no clip of some classes of the label file."""
+    mode: Literal["multimodal", "audioonly", "videoonly"] = "multimodal"
+    """Input modalities: audio and video, or one of them."""
+    loss: Literal["bce", "cross_entropy"] = "bce"
+    """`bce` for clips of several labels (AudioSet), `cross_entropy` for clips of one (VGGSound)."""
+    label_smoothing: Annotated[float, Limit(lambda x: 0 <= x < 1, "0 (none) up to below 1")] = 0.1
+    """Fraction of a target that is spread over all classes; 0: none."""
+    head_lr_mult: PositiveFloat = 1.0
+    """Learning rate multiplier of the new classifier head."""
+    train_encoders: bool = True
+    """Train the whole model; otherwise only the head, on frozen features (linear probe)."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """One fine-tuning run.
+
+    Raises:
+        ValueError: a field is out of range, or does not fit another one.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "classifier")
+
+    run_dir: str = "runs/finetune"
+    """Folder of the run: configuration, checkpoints, labels, weights. An existing run resumes."""
+    initial_weights: str = ""
+    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to initialize from; empty:
+    random."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)

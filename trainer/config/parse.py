@@ -1,36 +1,33 @@
-"""From the words of a command line to the configuration of a run."""
+"""Parses a command line into the configuration of a run."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
-from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
-from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
+from cavmae.trainer.config.configs import FinetuneConfig, RunConfig
+from cavmae.trainer.config.recipes import RECIPES
 from cavmae.trainer.config.serialize import load_run_config
-
-RECIPES: dict[str, Callable[[], RunConfig]] = {**PRETRAIN_RECIPES, **FINETUNE_RECIPES}
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse(arguments: list[str], kinds: Sequence[type[Config]], prog: str) -> Config:
-    """The configuration of a command line.
+    """Parse a recipe and the fields that override it.
 
     Args:
         arguments: a recipe's name or the path of a saved `config.json`, then `--field value`s.
-        kinds: of run that the command starts: `PretrainConfig`, `FinetuneConfig`, or dataclasses
-            that add fields with defaults to them.
-        prog: how the command is called, for its help.
+        kinds: the dataclasses that the command accepts: `PretrainConfig`, `FinetuneConfig`, or
+            subclasses that add fields with defaults.
+        prog: name of the command, for its help.
 
     Raises:
-        ValueError: no such recipe, one of another kind, or a field that a dataclass refuses.
-        SystemExit: `--help`, or a field that does not exist (with a message that names it).
+        ValueError: the recipe does not exist or is for another command, or a dataclass refuses a
+            field.
+        SystemExit: `--help`, or a field that does not exist (the message names it).
     """
     import tyro
 
-    # The deepspeed launcher puts this first; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher puts this first; LOCAL_RANK in the environment has the same value.
     arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     known = [name for name, recipe in RECIPES.items() if _kind_of(recipe(), kinds) is not None]
     names = ", ".join(known)
@@ -54,8 +51,8 @@ def parse(arguments: list[str], kinds: Sequence[type[Config]], prog: str) -> Con
         if found is None:
             command = "finetune" if isinstance(recipe, FinetuneConfig) else "pretrain"
             raise ValueError(
-                f"{name} is for `cavmae {command}`; `{prog}` takes {names}, or a saved config.json "
-                "of its own"
+                f"{name} is for `cavmae {command}`; `{prog}` takes {names}, or the config.json of "
+                "one of its runs"
             )
         kind = found
         fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}

@@ -1,41 +1,33 @@
-"""From what the user asked for to what this run does: every open field filled in, once."""
+"""Resolves a configuration: fields left open get their values, once per run."""
 
 import dataclasses
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
-# Fields of the data that decide what a run computes, as `RunConfig.FIXED` does.
-_FIXED_DATA = (
-    "frame_choice",
-    "log_mel_mean",
-    "log_mel_std",
-    "shuffle_window",
-    "mixture",
-    "sampling",
-    "window_seconds",
-    "augmentation",
-)
-# As Linux names them: x86's two ways of multiplying bf16, and ARM's.
+# The classes are compared when those of the run are read.
+_MAY_CHANGE = {"classifier.labels"}
+# As /proc/cpuinfo names them: bf16 multiplication of x86 (two extensions) and of ARM.
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> Config:
-    """Fill in lanes, steps, micro-batch and threads, and where `initial_weights` lie.
+    """Fill in lanes, steps, micro-batch and threads, and make `initial_weights` absolute.
 
     Args:
-        config: what the user asked for.
-        world_size: ranks of this start.
+        config: as the user gave it.
+        world_size: number of ranks.
         samples: clips of the training set.
         threads: CPU threads per rank, as set.
 
     Raises:
-        ValueError: the rank count does not divide the lanes, or the set is too small.
+        ValueError: the rank count does not divide the lanes, or the training set is too small.
     """
     lanes = config.lanes or default_lanes(config.global_batch)
     check_ranks(lanes, world_size)
@@ -57,13 +49,13 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
 
 
 def native_dtype(*, gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:
-    """bf16 where the hardware multiplies it, else fp32.
+    """Choose bf16 where the hardware multiplies it, else fp32.
 
-    A CPU that has to convert takes ten times as long in bf16 as in fp32 (`dependencies.md`).
+    A CPU that has to convert is ten times slower in bf16 than in fp32 (`dependencies.md`).
 
     Args:
-        gpu: whether the run trains on one.
-        cpuinfo: what the kernel says of the processor.
+        gpu: whether the run trains on a GPU.
+        cpuinfo: file in which Linux lists the CPU's features.
     """
     if gpu:
         return "bf16"
@@ -72,45 +64,34 @@ def native_dtype(*, gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal
 
 
 def check_same_run(before: RunConfig, now: RunConfig) -> None:
-    """A run that goes on must compute what it began.
+    """Check that a run resumes with the fields that decide what it computes unchanged.
 
     Raises:
-        ValueError: a field that decides what is computed differs; names it with both values.
+        ValueError: one of them differs; the message has both values.
     """
     if type(before) is not type(now):
         raise ValueError(
-            f"the run in {now.run_dir} was started with a {type(before).__name__} and this start "
-            f"has a {type(now).__name__}; give another --run-dir"
+            f"the run in {now.run_dir} was started with a {type(before).__name__} and cannot "
+            f"resume with a {type(now).__name__}; use another --run-dir"
         )
-    if isinstance(before, PretrainConfig) and isinstance(now, PretrainConfig):
-        # How embeddings travel decides nothing: a run may go on with the other way.
-        loss = dataclasses.replace(now.loss, exchange=before.loss.exchange)
-        now = dataclasses.replace(now, loss=loss)
-    if isinstance(before, FinetuneConfig) and isinstance(now, FinetuneConfig):
-        # The classes themselves are compared where the run's are opened.
-        classifier = dataclasses.replace(now.classifier, labels=before.classifier.labels)
-        now = dataclasses.replace(now, classifier=classifier)
-    differing = [
-        (name, getattr(before, name), getattr(now, name))
-        for name in now.FIXED
-        if getattr(before, name) != getattr(now, name)
-    ] + [
-        (f"data.{name}", getattr(before.data, name), getattr(now.data, name))
-        for name in _FIXED_DATA
-        if getattr(before.data, name) != getattr(now.data, name)
-    ]
-    if differing:
-        name, was, is_now = differing[0]
-        if dataclasses.is_dataclass(was):
-            for field in dataclasses.fields(was):
-                old, new = getattr(was, field.name), getattr(is_now, field.name)
-                if old != new:
-                    name, was, is_now = f"{name}.{field.name}", old, new
-                    break
-        raise ValueError(
-            f"the run in {now.run_dir} was started with {name} {was} and this start has {is_now}; "
-            "give the former, or another --run-dir to start anew"
-        )
+    for name in now.FIXED:
+        values = (_leaves(name, attrgetter(name)(config)) for config in (before, now))
+        for (field, was), (_, wanted) in zip(*values, strict=True):
+            if was != wanted and field not in _MAY_CHANGE:
+                raise ValueError(
+                    f"the run in {now.run_dir} was started with {field} {was} and cannot resume "
+                    f"with {wanted}; use the former value, or start a new run with another "
+                    "--run-dir"
+                )
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of every field of a section, or of one field."""
+    if not dataclasses.is_dataclass(value):
+        yield name, value
+        return
+    for field in dataclasses.fields(value):
+        yield from _leaves(f"{name}.{field.name}", getattr(value, field.name))
 
 
 def _largest_divisor(number: int, limit: int) -> int:

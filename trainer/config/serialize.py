@@ -1,31 +1,32 @@
-"""Configurations as JSON files, and JSON files written whole.
-
-Configurations are read back strictly: a run that resumes with a field misread, or silently at its
-default, is another run.
+"""Configurations as JSON files, read back strictly: a run that resumes with a misread field, or one
+silently at its default, is a different run.
 """
 
 import dataclasses
-import json
-import os
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae import __version__
+from cavmae.atomic_write import read_json, write_json
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 Config = TypeVar("Config")
 
+SCHEMA = 2
+"""Of a run's config.json: raised when a field is renamed or removed. Version 0.1.0 wrote none."""
+
 
 def save_config(config: object, path: str | Path) -> None:
-    """Write a configuration dataclass as JSON, whole or not at all.
+    """Write a configuration dataclass as JSON, atomically; that of a run gets the schema number.
 
     Raises:
-        ValueError: a float that is not finite, which JSON can't hold.
+        ValueError: a float is not finite, which JSON can't hold.
     """
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)
-    write_json(path, dataclasses.asdict(config))
+    schema = {"schema": SCHEMA} if isinstance(config, RunConfig) else {}
+    write_json(path, schema | dataclasses.asdict(config))
 
 
 def load_config(path: str | Path, kind: type[Config]) -> Config:
@@ -33,63 +34,58 @@ def load_config(path: str | Path, kind: type[Config]) -> Config:
 
     Args:
         path: JSON file.
-        kind: Dataclass to build; nested dataclasses are built from nested objects.
+        kind: dataclass to build; nested dataclasses are built from nested objects.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, an unknown or missing field, or a value of another type, with the
-            field's full name; or what the dataclass itself refuses.
+        ValueError: the file is not JSON, another version wrote it, a field is unknown, missing or
+            of another type (with its full name), or the dataclass itself refuses a value.
     """
-    return _build(read_json(path), kind, "", Path(path))
+    document = read_json(path)
+    if issubclass(kind, RunConfig):
+        _check_schema(document.pop("schema", None), Path(path))
+    return _build(document, kind, "", Path(path))
 
 
 def load_run_config(path: str | Path) -> RunConfig:
-    """Read the configuration of a run of any kind; raises as `load_config` does."""
+    """Read the configuration of a pretraining or fine-tuning run.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_config`.
+    """
     kind = FinetuneConfig if "classifier" in read_json(path) else PretrainConfig
     return load_config(path, kind)
 
 
-def write_json(path: str | Path, document: object) -> None:
-    """Write a JSON file so that a reader, or a power cut, meets the old or the new one.
+def _check_schema(schema: object, path: Path) -> None:
+    """Refuse a run's config.json of another version, with what its run.json says about the code.
 
     Raises:
-        ValueError: a float that is not finite.
+        ValueError: names both versions and what to do.
     """
-    path = Path(path)
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        document = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}; expected a JSON object")
-    return document
+    if schema == SCHEMA:
+        return
+    run_file = path.with_name("run.json")
+    record = read_json(run_file) if run_file.exists() else {}
+    commit, code = ((record.get(name) or [None])[-1] for name in ("git_commits", "code"))
+    version = f"another version (schema {schema})" if schema else "version 0.1.0"
+    raise ValueError(
+        f"{path} was written by {version} of cavmae{f', commit {commit}' if commit else ''}; this "
+        f"is version {__version__}, which cannot read it. To resume or evaluate that run, use its "
+        f"own code{f', kept in {path.parent}/code/{code}.tar.gz' if code else ''}; or start a new "
+        "run with its weights.pt as --initial-weights"
+    )
 
 
 def _build(values: dict[str, Any], kind: type[Config], prefix: str, path: Path) -> Config:
-    """`prefix` is the dotted name of the object being built, for error messages."""
+    """Build a dataclass; `prefix` is the dotted name of its section, for error messages."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise ValueError(
             f"{path}: unknown field {prefix + unknown[0]}; this version of {kind.__name__} has no "
-            f"such field: take it out, or use the version that wrote the file"
+            f"such field: remove it, or use the version that wrote the file"
         )
     missing = sorted(fields.keys() - values.keys())
     if missing:
@@ -103,7 +99,7 @@ def _build(values: dict[str, Any], kind: type[Config], prefix: str, path: Path) 
 
 
 def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
-    """`value` as read from JSON, in the type that the field declares."""
+    """Convert a value read from JSON to the type that the field declares."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _build(value, hint, f"{name}.", path)

@@ -1,0 +1,1 @@
+"""FLOPs, memory, communication and time of a step, computed before a run."""

@@ -1,14 +1,13 @@
-"""What a forward and a backward pass keep in memory, counted on tensors that have no values.
+"""The memory of a forward and a backward pass, traced on tensors without values.
 
 torch's fake tensors go through the model as real ones on a CPU do, in seconds and without the
-memory, whatever the size of the model; attention holds no scores there, as on a GPU. Every storage
-is counted from the operation that makes it to the moment nobody refers to it, so what is counted is
-the allocator's truth up to what operations take inside of themselves. Bytes grow linearly with the
-samples in each storage; two passes of different batches give all others.
+memory, whatever the size of the model; as on a GPU, attention stores no scores. Every storage is
+followed from the operation that allocates it to its last reference, so the trace equals the
+allocator's but for buffers inside operations. Each storage grows linearly with the batch, so two
+traces with different batches give all others.
 """
 
-import copy
-import math
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -20,24 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.losses.classification import classification_loss
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 _SAMPLES = (2, 3)
-"""Of the two passes; a batch of one is a special case to some operations."""
+"""Of the two traces; a batch of one is a special case to some operations."""
 
 
 @dataclass(frozen=True)
 class ActivationTimeline:
-    """The storages that a forward and a backward pass make, in the order in which they are made.
+    """The storages of a forward and a backward pass, in the order of their allocation.
 
     Attributes:
-        alloc, free: (storages,) the operation that makes each, and the first one after its end.
+        alloc, free: (storages,) the operation that allocates each, and the first one after it is
+            freed.
         fixed, per_sample: (storages,) their bytes.
         gradient: (storages,) whether autograd leaves it in a parameter.
         operations: of both passes.
@@ -50,24 +47,17 @@ class ActivationTimeline:
     gradient: np.ndarray
     operations: int
 
-    def peak(
-        self,
-        samples: int,
-        *,
-        gradients_stay: bool,
-        from_bytes: float = 0.0,
-        below_bytes: float = math.inf,
-    ) -> int:
-        """Most bytes at once.
+    def peak(self, samples: int, *, gradients_stay: bool, below_bytes: float = float("inf")) -> int:
+        """Return the most bytes allocated at once.
 
         Args:
             samples: of a micro-batch.
             gradients_stay: whether each gradient stays where autograd leaves it, as opposed to
-                going into a bucket that is there already.
-            from_bytes, below_bytes: of the storages that are counted.
+                going into a bucket that exists already.
+            below_bytes: only storages smaller than this are counted.
         """
         sizes = self.fixed + samples * self.per_sample
-        counted = (sizes >= from_bytes) & (sizes < below_bytes)
+        counted = sizes < below_bytes
         if not gradients_stay:
             counted &= ~self.gradient
         changes = np.zeros(self.operations + 1)
@@ -77,47 +67,71 @@ class ActivationTimeline:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of all parameters' gradients."""
         return int(self.fixed[self.gradient].sum())
 
 
-def count_passes(config: RunConfig) -> ActivationTimeline:
-    """Of a micro-batch of the run; takes seconds.
+def trace_activations(config: RunConfig) -> ActivationTimeline:
+    """Trace a micro-batch of the run; takes seconds.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
     """
-    few, more = (_count(config, samples) for samples in _SAMPLES)
-    assert few.alloc == more.alloc and few.free == more.free, "no operation depends on the batch"
+    few, more = (_trace(config, samples) for samples in _SAMPLES)
+    free, also_free = (np.minimum(one.free, one.operations) for one in (few, more))
+    assert few.alloc == more.alloc and np.array_equal(free, also_free), "the batch changes nothing"
     sizes = np.array([few.sizes, more.sizes], dtype=np.float64)
     per_sample = (sizes[1] - sizes[0]) / (_SAMPLES[1] - _SAMPLES[0])
-    gradient = np.zeros(len(few.alloc), dtype=bool)
-    gradient[few.gradients] = True
     return ActivationTimeline(
         alloc=np.array(few.alloc),
-        free=np.array([few.free.get(number, few.operations) for number in range(len(few.alloc))]),
+        free=free,
         fixed=sizes[0] - _SAMPLES[0] * per_sample,
         per_sample=per_sample,
-        gradient=gradient,
+        gradient=np.isin(np.arange(len(few.alloc)), few.gradients),
         operations=few.operations,
     )
 
 
-class _Count(TorchDispatchMode):
-    """Storages made since it was entered, by number.
+def activation_bound(config: RunConfig, gradient_bytes: int) -> ActivationTimeline:
+    """Return an upper bound of `trace_activations` at once, for runs that fit by far.
+
+    A block keeps less than 40 values for each channel of a token; everything outside the blocks is
+    less than 16 values a pixel.
+
+    Args:
+        config: of the run.
+        gradient_bytes: of all trained parameters.
+    """
+    shape = config.model
+    encoders = (shape.modality_depth + 2 * shape.joint_depth) * shape.width
+    channels = encoders + shape.decoder_depth * shape.decoder_width
+    tokens = shape.audio_tokens + shape.video_tokens
+    pixels = shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2
+    return ActivationTimeline(
+        alloc=np.array([0, 0]),
+        free=np.array([1, 1]),
+        fixed=np.array([0, gradient_bytes]),
+        per_sample=np.array([4 * (40 * tokens * channels + 16 * pixels), 0]),
+        gradient=np.array([False, True]),
+        operations=1,
+    )
+
+
+class _Trace(TorchDispatchMode):
+    """Records the storages that are allocated while it is active, by number.
 
     Attributes:
-        alloc, sizes: the operation that made each, and its bytes.
-        free: the operation before which it was gone, where it was.
-        gradients: those that are left in parameters.
-        operations: done.
+        alloc, sizes: the operation that allocates each, and its bytes.
+        free: the operation before which each was freed; `sys.maxsize` while it exists.
+        gradients: numbers of those that are left in parameters.
+        operations: how many have run.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alloc: list[int] = []
         self.sizes: list[int] = []
-        self.free: dict[int, int] = {}
+        self.free: list[int] = []
         self.gradients: list[int] = []
         self.operations = 0
         self._numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int | None] = (
@@ -132,12 +146,12 @@ class _Count(TorchDispatchMode):
         self.operations += 1
         return result
 
-    def leave_out(self, tensor: torch.Tensor) -> None:
-        """Something that was there before."""
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Do not count a tensor that existed before."""
         self._numbers[tensor.untyped_storage()] = None
 
-    def gradient_is_there(self, parameter: torch.Tensor) -> None:
-        """Autograd leaves one in a parameter, where it stays."""
+    def add_gradient(self, parameter: torch.Tensor) -> None:
+        """Note the gradient that autograd leaves in a parameter."""
         assert parameter.grad is not None
         number = self._numbers[parameter.grad.untyped_storage()]
         assert number is not None
@@ -145,113 +159,61 @@ class _Count(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._numbers:
-            number = self._numbers[storage] = len(self.alloc)
+            self._numbers[storage] = len(self.alloc)
+            weakref.finalize(storage, self._end, len(self.alloc))
             self.alloc.append(self.operations)
             self.sizes.append(storage.nbytes())
-            weakref.finalize(storage, self._end, number)
+            self.free.append(sys.maxsize)
 
     def _end(self, number: int) -> None:
-        self.free.setdefault(number, self.operations)
+        self.free[number] = self.operations
 
 
-def _count(config: RunConfig, samples: int) -> _Count:
+def _trace(config: RunConfig, samples: int) -> _Trace:
+    shape, trace = config.model, _Trace()
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
     with torch.device("meta"):
-        model = trained_model(config)
+        model = build_model(config)
     model.recompute_blocks(config.engine.activation_checkpointing)
-    count = _Count()
     with FakeTensorMode():
         for name, one in list(model.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
             setattr(model.get_submodule(owner), leaf, weight)
-            count.leave_out(weight)
+            trace.ignore(weight)
             if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(count.gradient_is_there)
-        shape = config.model
+                weight.register_post_accumulate_grad_hook(trace.add_gradient)
         log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
         frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
         for tensor in (log_mel, frame):
-            count.leave_out(tensor)
-        if isinstance(config, FinetuneConfig):
-            assert isinstance(model, CAVMAEClassifier)
-            _finetuning_passes(config, model, log_mel, frame, count)
-        else:
-            assert isinstance(config, PretrainConfig) and isinstance(model, CAVMAE)
-            _pretraining_passes(config, model, log_mel, frame, count)
-        done = copy.copy(count)
-        done.free = dict(count.free)  # the model and its gradients are still there
-    return done
+            trace.ignore(tensor)
+        with trace:
+            _loss(config, model, log_mel, frame).backward()
+    return trace
 
 
-def _pretraining_passes(
-    config: PretrainConfig,
-    model: CAVMAE,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    count: _Count,
-) -> None:
-    losses = {
-        "reconstruct": config.loss.reconstruction_weight > 0,
-        "contrast": config.loss.contrastive_weight > 0,
-    }
-    masks = random_masks(
-        config.model,
-        torch.arange(len(log_mel)),
-        seed=0,
-        audio_ratio=config.mask.audio_ratio,
-        video_ratio=config.mask.video_ratio,
-        audio_mode=config.mask.audio_mode,
-    )
-    with count:
-        output = model(log_mel, frame, *masks, **losses, norm_pix=config.loss.norm_pix)
-        loss = torch.zeros(())
-        if losses["reconstruct"]:
-            loss = loss + output.reconstruction_audio + output.reconstruction_video
-        if losses["contrast"]:
-            loss = loss + (output.audio_embedding * output.video_embedding).sum()
-        loss.backward()
-
-
-def _finetuning_passes(
-    config: FinetuneConfig,
-    model: CAVMAEClassifier,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    count: _Count,
-) -> None:
-    targets = torch.empty(len(log_mel), model.classes)
-    count.leave_out(targets)
-    with count:
+def _loss(
+    config: RunConfig, model: nn.Module, log_mel: torch.Tensor, frame: torch.Tensor
+) -> torch.Tensor:
+    """Compute a loss that keeps what the run's own loss keeps."""
+    if isinstance(config, FinetuneConfig):
         logits = model(log_mel, frame, mode=config.classifier.mode).logits
-        classification_loss(logits, targets, config.classifier.loss).backward()
-
-
-def passes_at_most(config: RunConfig, gradient_bytes: int) -> ActivationTimeline:
-    """What `count_passes` finds is less than this, which takes no time.
-
-    A block keeps less than 40 values for each channel of a token; what is not in a block is less
-    than 16 values a pixel.
-
-    Args:
-        config: `engine.dtype` is bf16 or fp32.
-        gradient_bytes: of all parameters that are trained.
-    """
-    shape = config.model
-    audio, video, decoder = shape.audio_tokens, shape.video_tokens, 0
-    if isinstance(config, PretrainConfig):
-        decoder = shape.decoder_depth * (audio + video) * shape.decoder_width
-        audio = int(audio * (1 - config.mask.audio_ratio)) + 1
-        video = int(video * (1 - config.mask.video_ratio)) + 1
-    encoders = (shape.modality_depth + 2 * shape.joint_depth) * (audio + video) * shape.width
-    pixels = 16 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
-    element = 2 if config.engine.dtype == "bf16" else 4
-    per_sample = element * 40 * (encoders + decoder) + 4 * pixels
-    return ActivationTimeline(
-        alloc=np.array([0, 0]),
-        free=np.array([1, 1]),
-        fixed=np.array([0, gradient_bytes]),
-        per_sample=np.array([per_sample, 0]),
-        gradient=np.array([False, True]),
-        operations=1,
+        return classification_loss(logits, torch.empty_like(logits), config.classifier.loss)
+    assert isinstance(config, PretrainConfig)
+    masks = random_masks(config.model, config.mask, torch.arange(len(log_mel)), seed=0)
+    reconstruct = config.loss.reconstruction_weight > 0
+    contrast = config.loss.contrastive_weight > 0
+    output = model(
+        log_mel,
+        frame,
+        *masks,
+        reconstruct=reconstruct,
+        contrast=contrast,
+        norm_pix=config.loss.norm_pix,
     )
+    loss = torch.zeros(())
+    if reconstruct:
+        loss = loss + output.reconstruction_audio + output.reconstruction_video
+    if contrast:
+        loss = loss + (output.audio_embedding * output.video_embedding).sum()
+    return loss

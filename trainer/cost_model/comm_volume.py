@@ -1,10 +1,10 @@
-"""What the ranks send each other in a step: every collective of it, to the byte.
+"""The collectives of a training step, to the byte, computed from the configuration.
 
-This is what DeepSpeed 0.19 does with the settings of `engine.py`, counted in real runs by
-`test_comm_volume.py`. In two places it is not what the ZeRO paper (Rajbhandari et al., 2020,
-section 7) says: stages 1 and 2 reduce gradients with an all-reduce, whose bytes are twice those of
-a reduce-scatter, and stage 3 gathers weights once for forward and backward pass together, because
-it lets go of none that are used again within 1e9 elements.
+They are those of DeepSpeed 0.19 with the settings of `distributed/engine.py`, and
+`test_comm_volume.py` counts them in real runs. DeepSpeed differs from the ZeRO paper (Rajbhandari
+et al., 2020, section 7) in two places: stages 1 and 2 reduce gradients with an all-reduce, whose
+bytes are twice those of a reduce-scatter, and stage 3 gathers weights once for forward and backward
+pass together, because it releases none that are used again within 1e9 elements.
 """
 
 import math
@@ -13,24 +13,23 @@ from typing import Literal
 
 from torch import nn
 
-from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive import contrastive_layout, groups_span_ranks
-from cavmae.trainer.losses.embedding_exchange import Form
+from cavmae.trainer.losses.contrastive_groups import Layout, contrastive_layout
 
-Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "send"]
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
 
 # DeepSpeed's defaults, in elements.
 PERSISTENT_ELEMENTS = 100_000
-"""Stage 3 keeps parameters of so many elements or fewer whole on every rank."""
+"""Stage 3 keeps parameters of up to this size whole on every rank."""
 PREFETCH_ELEMENTS = 50_000_000
-"""Stage 3 gathers so many elements at once, or a parameter more."""
+"""Stage 3 gathers this many elements at once, or one parameter more."""
 _ALIGNED_ELEMENTS = 2
-"""A rank's part of a flat buffer of stages 1 and 2 is a multiple of this."""
+"""A rank's partition of a flat buffer of stages 1 and 2 is a multiple of this."""
 
 _FLAGS = 2
-"""Numbers that the loop sums in every step beside the metrics: who leaves, who still writes."""
+"""Numbers that the loop sums in every step beside the metrics: who stops, who still writes."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,18 @@ class Collective:
 
     Attributes:
         purpose: what they are for.
-        kind: what they do.
-        payload_bytes: of all calls: what every rank has at the end of an all-reduce or gather, or
-            at the beginning of a reduce-scatter; of a send, what one rank sends.
+        kind: the operation.
+        payload_bytes: of all calls together: what every rank has after an all-reduce or gather, or
+            before a reduce-scatter.
         calls: how many there are.
-        together: calls that are issued as one.
-        ahead: whether they are begun before what they bring is needed.
+        prefetched: whether they are issued before their result is needed.
     """
 
     purpose: Purpose
     kind: Kind
     payload_bytes: int
     calls: int
-    together: int = 1
-    ahead: bool = False
+    prefetched: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,26 @@ class TensorSizes:
     """Elements of each parameter of a model.
 
     Attributes:
-        trainable: of those that are trained.
-        frozen: of those that are not.
+        trainable: of trained parameters.
+        frozen: of the others.
     """
 
     trainable: tuple[int, ...]
     frozen: tuple[int, ...]
 
+    @property
+    def persistent(self) -> list[int]:
+        """Sizes of the parameters that stage 3 keeps whole on every rank."""
+        return [one for one in self.trainable + self.frozen if one <= PERSISTENT_ELEMENTS]
+
+    @property
+    def partitioned(self) -> list[int]:
+        """Sizes of the parameters that stage 3 gathers when they are needed."""
+        return [one for one in self.trainable + self.frozen if one > PERSISTENT_ELEMENTS]
+
 
 def tensor_sizes(model: nn.Module) -> TensorSizes:
-    """Of a model that DeepSpeed has not taken apart."""
+    """Return the sizes of a model that DeepSpeed has not partitioned."""
     parameters = list(model.parameters())
     return TensorSizes(
         trainable=tuple(one.numel() for one in parameters if one.requires_grad),
@@ -77,15 +84,18 @@ def tensor_sizes(model: nn.Module) -> TensorSizes:
     )
 
 
-def sent_bytes(collective: Collective, world_size: int) -> int:
-    """Bytes that each rank sends where collectives go around a ring (NCCL's and gloo's way).
+def element_bytes(config: RunConfig) -> int:
+    """Return the bytes of a weight; `engine.dtype` is bf16 or fp32."""
+    return 2 if config.engine.dtype == "bf16" else 4
 
-    Args:
-        collective: of these ranks.
-        world_size: ranks.
-    """
-    if collective.kind == "send":
-        return collective.payload_bytes
+
+def micro_batches(config: RunConfig, world_size: int) -> int:
+    """Return how many micro-batches each rank accumulates in a step."""
+    return config.global_batch // world_size // config.micro_batch
+
+
+def sent_bytes(collective: Collective, world_size: int) -> int:
+    """Return the bytes that each rank sends in a ring algorithm (NCCL's and gloo's way)."""
     rounds = 2 if collective.kind == "all_reduce" else 1
     return rounds * (world_size - 1) * collective.payload_bytes // world_size
 
@@ -93,8 +103,9 @@ def sent_bytes(collective: Collective, world_size: int) -> int:
 def collectives(
     config: PretrainConfig, tensors: TensorSizes, world_size: int
 ) -> tuple[Collective, ...]:
-    """Of a step that is reported, once the first two steps are over (in which stage 3 learns the
-    order of modules); none for one rank.
+    """Return the collectives of a logged step; none for one rank.
+
+    The first two steps differ, in which stage 3 learns the order of modules.
 
     Args:
         config: resolved: `lanes` is set, `engine.dtype` is bf16 or fp32, and `micro_batch` is what
@@ -118,30 +129,30 @@ def collectives(
 
 
 def embeds_first(config: PretrainConfig, world_size: int) -> bool:
-    """Whether a step has forward passes without gradients before those with them."""
-    return (
-        config.loss.contrastive_weight > 0
-        and contrastive_layout(
-            group_size=config.loss.contrastive_group or config.global_batch,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
-            world_size=world_size,
-        )
-        == "cached"
+    """Return whether a step has forward passes without gradients before those with them."""
+    contrasts = config.loss.contrastive_weight > 0
+    return contrasts and _layout(config, world_size, config.micro_batch) == "cached"
+
+
+def _layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
+    return contrastive_layout(
+        group_size=config.loss.contrastive_group or config.global_batch,
+        global_batch=config.global_batch,
+        micro_batch=micro_batch,
+        lanes=config.lanes,
+        world_size=world_size,
     )
 
 
 def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purpose, int]:
-    """Bytes that each rank sends in a step, for each purpose."""
+    """Return the bytes that each rank sends in a step, by purpose."""
     totals: dict[Purpose, int] = {"gradients": 0, "weights": 0, "embeddings": 0, "scalars": 0}
     for one in found:
         totals[one.purpose] += sent_bytes(one, world_size)
     return totals
 
 
-def exchange_collectives(
-    form: Form,
+def embedding_gathers(
     *,
     world_size: int,
     rows: int,
@@ -149,11 +160,10 @@ def exchange_collectives(
     value_bytes: int,
     bidirectional: bool,
     log_sum_bytes: int = 4,
-) -> tuple[Collective, ...]:
-    """Of one contrastive loss over ranks and its gradient (`exchange.blocks`).
+) -> Collective:
+    """Return the collectives of one contrastive loss over ranks and its gradient.
 
     Args:
-        form: as in `exchange.blocks`.
         world_size: ranks.
         rows: clips of each rank.
         width: of an embedding.
@@ -162,50 +172,37 @@ def exchange_collectives(
         log_sum_bytes: of one statistic: 4, or 8 for float64 embeddings.
     """
     directions = 2 if bidirectional else 1
-    embeddings, log_sums = 2 * rows * width * value_bytes, directions * rows * log_sum_bytes
-    if form == "ring":  # for the loss, and for its gradient once more
-        others = world_size - 1
-        return tuple(
-            Collective("embeddings", "send", others * own, others * tensors, together=tensors)
-            for own, tensors in ((embeddings, 2), (embeddings + log_sums, 2 + directions))
-        )
-    own = embeddings + log_sums
-    return (Collective("embeddings", "all_gather", world_size * own, 2 + directions),)
+    own = 2 * rows * width * value_bytes + directions * rows * log_sum_bytes
+    return Collective("embeddings", "all_gather", world_size * own, 2 + directions)
 
 
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
-    group_size = config.loss.contrastive_group or config.global_batch
-    if not groups_span_ranks(
-        group_size=group_size,
-        global_batch=config.global_batch,
-        lanes=config.lanes,
-        world_size=world_size,
-    ):
-        return ()
-    times = 1 if cached else _micro_batches(config, world_size)
-    return times * exchange_collectives(
-        config.loss.exchange,
+    if _layout(config, world_size, micro_batch=config.global_batch) == "local":
+        return ()  # no group spans ranks
+    times = 1 if cached else micro_batches(config, world_size)
+    gathers = embedding_gathers(
         world_size=world_size,
         rows=config.global_batch // world_size // times,
         width=config.model.width,
-        value_bytes=_element_bytes(config),
+        value_bytes=element_bytes(config),
         bidirectional=config.loss.bidirectional,
     )
+    return times * (gathers,)
 
 
 def _replicated(
     config: PretrainConfig, tensors: TensorSizes, world_size: int
 ) -> tuple[Collective, ...]:
-    """Stages 0 to 2, in which every rank has all weights.
+    """Return those of stages 0 to 2, in which every rank has all weights.
 
     Source: `deepspeed/runtime/engine.py`, `bf16_optimizer.py` and `zero/stage_1_and_2.py`.
     """
     stage, bf16 = config.engine.zero_stage, config.engine.dtype == "bf16"
-    element, elements = _element_bytes(config), sum(tensors.trainable)
+    element, elements = element_bytes(config), sum(tensors.trainable)
     padded = _rounded_up(elements, _ALIGNED_ELEMENTS * world_size)
-    # Stage 1 in bf16 is an optimizer of its own, which reduces the flat buffer with its padding.
+    # Stage 1 in bf16 has its own optimizer, which reduces the flat buffer with its padding.
     reduced = padded if stage == 1 and bf16 else elements
-    times = _micro_batches(config, world_size) if stage == 2 else 1
+    times = micro_batches(config, world_size) if stage == 2 else 1
     buckets = math.ceil(elements / LARGEST_BUCKET_ELEMENTS)
     gradients = Collective("gradients", "all_reduce", times * element * reduced, times * buckets)
     if stage == 0:
@@ -222,53 +219,43 @@ def _replicated(
 def _sharded(
     config: PretrainConfig, tensors: TensorSizes, world_size: int, *, cached: bool
 ) -> tuple[Collective, ...]:
-    """Stage 3, of models of fewer than 5e8 parameters: larger ones would be let go and gathered
-    again between forward and backward pass.
+    """Return those of stage 3 for models of fewer than 5e8 parameters: weights of larger ones would
+    be released and gathered again between forward and backward pass.
 
     Source: `deepspeed/runtime/zero/stage3.py` and `partitioned_param_coordinator.py`.
     """
-    element, times = _element_bytes(config), _micro_batches(config, world_size)
-    everything = tensors.trainable + tensors.frozen
-    shared = [size for size in everything if size > PERSISTENT_ELEMENTS]
-    small = [size for size in everything if size <= PERSISTENT_ELEMENTS]
+    element, times = element_bytes(config), micro_batches(config, world_size)
+    partitioned, persistent = tensors.partitioned, tensors.persistent
 
     def padded(sizes: list[int] | tuple[int, ...]) -> int:
-        """Each tensor is shared out by itself."""
+        """Each tensor is partitioned by itself."""
         return element * sum(_rounded_up(size, world_size) for size in sizes)
 
-    fetches = math.ceil(sum(shared) / PREFETCH_ELEMENTS)
-    passes = 2 if cached else 1
-    gathered = padded(shared)
+    fetches = math.ceil(sum(partitioned) / PREFETCH_ELEMENTS)
+    passes = (2 if cached else 1) * times
+    gathered = padded(partitioned)
     found = [
         Collective("gradients", "reduce_scatter", times * padded(tensors.trainable), times),
-        Collective(
-            "weights", "all_gather", passes * times * gathered, passes * times * fetches, ahead=True
-        ),
-        Collective("weights", "all_gather", padded(small), len(small)),  # after the update
+        Collective("weights", "all_gather", passes * gathered, passes * fetches, prefetched=True),
+        Collective("weights", "all_gather", padded(persistent), len(persistent)),  # after the step
         Collective("scalars", "all_reduce", 8, 1),
     ]
     if cached:
-        # A pass without gradients makes DeepSpeed forget that a backward pass comes: it lets go of
-        # the weights after the forward pass, and gathers them again when each is needed. (Not the
-        # decoder's, which that pass does not use; a large decoder is counted here all the same.)
-        found.append(Collective("weights", "all_gather", times * gathered, times * len(shared)))
+        # After a pass without gradients DeepSpeed does not expect a backward pass: it releases the
+        # weights after the forward pass, and gathers each again when needed. (Not the decoder's,
+        # which that pass does not use; a large decoder is counted here all the same.)
+        found.append(
+            Collective("weights", "all_gather", times * gathered, times * len(partitioned))
+        )
     return tuple(one for one in found if one.calls)
 
 
 def _metrics(config: PretrainConfig, world_size: int) -> Collective:
-    """The loop's one reduction: metrics, flags and each rank's own time, in float64."""
+    """Return the loop's one reduction: metrics, flags and each rank's step time, in float64."""
     metrics = 1
     metrics += 2 if config.loss.reconstruction_weight > 0 else 0
     metrics += 2 if config.loss.contrastive_weight > 0 else 0
     return Collective("scalars", "all_reduce", 8 * (metrics + _FLAGS + world_size), 1)
-
-
-def _micro_batches(config: PretrainConfig, world_size: int) -> int:
-    return config.global_batch // world_size // config.micro_batch
-
-
-def _element_bytes(config: PretrainConfig) -> int:
-    return 2 if config.engine.dtype == "bf16" else 4
 
 
 def _rounded_up(elements: int, multiple: int) -> int:

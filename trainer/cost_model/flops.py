@@ -1,7 +1,7 @@
 """Floating-point operations of the model: what the arithmetic needs, not what a kernel spends.
 
-A multiply-add is two. Attention that is computed again in the backward pass is not counted again.
-The test compares the formulas with torch's own counter.
+A multiply-add counts as two. Attention recomputed in the backward pass is not counted again. The
+test compares the formulas with torch's own counter.
 """
 
 from dataclasses import astuple, dataclass
@@ -19,8 +19,7 @@ class PartFlops:
         embed: kept patches to tokens.
         encoders: the blocks of both modalities.
         joint: the blocks that all streams share.
-        decoder: from the joint tokens to the removed patches' pixels; 0 where nothing is
-            reconstructed.
+        decoder: from the joint tokens to the removed patches' pixels; 0 without reconstruction.
     """
 
     embed: int
@@ -30,15 +29,15 @@ class PartFlops:
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """Operations of all parts."""
         return sum(astuple(self))
 
 
-def _block(tokens: int, width: int, wanted: int | None = None) -> int:
-    """One transformer block: linear layers of 12 width^2 weights, and attention. The first
-    layer takes all tokens; attention, projection and MLP those that are wanted."""
-    wanted = tokens if wanted is None else wanted
-    return 6 * tokens * width**2 + 18 * wanted * width**2 + 4 * wanted * tokens * width
+def _block(tokens: int, width: int, queries: int | None = None) -> int:
+    """Count one transformer block: linear layers of 12 width^2 weights, and attention. The first
+    layer runs on all tokens; attention, projection and MLP on the queries."""
+    queries = tokens if queries is None else queries
+    return 6 * tokens * width**2 + 18 * queries * width**2 + 4 * queries * tokens * width
 
 
 def forward_flops(
@@ -48,7 +47,7 @@ def forward_flops(
     *,
     reconstruct: bool = True,
 ) -> PartFlops:
-    """Operations of one pretraining forward pass of one sample.
+    """Count the operations of one pretraining forward pass of one sample.
 
     Only what the losses need is counted: kept patches embedded, removed patches predicted, which
     the last block of the decoder gives alone.
@@ -81,8 +80,8 @@ def forward_flops(
 
 
 def backward_flops(forward: PartFlops) -> PartFlops:
-    """Operations of the backward pass of one sample: a product for the gradient of each factor of
-    the forward pass, but that pixels need no gradient."""
+    """Count the operations of the backward pass of one sample: a product for the gradient of each
+    factor of the forward pass, except for pixels, which need none."""
     return PartFlops(
         embed=forward.embed,
         encoders=2 * forward.encoders,
@@ -98,10 +97,10 @@ def training_flops(
     *,
     reconstruct: bool = True,
 ) -> int:
-    """Operations of forward and backward pass of one sample.
+    """Count the operations of forward and backward pass of one sample.
 
     Args:
-        config, audio_ratio, video_ratio, reconstruct: as `forward_flops` takes them.
+        config, audio_ratio, video_ratio, reconstruct: see `forward_flops`.
     """
     forward = forward_flops(config, audio_ratio, video_ratio, reconstruct=reconstruct)
     return forward.total + backward_flops(forward).total

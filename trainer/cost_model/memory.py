@@ -1,10 +1,10 @@
-"""What a run takes from each rank, before it starts: memory by purpose, and its peak.
+"""Memory that a run takes on each rank, predicted before it starts: by purpose, and its peak.
 
-Some of it is there all the time; to that comes what one part of a step needs at its worst, and the
-parts follow each other: the passes, the reduction of gradients, the update. Bytes of weights,
-gradients and optimizer state are how DeepSpeed 0.19 lays them out with the settings of `engine.py`;
-`tests/trainer/cost_model/test_memory.py` holds them against the allocator of real ranks, and
-`cavmae bench memory` all of it against processes.
+The state of a run stays allocated; the parts of a step (forward and backward passes, reduction of
+gradients, update) follow each other, so the largest of them adds to it. Weights, gradients and
+optimizer state are laid out as DeepSpeed 0.19 does with the settings of `distributed/engine.py`.
+`tests/trainer/cost_model/test_memory.py` compares them with the allocator of real ranks, and
+`cavmae bench memory` all of it with the resident memory of processes.
 """
 
 import dataclasses
@@ -14,38 +14,43 @@ from typing import Literal
 import torch
 
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.cost_model.activations import ActivationTimeline, count_passes, passes_at_most
-from cavmae.trainer.cost_model.comm_volume import TensorSizes, tensor_sizes
-from cavmae.trainer.cost_model.gradient_memory import (
-    Gradients,
+from cavmae.trainer.cost_model.activations import (
+    ActivationTimeline,
+    activation_bound,
+    trace_activations,
+)
+from cavmae.trainer.cost_model.comm_volume import (
+    PREFETCH_ELEMENTS,
+    TensorSizes,
     element_bytes,
-    gradients_of,
-    share_of,
-    small,
+    micro_batches,
+    tensor_sizes,
 )
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.tasks.build_model import trained_model
+from cavmae.trainer.tasks.build_model import build_model
 
 GPU_ALLOWANCE_BYTES = 3 << 30
-"""CUDA, NCCL, DALI, and what an allocator cannot use."""
+"""CUDA, NCCL, DALI, and fragmentation of the caching allocator."""
 CPU_ALLOWANCE_BYTES = 1 << 30
 """torch, DeepSpeed and DALI with their threads, and the reader processes of a rank."""
 HEAP_BLOCK_BYTES = 32 << 20
-"""glibc keeps freed blocks that are smaller (the limit that its `mmap` threshold grows to)."""
-HEAP_HOLES = 1 / 8
-"""Holes between those blocks, as a share of what they are at their most: `cavmae bench memory`."""
+"""glibc keeps freed blocks that are smaller (the upper limit of its dynamic `mmap` threshold)."""
+HEAP_FRAGMENTATION = 1 / 8
+"""Holes between those blocks, as a share of their peak, measured by `cavmae bench memory`."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Stage 3 releases gathered weights beyond this many: DeepSpeed's default."""
 
 Part = Literal["passes", "reduction", "update"]
 
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of one rank that stay from step to step.
+    """Bytes of one rank that stay allocated from step to step.
 
     Attributes:
-        weights: in the dtype of the run; in stage 3 what every rank keeps of them.
-        optimizer: fp32 masters and two moments.
-        buckets: buffers of collectives, and gradients that have a place of their own.
+        weights: in the dtype of the run; in stage 3 this rank's partition and the small ones.
+        optimizer: fp32 master weights and two moments.
+        buckets: buffers of collectives, and persistent gradient buffers.
     """
 
     weights: int
@@ -54,18 +59,33 @@ class State:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Bytes of gradients in the parts of a step, beyond the state.
+
+    Attributes:
+        before: when the last micro-batch's passes begin; in stage 3 also the gathered weights.
+        stay_where_made: whether the gradients of its backward pass add to `before` one by one.
+        reduction, update: most bytes in these parts.
+    """
+
+    before: int
+    stay_where_made: bool
+    reduction: int
+    update: int
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes of one rank.
 
     Attributes:
         weights, optimizer, buckets: see `State`.
-        clips: of the micro-batches of a step, and those decoded ahead.
-        passes: activations and gradients when a forward and backward pass need most.
-        reduction: gradients and their copies, when the ranks have summed them.
-        update: gradients, in fp32; the fused Adam makes nothing on its way.
-        kept: on a CPU, freed memory of other parts that the C library does not hand back, and holes
-            in what it has.
-        allowance: for what is no tensor of ours.
+        clips: of the micro-batches of a step, and those prefetched.
+        passes: peak of activations and gradients in forward and backward passes.
+        reduction: gradients and their copies while they are reduced over ranks.
+        update: gradients in fp32; the fused Adam needs no temporaries.
+        heap_slack: on a CPU, freed memory of other parts that glibc keeps, and its fragmentation.
+        allowance: for everything but our tensors.
     """
 
     weights: int
@@ -75,7 +95,7 @@ class Footprint:
     passes: int
     reduction: int
     update: int
-    kept: int
+    heap_slack: int
     allowance: int
 
     @property
@@ -92,16 +112,16 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """The peak, with what is kept and an allowance for what is no tensor of ours."""
-        return self.tensors + self.kept + self.allowance
+        """The peak with heap slack and allowance."""
+        return self.tensors + self.heap_slack + self.allowance
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: its parameters, and what its passes keep."""
+    """A model's parameters and activations."""
 
     tensors: TensorSizes
-    passes: ActivationTimeline
+    activations: ActivationTimeline
 
     @property
     def trainable(self) -> int:
@@ -110,59 +130,107 @@ class Sizes:
 
 
 def model_sizes(config: RunConfig) -> Sizes:
-    """Of the run's model, which is not built; takes seconds.
+    """Trace the run's model, which is not built; takes seconds.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
     """
-    return Sizes(_tensors(config), count_passes(config))
+    return Sizes(_tensors(config), trace_activations(config))
 
 
 def sizes_at_most(config: RunConfig) -> Sizes:
-    """The same at once, with passes that keep more than those of `model_sizes`."""
+    """Return the same at once, with an upper bound of the activations."""
     tensors = _tensors(config)
-    return Sizes(tensors, passes_at_most(config, element_bytes(config) * sum(tensors.trainable)))
+    return Sizes(tensors, activation_bound(config, element_bytes(config) * sum(tensors.trainable)))
 
 
 def _tensors(config: RunConfig) -> TensorSizes:
     with torch.device("meta"):
-        return tensor_sizes(trained_model(config))
+        return tensor_sizes(build_model(config))
+
+
+def _optimizer_share(config: RunConfig, world_size: int) -> float:
+    """Return the share of the optimizer state that a rank holds."""
+    return 1 / world_size if config.engine.zero_stage else 1.0
 
 
 def state_bytes(config: RunConfig, tensors: TensorSizes, world_size: int, *, gpu: bool) -> State:
-    """Of each of `world_size` ranks.
+    """Return what stays allocated on each of `world_size` ranks.
 
     Args:
         config: `engine.dtype` is bf16 or fp32.
         tensors: of its model.
         world_size: ranks.
-        gpu: whether host memory, where an offloaded optimizer is, is not the ranks' own.
+        gpu: whether an offloaded optimizer is outside the ranks' own memory.
     """
-    engine, weights = config.engine, sum(tensors.trainable)
+    engine, trainable = config.engine, sum(tensors.trainable)
     element, stage = element_bytes(config), engine.zero_stage
-    share = share_of(config, world_size)
+    share = _optimizer_share(config, world_size)
     masters = 4 if stage or engine.dtype == "bf16" else 0
     buckets = 0.0
     if stage == 1 and engine.dtype == "bf16":
-        buckets = 4 * weights  # summed in fp32 beside those of the micro-batch
+        buckets = 4 * trainable  # summed in fp32 beside those of the micro-batch
     elif stage:
-        buckets = element * min(weights, LARGEST_BUCKET_ELEMENTS)
+        buckets = element * min(trainable, LARGEST_BUCKET_ELEMENTS)
+    weights = trainable + sum(tensors.frozen)
     if stage == 3:
-        buckets += 4 * weights * share
-    kept = sum(tensors.trainable) + sum(tensors.frozen)
-    if stage == 3:
-        kept = kept * share
+        buckets += 4 * trainable * share
+        weights *= share
         if world_size > 1:
-            kept += sum(small(tensors))
+            weights += sum(tensors.persistent)
     return State(
-        weights=int(element * kept),
-        optimizer=0 if gpu and engine.offload_optimizer else int((8 + masters) * weights * share),
+        weights=int(element * weights),
+        optimizer=0 if gpu and engine.offload_optimizer else int((8 + masters) * trainable * share),
         buckets=int(buckets),
     )
 
 
+def _gradients(config: RunConfig, tensors: TensorSizes, world_size: int) -> Gradients:
+    """Return the gradients of each of `world_size` ranks, as test_memory.py counts them."""
+    engine, trainable = config.engine, sum(tensors.trainable)
+    element, stage, bf16 = element_bytes(config), engine.zero_stage, engine.dtype == "bf16"
+    accumulated = micro_batches(config, world_size) > 1
+    whole = element * trainable
+    bucket = min(trainable, LARGEST_BUCKET_ELEMENTS)
+    flat = element * bucket
+    if stage == 0 or (stage == 1 and bf16):
+        masters = 4 * trainable if stage == 0 and bf16 else 0
+        return Gradients(
+            before=whole if accumulated else 0,
+            stay_where_made=not accumulated,
+            reduction=whole + flat,
+            update=whole + masters,
+        )
+    own = int(4 * trainable * _optimizer_share(config, world_size))
+    largest = max(tensors.trainable)
+    in_flight = element * largest
+    # A model larger than the bucket is reduced while the backward pass still runs.
+    early = trainable > LARGEST_BUCKET_ELEMENTS
+    if stage == 3:
+        live = 0 if world_size == 1 else min(sum(tensors.partitioned), LIVE_ELEMENTS)
+        fetched = min(live, PREFETCH_ELEMENTS + largest)
+        before, copies = element * (live + fetched), flat
+        reduction = flat + max(element * live, own) + in_flight
+    elif stage == 1:
+        before = in_flight + (2 * whole if accumulated else 0)  # autograd's, and their sum
+        copies = 2 * flat
+        reduction = max(before, copies + in_flight)
+    else:
+        kept = own if accumulated or early else 0
+        before = in_flight + kept
+        copies = 4 * bucket if bf16 else 2 * flat
+        # Those in bf16 are reduced in fp32.
+        reduction = own + copies + 4 * largest if bf16 else kept + copies + in_flight
+    return Gradients(
+        before=before + (copies if early else 0),
+        stay_where_made=False,
+        reduction=reduction,
+        update=own,
+    )
+
+
 def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) -> Footprint:
-    """Of each of `world_size` ranks.
+    """Predict the memory of each of `world_size` ranks.
 
     Args:
         config: `engine.dtype` is bf16 or fp32, `micro_batch` what a rank takes at once.
@@ -171,47 +239,38 @@ def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) ->
         gpu: whether the ranks have GPUs.
     """
     state = state_bytes(config, sizes.tensors, world_size, gpu=gpu)
-    times = config.global_batch // world_size // config.micro_batch
-    gradients = gradients_of(config, sizes.tensors, world_size, accumulated=times > 1)
-    passes = gradients.before + sizes.passes.peak(
+    gradients = _gradients(config, sizes.tensors, world_size)
+    passes = gradients.before + sizes.activations.peak(
         config.micro_batch, gradients_stay=gradients.stay_where_made
     )
-    peak = max(passes, gradients.reduction, gradients.update)
     shape = config.model
     clip = 4 * (shape.audio_frames * shape.mel_bins + 3 * shape.image_size**2)
+    clips = config.micro_batch * (micro_batches(config, world_size) + config.data.prefetch_batches)
     return Footprint(
         **dataclasses.asdict(state),
-        clips=clip * config.micro_batch * (times + config.data.prefetch_batches),
+        clips=clip * clips,
         passes=passes,
         reduction=gradients.reduction,
         update=gradients.update,
-        kept=0 if gpu else _kept(config, sizes.passes, gradients, peak, samples=config.micro_batch),
+        heap_slack=0 if gpu else _heap_slack(config, sizes.activations, gradients, passes),
         allowance=GPU_ALLOWANCE_BYTES if gpu else CPU_ALLOWANCE_BYTES,
     )
 
 
-def _kept(
-    config: RunConfig, passes: ActivationTimeline, gradients: Gradients, peak: int, *, samples: int
+def _heap_slack(
+    config: RunConfig, activations: ActivationTimeline, gradients: Gradients, passes: int
 ) -> int:
-    """What a CPU rank has beyond the largest part: glibc hands large blocks back when they are
-    freed, and small ones hardly ever, so those of the passes stay while gradients are reduced.
+    """Return what a CPU rank has beyond the largest part: glibc returns large blocks to the system
+    when they are freed, and small ones hardly ever, so those of the passes stay during the others.
 
     Args:
         config: of the run.
-        passes: of its model.
+        activations: of its model.
         gradients: in its parts.
-        peak: of the largest part.
-        samples: of a micro-batch.
+        passes: bytes of that part.
     """
-    stay = gradients.stay_where_made
-    heap = passes.peak(samples, gradients_stay=stay, below_bytes=HEAP_BLOCK_BYTES)
-    large = passes.peak(samples, gradients_stay=stay, from_bytes=HEAP_BLOCK_BYTES)
-    update = gradients.update
-    if gradients.single or config.engine.zero_stage == 3:  # which gathers weight by weight
-        heap += gradients.before
-    else:
-        large += gradients.before
-    if gradients.single:
-        heap, update = max(heap, update), 0
-    large = max(large, gradients.reduction - gradients.single, update)
-    return max(0, int((1 + HEAP_HOLES) * heap) + large - peak)
+    heap = activations.peak(config.micro_batch, gradients_stay=False, below_bytes=HEAP_BLOCK_BYTES)
+    if config.engine.zero_stage == 3:
+        heap += gradients.before  # gathered weight by weight
+    others = max(gradients.reduction, gradients.update)
+    return max(0, int((1 + HEAP_FRAGMENTATION) * heap) + others - max(passes, others))

@@ -1,10 +1,10 @@
-"""How long a step takes on so many GPUs: computed from one GPU's speed and the speed of links.
+"""The time of a step on N GPUs, computed from one GPU's speed and the speed of links.
 
-Nothing here was measured on more than one GPU. What overlaps follows from DeepSpeed's settings in
-`engine.py`: `overlap_comm` is off in stages 0 to 2, and the bucket of gradients holds the whole
-model, so their reduction begins when the backward pass is over; the weights of stages 1 and 2 are
-gathered when the update is. Stage 3 gathers weights ahead of the modules that need them. Updating
-the weights and writing metrics are taken to be in one GPU's speed.
+Nothing here was measured on more than one GPU. Overlap follows from DeepSpeed's settings in
+`distributed/engine.py`: `overlap_comm` is off in stages 0 to 2, and the bucket of gradients holds
+the whole model, so their reduction begins after the backward pass; stages 1 and 2 gather weights
+after the update. Stage 3 prefetches weights. One GPU's speed is assumed to include the update and
+the logging of metrics.
 """
 
 import math
@@ -15,26 +15,26 @@ from cavmae.trainer.cost_model.comm_volume import Collective, TensorSizes, colle
 from cavmae.trainer.cost_model.flops import forward_flops, training_flops
 
 H200_MATRIX_FLOPS_PER_SECOND = 788e12
-"""Of bf16 matrix products, measured on one H200."""
+"""bf16 matrix products, measured on one H200."""
 ASSUMED_SHARE_OF_MATRIX_SPEED = 0.46
-"""What a training step is taken to reach of it; a goal, not a measurement."""
+"""What a training step is assumed to reach of it; a goal, not a measurement."""
 
 CPU_CORE_FLOPS_PER_SECOND = {"fp32": 19.5e9, "bf16": 33e9}
-"""Of the recipe `demo` on a core of an AMD EPYC, data and exchange included, measured on two ranks:
+"""The recipe `demo` on a core of an AMD EPYC, with data and communication, measured on two ranks:
 `demo-2026-11-25-b10141e051.json` (no AVX512-BF16) and `demo-2026-11-23-8152ce394c.json` (with it).
 The base model's layers are large enough for three times as much."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """Between ranks.
+    """The network between ranks.
 
     Attributes:
         ranks_per_node: GPUs of a node.
         within_node: bytes a second that a GPU sends to others of its node. Default: NVLink 4 of an
             H100 or H200, one direction.
         between_nodes: bytes a second of each GPU's own network card. Default: 400 Gb/s.
-        share: of these speeds that large collectives reach; assumed.
+        share: of these speeds that large collectives are assumed to reach.
     """
 
     ranks_per_node: int = 8
@@ -45,7 +45,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Device:
-    """One rank's.
+    """The speed of one rank.
 
     Attributes:
         flops_per_second: of a training step, not of matrix products.
@@ -58,13 +58,13 @@ class Device:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step's parts, on every rank. A part that overlaps counts for what it exceeds.
+    """Seconds of a step's parts, on every rank; of an overlapped part, what is waited for.
 
     Attributes:
         compute: forward and backward passes.
-        contrast: the similarities of a rank's clips with their group's.
+        contrast: similarities of a rank's clips with their groups.
         gradients, weights, embeddings, scalars: waiting for collectives.
-        data: waiting for the loader, which works beside all of these.
+        data: waiting for the loader, which runs beside all of these.
     """
 
     compute: float
@@ -81,13 +81,13 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One of NCCL's ways around the ranks, with the times that its own choice rests on.
+class _Algorithm:
+    """One of NCCL's algorithms, with the times that its own tuning uses.
 
     Source: NCCL 2.19 and later, `src/graph/tuning.cc`, for Hopper GPUs.
 
     Attributes:
-        start, within_node, between_nodes: seconds to begin, and of a hop.
+        start, within_node, between_nodes: seconds to begin, and per hop.
         share: of the links' speed.
     """
 
@@ -98,15 +98,15 @@ class _Way:
 
 
 # Each once with large pieces ("Simple") and once with small ones that carry flags ("LL").
-_RINGS = (_Way(8.4e-6, 3.4e-6, 14.0e-6, 1.0), _Way(6.6e-6, 0.6e-6, 2.7e-6, 0.5))
-_TREES = (_Way(8.4e-6, 4.0e-6, 14.0e-6, 0.92), _Way(6.8e-6, 0.6e-6, 5.0e-6, 1 / 3.8))
+_RINGS = (_Algorithm(8.4e-6, 3.4e-6, 14.0e-6, 1.0), _Algorithm(6.6e-6, 0.6e-6, 2.7e-6, 0.5))
+_TREES = (_Algorithm(8.4e-6, 4.0e-6, 14.0e-6, 0.92), _Algorithm(6.8e-6, 0.6e-6, 5.0e-6, 1 / 3.8))
 
 
 def collective_seconds(collective: Collective, world_size: int, links: Links) -> float:
-    """Of all its calls, one after the other; each goes the fastest way there is.
+    """Return the time of all its calls, one after the other, each by the fastest algorithm.
 
     Rings pass every GPU of a node before they leave it, and there are as many of them as network
-    cards, so a node's cards work together; a `send` has its own rank's card alone.
+    cards, so a node's cards work together.
 
     Args:
         collective: of these ranks.
@@ -116,43 +116,37 @@ def collective_seconds(collective: Collective, world_size: int, links: Links) ->
     if world_size == 1:
         return 0.0
     nodes = math.ceil(world_size / links.ranks_per_node)
-    if collective.kind == "send":
-        speed = links.between_nodes if nodes > 1 else links.within_node
-        way = _RINGS[0]
-        hop = way.between_nodes if nodes > 1 else way.within_node
-        hops = collective.calls / collective.together
-        return hops * hop + collective.payload_bytes / (speed * links.share)
     cards = links.ranks_per_node * links.between_nodes
     speed = links.share * (links.within_node if nodes == 1 else min(links.within_node, cards))
     rounds = 2 if collective.kind == "all_reduce" else 1
     payload = collective.payload_bytes / collective.calls
     sent = rounds * (world_size - 1) / world_size * payload
-    ways = [
+    seconds = [
         ring.start
         + rounds * (world_size - nodes) * ring.within_node
         + rounds * (nodes - 1) * ring.between_nodes
         + sent / (speed * ring.share)
         for ring in _RINGS
     ]
-    if collective.kind == "all_reduce":  # NCCL's trees do nothing else
+    if collective.kind == "all_reduce":  # NCCL has trees for these only
         depth = math.log2(nodes)
-        ways += [
+        seconds += [
             tree.start
             + 2 * (world_size / nodes - 1) * tree.within_node
             + 2 * depth * tree.between_nodes
             + 2 * payload / (speed * tree.share)
             for tree in _TREES
         ]
-    return collective.calls * min(ways)
+    return collective.calls * min(seconds)
 
 
 def step_time(
     config: PretrainConfig, tensors: TensorSizes, world_size: int, device: Device, links: Links
 ) -> StepTime:
-    """Of one of `world_size` equal ranks.
+    """Predict the step of `world_size` equal ranks.
 
     Args:
-        config: as for `wire.collectives`.
+        config: see `comm_volume.collectives`.
         tensors: of its model.
         world_size: ranks.
         device: of each rank.
@@ -164,18 +158,16 @@ def step_time(
     waits = dict.fromkeys(("gradients", "weights", "embeddings", "scalars"), 0.0)
     for one in collectives(config, tensors, world_size):
         seconds = collective_seconds(one, world_size, links)
-        if one.ahead:
+        if one.prefetched:
             seconds = max(seconds / one.calls, seconds - compute)  # the first one is waited for
         waits[one.purpose] += seconds
-    if config.loss.exchange == "ring":  # a block travels while another is worked on
-        waits["embeddings"] = max(0.0, waits["embeddings"] - contrast)
     busy = compute + contrast + sum(waits.values())
     data = max(0.0, rows / device.clips_per_second - busy)
     return StepTime(compute=compute, contrast=contrast, data=data, **waits)
 
 
 def sample_flops(config: PretrainConfig, world_size: int) -> int:
-    """Operations of the passes of one sample, the contrastive loss left out."""
+    """Count the operations of the passes of one sample, without the contrastive loss."""
     ratios = (config.mask.audio_ratio, config.mask.video_ratio)
     reconstruct = config.loss.reconstruction_weight > 0
     flops = training_flops(config.model, *ratios, reconstruct=reconstruct)
@@ -185,8 +177,8 @@ def sample_flops(config: PretrainConfig, world_size: int) -> int:
 
 
 def _contrast_flops(config: PretrainConfig, rows: int) -> int:
-    """Of a rank's clips: similarities of each direction, then those of both sides again, each
-    with a product for its gradient."""
+    """Count the operations of a rank's contrastive loss: similarities of each direction, then those
+    of both sides again, each with a product for its gradient."""
     if config.loss.contrastive_weight == 0:
         return 0
     group = config.loss.contrastive_group or config.global_batch

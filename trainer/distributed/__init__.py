@@ -1,0 +1,1 @@
+"""Ranks: joining and leaving, collectives, and DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Embeddings of packed sets as Parquet files, and search in them."""

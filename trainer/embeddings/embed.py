@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import write_json
+from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
     FileWriter,
@@ -33,7 +34,7 @@ from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(CheckedFields):
     """Embed the sound and the frames of every clip of a packed set with a trained run.
 
     Rerun the same command to resume after an interruption.
@@ -52,17 +53,11 @@ class EmbedConfig:
     """Frames of each clip: the middle one, or also each of the ten by itself."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of stored embeddings; they are computed in float32."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are embedded together."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Fraction = 0.01
     """Share of the clips that a process has read in a row that may be unreadable before it stops
     with a table of them; the first ten never stop it."""
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; use 1 or more")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; use 0 to 1")
 
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]

@@ -5,13 +5,14 @@ Yashunin, 2018) answers from a part of them: it is built once, in memory, and th
 file, so that a query reads only the pages it visits.
 """
 
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+
+from cavmae.atomic_write import atomic_write
 
 LINKS = 32
 """Of a vector in each layer of the graph; twice as many in the lowest."""
@@ -63,10 +64,9 @@ def build_graph(vectors: Iterable[np.ndarray], width: int, path: Path) -> None:
     for some in vectors:
         graph.add(some)
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    partial.touch()  # an OSError names the file if that fails
-    _faiss.write_index(graph, str(partial))
-    partial.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.touch()  # Faiss does not say why it cannot open a file
+        _faiss.write_index(graph, str(temporary))
 
 
 def nearest_by_graph(path: Path, query: np.ndarray, top: int) -> Ranked:

@@ -9,11 +9,9 @@ packing order, vectors are not normalised.
 import dataclasses
 import hashlib
 import json
-import os
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,9 +23,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from cavmae.atomic_write import commit, read_json, remove_leftovers, temporary_path
 from cavmae.dataloaders.packing.output_folder import locked
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.serialize import load_config, read_json, save_config
+from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.evaluation.inference import OutputBatch, middle_frame
 
 SCHEMA = 1
@@ -91,8 +90,7 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         save_config(origin, path)
     with locked(path, f"embedding into {out}"):
-        for partial in out.glob("*.partial"):
-            partial.unlink()
+        remove_leftovers(out)
         yield
 
 
@@ -109,7 +107,7 @@ class FileWriter:
     def __init__(self, folder: Path, shards: ShardSet, shard: int, origin: Origin) -> None:
         self._path = folder / file_name(shards, shard)
         # Two processes may write the same file if one was given up but still runs.
-        self._partial = folder / f"{self._path.name}.{secrets.token_hex(4)}.partial"
+        self._temporary = temporary_path(self._path)
         self._shards, self._shard, self._origin = shards, shard, origin
         self._schema = _arrow_schema(origin)
         strings = ["sample_id", "source_path", "labels.list.element"]
@@ -118,7 +116,7 @@ class FileWriter:
             "compression": dict.fromkeys(strings, "zstd"),
             "use_dictionary": strings,
         }
-        self._writer = pq.ParquetWriter(self._partial, self._schema, **options)
+        self._writer = pq.ParquetWriter(self._temporary, self._schema, **options)
         self._waiting: list[pa.Table] = []
         self._rows = 0
 
@@ -127,8 +125,7 @@ class FileWriter:
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
-        with suppress(FileNotFoundError):
-            self._partial.unlink()
+        self._temporary.unlink(missing_ok=True)
 
     def add(self, batch: OutputBatch) -> None:
         """Add clips of the shard, in packing order."""
@@ -148,9 +145,7 @@ class FileWriter:
         note = {"origin": dataclasses.asdict(self._origin), "skipped": skipped}
         self._writer.add_key_value_metadata({_NOTE: json.dumps(note)})
         self._writer.close()
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        self._partial.replace(self._path)
+        commit(self._temporary, self._path)
 
     def _flush(self) -> None:
         if self._waiting:

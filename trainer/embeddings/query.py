@@ -9,18 +9,14 @@ from av import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.constants import AUDIO_HZ, MIDDLE_FRAME
+from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
-from cavmae.dataloaders.loading.reader import (
-    MIDDLE_FRAME,
-    SHORTEST_AUDIO_SAMPLES,
-    EncodedClip,
-    ReadTask,
-)
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.decode_clip import decode_clip, decode_sound_file
+from cavmae.dataloaders.loading.reader import SHORTEST_AUDIO_SAMPLES, EncodedClip, ReadTask
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.media.decode_clip import decode_audio_file, decode_clip
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES, log_mel
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack_clip import ten_frames
 from cavmae.trainer.config.configs import RunConfig
@@ -66,7 +62,7 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
         except ClipError as error:
             if error.reason not in ("no_video", "open_failed"):  # sound files are no clips
                 raise
-            return MediaQuery(decode_sound_file(path, seconds, settings), None)
+            return MediaQuery(decode_audio_file(path, seconds, settings), None)
     except ClipError as error:
         if error.reason == "no_audio":
             raise ValueError(
@@ -128,11 +124,11 @@ def _as_input(frame: np.ndarray, image_size: int) -> np.ndarray:
         task=ReadTask(0, 0, 0, 0),
         sample_id="query",
         labels=(),
-        sound=encode_sound(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav"),
-        pictures=(b"\0",),
+        audio=encode_audio(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav"),
+        frames=(b"\0",),
         pixels=(frame,),
-        box=middle_box(height, width, image_size),
-        mirrored=False,
+        crop=center_crop(height, width, image_size),
+        flipped=False,
         frame_seconds=(0.0,),
         audio_seconds=(0.0, 0.0),
     )

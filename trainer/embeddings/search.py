@@ -15,9 +15,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
-from cavmae.trainer.config.serialize import write_json
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
 from cavmae.trainer.embeddings.query import embed_query, read_query
@@ -31,7 +32,7 @@ COLUMNS = {"video": "video_embedding", "sound": "audio_embedding", "picture": "v
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(CheckedFields):
     """Rank the clips of EMBEDDINGS for a query: videos by its sound, sounds by its picture.
 
     Raises:
@@ -42,7 +43,7 @@ class SearchConfig:
     """Folder that `cavmae embed` wrote."""
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """A sound, picture or video file; or a sample id of the set, such as 000003/000003017."""
-    top: int = 10
+    top: PositiveInt = 10
     """Clips that are listed."""
     wanted: Annotated[Literal["all", "video", "sound"], tyro.conf.arg(name="for")] = "all"
     """What to find: videos, by the query's sound; sounds, by its picture; all: what it can find."""
@@ -51,16 +52,13 @@ class SearchConfig:
     exact up to a million clips, hnsw above."""
     run: str = ""
     """Folder of the run that made the embeddings; empty: where it was at that time."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds above 0, or 0")] = 0.0
     """Of a query file, from its start; 0: as long as the model hears."""
     out: str = ""
     """Also write the result: .json, or a sheet of the clips found as .html or .png."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}; use 1 or more")
-        if not 0 <= self.seconds < float("inf"):
-            raise ValueError(f"seconds is {self.seconds}; use seconds above 0, or 0")
+        super().__post_init__()
         if self.out and Path(self.out).suffix not in (".json", ".html", ".png"):
             raise ValueError(f"out is {self.out!r}; use a name that ends in .json, .html or .png")
 

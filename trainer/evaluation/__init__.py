@@ -1,0 +1,1 @@
+"""Evaluation of trained runs: classification, retrieval, linear probe, reconstruction."""

@@ -17,9 +17,11 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
+from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import (
@@ -35,11 +37,11 @@ from cavmae.trainer.metrics.classification import (
 )
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.figures import class_picture
+from cavmae.trainer.tracking.figures import plot_classes
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(CheckedFields):
     """Classify the clips of a packed set with a fine-tuned run, and score that.
 
     Raises:
@@ -53,16 +55,16 @@ class ClassifyConfig:
     out: str = ""
     """JSON file of the result, with a table (.csv) and a figure (.png) of the classes beside it;
     empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones in packing order; 0: all."""
     frames: Literal[1, 10] = 1
     """Of each clip: the middle one, as during training, or the mean over all ten, as published."""
     modes: str = ""
     """Input modes to score, separated by commas: multimodal, missingaudioonly, missingvideoonly,
     audioonly, videoonly; empty: all that the run was fine-tuned for."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are classified together; no score depends on it."""
-    resamples: int = 1000
+    resamples: NonNegativeInt = 1000
     """Bootstrap resamples over clips, for the intervals; 0: no intervals."""
     allow_empty_classes: bool = False
     """Score a set that has no clip of some classes; the means skip these."""
@@ -70,9 +72,7 @@ class ClassifyConfig:
     """Also score clips that were trained on, or of which that can't be known."""
 
     def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("batch", 1), ("resamples", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
+        super().__post_init__()
         if self.resamples == 1:
             raise ValueError("resamples is 1; use 2 or more, or 0 for no intervals")
         if self.out and not self.out.endswith(".json"):
@@ -221,7 +221,7 @@ def classify(config: ClassifyConfig) -> None:
     out = write_evaluation(run, config.out, kind, shards, result)
     _write_classes(out.with_suffix(".csv"), labels, clips_of_class, scores)
     first = scores[modes[0]].scores
-    class_picture(
+    plot_classes(
         out.with_suffix(".png"),
         f"{modes[0]}: mean average precision {first.mean_average_precision.value:.1%}, "
         f"{first.clips} clips",
@@ -260,7 +260,10 @@ def _write_classes(
     path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
 ) -> None:
     """Write a row for each class in each mode; empty cells where a class has no such score."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["mode", "index", "label", "name", "clips", "average_precision", "auc"])
         for mode, one in scores.items():

@@ -12,9 +12,10 @@ from typing import Annotated
 
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 # Of the published log, and of a run.
 _COLUMNS = {
@@ -45,7 +46,7 @@ class CurveConfig:
     """CSV file: `epoch`, then columns such as mAP, acc, AUC, d_prime, train_loss, valid_loss,
     Train Audio MAE Loss, Eval Contrastive Accuracy."""
     out: str = ""
-    """PNG file; empty: in `pictures` of the run folder."""
+    """PNG file; empty: in `figures` of the run folder."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def plot(found: list[Curve], title: str, path: Path) -> None:
     for panel in list(panels)[len(found) :]:
         panel.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def main(arguments: list[str]) -> int:
@@ -127,7 +129,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"run_dir is {run_dir}, which has no {name}; give a run's folder")
     config = load_run_config(run_dir / "config.json")
     found = curves(config, read_metrics(run_dir / "metrics.jsonl"), log)
-    path = Path(asked.out or run_dir / "pictures" / f"curve-{log.stem}.png")
+    path = Path(asked.out or run_dir / "figures" / f"curve-{log.stem}.png")
     plot(found, f"{run_dir.name} and {log.stem}", path)
     for curve in found:
         epoch, value = curve.run[-1]

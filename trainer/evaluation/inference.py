@@ -12,9 +12,8 @@ import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
 from cavmae.dataloaders.loading.loader import ValidationLoader
-from cavmae.dataloaders.loading.reader import MIDDLE_FRAME
-from cavmae.dataloaders.shards.shard_set import FRAMES_PER_CLIP
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.encoder import AudioVideoEncoder

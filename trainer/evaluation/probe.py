@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.inference import ClipOutputs, embed
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
@@ -29,7 +30,7 @@ _PROBE_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(CheckedFields):
     """Classify the clips of TEST from frozen features, with the labels of TRAIN.
 
     Raises:
@@ -44,24 +45,19 @@ class ProbeConfig:
     """One tier of packed shards with the same labels, of other clips."""
     out: str = ""
     """JSON file of the result; empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones of each set in packing order; 0: all."""
     features: Literal["audio", "video", "both"] = "both"
     """Embedding of the sound, of the frame, or both concatenated."""
-    neighbours: int = 20
+    neighbours: PositiveInt = 20
     """Number of nearest neighbours."""
-    weight_decay: float = 1e-3
+    weight_decay: NonNegativeFloat = 1e-3
     """L2 penalty of the linear classifier on standardised features."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are embedded together; no score depends on it."""
     allow_leakage: bool = False
     """Also score test clips that the run or the classifiers learned from, or of which that can't be
     known."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("neighbours", 1), ("batch", 1), ("weight_decay", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
 
 
 def nearest_neighbours(

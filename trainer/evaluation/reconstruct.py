@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.loading.dali import IMAGE_STD
-from cavmae.dataloaders.media.audio_codec import encode_sound
-from cavmae.dataloaders.media.log_mel import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_STD
+from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.config.serialize import write_json
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.inference import whole_clips
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
@@ -28,7 +29,7 @@ from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tracking.figures import (
     masked_and_reconstructed,
     patchify,
-    reconstruction_picture,
+    plot_reconstructions,
 )
 
 ERRORS = (
@@ -38,8 +39,11 @@ ERRORS = (
 )
 
 
+_Ratio = Annotated[float | None, Limit(lambda x: 0 <= x <= 1, "0 to 1")]
+
+
 @dataclass(frozen=True)
-class ReconstructConfig:
+class ReconstructConfig(CheckedFields):
     """Reconstruct unseen clips with a trained run: figures, sound, errors beside baselines.
 
     Raises:
@@ -55,25 +59,21 @@ class ReconstructConfig:
     direction: Literal["joint", "audio-to-video", "video-to-audio"] = "joint"
     """`joint`: patches of both are removed. The others remove all of one modality and nothing of
     the other."""
-    audio_ratio: float | None = None
+    audio_ratio: _Ratio = None
     """Share of audio patches removed, with `joint`; None: that of the run."""
-    video_ratio: float | None = None
+    video_ratio: _Ratio = None
     """Share of image patches removed, with `joint`; None: that of the run."""
-    clips: int = 8
+    clips: PositiveInt = 8
     """The first ones in packing order."""
     seed: int = 0
     """Of masks, and of the phases that the sound begins with."""
-    sound_iterations: int = 100
+    sound_iterations: PositiveInt = 100
     """Griffin-Lim iterations of each sound."""
 
     def __post_init__(self) -> None:
-        for name in ("clips", "sound_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        super().__post_init__()
         for name in ("audio_ratio", "video_ratio"):
             ratio = getattr(self, name)
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ValueError(f"{name} is {ratio}; use 0 to 1")
             if ratio is not None and self.direction != "joint":
                 raise ValueError(
                     f"{name} is {ratio} and direction {self.direction}, which removes all of one "
@@ -130,14 +130,8 @@ def removal_masks(
         seed: of the masks.
     """
     below_one = [ratio if ratio < 1 else 0.0 for ratio in ratios]
-    masks = random_masks(
-        run.model,
-        positions,
-        seed=seed,
-        audio_ratio=below_one[0],
-        video_ratio=below_one[1],
-        audio_mode=run.mask.audio_mode,
-    )
+    mask = dataclasses.replace(run.mask, audio_ratio=below_one[0], video_ratio=below_one[1])
+    masks = random_masks(run.model, mask, positions, seed=seed)
     audio, video = (
         mask_ids_from_shuffle(mask.keep, 1.0) if ratio == 1 else mask
         for mask, ratio in zip(masks, ratios, strict=True)
@@ -252,7 +246,7 @@ def _reconstruct_clip(
     log_mel, frame = batch.log_mel.cpu(), frame.cpu()
     audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
     norm_pix = run.loss.norm_pix
-    reconstruction_picture(
+    plot_reconstructions(
         out / f"{name}.png",
         log_mel,
         frame,
@@ -275,7 +269,7 @@ def _reconstruct_clip(
             seed=config.seed,
         )
         pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        (out / f"{name}-{kind}.wav").write_bytes(encode_sound(pcm, "wav"))
+        write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
     return {
         "sample_id": sample_id,
         "files": f"{name}*",

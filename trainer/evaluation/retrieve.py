@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.inference import embed
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
@@ -21,7 +22,7 @@ from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
 
 
 @dataclass(frozen=True)
-class RetrieveConfig:
+class RetrieveConfig(CheckedFields):
     """Rank the clips of a packed set for each other, sound to video and video to sound.
 
     Raises:
@@ -34,19 +35,14 @@ class RetrieveConfig:
     """One tier of packed shards that the run was not trained on; a folder or a URL."""
     out: str = ""
     """JSON file of the result; empty: in `evaluation` of the run folder."""
-    clips: int = 0
+    clips: NonNegativeInt = 0
     """The first ones in packing order; 0: all."""
-    per_class: int = 0
+    per_class: NonNegativeInt = 0
     """Clips of each class, by their first label (the paper has 5); 0: all."""
-    batch: int = 64
+    batch: PositiveInt = 64
     """Clips that are embedded together; no score depends on it."""
     allow_leakage: bool = False
     """Also score clips that were trained on, or of which that can't be known."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("clips", 0), ("per_class", 0), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; use {least} or more")
 
 
 def first_of_each_class(labels: tuple[tuple[str, ...], ...], per_class: int) -> list[int]:

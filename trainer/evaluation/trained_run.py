@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.serialize import load_run_config, read_json, write_json
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published

@@ -1,0 +1,1 @@
+"""What keeps a run alive: preemption, hangs, stragglers, out of memory."""

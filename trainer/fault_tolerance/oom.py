@@ -1,9 +1,8 @@
-"""When memory does not suffice: told before the first step where that can be known, else with what
-would fit.
+"""Out-of-memory handling: refuse runs that cannot fit; otherwise report what would.
 
-A CPU rank that takes more than there is gets no error but SIGKILL, from the kernel, so it is
-compared with the machine's memory first. On a GPU an allocation fails; the run ends with one line
-that has the numbers, and leaves a snapshot of what was allocated.
+A CPU rank that needs more memory than the machine has gets no error but SIGKILL from the kernel, so
+its prediction is compared with the machine's memory first. On a GPU an allocation fails; the run
+ends with one line that has the numbers, and leaves a memory snapshot.
 """
 
 import logging
@@ -11,108 +10,44 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cavmae.trainer.checkpoint.format import checkpoints
+from cavmae.trainer.checkpoint.format import list_checkpoints
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.cost_model.memory import footprint, model_sizes, sizes_at_most
 from cavmae.trainer.cost_model.memory_advice import advice
 from cavmae.trainer.distributed.collectives import on_all_ranks
 from cavmae.trainer.distributed.env import Ranks
+from cavmae.trainer.fault_tolerance.host_memory import Memory, machine_memory
 
 log = logging.getLogger(__name__)
 
-RAN_OUT = "ran out of"
-"""What the line of a run that ended so has."""
-_LIMITS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
-)
-"""Files of a control group: its limit, what it uses, and how its cache of files is called."""
 _CPU_FAILURES = ("can't allocate memory", "std::bad_alloc", "out of memory")
 
 
 class OutOfMemory(ValueError):
-    """A run needs more memory than there is; a repetition can't mend it."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a machine, or of the control group that this process is in.
-
-    Attributes:
-        total: that there are.
-        available: that nobody uses now.
-    """
-
-    total: int
-    available: int
-
-
-def machine_memory(root: Path = Path("/")) -> Memory:
-    """As Linux tells it; the files that a control group has in its cache count as free.
-
-    Args:
-        root: above `proc` and `sys`.
-    """
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    found = {
-        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
-    }
-    total, available = found["MemTotal"], found["MemAvailable"]
-    for folder in _control_groups(root):
-        for limit_file, used_file, cached in _LIMITS:
-            limit = folder / limit_file
-            if not limit.exists() or not (text := limit.read_text().strip()).isdigit():
-                continue
-            used = int((folder / used_file).read_text()) - _statistic(folder, cached)
-            if int(text) < total:
-                total = int(text)
-            available = min(available, max(0, int(text) - used))
-    return Memory(total, available)
-
-
-def _control_groups(root: Path) -> list[Path]:
-    """That of this process and all above it, of either version; a container sees its own on top."""
-    folders = []
-    own = root / "proc/self/cgroup"
-    lines = own.read_text().splitlines() if own.exists() else ["0::/", "0:memory:/"]
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        place = top / path.strip("/")
-        folders += [one for one in (place, *place.parents) if one == top or top in one.parents]
-    return folders
-
-
-def _statistic(folder: Path, name: str) -> int:
-    """Bytes of a line of `memory.stat`; 0 where there is none."""
-    file = folder / "memory.stat"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+    """A run needs more memory than there is; a retry does not help."""
 
 
 def check_machines(config: RunConfig, ranks: Ranks, store: Store) -> None:
-    """Compare a run of CPU ranks with the memory of each of their machines, which the first rank
-    there looks at; all ranks call it.
+    """Compare a run of CPU ranks with the memory of each of their machines, which its first rank
+    reads; all ranks call it.
 
     Args:
         config: resolved.
-        ranks: this process's place.
+        ranks: this process's rank.
         store: of the run's checkpoints.
 
     Raises:
-        OutOfMemory: `check_memory` raised it for some machine; on all ranks, the same one.
+        OutOfMemory: `check_memory` raised it for some machine; the same one on all ranks.
     """
 
     def check() -> None:
         if ranks.local_rank == 0:
-            check_memory(config, ranks, machine_memory(), begun=bool(checkpoints(store)))
+            check_memory(config, ranks, machine_memory(), begun=bool(list_checkpoints(store)))
 
     on_all_ranks(check)
 
@@ -127,35 +62,30 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
         begun: whether the run has checkpoints.
 
     Raises:
-        OutOfMemory: the tensors of this machine's ranks alone are more than there is, with what
-            would fit.
+        OutOfMemory: the tensors of this machine's ranks alone are more than its memory, with flags
+            that would fit.
     """
     here = ranks.local_world_size
-    at_most = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
-    if here * at_most.total <= memory.available:
-        return  # nothing has to be counted, which takes seconds
+    bound = footprint(config, sizes_at_most(config), ranks.world_size, gpu=False)
+    if here * bound.total <= memory.available:
+        return  # no need to trace the model, which takes seconds
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=False)
 
-    def advised(there: int) -> str:
-        """What would fit where this machine's ranks have so many bytes together."""
-        limit = there // here
-        return advice(config, sizes, ranks.world_size, limit, gpu=False, begun=begun)
+    def advised(limit: int) -> str:
+        """Advise for this machine's ranks, which share `limit` bytes."""
+        return advice(config, sizes, ranks.world_size, limit // here, gpu=False, begun=begun)
 
+    problem = (
+        f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
+        f"({needed.peak_part}) and machine {socket.gethostname()} has"
+    )
     if here * needed.tensors > memory.total:
-        raise OutOfMemory(
-            f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
-            f"({needed.peak_part}) and machine {socket.gethostname()} has "
-            f"{_gigabytes(memory.total)}; {advised(memory.total)}"
-        )
+        raise OutOfMemory(f"{problem} {_gigabytes(memory.total)}; {advised(memory.total)}")
     if here * needed.total > memory.available:
         log.warning(
-            "%d ranks take %s at the peak of a step (%s) and machine %s has %s free: the kernel "
-            "may end them; %s",
-            here,
-            _gigabytes(here * needed.total),
-            needed.peak_part,
-            socket.gethostname(),
+            "%s %s free: the kernel may kill them; %s",
+            problem,
             _gigabytes(memory.available),
             advised(memory.available),
         )
@@ -165,10 +95,10 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
 def oom_guard(
     config: RunConfig, run_dir: Path, store: Store, ranks: Ranks, device: torch.device
 ) -> Iterator[None]:
-    """What ends for want of memory ends with advice.
+    """Turn a failed allocation into an error with advice.
 
-    On a GPU `out-of-memory/rank-N.pickle` of the run folder then has what was allocated, with the
-    history of allocations where it was in a profiled step (`profiler.py`).
+    On a GPU it saves a memory snapshot as `out-of-memory/rank-N.pickle` of the run folder, with the
+    history of allocations if the step was a profiled one (`profiler.py`).
 
     Raises:
         OutOfMemory: an allocation failed, here or in a library.
@@ -185,38 +115,36 @@ def oom_guard(
             torch.cuda.memory._dump_snapshot(str(path))
             snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
         log.error("rank %d: %s", ranks.rank, error)
-        traceback.clear_frames(error.__traceback__)  # lets go of the step's tensors
+        traceback.clear_frames(error.__traceback__)  # frees the step's tensors
         try:
-            begun = bool(checkpoints(store))
+            begun = bool(list_checkpoints(store))
         except OSError:
-            begun = True  # advises less
-        what_now = _what_now(config, ranks, device, begun=begun)
-        raise OutOfMemory(what_now + snapshot) from error
+            begun = True  # the ZeRO stage may be fixed
+        raise OutOfMemory(_report(config, ranks, device, begun=begun) + snapshot) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, of Python, of torch or inside of a library."""
+    """Return whether an allocation failed, in Python, in torch or in a library."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_FAILURES)
 
 
-def _what_now(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: bool) -> str:
-    """The run's one line: what it takes, what there is, what would fit."""
+def _report(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: bool) -> str:
+    """Report in one line what the run takes, what the device has, and what would fit."""
     gpu = device.type == "cuda"
     if gpu:
-        there = torch.cuda.get_device_properties(device).total_memory
+        memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        there = machine_memory().total // ranks.local_world_size
-    began = f"rank {ranks.rank} {RAN_OUT} {'GPU' if gpu else 'CPU'} memory"
+        memory = machine_memory().total // ranks.local_world_size
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
-    # It did not fit, whatever was said of it: what is advised has to take clearly less.
-    limit = min(there, int(0.9 * needed.total))
-    changes = advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
+    # It did not fit, whatever was predicted: what is advised has to take clearly less.
+    limit = min(memory, int(0.9 * needed.total))
     return (
-        f"{began}: a step takes {_gigabytes(needed.total)} at its peak ({needed.peak_part}) of "
-        f"{_gigabytes(there)}; {changes}"
+        f"rank {ranks.rank} ran out of {'GPU' if gpu else 'CPU'} memory: a step takes "
+        f"{_gigabytes(needed.total)} at its peak ({needed.peak_part}) of {_gigabytes(memory)}; "
+        + advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
     )
 
 

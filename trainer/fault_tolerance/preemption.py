@@ -1,9 +1,8 @@
-"""How a run is asked to save and leave: SIGTERM, a file in its run folder, or a notice of the
-starter that a node is being taken away.
+"""Stop requests: SIGTERM, a file in the run folder, or the launcher's notice of a preempted node.
 
-Any of them reaches all ranks with the next step's reduction. From then on there is a budget: who
-has sent the notice will kill the processes at the end of it, and a checkpoint that is torn by that
-is worth less than one that was not begun.
+Any of them reaches all ranks with the next step's reduction. From then on a grace period runs:
+whoever sent the notice kills the processes at its end, and a checkpoint torn by that is worth less
+than one that was never begun.
 """
 
 import logging
@@ -15,18 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from cavmae.trainer.config.serialize import read_json, write_json
+from cavmae.atomic_write import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 START_AGAIN_EXIT_CODE = 75
-"""Of a process that ends before the run has: EX_TEMPFAIL of sysexits.h, start it again."""
+"""Exit code of a process that stops before the run is finished: EX_TEMPFAIL of sysexits.h."""
 _REQUEST = "stop.json"
-_LOOK_EVERY_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 def request_stop(run_dir: Path, reason: str) -> None:
-    """Ask the ranks that train in a run folder to save and leave.
+    """Ask the ranks that train in a run folder to save and stop.
 
     Raises:
         OSError: the folder can't be written.
@@ -35,12 +34,12 @@ def request_stop(run_dir: Path, reason: str) -> None:
 
 
 def withdraw_request(run_dir: Path) -> None:
-    """Forget a request, one that was followed or one of a former start."""
+    """Remove a stop request that was followed, or that an earlier attempt left behind."""
     (run_dir / _REQUEST).unlink(missing_ok=True)
 
 
 def requested_stop(run_dir: Path) -> str:
-    """Why the ranks of a run folder are asked to leave; empty: they are not."""
+    """Return why the ranks of a run folder are asked to stop; empty if they are not."""
     try:
         return str(read_json(run_dir / _REQUEST)["reason"])
     except FileNotFoundError:
@@ -48,24 +47,25 @@ def requested_stop(run_dir: Path) -> str:
 
 
 class StopRequest:
-    """What one rank knows of being asked to leave. A context: it listens to SIGTERM inside, in the
-    main thread; elsewhere that signal is the starter's.
+    """Collects the stop requests that reach one rank.
+
+    As a context it handles SIGTERM, in the main thread only; elsewhere that signal is the
+    launcher's.
 
     Args:
-        run_dir: where a request may appear, looked at once a second; None on ranks that need not
-            look.
-        budget_seconds: from the request until this process ends, saved or not; 0: no limit.
-        notice: of the starter: why to leave, or an empty text. Asked at each step.
+        run_dir: folder in which a request may appear, polled once a second; None: don't poll.
+        grace_seconds: time from the request until this process exits, saved or not; 0: no limit.
+        notice: returns why the launcher wants this rank to stop, or an empty text.
     """
 
     def __init__(
-        self, run_dir: Path | None, budget_seconds: float, notice: Callable[[], str] = lambda: ""
+        self, run_dir: Path | None, grace_seconds: float, notice: Callable[[], str] = lambda: ""
     ) -> None:
         self._run_dir = run_dir
-        self._budget = budget_seconds
+        self._grace_seconds = grace_seconds
         self._notice = notice
         self._reason = ""
-        self._looked = 0.0
+        self._polled = 0.0
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
@@ -82,36 +82,36 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Why this rank was asked to leave; empty: it was not."""
+        """Why this rank was asked to stop; empty if it was not."""
         if not self._reason:
             self._set(self._notice())
         if not self._reason and self._run_dir is not None:
             now = time.monotonic()
-            if now - self._looked >= _LOOK_EVERY_SECONDS:
-                self._looked = now
+            if now - self._polled >= _POLL_SECONDS:
+                self._polled = now
                 self._set(requested_stop(self._run_dir))
         return self._reason
 
-    def start_budget(self) -> None:
-        """From here on the process has the budget's seconds; the first call counts."""
-        if self._timer is None and self._budget:
-            self._timer = threading.Timer(self._budget, self._end)
+    def start_grace_period(self) -> None:
+        """Exit this process after the grace period; only the first call counts."""
+        if self._timer is None and self._grace_seconds:
+            self._timer = threading.Timer(self._grace_seconds, self._end)
             self._timer.daemon = True
             self._timer.start()
 
     def _set(self, reason: str) -> None:
         if reason:
-            log.warning("%s: saving after this step", reason)
+            log.warning("stop requested (%s): saving after this step", reason)
             self._reason = reason
-            self.start_budget()
+            self.start_grace_period()
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         self._set("SIGTERM")
 
     def _end(self) -> None:
         log.error(
-            "ALARM: asked to leave, and not saved within checkpoint.grace_seconds = %g; "
-            "this process ends, and the run goes on from the checkpoint before",
-            self._budget,
+            "ALARM: the checkpoint was not saved within checkpoint.grace_seconds = %g of the stop "
+            "request; this process exits, and the run resumes from the checkpoint before",
+            self._grace_seconds,
         )
         os._exit(START_AGAIN_EXIT_CODE)

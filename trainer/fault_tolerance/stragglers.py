@@ -1,8 +1,8 @@
 """Which rank the others wait for.
 
-Ranks meet in every step, so all steps take the same time on all of them. What differs is how long a
-rank works by itself before it first has to wait: its batch, and its forward pass up to the exchange
-of embeddings (to the end of the pass where there is none; its batch alone under ZeRO 3, which
+Ranks synchronize in every step, so a step takes the same time on all of them. What differs is how
+long a rank is busy by itself before it first has to wait: its batch, and its forward pass up to the
+exchange of embeddings (to the end of the pass if there is none; its batch alone under ZeRO 3, which
 gathers weights in the forward pass).
 """
 
@@ -14,16 +14,16 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_MEETINGS = 3
-"""Reports in a row with the same slowest rank, until it is told."""
+_REPORT_AFTER = 3
+"""Updates in a row with the same slowest rank before it is reported."""
 
 
 class RankTimer:
-    """Measures one rank; nothing is synchronized for it.
+    """Times how long this rank is busy in each step; nothing is synchronized for it.
 
     Args:
-        device: of the rank. On a GPU its stream's clock counts, and the host's while it waits for
-            data.
+        device: this rank's device. On a GPU its stream's clock counts, and the host's clock while
+            it waits for data.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,14 +34,14 @@ class RankTimer:
         self._seconds = 0.0
         self._steps = 0
 
-    def step(self) -> None:
-        """A step begins; the batch is still to come."""
+    def begin_step(self) -> None:
+        """Note that a step begins, with the wait for its batch."""
         self._collect()
         self._began = time.monotonic()
         self._measured = False
 
     def batch_ready(self) -> None:
-        """The batch has come."""
+        """Note that the batch has arrived."""
         self._seconds += time.monotonic() - self._began
         self._began = time.monotonic()
         if self._cuda:
@@ -49,7 +49,7 @@ class RankTimer:
             self._events[0].record()
 
     def before_sync(self) -> None:
-        """This rank is about to wait for others; only the first time in a step counts."""
+        """Note that this rank is about to wait for others; the first time in a step counts."""
         if self._measured:
             return
         self._measured = True
@@ -59,8 +59,9 @@ class RankTimer:
         else:
             self._seconds += time.monotonic() - self._began
 
-    def take(self) -> float:
-        """Mean seconds of a step since this was called last; the step is over on the device."""
+    def pop_mean(self) -> float:
+        """Return the mean busy seconds of the steps since the last call; call it when the step is
+        done on the device."""
         self._collect()
         mean = self._seconds / max(self._steps, 1)
         self._seconds, self._steps = 0.0, 0
@@ -72,40 +73,40 @@ class RankTimer:
             self._events = []
 
 
-class StragglerReport:
-    """Tells, on one rank, which rank is waited for.
+class StragglerMonitor:
+    """Reports the rank that the others keep waiting for.
 
     Args:
-        ratio: a rank that works so many times as long as the median one, and so keeps the others
-            waiting for a tenth of the step or more, is named. 0: never.
-        hosts: of each rank.
+        ratio: a rank is a straggler if it is busy this many times as long as the median rank and
+            keeps the others waiting for a tenth of the step or more; 0: never.
+        hosts: host name of each rank.
     """
 
     def __init__(self, ratio: float, hosts: list[str]) -> None:
         self._ratio = ratio
         self._hosts = hosts
-        self._suspect, self._times, self._told = -1, 0, -1
+        self._suspect, self._times, self._reported = -1, 0, -1
 
-    def look(self, own_seconds: list[float], step_seconds: float) -> dict[str, float]:
-        """Take each rank's own time; returns the metrics.
+    def update(self, busy_seconds: list[float], step_seconds: float) -> dict[str, float]:
+        """Compare the ranks and return the metrics.
 
         Args:
-            own_seconds: by rank, as `RankTimer.take` gives it.
-            step_seconds: what a step took.
+            busy_seconds: by rank, from `RankTimer.pop_mean`.
+            step_seconds: time of a whole step.
         """
-        slowest = max(range(len(own_seconds)), key=own_seconds.__getitem__)
-        median = statistics.median_low(own_seconds)
-        longest = own_seconds[slowest]
+        slowest = max(range(len(busy_seconds)), key=busy_seconds.__getitem__)
+        median = statistics.median_low(busy_seconds)
+        longest = busy_seconds[slowest]
         ratio = longest / median if median > 0 else 1.0
         slow = 0 < self._ratio <= ratio and longest - median >= 0.1 * step_seconds
         self._times = self._times + 1 if slow and slowest == self._suspect else int(slow)
         self._suspect = slowest if slow else -1
-        if self._times == _MEETINGS and slowest != self._told:
-            self._told = slowest
+        if self._times == _REPORT_AFTER and slowest != self._reported:
+            self._reported = slowest
             log.warning(
-                "rank %d on %s is a straggler: it works %.3g s of each step before it meets the "
-                "others, %.1f times the median rank's %.3g s; look at that node's disk, network, "
-                "clocks and neighbours",
+                "rank %d on %s is a straggler: it is busy for %.3g s of each step before it waits "
+                "for others, %.1f times the median rank's %.3g s; check that node's disk, network, "
+                "clock speeds and other processes",
                 slowest,
                 self._hosts[slowest],
                 longest,

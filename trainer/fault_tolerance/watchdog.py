@@ -1,8 +1,8 @@
-"""Ends a rank whose steps have stopped, after writing down where every thread stands.
+"""Exits a rank whose steps have stopped, after dumping the stacks of all threads.
 
-A collective that waits for a rank which is gone, stopped or lost in a loop waits without an error,
-on every other rank. So each rank watches its own steps: one that takes far longer than they did so
-far ends the process, and the starter begins again from the newest checkpoint.
+A collective that waits for a rank which is dead, stopped or in an endless loop waits without an
+error, on every other rank. So each rank watches its own steps: one that takes far longer than the
+steps before ends the process, and the launcher resumes from the newest checkpoint.
 """
 
 import faulthandler
@@ -21,19 +21,19 @@ from cavmae.trainer.config.configs import WatchdogConfig
 log = logging.getLogger(__name__)
 
 HANG_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: another start may do."""
+"""EX_TEMPFAIL of sysexits.h: another attempt may succeed."""
 _REMEMBERED_STEPS = 100
 _STEPS_TO_KNOW = 3
 
 
 class Watchdog:
-    """Watches the steps of one rank from a thread, from the first `step` until `close`.
+    """Watches the steps of one rank from a thread, until `close`.
 
     Args:
-        config: what is too long.
+        config: the timeouts.
         folder: gets `rank-N.txt`, the stacks of a rank that hung.
-        rank: this one.
-        end: ends the process.
+        rank: this rank.
+        end: exits the process.
     """
 
     def __init__(
@@ -51,22 +51,22 @@ class Watchdog:
         self._counts = False
         self._limit = config.max_pause_seconds
         self._closed = threading.Event()
-        if config.medians:
+        if config.hang_ratio:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def step(self) -> None:
-        """Note that a step is done and the next begins."""
+        """Note that a step is done and the next one begins."""
         now = time.monotonic()
         if self._counts:
             self._seconds.append(now - self._began)
         self._began, self._counts = now, True
         if len(self._seconds) >= _STEPS_TO_KNOW:
             median = statistics.median(self._seconds)
-            self._limit = max(self._config.minimum_seconds, self._config.medians * median)
+            self._limit = max(self._config.min_seconds, self._config.hang_ratio * median)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Something that takes longer than a step, such as an evaluation."""
+        """Allow for something that takes longer than a step, such as validation."""
         limit, self._limit = self._limit, self._config.max_pause_seconds
         self._began = time.monotonic()
         try:
@@ -89,8 +89,8 @@ class Watchdog:
 
     def _dump(self, waited: float) -> None:
         log.error(
-            "HANG: no step for %.0f s (the limit is %.0f s); all threads' stacks are in %s; this "
-            "process ends, so that the run can be started again",
+            "HANG: no step for %.0f s (the limit is %.0f s); the stacks of all threads are in %s; "
+            "this process exits, so that the run can be resumed",
             waited,
             self._limit,
             self._path,

@@ -1,0 +1,1 @@
+"""The losses, and how ranks share embeddings for the contrastive one."""

@@ -1,131 +1,30 @@
 """The contrastive loss over groups of the sample plan, whatever ranks and accumulation do.
 
-A group is `group_size` consecutive positions of the plan. Where the groups lie decides what has to
-be exchanged:
-
-- `local`: every group is inside one rank's micro-batch; nothing is.
-- `gathered`: every group is inside one micro-batch of all ranks; embeddings are exchanged.
-- `cached`: groups span micro-batches. Embeddings of the whole step are computed first without
-  gradients, the loss and its gradients with respect to them follow, and each micro-batch's forward
-  then gets its own part of those gradients (GradCache, Gao et al. 2021): exact, for one more
-  encoder forward.
-
-Each rank ranks the candidates of its own clips: its videos rank everybody's audio clips, and its
-audio clips everybody's videos. For the gradient it needs of the others' clips only the logarithms
-of their sums, one number a clip and direction; gradients themselves are never exchanged.
+A loss inside one rank is `local_loss`. Where groups span ranks (`contrastive_groups.py`),
+`exchanged_loss` gathers the embeddings of all ranks, and each rank ranks the candidates of its own
+clips: its videos rank everybody's audio clips, and its audio clips everybody's videos. The gradient
+needs of the others' clips only the logarithms of their sums, one number a clip and direction;
+gradients themselves are never exchanged.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from cavmae.dataloaders.sampling.sample_plan import rank_positions
 from cavmae.kernels import Backend, ContrastiveResult, contrastive_loss, default_backend
 from cavmae.kernels.similarity import (
-    Parts,
     Similarity,
     direction_gradient,
     inverse_norms,
     merge,
     project,
-    slabs,
+    row_blocks,
     statistics,
 )
 from cavmae.trainer.config.configs import LossConfig
-from cavmae.trainer.losses.embedding_exchange import Block, Form, blocks
-
-Layout = Literal["local", "gathered", "cached"]
-
-
-def contrastive_layout(
-    *, group_size: int, global_batch: int, micro_batch: int, lanes: int, world_size: int
-) -> Layout:
-    """Where the groups of a step lie; a pure function of the batch sizes."""
-    _, row_of = _places(global_batch, lanes, world_size)
-    micro_of = (row_of // micro_batch).reshape(-1, group_size)
-    if (micro_of != micro_of[:, :1]).any():
-        return "cached"
-    spans = groups_span_ranks(
-        group_size=group_size, global_batch=global_batch, lanes=lanes, world_size=world_size
-    )
-    return "gathered" if spans else "local"
-
-
-def groups_span_ranks(*, group_size: int, global_batch: int, lanes: int, world_size: int) -> bool:
-    """Whether a group has clips of several ranks, so that embeddings are exchanged."""
-    rank_of, _ = _places(global_batch, lanes, world_size)
-    rank_of = rank_of.reshape(-1, group_size)
-    return bool((rank_of != rank_of[:, :1]).any())
-
-
-def _places(global_batch: int, lanes: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each position of a step, and its row among that rank's; both (global_batch,)."""
-    rank_of = np.empty(global_batch, dtype=np.int64)
-    row_of = np.empty(global_batch, dtype=np.int64)
-    for rank in range(world_size):
-        positions = rank_positions(0, rank, world_size, global_batch, lanes)
-        rank_of[positions] = rank
-        row_of[positions] = np.arange(len(positions))
-    return rank_of, row_of
-
-
-@dataclass(frozen=True)
-class OwnGroup:
-    """A group that has clips of this rank.
-
-    Attributes:
-        rows: for each rank, (members,) int64 rows of its clips in the group, on this rank's device.
-        rank: this rank.
-    """
-
-    rows: tuple[torch.Tensor, ...]
-    rank: int
-
-    @property
-    def own(self) -> torch.Tensor:
-        return self.rows[self.rank]
-
-    def has_members(self, block: Block) -> bool:
-        return any(len(self.rows[rank]) for rank in block.ranks)
-
-    def members(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
-        """(members, ...) the group's rows of a block's tensor (ranks, rows, ...)."""
-        flat, each = tensor.flatten(0, 1), tensor.shape[1]
-        index = [self.rows[rank] + place * each for place, rank in enumerate(block.ranks)]
-        if sum(map(len, index)) == len(flat):
-            return flat  # all of it, and in order: rows are ascending
-        return flat[torch.cat(index)]
-
-    def shift(self, block: Block) -> int:
-        """Place of the first own clip's partner in the block; behind its end if it has none."""
-        before = [rank for rank in block.ranks if rank < self.rank or self.rank not in block.ranks]
-        return sum(len(self.rows[rank]) for rank in before)
-
-
-def own_groups(
-    *,
-    group_size: int,
-    global_batch: int,
-    lanes: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> list[OwnGroup]:
-    """The groups of a step that have clips of this rank, in the order of positions."""
-    rank_of, row_of = _places(global_batch, lanes, world_size)
-    groups = []
-    for ranks, rows in zip(
-        rank_of.reshape(-1, group_size), row_of.reshape(-1, group_size), strict=True
-    ):
-        if (ranks == rank).any():
-            members = (np.sort(rows[ranks == other]) for other in range(world_size))
-            on_device = tuple(torch.from_numpy(member).to(device) for member in members)
-            groups.append(OwnGroup(on_device, rank))
-    return groups
+from cavmae.trainer.losses.contrastive_groups import OwnGroup
 
 
 @dataclass
@@ -164,7 +63,7 @@ def exchanged_loss(
 
     Args:
         own: this rank's clips of the step, in the order of `rank_positions`.
-        config: temperature, directions and form of the exchange.
+        config: temperature and directions.
         groups: from `own_groups`.
         backend: see `cavmae.kernels.backend`.
     """
@@ -173,11 +72,17 @@ def exchanged_loss(
         own.audio,
         config.temperature,
         config.bidirectional,
-        config.exchange,
         groups,
         backend or default_backend(own.video.device),
     )
     return ContrastiveResult(loss, accuracy)
+
+
+def gather_ranks(own: torch.Tensor) -> torch.Tensor:
+    """Gather (rows, ...), equally many on every rank, to (world_size * rows, ...), by rank."""
+    everyone = own.new_empty(dist.get_world_size(), *own.shape)
+    dist.all_gather(list(everyone.unbind(0)), own.contiguous())
+    return everyone.flatten(0, 1)
 
 
 class _ExchangedContrastive(torch.autograd.Function):
@@ -190,37 +95,21 @@ class _ExchangedContrastive(torch.autograd.Function):
         audio: torch.Tensor,
         temperature: float,
         bidirectional: bool,
-        form: Form,
         groups: list[OwnGroup],
         backend: Backend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        sides = (video.contiguous(), audio.contiguous())
-        directions = (0, 1) if bidirectional else (0,)
-        inverses = tuple(inverse_norms(side[None], backend)[0] for side in sides)
-        inverse_temperature = inverses[0].new_full((), 1 / temperature)
-        ctx.sides, ctx.inverses, ctx.inverse_temperature = sides, inverses, inverse_temperature
-        ctx.form, ctx.groups, ctx.backend, ctx.directions = form, groups, backend, directions
-
-        found: list[list[list[torch.Tensor]]] = [[[] for _ in groups] for _ in directions]
-        held = []
-        for block in blocks(form, *sides):
-            if form == "gather":
-                held.append(block)
-            for direction in directions:
-                for number, group in enumerate(groups):
-                    if not group.has_members(block):
-                        continue
-                    similarity = _similarity(ctx, block, group, direction)
-                    parts = statistics(similarity, reverse=False)
-                    found[direction][number].append(parts.query)
-        ctx.held = held
-
-        ctx.log_sums = tuple(torch.empty_like(inverses[0]) for _ in directions)
+        ctx.sides = (video.contiguous(), audio.contiguous())
+        ctx.gathered = tuple(gather_ranks(side) for side in ctx.sides)
+        ctx.inverses = tuple(inverse_norms(side[None], backend)[0] for side in ctx.sides)
+        ctx.inverse_temperature = ctx.inverses[0].new_full((), 1 / temperature)
+        ctx.groups, ctx.backend = groups, backend
+        ctx.directions = (0, 1) if bidirectional else (0,)
+        ctx.log_sums = tuple(torch.empty_like(ctx.inverses[0]) for _ in ctx.directions)
         terms = []
-        for direction in directions:
-            for number, group in enumerate(groups):
+        for direction in ctx.directions:
+            for group in groups:
                 merged = merge(
-                    Parts(torch.cat(found[direction][number], dim=1), None),
+                    statistics(_similarity(ctx, group, direction), reverse=False),
                     shift=0,
                     first_query=0,
                     pairs=len(group.own),
@@ -237,33 +126,26 @@ class _ExchangedContrastive(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx, grad_loss: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        toward = tuple(
-            inverse.new_zeros(side.shape)
-            for side, inverse in zip(ctx.sides, ctx.inverses, strict=True)
-        )
-        for block in _blocks_with_log_sums(ctx):
-            for side in (0, 1):
-                for group in ctx.groups:
-                    if not group.has_members(block):
-                        continue
-                    own_log_sum = others_log_sum = None
-                    if side in ctx.directions:
-                        own_log_sum = ctx.log_sums[side][group.own][None]
-                    if 1 - side in ctx.directions:
-                        others = block.tensors[2 + (1 - side)]
-                        others_log_sum = group.members(block, others)[None]
-                    similarity = _similarity(ctx, block, group, side)
-                    for slab in slabs(similarity):
-                        toward[side][group.own[slab]] += direction_gradient(
-                            similarity, own_log_sum, others_log_sum, slab, slice(0, 1)
-                        )[0]
-        factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(toward[0]))
+        log_sums = tuple(gather_ranks(own) for own in ctx.log_sums)
+        factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(ctx.sides[0]))
         gradients = []
-        for side, inverse, direction in zip(ctx.sides, ctx.inverses, toward, strict=True):
-            gradient, alignment = torch.empty_like(side), torch.empty_like(inverse)
+        for side, (embeddings, inverse) in enumerate(zip(ctx.sides, ctx.inverses, strict=True)):
+            toward = inverse.new_empty(embeddings.shape)
+            for group in ctx.groups:
+                own_log_sum = others_log_sum = None
+                if side in ctx.directions:
+                    own_log_sum = ctx.log_sums[side][group.own][None]
+                if 1 - side in ctx.directions:
+                    others_log_sum = group.select(log_sums[1 - side])[None]
+                similarity = _similarity(ctx, group, side)
+                for rows in row_blocks(similarity):
+                    toward[group.own[rows]] = direction_gradient(
+                        similarity, own_log_sum, others_log_sum, rows, slice(0, 1)
+                    )[0]
+            gradient, alignment = torch.empty_like(embeddings), torch.empty_like(inverse)
             project(
-                direction[None],
-                side[None],
+                toward[None],
+                embeddings[None],
                 inverse[None],
                 factor,
                 gradient[None],
@@ -271,28 +153,19 @@ class _ExchangedContrastive(torch.autograd.Function):
                 ctx.backend,
             )
             gradients.append(gradient)
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None
 
 
-def _blocks_with_log_sums(ctx) -> Iterator[Block]:
-    """What `blocks` gave in the forward pass, with the log sums of each direction behind."""
-    if ctx.form == "ring":
-        yield from blocks("ring", *ctx.sides, *ctx.log_sums)
-        return
-    (held,), (log_sums,) = ctx.held, blocks("gather", *ctx.log_sums)
-    yield Block(held.first_rank, held.tensors + log_sums.tensors)
-
-
-def _similarity(ctx, block: Block, group: OwnGroup, side: int) -> Similarity:
-    """This rank's clips of a side against the block's clips of the other side."""
+def _similarity(ctx, group: OwnGroup, side: int) -> Similarity:
+    """Compare this rank's clips of a side with the group's clips of the other side."""
     queries = ctx.sides[side][group.own][None]
-    candidates = group.members(block, block.tensors[1 - side])[None]
+    candidates = group.select(ctx.gathered[1 - side])[None]
     return Similarity(
         queries,
         candidates,
         ctx.inverses[side][group.own][None],
         inverse_norms(candidates, ctx.backend),
         ctx.inverse_temperature,
-        group.shift(block),
+        group.first_own,
         ctx.backend,
     )

@@ -28,15 +28,15 @@ _NORM_STREAM: dict[str, Stream] = {
 
 
 class RecomputedLinear(nn.Linear):
-    """A linear layer of what a norm or an activation gives, which costs little to compute."""
+    """A linear layer after a norm or an activation, which is cheap to recompute."""
 
     recompute = False
-    """Keep what `before` takes, and compute what it gives again in the backward pass."""
+    """Keep the input of `before`, and recompute its output in the backward pass."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: torch.Tensor, before: TensorFunction
     ) -> torch.Tensor:
-        """(..., in features) to (..., out features): the layer of `before(x)`."""
+        """Apply the layer to `before(x)`: (..., in features) to (..., out features)."""
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(before(x))
         return recomputed(lambda x: F.linear(before(x), self.weight, self.bias), x)
@@ -57,17 +57,17 @@ class Attention(nn.Module):
         x: torch.Tensor,
         norm: TensorFunction,
         lengths: list[int],
-        wanted: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(batch, tokens, width) to the same, or to (batch, wanted, width); `lengths` are the
+        """Map (batch, tokens, width) to the same, or to (batch, queries, width); `lengths` are the
         tokens of each segment."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x, norm).view(batch, tokens, 3, self.heads, width // self.heads)
         query, key, value = qkv.unbind(2)  # (batch, tokens, heads, head width)
-        if wanted is not None:
-            query = gather_tokens(query.flatten(2), wanted).unflatten(2, (self.heads, -1))
+        if query_ids is not None:
+            query = gather_tokens(query.flatten(2), query_ids).unflatten(2, (self.heads, -1))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        # (batch, heads, tokens or wanted, head width)
+        # (batch, heads, tokens or queries, head width)
         mixed = attention(query, key, value, lengths, backend=self.backend)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
@@ -81,7 +81,7 @@ class Mlp(nn.Module):
         self.fc2 = RecomputedLinear(hidden, width)
 
     def forward(self, x: torch.Tensor, norm: TensorFunction) -> torch.Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same."""
         return self.fc2(self.fc1(x, norm), F.gelu)
 
 
@@ -98,8 +98,8 @@ class Block(nn.Module):
         self._recompute_all = False
 
     def set_recomputed(self, how: Recompute) -> None:
-        """What the backward pass computes again, instead of keeping it: nothing; the norms and the
-        activation before each linear layer; or everything but the block's input."""
+        """Choose what the backward pass recomputes: nothing; the norms and the activation before
+        each linear layer; or everything but the block's input."""
         self._recompute_all = how == "full"
         for module in self.modules():
             if isinstance(module, RecomputedLinear):
@@ -109,37 +109,37 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         segments: dict[Stream, int] | None = None,
-        wanted: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention and MLP with their norms and residuals.
+        """Apply attention and MLP with their norms and residuals.
 
         Args:
             x: (batch, tokens, width); with `segments`, the sequences of each sample end to end.
             segments: tokens of each packed stream, in order; None: one sequence of the joint
                 stream.
-            wanted: (batch, wanted) int64 tokens whose output is asked for, unique in a row; all
-                tokens are attended to. Only without `segments`; None: every token.
+            query_ids: (batch, queries) int64 tokens whose output is computed, unique in a row; they
+                attend to all tokens. Only without `segments`; None: every token.
 
         Returns:
-            (batch, tokens, width), or (batch, wanted, width).
+            (batch, tokens, width), or (batch, queries, width).
         """
         segments = segments or {"joint": x.shape[1]}
         if not (self._recompute_all and torch.is_grad_enabled()):
-            return self._forward(x, segments, wanted)
-        return recomputed(partial(self._forward, segments=segments, wanted=wanted), x)
+            return self._forward(x, segments, query_ids)
+        return recomputed(partial(self._forward, segments=segments, query_ids=query_ids), x)
 
     def _forward(
-        self, x: torch.Tensor, segments: dict[Stream, int], wanted: torch.Tensor | None
+        self, x: torch.Tensor, segments: dict[Stream, int], query_ids: torch.Tensor | None
     ) -> torch.Tensor:
         norm1, norm2 = (partial(self._segment_norm, name, segments) for name in ("norm1", "norm2"))
-        mixed = self.attn(x, norm1, list(segments.values()), wanted)
-        x = mixed + (x if wanted is None else gather_tokens(x, wanted))
+        mixed = self.attn(x, norm1, list(segments.values()), query_ids)
+        x = mixed + (x if query_ids is None else gather_tokens(x, query_ids))
         return x + self.mlp(x, norm2)
 
     def _segment_norm(
         self, name: str, segments: dict[Stream, int], x: torch.Tensor
     ) -> torch.Tensor:
-        """Statistics once over the packed sequence, then each segment's own affine."""
+        """Normalise the packed sequence once, then apply each segment's own affine."""
         norms = [getattr(self, name + _SUFFIX[stream]) for stream in segments]
         if len(norms) == 1:
             return norms[0](x)
@@ -155,13 +155,13 @@ class Block(nn.Module):
 
 
 def recomputed(function: TensorFunction, x: torch.Tensor) -> torch.Tensor:
-    """`function(x)`, of which `x` alone is kept; the backward pass computes as much of the rest
-    again as it needs. Nothing in a model is drawn at random, so no random state is kept."""
+    """Return `function(x)`, keeping `x` alone for the backward pass, which recomputes what it
+    needs. The model has no random operations, so no random state is kept."""
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def norm_stream(name: str) -> Stream | None:
-    """The stream whose norm a parameter belongs to, by its name; None: it is no encoder norm's."""
+    """Return the stream whose norm a parameter belongs to, by its name; None for other modules."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     return _NORM_STREAM.get(module)
 
@@ -169,7 +169,7 @@ def norm_stream(name: str) -> Stream | None:
 def pass_streams(
     block: nn.Module, streams: dict[Stream, torch.Tensor]
 ) -> dict[Stream, torch.Tensor]:
-    """Each stream (batch, its tokens, width) through one `Block`, in one packed pass."""
+    """Pass each stream (batch, its tokens, width) through one `Block`, packed into a sequence."""
     segments = {stream: tokens.shape[1] for stream, tokens in streams.items()}
     packed = block(torch.cat(list(streams.values()), dim=1), segments)
     return dict(zip(streams, packed.split(list(segments.values()), dim=1), strict=True))

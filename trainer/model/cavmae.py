@@ -1,7 +1,7 @@
 """CAV-MAE: contrastive audio-visual masked autoencoder (Gong et al., ICLR 2023).
 
-The encoders, and a decoder that reconstructs removed patches. Single-device code: it knows nothing
-of ranks. Parameter names are those of the published checkpoints.
+The encoders, and a decoder that reconstructs removed patches. Single-device code, independent of
+ranks. Parameter names are those of the published checkpoints.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, blocks, posit
 
 
 class PretrainOutput(NamedTuple):
-    """What a pretraining forward returns; None where it was not asked for.
+    """The output of a pretraining forward pass; None for what was not computed.
 
     A tuple, because the hooks of ZeRO-3 look for tensors in tuples, lists and dicts only.
 
@@ -80,7 +80,7 @@ class CAVMAE(AudioVideoEncoder):
         """Stop gradients of the parameters that the chosen losses never use.
 
         An engine would otherwise fill their missing gradients with zeros, and weight decay would
-        move them.
+        change them.
 
         Returns:
             The names of the parameters that no chosen loss uses.
@@ -178,10 +178,10 @@ class CAVMAE(AudioVideoEncoder):
         audio_mask: MaskIds,
         video_mask: MaskIds,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every patch as the decoder predicts it, without losses.
+        """Predict every patch, without losses.
 
-        A mask may keep all of a modality or nothing, which no loss is defined for: the sound from
-        the frame alone, and the other way.
+        A mask may keep all of a modality or nothing, for which no loss is defined: audio from the
+        frame alone, or the frame from audio.
 
         Args:
             log_mel: (batch, audio_frames, mel_bins) normalised log-mel.
@@ -206,13 +206,13 @@ class CAVMAE(AudioVideoEncoder):
         latent: torch.Tensor,
         audio_mask: MaskIds,
         video_mask: MaskIds,
-        wanted: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Joint tokens to decoder tokens of every audio, then video patch, before the last norm;
-        with `wanted` (batch, wanted) of those patches alone."""
+        """Decode joint tokens to decoder tokens of every audio, then video patch, before the last
+        norm; with `query_ids` (batch, queries) of those patches alone."""
         x = self.decoder_embed(latent)  # (batch, kept, decoder_width)
         kept_audio, kept = audio_mask.keep.shape[1], x.shape[1]
-        # Where each patch's token is in `x`; `kept` for those that were removed.
+        # The index of each patch's token in `x`; `kept` for removed patches.
         audio, video = audio_mask.restore, video_mask.restore
         kept_video = kept - kept_audio
         places = torch.cat(
@@ -236,9 +236,9 @@ class CAVMAE(AudioVideoEncoder):
         *others, last = self.decoder_blocks
         for block in others:
             x = block(x)
-        return last(x, wanted=wanted)
+        return last(x, query_ids=query_ids)
 
     def _predict(self, tokens: torch.Tensor, audio: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels of the first `audio` tokens, which are audio patches, and of the others."""
+        """Predict pixels of the first `audio` tokens (audio patches) and of the others (video)."""
         tokens = self.decoder_norm(tokens)
         return self.decoder_pred_a(tokens[:, :audio]), self.decoder_pred_v(tokens[:, audio:])

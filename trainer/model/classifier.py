@@ -1,7 +1,7 @@
 """The fine-tuning model: the encoders of CAV-MAE with a classifier on their pooled tokens.
 
-Parameter names are those of the published fine-tuned checkpoints. Single-device code: it knows
-nothing of ranks.
+Parameter names are those of the published fine-tuned checkpoints. Single-device code,
+independent of ranks.
 """
 
 from typing import Literal, NamedTuple
@@ -14,8 +14,8 @@ from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 Mode = Literal["multimodal", "audioonly", "videoonly", "missingaudioonly", "missingvideoonly"]
-"""What is classified (published names): both modalities; one that was fine-tuned alone; one of a
-model that was fine-tuned on both, the other missing."""
+"""Input modalities (published names): both; one, of a model fine-tuned on it alone; one, of a model
+fine-tuned on both, with the other missing."""
 
 # The modalities whose tokens each stream of the joint encoder holds.
 STREAMS: dict[Mode, dict[Stream, tuple[Modality, ...]]] = {
@@ -26,11 +26,11 @@ STREAMS: dict[Mode, dict[Stream, tuple[Modality, ...]]] = {
     "missingvideoonly": {"joint": ("video",), "video": ("video",)},
 }
 VIDEO_ONLY = ("patch_embed_v", "modality_v", "pos_embed_v", "blocks_v", "norm_v")
-"""What an audio-only model does not have."""
+"""Modules that an audio-only model lacks."""
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classification returns; a tuple for the hooks of ZeRO-3.
+    """The output of a classification; a tuple for the hooks of ZeRO-3.
 
     Attributes:
         logits: (batch, classes) float32.
@@ -45,8 +45,8 @@ class ClassifierOutput(NamedTuple):
 class CAVMAEClassifier(AudioVideoEncoder):
     """The fine-tuning model (paper section 4.2).
 
-    Every stream passes all joint blocks, and position tables are trained whatever
-    `config.learnable_positions` says of pretraining, both as in the published fine-tuning.
+    Every stream passes all joint blocks, and position tables are always trained
+    (`config.learnable_positions` is for pretraining), both as in the published fine-tuning.
 
     Args:
         config: sizes of the encoders; those of the decoder are not used.
@@ -77,8 +77,8 @@ class CAVMAEClassifier(AudioVideoEncoder):
         Args:
             log_mel: (batch, audio_frames, mel_bins) normalised log-mel; not read by video modes.
             frame: (batch, 3, image_size, image_size) normalised image; not read by audio modes.
-            mode: what is classified. The modes of a missing modality average two pooled vectors:
-                that of its stream, and that of the joint stream without the other modality.
+            mode: which modalities are read. The modes of a missing modality average two pooled
+                vectors: that of the present modality's stream, and that of the joint stream.
 
         Raises:
             ValueError: an input that the mode reads is None or not of the model's size, a mode
@@ -122,8 +122,8 @@ class CAVMAEClassifier(AudioVideoEncoder):
         )
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The trained parameters of the encoders and those of the classifier, which is new and
-        learns at a higher rate (10 to 100 times in the published runs)."""
+        """Return the trained parameters of the encoders and those of the new classifier, whose
+        learning rate is higher (10 to 100 times in the published runs)."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         return (
             [p for name, p in trained if not name.startswith("mlp_head.")],

@@ -1,14 +1,17 @@
-"""Sizes of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
+"""Sizes and masks of a CAV-MAE model. Imports nothing heavy, so that `--help` answers at once."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(CheckedFields, section="model"):
     """Sizes of the model; the defaults are the published base model (paper section 4.1).
 
     Raises:
-        ValueError: a size that does not divide as the architecture needs it to.
+        ValueError: a size is not divisible as the architecture needs.
     """
 
     audio_frames: int = 1024
@@ -19,23 +22,24 @@ class ModelConfig:
     """Side of the square video frame in pixels, a multiple of 16."""
     width: int = 768
     """Channels of an encoder token."""
-    modality_depth: int = 11
-    """Transformer blocks of each modality's own encoder."""
-    joint_depth: int = 1
-    """Transformer blocks that both modalities share (published: 12 minus the modality depth).
-    A single modality passes only the last of them, as in the published code."""
+    modality_depth: PositiveInt = 11
+    """Transformer blocks of each single-modality encoder."""
+    joint_depth: PositiveInt = 1
+    """Transformer blocks of the joint encoder (published: 12 minus the modality depth). A single
+    modality passes only through the last one, as in the published code."""
     heads: int = 12
     """Attention heads of the encoders."""
     decoder_width: int = 512
     """Channels of a decoder token."""
-    decoder_depth: int = 8
+    decoder_depth: PositiveInt = 8
     """Transformer blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     learnable_positions: bool = False
-    """Train the position tables in pretraining; otherwise they stay the fixed sine-cosine ones."""
+    """Train the position embeddings in pretraining; otherwise they are fixed sine-cosine ones."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("audio_frames", "mel_bins", "image_size"):
             value = getattr(self, field)
             if value < 16 or value % 16:
@@ -55,9 +59,6 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{width} is {channels}; sine-cosine positions need a multiple of 4"
                 )
-        for field in ("modality_depth", "joint_depth", "decoder_depth"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.{field} is {getattr(self, field)}; use 1 or more")
 
     @property
     def audio_grid(self) -> tuple[int, int]:
@@ -76,3 +77,18 @@ class ModelConfig:
     @property
     def video_tokens(self) -> int:
         return self.video_grid[0] * self.video_grid[1]
+
+
+MaskRatio = Annotated[float, Limit(lambda x: 0 <= x < 1, "0 up to below 1")]
+
+
+@dataclass(frozen=True)
+class MaskConfig(CheckedFields, section="mask"):
+    """Which patches are masked (paper section 3.3)."""
+
+    audio_ratio: MaskRatio = 0.75
+    """Fraction of audio patches that are masked."""
+    video_ratio: MaskRatio = 0.75
+    """Fraction of image patches that are masked."""
+    audio_mode: Literal["unstructured", "time", "freq", "tf"] = "unstructured"
+    """Structure of the audio mask; image masks are always unstructured."""

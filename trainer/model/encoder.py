@@ -1,8 +1,8 @@
 """The encoders of CAV-MAE, which pretraining and fine-tuning share.
 
-One encoder for each modality, and a joint one that all streams share. Single-device code: it knows
-nothing of ranks. The published checkpoints have no level for the encoders in their names, so the
-models inherit from this one instead of holding it.
+One encoder for each modality, and a joint one that all streams share. Single-device code,
+independent of ranks. The published checkpoints have no level for the encoders in their names, so
+the models inherit from this one instead of holding it.
 """
 
 from collections.abc import Collection
@@ -27,7 +27,7 @@ from cavmae.trainer.model.pos_embed import position_table
 
 PATCH = 16
 COMPILED_VERSIONS = 64
-"""Of a block: five sizes of tokens, with and without gradients, training's batch and others."""
+"""Compiled versions of a block: five token counts, with and without gradients, several batches."""
 
 
 class PatchEmbed(nn.Module):
@@ -40,9 +40,9 @@ class PatchEmbed(nn.Module):
     def forward(
         self, pixels: torch.Tensor, ids: torch.Tensor, modality: torch.Tensor
     ) -> torch.Tensor:
-        """(batch, channels, height, width) and ids (batch, kept) to (batch, kept, width).
+        """Map (batch, channels, height, width) and ids (batch, kept) to (batch, kept, width).
 
-        The modality vector is added to the bias, where it costs nothing.
+        The modality vector is added to the bias, where it is free.
         """
         weight = self.proj.weight
         patches = gather_patches(pixels, ids, PATCH, dtype=weight.dtype)
@@ -82,8 +82,8 @@ class AudioVideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def _initialize(self) -> None:
-        """Xavier matrices and normal tokens, as the published code starts; a model calls this when
-        its own layers are there."""
+        """Initialize Xavier matrices and normal tokens, as the published code does; a model calls
+        this after it has added its own layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -96,9 +96,8 @@ class AudioVideoEncoder(nn.Module):
     def compile_blocks(self) -> None:
         """Compile every transformer block in place at its first use; names stay as they are.
 
-        Blocks of equal sizes share what is compiled. Each number of tokens, batch and mode of
-        gradients is a version of its own; beyond torch's limit of versions blocks would run
-        uncompiled.
+        Blocks of equal sizes share compiled code. Each number of tokens, batch and gradient mode is
+        compiled separately; beyond torch's recompile limit blocks would run uncompiled.
         """
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VERSIONS)
@@ -107,34 +106,33 @@ class AudioVideoEncoder(nn.Module):
                 module.compile(dynamic=False)
 
     def use_attention(self, backend: AttentionBackend | None) -> None:
-        """Choose how attention is computed; None: the best means of the device."""
+        """Choose how attention is computed; None: the best backend of the device."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
 
     def recompute_blocks(self, how: Recompute) -> None:
-        """Have every transformer block compute again in the backward pass what
-        `Block.set_recomputed` says: activation checkpointing."""
+        """Set activation checkpointing of every transformer block; see `Block.set_recomputed`."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.set_recomputed(how)
 
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """(batch, audio_frames, mel_bins) to the unmasked embedding (batch, width), float32."""
+        """Embed (batch, audio_frames, mel_bins) unmasked: (batch, width), float32."""
         return self.audio_tokens(log_mel).float().mean(dim=1)
 
     def embed_video(self, frame: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, image_size, image_size) to the unmasked embedding (batch, width), float32."""
+        """Embed (batch, 3, image_size, image_size) unmasked: (batch, width), float32."""
         return self.video_tokens(frame).float().mean(dim=1)
 
     def audio_tokens(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """(batch, audio_frames, mel_bins) to the unmasked audio stream after its norm: (batch,
-        audio tokens, width)."""
+        """Encode (batch, audio_frames, mel_bins) unmasked to the audio stream after its norm:
+        (batch, audio tokens, width)."""
         return self.norm_a(self._joint_encoder({"audio": self._encode_all_audio(log_mel)})["audio"])
 
     def video_tokens(self, frame: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, image_size, image_size) to the unmasked video stream after its norm: (batch,
-        video tokens, width)."""
+        """Encode (batch, 3, image_size, image_size) unmasked to the video stream after its norm:
+        (batch, video tokens, width)."""
         return self.norm_v(self._joint_encoder({"video": self._encode_all_video(frame)})["video"])
 
     def _encode_all_audio(self, log_mel: torch.Tensor) -> torch.Tensor:
@@ -183,8 +181,7 @@ class AudioVideoEncoder(nn.Module):
         return tokens
 
     def _joint_encoder(self, streams: dict[Stream, torch.Tensor]) -> dict[Stream, torch.Tensor]:
-        """All streams through the shared blocks; those that pass a block do so in one packed
-        pass."""
+        """Pass all streams through the shared blocks, those of a block packed into a sequence."""
         for number, block in enumerate(self.blocks_u):
             passing = self._streams_through(number, streams)
             if passing:
@@ -193,7 +190,7 @@ class AudioVideoEncoder(nn.Module):
         return streams
 
     def _streams_through(self, number: int, streams: Collection[Stream]) -> list[Stream]:
-        """Which of `streams` pass joint block `number`."""
+        """Return which of `streams` pass joint block `number`."""
         single = number >= self.first_single_stream_block
         return [stream for stream in streams if single or stream == "joint"]
 
@@ -205,7 +202,7 @@ class AudioVideoEncoder(nn.Module):
     def _encoder_uses(
         self, name: str, modalities: Collection[Modality], streams: Collection[Stream]
     ) -> bool:
-        """Whether a pass of `streams`, made of `modalities`, uses an encoder parameter."""
+        """Return whether a pass of `streams`, made of `modalities`, uses an encoder parameter."""
         owner, stream = name.split(".")[0], norm_stream(name)
         if owner == "blocks_u":
             passing = self._streams_through(int(name.split(".")[1]), streams)
@@ -218,10 +215,10 @@ class AudioVideoEncoder(nn.Module):
 
 
 def positions(width: int, grid: tuple[int, int], *, learnable: bool) -> nn.Parameter:
-    """A sine-cosine position table (1, tokens, width) as a parameter."""
+    """Build a sine-cosine position table (1, tokens, width) as a parameter."""
     return nn.Parameter(position_table(width, grid), requires_grad=learnable)
 
 
 def blocks(width: int, heads: int, depth: int) -> nn.ModuleList:
-    """`depth` transformer blocks."""
+    """Build `depth` transformer blocks."""
     return nn.ModuleList([Block(width, heads) for _ in range(depth)])

@@ -2,38 +2,30 @@
 
 import torch
 
-from cavmae.kernels import MaskIds, MaskMode, random_mask
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.kernels import MaskIds, random_mask
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
 def random_masks(
-    model: ModelConfig,
-    positions: torch.Tensor,
-    *,
-    seed: int,
-    audio_ratio: float,
-    video_ratio: float,
-    audio_mode: MaskMode = "unstructured",
+    model: ModelConfig, mask: MaskConfig, positions: torch.Tensor, *, seed: int
 ) -> tuple[MaskIds, MaskIds]:
-    """Audio and video masks, a function of seed and plan position alone.
+    """Draw the audio and video masks, which depend on the seed and the sample positions alone.
 
     Args:
         model: sizes of the patch grids.
-        positions: (batch,) int64 positions in the sample plan; the ids come on their device.
+        mask: ratios of both modalities and structure of the audio mask.
+        positions: (batch,) int64 positions in the sample plan; the ids are on the same device.
         seed: the run's seed.
-        audio_ratio: share of audio patches removed.
-        video_ratio: share of image patches removed.
-        audio_mode: structure of the audio mask; image masks have none.
     """
     audio = random_mask(
         positions,
         seed=seed,
         stream="mask_audio",
         grid=model.audio_grid,
-        ratio=audio_ratio,
-        mode=audio_mode,
+        ratio=mask.audio_ratio,
+        mode=mask.audio_mode,
     )
     video = random_mask(
-        positions, seed=seed, stream="mask_video", grid=model.video_grid, ratio=video_ratio
+        positions, seed=seed, stream="mask_video", grid=model.video_grid, ratio=mask.video_ratio
     )
     return audio, video

@@ -4,14 +4,14 @@ import torch
 
 
 def _sine_cosine(width: int, places: torch.Tensor) -> torch.Tensor:
-    """(tokens, width) sines then cosines of `places` (tokens,) at falling frequencies."""
+    """Return (tokens, width) sines, then cosines of `places` (tokens,) at falling frequencies."""
     frequency = 1.0 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
     angle = places.double()[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 def position_table(width: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Positions of a row-major grid of patches.
+    """Build the position table of a row-major grid of patches.
 
     Args:
         width: channels, a multiple of 4.

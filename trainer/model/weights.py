@@ -1,5 +1,5 @@
-"""Starting from somebody else's weights: published CAV-MAE checkpoints and ImageNet MAE ones, and
-for fine-tuning those of a pretraining run.
+"""Initial weights: published CAV-MAE checkpoints and ImageNet MAE ones, and for fine-tuning those
+of a pretraining run.
 
 Files are read with `weights_only=True`, so that a checkpoint cannot run code. A key that does not
 fit is an error, never a silently random layer.
@@ -78,8 +78,8 @@ def load_classifier_weights(
 ) -> list[str]:
     """Load a pretraining or a fine-tuned CAV-MAE checkpoint into `model`, in place.
 
-    The decoder of a pretraining checkpoint has no place in `model` and is left out, as is what only
-    video uses where `model` is an audio-only one. Everything else has to fit.
+    The decoder of a pretraining checkpoint is skipped, and for an audio-only `model` everything
+    that only video uses. All other tensors must fit.
 
     Args:
         path_or_state: file or state dict, ours (`weights.pt`) or published, with or without
@@ -104,11 +104,11 @@ def load_classifier_weights(
             f"{sorted(state)[:_LISTED]}. Fine-tuning starts from a CAV-MAE checkpoint: pretrain "
             "from this one first, or take the weights.pt of a pretraining run"
         )
-    left_out = ["mask_token"] + ([] if model.has_video else [*VIDEO_ONLY])
+    skipped = ["mask_token"] + ([] if model.has_video else [*VIDEO_ONLY])
     state = {
         name: tensor
         for name, tensor in state.items()
-        if not name.startswith("decoder_") and name.split(".")[0] not in left_out
+        if not name.startswith("decoder_") and name.split(".")[0] not in skipped
     }
     expected = model.state_dict()
     head = [name for name in expected if name.startswith("mlp_head.")]
@@ -124,16 +124,16 @@ def load_classifier_weights(
 
 
 def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
-    """Weights of an ImageNet MAE (He et al. 2022), spread over both modalities as published.
+    """Convert weights of an ImageNet MAE (He et al. 2022) for both modalities, as published.
 
     Both modality encoders start from the first blocks and the joint encoder from the last ones;
-    the audio patch projection is the sum over the image channels. What MAE has no counterpart for
-    keeps the value it has in `model`: modality vectors, audio positions, the norms of streams that
-    a block does not serve.
+    the audio patch projection is the sum over the image channels. Parameters without a counterpart
+    in MAE keep their value in `model`: modality vectors, audio positions, the norms of single
+    streams.
 
     Args:
         source_state: checkpoint with the MAE decoder, with or without `module.` prefixes.
-        model: gives sizes and the values that stay; it is not changed.
+        model: gives sizes and the values that are kept; it is not changed.
 
     Returns:
         A whole state dict for `model`.
@@ -156,12 +156,12 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
 
 
 def published_state(model: CAVMAE | CAVMAEClassifier) -> dict[str, torch.Tensor]:
-    """State dict with the names of the published files, which the published code loads."""
+    """Return a state dict with the names of the published files, which the published code loads."""
     return {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint file by name, without `module.` prefixes.
+    """Read the tensors of a checkpoint file by name, without `module.` prefixes.
 
     Raises:
         ValueError: a file that holds more than tensors and plain containers, or no tensors.
@@ -176,7 +176,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             "the file"
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, struct.error) as error:
-        # A file that is no zip is read as a stream of pickle's orders, which fail in many ways.
+        # A file that is no zip is read as a pickle stream, which fails in many ways.
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {error}; copy or download it again"
         ) from error
@@ -198,7 +198,7 @@ def _without_prefix(state: State) -> dict[str, torch.Tensor]:
 
 
 def _mae_key(name: str, model: CAVMAE) -> str | None:
-    """The MAE key that a parameter comes from; None where it keeps its value."""
+    """Return the MAE key that a parameter comes from; None if it keeps its value."""
     module, _, rest = name.partition(".")
     if module in ("modality_a", "modality_v", "decoder_modality_a", "decoder_modality_v"):
         return None
@@ -228,7 +228,7 @@ def _adapt(name: str, source: torch.Tensor) -> torch.Tensor:
 
 
 def _check_classes(source: str, state: State, classes: int) -> None:
-    """Whether the head of a fine-tuned checkpoint has as many classes as the model."""
+    """Check that the head of a fine-tuned checkpoint has as many classes as the model."""
     name = "mlp_head.1.weight"
     if name in state and len(state[name]) != classes:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Export of trained models: safetensors, the Hub, torch.export, ONNX."""

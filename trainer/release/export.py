@@ -1,8 +1,8 @@
-"""`cavmae export RUN OUT`: a trained model for others, in the formats that they read.
+"""`cavmae export RUN OUT`: exports a trained model to the formats that others read.
 
-A folder for the Hugging Face Hub, graphs that run without this package, or a state dict that the
-published code loads. Every format comes with `config.json`, which says how the model's input is
-made, and a card. A graph is compared with the model before the command says that it is done.
+These are a folder for the Hugging Face Hub, graphs that run without this package, and a state dict
+for the published code. Every format comes with `config.json`, which has the preprocessing, and a
+card. Every graph is compared with the model.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from cavmae.atomic_write import atomic_write
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import TrainedClassifier, open_trained
@@ -31,20 +32,19 @@ from cavmae.trainer.model.weights import (
     read_state,
 )
 from cavmae.trainer.release.graphs import (
-    MAXIMUM_DEVIATION,
+    MAX_ABS_ERROR,
     Model,
     Part,
     check_onnx_installed,
     graph_of,
-    largest_deviation,
+    max_abs_error,
     parts_of,
     save_onnx,
     save_torch,
 )
 from cavmae.trainer.release.hub import hub_model
-from cavmae.trainer.release.model_card import model_card
+from cavmae.trainer.release.model_card import model_card, provenance_of_file, provenance_of_run
 from cavmae.trainer.release.model_spec import ModelSpec, Preprocessing
-from cavmae.trainer.release.provenance import provenance_of_file, provenance_of_run
 
 Format = Literal["hub", "torch", "onnx", "published"]
 _GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
@@ -52,43 +52,43 @@ _GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained model for others: for the Hub, as graphs, or for the published code."""
+    """Export a trained model: to the Hugging Face Hub, as graphs, or for the published code."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run, or a file of CAV-MAE weights (published, or `weights.pt`)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Where the files are written; new or empty."""
+    """Folder to write to; new or empty."""
     format: tuple[Format, ...] = ("hub",)
     """One or more. `hub`: model.safetensors. `torch`: a .pt2 of each part, for torch.export.load.
     `onnx`: an .onnx of each. `published`: published.pth, a state dict for the published code."""
     what: tuple[Part, ...] = ()
-    """Parts of the model that become graphs: embeddings of `audio` and `video`, logits of a
+    """Parts of the model to write as graphs: embeddings of `audio` and `video`, logits of a
     classifier in a mode; empty: both embeddings, or a classifier's logits in its own mode."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """Sizes, for a file of weights; a run has its own."""
+    """Sizes, for a weights file; a run has its own."""
     log_mel_mean: float = DataConfig.log_mel_mean
-    """Of the log-mel that a file of weights was trained on; a run has its own."""
+    """Mean of the log-mel that a weights file was trained on; a run has its own."""
     log_mel_std: float = DataConfig.log_mel_std
-    """Of the log-mel that a file of weights was trained on; a run has its own."""
+    """Std of the log-mel that a weights file was trained on; a run has its own."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported.
+    """A model to export.
 
     Attributes:
-        model: on the CPU, set to evaluate.
-        description: of it.
-        provenance: what the card says of its training.
+        model: on the CPU, in eval mode.
+        spec: its sizes and preprocessing.
+        provenance: the card's sections on its training.
     """
 
     model: Model
-    description: ModelSpec
+    spec: ModelSpec
     provenance: str
 
 
 def open_source(config: ExportConfig) -> Source:
-    """Open a finished run or a file of weights.
+    """Open a finished run or a weights file.
 
     Raises:
         ValueError: it is neither, the weights do not fit, or fields of a file are set for a run.
@@ -99,66 +99,68 @@ def open_source(config: ExportConfig) -> Source:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         model = _model_of_file(path, config.model)
-        described = _described(model, config.log_mel_mean, config.log_mel_std)
-        return Source(model, described, provenance_of_file(path, sha256))
+        spec = _spec_of(model, config.log_mel_mean, config.log_mel_std)
+        return Source(model, spec, provenance_of_file(path, sha256))
     run = open_trained(path)
-    unset = ExportConfig(config.source, config.out)
+    default = ExportConfig(config.source, config.out)
     for name in ("model", "log_mel_mean", "log_mel_std"):
-        if getattr(config, name) != getattr(unset, name):
+        if getattr(config, name) != getattr(default, name):
             raise ValueError(
-                f"{name} is set and {path} is a run, whose config.json says it; leave it out"
+                f"{name} is set and {path} is a run, whose config.json has it; do not set it"
             )
     model, data = run.model(torch.device("cpu")), run.config.data
-    described = _described(model, data.log_mel_mean, data.log_mel_std)
+    spec = _spec_of(model, data.log_mel_mean, data.log_mel_std)
     if isinstance(run, TrainedClassifier):
         mode, labels = run.config.classifier.mode, run.labels.names
-        described = dataclasses.replace(described, mode=mode, labels=labels)
-    return Source(model, described, provenance_of_run(run))
+        spec = dataclasses.replace(spec, mode=mode, labels=labels)
+    return Source(model, spec, provenance_of_run(run))
 
 
 def export(config: ExportConfig) -> None:
-    """Write the files and say what was written.
+    """Write the files and print their names.
 
     Raises:
         ValueError: the source, the parts or `out` don't fit, a package is missing, or a graph's
-            outputs are not the model's.
+            outputs differ from the model's.
         OSError: a file can't be read or written.
     """
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out is {out}, which holds something already; give a new folder")
+        raise ValueError(f"out is {out}, which is not an empty folder; give a new one")
     if "onnx" in config.format:
         check_onnx_installed()
     source = open_source(config)
     model, parts = source.model, _parts(source, config)
-    hub = hub_model(model, source.description)
+    hub = hub_model(model, source.spec)
     out.mkdir(parents=True, exist_ok=True)
-    model_card(source.description, source.provenance).save(out / "README.md")
-    save_config(source.description, out / "config.json")
+    with atomic_write(out / "README.md") as temporary:
+        model_card(source.spec, source.provenance).save(temporary)
+    save_config(source.spec, out / "config.json")
     if "hub" in config.format:
         hub.save_pretrained(out)
         print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
     if "published" in config.format:
-        torch.save(published_state(model), out / "published.pth")
+        with atomic_write(out / "published.pth") as temporary, temporary.open("wb") as file:
+            torch.save(published_state(model), file)
         print(f"{out / 'published.pth'}: {len(hub.state_dict())} tensors")
     writers = [_GRAPH_WRITERS[name] for name in config.format if name in _GRAPH_WRITERS]
     for part in parts if writers else ():
         graph = graph_of(model, part)
         for save, ending in writers:
             path = out / f"{part}.{ending}"
-            deviation = largest_deviation(model, part, save(graph, path))
-            if not deviation <= MAXIMUM_DEVIATION:  # NaN too
+            error = max_abs_error(model, part, save(graph, path))
+            if not error <= MAX_ABS_ERROR:  # NaN too
                 path.unlink()
                 raise ValueError(
-                    f"{path} would give {part} with a deviation of {deviation:.2g} from the model, "
-                    f"above {MAXIMUM_DEVIATION:g}: removed; use another format, and report this"
+                    f"{path} differs from the model by {error:.2g}, above {MAX_ABS_ERROR:g}: "
+                    "removed; use another format, and report this"
                 )
-            print(f"{path}: largest deviation from the model {deviation:.2g}")
+            print(f"{path}: max abs error {error:.2g}")
     print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
 
 
-def _described(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
-    """The description of a model of which nothing else is known; its input is the loader's."""
+def _spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
+    """Build the spec of a model without labels, with the preprocessing of the loader."""
     classifier = isinstance(model, CAVMAEClassifier)
     video = model.has_video if classifier else True
     return ModelSpec(
@@ -195,22 +197,22 @@ def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
 
 
 def _parts(source: Source, config: ExportConfig) -> tuple[Part, ...]:
-    """The parts that are asked for.
+    """Return the parts to write as graphs.
 
     Raises:
-        ValueError: the model has not all of them, or graphs are not asked for.
+        ValueError: the model lacks one, or no format has graphs.
     """
-    has = parts_of(source.model)
+    parts = parts_of(source.model)
     for part in config.what:
-        if part not in has:
-            raise ValueError(f"what is {part}, which this model has not; it has {', '.join(has)}")
+        if part not in parts:
+            raise ValueError(f"what is {part}, which this model lacks; it has {', '.join(parts)}")
     if config.what and not _GRAPH_WRITERS.keys() & set(config.format):
         raise ValueError(
             f"what is {' '.join(config.what)}, and format {' '.join(config.format)} has no parts; "
-            "add torch or onnx to format, or leave what out"
+            "add torch or onnx to format, or do not set what"
         )
-    mode = source.description.mode
-    return config.what or ((mode,) if mode else has)
+    mode = source.spec.mode
+    return config.what or ((mode,) if mode else parts)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,9 +1,8 @@
-"""The encoders and a classifier's logits as graphs that run without this package: `torch.export`
-and ONNX.
+"""Export of the encoders and a classifier's logits as graphs that run without this package, by
+`torch.export` and to ONNX.
 
-A graph is made on the CPU, where all operations are plain torch (elsewhere they are Triton kernels
-of ours), in float32, for any batch. Whoever exports is told how far its results are from the
-model's.
+A graph is traced on the CPU, where all operations are plain torch and not our Triton kernels, in
+float32, for any batch size. Exporting reports how far its outputs are from the model's.
 """
 
 import copy
@@ -18,23 +17,24 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from cavmae.atomic_write import atomic_write
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 
 Part = Literal["audio", "video", Mode]
-"""What a graph computes: the embedding of a sound or a picture, or logits in one of the modes of a
-classifier."""
+"""What a graph computes: the embedding of audio or a video frame, or a classifier's logits in a
+mode."""
 Model = CAVMAE | CAVMAEClassifier
 Inputs = Mapping[str, torch.Tensor]
 
-MAXIMUM_DEVIATION = 1e-4
-"""Between a graph and its model, absolute, in float32."""
+MAX_ABS_ERROR = 1e-4
+"""Allowed difference between the outputs of a graph and of its model, in float32."""
 CHECKED_BATCHES = (1, 3)
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def parts_of(model: Model) -> tuple[Part, ...]:
-    """Everything that can be exported of a model."""
+    """Return all parts of a model that can be exported."""
     if isinstance(model, CAVMAE):
         return ("audio", "video")
     if not model.has_video:
@@ -43,7 +43,7 @@ def parts_of(model: Model) -> tuple[Part, ...]:
 
 
 def random_inputs(model: Model, part: Part, batch: int) -> dict[str, torch.Tensor]:
-    """Standard normal `log_mel` and `frame` of the model's size, as far as the part reads them."""
+    """Draw standard normal `log_mel` and `frame` of the model's size, those that the part reads."""
     sizes = model.config
     shapes = {
         "log_mel": (batch, sizes.audio_frames, sizes.mel_bins),
@@ -53,10 +53,10 @@ def random_inputs(model: Model, part: Part, batch: int) -> dict[str, torch.Tenso
 
 
 class PartOfModel(nn.Module):
-    """One output of a model as a module of its own.
+    """One output of a model as a separate module.
 
     Args:
-        model: on the CPU, set to evaluate.
+        model: on the CPU, in eval mode.
         part: one of `parts_of(model)`.
     """
 
@@ -68,8 +68,8 @@ class PartOfModel(nn.Module):
     def forward(
         self, log_mel: torch.Tensor | None = None, frame: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(batch, audio_frames, mel_bins) and (batch, 3, image_size, image_size), as far as the
-        part reads them, to the embedding (batch, width) or logits (batch, classes), float32."""
+        """Compute the embedding (batch, width) or logits (batch, classes), float32, of those inputs
+        that the part reads: (batch, audio_frames, mel_bins), (batch, 3, image_size, image_size)."""
         if self.part == "audio":
             assert log_mel is not None
             return self.model.embed_audio(log_mel)
@@ -81,16 +81,16 @@ class PartOfModel(nn.Module):
 
 
 def graph_of(model: Model, part: Part) -> ExportedProgram:
-    """A part of a model as a graph that holds only the parameters it uses; inputs go by name.
+    """Trace a part of a model into a graph with only the parameters it uses and named inputs.
 
     Args:
-        model: on the CPU, set to evaluate.
+        model: on the CPU, in eval mode.
         part: one of `parts_of(model)`.
     """
     inputs = random_inputs(model, part, 2)
     shapes = {name: {0: Dim("batch", min=1)} for name in inputs}
     tensors = model.state_dict(keep_vars=True)
-    # Modules of its own, which can lose parameters, with the tensors of the model.
+    # Copies of the modules, which can lose parameters, with the tensors of the model.
     own = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors.values()})
     whole = PartOfModel(own, part)
     with torch.no_grad():
@@ -102,16 +102,20 @@ def graph_of(model: Model, part: Part) -> ExportedProgram:
 
 
 def save_torch(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
-    """Write a graph for `torch.export.load`; returns what computes with the written file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its own names
-        torch.export.save(graph, path)
+    """Write a graph for `torch.export.load`; returns a function that runs the written file."""
+    with (
+        warnings.catch_warnings(),
+        atomic_write(path) as temporary,
+        temporary.open("wb") as file,
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # torch uses its own deprecated names
+        torch.export.save(graph, file)
     module = torch.export.load(path).module()
     return lambda inputs: module(**inputs)
 
 
 def save_onnx(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
-    """Write a graph as ONNX; returns what computes with the written file, by onnxruntime."""
+    """Write a graph as ONNX; returns a function that runs the written file with onnxruntime."""
     import onnxruntime
 
     assert graph.example_inputs is not None
@@ -129,7 +133,7 @@ def save_onnx(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Te
             dynamic_shapes={name: {0: "batch"} for name in inputs},
         )
     assert onnx is not None
-    onnx.save(path)
+    onnx.save(path)  # in place: large weights go to a second file, which the graph names
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -139,7 +143,7 @@ def save_onnx(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Te
 
 
 def check_onnx_installed() -> None:
-    """Refuse to begin what could not be finished.
+    """Check early that ONNX can be written.
 
     Raises:
         ValueError: a package is missing.
@@ -152,17 +156,15 @@ def check_onnx_installed() -> None:
 
 
 @torch.no_grad()
-def largest_deviation(
-    model: Model, part: Part, computed: Callable[[Inputs], torch.Tensor]
-) -> float:
-    """Largest absolute difference of `computed` to the model, over random inputs of each of
-    `CHECKED_BATCHES`."""
+def max_abs_error(model: Model, part: Part, run_graph: Callable[[Inputs], torch.Tensor]) -> float:
+    """Compare a graph with the model on random inputs of each of `CHECKED_BATCHES`; NaN where an
+    output is."""
     whole = PartOfModel(model, part)
-    deviations = []
+    errors = []
     for batch in CHECKED_BATCHES:
         inputs = random_inputs(model, part, batch)
-        deviations.append((computed(inputs) - whole(**inputs)).abs().max())
-    return torch.stack(deviations).max().item()  # NaN where one is
+        errors.append((run_graph(inputs) - whole(**inputs)).abs().max())
+    return torch.stack(errors).max().item()
 
 
 def _inputs_of(part: Part) -> list[str]:

@@ -1,9 +1,8 @@
-"""Models as folders that others load, on a disk or at the Hugging Face Hub: `model.safetensors`,
-`config.json` and a card.
+"""Models as folders, local or at the Hugging Face Hub: `model.safetensors`, `config.json`, a card.
 
-The models themselves run where only torch and triton are installed; these are the same ones with
-`from_pretrained`, `save_pretrained` and `push_to_hub`. Weights are read from safetensors alone, a
-format that holds no code, and every tensor has to fit.
+The models themselves run where only torch and triton are installed; these subclasses add
+`from_pretrained`, `save_pretrained` and `push_to_hub`. Only safetensors are read, a format that
+holds no code, and every tensor has to fit.
 """
 
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from cavmae.atomic_write import write_bytes
 from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -23,25 +23,24 @@ from cavmae.trainer.release.model_spec import ModelSpec
 
 
 class _HubFolder(ModelHubMixin):
-    """How both models are written and read.
+    """Saving and loading of both models.
 
-    `from_pretrained` takes a folder or the name of a repository, and beside it only what
-    `huggingface_hub.hf_hub_download` knows, such as `revision`. The model comes on the CPU, set to
-    evaluate.
+    `from_pretrained` takes a folder or the name of a repository, and the arguments of
+    `huggingface_hub.hf_hub_download`, such as `revision`. The model is on the CPU, in eval mode.
     """
 
-    description: ModelSpec
+    spec: ModelSpec
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, torch.nn.Module)
-        # `save_file` would make a file that only its owner can read.
+        # `save_file` would write a file that only its owner can read.
         content = save(self.state_dict(), {"format": "pt"})
-        (save_directory / "model.safetensors").write_bytes(content)
-        save_config(self.description, save_directory / "config.json")
+        write_bytes(save_directory / "model.safetensors", content)
+        save_config(self.spec, save_directory / "config.json")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card without what a run would tell; `cavmae export` writes that one first."""
-        return model_card(self.description)
+        """Write a card without a run; `cavmae export` has already written one with it."""
+        return model_card(self.spec)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **fetching: Any) -> Self:
@@ -71,49 +70,42 @@ class HubCAVMAE(_HubFolder, CAVMAE):
     """The pretraining model with `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
     Args:
-        description: its sizes and how its input is made.
+        spec: sizes and preprocessing.
 
     Raises:
-        ValueError: the description is a classifier's.
+        ValueError: the spec is a classifier's.
     """
 
-    def __init__(self, description: ModelSpec) -> None:
-        if description.classes:
+    def __init__(self, spec: ModelSpec) -> None:
+        if spec.classes:
             raise ValueError(
-                f"classes is {description.classes}: this is a classifier; use HubCAVMAEClassifier"
+                f"classes is {spec.classes}: this is a classifier; use HubCAVMAEClassifier"
             )
-        super().__init__(description.model)
-        self.description = description
+        super().__init__(spec.model)
+        self.spec = spec
 
 
 class HubCAVMAEClassifier(_HubFolder, CAVMAEClassifier):
     """The fine-tuning model with `from_pretrained`, `save_pretrained` and `push_to_hub`.
 
     Args:
-        description: its sizes and how its input is made.
+        spec: sizes and preprocessing.
 
     Raises:
-        ValueError: the description is a pretraining model's.
+        ValueError: the spec is a pretraining model's.
     """
 
-    def __init__(self, description: ModelSpec) -> None:
-        if not description.classes:
+    def __init__(self, spec: ModelSpec) -> None:
+        if not spec.classes:
             raise ValueError("classes is 0: this is a pretraining model; use HubCAVMAE")
-        super().__init__(description.model, description.classes, video=description.video)
-        self.description = description
+        super().__init__(spec.model, spec.classes, video=spec.video)
+        self.spec = spec
 
 
-def hub_model(
-    model: CAVMAE | CAVMAEClassifier, description: ModelSpec
-) -> HubCAVMAE | HubCAVMAEClassifier:
-    """A model as one that can be saved and pushed; it shares the tensors of `model`.
-
-    Args:
-        model: any.
-        description: of it.
-    """
+def hub_model(model: CAVMAE | CAVMAEClassifier, spec: ModelSpec) -> HubCAVMAE | HubCAVMAEClassifier:
+    """Convert a model to one that can be saved and pushed; it shares the tensors of `model`."""
     kind = HubCAVMAEClassifier if isinstance(model, CAVMAEClassifier) else HubCAVMAE
     with torch.device("meta"):
-        hub = kind(description)
+        hub = kind(spec)
     hub.load_state_dict(model.state_dict(), assign=True)
     return hub.eval()

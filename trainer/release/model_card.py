@@ -1,53 +1,60 @@
-"""The card of a model: what it is, how it is fed, and, where a run made it, what it was trained on
-and how it scored.
+"""The card of a model: what it is, how to use it and, for a run, its training data and scores.
 
-Nothing is on it that the files of the run do not say. The licence is left to whoever publishes the
-weights, and the card says so.
+Only facts from the files of the run are on it, and only what may be published: names of data sets
+without their folders and the fields that shape the model; nothing of machines, stores and servers.
+The licence is left to whoever publishes the weights, and the card says so.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from cavmae.atomic_write import read_json
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.release.model_spec import ModelSpec
+from cavmae.trainer.tracking.tracker import flatten
 
-NOT_TOLD = "## Training\n\nNot told: these weights were saved without their run.\n"
+if TYPE_CHECKING:  # those who load a model don't need it
+    from cavmae.trainer.evaluation.trained_run import AnyRun
+
+UNKNOWN_TRAINING = "## Training\n\nUnknown: these weights were saved without their run.\n"
 
 _SNIPPET = """\
 import numpy as np
 import torch
 from PIL import Image
 
-from cavmae.dataloaders.loading.augment import middle_box
+from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.trainer.release.hub import {class_name}
 
 model = {class_name}.from_pretrained(".")  # this folder, or a repository of the Hub
-sizes, made = model.description.model, model.description.preprocessing
+sizes, preprocessing = model.spec.model, model.spec.preprocessing
 
-sound = torch.zeros(2 * made.audio_hz)  # yours: mono, -1 to 1
-spectrogram = log_mel([sound], sizes.mel_bins, sizes.audio_frames, torch.device("cpu"))
-spectrogram = (spectrogram - made.log_mel_mean) / made.log_mel_std
+waveform = torch.zeros(2 * preprocessing.audio_hz)  # yours: mono, -1 to 1
+spectrogram = log_mel([waveform], sizes.mel_bins, sizes.audio_frames, torch.device("cpu"))
+spectrogram = (spectrogram - preprocessing.log_mel_mean) / preprocessing.log_mel_std
 
-picture = Image.new("RGB", (340, 256))  # yours
-(width, height), side = picture.size, sizes.image_size
-top, left, bottom, right = middle_box(height, width, side)
+image = Image.new("RGB", (340, 256))  # yours
+(width, height), side = image.size, sizes.image_size
+top, left, bottom, right = center_crop(height, width, side)
 box = (left * width, top * height, right * width, bottom * height)
-picture = picture.resize((side, side), Image.Resampling.BILINEAR, box)
-pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-mean, deviation = (
-    torch.tensor(of)[:, None, None] for of in (made.image_mean, made.image_std)
-)
-frame = (pixels - mean) / deviation
+image = image.resize((side, side), Image.Resampling.BILINEAR, box)
+pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+mean = torch.tensor(preprocessing.image_mean)[:, None, None]
+std = torch.tensor(preprocessing.image_std)[:, None, None]
+frame = (pixels - mean) / std
 
 with torch.no_grad():
     {use}
 """
 _USES = {
     "": (
-        "sound_embedding = model.embed_audio(spectrogram)  # (1, width)\n"
-        "    picture_embedding = model.embed_video(frame)  # (1, width)"
+        "audio_embedding = model.embed_audio(spectrogram)  # (1, width)\n"
+        "    video_embedding = model.embed_video(frame)  # (1, width)"
     ),
     "multimodal": 'logits = model(spectrogram, frame, "multimodal").logits  # (1, classes)',
     "videoonly": 'logits = model(None, frame, "videoonly").logits  # (1, classes)',
@@ -59,49 +66,72 @@ _TASKS = {
     "videoonly": "video-classification",
     "audioonly": "audio-classification",
 }
-_READS = {
-    "multimodal": "a sound and a picture of one moment",
-    "videoonly": "a picture",
-    "audioonly": "a sound",
+_INPUTS = {
+    "multimodal": "audio and a video frame of the same moment",
+    "videoonly": "a video frame",
+    "audioonly": "audio",
 }
 _LICENCE = """\
 **Licence: not chosen.** Whoever publishes these weights sets `license` at the top of this file and
 replaces this paragraph. The training clips, and weights that training started from, may have terms
-that bind the choice.
+that restrict the choice.
 """
 _LIMITS = """\
 ## Limits
 
-The model takes sound of {seconds:g} s ({frames} frames; shorter sound is padded, longer cut) and
-one picture of {side} x {side} pixels. What is not named above was not measured: how it does on
-other kinds of clips is not known, and it may have learned whatever bias its training clips have.
+The model takes {seconds:g} s of audio ({frames} frames; shorter audio is padded, longer cut) and
+one image of {side} x {side} pixels. What is not named above was not measured: its quality on other
+kinds of clips is unknown, and it may have learned any bias of its training clips.
 """
+_TRAINING_FIELDS = (
+    "seed",
+    "steps",
+    "global_batch",
+    "average_from_epoch",
+    "data.mixture",
+    "data.sampling",
+    "data.frame_choice",
+    "data.window_seconds",
+    "data.augmentation.",
+    "mask.",
+    "loss.",
+    "optimizer.",
+    "schedule.",
+    "classifier.mode",
+    "classifier.loss",
+    "classifier.label_smoothing",
+    "classifier.head_lr_mult",
+    "classifier.train_encoders",
+    "engine.dtype",
+    "engine.clip_grad_norm",
+)
+"""Fields of a run, or prefixes of their names, that shaped its model."""
 
 
-def model_card(description: ModelSpec, provenance: str = NOT_TOLD) -> ModelCard:
-    """The card of a model.
+def model_card(spec: ModelSpec, provenance: str = UNKNOWN_TRAINING) -> ModelCard:
+    """Write the card of a model.
 
     Args:
-        description: of the model.
-        provenance: Markdown sections: where the weights come from, training, scores.
+        spec: of the model.
+        provenance: Markdown sections on where the weights come from.
     """
-    if not description.mode:
+    if not spec.mode:
         title = "CAV-MAE, pretrained"
-        says = "Embeds sounds and pictures in one space."
+        purpose = "Embeds audio and video frames in one space."
     else:
-        title = f"CAV-MAE, fine-tuned to {description.classes} classes"
-        says = f"Gives logits of classes for {_READS[description.mode]}."
+        title = f"CAV-MAE, fine-tuned to {spec.classes} classes"
+        purpose = f"Returns logits of classes for {_INPUTS[spec.mode]}."
     data = ModelCardData(
         license="unknown",
         library_name="cavmae",
-        pipeline_tag=_TASKS[description.mode],
+        pipeline_tag=_TASKS[spec.mode],
         tags=["audio", "audio-visual", "cav-mae", "self-supervised-learning", "video"],
     )
-    class_name = "HubCAVMAEClassifier" if description.classes else "HubCAVMAE"
-    snippet = _SNIPPET.format(class_name=class_name, use=_USES[description.mode])
-    sizes, made = description.model, description.preprocessing
+    class_name = "HubCAVMAEClassifier" if spec.classes else "HubCAVMAE"
+    snippet = _SNIPPET.format(class_name=class_name, use=_USES[spec.mode])
+    sizes, preprocessing = spec.model, spec.preprocessing
     limits = _LIMITS.format(
-        seconds=sizes.audio_frames * made.hop_samples / made.audio_hz,
+        seconds=sizes.audio_frames * preprocessing.hop_samples / preprocessing.audio_hz,
         frames=sizes.audio_frames,
         side=sizes.image_size,
     )
@@ -109,20 +139,119 @@ def model_card(description: ModelSpec, provenance: str = NOT_TOLD) -> ModelCard:
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}\n",
         f"A contrastive audio-visual masked autoencoder ([Gong et al., ICLR 2023]"
-        f"(https://arxiv.org/abs/2210.07839)), made by `cavmae`. {says}\n",
+        f"(https://arxiv.org/abs/2210.07839)), made by `cavmae`. {purpose}\n",
         _LICENCE,
         f"## Use\n\n```python\n{snippet}```\n",
         "Graphs (`.pt2`, `.onnx`) beside this file take `spectrogram` as `log_mel`, and `frame`.\n",
         "The values of `config.json`:\n",
-        table(("preprocessing", "value"), dataclasses.asdict(made).items()),
-        table(("model", "value"), dataclasses.asdict(sizes).items()),
+        _table(("preprocessing", "value"), dataclasses.asdict(preprocessing).items()),
+        _table(("model", "value"), dataclasses.asdict(sizes).items()),
         provenance,
         limits,
     ]
     return ModelCard("\n".join(parts))
 
 
-def table(heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    """A Markdown table."""
+def provenance_of_file(path: Path, sha256: str) -> str:
+    """Write the card's sections for weights without their run."""
+    return (
+        f"## Training\n\nUnknown: exported from the weights file `{path.name}` "
+        f"(SHA-256 `{sha256}`).\n"
+    )
+
+
+def provenance_of_run(run: "AnyRun") -> str:
+    """Write the card's sections for a run: clips, recipe, scores, evaluations, code."""
+    return "\n".join([_training(run), _scores(run), _evaluations(run), _origin(run)])
+
+
+def _training(run: "AnyRun") -> str:
+    config, folders = run.config, run.config.data.train_folders
+    names = ", ".join(f"`{_set_name(folder)}`" for folder in folders)
+    try:
+        shards = ShardSet(folders, config.data.cache)
+        clips = f"{shards.samples} clips, fingerprint of the shards `{shards.fingerprint}`"
+    except (OSError, ValueError):
+        clips = "the shards could not be read when this card was written, so clips are not counted"
+    initial = f"`{_set_name(config.initial_weights)}`" if config.initial_weights else "random"
+    fields = [
+        (name, value)
+        for name, value in flatten(dataclasses.asdict(config)).items()
+        if name.startswith(_TRAINING_FIELDS)
+    ]
+    return (
+        f"## Training\n\nClips: {names} ({clips}). Initial weights: {initial}.\n\n"
+        f"{_table(('field', 'value'), fields)}"
+    )
+
+
+def _scores(run: "AnyRun") -> str:
+    scores = _read(run.folder / "summary.json").get("scores")
+    if not scores:
+        return "## Validation\n\nNone: the run had no validation clips.\n"
+    validation, clips = _set_name(run.config.data.validation), run.config.validation.clips
+    return (
+        f"## Validation\n\nAt the end of the run, at most {clips} clips of `{validation}`.\n\n"
+        f"{_score_table(scores)}"
+    )
+
+
+def _evaluations(run: "AnyRun") -> str:
+    parts = []
+    for path in sorted((run.folder / "evaluation").glob("*.json")):
+        result = read_json(path)
+        if result.get("weights_sha256") != run.weights_sha256:
+            continue
+        options = ", ".join(
+            f"{name} {value}"
+            for name, value in result.pop("asked", {}).items()
+            if isinstance(value, bool | int | float)
+        )
+        parts.append(
+            f"### {path.stem}\n\nOn shards with the fingerprint `{result['shards_fingerprint']}`; "
+            f"clips that were trained on: {result.get('leakage', 'unknown')}; {options}.\n"
+        )
+        parts.append(_score_table(result))
+    return "\n".join(["## Evaluations\n", *(parts or ["None of these weights.\n"])])
+
+
+def _origin(run: "AnyRun") -> str:
+    record = _read(run.folder / "run.json")
+    commits = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("git_commits", [])) if one)
+    code = ", ".join(f"`{one}`" for one in dict.fromkeys(record.get("code", [])))
+    return (
+        f"## Origin\n\nWeights of the run: SHA-256 `{run.weights_sha256}`. "
+        f"Commit of the code: {commits or 'unknown'}; hash of its files: {code or 'unknown'}.\n"
+    )
+
+
+def _score_table(values: dict[str, Any]) -> str:
+    """Format all numbers of nested results, with their interval and chance where they have them."""
+    numbers = {
+        name: value
+        for name, value in flatten(values).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    suffixes = ("_low", "_high", "_chance")
+    rows = []
+    for name, value in numbers.items():
+        if name.endswith(suffixes):
+            continue
+        low, high, chance = (numbers.get(name + suffix) for suffix in suffixes)
+        interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+        rows.append((name, f"{value:.4g}", interval, "" if chance is None else f"{chance:.4g}"))
+    return _table(("score", "value", "95% interval", "chance"), rows)
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _set_name(place: str) -> str:
+    """Return the last two parts of a path or URL, which name a set; the others name a machine."""
+    return "/".join(Path(place).parts[-2:])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}

@@ -1,6 +1,6 @@
-"""What a model is and how its input is made: `config.json` beside exported weights.
+"""The sizes and preprocessing of a model: `config.json` beside exported weights.
 
-Whoever loads the weights can build the model and feed it from this file alone.
+This file alone is enough to build the model and to prepare its input.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from cavmae.trainer.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From sound and picture to the model's input, in the order of the fields."""
+    """How audio and images become the model's input, in the order of the fields."""
 
     audio_hz: int
-    """Samples a second of the mono sound, in -1 to 1."""
+    """Samples a second of the mono audio, in -1 to 1."""
     window_samples: int
     """Samples under each Hann window of the log-mel; whole windows only."""
     hop_samples: int
-    """Samples from one window to the next; the model's `audio_frames` windows are taken, fewer are
+    """Samples from one window to the next; the model takes `audio_frames` windows, and fewer are
     padded with zeros before normalisation."""
     fft_samples: int
     """Length of the Fourier transform."""
@@ -32,25 +32,24 @@ class Preprocessing:
     log_mel_std: float
     """The log-mel is divided by this afterwards."""
     image_mean: tuple[float, float, float]
-    """Subtracted from red, green and blue in 0 to 1 of the picture, whose short side is resized to
-    `image_size` (bilinear with antialiasing, as PIL does) and whose middle is cut out."""
+    """Subtracted from red, green and blue, 0 to 1, of the image, after its short side is resized to
+    `image_size` (bilinear with antialiasing, as PIL does) and its center is cropped."""
     image_std: tuple[float, float, float]
     """Red, green and blue are divided by this afterwards."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes, kind and input of a model."""
+    """Sizes, kind and preprocessing of a model."""
 
     model: ModelConfig
     """Sizes."""
     mode: Literal["", "multimodal", "audioonly", "videoonly"]
-    """What a classifier is to read: both, sound or picture; empty: a pretraining model."""
+    """Modalities that a classifier reads; empty for a pretraining model."""
     classes: int
-    """Outputs of a classifier; 0: a pretraining model."""
+    """Outputs of a classifier; 0 for a pretraining model."""
     labels: tuple[str, ...]
-    """Of each class, for people; empty where they are not known."""
+    """Display name of each class; empty where unknown."""
     video: bool
-    """False: a classifier without the parameters that only pictures use."""
+    """Whether a classifier has the parameters that only video frames use."""
     preprocessing: Preprocessing
-    """How its input is made."""

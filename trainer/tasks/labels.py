@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.serialize import read_json
+from cavmae.atomic_write import read_json, write_text
+from cavmae.trainer.config.configs import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
 _LISTED = 5
@@ -149,9 +149,7 @@ def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelS
             f"the run in {run_dir} was started with other classes ({saved}); give the former "
             "label file, or another --run-dir to start anew"
         )
-    partial = saved.with_suffix(".partial")
-    partial.write_text(labels.as_csv(), encoding="utf-8")
-    partial.replace(saved)
+    write_text(saved, labels.as_csv())
     return labels
 
 

@@ -1,7 +1,7 @@
-"""Held-out scores: both losses and retrieval, independent of batch size, ranks and order.
+"""Validation of pretraining: both losses and retrieval, independent of batch size, ranks and order.
 
 Clips are embedded unmasked for retrieval, as the published evaluation does, and masked for the
-losses, each with the mask of its place in the set.
+losses, each with the mask of its index in the set.
 """
 
 from collections.abc import Iterable
@@ -14,27 +14,31 @@ from torch import nn
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.distributed.gathering import gather_uneven, in_step
+from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.losses.contrastive import Pairs, concatenate, local_loss
-from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
+from cavmae.trainer.metrics.retrieval import retrieval_scores
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Attributes: metrics by name; retrieval both ways; similarity (clips, clips) audio by video
-    on CPU; pictures, what `pictures.reconstruction_picture` shows of the first clips."""
+class PretrainScores:
+    """Scores on the validation clips.
+
+    Attributes:
+        metrics: values by name, `val_...`.
+        similarity: (clips, clips) cosines, audio by video, of the first 200 clips, on CPU.
+        pictures: the first clips of this rank, as `figures.plot_reconstructions` shows them.
+    """
 
     metrics: dict[str, float]
-    retrieval: dict[str, RetrievalScores]
     similarity: torch.Tensor
     pictures: "PictureClips"
 
 
 @dataclass(frozen=True)
 class PictureClips:
-    """The first held-out clips, masked and reconstructed; tensors on CPU."""
+    """The first validation clips, masked and reconstructed; tensors on CPU."""
 
     log_mel: torch.Tensor
     frame: torch.Tensor
@@ -45,7 +49,7 @@ class PictureClips:
 
 
 def full_masks(model: ModelConfig, batch: int, device: torch.device) -> tuple[MaskIds, MaskIds]:
-    """Masks that keep every patch."""
+    """Return masks that keep every patch."""
     audio, video = (
         mask_ids_from_shuffle(torch.arange(tokens, device=device).expand(batch, -1), 0.0)
         for tokens in (model.audio_tokens, model.video_tokens)
@@ -54,32 +58,32 @@ def full_masks(model: ModelConfig, batch: int, device: torch.device) -> tuple[Ma
 
 
 @torch.no_grad()
-def evaluate(
+def score(
     model: nn.Module,
     batches: Iterable[AudioVideoBatch],
     config: PretrainConfig,
     *,
     pictures: int,
     device: torch.device,
-) -> Evaluation:
-    """Score the model on held-out clips; all ranks call it and get the same numbers.
+) -> PretrainScores:
+    """Score the model on validation clips; all ranks call it and get the same numbers.
 
     Args:
-        model: that pretraining trains, set to evaluate; this rank's part where it is sharded.
-        batches: this rank's part of the clips; positions are the clips' places in the set.
+        model: the pretraining model in evaluation mode, this rank's part of it if sharded.
+        batches: this rank's clips; positions are the clips' indexes in the set.
         config: resolved run.
-        pictures: clips to reconstruct for pictures, from this rank's first batch.
+        pictures: clips of this rank's first batch to return reconstructed.
         device: this rank's device.
 
     Raises:
-        ValueError: fewer than two clips in all.
+        ValueError: there are fewer than two clips in all.
     """
     reconstruct = config.loss.reconstruction_weight > 0
     unmasked: list[Pairs] = []
     masked: list[Pairs] = []
     reconstruction: list[torch.Tensor] = []
     shown: PictureClips | None = None
-    for batch, counts in in_step(batches, device):
+    for batch, counts in in_lockstep(batches, device):
         positions = batch.positions.to(device)
         log_mel, frame = batch.log_mel, batch.frames[:, 0]
         keep_all = full_masks(config.model, len(positions), device)
@@ -87,14 +91,7 @@ def evaluate(
         if counts:
             unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
-        masks = random_masks(
-            config.model,
-            positions,
-            seed=config.seed,
-            audio_ratio=config.mask.audio_ratio,
-            video_ratio=config.mask.video_ratio,
-            audio_mode=config.mask.audio_mode,
-        )
+        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
         first = shown is None
         output = model(
             log_mel,
@@ -136,21 +133,20 @@ def evaluate(
     shown_clips = min(clips, 200)
     audio = torch.nn.functional.normalize(everyone.audio[:shown_clips], dim=-1)
     video = torch.nn.functional.normalize(everyone.video[:shown_clips], dim=-1)
-    return Evaluation(
+    return PretrainScores(
         metrics={f"val_{name}": value for name, value in metrics.items()},
-        retrieval=retrieval,
         similarity=(audio @ video.T).cpu(),
         pictures=shown,
     )
 
 
 def _gather_pairs(own: Pairs) -> Pairs:
-    """The pairs of all ranks, on every rank."""
+    """Gather the pairs of all ranks on every rank."""
     return Pairs(*(gather_uneven(part) for part in (own.audio, own.video, own.positions)))
 
 
 def _val_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
-    """Contrastive loss over consecutive whole groups; clips after the last whole one wait."""
+    """Compute the contrastive loss over consecutive whole groups, skipping the clips after them."""
     group = min(config.loss.contrastive_group or config.global_batch, len(pairs.positions))
     whole = len(pairs.positions) // group * group
     pairs = _in_order(pairs)

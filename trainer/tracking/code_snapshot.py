@@ -8,14 +8,14 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from cavmae.atomic_write import write_bytes
+
 _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 
 
 def save_code(run_dir: Path) -> str:
-    """Keep the Python files that are running, in `code/HASH.tar.gz`; returns the hash.
-
-    Where the code is as in a former start, nothing is added.
-    """
+    """Save the running Python files as `code/HASH.tar.gz`, unless an earlier attempt ran the same
+    code; returns the hash."""
     root = Path(__file__).resolve().parents[2]  # of a checkout, or the package of a wheel
     top = root / "cavmae" if (root / "cavmae").is_dir() else root
     files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
@@ -33,22 +33,20 @@ def save_code(run_dir: Path) -> str:
     target = run_dir / "code" / f"{code}.tar.gz"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_bytes(gzip.compress(packed.getvalue()))
-        partial.replace(target)
+        write_bytes(target, gzip.compress(packed.getvalue()))
     return code
 
 
 def git_commit() -> str | None:
-    """Commit of the running code, with `-dirty` where tracked files differ from it.
+    """Return the commit of the running code, with `-dirty` where tracked files differ from it.
 
-    In a Ray `working_dir`, which has no repository, that of the tree it was made from, which
-    `cavmae submit` tells. None where the code is of neither, as in an installed wheel.
+    A Ray `working_dir` has no repository: `cavmae submit` passes the commit on. None where the
+    commit is unknown, as in an installed wheel.
     """
-    if told := os.environ.get("CAVMAE_COMMIT"):
-        return told
+    if passed_on := os.environ.get("CAVMAE_COMMIT"):
+        return passed_on
     file = Path(__file__).resolve()
-    # An installed copy may lie inside somebody else's checkout: only a tracked file counts.
+    # An installed copy may be inside somebody else's checkout: only a tracked file counts.
     tracked = _git(file.parent, "ls-files", "--error-unmatch", file.name)
     if tracked is None:
         return None

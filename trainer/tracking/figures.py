@@ -1,5 +1,5 @@
-"""Pictures of what the model sees and makes: people find a wrong mask, a flipped spectrogram or a
-collapsed embedding in a picture long before they find it in a number."""
+"""Figures of what the model sees and predicts: a wrong mask, a flipped spectrogram or a collapsed
+embedding shows in a figure long before it shows in a number."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
+from cavmae.atomic_write import atomic_write
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.kernels import MaskIds
 from cavmae.trainer.metrics.retrieval import similarity_scores
 
@@ -17,7 +18,7 @@ PATCH = 16
 FRAME_SECONDS = 0.01  # hop of the log-mel
 REMOVED_GRAY = "0.75"
 NAMED_CLASSES = 8
-"""At either end of the picture of classes."""
+"""Classes that are named at either end of their figure."""
 
 
 def patchify(pixels: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
@@ -55,14 +56,14 @@ def unpatchify(patches: torch.Tensor, grid: tuple[int, int], patch: int = PATCH)
 def masked_and_reconstructed(
     pixels: torch.Tensor, mask: MaskIds, predicted: torch.Tensor, norm_pix: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the encoder saw, and that with the decoder's predictions in the gaps.
+    """Return what the encoder saw, and that with the decoder's predictions in the gaps.
 
     Args:
         pixels: (batch, channels, height, width).
         mask: ids of the kept and the removed patches.
         predicted: (batch, tokens, patch * patch * channels) for every patch, original order.
-        norm_pix: predictions are of patches at mean 0 and variance 1; each is brought back with
-            the mean and the deviation of the original patch, which the model does not know.
+        norm_pix: whether predictions are of patches at mean 0 and variance 1; each is denormalised
+            with the mean and std of the original patch, which the model does not know.
 
     Returns:
         Masked (NaN where removed) and reconstructed, both shaped like `pixels`.
@@ -78,7 +79,7 @@ def masked_and_reconstructed(
     return unpatchify(masked, grid), unpatchify(reconstructed, grid)
 
 
-def reconstruction_picture(
+def plot_reconstructions(
     path: Path,
     log_mel: torch.Tensor,
     frame: torch.Tensor,
@@ -90,14 +91,14 @@ def reconstruction_picture(
     norm_pix: bool,
     names: Sequence[str] = (),
 ) -> None:
-    """Write a PNG: a row for each clip; original, masked and reconstructed sound, then frame.
+    """Write a PNG with a row a clip: original, masked and reconstructed spectrogram, then frame.
 
     Args:
-        path: Where; its folder is created.
+        path: file to write; its folder is created.
         log_mel: (batch, audio_frames, mel_bins), normalised as the loader does.
         frame: (batch, 3, height, width), normalised as the loader does.
-        audio_mask: Patch ids over the (mel, time) grid, frequency-major.
-        video_mask: Patch ids over the frame's grid.
+        audio_mask: patch ids over the (mel, time) grid, frequency-major.
+        video_mask: patch ids over the frame's grid.
         predicted_audio: (batch, audio tokens, 256), every patch in original order.
         predicted_video: (batch, video tokens, 768).
         norm_pix: whether predictions are of normalised patches.
@@ -129,7 +130,7 @@ def reconstruction_picture(
         # One scale for the three, so that a reconstruction that is too loud or too dark shows.
         low, high = spectrogram[clip].min().item(), spectrogram[clip].max().item()
         for column, (sound, title) in enumerate(zip(sounds, titles, strict=True)):
-            _show_sound(axes[clip, column], sound[clip, 0], low, high)
+            _show_spectrogram(axes[clip, column], sound[clip, 0], low, high)
             axes[clip, column].set_title(title if clip == 0 else "", fontsize=10)
         for column, (image, title) in enumerate(zip(frames, frame_titles, strict=True), start=3):
             _show_frame(axes[clip, column], image[clip])
@@ -145,7 +146,7 @@ def reconstruction_picture(
 
 
 def similarity_title(similarity: torch.Tensor) -> str:
-    """R@1 both ways of a (clips, clips) similarity matrix, audio clips in rows."""
+    """Format R@1 both ways of a (clips, clips) similarity matrix, audio clips in rows."""
     audio_to_video, video_to_audio = similarity_scores(similarity), similarity_scores(similarity.T)
     return (
         f"R@1 audio to video {audio_to_video.r1.value:.1%}, "
@@ -153,11 +154,11 @@ def similarity_title(similarity: torch.Tensor) -> str:
     )
 
 
-def similarity_picture(path: Path, similarity: torch.Tensor) -> None:
+def plot_similarity(path: Path, similarity: torch.Tensor) -> None:
     """Write a PNG of a similarity matrix, with R@1 both ways in its title.
 
     Args:
-        path: Where; its folder is created.
+        path: file to write; its folder is created.
         similarity: (clips, clips) cosine similarities, audio clips in rows, videos in columns.
     """
     matrix = _on_cpu(similarity)
@@ -169,7 +170,7 @@ def similarity_picture(path: Path, similarity: torch.Tensor) -> None:
     axis.plot((-0.5, last), (-0.5, last), color="red", linewidth=0.6, linestyle=(0, (2, 6)))
     axis.set(xlabel="video of clip", ylabel="audio of clip")
     axis.set_title(
-        f"Similarity of {len(matrix)} held-out clips; the dashed line marks the true pairs\n"
+        f"Similarity of {len(matrix)} validation clips; the dashed line marks the true pairs\n"
         f"{similarity_title(matrix)}",
         fontsize=10,
     )
@@ -177,7 +178,7 @@ def similarity_picture(path: Path, similarity: torch.Tensor) -> None:
     _save(figure, path)
 
 
-def class_picture(
+def plot_classes(
     path: Path,
     title: str,
     names: Sequence[str],
@@ -187,10 +188,10 @@ def class_picture(
     """Write a PNG of the average precision of all classes, the worst first, with the clips of each.
 
     Args:
-        path: Where; its folder is created.
-        title: above it.
+        path: file to write; its folder is created.
+        title: of the figure.
         names: of the classes.
-        clips: positive ones of each class.
+        clips: number of positive clips of each class.
         average_precision: of each class; those without one are not shown.
     """
     scored = [
@@ -227,8 +228,8 @@ def class_picture(
     _save(figure, path)
 
 
-def _show_sound(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
-    """`mel`: (mel_bins, audio_frames)."""
+def _show_spectrogram(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
+    """Draw a spectrogram, (mel_bins, audio_frames)."""
     bins, frames = mel.shape
     axis.set_facecolor(REMOVED_GRAY)  # shows where values are NaN
     axis.imshow(
@@ -245,7 +246,7 @@ def _show_sound(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
 
 
 def _show_frame(axis: Axes, frame: torch.Tensor) -> None:
-    """`frame`: (3, height, width), normalised."""
+    """Draw a normalised frame, (3, height, width)."""
     colours = frame.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN  # (height, width, 3)
     shown = np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
     axis.imshow(shown, interpolation="nearest")
@@ -266,4 +267,5 @@ def _mask_on_cpu(mask: MaskIds) -> MaskIds:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

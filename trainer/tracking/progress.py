@@ -1,4 +1,4 @@
-"""How far a run is, for the person watching: a bar on a terminal, plain lines in a log file."""
+"""Progress of a run for the person watching: a bar on a terminal, plain lines in a log file."""
 
 import sys
 import time
@@ -14,30 +14,19 @@ class Progress:
     """Shows step, loss, speed, the share of time spent waiting for data, and the time left.
 
     Args:
-        total_steps: Steps of the whole run.
-        start_step: Steps done before this start; they don't count in the time left.
-        every_steps: Steps between plain lines; the last step always has one.
-        enabled: False on all ranks but one.
-        stream: Where to write, standard error by default; a terminal gets the bar.
+        total_steps: steps of the whole run.
+        start_step: steps done before this attempt, which the time left does not count.
+        stream: where to write, standard error by default; a terminal gets the bar.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int,
-        every_steps: int,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-    ) -> None:
+    def __init__(self, total_steps: int, start_step: int, stream: TextIO | None = None) -> None:
         self._total_steps = total_steps
         self._start_step = start_step
-        self._every_steps = every_steps
-        self._enabled = enabled
         self._stream = stream or sys.stderr
         self._start_seconds = time.monotonic()
         self._bar: Bar | None = None
         console = Console(file=self._stream)
-        if enabled and console.is_terminal:
+        if console.is_terminal:
             self._bar = Bar(
                 BarColumn(bar_width=None),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -55,13 +44,11 @@ class Progress:
         """Show one step.
 
         Args:
-            step: Steps of the run that are done.
-            loss: Of this step.
-            samples_per_second: Over all ranks.
-            data_wait_share: Share of the time, 0 to 1, that was spent waiting for data.
+            step: steps of the run that are done.
+            loss: of this step.
+            samples_per_second: over all ranks.
+            data_wait_share: share of the time spent waiting for data, 0 to 1.
         """
-        if not self._enabled:
-            return
         text = (
             f"step {step}/{self._total_steps}  loss {loss:.4f}  "
             f"{samples_per_second:.1f} samples/s  data wait {data_wait_share:.0%}  "
@@ -69,16 +56,16 @@ class Progress:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif step % self._every_steps == 0 or step == self._total_steps:
+        else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was, with the last numbers on it."""
+        """Restore the terminal and leave the last numbers on it."""
         if self._bar is not None:
             self._bar.stop()
 
     def _time_left(self, step: int) -> str:
-        """From the mean speed since this start, evaluations and checkpoints included."""
+        """Estimate from the mean speed of this attempt, validation and checkpoints included."""
         done = step - self._start_step
         if done <= 0:
             return "-:--:--"
@@ -87,7 +74,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, such as `1:02:03`; days are 24 more hours."""
+    """Format hours, minutes and seconds, such as `1:02:03`; days are 24 more hours."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}"

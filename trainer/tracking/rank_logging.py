@@ -1,4 +1,4 @@
-"""What a rank says: on standard error for the one who watches, in a file for the one who looks."""
+"""Log output of a rank: to standard error for the person watching, to a file for later."""
 
 import logging
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def log_to_stderr(rank: int) -> None:
-    """Everything from rank 0, warnings from the others."""
+    """Show everything from rank 0, and warnings from the others."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -19,12 +19,12 @@ def log_to_stderr(rank: int) -> None:
 
 
 def log_to_file(path: Path) -> None:
-    """Everything, for whoever looks for what a rank said; starts follow each other in the file."""
+    """Append everything that this rank logs to a file, one attempt after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("cavmae")
-    for former in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
-        logger.removeHandler(former)
-        former.close()
+    for old in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
+        logger.removeHandler(old)
+        old.close()
     logger.addHandler(handler)

@@ -1,6 +1,6 @@
-"""What a run tells: progress on the terminal, numbers and pictures to the run folder and MLflow.
+"""Logging of a run: progress on the terminal, metrics and figures to the run folder and MLflow.
 
-Every rank has a report; only rank 0's speaks.
+Every rank has a logger; only rank 0's writes anything but the first line.
 """
 
 import dataclasses
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.kernels import default_backend
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker
-from cavmae.trainer.trainer import StepReport
 
 if TYPE_CHECKING:
     from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -24,17 +23,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class RunReport:
-    """Progress, metrics and pictures of one start of a run.
+class RunLogger:
+    """Logs one attempt of a run.
 
     Args:
         config: resolved run.
-        run_dir: run folder; `run.json` remembers the MLflow run, so that a later start goes on
-            with it.
+        run_dir: run folder; its `run.json` keeps the MLflow run, which a later attempt resumes.
         ranks: this process's place.
-        start_step: optimizer steps done before this start.
+        start_step: optimizer steps done before this attempt.
         steps_per_epoch: optimizer steps of a pass over the training set.
         device: this rank's device.
+
+    Attributes:
+        tracking_uri, mlflow_run: where MLflow has the run; empty on ranks above 0.
 
     Raises:
         ValueError: the MLflow store can't be reached.
@@ -51,17 +52,16 @@ class RunReport:
         device: torch.device,
     ) -> None:
         self._config = config
-        self._steps_per_epoch = steps_per_epoch
         self._run_dir = run_dir
-        self._device = device
         self._ranks = ranks
+        self._steps_per_epoch = steps_per_epoch
+        self._device = device
         self._tracker: Tracker | None = None
-        self._progress: Progress | None = None
         self.tracking_uri = self.mlflow_run = ""
         if ranks.rank != 0:
             return
         record = read_json(run_dir / "run.json")
-        # A run folder that was moved goes on in the store where it began.
+        # A run folder that was moved resumes in the store of its first attempt.
         uri = config.tracking.uri or record.get("tracking_uri", "")
         self._tracker = Tracker(
             dataclasses.replace(config.tracking, uri=uri),
@@ -76,16 +76,12 @@ class RunReport:
             record | {"mlflow_run": self.mlflow_run, "tracking_uri": self.tracking_uri},
         )
         self._tracker.log_file(run_dir / "config.json")
-        self._progress = Progress(config.steps, start_step, 1, enabled=True)
+        self._progress = Progress(config.steps, start_step)
 
-    def opened(self, task: str, train_set: "ShardSet", resumed_from: str | None) -> None:
-        """Say once how the run is laid out.
-
-        Args:
-            task: what it computes.
-            train_set: what it is trained on.
-            resumed_from: checkpoint that it goes on from.
-        """
+    def log_start(
+        self, task_description: str, train_set: "ShardSet", *, resumed_from: str | None
+    ) -> None:
+        """Log the layout of the run, and the checkpoint that it resumes from."""
         config = self._config
         log.info(
             "%s: %d clips (%s tier), %d steps of %d = %d ranks x %d x %d accumulated, %d lanes, "
@@ -99,7 +95,7 @@ class RunReport:
             config.micro_batch,
             config.global_batch // self._ranks.world_size // config.micro_batch,
             config.lanes,
-            task,
+            task_description,
             config.engine.zero_stage,
             config.engine.dtype,
             self._device.type,
@@ -107,27 +103,25 @@ class RunReport:
             default_backend(self._device),
         )
         if resumed_from:
-            log.info("going on from %s", resumed_from)
+            log.info("resuming from %s", resumed_from)
 
-    def step(self, report: StepReport) -> None:
-        """Show and record a step's metrics."""
-        if self._tracker is None or self._progress is None:
-            return
-        self._tracker.log_metrics({**report.metrics, **self._epoch(report.step)}, report.step)
-        self._progress.update(
-            report.step,
-            report.metrics["loss"],
-            report.metrics["samples_per_second"],
-            report.metrics["data_wait_share"],
-        )
-
-    def scores(self, metrics: dict[str, float], step: int) -> None:
-        """Record held-out metrics."""
+    def log_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log a training step's metrics, among them `loss`, `samples_per_second` and
+        `data_wait_share`."""
         if self._tracker is None:
             return
-        self._tracker.log_metrics({**metrics, **self._epoch(step)}, step)
+        self._tracker.log_metrics(metrics | self._epoch(step), step)
+        self._progress.update(
+            step, metrics["loss"], metrics["samples_per_second"], metrics["data_wait_share"]
+        )
+
+    def log_scores(self, metrics: dict[str, float], step: int) -> None:
+        """Log validation metrics."""
+        if self._tracker is None:
+            return
+        self._tracker.log_metrics(metrics | self._epoch(step), step)
         log.info(
-            "step %d held out: %s",
+            "step %d validation: %s",
             step,
             ", ".join(
                 f"{name.removeprefix('val_')} {value:.4g}"
@@ -136,19 +130,19 @@ class RunReport:
             ),
         )
 
-    def _epoch(self, step: int) -> dict[str, float]:
-        return {"epoch": step / self._steps_per_epoch}
-
-    def picture(self, path: Path) -> None:
-        """Record a picture of the run folder."""
+    def log_figure(self, path: Path) -> None:
+        """Log a figure of the run folder."""
         if self._tracker is not None:
-            self._tracker.log_picture(path)
+            self._tracker.log_file(path, "figures")
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """End the record of this start."""
-        if self._progress is not None:
-            self._progress.close()
-        if self._tracker is not None:
-            if status == "FINISHED":
-                self._tracker.log_file(self._run_dir / "summary.json")
-            self._tracker.close(status)
+        """End the MLflow run of this attempt, and the progress bar."""
+        if self._tracker is None:
+            return
+        self._progress.close()
+        if status == "FINISHED":
+            self._tracker.log_file(self._run_dir / "summary.json")
+        self._tracker.close(status)
+
+    def _epoch(self, step: int) -> dict[str, float]:
+        return {"epoch": step / self._steps_per_epoch}

@@ -1,10 +1,10 @@
-"""Metrics, pictures and parameters of a run: first in the run folder, then in MLflow.
+"""Logging of metrics, figures and parameters, first to the run folder and then to MLflow.
 
-`metrics.jsonl` is the truth and is written before anything else. MLflow is fed by a thread of its
-own, because a tracking server that hangs must not hold up a training step, and one that is gone
-must not end the run: what it missed waits for it, in memory and, over the end of the process, as a
-note of the last step that it has. The only file that imports MLflow, and only once a Tracker is
-built: ranks other than the first never pay for it.
+`metrics.jsonl` is the source of truth and is written first. A thread sends to MLflow, because a
+tracking server that hangs must not hold up a training step, and one that is down must not end the
+run: what it missed is kept in memory and, when the process ends, as a note of the last step that it
+has. This is the only file that imports MLflow, and only once a Tracker is built: ranks other than
+the first never pay for it.
 """
 
 import fcntl
@@ -17,38 +17,40 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write, read_json, write_json
 from cavmae.trainer.config.configs import TrackingConfig
-from cavmae.trainer.config.serialize import read_json, write_json
 from cavmae.trainer.tracking.code_snapshot import git_commit
+from cavmae.trainer.tracking.metrics_file import drop_metrics_after, read_metrics
 
 log = logging.getLogger(__name__)
 
 PARAMETER_CHARACTERS = 6000  # MLflow cuts longer values
-WAITING_RECORDS = 10_000
+MAX_QUEUED = 10_000
 FAILURES_PER_MESSAGE = 100
 CLOSE_SECONDS = 60
+UNSENT = "mlflow_unsent.json"
+"""File of a run folder; present while MLflow lacks records of the run."""
 
 
 class Tracker:
-    """One run's record. Build it on rank 0 only.
+    """Logs one run; only rank 0 builds it.
 
     Args:
-        config: Where MLflow is.
-        run_dir: Folder of the run. `metrics.jsonl` is written here; the default store is
-            `mlflow.db` beside this folder, with its files in `mlartifacts`.
-        parameters: The resolved configuration; nested dictionaries become dotted names.
-        run_id: MLflow run to go on with; None starts one.
-        start_step: Step that the run goes on from. Later lines of `metrics.jsonl` are dropped:
-            those steps are run again. (MLflow can't forget; it shows such steps twice.)
+        config: where MLflow is.
+        run_dir: the run folder, for `metrics.jsonl`; the default store is `mlflow.db` beside this
+            folder, with its files in `mlartifacts`.
+        parameters: the resolved configuration; nested dictionaries become dotted names.
+        run_id: the MLflow run to resume; None creates one.
+        start_step: the step to resume from. Later lines of `metrics.jsonl` are dropped, since those
+            steps run again. (MLflow can't delete them; it shows such steps twice.)
 
     Attributes:
-        run_id: MLflow run.
-        uri: MLflow tracking URI, for `mlflow ui --backend-store-uri URI`.
-        failures: Times that MLflow did not take a record.
+        run_id: the MLflow run.
+        uri: the MLflow tracking URI, for `mlflow ui --backend-store-uri URI`.
+        failures: how often MLflow did not take a record.
 
     Raises:
         ValueError: the store can't be reached, or doesn't have the run or the experiment.
@@ -66,7 +68,7 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         drop_metrics_after(self._metrics_path, start_step)
 
-        _quiet_and_impatient()
+        _set_mlflow_defaults()
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -76,7 +78,7 @@ class Tracker:
         default_uri = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
         self.uri = config.uri or default_uri
         try:
-            _make_store(self.uri)
+            create_store(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri)
             if run_id is None:
                 experiment_id = self._experiment(config.experiment)
@@ -89,18 +91,18 @@ class Tracker:
         except MlflowException as error:
             raise ValueError(
                 f"tracking.uri is {self.uri}: {error}\n"
-                + (f"MLflow run {run_id} is looked for there. " if run_id else "")
+                + (f"It should have the MLflow run {run_id}. " if run_id else "")
                 + "Set tracking.uri to a store that can be reached, such as the default "
                 + default_uri
             ) from error
 
         self.failures = 0
         self._failures_lock = threading.Lock()
-        self._unsent_path = run_dir / "mlflow_unsent.json"
-        self._waiting: queue.SimpleQueue[_Record | None] = queue.SimpleQueue()
+        self._unsent_path = run_dir / UNSENT
+        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._sent_step = start_step
-        self._send_what_was_missed(start_step)
-        self._sender = threading.Thread(target=self._send_waiting, name="mlflow", daemon=True)
+        self._resend_missed()
+        self._sender = threading.Thread(target=self._send_queue, name="mlflow", daemon=True)
         self._sender.start()
         self._metrics_file = self._metrics_path.open("a")
         self._system_metrics = SystemMetricsMonitor(
@@ -109,7 +111,7 @@ class Tracker:
         self._system_metrics.start()
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Record numbers of one step: at once in `metrics.jsonl`, a little later in MLflow."""
+        """Log numbers of one step: to `metrics.jsonl` now, to MLflow a little later."""
         now_seconds = time.time()
         values = {  # JSON has no NaN
             name: value if math.isfinite(value) else str(value) for name, value in metrics.items()
@@ -128,32 +130,28 @@ class Tracker:
         ]
         self._send(lambda: self._client.log_batch(self.run_id, metrics=entities), step)
 
-    def log_picture(self, path: Path) -> None:
-        """Copy a picture of the run folder to MLflow's `pictures`; don't change the file after."""
-        self._send(lambda: self._client.log_artifact(self.run_id, str(path), "pictures"))
-
-    def log_file(self, path: Path) -> None:
-        """Copy a file of the run folder to MLflow; don't change the file after."""
-        self._send(lambda: self._client.log_artifact(self.run_id, str(path)))
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file, which must not change any more, to the artifacts of the MLflow run."""
+        self._send(lambda: self._client.log_artifact(self.run_id, str(path), folder))
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-        """End the record. Waits a minute at most for what is still on its way to MLflow."""
+        """End the MLflow run, after waiting up to a minute for records that are still queued."""
         self._metrics_file.close()
         self._send(self._system_metrics.finish)
         self._send(lambda: self._client.set_terminated(self.run_id, status))
-        self._waiting.put(None)
+        self._queue.put(None)
         self._sender.join(CLOSE_SECONDS)
         if self._unsent_path.exists() or self._sender.is_alive():
             log.warning(
-                "metrics after step %d are not in MLflow (%s); %s has them, and the next start of "
-                "this run sends them",
+                "metrics after step %d are not in MLflow (%s); %s has them, and the next attempt "
+                "of this run sends them",
                 self._sent_step,
                 self.uri,
                 self._metrics_path,
             )
 
     def _experiment(self, name: str) -> str:
-        """Id of the experiment, created where it doesn't exist."""
+        """Return the id of the experiment, created where it doesn't exist."""
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             database = self.uri.removeprefix("sqlite:///")
@@ -164,7 +162,7 @@ class Tracker:
                 return self._client.create_experiment(name, artifact_location=location)
             except self._mlflow_errors:
                 experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:  # not one that another run has just created
+                if experiment is None:  # no other run has just created it
                     raise
         if experiment.lifecycle_stage == "deleted":
             raise ValueError(
@@ -176,8 +174,8 @@ class Tracker:
     def _log_parameters(
         self, parameters: dict[str, object], recorded: dict[str, str], tags: dict[str, str]
     ) -> None:
-        """Log parameters. One that changed since an earlier start becomes a tag: MLflow keeps the
-        first value of a parameter for ever."""
+        """Log parameters. One that changed since an earlier attempt becomes a tag: MLflow keeps
+        the first value of a parameter for ever."""
         from mlflow.entities import Param, RunTag
 
         commit = git_commit()
@@ -196,14 +194,14 @@ class Tracker:
         self._client.log_dict(self.run_id, parameters, "config.json")
 
     def _send(self, call: Callable[[], object], step: int | None = None) -> None:
-        if self._waiting.qsize() < WAITING_RECORDS:
-            self._waiting.put(_Record(call, step))
+        if self._queue.qsize() < MAX_QUEUED:
+            self._queue.put(_Request(call, step))
         else:
             self._note_unsent()
-            self._count_failure("too many records are waiting")
+            self._count_failure("too many records are queued")
 
-    def _send_what_was_missed(self, start_step: int) -> None:
-        """Metrics that MLflow did not take from an earlier start of the run."""
+    def _resend_missed(self) -> None:
+        """Send the metrics that MLflow did not take from an earlier attempt."""
         if not self._unsent_path.exists():
             return
         after = read_json(self._unsent_path)["after_step"]
@@ -214,19 +212,19 @@ class Tracker:
             step, unix_seconds = int(record.pop("step")), record.pop("unix_seconds")
             self._send_metrics(record, step, unix_seconds)
 
-    def _send_waiting(self) -> None:
-        """In the thread: records in their order; one that is not taken keeps the others waiting."""
-        unsent: deque[_Record] = deque()
+    def _send_queue(self) -> None:
+        """Send requests in order, in the thread; one that is not taken holds up the others."""
+        unsent: deque[_Request] = deque()
         refused = False
-        while (record := self._waiting.get()) is not None:
-            unsent.append(record)
+        while (request := self._queue.get()) is not None:
+            unsent.append(request)
             while unsent:
                 try:
                     unsent[0].call()
                 except self._mlflow_errors as error:
                     self._count_failure(str(error))
                     self._note_unsent()
-                    if _may_pass(error) and len(unsent) < WAITING_RECORDS:
+                    if _is_transient(error) and len(unsent) < MAX_QUEUED:
                         break
                     refused = True
                 else:
@@ -237,7 +235,7 @@ class Tracker:
 
     def _note_unsent(self) -> None:
         if not self._unsent_path.exists():
-            # A step's scores are a record of their own, so its last one may not be there.
+            # A step's scores are a separate record, so its last one may be missing.
             write_json(self._unsent_path, {"after_step": self._sent_step - 1})
 
     def _count_failure(self, reason: str) -> None:
@@ -245,8 +243,8 @@ class Tracker:
             self.failures += 1
             if self.failures % FAILURES_PER_MESSAGE == 1:
                 log.warning(
-                    "MLflow (%s) did not take a record, %d so far; training goes on and %s has all "
-                    "metrics: %s",
+                    "MLflow (%s) did not take a record, %d so far; training continues and %s has "
+                    "all metrics: %s",
                     self.uri,
                     self.failures,
                     self._metrics_path,
@@ -254,27 +252,31 @@ class Tracker:
                 )
 
 
-@dataclass(frozen=True)
-class _Record:
-    """Something to tell MLflow; of a step's metrics, the step."""
+class _Request(NamedTuple):
+    """A call of MLflow, with the step whose metrics it sends."""
 
     call: Callable[[], object]
     step: int | None
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the store is away, rather than refusing what it was told."""
-    # BAD_REQUEST is what MLflow makes of any error of its database.
-    passing = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "BAD_REQUEST")
-    return getattr(error, "error_code", "INTERNAL_ERROR") in passing
+def _is_transient(error: Exception) -> bool:
+    """Whether the store is down, rather than refusing the request."""
+    # MLflow turns any error of its database into BAD_REQUEST.
+    transient = (
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+        "REQUEST_LIMIT_EXCEEDED",
+        "BAD_REQUEST",
+    )
+    return getattr(error, "error_code", "INTERNAL_ERROR") in transient
 
 
 def log_files(record: dict[str, Any], name: str, files: Sequence[Path]) -> None:
-    """Put files into an MLflow run of their own, in the experiment of another run.
+    """Log files to a separate MLflow run, in the experiment of another run.
 
     Args:
         record: `run.json` of the other run.
-        name: of the run; one of this name is used again.
+        name: of the separate run, which is reused where it exists.
         files: to copy.
 
     Raises:
@@ -297,7 +299,7 @@ def log_files(record: dict[str, Any], name: str, files: Sequence[Path]) -> None:
 
 
 def check_store(uri: str) -> int:
-    """Number of experiments in a store; nothing is written.
+    """Return the number of experiments in a store; writes nothing.
 
     Args:
         uri: MLflow tracking URI.
@@ -305,7 +307,7 @@ def check_store(uri: str) -> int:
     Raises:
         ValueError: the store can't be reached.
     """
-    _quiet_and_impatient()
+    _set_mlflow_defaults()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -315,8 +317,8 @@ def check_store(uri: str) -> int:
         raise ValueError(f"{uri}: {error}") from error
 
 
-def _quiet_and_impatient() -> None:
-    """Settings of MLflow that it reads when it is imported."""
+def _set_mlflow_defaults() -> None:
+    """Set what MLflow reads from the environment when it is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     # MLflow's own defaults wait many minutes for a server that is gone.
@@ -325,7 +327,7 @@ def _quiet_and_impatient() -> None:
 
 
 def flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested dictionaries as one, with dotted names."""
+    """Flatten nested dictionaries into one with dotted names."""
     flat: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -335,23 +337,10 @@ def flatten(values: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a `metrics.jsonl`: `step`, `unix_seconds` and the metrics, non-finite ones too.
+def create_store(uri: str) -> None:
+    """Create the SQLite file of a store atomically, where it does not exist.
 
-    A last line without an end, as a power cut leaves it, is left out.
-
-    Raises:
-        ValueError: a whole line that is not a record.
-    """
-    return [
-        {name: float(value) for name, value in record.items()} for record in _read_records(path)
-    ]
-
-
-def _make_store(uri: str) -> None:
-    """Make the SQLite file of a store that is not there yet: whole, or not at all.
-
-    MLflow makes its tables one by one, some through temporary ones. Two runs that start together,
+    MLflow creates its tables one by one, some through temporary ones. Two runs that start together,
     or one that is killed meanwhile, would leave a file that no run can open.
     """
     from mlflow import MlflowClient
@@ -365,38 +354,7 @@ def _make_store(uri: str) -> None:
     with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            partial = path.with_name(f"{path.name}.partial")
-            # With its journal, which SQLite would else roll back into the new file.
-            for left in path.parent.glob(f"{partial.name}*"):
-                left.unlink()
-            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
-            partial.replace(path)
-
-
-def drop_metrics_after(path: Path, step: int) -> None:
-    """Leave out the records after `step`, which the run is about to repeat.
-
-    Raises:
-        ValueError: a whole line that is not a record.
-    """
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in _read_records(path) if record["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path} line {number} is not a record with a step: {line.strip()}")
-        records.append(record)
-    return records
+            for leftover in path.parent.glob(f"{path.name}.*{TEMPORARY_SUFFIX}*"):
+                leftover.unlink()  # of a killed run, with its journal
+            with atomic_write(path) as temporary:
+                MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)

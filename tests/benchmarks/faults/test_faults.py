@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from launch import MUTED
 from rich.console import Console
 
 from cavmae.benchmarks.faults import faults
-from cavmae.benchmarks.faults.faulted_run import RANK_FAILED, FaultedRun
+from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import trained_samples
 from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, largest_difference
 from cavmae.benchmarks.faults.runs import Bench
+from cavmae.benchmarks.harness import processes
 from cavmae.benchmarks.harness.processes import Start
+from cavmae.cluster.jobs import run_state
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import PretrainConfig
 
@@ -35,9 +38,15 @@ GOOD = Row(
 
 
 @pytest.mark.slow
-def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Faults that the product's own tests leave out."""
-    names = ["a gradient is NaN: update skipped", "a shard is damaged"]
+def test_rows_are_measured_and_recorded_whatever_the_words_of_messages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults that the product's own tests leave out, and one that ends an attempt."""
+    monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
+    names = [
+        *("a gradient is NaN: update skipped", "a shard is damaged"),
+        "all ranks are told to go (SIGTERM)",
+    ]
     words = ["--steps", "40", "--only", *names, "--work-dir", str(tmp_path / "work")]
     assert faults.main([*words, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("faults-*.json")
@@ -45,8 +54,12 @@ def test_rows_are_measured_and_recorded(tmp_path: Path, capsys: pytest.CaptureFi
     for row in results.values():
         assert row["samples_equal"] and row["largest_difference"] == 0
         assert row["steps_lost"] == 0 and row["noticed_seconds"] > 0
-    assert "step 21: the loss" in results[names[0]]["said"]
+    assert results[names[0]]["said"] == "skipped_updates is 1 at step 21"
     assert "crc_mismatch" in results[names[1]]["said"]
+    assert results[names[2]]["said"] == "stopped: SIGTERM"
+    (log, *_) = (tmp_path / "work").glob("a-shard-is-damaged-*.log")
+    assert "in other words" in log.read_text() and "crc_mismatch" not in log.read_text()
+    assert run_state(tmp_path / "work/a-shard-is-damaged") == ("finished", "40/40")
     assert "bit for bit" in capsys.readouterr().out
     # The runs themselves: all positions were noted, and damaged clips are in none of them.
     undisturbed = trained_samples(tmp_path / "work/undisturbed")
@@ -99,7 +112,7 @@ def test_a_run_that_does_not_come_to_its_end_is_no_success() -> None:
 
 def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     start = Start([([sys.executable, "-c", "print('late')"], {})], tmp_path / "log")
-    assert start.wait_for(lambda: start.line("late"), "a line") == "late"
+    assert start.wait_for(start.text, "a line") == "late\n"
     with pytest.raises(RuntimeError, match="a step did not happen:\nlate"):
         start.wait_for(lambda: False, "a step")
 
@@ -110,10 +123,8 @@ def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: 
     (run_dir / "samples").mkdir(parents=True)
     logged = [*range(1, 26), *range(21, 31)]
 
-    def launch(config: PretrainConfig) -> Start:
-        said = "rank 1 failed" if not attempts else "going on from checkpoints/step-00000020"
-        attempts.append(Start([([sys.executable, "-c", f"print('{said}')"], {})], tmp_path / "log"))
-        return attempts[-1]
+    def launch(_: PretrainConfig) -> Start:
+        return Start([([sys.executable, "-c", ""], {})], tmp_path / "log")
 
     def write_metrics(steps: list[int], began: float) -> None:
         lines = [
@@ -123,16 +134,17 @@ def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: 
         with (run_dir / "metrics.jsonl").open("a") as file:
             file.write("".join(f"{line}\n" for line in lines))
 
-    attempts: list[Start] = []
     bench = object.__new__(Bench)  # no data is made
     bench.work = tmp_path
     run = FaultedRun(bench, PretrainConfig(run_dir=str(run_dir)), launch)
     write_metrics(logged[:25], time.time() - 100)
     run.fault_is_now()
-    run.wait_until_noticed(RANK_FAILED)
+    run.wait_until_noticed(lambda: "rank 1 failed")
     run.launch()
     write_metrics(logged[25:], time.time() + 60)
-    row = run.row(expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run"))
+    row = run.row(
+        resumed=20, expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run")
+    )
     assert (row.steps_lost, row.said, row.compared_with) == (5, "rank 1 failed", "another run")
     assert row.largest_difference == 0 and row.samples_equal
     assert row.noticed_seconds > 0 and row.again_seconds >= 60

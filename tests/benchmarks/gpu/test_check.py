@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cavmae.benchmarks.gpu import check
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 
 REPOSITORY = Path(__file__).parents[3]
 EXCERPT = REPOSITORY / "tests" / "golden" / "data"

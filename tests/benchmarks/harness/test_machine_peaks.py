@@ -9,7 +9,7 @@ from cavmae.benchmarks.harness.machine_peaks import (
     measure_rates,
     utilization,
 )
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 
 
 def test_the_fastest_product_is_the_matrix_rate() -> None:

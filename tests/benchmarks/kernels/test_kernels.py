@@ -171,10 +171,10 @@ def test_without_matplotlib_the_plot_is_missing_and_said_to_be(
     assert "matplotlib is not installed" in bench.plot({}, tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("option", ["batch", "repeats", "contrastive"])
-def test_counts_below_one_are_refused(option: str) -> None:
-    with pytest.raises(ValueError, match=f"--{option} is 0; use 1 or more"):
-        bench.main([f"--{option}", "0"])
+@pytest.mark.parametrize("field", [{"batch": 0}, {"repeats": 0}, {"contrastive": (512, 0)}])
+def test_counts_below_one_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(field))} is 0; use 1 or more"):
+        bench.KernelsConfig(**field)
 
 
 def test_kernels_agree_with_their_references_and_themselves() -> None:

@@ -81,7 +81,7 @@ def test_a_kind_that_is_not_known_is_shown_with_its_numbers(tmp_path: Path) -> N
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path: Path) -> None:
-    record(tmp_path, "order", {"perfect": {"pairs_again": 0.1}})
+    record(tmp_path, "shuffle", {"perfect": {"pairs_again": 0.1}})
     (tmp_path / "records" / "notes.json").write_text("{}")
     assert re.search(r"Not a record: .*notes\.json", page(tmp_path))
 
@@ -157,10 +157,10 @@ def test_a_sweep_shows_throughput_mfu_and_memory_over_batch_sizes(tmp_path: Path
     assert "over-batch-sizes.png" in text
 
 
-def test_choices_show_time_and_memory_of_each_change(tmp_path: Path) -> None:
+def test_ablations_show_time_and_memory_of_each_change(tmp_path: Path) -> None:
     change = {"ratio": {"median": 1.25, "minimum": 1.2, "maximum": 1.3}, "memory_ratio": 0.5}
     results = {"bf16": {"blocks recomputed": change}}
-    write_record(tmp_path, "choices", torch.device("cpu"), {}, results)
+    write_record(tmp_path, "ablations", torch.device("cpu"), {}, results)
     page = tmp_path / "report.html"
     assert main(["--results", str(tmp_path), "--out", str(page)]) == 0
     text = page.with_suffix(".md").read_text()
@@ -201,7 +201,7 @@ def test_a_soak_shows_its_verdict_and_its_picture(tmp_path: Path) -> None:
     life = Life("rank", 1, 600.0, True, 1e9, 2e6, 0.0)
     found = {"samples_equal": True, "largest_difference": 0.0}
     path = record(tmp_path, "soak", soak_results([fault], [life], found, ""))
-    drawn = next(RESULTS.glob("order-*.png")).read_bytes()
+    drawn = next(RESULTS.glob("shuffle-*.png")).read_bytes()
     path.with_suffix(".png").write_bytes(drawn)
     text = page(tmp_path)
     assert "Verdict: passed." in text

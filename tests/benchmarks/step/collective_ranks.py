@@ -19,16 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import COMMUNICATION, observe_collectives
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.collectives import reduce_step
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-from cavmae.trainer.losses.embedding_exchange import Form, blocks
-from cavmae.trainer.trainer import _over_ranks
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
+from cavmae.trainer.losses.contrastive import gather_ranks
 
 WORK = Label("work")
 STEPS = 3
 WIDTH = 400
 """Of layers that are large enough for stage 3 to share them out."""
-FORMS: tuple[Form, ...] = ("gather", "ring")
 
 
 class LateToCollectives(TorchDispatchMode):
@@ -61,13 +61,11 @@ def new_engine(zero_stage: Any, device: torch.device) -> Engine:
 
 
 def step(engine: Engine, device: torch.device) -> None:
-    """All that ranks say to each other in a step, in both forms of exchange."""
-    own = torch.ones(2, WIDTH, device=device)
-    for form in FORMS:
-        list(blocks(form, own))
+    """Run all collectives of a step."""
+    own = gather_ranks(torch.ones(1, WIDTH, device=device))
     engine.backward(engine(own).square().mean())
     engine.update(1e-3)
-    _over_ranks({"loss": torch.zeros(1)}, (False, False), 1.0, device)
+    reduce_step({"loss": torch.zeros(1)}, (False, False), 1.0, device)
     dist.all_gather_object([None, None], "a reason")
     dist.barrier()
 

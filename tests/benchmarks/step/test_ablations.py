@@ -1,4 +1,4 @@
-"""`cavmae bench choices` times our step with one thing changed, and every change is a real one."""
+"""`cavmae bench ablations` times our step with one change, and every change is a real one."""
 
 import json
 import statistics
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cavmae.benchmarks.step.ablations import CHANGED, main, possible
-from cavmae.benchmarks.step.step import SIZES
-from cavmae.benchmarks.step.training_step import Choices, TrainingStep
+from cavmae.benchmarks.step.ablations import CHANGED, AblationsConfig, main, possible
+from cavmae.benchmarks.step.training_step import SIZES, Choices, TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -18,7 +17,7 @@ def test_a_change_is_timed_beside_the_step_that_runs_do(tmp_path: Path) -> None:
     words = ["--model", "tiny", "--device", "cpu", "--batch", "2", "--repeats", "2"]
     only = ["--only", "attention by sdpa", "--precision", "fp32"]
     assert main([*words, *only, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("choices-*.json")
+    (path,) = tmp_path.glob("ablations-*.json")
     found = json.loads(path.read_text())["results"]["fp32"]["attention by sdpa"]
     for way in ("as_runs_do", "changed"):
         assert len(found[way]["all_seconds"]) == 2
@@ -47,6 +46,8 @@ def test_every_change_is_one() -> None:
     assert Choices() not in CHANGED.values()
 
 
-def test_no_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match="--repeats is 0"):
-        main(["--repeats", "0"])
+def test_an_unknown_change_and_no_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="only names no change; use some of attention by sdpa"):
+        AblationsConfig(only=("no change",))
+    with pytest.raises(ValueError, match="repeats is 0"):
+        AblationsConfig(repeats=0)

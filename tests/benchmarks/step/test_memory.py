@@ -5,7 +5,7 @@ import torch
 
 from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
 from cavmae.benchmarks.step.memory import step_peak_bytes
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.trainer.model.cavmae import CAVMAE
 
 MEBIBYTE = 2**20

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cavmae.benchmarks.step.step import main, memory_ratio
+from cavmae.benchmarks.step.step import StepConfig, main, memory_ratio
 
 SMALL = ["--model", "tiny", "--device", "cpu"]
 
@@ -82,5 +82,5 @@ def test_batch_sizes_are_swept_in_each_precision(tmp_path: Path) -> None:
 
 
 def test_no_repeats_are_refused() -> None:
-    with pytest.raises(ValueError, match="--repeats is 0"):
-        main(["--repeats", "0"])
+    with pytest.raises(ValueError, match="repeats is 0"):
+        StepConfig(repeats=0)

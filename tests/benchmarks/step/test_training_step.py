@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from cavmae.benchmarks.step.step import SIZES
-from cavmae.benchmarks.step.training_step import MasterAdam, ModelName, Precision, TrainingStep
+from cavmae.benchmarks.step.training_step import (
+    SIZES,
+    MasterAdam,
+    ModelName,
+    Precision,
+    TrainingStep,
+)
 
 
 @pytest.mark.parametrize("name", ["cavmae", "published"])

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from launch import MUTED
 from tiny_run import tiny_run
 
+from cavmae.benchmarks.harness import processes
 from cavmae.benchmarks.training import autotune
 from cavmae.benchmarks.training.autotune import Search, main
 from cavmae.benchmarks.training.autotune_trial import (
@@ -17,12 +19,15 @@ from cavmae.benchmarks.training.autotune_trial import (
     Step,
     Trial,
     expected_rate,
+    problem_of,
+    run_trial,
 )
 from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.fault_tolerance.oom import Memory
+from cavmae.trainer.fault_tolerance.host_memory import Memory
+from cavmae.trainer.run_status import RunStatus
 
 Answer = Callable[[Fields], float | str]
 """Samples a second of a trial with these fields, or why it failed."""
@@ -74,6 +79,36 @@ def at_most(limit: int) -> Answer:
         return "out of memory" if value > limit else 10.0 * value
 
     return answer
+
+
+@pytest.mark.slow
+def test_a_trial_is_read_from_what_its_run_writes_whatever_the_words_of_messages(
+    packed_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
+    run = tiny_run(packed_synthetic, tmp_path / "run")
+    options = {"ranks": 1, "gpus": False, "real_data": False, "within_seconds": 300}
+    good = run_trial(run, {"micro_batch": 2}, tmp_path / "good", **options)
+    assert not good.problem and good.samples_per_second > 0
+    nowhere = {"initial_weights": str(tmp_path / "nowhere.pth")}
+    bad = run_trial(run, nowhere, tmp_path / "bad", **options)
+    assert "nowhere.pth" in bad.problem and bad.samples_per_second == 0
+    assert "nowhere.pth" not in (tmp_path / "bad/log").read_text(), "as programs see it"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "problem"),
+    [
+        (1, RunStatus("failed", error_type="OutOfMemory"), "out of memory"),
+        (1, RunStatus("failed", last_error="no such file"), "no such file"),
+        (-9, RunStatus("running"), "killed, as for want of memory"),
+        (247, None, "killed, as for want of memory"),
+        (None, RunStatus("running"), "took too long"),
+        (1, None, "ended with 1"),
+    ],
+)
+def test_why_a_trial_failed(code: int | None, status: RunStatus | None, problem: str) -> None:
+    assert problem_of(code, status) == problem
 
 
 @pytest.mark.parametrize("problem", ["out of memory", "killed, as for want of memory"])

@@ -1,23 +1,32 @@
-"""The series of the scaling benchmark, and its record."""
+"""The series of the scaling benchmark, its goodput model, and its record."""
 
 import json
+import math
+import random
 import re
 from pathlib import Path
 
 import pytest
 
 from cavmae.benchmarks.training import scaling
-from cavmae.benchmarks.training.scaling import INPUTS, Row, rows
+from cavmae.benchmarks.training.scaling import (
+    INPUTS,
+    LLAMA_3_GPU_SECONDS_PER_FAILURE,
+    Failures,
+    Row,
+    best_interval,
+    goodput,
+    rows,
+)
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
 
+DAY = 86_400.0
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
 VALUES = {name: value for name, (value, _) in INPUTS.items()}
 
 
-def of(found: list[Row], gpus: int, stage: int = 1, exchange: str = "gather") -> Row:
-    (row,) = (
-        one for one in found if (one.gpus, one.zero_stage, one.exchange) == (gpus, stage, exchange)
-    )
+def of(found: list[Row], gpus: int, stage: int = 1) -> Row:
+    (row,) = (one for one in found if (one.gpus, one.zero_stage) == (gpus, stage))
     return row
 
 
@@ -26,8 +35,8 @@ def weak() -> list[Row]:
     return rows(VALUES, TENSORS, clips_per_gpu=128)
 
 
-def test_every_stage_and_exchange_goes_from_1_to_4096_gpus(weak: list[Row]) -> None:
-    assert len(weak) == 4 * 2 * 13
+def test_every_stage_goes_from_1_to_4096_gpus(weak: list[Row]) -> None:
+    assert len(weak) == 4 * 13
     assert {row.gpus for row in weak} == {2**power for power in range(13)}
     assert all(row.global_batch == 128 * row.gpus for row in weak)
 
@@ -73,7 +82,7 @@ def test_the_record_names_the_source_of_every_input(
     assert set(results["inputs"]) == set(INPUTS)
     assert results["inputs"]["share_of_matrix_speed"] == {"value": 0.5, "source": "given"}
     assert "ASSUMED" in results["inputs"]["share_of_links"]["source"]
-    assert len(results["weak"]) == 104
+    assert len(results["weak"]) == 52
     assert "share_of_links 0.8: ASSUMED" in capsys.readouterr().out
 
 
@@ -91,3 +100,48 @@ def test_measured_inputs_are_those_of_the_records_that_they_name() -> None:
 def test_an_input_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"copy_gbytes is 0.0; use a number above 0"):
         scaling.main(["--copy-gbytes", "0"])
+
+
+def test_without_failures_only_checkpoints_cost() -> None:
+    assert goodput(Failures(math.inf, 300.0, 0.0), 600.0) == 1.0
+    assert goodput(Failures(math.inf, 300.0, 6.0), 594.0) == 0.99
+    assert math.isinf(best_interval(Failures(math.inf, 300.0, 6.0)))
+
+
+def test_rare_failures_cost_their_recovery_and_half_an_interval() -> None:
+    found = goodput(Failures(100 * DAY, 300.0, 0.0), 600.0)
+    assert 1 - found == pytest.approx((300 + 600 / 2) / (100 * DAY), rel=0.01)
+
+
+def test_a_run_that_fails_all_the_time_gets_nowhere() -> None:
+    assert goodput(Failures(60.0, 300.0, 6.0), 600.0) < 1e-3
+    assert goodput(Failures(1e-3, 300.0, 6.0), 600.0) == 0.0
+
+
+@pytest.mark.parametrize("between", [600.0, 3600.0, DAY])
+@pytest.mark.parametrize("cost", [0.2, 5.0, 60.0])
+def test_no_interval_beats_the_best_one(between: float, cost: float) -> None:
+    failures = Failures(between, 120.0, cost)
+    best = goodput(failures, best_interval(failures))
+    others = [goodput(failures, best_interval(failures) * factor) for factor in (0.5, 0.8, 1.25, 2)]
+    assert all(best > other for other in others)
+
+
+def test_goodput_is_that_of_a_run_with_failures_drawn() -> None:
+    failures, interval = Failures(3600.0, 120.0, 10.0), 900.0
+    draw = random.Random(0)
+    elapsed, done, next_failure = 0.0, 0, draw.expovariate(1 / 3600)
+    while done < 20_000:
+        end = elapsed + interval + 10.0
+        if end <= next_failure:
+            elapsed, done = end, done + 1
+            continue
+        while next_failure < end:  # and again while it starts
+            elapsed = next_failure + 120.0
+            next_failure += draw.expovariate(1 / 3600)
+            end = elapsed
+    assert done * interval / elapsed == pytest.approx(goodput(failures, interval), rel=0.01)
+
+
+def test_llama_3_failed_every_three_hours() -> None:
+    assert pytest.approx(3.1, rel=0.01) == LLAMA_3_GPU_SECONDS_PER_FAILURE / 16_384 / 3600

@@ -1,6 +1,5 @@
 """Each step that is told has its own time alone, and steps are told from the first timed one on."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -56,36 +55,26 @@ class SlowObserver:
     def check(self) -> None: ...
 
 
-class Batches:
-    """Each comes after a tenth of a second."""
-
-    wait_seconds = 0.0
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __iter__(self) -> Iterator[None]:
-        while True:
-            self._clock.pass_seconds(0.1)
-            yield None
-
-
-def loop(clock: Clock, accumulation: int) -> Any:
-    """Calls what the training loop calls, in its order; step n, from 0, does n seconds of its
-    own."""
-
-    def train(engine: Any, task: Any, loader: Any, **_options: Any) -> None:
-        batches, step = iter(loader), 0
-        while True:
-            parts = [next(batches) for _ in range(accumulation)]
-            task.begin_step(engine, parts)
-            for part in parts:
-                engine.backward(task.loss(engine, part))
-            engine.update(0.1)
+def train(timed: TimedLoop, clock: Clock, accumulation: int) -> None:
+    """Take steps as the trainer does, whose batches, forward, backward and update take 0.1, 10, 20
+    and 40 s; step n, from 0, takes n seconds of its own."""
+    hooks, step = timed.hooks(), 0
+    nothing: Any = SimpleNamespace(module=None, loss=lambda *_: None)
+    task = hooks.wrap_task(nothing)
+    while True:
+        with hooks.span("data wait"):
+            clock.pass_seconds(0.1)
+        for _ in range(accumulation):
+            with hooks.span("forward"):
+                task.loss(nothing, nothing)
+                clock.pass_seconds(10)
+            with hooks.span("backward"):
+                clock.pass_seconds(20)
+        with hooks.span("update"):
+            clock.pass_seconds(40)
+        with hooks.span("checkpoint"):
             clock.pass_seconds(step)
-            step += 1
-
-    return train
+        step += 1
 
 
 @pytest.fixture
@@ -99,21 +88,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def results(clock: Clock, part_steps: int = PART_STEPS, accumulation: int = 1) -> dict[str, Any]:
-    """Of a loop whose forward, backward and update take 10, 20 and 40 s."""
-    engine: Any = SimpleNamespace(
-        module=None,
-        backward=lambda _loss: clock.pass_seconds(20),
-        update=lambda _rate: clock.pass_seconds(40),
-    )
-    task: Any = SimpleNamespace(
-        begin_step=lambda *_: None, loss=lambda *_: clock.pass_seconds(10), metrics=dict
-    )
-    batches: Any = Batches(clock)
-    timed = TimedLoop(
-        loop(clock, accumulation), warm_up=WARM_UP, steps=STEPS, part_steps=part_steps
-    )
+    timed = TimedLoop(CPU, warm_up=WARM_UP, steps=STEPS, part_steps=part_steps)
     with pytest.raises(AllTimed):
-        timed.train(engine, task, batches, device=CPU)
+        train(timed, clock, accumulation)
     return timed.results()
 
 

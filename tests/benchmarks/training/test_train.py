@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import MODEL
 
-from cavmae.benchmarks.step.step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import ORDER, Setting, Source, summarize
 from cavmae.benchmarks.training.train import TrainBenchConfig, main
 from cavmae.trainer.cost_model.flops import training_flops

@@ -1,4 +1,4 @@
-"""Many runs on one cluster: who starts, who gives way, and that nothing is lost by it."""
+"""Many runs on one cluster: which start, which are preempted, and that no step is lost by it."""
 
 import json
 import os
@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
-from launch import ROOT
+from launch import MUTED, ROOT
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.run_status import write_status
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
 
@@ -33,45 +34,54 @@ def names(experiments: list[Experiment]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("experiments", "start", "give_way"),
+    ("experiments", "start", "preempted"),
     [
         # What fits starts, in the order of priority and of the file.
         ([run("a", 4), run("b", 4), run("c", 4)], ["a", "b"], []),
         ([run("a", 4), run("b", 8, 1)], ["b"], []),
-        # A lower one gives way, the last started first, and no more of them than needed.
+        # A lower one is preempted, the last started first, and no more of them than needed.
         ([run("a", 4, 0, "running"), run("b", 4, 0, "running"), run("c", 4, 1)], [], ["b"]),
         ([run("a", 8, 1, "running"), run("b", 8, 1)], [], []),
-        # While one is leaving, what it leaves is not given to another.
-        ([run("a", 8, 0, "leaving"), run("b", 8, 1), run("c", 1, 0)], [], []),
+        # What a stopping run frees is not given to another.
+        ([run("a", 8, 0, "stopping"), run("b", 8, 1), run("c", 1, 0)], [], []),
         # Behind one that waits for its equals, lower ones use what is free; equals do not overtake.
         ([run("a", 6, 1, "running"), run("b", 8, 1), run("c", 2, 1), run("d", 2)], ["d"], []),
-        # What is free goes to the one that others give way to.
+        # What is free goes to the one that others are preempted for.
         ([run("a", 6, 0, "running"), run("b", 8, 1), run("c", 2)], [], ["a"]),
         # One that is larger than the cluster keeps nobody waiting.
         ([run("a", 16, 1), run("b", 8)], ["b"], []),
         ([run("a", 16), run("b", 8)], ["b"], []),
     ],
 )
-def test_who_starts_and_who_gives_way(
-    experiments: list[Experiment], start: list[str], give_way: list[str]
+def test_which_runs_start_and_which_are_preempted(
+    experiments: list[Experiment], start: list[str], preempted: list[str]
 ) -> None:
     step = next_step(experiments, Need(8, 8))
-    assert (names(step.start), names(step.give_way)) == (start, give_way)
+    assert (names(step.start), names(step.preempt)) == (start, preempted)
 
 
-def test_a_run_that_gives_way_before_it_has_begun_has_not_failed(tmp_path: Path) -> None:
-    one = run("a", 1, state="leaving")
+def test_a_run_that_is_preempted_before_it_has_started_has_not_failed(tmp_path: Path) -> None:
+    one = run("a", 1, state="stopping")
     one.driver = Driver(["demo"], tmp_path / "log")
-    one.driver.ask_to_leave()
+    one.driver.request_stop()
     assert one.driver.wait() == -signal.SIGTERM
-    _ended(one, tmp_path, retries=0)
+    _ended(one, tmp_path)
     assert (one.state, one.failures) == ("waiting", 0)
+
+
+def test_why_a_run_failed_comes_from_its_status(tmp_path: Path) -> None:
+    write_status(tmp_path / "a", state="failed", last_error="of an attempt before")
+    driver = Driver(["--help"], tmp_path / "log")
+    driver.wait()
+    assert "before" not in driver.failure(tmp_path / "a")
+    write_status(tmp_path / "a", state="failed", last_error="disk full")
+    assert driver.failure(tmp_path / "a") == f"a failed with 0: disk full ({tmp_path}/log)"
 
 
 def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -> None:
     words = ["--data.train", "/shards", "--workers", "4", "--gpus-per-worker", "1"]
-    experiments, retries = read_experiments(ABLATIONS, tmp_path, words)
-    assert len(experiments) == 13 and retries == 2
+    experiments = read_experiments(ABLATIONS, tmp_path, words)
+    assert len(experiments) == 13 and all(one.retries == 2 for one in experiments)
     assert all(experiment.need == Need(4, 4) for experiment in experiments)
     by_name = {experiment.name: experiment.words for experiment in experiments}
     assert "--mask.audio-ratio=0.85" in by_name["mask-85"]
@@ -79,14 +89,13 @@ def test_the_papers_ablations_are_runs_of_the_published_recipe(tmp_path: Path) -
     assert f"--run-dir={tmp_path}/av-mae" in by_name["av-mae"]
 
 
-def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path) -> None:
+def test_a_queue_that_is_rerun_skips_finished_runs(tmp_path: Path) -> None:
     """Unless they are to have more steps now."""
     runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
     (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
     for name in ("done", "longer"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({"step": 600, "steps": 600}))
-    experiments, _ = read_experiments(
+        write_status(tmp_path / name, state="finished", step=600, steps=600)
+    experiments = read_experiments(
         tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
     )
     assert {one.name: one.state for one in experiments} == {
@@ -112,7 +121,7 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
         ),
         (
             {"recipe": "demo", "runs": {"a": {"fields": {"stebs": 3}}}},
-            "run a has a field that is not as it should be",
+            "run a has an invalid field",
         ),
         (
             {"recipe": "demo", "runs": {"a": {"fields": {"workers": 3}}}},
@@ -120,7 +129,7 @@ def test_a_queue_that_is_started_again_leaves_finished_runs_alone(tmp_path: Path
         ),
     ],
 )
-def test_a_file_that_is_wrong_is_told_with_the_run(
+def test_an_invalid_file_is_reported_with_the_run(
     document: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file.yaml").write_text(yaml.dump(document))
@@ -142,7 +151,7 @@ def watch(
 
 
 @pytest.mark.slow
-def test_a_run_gives_way_comes_back_and_all_are_compared(
+def test_a_run_is_preempted_and_resumed_and_all_are_compared(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     base = tiny_run(packed_synthetic, tmp_path / "x", steps=150)
@@ -161,7 +170,7 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
         queue = subprocess.Popen(
             [sys.executable, "-m", "cavmae", "queue", str(path), "--folder", str(folder)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": MUTED},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -169,13 +178,16 @@ def test_a_run_gives_way_comes_back_and_all_are_compared(
         watch(queue, path, document, folder, tmp_path / "log")
     finally:
         if queue.poll() is None:
-            queue.terminate()  # the runs save and leave
+            queue.terminate()  # the runs save and stop
             queue.wait(timeout=200)
 
+    assert "in other words" in (folder / "drivers/low.log").read_text(), "as programs see it"
     said = (tmp_path / "log").read_text()
     told = [line for line in said.splitlines() if re.match(r"(low|high|wrong): ", line)]
     of_low = [line for line in told if line.startswith("low")]
-    assert of_low == [f"low: {s}" for s in ("running", "leaving", "waiting", "running", "finished")]
+    assert of_low == [
+        f"low: {s}" for s in ("running", "stopping", "waiting", "running", "finished")
+    ]
     assert told.index("high: finished") < len(told) - 1 - told[::-1].index("low: running")
     assert "wrong: failed" in told and "nowhere" in said
     assert len(losses(folder / "low")) == 150

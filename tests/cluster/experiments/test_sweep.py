@@ -1,4 +1,4 @@
-"""A sweep's file is checked before anything starts, and trials that fall behind are given up."""
+"""A sweep's file is checked before anything starts, and ASHA stops trials that fall behind."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ from cavmae.trainer.config.serialize import save_config
 
 SWEEP: dict[str, Any] = {
     "recipe": "demo",
-    "fields": {"data.train": "shards", "steps": 100, "evaluation.every_steps": 20},
+    "fields": {"data.train": "shards", "steps": 100, "validation.every_steps": 20},
     "metric": "loss",
     "mode": "min",
     "space": {"optimizer.learning_rate": {"log_uniform": [1e-5, 1e-2]}},
@@ -48,10 +48,10 @@ def test_a_sweep_has_defaults_and_takes_words(tmp_path: Path) -> None:
         ({"space": {"seed": {"whole": [2, 1]}}}, "the lower first"),
         ({"space": {"loss.scale": {"uniform": ["1e-5", 1]}}}, "in YAML 1.0e-5, not 1e-5"),
         ({"space": {"loss.scale": {"log_uniform": [0, 1]}}}, "use numbers above 0"),
-        ({"space": {"no.such": {"choice": [1]}}}, "space: no.such has a field"),
+        ({"space": {"no.such": {"choice": [1]}}}, "space: no.such has an invalid field"),
         (
             {"space": {"mask.audio_ratio": {"uniform": [0.5, 1.0]}}},
-            "space: mask.audio_ratio has a field",
+            "space: mask.audio_ratio has an invalid field",
         ),
         ({"mode": "most"}, "mode is 'most'; use max or min"),
         ({"metric": 3}, "metric is 3; use a text"),
@@ -71,23 +71,23 @@ def test_what_is_not_as_it_should_be_is_named(
         read(tmp_path, document)
 
 
-def test_a_sweep_that_was_begun_with_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_sweep_that_was_started_with_something_else_is_refused(tmp_path: Path) -> None:
     sweep, kept = read(tmp_path, SWEEP), tmp_path / "runs/sweep.json"
-    keep_or_compare(sweep, kept, begun=False)
-    keep_or_compare(sweep, kept, begun=True)
+    keep_or_compare(sweep, kept, started=False)
+    keep_or_compare(sweep, kept, started=True)
     more = read(tmp_path, SWEEP | {"trials": 32})
-    with pytest.raises(ValueError, match=r"trials is 32 and the sweep in .* was begun with 16"):
-        keep_or_compare(more, kept, begun=True)
+    with pytest.raises(ValueError, match=r"trials is 32 and the sweep in .* was started with 16"):
+        keep_or_compare(more, kept, started=True)
     wider = {"optimizer.learning_rate": {"log_uniform": [1e-6, 1e-2]}}
     with pytest.raises(ValueError, match="space is"):
-        keep_or_compare(read(tmp_path, SWEEP | {"space": wider}), kept, begun=True)
+        keep_or_compare(read(tmp_path, SWEEP | {"space": wider}), kept, started=True)
 
 
 @pytest.mark.slow
-def test_a_trial_that_falls_behind_is_given_up_and_a_sweep_that_is_over_is_not_run_again(
+def test_a_trial_that_falls_behind_is_stopped_early_and_a_finished_sweep_is_not_run_again(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
-    steps = 150  # so many that the end does not come before the order to give up
+    steps = 150  # so many that the trial cannot finish before it is stopped
     config = tiny_run(packed_synthetic, tmp_path / "unused", steps=steps)
     save_config(config, tmp_path / "config.json")
     document = {
@@ -119,7 +119,7 @@ def test_a_trial_that_falls_behind_is_given_up_and_a_sweep_that_is_over_is_not_r
 
     assert "trial-00000: --optimizer.learning-rate=0.001\n" in sweep()
     rows = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))
-    assert [row["state"] for row in rows] == ["finished", "given up"]
+    assert [row["state"] for row in rows] == ["finished", "stopped early"]
     assert 5 <= len(losses(tmp_path / "runs/trial-00001")) < steps
     metrics = [tmp_path / f"runs/trial-0000{number}/metrics.jsonl" for number in range(2)]
     before = [path.read_bytes() for path in metrics]

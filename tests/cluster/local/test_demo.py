@@ -9,10 +9,10 @@ import pytest
 import torch
 from launch import ROOT
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local import demo_full
 from cavmae.cluster.local.demo import DemoConfig, main
 from cavmae.command import exit_code
-from cavmae.trainer.config.serialize import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_right_clip_is_found_far_more_often_than_by_chance(
 
 
 @pytest.mark.slow
-def test_the_scores_stand_beside_chance_and_beside_what_they_do_not_show(
+def test_scores_are_shown_with_chance_and_with_what_they_do_not_show(
     demo: tuple[Path, str],
 ) -> None:
     text = " ".join(demo[1].split())
@@ -61,10 +61,10 @@ def test_the_scores_stand_beside_chance_and_beside_what_they_do_not_show(
 
 
 @pytest.mark.slow
-def test_everything_that_the_demo_names_is_there(demo: tuple[Path, str]) -> None:
+def test_everything_that_the_demo_names_exists(demo: tuple[Path, str]) -> None:
     folder, text = demo
     assert (folder / "run/weights.pt").exists()
-    assert list((folder / "run/pictures").glob("*.png"))
+    assert list((folder / "run/figures").glob("*.png"))
     assert f"sqlite:///{folder / 'mlflow.db'}" in text
     assert (folder / "mlflow.db").exists()
 
@@ -74,7 +74,7 @@ FULL = ("demo-full", "--finetune-epochs", "2")
 
 @pytest.fixture(scope="module")
 def full(demo: tuple[Path, str]) -> "subprocess.CompletedProcess[str]":
-    """The full demo, which begins with `cavmae demo` on the demo that is finished."""
+    """The full demo, which begins with `cavmae demo` on the finished demo."""
     return run_demo(demo[0], *FULL)
 
 
@@ -82,14 +82,14 @@ def full(demo: tuple[Path, str]) -> "subprocess.CompletedProcess[str]":
 def test_a_finished_demo_is_shown_again_without_training(
     demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
 ) -> None:
-    assert "Videos and shards of an earlier start are used" in full.stdout
-    assert "Finished by an earlier start" in full.stdout
-    table = demo[1][demo[1].index("Retrieval among") : demo[1].index("The videos are drawn")]
+    assert "Using the videos and shards in" in full.stdout
+    assert "Training is already finished" in full.stdout
+    table = demo[1][demo[1].index("Retrieval among") : demo[1].index("The videos are generated")]
     assert table in full.stdout
 
 
 @pytest.mark.slow
-def test_the_full_demo_goes_on_to_all_that_a_model_is_for(
+def test_the_full_demo_runs_all_that_a_model_is_for(
     demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
 ) -> None:
     """So short a training meets some margins and not others; every command has to work."""
@@ -109,25 +109,25 @@ def test_the_full_demo_goes_on_to_all_that_a_model_is_for(
 
 
 @pytest.mark.slow
-def test_a_full_demo_makes_anew_what_was_made_of_other_weights(
+def test_a_full_demo_repeats_what_was_made_of_other_weights(
     demo: tuple[Path, str],
     full: "subprocess.CompletedProcess[str]",
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the commands that look at what is there, one search is made, for all."""
+    """One search stands for all of them, to save time."""
     weights = torch.load(demo[0] / "classifier/weights.pt")
     torch.save(weights | {"norm.bias": weights["norm.bias"] + 1}, demo[0] / "classifier/weights.pt")
-    start, started = demo_full._start, []
+    start, started = demo_full._run, []
 
     def start_some(words: list[str]) -> None:
         started.append(words[0])
         if words[0] != "demo" and started.count("search") < 2:
             start(words)
 
-    monkeypatch.setattr(demo_full, "_start", start_some)
+    monkeypatch.setattr(demo_full, "_run", start_some)
     assert demo_full.main([*words_of(demo[0]), *FULL[1:]]) in (0, 1)
-    kept = re.findall(r"done by an earlier start: \S+/(\S+)", capsys.readouterr().out)
+    kept = re.findall(r"already done: \S+/(\S+)", capsys.readouterr().out)
     assert kept == [
         *("classifier", "retrieve.json", "probe.json", "reconstructed", "embeddings", "exported")
     ]

@@ -1,4 +1,4 @@
-"""`cavmae doctor` finds what is wrong with a machine, and says what to do about it."""
+"""`cavmae doctor` finds what is wrong with a machine, and prints how to fix it."""
 
 import importlib.util
 import resource
@@ -20,7 +20,7 @@ from cavmae.cluster.local.doctor import (
     tracking_store,
 )
 from cavmae.dataloaders.config import DataConfig
-from cavmae.trainer.tracking.tracker import _make_store
+from cavmae.trainer.tracking.tracker import create_store
 
 
 def test_a_machine_that_runs_the_tests_can_train(
@@ -43,17 +43,17 @@ def test_a_problem_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_an_absent_and_an_old_package_are_named_with_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = [Requirement("numpy>=2"), Requirement("ray>=99"), Requirement("no-such-package>=1")]
-    monkeypatch.setattr(doctor, "_asked", lambda: (">=3.11", asked))
+    required = [Requirement("numpy>=2"), Requirement("ray>=99"), Requirement("no-such-package>=1")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: (">=3.11", required))
     fitting, old, absent = packages()
     assert fitting.found.startswith("numpy ")
     assert (old.name, old.state, old.advice) == ("ray", "problem", "pip install 'ray>=99'")
-    assert (absent.found, absent.advice) == ("absent", "pip install 'no-such-package>=1'")
+    assert (absent.found, absent.advice) == ("not installed", "pip install 'no-such-package>=1'")
 
 
 def test_dali_of_either_cuda_is_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [Requirement("nvidia-dali-cuda999>=2")]
-    monkeypatch.setattr(doctor, "_asked", lambda: (">=3.11", asked))
+    required = [Requirement("nvidia-dali-cuda999>=2")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: (">=3.11", required))
     if importlib.util.find_spec("nvidia.dali") is None:
         pytest.skip("DALI is not installed")
     assert len(packages()) == 1
@@ -73,7 +73,7 @@ def test_few_open_files_are_a_warning() -> None:
         found = checks.limits()[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert (found.name, found.state, found.found) == ("open files", "warning", "512 at most")
+    assert (found.name, found.state, found.found) == ("open files", "warning", "at most 512")
     assert found.advice.startswith("ulimit -n ")
 
 
@@ -81,17 +81,17 @@ def test_disk_is_looked_at_where_a_folder_will_be(tmp_path: Path) -> None:
     later = tmp_path / "not" / "yet"
     assert checks.disk("runs", later, 1).state == "ok"
     full = checks.disk("runs", later, 1e18)
-    assert full.state == "warning" and "1000000000 GB are wanted" in full.advice
+    assert full.state == "warning" and "1000000000 GB are needed" in full.advice
     (tmp_path / "file").touch()
     assert checks.disk("runs", tmp_path / "file" / "below", 1).state == "problem"
     assert not later.exists()
 
 
-def test_the_store_of_a_file_answers_or_will_be_made(tmp_path: Path) -> None:
+def test_the_store_of_a_file_answers_or_will_be_created(tmp_path: Path) -> None:
     later = tracking_store("", tmp_path / "runs")
-    assert later.state == "ok" and "will be made by the first run" in later.found
+    assert later.state == "ok" and "the first run will create" in later.found
     assert not (tmp_path / "runs").exists()
-    _make_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    create_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert "1 experiments" in tracking_store("", tmp_path).found
 
 
@@ -107,7 +107,7 @@ def test_a_tracking_server_that_is_gone_is_a_problem(
 @pytest.mark.parametrize("tier", ["frames", "video"])
 def test_the_first_clip_of_a_set_is_read_and_decoded(packed_synthetic: Path, tier: str) -> None:
     found = shard_access(str(packed_synthetic / tier), DataConfig())
-    assert found.state == "ok" and "24 clips, the first is read and decoded" in found.found
+    assert found.state == "ok" and "24 clips; the first one was read and decoded" in found.found
 
 
 def test_a_damaged_clip_and_a_missing_set_are_problems(

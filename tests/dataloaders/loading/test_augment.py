@@ -14,17 +14,18 @@ from PIL import Image
 
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import (
-    is_mirrored,
-    middle_box,
-    random_box,
+    center_crop,
+    is_flipped,
+    random_crop,
     resize_and_crop,
-    spectrogram_change,
+    spec_augment,
 )
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD, ClipDecoder
+from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
-from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 EVERYTHING = Augmentation(
@@ -77,7 +78,7 @@ def assert_same(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> N
 
 def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
     augmentation = Augmentation(min_crop_area=0.2)
-    boxes = np.array([random_box(240, 320, 224, augmentation, 3, p) for p in range(2000)])
+    boxes = np.array([random_crop(240, 320, 224, augmentation, 3, p) for p in range(2000)])
     height, width = 240 * (boxes[:, 2] - boxes[:, 0]), 320 * (boxes[:, 3] - boxes[:, 1])
     assert (boxes >= 0).all() and (boxes <= 1 + 1e-12).all()
     areas, ratios = height * width / (240 * 320), width / height
@@ -85,19 +86,19 @@ def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
     assert 0.7 < ratios.min() < 0.77 and 1.3 < ratios.max() < 1.4
     assert abs(boxes[:, 0].mean() - (1 - boxes[:, 2]).mean()) < 0.02, "as often up as down"
     assert len({tuple(box) for box in boxes}) > 1900
-    assert random_box(240, 320, 224, augmentation, 3, 7) == tuple(boxes[7])
+    assert random_crop(240, 320, 224, augmentation, 3, 7) == tuple(boxes[7])
 
 
 def test_a_picture_that_no_crop_fits_shows_its_middle() -> None:
     augmentation = Augmentation(min_crop_area=0.99)
     for position in range(20):
-        assert random_box(16, 1600, 8, augmentation, 0, position) == middle_box(16, 1600, 8)
+        assert random_crop(16, 1600, 8, augmentation, 0, position) == center_crop(16, 1600, 8)
 
 
 def test_half_of_the_clips_are_flipped() -> None:
-    flips = [is_mirrored(Augmentation(flip=True), 0, position) for position in range(4000)]
+    flips = [is_flipped(Augmentation(flip=True), 0, position) for position in range(4000)]
     assert abs(np.mean(flips) - 0.5) < 0.03
-    assert not any(is_mirrored(Augmentation(), 0, position) for position in range(100))
+    assert not any(is_flipped(Augmentation(), 0, position) for position in range(100))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -109,7 +110,7 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
     picture.save(jpeg, "JPEG", quality=95)
     top, left, bottom, right = 40, 30, 200, 240
     box = (top / 256, left / 341, bottom / 256, right / 341)
-    sound = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
+    sound = encode_audio(np.zeros(1600, dtype=np.int16), "flac")
     task = ReadTask(0, 0, 0, 0)
     clip = EncodedClip(
         task, "", (), sound, (jpeg.getvalue(),), None, box, mirrored, (0.0,), (0.0, 0.1)
@@ -127,7 +128,7 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
 
 def test_the_middle_box_is_the_resize_and_crop() -> None:
     resized, crop = resize_and_crop(256, 455, 224)
-    top, left, bottom, right = middle_box(256, 455, 224)
+    top, left, bottom, right = center_crop(256, 455, 224)
     assert (top * resized[0], bottom * resized[0]) == (0, 224)
     assert round(left * resized[1], 9) == crop[1] * (resized[1] - 224) == 87
     assert round((right - left) * resized[1], 9) == 224
@@ -138,7 +139,7 @@ def test_the_middle_box_is_the_resize_and_crop() -> None:
 
 def test_masks_noise_and_shift_are_drawn_as_published() -> None:
     augmentation = Augmentation(frequency_mask=48, time_mask=192, noise=True)
-    changes = [spectrogram_change(augmentation, 1024, 128, 5, position) for position in range(400)]
+    changes = [spec_augment(augmentation, 1024, 128, 5, position) for position in range(400)]
     for name, longest, count in (("frames", 192, 1024), ("bins", 48, 128)):
         spans = np.array([getattr(change, name) for change in changes])
         lengths = spans[:, 1] - spans[:, 0]
@@ -163,7 +164,7 @@ def test_masks_come_before_the_normalisation_and_noise_after_it(
     (masked,) = take(start(augmentation=masks), 1)
     (noisy,) = take(start(augmentation=replace(masks, noise=True)), 1)
     for row, position in enumerate(plain.positions.tolist()):
-        change = spectrogram_change(replace(masks, noise=True), 208, 32, 11, position)
+        change = spec_augment(replace(masks, noise=True), 208, 32, 11, position)
         expected = plain.log_mel[row].clone()
         value = (0 - config.log_mel_mean) / config.log_mel_std
         expected[slice(*change.frames)] = value
@@ -259,10 +260,10 @@ def test_several_pipelines_give_the_same_batches(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"min_crop_area": 0.0}, r"min_crop_area is 0\.0; use a share above 0"),
+        ({"min_crop_area": 0.0}, r"min_crop_area is 0\.0; use a fraction above 0"),
         ({"min_crop_area": 1.5}, r"min_crop_area is 1\.5"),
         ({"time_mask": -1}, "time_mask is -1; use 0 or more"),
-        ({"mixup_prob": 1.5}, r"mixup_prob is 1\.5; use a share from 0 to 1"),
+        ({"mixup_prob": 1.5}, r"mixup_prob is 1\.5; use a fraction from 0 to 1"),
         ({"mixup_prob": float("nan")}, "mixup_prob is nan"),
     ],
 )

@@ -20,7 +20,7 @@ from cavmae.dataloaders.loading.reader import (
     ReadTask,
     check_frame_choice,
 )
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.synthetic import generate
@@ -109,7 +109,7 @@ def test_sound_is_the_packed_sound_sample_for_sample(
         assert len(waveform) == shards.description(0, number)["audio"]["samples"]
         assert np.abs(waveform.astype(np.int32)).max() > 1000
         stored = ShardSet(packed_by_codec["jpeg"]).member(0, number, "flac")
-        assert np.array_equal(waveform, decode_sound(stored))
+        assert np.array_equal(waveform, decode_audio(stored))
 
 
 def test_the_original_is_the_file_as_it_was(packed_by_codec: dict[str, Path]) -> None:
@@ -197,7 +197,7 @@ def test_a_drawn_frame_shows_what_the_video_shows_at_that_time(
         EncodedClip(
             **{
                 **vars(clip),
-                "pictures": (jpegs.member(0, 0, ten[clip.frame_seconds[0]]),),
+                "frames": (jpegs.member(0, 0, ten[clip.frame_seconds[0]]),),
             }
         )
         for clip in clips
@@ -245,13 +245,13 @@ Spoil = Callable[[EncodedClip], dict[str, object]]
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        pytest.param(lambda clip: {"sound": b"RIFF"}, "audio_undecodable", id="sound"),
+        pytest.param(lambda clip: {"audio": b"RIFF"}, "audio_undecodable", id="sound"),
         pytest.param(
-            lambda clip: {"sound": clip.sound[: len(clip.sound) // 2]},
+            lambda clip: {"audio": clip.audio[: len(clip.audio) // 2]},
             "audio_undecodable",
             id="half_a_flac",
         ),
-        pytest.param(lambda clip: {"pictures": (b"no video",)}, "video_undecodable", id="video"),
+        pytest.param(lambda clip: {"frames": (b"no video",)}, "video_undecodable", id="video"),
     ],
 )
 def test_one_bad_clip_is_an_error_of_the_batch_with_a_reason(

@@ -72,7 +72,7 @@ def reader_processes(parent: int) -> list[int]:
             status = (folder / "stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(status[1]) == parent and status[0] != "Z" and b"reader_pool" in command:
+        if int(status[1]) == parent and status[0] != "Z" and b"process_pool" in command:
             found.append(int(folder.name))
     return found
 

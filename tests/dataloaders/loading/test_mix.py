@@ -11,12 +11,12 @@ import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
 from cavmae.dataloaders.config import Augmentation, DataConfig
-from cavmae.dataloaders.loading.augment import mix_share
+from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.quarantine import Journal
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.sampling.mixture import MixturePlan
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
@@ -76,25 +76,25 @@ def reader(shards: ShardSet, **settings: Any) -> ClipReader:
 def test_shares_have_the_published_distribution() -> None:
     """Beta(10, 10): mean 1/2, variance 1/84, symmetric, hardly ever far from the middle."""
     always = Augmentation(mixup_prob=1.0)
-    shares = np.array([mix_share(always, 3, position) for position in range(6000)])
+    shares = np.array([mixup_lambda(always, 3, position) for position in range(6000)])
     assert abs(shares.mean() - 1 / 2) < 0.005
     assert abs(shares.var() * 84 - 1) < 0.06
     assert 0.05 < shares.min() < 0.2 and 0.8 < shares.max() < 0.95
     sometimes = Augmentation(mixup_prob=0.3)
-    mixed = np.array([mix_share(sometimes, 3, position) for position in range(6000)])
+    mixed = np.array([mixup_lambda(sometimes, 3, position) for position in range(6000)])
     assert abs((mixed < 1).mean() - 0.3) < 0.02
     assert (mixed[mixed < 1] == shares[mixed < 1]).all(), "a share does not depend on the rate"
-    assert mix_share(Augmentation(), 3, 0) == 1
+    assert mixup_lambda(Augmentation(), 3, 0) == 1
 
 
 def test_partners_are_any_clips_of_all_sets() -> None:
     sets = [SamplePlan(sizes, SEED, 1, 4) for sizes in ((3, 2), (4,))]
     ends = MixturePlan(sets, (0.99, 0.01)).ends
     assert ends.tolist() == [3, 5, 9]
-    drawn = [any_sample(ends, SEED, "partner", position, 0) for position in range(4500)]
+    drawn = [any_sample(ends, SEED, "mix_source", position, 0) for position in range(4500)]
     places, counts = np.unique(drawn, axis=0, return_counts=True)
     assert len(places) == 9 and abs(counts - 500).max() < 90
-    again = [any_sample(ends, SEED, "partner", 7, attempt) for attempt in range(20)]
+    again = [any_sample(ends, SEED, "mix_source", 7, attempt) for attempt in range(20)]
     assert len(set(again)) > 5, "another one is drawn where one can't be used"
 
 
@@ -105,19 +105,19 @@ def test_a_partner_has_its_own_frame_crop_flip_and_window(packed_synthetic: Path
         [read(ReadTask(position, 0, 1, 2, partner)) for partner in (False, True)]
         for position in range(40)
     ]
-    for name in ("box", "mirrored", "frame_seconds", "audio_seconds"):
+    for name in ("crop", "flipped", "frame_seconds", "audio_seconds"):
         values = [[getattr(clip, name) for clip in pair] for pair in pairs]
         differ = sum(own != partner for own, partner in values)
-        assert differ > (10 if name == "mirrored" else 30), name
+        assert differ > (10 if name == "flipped" else 30), name
 
 
 def test_a_journal_keeps_which_clips_were_partners(packed_synthetic: Path, tmp_path: Path) -> None:
     shards = ShardSet(packed_synthetic / "video")
-    tasks = [ReadTask(10**12, 3, 1, 2), ReadTask(10**12, 3, 0, 5, partner=True)]
+    tasks = [ReadTask(10**12, 3, 1, 2), ReadTask(10**12, 3, 0, 5, mixed_in=True)]
     clips = [reader(shards)(task) for task in tasks]
     journal = Journal(tmp_path / "rank-0.txt")
     journal.write(clip for clip in clips if isinstance(clip, EncodedClip))
-    assert journal.left_behind(shards) == tasks
+    assert journal.unfinished(shards) == tasks
 
 
 # ------------------------------------------------------------------------------------ values
@@ -135,14 +135,14 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
     mixed = rows(augmentation, 1)
     for position, row in mixed.items():
         planned = plan.sample(position)
-        places = [planned[:2], any_sample(plan.ends, SEED, "partner", position, 0)]
-        share = row["shares"]
-        assert share == np.float32(mix_share(augmentation, SEED, position)) and share < 1
+        places = [planned[:2], any_sample(plan.ends, SEED, "mix_source", position, 0)]
+        share = row["mixup_lambda"]
+        assert share == np.float32(mixup_lambda(augmentation, SEED, position)) and share < 1
         assert row["sample_ids"] == shards.sample_id(*places[0])
         labels = [tuple(shards.description(*place)["labels"]) for place in places]
         assert [row["labels"], row["mixed_labels"]] == labels
 
-        sounds = [decode_sound(shards.member(*place, "flac")) / 32768 for place in places]
+        sounds = [decode_audio(shards.member(*place, "flac")) / 32768 for place in places]
         first, second = (sound - sound.mean() for sound in sounds)
         second = np.pad(second, (0, max(0, len(first) - len(second))))[: len(first)]
         sound = share.item() * first + (1 - share.item()) * second
@@ -161,10 +161,10 @@ def test_half_mixed_batches_hold_the_rows_of_unmixed_and_mixed_ones(
     rows: Callable[..., dict[int, dict[str, Any]]],
 ) -> None:
     none, half, every = (rows(Augmentation(mixup_prob=rate, **CHANGES), 3) for rate in (0, 0.5, 1))
-    assert {row["shares"].item() for row in none.values()} == {1.0}
+    assert {row["mixup_lambda"].item() for row in none.values()} == {1.0}
     assert {row["mixed_labels"] for row in none.values()} == {()}
-    assert all(row["shares"] < 1 for row in every.values())
-    mixed = {position for position, row in half.items() if row["shares"] < 1}
+    assert all(row["mixup_lambda"] < 1 for row in every.values())
+    mixed = {position for position, row in half.items() if row["mixup_lambda"] < 1}
     assert 4 < len(mixed) < 20
     assert_same(
         half, {position: (every if position in mixed else none)[position] for position in half}

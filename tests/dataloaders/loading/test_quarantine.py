@@ -21,7 +21,7 @@ from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
 from cavmae.dataloaders.loading.reader import ReadTask
-from cavmae.dataloaders.media.encode_video import fragment_sizes
+from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
@@ -60,7 +60,7 @@ def packed_as(extension: str, data: bytes | None = None) -> Damage:
             piece = len(damaged) // (frames + 1)
             sizes = [len(damaged) - frames * piece, *[piece] * frames]
             if data is None:
-                sizes = fragment_sizes(damaged)
+                sizes = describe_fragments(damaged)["bytes"]
             ends = list(itertools.accumulate(sizes))
             parts = [damaged[end - size : end] for size, end in zip(sizes, ends, strict=True)]
             sums = [zlib.crc32(part) for part in parts]
@@ -199,7 +199,7 @@ def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
     whole = ShardSet(tier)
     plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
     own = [tuple(one[:2]) for one in plan.samples(0, 12)]
-    partners = [any_sample(plan.ends, SEED, "partner", position, 0) for position in range(12)]
+    partners = [any_sample(plan.ends, SEED, "mix_source", position, 0) for position in range(12)]
     place = next(p for p in range(4, 12) if partners[p] not in own[: p + 1] + partners[:p])
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {partners[place]: break_it})
@@ -289,8 +289,8 @@ def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic:
         task = ReadTask(position, 0, 1, 2)
         quarantine.add(reader.BadSample(task, "000001/000000010", reason, ""))
     assert [(one.position, one.reason) for one in quarantine.samples] == [(5, "second")]
-    assert quarantine.leaves_out(ReadTask(5, 0, 1, 2))
-    assert not quarantine.leaves_out(ReadTask(4, 0, 1, 2))
+    assert quarantine.excludes(ReadTask(5, 0, 1, 2))
+    assert not quarantine.excludes(ReadTask(4, 0, 1, 2))
 
 
 def test_ten_bad_clips_never_stop_a_run(
@@ -387,7 +387,7 @@ import torch
 from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.media.encode_video import fragment_sizes
+from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.loading.loader import TrainLoader
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
 loader = TrainLoader(
@@ -494,7 +494,7 @@ def reader_processes() -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if parent == os.getpid() and b"reader_pool" in command:
+        if parent == os.getpid() and b"process_pool" in command:
             found.append(int(folder.name))
     return found
 

@@ -14,7 +14,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from cavmae.dataloaders.media import audio_codec, video_track
-from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_sound
+from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
 from cavmae.dataloaders.media.audio_track import resample
 from cavmae.dataloaders.media.decode_clip import (
     DecodedClip,
@@ -272,8 +272,8 @@ def test_silence_is_refused_unless_it_is_wanted(tmp_path: Path, write_video: Wri
 @pytest.mark.parametrize("codec", ["flac", "wav"])
 def test_stored_sound_returns_the_samples(codec: AudioCodec) -> None:
     audio = np.random.default_rng(0).integers(-32768, 32768, 30001).astype(np.int16)
-    stored = encode_sound(audio, codec)
-    np.testing.assert_array_equal(audio_codec.decode_sound(stored), audio)
+    stored = encode_audio(audio, codec)
+    np.testing.assert_array_equal(audio_codec.decode_audio(stored), audio)
     with av.open(io.BytesIO(stored), "r") as container:
         assert container.streams.audio[0].rate == 16000
 
@@ -477,7 +477,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path, write_video: WriteVideo) ->
     path = tmp_path / "song.flac"
     cover = io.BytesIO()
     Image.new("RGB", (64, 48)).save(cover, "JPEG")
-    path.write_bytes(_with_picture(encode_sound(tone(440, 1), "flac"), cover.getvalue()))
+    path.write_bytes(_with_picture(encode_audio(tone(440, 1), "flac"), cover.getvalue()))
     with av.open(str(path)) as container:
         assert container.streams.video, "the cover is not seen at all"
     assert reason(path) in ("no_video", "open_failed")

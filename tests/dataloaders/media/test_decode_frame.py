@@ -11,20 +11,21 @@ from card_snippet import run_snippet
 from PIL import Image
 from tiny_models import PRETRAINING, random_pretraining_model
 
-from cavmae.dataloaders.loading.augment import middle_box, resize_and_crop
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD, ClipDecoder
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
+from cavmae.dataloaders.loading.augment import center_crop, resize_and_crop
+from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
-from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame
-from cavmae.dataloaders.media.encode_video import VideoCodec, encode_video, fragment_sizes
+from cavmae.dataloaders.media.encode_video import VideoCodec, describe_fragments, encode_video
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.trainer.release.hub import hub_model
 
-SOUND = encode_sound(np.zeros(1600, dtype=np.int16), "flac")
+SOUND = encode_audio(np.zeros(1600, dtype=np.int16), "flac")
 
 
 def clip_of(picture: bytes, height: int, width: int, image_size: int) -> EncodedClip:
-    box = middle_box(height, width, image_size)
+    box = center_crop(height, width, image_size)
     task = ReadTask(position=0, epoch=0, shard=0, sample=0)
     return EncodedClip(task, "", (), SOUND, (picture,), None, box, False, (0.0,), (0.0, 0.1))
 
@@ -148,7 +149,7 @@ def gray_video(codec: VideoCodec, levels: list[int]) -> bytes:
 
 def frame_of(video: bytes, index: int) -> bytes:
     """The header and one fragment."""
-    sizes = fragment_sizes(video)
+    sizes = describe_fragments(video)["bytes"]
     start = sum(sizes[: index + 1])
     return video[: sizes[0]] + video[start : start + sizes[index + 1]]
 
@@ -159,7 +160,7 @@ def test_any_frame_of_a_packed_video_is_a_file_of_its_own(codec: VideoCodec) -> 
     video = gray_video(codec, levels)
     with av.open(io.BytesIO(video), "r") as container:
         whole = [rgb_pixels(frame, VideoReformatter()) for frame in container.decode(video=0)]
-    assert len(whole) == len(levels) == len(fragment_sizes(video)) - 1
+    assert len(whole) == len(levels) == len(describe_fragments(video)["bytes"]) - 1
     for index in (0, 5, len(levels) - 1):
         pixels = decode_frame(frame_of(video, index))
         assert abs(pixels.mean() - levels[index]) < 3
@@ -187,6 +188,7 @@ def test_a_damaged_frame_is_an_error() -> None:
 
 def test_what_is_no_packed_video_has_no_fragments() -> None:
     video = gray_video("vp9", [30, 90, 150])
-    for damaged in (video[:-1], video + b"\0", b"no video", video[: fragment_sizes(video)[0]]):
+    header = describe_fragments(video)["bytes"][0]
+    for damaged in (video[:-1], video + b"\0", b"no video", video[:header]):
         with pytest.raises(ValueError, match="box"):
-            fragment_sizes(damaged)
+            describe_fragments(damaged)

@@ -86,16 +86,16 @@ def test_the_published_list_packs_with_its_pictures_as_they_are(
 
 
 def test_the_video_tier_of_pictures_is_refused(published: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tiers is 'frames,video', and .* use --tiers frames"):
+    with pytest.raises(ValueError, match=r"tiers is 'frames,video', but .* use --tiers frames"):
         packed(published, tmp_path / "set")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "not a list of the published format"),
-        ('{"data": 3}', "not a list of the published format"),
-        ("{", "not a list of the published format"),
+        ("[]", "not a list in the published format"),
+        ('{"data": 3}', "not a list in the published format"),
+        ("{", "not a list in the published format"),
         ('{"data": [{"wav": "a.wav"}]}', "entry 0: wav, video_id, video_path, labels have to be"),
     ],
 )
@@ -187,7 +187,7 @@ def test_links_and_devices_are_no_videos(tmp_path: Path) -> None:
         (b"[1]", "not a JSON object"),
         (b"{", "is not JSON"),
         (b" " * (1 << 21), "has more than"),
-        (b'{"labels": [3]}', r"labels is \[3\]; use texts"),
+        (b'{"labels": [3]}', r"labels is \[3\]; use strings"),
         (b'{"start": "soon"}', "key start: 'soon' is not a number of seconds"),
         (b'{"start": 5, "end": 2}', "key end: 2 must be after start 5"),
     ],

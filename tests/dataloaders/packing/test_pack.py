@@ -111,8 +111,8 @@ def test_a_csv_gives_windows_and_labels(tmp_path: Path, write_video: WriteVideo)
         ("", "is empty"),
         ("path,start,end,labels\n", "has a header and no lines"),
         ("file,start\na.mkv,0\n", "line 1: unknown column 'file'"),
-        ("start,end\n0,1\n", "line 1: there is no column 'path'"),
-        ("path,path\na,b\n", "line 1: column 'path' is there twice"),
+        ("start,end\n0,1\n", "line 1: the column 'path' is missing"),
+        ("path,path\na,b\n", "line 1: column 'path' is duplicated"),
         ("path,start\na.mkv,0\nb.mkv,x\n", "line 3, column start: 'x' is not a number"),
         ("path,start\na.mkv,-1\n", "line 2, column start: '-1' is not 0 or more"),
         ("path,start\na.mkv,nan\n", "line 2, column start: 'nan' is not 0 or more"),
@@ -169,7 +169,7 @@ def test_skipped_clips_are_named_with_their_reason(packed: Path) -> None:
 def test_the_index_counts_what_is_there(packed: Path) -> None:
     index = json.loads((packed / "video" / "index.json").read_text())
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
-        "schema": 2,
+        "schema": 3,
         "tier": "video",
         "video_codec": "vp9",
         "audio_hz": 16000,
@@ -286,7 +286,7 @@ def test_parts_of_a_file_have_no_original(
     write_video(tmp_path / "a.mkv")
     (tmp_path / "list.csv").write_text("path,start,end\na.mkv,0.2,0.9\n")
     message = fails(capsys, tmp_path / "list.csv", tmp_path / "out", "--tiers", "original")
-    assert "original, which keeps whole files, and a.mkv is listed from 0.2 s" in message
+    assert "original, which keeps whole files, but a.mkv is listed from 0.2 s" in message
     with pytest.raises(ValueError, match="segment is set and tiers has original"):
         PackConfig("videos", "out", tiers="original", segment=True)
 
@@ -299,7 +299,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     out = tmp_path / "shards"
     arguments = [str(videos), str(out), "--clips-per-shard", "3", "--workers", "2"]
-    command = [sys.executable, "-m", "cavmae.dataloaders.packing.pack", *arguments]
+    command = [sys.executable, "-m", "cavmae", "pack", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     first = out / "finished" / "000000.json"
     while not first.exists():
@@ -309,7 +309,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     process.wait()
     assert not (out / "video" / "index.json").exists()
     finished = (out / "video" / "000000.tar").stat()
-    (out / "video" / "000001.tar.part").write_bytes(b"left over")
+    (out / "video" / "000001.tar.0123.partial").write_bytes(b"left over")
     (out / "video" / "000002.tar").write_bytes(b"finished, but its report was not")
 
     assert main(arguments) == 0
@@ -355,9 +355,9 @@ def test_leftovers_of_a_shard_that_turns_out_empty_are_removed(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--short-side", "128"), "short_side is 128, but .* was begun with 256"),
-        (("--tiers", "video"), "tiers is 'video', but .* was begun with 'frames,video'"),
-        (("--clips-per-shard", "2"), "clips_per_shard is 2, but .* was begun with 3"),
+        (("--short-side", "128"), "short_side is 128, but .* was started with 256"),
+        (("--tiers", "video"), "tiers is 'video', but .* was started with 'frames,video'"),
+        (("--clips-per-shard", "2"), "clips_per_shard is 2, but .* was started with 3"),
     ],
 )
 def test_a_restart_with_other_options_is_refused_by_name(
@@ -386,6 +386,16 @@ def test_a_restart_with_another_list_is_refused(
     assert "list of clips has changed" in message and "1 clips then, 2 now" in message
 
 
+def test_a_folder_that_was_started_with_another_schema_is_refused(
+    videos: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = json.loads((packed / "pack.json").read_text())
+    (tmp_path / "pack.json").write_text(json.dumps({**note, "schema": 2}))
+    message = fails(capsys, videos, tmp_path, "--clips-per-shard", "3")
+    assert "packed with schema 2" in message and "reads schema 3" in message
+    assert f"remove {tmp_path} and pack it again" in message
+
+
 def test_two_packers_cannot_share_a_folder(
     videos: Path, packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -410,7 +420,7 @@ def test_what_cannot_be_packed_at_all_is_one_line(
     assert "does not exist" in fails(capsys, tmp_path / "absent.csv", out)
     assert "no videos in" in fails(capsys, tmp_path / "nothing", out)
     assert "is not a CSV file" in fails(capsys, videos / "a.mkv", out)
-    assert "was not made by this command" in fails(capsys, videos, tmp_path / "other")
+    assert "was not written by this command" in fails(capsys, videos, tmp_path / "other")
     assert "is a file" in fails(capsys, videos, tmp_path / "file")
     assert "Not a directory" in fails(capsys, videos, tmp_path / "file" / "out")
     assert not out.exists()
@@ -455,7 +465,7 @@ def test_a_full_disk_is_an_error_and_the_run_can_go_on(
         message = fails(capsys, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(r"File too large: '.*/000000\.tar\.part'", message)
+    assert re.search(r"File too large: '.*/000000\.tar'", message)
     assert not list((tmp_path / "out").rglob("index.json"))
     assert not list((tmp_path / "out").rglob("*.tar*"))
     assert main(arguments) == 0
@@ -476,7 +486,7 @@ def test_clips_that_vanish_with_their_folder_stop_the_run(
         lambda *_: [replace(clip, path=str(tmp_path / clip.source)) for clip in listed],
     )
     message = fails(capsys, tmp_path / "gone", tmp_path / "out", "--workers", "1")
-    assert "gone has gone; bring it back" in message
+    assert "gone has disappeared; restore it" in message
 
 
 def test_a_clip_that_is_missing_is_skipped(tmp_path: Path, write_video: WriteVideo) -> None:

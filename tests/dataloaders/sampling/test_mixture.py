@@ -173,8 +173,8 @@ def _without_weights(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": "a,b", "mixture": (1.0,)}, "data.mixture has 1 shares and data.train names 2"),
-        ({"train": "a,b", "mixture": (1.0, 0.0)}, "use shares above 0"),
+        ({"train": "a,b", "mixture": (1.0,)}, "data.mixture has 1 weights and data.train names 2"),
+        ({"train": "a,b", "mixture": (1.0, 0.0)}, "use weights above 0"),
         ({"cache_gigabytes": -1.0}, "data.cache_gigabytes is -1.0"),
     ],
 )

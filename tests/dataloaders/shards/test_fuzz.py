@@ -24,7 +24,8 @@ from cavmae.dataloaders.loading.reader import (
     StorageError,
 )
 from cavmae.dataloaders.packing.clip_list import list_clips
-from cavmae.dataloaders.shards.shard_set import ShardError, ShardSet, parse_member_index
+from cavmae.dataloaders.shards.format import ShardError, parse_member_index
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter
 
 INPUTS = int(os.environ.get("CAVMAE_FUZZ_INPUTS", "400"))
@@ -196,7 +197,7 @@ def test_a_reader_of_a_damaged_tar_answers(
         if isinstance(answer, EncodedClip):
             whole = truth[sample]
             assert isinstance(whole, EncodedClip)
-            assert (answer.sound, answer.pictures) == (whole.sound, whole.pictures)
+            assert (answer.audio, answer.frames) == (whole.audio, whole.frames)
         outcomes["clip" if isinstance(answer, EncodedClip) else "damage"] += 1
     assert min(outcomes.values()) > 0
     record_property("000000.tar", outcomes)

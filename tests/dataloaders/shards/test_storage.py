@@ -18,17 +18,13 @@ import torch
 
 from cavmae.benchmarks.harness.object_store import FAULTS, ObjectStore, object_store
 from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.config import Augmentation, CacheSettings, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
 from cavmae.dataloaders.shards.cache import ChunkCache
-from cavmae.dataloaders.shards.shard_set import (
-    ShardError,
-    ShardSet,
-    description_bytes,
-    member_names,
-)
-from cavmae.dataloaders.shards.storage import CacheSettings, open_storage
+from cavmae.dataloaders.shards.format import ShardError, description_bytes, member_names
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import open_storage
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 from cavmae.dataloaders.tools import verify
 
@@ -51,7 +47,7 @@ def make_set(folder: Path, seed: int) -> Path:
             key = f"{shard * SAMPLES + number:09d}"
             flac, mp4 = rng.bytes(int(rng.integers(500, 3000))), rng.bytes(3000)
             crc32 = {"flac": zlib.crc32(flac), "mp4": zlib.crc32(mp4)}
-            description = description_bytes({"schema": 2, "key": key}, crc32)
+            description = description_bytes({"schema": 3, "key": key}, crc32)
             writer.add(key, {"json": description, "flac": flac, "mp4": mp4})
         entries.append(writer.finish())
     write_index(
@@ -182,7 +178,7 @@ def test_once_cached_the_store_is_not_needed(local: Path, tmp_path: Path) -> Non
 READER = """
 import random, sys
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.dataloaders.shards.storage import CacheSettings
+from cavmae.dataloaders.config import CacheSettings
 url, folder, limit, seed, local = sys.argv[1:]
 remote = ShardSet(url, CacheSettings(folder, int(limit), 8192))
 truth = ShardSet(local)
@@ -221,19 +217,19 @@ def test_a_cache_that_is_too_small_stays_small_and_right(
     read_in_processes(url, tmp_path, limit, local, count=3)
     kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert kept <= limit + 3 * 8192, "more than the limit and a piece for each process"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_the_pieces_used_longest_ago_go_first(tmp_path: Path) -> None:
-    pieces = ChunkCache(tmp_path, limit_bytes=10_000)
+    chunks = ChunkCache(tmp_path, limit_bytes=10_000)
     for number in range(8):
-        pieces.whole(f"old {number}", lambda: bytes(1000))
-        os.utime(pieces._path(f"old {number}"), (number, number))
-    pieces.kept("old 0")  # now the newest
+        chunks.get_or_fetch(f"old {number}", lambda: bytes(1000))
+        os.utime(chunks._path(f"old {number}"), (number, number))
+    chunks.get("old 0")  # now the newest
     for number in range(4):
-        pieces.whole(f"new {number}", lambda: bytes(1000))
-    assert pieces.kept("old 0") and pieces.kept("new 3")
-    assert pieces.kept("old 1") is None and pieces.kept("old 2") is None
+        chunks.get_or_fetch(f"new {number}", lambda: bytes(1000))
+    assert chunks.get("old 0") and chunks.get("new 3")
+    assert chunks.get("old 1") is None and chunks.get("old 2") is None
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
@@ -304,7 +300,7 @@ def test_a_full_disk_under_the_cache_stops_nothing(
         assert_same(ShardSet(url, cache(small)), local, EVERYTHING[:80])
     finally:
         subprocess.run(["umount", str(small)], check=True)
-    assert "the disk is full; what is fetched now is not kept" in caplog.text
+    assert "the disk is full; nothing more is cached" in caplog.text
 
 
 def test_a_loader_gives_the_same_batches_from_a_url(

@@ -72,7 +72,10 @@ def test_a_set_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"clips": 0}, "clips is 0; use 1 or more"), ({"out": "x.pdf"}, r"ends in \.html or \.png")],
+    [
+        ({"clips": 0}, "clips is 0; use 1 or more"),
+        ({"out": "x.pdf"}, r"a \.html or \.png file"),
+    ],
 )
 def test_fields_out_of_range_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from cavmae.trainer.checkpoint.format import RunState
 from cavmae.trainer.checkpoint.load import load_newest
-from cavmae.trainer.checkpoint.save import CheckpointWriter
-from cavmae.trainer.checkpoint.store import open_store
+from cavmae.trainer.checkpoint.save import CheckpointSaver
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import CheckpointConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.engine import Engine
@@ -66,8 +66,8 @@ def main() -> None:
         error_of(lambda: on_all_ranks(on_rank(1, second))),
     ]
 
-    store, part = open_store(folder / "checkpoints"), Part()
-    writer = CheckpointWriter(
+    store, part = Store(folder / "checkpoints"), Part()
+    writer = CheckpointSaver(
         store,
         CheckpointConfig(every_steps=10),
         cast(Engine, part),

@@ -19,12 +19,12 @@ from cavmae.trainer.checkpoint.format import (
     check_not_left_behind,
     checkpoint_folder,
     checkpoint_name,
-    checkpoint_problem,
-    checkpoints,
+    list_checkpoints,
+    verify_checkpoint,
 )
 from cavmae.trainer.checkpoint.load import load_newest
-from cavmae.trainer.checkpoint.save import CheckpointWriter
-from cavmae.trainer.checkpoint.store import LocalStore, Store, check_writable, open_store
+from cavmae.trainer.checkpoint.save import CheckpointSaver
+from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, files_of_rank
 from cavmae.trainer.run_dir import open_run_dir
@@ -50,11 +50,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def remote(server: ObjectStore) -> Store:
-    return open_store(f"s3://checkpoints/{uuid.uuid4().hex}")
+    return Store(f"s3://checkpoints/{uuid.uuid4().hex}")
 
 
 def local(tmp_path: Path) -> Store:
-    return open_store(tmp_path / "checkpoints")
+    return Store(tmp_path / "checkpoints")
 
 
 def damage(store: Store, name: str) -> None:
@@ -76,7 +76,7 @@ def test_a_store_gives_back_what_it_was_given(store: Store) -> None:
     assert store.folders() == ["a"]
     assert store.files("a") == {"state/b.pt": written.bytes, "c": 5}
     assert store.size("a/state/b.pt") == written.bytes
-    assert b"".join(store.blocks("a/state/b.pt", written.bytes)) == store.read("a/state/b.pt")
+    assert b"".join(store.read_blocks("a/state/b.pt", written.bytes)) == store.read("a/state/b.pt")
     for _ in range(2):  # what is gone already is no error
         store.remove_file("a/c")
         assert store.files("a") == {"state/b.pt": written.bytes}
@@ -111,7 +111,7 @@ def test_what_went_wrong_is_told_by_its_name(
 
 
 def test_what_others_did_at_a_store_is_seen(server: ObjectStore) -> None:
-    store = open_store("s3://checkpoints/others")
+    store = Store("s3://checkpoints/others")
     store.put("a/b", b"12")
     assert store.files("a") == {"b": 2} and store.folders() == ["a"] and store.size("a/c") is None
     server.replace("checkpoints", "others/a/c", b"123")
@@ -125,14 +125,14 @@ def test_what_others_did_at_a_store_is_seen(server: ObjectStore) -> None:
     [
         ("gopher://host/runs", "checkpoint.folder: gopher://host/runs cannot be opened"),
         ("pipe:cat", "checkpoint.folder: pipe:cat would run a command"),
-        ("s3://nowhere/runs", "s3://nowhere/runs cannot be .*bucket does not exist; make the buck"),
+        ("s3://nowhere/runs", "s3://nowhere/runs cannot be .*bucket does not exist; create the b"),
     ],
 )
 def test_a_place_that_cannot_be_is_told_at_once(
     server: ObjectStore, folder: str, text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        check_writable(open_store(folder))
+        check_writable(Store(folder))
 
 
 def test_only_what_has_a_manifest_and_the_right_name_is_a_checkpoint(store: Store) -> None:
@@ -141,13 +141,13 @@ def test_only_what_has_a_manifest_and_the_right_name_is_a_checkpoint(store: Stor
     store.put("step-000000030/state", b"torn")
     store.remove_file(f"step-000000020/{MANIFEST}")
     store.put("step-000000020/state", b"half removed")
-    assert checkpoints(store) == ["step-000000010", "step-1000000000"]
+    assert list_checkpoints(store) == ["step-000000010", "step-1000000000"]
 
 
 def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
     tmp_path: Path, remote: Store
 ) -> None:
-    before = LocalStore(tmp_path / "before")
+    before = Store(tmp_path / "before")
     for step in (10, 20):
         before.put(f"{checkpoint_name(step)}/{MANIFEST}", b"{}")
     with pytest.raises(ValueError, match=r"before, the newest at step 20, .* which has none; copy"):
@@ -158,7 +158,7 @@ def test_a_run_does_not_begin_anew_because_its_checkpoints_are_elsewhere(
     remote.put(f"{checkpoint_name(20)}/{MANIFEST}", b"{}")
     check_not_left_behind(remote, str(before.folder), tmp_path)
     check_not_left_behind(remote, str(tmp_path / "gone"), tmp_path)
-    with pytest.raises(ValueError, match=r"gone .a folder that is not there.*which has none"):
+    with pytest.raises(ValueError, match=r"gone .the folder does not exist.*which has none"):
         check_not_left_behind(local(tmp_path), str(tmp_path / "gone"), tmp_path)
 
 
@@ -168,8 +168,8 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     run_dir = tmp_path / "run"
     engine = EngineConfig(dtype="fp32")
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
-    moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.place()))
-    former = open_store(checkpoint_folder(first))
+    moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.location()))
+    former = Store(checkpoint_folder(first))
     open_run_dir(moved, run_dir, remote, "cpu")
     open_run_dir(first, run_dir, former, "cpu")  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
@@ -179,9 +179,9 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
     open_run_dir(moved, run_dir, remote, "cpu")
     former.remove_folder(checkpoint_name(10))
-    with pytest.raises(ValueError, match=f"were written to {remote.place()}, the newest"):
+    with pytest.raises(ValueError, match=f"were written to {remote.location()}, the newest"):
         open_run_dir(first, run_dir, former, "cpu")
-    with pytest.raises(ValueError, match="they are of another run; give another folder"):
+    with pytest.raises(ValueError, match="they belong to another run; give another folder"):
         open_run_dir(moved, tmp_path / "other", remote, "cpu")
 
 
@@ -223,12 +223,12 @@ def state_at(step: int) -> RunState:
 
 def writer_of(
     store: Store, start_step: int = 0, keep_last: int = 2, keep_every: int = 0
-) -> CheckpointWriter:
+) -> CheckpointSaver:
     config = CheckpointConfig(every_steps=10, keep_last=keep_last, keep_every=keep_every)
-    return CheckpointWriter(store, config, cast(Engine, OneRank()), state_at, start_step)
+    return CheckpointSaver(store, config, cast(Engine, OneRank()), state_at, start_step)
 
 
-def save(writer: CheckpointWriter, *steps: int) -> list[bool]:
+def save(writer: CheckpointSaver, *steps: int) -> list[bool]:
     done = []
     for step in steps:
         cast(OneRank, writer._engine).step = step
@@ -243,7 +243,7 @@ def loaded(store: Store) -> int:
     newest = load_newest(store, cast(Engine, engine))
     assert newest is not None
     place, state = newest
-    assert place == store.place(checkpoint_name(engine.step)) and state == state_at(engine.step)
+    assert place == store.location(checkpoint_name(engine.step)) and state == state_at(engine.step)
     return engine.step
 
 
@@ -252,7 +252,8 @@ def test_old_ones_go_when_the_new_one_is_there(alone: None, store: Store) -> Non
     writer = writer_of(store, keep_last=2, keep_every=30)
     assert save(writer, 10, 20, 30, 40, 50, 60) == [True] * 6
     assert store.folders() == ["step-000000030", "step-000000050", "step-000000060"]
-    assert [checkpoint_problem(store, name) for name in checkpoints(store)] == [None] * 3
+    for name in list_checkpoints(store):
+        verify_checkpoint(store, name)
     assert loaded(store) == 60
 
 
@@ -278,7 +279,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     spoil(remote, f"step-000000020/{file}")
     assert loaded(remote) == 10
     if file != MANIFEST:
-        assert f"{remote.place('step-000000020')} is not whole" in caplog.text
+        assert f"{remote.location('step-000000020')} is corrupt or incomplete" in caplog.text
         assert file in caplog.text
     assert save(writer_of(remote, start_step=10, keep_last=1), 15) == [True]
     assert remote.folders() == ["step-000000015"], "the damaged one does not count as newest"
@@ -288,7 +289,7 @@ def test_none_whole_is_an_error(alone: None, store: Store) -> None:
     save(writer_of(store), 10, 20)
     for step in (10, 20):
         damage(store, f"{checkpoint_name(step)}/{MOMENTS}")
-    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is whole; restore one"):
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is intact; restore one"):
         loaded(store)
 
 
@@ -303,7 +304,7 @@ def test_a_store_that_is_down_costs_a_checkpoint_and_not_the_run(
     finally:
         server.down(False)
     assert "ALARM: the checkpoint of step 20 could not be written (rank 0: s3://" in caplog.text
-    assert writer.failures == 1 and not writer.open
+    assert writer.failures == 1 and not writer.is_open
     assert save(writer, 21) == [True]
     assert remote.folders() == ["step-000000010", "step-000000021"]
     assert loaded(remote) == 21
@@ -335,7 +336,7 @@ def test_one_written_over_another_that_could_not_be_removed_stays(
     finally:
         server.down(False)
     assert save(writer, 20, 30) == [True, True]
-    assert checkpoints(remote) == ["step-000000020", "step-000000030"]
+    assert list_checkpoints(remote) == ["step-000000020", "step-000000030"]
 
 
 def test_a_thread_that_cannot_start_is_a_failed_checkpoint(
@@ -351,7 +352,7 @@ def test_a_thread_that_cannot_start_is_a_failed_checkpoint(
         patch.setattr("threading.Thread.start", start)
         assert save(writer, 10) == [False]
     assert save(writer, 11) == [True]
-    assert checkpoints(local(tmp_path)) == ["step-000000011"]
+    assert list_checkpoints(local(tmp_path)) == ["step-000000011"]
 
 
 def test_a_copy_that_a_killed_start_left_is_cleared(

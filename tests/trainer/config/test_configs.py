@@ -1,20 +1,22 @@
-"""Fields that cannot be: an error that names the field, its value and the way out."""
+"""An impossible field is refused with its name, its value and what to use instead."""
 
 from pathlib import Path
 
 import pytest
 
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config.configs import (
+    ClassifierConfig,
     EngineConfig,
-    EvaluationConfig,
+    FinetuneConfig,
     LossConfig,
-    MaskConfig,
     PretrainConfig,
+    ValidationConfig,
 )
-from cavmae.trainer.config.finetune_config import FinetuneConfig
-from cavmae.trainer.config.parse import RECIPES, parse
+from cavmae.trainer.config.parse import parse
+from cavmae.trainer.config.recipes import RECIPES
 from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ from cavmae.trainer.model.config import ModelConfig
         (lambda: LossConfig(temperature=0), r"loss.temperature is 0"),
         (lambda: EngineConfig(compile=True, zero_stage=3), r"engine.compile.*zero_stage is 3"),
         (lambda: EngineConfig(offload_optimizer=True, zero_stage=0), r"engine.zero_stage is 0"),
-        (lambda: EvaluationConfig(every_steps=0), r"evaluation.every_steps is 0"),
+        (lambda: ValidationConfig(every_steps=0), r"validation.every_steps is 0"),
         (lambda: PretrainConfig(lanes=7), r"lanes is 7.*global_batch 48"),
         (lambda: PretrainConfig(loss=LossConfig(contrastive_group=7)), r"contrastive_group is 7"),
     ],
@@ -90,9 +92,20 @@ def test_a_rank_count_that_does_not_divide_the_lanes_is_answered_with_one_that_d
         resolve(PretrainConfig(), world_size=5, samples=1000, threads=1)
 
 
-def test_a_run_that_goes_on_may_change_its_length_but_not_its_loss() -> None:
+def test_a_run_that_resumes_may_change_its_length_but_not_what_it_computes() -> None:
     before = PretrainConfig(steps=10)
     check_same_run(before, PretrainConfig(steps=20))
-    check_same_run(before, PretrainConfig(loss=LossConfig(exchange="ring")))
-    with pytest.raises(ValueError, match=r"loss.temperature 0.05 and this start has 0.1"):
+    with pytest.raises(ValueError, match=r"loss.temperature 0.05 and cannot resume with 0.1"):
         check_same_run(before, PretrainConfig(loss=LossConfig(temperature=0.1)))
+    flipped = PretrainConfig(data=DataConfig(augmentation=Augmentation(flip=True)))
+    with pytest.raises(ValueError, match=r"data.augmentation.flip False and cannot resume with Tr"):
+        check_same_run(before, flipped)
+
+
+def test_a_fine_tuning_run_that_resumes_may_name_its_label_file_by_another_path() -> None:
+    before = FinetuneConfig(classifier=ClassifierConfig(labels="a.csv"))
+    check_same_run(before, FinetuneConfig(classifier=ClassifierConfig(labels="b.csv")))
+    with pytest.raises(
+        ValueError, match=r"classifier.loss bce and cannot resume with cross_entrop"
+    ):
+        check_same_run(before, FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy")))

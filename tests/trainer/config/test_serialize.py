@@ -3,22 +3,16 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from cavmae.trainer.config.configs import LossConfig, PretrainConfig
-from cavmae.trainer.config.serialize import load_config, read_json, save_config, write_json
+from cavmae import __version__
+from cavmae.atomic_write import write_json
+from cavmae.trainer.config.configs import FinetuneConfig, LossConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.serialize import load_config, load_run_config, save_config
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.tracking import code_snapshot
-from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
-
-ROOT = Path(__file__).parents[3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +49,35 @@ def test_a_pretraining_configuration_comes_back_equal(tmp_path: Path) -> None:
     )
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json", PretrainConfig) == config
+
+
+@pytest.mark.parametrize("config", [PretrainConfig(seed=3), FinetuneConfig(seed=3)])
+def test_a_run_of_either_kind_comes_back_equal(config: RunConfig, tmp_path: Path) -> None:
+    save_config(config, tmp_path / "config.json")
+    assert load_run_config(tmp_path / "config.json") == config
+
+
+def test_a_run_of_version_0_1_0_is_refused_with_its_commit_and_its_code(saved: Path) -> None:
+    document = json.loads(saved.read_text())
+    del document["schema"]
+    document["loss"]["some_old_field"] = 1
+    saved.write_text(json.dumps(document))
+    write_json(saved.with_name("run.json"), {"git_commits": [None, "1a2b"], "code": ["c", "d"]})
+    with pytest.raises(ValueError) as caught:
+        load_run_config(saved)
+    assert str(caught.value) == (
+        f"{saved} was written by version 0.1.0 of cavmae, commit 1a2b; this is version "
+        f"{__version__}, which cannot read it. To resume or evaluate that run, use its own code, "
+        f"kept in {saved.parent}/code/d.tar.gz; or start a new run with its weights.pt as "
+        "--initial-weights"
+    )
+
+
+def test_a_configuration_of_another_schema_is_refused_without_a_run_beside_it(saved: Path) -> None:
+    edit(saved, {"schema": 99})
+    message = f"another version (schema 99) of cavmae; this is version {__version__}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_run_config(saved)
 
 
 @pytest.mark.parametrize("config", [Outer(), Outer("two", 3.0, Inner((), ("b", 2.0)))])
@@ -132,60 +155,3 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> Non
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=f"config.json {message}"):
         load_config(tmp_path / "config.json", PretrainConfig)
-
-
-def test_run_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"mlflow_run_id": "a"})
-    write_json(path, {"mlflow_run_id": "b"})
-    assert read_json(path) == {"mlflow_run_id": "b"}
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    write_json(path, {"loss": 1.0})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"loss": float("nan")})
-    assert read_json(path) == {"loss": 1.0}
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
-def test_a_run_folder_keeps_each_version_of_the_code_once(tmp_path: Path) -> None:
-    code = save_code(tmp_path)
-    assert save_code(tmp_path) == code, "no times or owners in it"
-    (kept,) = (tmp_path / "code").iterdir()
-    with tarfile.open(kept) as archive:
-        names = archive.getnames()
-        file = archive.extractfile("cavmae/trainer/tracking/code_snapshot.py")
-        assert file and file.read() == Path(code_snapshot.__file__).read_bytes()
-    assert {"cavmae/cli.py", "cavmae/kernels/similarity/tiles.py"} <= set(names)
-    assert not [name for name in names if "tests" in name or ".venv" in name]
-
-
-def test_git_commit_is_that_of_the_checkout_of_the_code(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
-    commit = git_commit()
-    assert commit is not None and commit.removesuffix("-dirty") == head
-
-
-def test_git_commit_tells_clean_changed_and_untracked_copies_apart(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
-
-    def commit_of_copy() -> str:
-        code = "import code_snapshot; print(code_snapshot.git_commit())"
-        return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
-
-    copy = tmp_path / "code_snapshot.py"
-    shutil.copy(ROOT / "trainer/tracking/code_snapshot.py", copy)
-    git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "-m", "empty")
-    assert commit_of_copy() == "None\n"
-    git("add", "code_snapshot.py")
-    git("commit", "--quiet", "-m", "code")
-    assert re.fullmatch(r"[0-9a-f]{40}\n", commit_of_copy())
-    copy.write_text(copy.read_text() + "\n")
-    assert re.fullmatch(r"[0-9a-f]{40}-dirty\n", commit_of_copy())

@@ -19,23 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cavmae.trainer.cost_model.comm_volume import collectives, sent_bytes
-from cavmae.trainer.distributed.engine import end_rank, start_process_group
+from cavmae.trainer.distributed.collectives import reduce_step
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-from cavmae.trainer.trainer import _over_ranks
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 
 KINDS = {
     "c10d::allreduce_": "all_reduce",
     "c10d::allgather_": "all_gather",
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
-    "c10d::send": "send",
 }
 _BYTES_SENT_AT = 200
 """Of `tcpi_bytes_sent` in `struct tcp_info` (linux/tcp.h)."""
 
 
 class CountedCollectives(TorchDispatchMode):
-    """Attributes: payload_bytes, calls, by kind as in `wire.Collective`."""
+    """Attributes: payload_bytes, calls, by kind as in `comm_volume.Collective`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class CountedCollectives(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func.name() != "c10d::recv_":
+        if func.namespace == "c10d":
             kind = KINDS[func.name()]  # a KeyError is a collective that nobody thought of
             # The whole is an operand of its own, or the first: a list with a part for each rank.
             operands = [sum(one.nbytes for one in _tensors(operand)) for operand in args]
@@ -76,11 +75,11 @@ def measure(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str,
     run = Run(case, ranks, device)
     for step in range(3):  # stage 3 has its trace after two steps
         run.update(step)
-        _over_ranks(run.task.metrics(), (False, False), 1.0, device)
+        reduce_step(run.task.metrics(), (False, False), 1.0, device)
     before = socket_bytes()
     with CountedCollectives() as counted:
         run.update(3)
-        _over_ranks(run.task.metrics(), (False, False), 1.0, device)
+        reduce_step(run.task.metrics(), (False, False), 1.0, device)
     sent = socket_bytes() - before
     said = collectives(run.config, run.tensors, ranks.world_size)
     said_bytes, said_calls = Counter(), Counter()

@@ -13,8 +13,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
-from cavmae.trainer.distributed.engine import Engine, end_rank, start_process_group
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 
 STEPS = 4
 WIDTH = 512

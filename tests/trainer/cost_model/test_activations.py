@@ -1,4 +1,4 @@
-"""What passes are said to keep is what the allocator gives to a real forward and backward pass."""
+"""Traced activations equal what the allocator gives to a real forward and backward pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,13 +9,19 @@ import torch
 from tiny_run import MODEL
 from torch.profiler import ProfilerActivity, profile
 
-from cavmae.trainer.config.configs import EngineConfig, LossConfig, PretrainConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.cost_model.activations import count_passes
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    FinetuneConfig,
+    LossConfig,
+    PretrainConfig,
+)
+from cavmae.trainer.cost_model.activations import trace_activations
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.config import MaskConfig
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, trained_model
+from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, build_model
 
 SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64, decoder_depth=2)
 
@@ -42,7 +48,7 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
     model = CAVMAE(SHAPE).to(dtype)
     model.freeze_unused(reconstruct=True, contrast=True)
     model.recompute_blocks(config.engine.activation_checkpointing)
-    masks = random_masks(SHAPE, torch.arange(samples), seed=0, audio_ratio=0.75, video_ratio=0.75)
+    masks = random_masks(SHAPE, MaskConfig(), torch.arange(samples), seed=0)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
 
@@ -57,7 +63,7 @@ def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
 def peak_of_a_classifier(config: FinetuneConfig, samples: int) -> int:
     """The same of fine-tuning."""
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    model = trained_model(config).to(dtype)
+    model = build_model(config).to(dtype)
     model.recompute_blocks(config.engine.activation_checkpointing)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
@@ -91,7 +97,7 @@ def test_counted_is_what_the_allocator_gave(
     samples: int, dtype: str, activation_checkpointing: str
 ) -> None:
     config = config_of(dtype=dtype, activation_checkpointing=activation_checkpointing)
-    counted = count_passes(config).peak(samples, gradients_stay=True)
+    counted = trace_activations(config).peak(samples, gradients_stay=True)
     assert counted == pytest.approx(peak_of_the_allocator(config, samples), rel=0.1)
 
 
@@ -111,23 +117,23 @@ def test_counted_is_what_the_allocator_gave_to_a_classifier(
 ) -> None:
     config = finetuning_of(dtype, recompute, ClassifierConfig(mode=mode))
     for samples in (8, 64):
-        counted = count_passes(config).peak(samples, gradients_stay=True)
+        counted = trace_activations(config).peak(samples, gradients_stay=True)
         assert counted == pytest.approx(peak_of_a_classifier(config, samples), rel=0.1)
 
 
 def test_encoders_that_are_not_trained_keep_nothing_for_a_backward_pass() -> None:
     asked = ClassifierConfig(train_encoders=False, loss="cross_entropy")
     probe = finetuning_of("fp32", "selective", asked)
-    counted = count_passes(probe)
+    counted = trace_activations(probe)
     assert counted.peak(32, gradients_stay=True) == pytest.approx(
         peak_of_a_classifier(probe, 32), rel=0.1
     )
-    whole = count_passes(finetuning_of("fp32", "selective", ClassifierConfig()))
+    whole = trace_activations(finetuning_of("fp32", "selective", ClassifierConfig()))
     assert counted.peak(32, gradients_stay=True) < 0.3 * whole.peak(32, gradients_stay=True)
 
 
 def test_gradients_that_go_elsewhere_are_not_in_the_peak() -> None:
-    passes = count_passes(config_of(dtype="fp32"))
+    passes = trace_activations(config_of(dtype="fp32"))
     assert passes.peak(1, gradients_stay=False) < passes.peak(1, gradients_stay=True)
     model = CAVMAE(SHAPE)
     model.freeze_unused(reconstruct=True, contrast=True)
@@ -137,7 +143,7 @@ def test_gradients_that_go_elsewhere_are_not_in_the_peak() -> None:
 
 def test_what_is_recomputed_is_not_kept() -> None:
     none, selective, full = (
-        count_passes(config_of(dtype="fp32", activation_checkpointing=how)).peak(
+        trace_activations(config_of(dtype="fp32", activation_checkpointing=how)).peak(
             64, gradients_stay=False
         )
         for how in ("none", "selective", "full")
@@ -149,6 +155,6 @@ def test_what_is_recomputed_is_not_kept() -> None:
 def test_a_loss_that_is_left_out_takes_nothing() -> None:
     config = config_of(dtype="fp32")
     alone = dataclasses.replace(config, loss=LossConfig(reconstruction_weight=0))
-    whole, less = (count_passes(one) for one in (config, alone))
+    whole, less = (trace_activations(one) for one in (config, alone))
     assert less.peak(8, gradients_stay=False) < 0.5 * whole.peak(8, gradients_stay=False)
     assert less.gradient_bytes < whole.gradient_bytes

@@ -32,15 +32,15 @@ CASES: dict[int, list[dict[str, Any]]] = {
         ),
         case(1),
         case(3),
-        case(1, exchange="ring", bidirectional=True, micro_batch=4),
+        case(1, bidirectional=True, micro_batch=4),
         case(2, contrastive_weight=0.0),
     ],
     4: [
         *(case(stage, "bf16", micro_batch=2, group=8) for stage in (0, 1, 2)),
         case(3, micro_batch=2, group=2),
-        case(3, "bf16", exchange="ring"),
+        case(3, "bf16"),
     ],
-    8: [case(1, "bf16", bidirectional=True), case(3, exchange="ring")],
+    8: [case(1, "bf16", bidirectional=True), case(3)],
 }
 SIZES = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
 
@@ -93,13 +93,10 @@ def test_stage_3_gathers_three_times_where_groups_span_micro_batches() -> None:
     assert sent(spanning)["weights"] - small == pytest.approx(3 * once)
 
 
-def test_a_ring_sends_each_rank_s_embeddings_twice() -> None:
-    gathered = config_of(1, micro_batch=8)
-    ring = config_of(1, micro_batch=8, loss=LossConfig(exchange="ring"))
+def test_embeddings_are_sent_once_and_their_gradients_never() -> None:
+    config = config_of(1, micro_batch=8)
     log_sums = 7 * 8 * 4
-    embeddings = sent(gathered)["embeddings"] - log_sums
-    assert embeddings == 7 * 8 * 2 * 768 * 2
-    assert sent(ring)["embeddings"] == 2 * embeddings + log_sums
+    assert sent(config)["embeddings"] == 7 * 8 * 2 * 768 * 2 + log_sums
 
 
 def test_groups_inside_a_rank_send_no_embeddings() -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cavmae.trainer.cost_model.flops import backward_flops, forward_flops, training_flops
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 from cavmae.trainer.model.masking import random_masks
 
 SHALLOW = ModelConfig(modality_depth=2, decoder_depth=2)
@@ -28,7 +28,7 @@ def counted(config: ModelConfig, *, reconstruct: bool) -> tuple[int, int]:
     """
     model = CAVMAE(config)
     model.freeze_unused(reconstruct=reconstruct, contrast=True)
-    masks = random_masks(config, torch.arange(1), seed=0, audio_ratio=0.75, video_ratio=0.75)
+    masks = random_masks(config, MaskConfig(), torch.arange(1), seed=0)
     log_mel = torch.randn(1, config.audio_frames, config.mel_bins)
     frame = torch.randn(1, 3, config.image_size, config.image_size)
     with sdpa_kernel(SDPBackend.MATH):

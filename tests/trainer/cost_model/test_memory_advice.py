@@ -1,4 +1,4 @@
-"""What a run is advised to change is little, is accepted, and makes it fit."""
+"""The advised changes are few, are accepted, and make a run fit."""
 
 import dataclasses
 import itertools
@@ -13,11 +13,12 @@ from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import resolve
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model import memory_advice
-from cavmae.trainer.cost_model.activations import ActivationTimeline, count_passes
+from cavmae.trainer.cost_model.activations import ActivationTimeline, trace_activations
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
-from cavmae.trainer.cost_model.memory_advice import advice, what_would_fit
+from cavmae.trainer.cost_model.memory_advice import advice
 
 RANKS = 8
+NOTHING_FITS = "no change of its batches or engine fits: use more ranks, or a smaller model"
 CONFIG = PretrainConfig(
     global_batch=256,
     micro_batch=32,
@@ -35,21 +36,21 @@ def as_it_is() -> Sizes:
 
 
 @pytest.fixture(scope="module")
-def counted(as_it_is: Sizes) -> dict[str, ActivationTimeline]:
-    """Of `CONFIG`, by what is computed again."""
+def traced(as_it_is: Sizes) -> dict[str, ActivationTimeline]:
+    """The activations of `CONFIG` by what is recomputed."""
     full = with_engine(activation_checkpointing="full")
-    return {"selective": as_it_is.passes, "full": count_passes(full)}
+    return {"selective": as_it_is.activations, "full": trace_activations(full)}
 
 
 @pytest.fixture
 def sizes(
-    as_it_is: Sizes, counted: dict[str, ActivationTimeline], monkeypatch: pytest.MonkeyPatch
+    as_it_is: Sizes, traced: dict[str, ActivationTimeline], monkeypatch: pytest.MonkeyPatch
 ) -> Sizes:
-    """Of `CONFIG`; what is advised counts nothing anew."""
+    """The sizes of `CONFIG`; advice traces nothing anew."""
     monkeypatch.setattr(
         memory_advice,
-        "count_passes",
-        lambda config: counted[config.engine.activation_checkpointing],
+        "trace_activations",
+        lambda config: traced[config.engine.activation_checkpointing],
     )
     return as_it_is
 
@@ -58,42 +59,57 @@ def with_engine(**engine: Any) -> PretrainConfig:
     return dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, **engine))
 
 
-def total(config: PretrainConfig, sizes: Sizes, counted: dict[str, ActivationTimeline]) -> int:
-    sizes = Sizes(sizes.tensors, counted[config.engine.activation_checkpointing])
-    return footprint(config, sizes, RANKS, gpu=True).total
+def total(
+    config: PretrainConfig, sizes: Sizes, traced: dict[str, ActivationTimeline], *, gpu: bool = True
+) -> int:
+    sizes = Sizes(sizes.tensors, traced[config.engine.activation_checkpointing])
+    return footprint(config, sizes, RANKS, gpu=gpu).total
 
 
 def test_one_change_is_advised_where_it_is_enough(
-    sizes: Sizes, counted: dict[str, ActivationTimeline]
+    sizes: Sizes, traced: dict[str, ActivationTimeline]
 ) -> None:
-    limit = total(CONFIG, sizes, counted) - 1
-    assert list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True)) == [
-        "--micro-batch 16",
-        "--engine.zero-stage 1",
-        "--engine.activation-checkpointing full",
-    ]
+    limit = total(CONFIG, sizes, traced) - 1
+    assert advice(CONFIG, sizes, RANKS, limit, gpu=True) == "what fits: --micro-batch 16"
+    single = dataclasses.replace(CONFIG, micro_batch=1)
+    limit = total(single, sizes, traced) - 1
+    assert advice(single, sizes, RANKS, limit, gpu=True) == "what fits: --engine.zero-stage 1"
 
 
 def test_a_gpu_can_leave_the_optimizer_in_host_memory(
-    sizes: Sizes, counted: dict[str, ActivationTimeline]
+    sizes: Sizes, traced: dict[str, ActivationTimeline]
 ) -> None:
-    config = with_engine(zero_stage=1)
-    limit = total(config, sizes, counted) - 1
-    for gpu in (True, False):
-        changes = list(what_would_fit(config, sizes, RANKS, limit, gpu=gpu))
-        assert ("--engine.offload-optimizer" in changes) == gpu
+    full = with_engine(zero_stage=1, activation_checkpointing="full")
+    config = dataclasses.replace(full, micro_batch=1)
+    sizes = Sizes(sizes.tensors, traced["full"])
+    on_gpu, on_cpu = (
+        advice(
+            config,
+            sizes,
+            RANKS,
+            total(config, sizes, traced, gpu=gpu) - 1,
+            gpu=gpu,
+            begun=True,
+        )
+        for gpu in (True, False)
+    )
+    assert on_gpu == "what fits: --engine.offload-optimizer"
+    assert on_cpu == NOTHING_FITS
 
 
-def test_a_run_with_checkpoints_is_not_told_to_change_what_they_hold_it_to(
-    sizes: Sizes, counted: dict[str, ActivationTimeline]
+def test_a_run_with_checkpoints_keeps_its_zero_stage(
+    sizes: Sizes, traced: dict[str, ActivationTimeline]
 ) -> None:
-    limit = total(CONFIG, sizes, counted) - 1
-    changes = list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True, begun=True))
-    assert changes == ["--micro-batch 16", "--engine.activation-checkpointing full"]
+    limit = total(CONFIG, sizes, traced) - 1
+    found = advice(CONFIG, sizes, RANKS, limit, gpu=True, begun=True)
+    assert found == "what fits: --micro-batch 16"
+    single = dataclasses.replace(CONFIG, micro_batch=1)
+    limit = total(single, sizes, traced) - 1
+    assert advice(single, sizes, RANKS, limit, gpu=True, begun=True) == NOTHING_FITS
 
 
 def test_what_fits_is_advised_whenever_there_is_such_a_run_and_is_accepted(
-    sizes: Sizes, counted: dict[str, ActivationTimeline], tmp_path: Path
+    sizes: Sizes, traced: dict[str, ActivationTimeline], tmp_path: Path
 ) -> None:
     everything = [
         dataclasses.replace(
@@ -106,41 +122,45 @@ def test_what_fits_is_advised_whenever_there_is_such_a_run_and_is_accepted(
             micro_batch=samples,
         )
         for stage, how, offload, samples in itertools.product(
-            (0, 1, 2, 3), counted, (False, True), (1, 2, 4, 8, 16, 32)
+            (0, 1, 2, 3), traced, (False, True), (1, 2, 4, 8, 16, 32)
         )
         if stage or not offload
     ]
-    totals = sorted({total(config, sizes, counted) for config in everything})
+    totals = sorted({total(config, sizes, traced) for config in everything})
     save_config(CONFIG, tmp_path / "config.json")
     most_flags = 0
     for limit in [*totals[:20:4], *totals[20:-1:12]]:
-        changes = list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True))
-        assert changes, f"{limit} bytes are enough for some run"
-        for change in changes:
-            words = [str(tmp_path / "config.json"), *change.split()]
-            asked = parse(words, [PretrainConfig], "test")
-            accepted = resolve(asked, world_size=RANKS, samples=256, threads=1)
-            assert total(accepted, sizes, counted) <= limit, change
-            assert accepted.micro_batch == asked.micro_batch
-            most_flags = max(most_flags, change.count("--"))
+        found = advice(CONFIG, sizes, RANKS, limit, gpu=True)
+        assert found.startswith("what fits: "), f"{limit} bytes are enough for some run"
+        change = found.removeprefix("what fits: ")
+        words = [str(tmp_path / "config.json"), *change.split()]
+        asked = parse(words, [PretrainConfig], "test")
+        accepted = resolve(asked, world_size=RANKS, samples=256, threads=1)
+        assert total(accepted, sizes, traced) <= limit, change
+        assert accepted.micro_batch == asked.micro_batch
+        most_flags = max(most_flags, change.count("--"))
     assert most_flags > 3
-    assert not list(what_would_fit(CONFIG, sizes, RANKS, totals[0] - 1, gpu=True))
-    text = advice(CONFIG, sizes, RANKS, totals[0] - 1, gpu=True)
-    assert text == "no change of its batches or engine fits: use more ranks, or a smaller model"
+    assert advice(CONFIG, sizes, RANKS, totals[0] - 1, gpu=True) == NOTHING_FITS
 
 
-def test_what_costs_more_goes_further_when_what_costs_less_has_gone_all_the_way(
-    sizes: Sizes, counted: dict[str, ActivationTimeline]
+def test_a_change_that_the_others_make_needless_is_not_advised(
+    sizes: Sizes, traced: dict[str, ActivationTimeline]
 ) -> None:
     both = dataclasses.replace(with_engine(zero_stage=2), micro_batch=1)
-    limit = total(both, sizes, counted)
-    found = list(what_would_fit(CONFIG, sizes, RANKS, limit, gpu=True))
-    assert found[0] == "--micro-batch 1 --engine.zero-stage 2"
+    found = advice(CONFIG, sizes, RANKS, total(both, sizes, traced), gpu=True)
+    assert found == "what fits: --micro-batch 1 --engine.zero-stage 2"
+    both = dataclasses.replace(with_engine(zero_stage=2), micro_batch=8)
+    found = advice(CONFIG, sizes, RANKS, total(both, sizes, traced), gpu=True)
+    smaller = found.removeprefix("what fits: ").split()
+    assert "--micro-batch" not in smaller or int(smaller[1]) >= 8
 
 
-def test_less_is_computed_again_where_that_is_enough() -> None:
-    config = with_engine(activation_checkpointing="none")
+def test_less_is_recomputed_where_that_is_enough() -> None:
+    model = dataclasses.replace(MODEL, audio_frames=1024, decoder_depth=4)
+    config = dataclasses.replace(
+        with_engine(activation_checkpointing="none"), micro_batch=1, model=model
+    )
     none = model_sizes(config)
     limit = footprint(config, none, RANKS, gpu=True).total - 1
-    changes = list(what_would_fit(config, none, RANKS, limit, gpu=True))
-    assert "--engine.activation-checkpointing selective" in changes
+    found = advice(config, none, RANKS, limit, gpu=True, begun=True)
+    assert found == "what fits: --engine.activation-checkpointing selective"

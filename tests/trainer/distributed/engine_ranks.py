@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from engine_run import Run
 
-from cavmae.trainer.distributed.engine import end_rank, start_process_group
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 
 
 def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, Any]:

@@ -32,10 +32,9 @@ ONE_RANK = [
 TWO_RANKS = [
     *({"zero_stage": stage} for stage in STAGES),
     {"zero_stage": 1, "group": 4},
-    {"zero_stage": 1, "exchange": "ring"},
     {"zero_stage": 1, "recompute": "full"},
     {"zero_stage": 3, "recompute": "full"},
-    {"zero_stage": 2, "group": 8, "bidirectional": True, "clip": 1.0, "exchange": "ring"},
+    {"zero_stage": 2, "group": 8, "bidirectional": True, "clip": 1.0},
     *(
         {"zero_stage": stage, "group": 8, "bidirectional": True, "clip": 1.0, "micro_batch": 4}
         for stage in STAGES

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_run import save_untrained
 
 from cavmae import cli
-from cavmae.dataloaders.media.audio_codec import encode_sound
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.embeddings import search as search_module
 from cavmae.trainer.embeddings.faiss_index import build_graph, nearest, nearest_by_graph
@@ -196,7 +196,7 @@ def test_what_can_not_be_a_query_is_one_line(
     broken.write_bytes(picture.read_bytes()[:200])
     assert "can't be used as a picture" in error_of(capsys, folder, str(broken))
     silent = tmp_path / "silent.wav"
-    silent.write_bytes(encode_sound(np.zeros(16000, np.int16), "wav"))
+    silent.write_bytes(encode_audio(np.zeros(16000, np.int16), "wav"))
     assert "silent_audio" in error_of(capsys, folder, str(silent))
 
 
@@ -209,7 +209,7 @@ def test_embeddings_that_can_not_be_searched_are_one_line(
 ) -> None:
     assert "has no origin.json" in error_of(capsys, str(run_dir), str(picture))
     words = (str(embeddings), str(picture), "--run=moved")
-    assert "run moved, which is to embed the query, is not there" in error_of(capsys, *words)
+    assert "run moved, which must embed the query, does not exist" in error_of(capsys, *words)
     other_run = tmp_path / "other"
     shutil.copytree(run_dir, other_run)
     torch.save(

@@ -19,7 +19,7 @@ from cavmae import cli
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.synthetic import CLASSES, generate
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified, score_modes
 from cavmae.trainer.evaluation.trained_run import open_trained_classifier, trained_on
 from cavmae.trainer.metrics.classification import classification_scores

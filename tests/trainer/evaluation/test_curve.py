@@ -8,7 +8,7 @@ from tiny_run import tiny_finetuning, tiny_run
 
 from cavmae import cli
 from cavmae.trainer.config.configs import LossConfig
-from cavmae.trainer.config.finetune_recipes import FINETUNE_RECIPES
+from cavmae.trainer.config.recipes import FINETUNE_RECIPES
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.curve import curves
 from cavmae.trainer.lr_schedule import learning_rate
@@ -45,7 +45,7 @@ def test_the_command_draws_what_a_fine_tuning_has_logged(
     assert cli.main(["curve", str(run_dir), str(log)]) == 0
     printed = capsys.readouterr().out
     assert "val_accuracy: 0.25 at epoch 2; published 0.625 at epoch 2" in printed
-    assert (run_dir / "pictures/curve-published.png").stat().st_size > 5000
+    assert (run_dir / "figures/curve-published.png").stat().st_size > 5000
 
     log.write_text("epoch,mAP\n1,0.5\n")
     assert cli.main(["curve", str(run_dir), str(log)]) == 1

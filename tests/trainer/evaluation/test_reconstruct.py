@@ -13,11 +13,12 @@ import tiny_run
 import torch
 
 from cavmae import cli
-from cavmae.dataloaders.media.audio_codec import decode_sound
+from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import MaskIds, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import LossConfig
+from cavmae.trainer.config.serialize import SCHEMA
 from cavmae.trainer.evaluation.reconstruct import (
     ERRORS,
     ReconstructConfig,
@@ -55,7 +56,8 @@ def test_the_report_names_the_first_clips_the_run_and_its_weights(
     assert (report["options"]["clips"], report["options"]["seed"]) == (3, 0)
     assert {clip["direction"] for clip in report["clips"]} == {"joint"}
     assert (report["audio_ratio"], report["video_ratio"], report["skipped"]) == (0.75, 0.75, [])
-    assert report["config"] == json.loads((joint / "config.json").read_text())
+    saved = json.loads((joint / "config.json").read_text())
+    assert {"schema": SCHEMA} | report["config"] == saved
     weights = (joint / "weights.pt").read_bytes()
     assert report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
@@ -90,7 +92,7 @@ def test_the_original_sound_is_the_clips_own_at_its_level(
     joint: Path, packed_synthetic: Path
 ) -> None:
     shards = ShardSet(str(packed_synthetic / "frames"))
-    stored = decode_sound(shards.member(0, 0, shards.audio_codec))
+    stored = decode_audio(shards.member(0, 0, shards.audio_codec))
     name = shards.sample_id(0, 0).replace("/", "-")
     with wave.open(str(joint / "out" / f"clip-{name}-original.wav")) as sound:
         heard = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).copy()
@@ -255,7 +257,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None
         (
             {"direction": "video-to-audio", "video_ratio": 0.5},
             "video_ratio is 0.5 and direction video-to-audio, which removes all of one modality; "
-            "leave video_ratio out, or use direction joint",
+            "omit video_ratio, or use direction joint",
         ),
     ],
 )

@@ -1,5 +1,4 @@
-"""Ranks of a run that take themselves for machines with different memory, and what each one ends
-with.
+"""Ranks of a run that each pretend to be a machine with its own memory, and the error of each.
 
 Run by `launch.run_ranks` with the configuration's path and the bytes of each machine.
 """
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cavmae.cluster.worker import is_lasting
+from cavmae.cluster.worker import is_permanent
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
-from cavmae.trainer.distributed.engine import end_rank
+from cavmae.trainer.distributed.process_group import end_rank
 from cavmae.trainer.fault_tolerance import oom
-from cavmae.trainer.fault_tolerance.oom import Memory, OutOfMemory
+from cavmae.trainer.fault_tolerance.host_memory import Memory
+from cavmae.trainer.fault_tolerance.oom import OutOfMemory
 from cavmae.trainer.run import run
 
 
@@ -28,13 +28,13 @@ def main() -> None:
     socket.gethostname = lambda: f"machine-{rank}"
     here = {"MemTotal": memory_bytes[rank]} if memory_bytes[rank] else {}
     oom.machine_memory = lambda root=Path("/"): Memory(*[here["MemTotal"]] * 2)
-    said: tuple[str, bool] | None = None
+    error_of: tuple[str, bool] | None = None
     try:
         run(load_config(config_path, PretrainConfig))
     except (OutOfMemory, KeyError) as error:
-        said = str(error), is_lasting(error)
+        error_of = str(error), is_permanent(error)
     of_all = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, said)
+    dist.all_gather_object(of_all, error_of)
     if rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(of_all))
     end_rank()

@@ -1,4 +1,4 @@
-"""A run whose address space is closed after its first step: what it allocates from then on fails.
+"""A run whose address space is limited after its first step: later allocations fail.
 
 Started by `test_oom.py`.
 """
@@ -16,14 +16,14 @@ LEFT_BYTES = 100 << 20
 """For Python's own needs; a step of the test takes several times as much."""
 
 
-class Closing:
-    """A starter's notice, which closes the address space when it is asked for the first time."""
+class LimitedMemory:
+    """A launcher's stop notice, which limits the address space at its first call."""
 
-    asked = False
+    called = False
 
     def __call__(self) -> str:
-        if not self.asked:
-            self.asked = True
+        if not self.called:
+            self.called = True
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + LEFT_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -31,7 +31,7 @@ class Closing:
 
 
 def main(arguments: list[str]) -> int:
-    run(load_config(arguments[0], PretrainConfig), Closing())
+    run(load_config(arguments[0], PretrainConfig), LimitedMemory())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A run that needs more memory than there is says so, with what would fit."""
+"""A run that needs more memory than there is reports it, with flags that would fit."""
 
 import dataclasses
 import logging
@@ -17,18 +17,16 @@ from launch import ROOT, run_ranks
 from tiny_run import MODEL, tiny_finetuning, tiny_run
 
 from cavmae.trainer.checkpoint.format import MANIFEST
-from cavmae.trainer.checkpoint.store import open_store
-from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.finetune_config import FinetuneConfig
+from cavmae.trainer.checkpoint.store import Store
+from cavmae.trainer.config.configs import EngineConfig, FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.distributed.env import Ranks
+from cavmae.trainer.fault_tolerance.host_memory import Memory
 from cavmae.trainer.fault_tolerance.oom import (
-    Memory,
     OutOfMemory,
     check_machines,
     check_memory,
     is_out_of_memory,
-    machine_memory,
     oom_guard,
 )
 
@@ -72,8 +70,7 @@ def test_ranks_that_need_more_than_the_machine_has_are_refused() -> None:
     with pytest.raises(
         OutOfMemory,
         match=r"1 ranks take 1\d\.\d GB at the peak of a step \(passes\) and machine "
-        rf"{re.escape(socket.gethostname())} has 16\.0 GB; what fits: --micro-batch \d+ or "
-        "--engine.activation-checkpointing full",
+        rf"{re.escape(socket.gethostname())} has 16\.0 GB; what fits: --micro-batch \d+",
     ):
         check_memory(BASE, ALONE, Memory(16 * GB, 15 * GB))
 
@@ -99,37 +96,22 @@ def test_what_others_use_is_a_warning_alone(caplog: pytest.LogCaptureFixture) ->
     assert re.search(r"1 ranks take .* has 15\.0 GB free.*what fits: --micro-b", caplog.text)
 
 
-def test_a_run_that_surely_fits_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_surely_fits_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("cavmae.trainer.fault_tolerance.oom.model_sizes")
     check_memory(dataclasses.replace(BASE, model=MODEL), TWO, Memory(16 * GB, 15 * GB))
 
 
-def test_the_memory_is_that_of_the_control_group(tmp_path: Path) -> None:
-    for folder in ("proc", "sys/fs/cgroup/memory"):
-        (tmp_path / folder).mkdir(parents=True)
-    meminfo = "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable: 6000 kB\n"
-    (tmp_path / "proc/meminfo").write_text(meminfo)
-    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
-    group = tmp_path / "sys/fs/cgroup"
-    (group / "memory/memory.limit_in_bytes").write_text("9223372036854771712\n")
-    (group / "memory/memory.usage_in_bytes").write_text("4096\n")
-    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
-    (group / "memory.max").write_text("max\n")
-    assert machine_memory(tmp_path) == Memory(8_192_000, 6_144_000)
-    (group / "memory.max").write_text("4000000\n")
-    (group / "memory.current").write_text("1000000\n")
-    assert machine_memory(tmp_path) == Memory(4_000_000, 3_000_000)
-
-
 @pytest.mark.slow
-def test_what_one_machine_refuses_reaches_every_rank_as_what_no_restart_can_mend(
+def test_what_one_machine_refuses_reaches_every_rank_as_a_lasting_error(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run")
     save_config(config, tmp_path / "config.json")
-    said = run_ranks(MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, GB // 1000]], tmp_path)
-    assert said[0] == said[1]
-    error, lasting = said[0]
+    errors = run_ranks(
+        MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, GB // 1000]], tmp_path
+    )
+    assert errors[0] == errors[1]
+    error, lasting = errors[0]
     assert re.match(r"1 ranks take .* and machine machine-1 has 0\.0 GB; ", error), error
     assert lasting
 
@@ -139,28 +121,28 @@ def test_an_error_of_any_kind_on_one_machine_reaches_all_ranks(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     save_config(tiny_run(packed_synthetic, tmp_path / "run"), tmp_path / "config.json")
-    said = run_ranks(MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, None]], tmp_path)
-    assert said == [["'MemTotal'", False]] * 2
+    errors = run_ranks(MACHINES, 2, [str(tmp_path / "config.json"), [100 * GB, None]], tmp_path)
+    assert errors == [["'MemTotal'", False]] * 2
 
 
-def test_only_the_first_rank_of_a_machine_looks_at_it(
+def test_only_the_first_rank_of_a_machine_checks_it(
     monkeypatch: pytest.MonkeyPatch, one_rank: None, tmp_path: Path
 ) -> None:
-    looked: list[tuple[Ranks, bool]] = []
+    checked: list[tuple[Ranks, bool]] = []
 
-    def look(_: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool) -> None:
-        looked.append((ranks, begun))
+    def check(_: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool) -> None:
+        checked.append((ranks, begun))
 
-    monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.check_memory", look)
-    store = open_store(str(tmp_path / "checkpoints"))
+    monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.check_memory", check)
+    store = Store(str(tmp_path / "checkpoints"))
     first, second = Ranks(2, 4, 0, 2), Ranks(3, 4, 1, 2)
     for ranks in (first, second):
         check_machines(BASE, ranks, store)
-    assert looked == [(first, False)]
+    assert checked == [(first, False)]
     (tmp_path / "checkpoints/step-000000002").mkdir(parents=True)
     (tmp_path / "checkpoints/step-000000002" / MANIFEST).touch()
     check_machines(BASE, first, store)
-    assert looked[1:] == [(first, True)]
+    assert checked[1:] == [(first, True)]
 
 
 @pytest.fixture
@@ -169,51 +151,6 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def test_files_in_the_cache_of_a_control_group_count_as_free(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    for name, text in (
-        ("memory.max", "4000000\n"),
-        ("memory.current", "3900000\n"),
-        ("memory.stat", "anon 900000\ninactive_file 3000000\n"),
-    ):
-        (group / name).write_text(text)
-    assert machine_memory(tmp_path) == Memory(4_000_000, 3_100_000)
-
-
-@pytest.mark.parametrize(
-    ("place", "line", "limit", "used"),
-    [
-        ("slice/job", "0::/slice/job/step", "memory.max", "memory.current"),
-        (
-            "memory/slurm",
-            "7:memory:/slurm/step",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-        ),
-    ],
-    ids=["version 2", "version 1"],
-)
-def test_a_limit_of_this_process_or_above_it_counts(
-    tmp_path: Path, place: str, line: str, limit: str, used: str
-) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text(f"3:cpu,cpuacct:/elsewhere\n{line}\n")
-    group = tmp_path / "sys/fs/cgroup" / place
-    group.mkdir(parents=True)
-    (group / limit).write_text("2000000\n")
-    (group / used).write_text("500000\n")
-    assert machine_memory(tmp_path) == Memory(2_000_000, 1_500_000)
-
-
-def test_this_machine_has_memory() -> None:
-    memory = machine_memory()
-    assert 0 < memory.available <= memory.total
 
 
 def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
@@ -225,9 +162,9 @@ def test_a_real_failure_of_torch_is_one_and_others_are_not() -> None:
     assert not is_out_of_memory(other.value)
 
 
-def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
+def test_fine_tuning_reports_what_would_fit(tmp_path: Path) -> None:
     config = tiny_finetuning(tmp_path, tmp_path / "run", global_batch=4096, micro_batch=4096)
-    store = open_store(str(tmp_path / "checkpoints"))
+    store = Store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(
             OutOfMemory, match=r"0 ran out of CPU memory: a step .*; what fits: --micro-batch 2048"
@@ -237,14 +174,14 @@ def test_fine_tuning_is_told_what_would_fit(tmp_path: Path) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
-def test_a_store_that_is_down_hides_no_want_of_memory(
+def test_a_store_that_is_down_hides_no_out_of_memory_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(_store: object) -> list[int]:
         raise OSError("the store is down")
 
     monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.checkpoints", down)
-    config, store = tiny_run(tmp_path, tmp_path / "run"), open_store(str(tmp_path / "checkpoints"))
+    config, store = tiny_run(tmp_path, tmp_path / "run"), Store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(OutOfMemory, match="0 ran out of CPU memory"),
         oom_guard(config, tmp_path, store, ALONE, CPU),
@@ -256,6 +193,6 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (
         pytest.raises(RuntimeError, match="unrelated"),
-        oom_guard(config, tmp_path, open_store(str(tmp_path)), ALONE, CPU),
+        oom_guard(config, tmp_path, Store(str(tmp_path)), ALONE, CPU),
     ):
         raise RuntimeError("unrelated")

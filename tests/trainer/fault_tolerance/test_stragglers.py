@@ -10,39 +10,39 @@ from starts import Start
 from tiny_run import tiny_run
 
 from cavmae.trainer.config.configs import TrackingConfig, WatchdogConfig
-from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 
 def test_own_time_ends_where_the_rank_first_meets_others() -> None:
     own = RankTimer(torch.device("cpu"))
     for _ in range(2):
-        own.step()
+        own.begin_step()
         time.sleep(0.02)
         own.batch_ready()
         time.sleep(0.03)
         own.before_sync()
         time.sleep(0.4)
         own.before_sync()
-    assert 0.05 <= own.take() < 0.15
-    assert own.take() == 0.0, "what was taken is not counted again"
+    assert 0.05 <= own.pop_mean() < 0.15
+    assert own.pop_mean() == 0.0, "what was taken is not counted again"
 
 
 def test_a_rank_is_named_when_it_stays_the_slowest(caplog: pytest.LogCaptureFixture) -> None:
-    report = StragglerReport(1.5, ["a", "b", "c"])
+    monitor = StragglerMonitor(1.5, ["a", "b", "c"])
     for seconds in ([1.0, 1.1, 2.0], [1.0, 1.1, 2.0], [1.0, 2.0, 1.1], [1.0, 1.1, 2.0]):
-        report.look(seconds, 3.0)
+        monitor.update(seconds, 3.0)
     assert not caplog.records, "another one each time is noise"
-    found = [report.look([1.0, 1.1, 2.0], 3.0) for _ in range(3)]
+    found = [monitor.update([1.0, 1.1, 2.0], 3.0) for _ in range(3)]
     assert found[-1] == {"slowest_rank": 2.0, "slowest_rank_ratio": pytest.approx(2 / 1.1)}
     (record,) = caplog.records
     assert "rank 2 on c is a straggler" in record.message
 
 
 def test_a_slow_rank_that_costs_nothing_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
-    report = StragglerReport(1.5, ["a", "b"])
+    monitor = StragglerMonitor(1.5, ["a", "b"])
     for _ in range(5):
-        report.look([0.01, 0.03], 1.0)
+        monitor.update([0.01, 0.03], 1.0)
     assert not caplog.records
 
 

@@ -9,7 +9,7 @@ import pytest
 from cavmae.trainer.config.configs import WatchdogConfig
 from cavmae.trainer.fault_tolerance.watchdog import HANG_EXIT_CODE, Watchdog
 
-QUICK = WatchdogConfig(medians=5, minimum_seconds=0.5, max_pause_seconds=2)
+QUICK = WatchdogConfig(hang_ratio=5, min_seconds=0.5, max_pause_seconds=2)
 
 
 class Ended:
@@ -64,7 +64,7 @@ def test_the_first_steps_and_pauses_may_take_longer(tmp_path: Path) -> None:
 
 def test_a_watchdog_that_is_closed_or_switched_off_ends_nothing(tmp_path: Path) -> None:
     ended = Ended()
-    off = WatchdogConfig(medians=0, minimum_seconds=0.1, max_pause_seconds=0.1)
+    off = WatchdogConfig(hang_ratio=0, min_seconds=0.1, max_pause_seconds=0.1)
     Watchdog(off, tmp_path, 0, ended)
     closed = Watchdog(QUICK, tmp_path, 0, ended)
     closed.step()
@@ -73,7 +73,7 @@ def test_a_watchdog_that_is_closed_or_switched_off_ends_nothing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("medians", 1.0), ("minimum_seconds", 0.0), ("max_pause_seconds", -1)]
+    ("field", "value"), [("hang_ratio", 1.0), ("min_seconds", 0.0), ("max_pause_seconds", -1)]
 )
 def test_a_field_out_of_range_is_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"watchdog\.{field} is {value}"):

@@ -16,7 +16,8 @@ from cavmae.dataloaders.sampling.sample_plan import rank_positions
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.config.configs import LossConfig
 from cavmae.trainer.distributed.env import ranks_from_environment
-from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss, own_groups
+from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss
+from cavmae.trainer.losses.contrastive_groups import own_groups
 
 WIDTH = 16
 
@@ -26,22 +27,18 @@ class ReceivedBytes:
 
     def __init__(self) -> None:
         self.count = 0
-        self._all_gather, self._p2p = dist.all_gather, dist.batch_isend_irecv
+        self._all_gather = dist.all_gather
 
     def __enter__(self) -> "ReceivedBytes":
         def all_gather(parts: list[torch.Tensor], own: torch.Tensor) -> Any:
             self.count += (len(parts) - 1) * own.nbytes
             return self._all_gather(parts, own)
 
-        def batch_isend_irecv(operations: list[dist.P2POp]) -> Any:
-            self.count += sum(o.tensor.nbytes for o in operations if o.op is dist.irecv)
-            return self._p2p(operations)
-
-        dist.all_gather, dist.batch_isend_irecv = all_gather, batch_isend_irecv
+        dist.all_gather = all_gather
         return self
 
     def __exit__(self, *_: object) -> None:
-        dist.all_gather, dist.batch_isend_irecv = self._all_gather, self._p2p
+        dist.all_gather = self._all_gather
 
 
 def embeddings(positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +50,7 @@ def embeddings(positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     batch, lanes, group = case["global_batch"], case["lanes"], case["group"]
-    config = LossConfig(bidirectional=case["bidirectional"], exchange=case["exchange"])
+    config = LossConfig(bidirectional=case["bidirectional"])
     positions = rank_positions(0, rank, world_size, batch, lanes)
     audio, video = (x.requires_grad_() for x in embeddings(positions))
     groups = own_groups(

@@ -1,4 +1,4 @@
-"""The contrastive loss over ranks is that of one process, in both forms of the exchange."""
+"""The contrastive loss over ranks equals that of one process."""
 
 from itertools import product
 from pathlib import Path
@@ -7,23 +7,22 @@ from typing import Any
 import pytest
 from launch import run_ranks
 
-from cavmae.trainer.cost_model.comm_volume import exchange_collectives, sent_bytes
-from cavmae.trainer.losses.contrastive import contrastive_layout
-from cavmae.trainer.losses.embedding_exchange import Form
+from cavmae.trainer.cost_model.comm_volume import embedding_gathers, sent_bytes
+from cavmae.trainer.losses.contrastive_groups import contrastive_layout
 
 SCRIPT = Path(__file__).with_name("contrastive_ranks.py")
 WORLD_SIZE = 3
 # With 12 lanes each of the 3 ranks has 4 of every 12 positions: a group of 24 takes equal parts of
 # all ranks, one of 6 four clips of one rank and two of the next, one of 4 lies in one rank.
 CASES = [
-    {"global_batch": 24, "lanes": 12, "group": group, "bidirectional": both, "exchange": form}
-    for group, both, form in product((24, 12, 6, 4), (False, True), ("gather", "ring"))
+    {"global_batch": 24, "lanes": 12, "group": group, "bidirectional": both}
+    for group, both in product((24, 12, 6, 4), (False, True))
 ]
 
 
 def case_name(index: int) -> str:
     case = CASES[index]
-    return f"group{case['group']}-{'both' if case['bidirectional'] else 'one'}-{case['exchange']}"
+    return f"group{case['group']}-{'both' if case['bidirectional'] else 'one'}"
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +42,7 @@ def test_loss_accuracy_and_gradients_are_those_of_one_process(results, index: in
 @pytest.mark.parametrize("index", range(len(CASES)), ids=case_name)
 def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: int) -> None:
     case = CASES[index]
-    form: Form = "ring" if case["exchange"] == "ring" else "gather"
-    expected = exchange_collectives(
-        form,
+    expected = embedding_gathers(
         world_size=WORLD_SIZE,
         rows=case["global_batch"] // WORLD_SIZE,
         width=16,
@@ -53,7 +50,7 @@ def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: in
         log_sum_bytes=8,
         bidirectional=case["bidirectional"],
     )
-    assert results[index]["received_bytes"] == sum(sent_bytes(one, WORLD_SIZE) for one in expected)
+    assert results[index]["received_bytes"] == sent_bytes(expected, WORLD_SIZE)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from cavmae.kernels import mask_ids_from_shuffle
 from cavmae.trainer.config.configs import EngineConfig
 from cavmae.trainer.model.blocks import Block, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.run import configure_blocks
+from cavmae.trainer.tasks.build_model import configure_blocks
 
 SMALL = ModelConfig(
     audio_frames=48,
@@ -40,9 +40,7 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(model: CAVMAE, batch: int = 3, **options: bool) -> PretrainOutput:
-    masks = random_masks(
-        model.config, torch.arange(batch), seed=0, audio_ratio=0.5, video_ratio=0.25
-    )
+    masks = random_masks(model.config, MaskConfig(0.5, 0.25), torch.arange(batch), seed=0)
     return model(*inputs(batch), *masks, **options)
 
 
@@ -116,7 +114,7 @@ def test_the_order_of_kept_patches_does_not_change_embeddings() -> None:
 )
 def test_inputs_of_another_size_are_refused(log_mel, frame, message: str) -> None:
     model = small_model()
-    masks = random_masks(SMALL, torch.arange(3), seed=0, audio_ratio=0.5, video_ratio=0.5)
+    masks = random_masks(SMALL, MaskConfig(0.5, 0.5), torch.arange(3), seed=0)
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(log_mel), torch.zeros(frame), *masks)
 
@@ -157,10 +155,10 @@ def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
     torch.manual_seed(0)
     block = Block(16, 2)
     x = torch.randn(3, 9, 16)
-    wanted = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
+    query_ids = torch.stack([torch.randperm(9)[:4] for _ in range(3)])
     every = block(x)
-    some = block(x, wanted=wanted)
-    torch.testing.assert_close(some, every.gather(1, wanted[:, :, None].expand(-1, -1, 16)))
+    some = block(x, query_ids=query_ids)
+    torch.testing.assert_close(some, every.gather(1, query_ids[:, :, None].expand(-1, -1, 16)))
 
 
 def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
@@ -251,7 +249,7 @@ def test_scoring_between_steps_does_not_send_blocks_back_to_running_uncompiled()
 
 def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
     model = small_model()
-    masks = random_masks(SMALL, torch.arange(3), seed=0, audio_ratio=0.5, video_ratio=0.25)
+    masks = random_masks(SMALL, MaskConfig(0.5, 0.25), torch.arange(3), seed=0)
     with_losses = forward(model, predict_all=True)
     predicted_audio, predicted_video = model.predict_patches(*inputs(), *masks)
     torch.testing.assert_close(predicted_audio, with_losses.predicted_audio)

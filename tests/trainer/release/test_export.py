@@ -26,8 +26,8 @@ from unsafe_pickle import save_malicious
 
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
-from cavmae.dataloaders.loading.dali import IMAGE_MEAN, IMAGE_STD
-from cavmae.trainer.config.finetune_config import ClassifierConfig
+from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
+from cavmae.trainer.config.configs import ClassifierConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import open_trained_run
 from cavmae.trainer.model.classifier import CAVMAEClassifier
@@ -36,7 +36,7 @@ from cavmae.trainer.release import export
 from cavmae.trainer.release.graphs import (
     PartOfModel,
     graph_of,
-    largest_deviation,
+    max_abs_error,
     parts_of,
     random_inputs,
 )
@@ -109,11 +109,11 @@ def test_the_hub_folder_holds_the_weights_of_the_run(run_dir: Path, run_out: Pat
     found = load_file(run_out / "model.safetensors")
     assert found.keys() == expected.keys()
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
-    assert HubCAVMAE.from_pretrained(run_out).description.model == MODEL
+    assert HubCAVMAE.from_pretrained(run_out).spec.model == MODEL
 
 
 def test_the_configuration_says_how_the_input_is_made(run_out: Path) -> None:
-    made = HubCAVMAE.from_pretrained(run_out).description.preprocessing
+    made = HubCAVMAE.from_pretrained(run_out).spec.preprocessing
     assert (made.log_mel_mean, made.log_mel_std) == (
         DataConfig.log_mel_mean,
         DataConfig.log_mel_std,
@@ -176,7 +176,7 @@ def test_onnx_gives_the_embeddings_of_any_batch(run_dir: Path, run_out: Path) ->
 def test_a_graph_of_each_part_of_a_classifier_is_exact(part: export.Part) -> None:
     model = random_classifier()
     module = graph_of(model, part).module()
-    assert largest_deviation(model, part, lambda inputs: module(**inputs)) <= 1e-5
+    assert max_abs_error(model, part, lambda inputs: module(**inputs)) <= 1e-5
 
 
 def test_a_graph_holds_only_the_parameters_it_uses() -> None:
@@ -216,9 +216,9 @@ def test_a_fine_tuning_run_is_exported_in_its_mode_with_its_classes(
     out = tmp_path / "out"
     assert cli.main(["export", str(fine_tuned), str(out), "--format", "hub", "torch"]) == 0
     assert [path.name for path in out.glob("*.pt2")] == ["audioonly.pt2"]
-    description = HubCAVMAEClassifier.from_pretrained(out).description
-    assert (description.mode, description.classes) == ("audioonly", 3)
-    assert description.labels == ("Dog", "Bell", "Rain")
+    spec = HubCAVMAEClassifier.from_pretrained(out).spec
+    assert (spec.mode, spec.classes) == ("audioonly", 3)
+    assert spec.labels == ("Dog", "Bell", "Rain")
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["pipeline_tag"] == "audio-classification"
     assert "| classifier.mode | audioonly |" in card.text
@@ -229,44 +229,47 @@ def test_a_fine_tuning_run_is_no_pretraining_run(fine_tuned: Path) -> None:
         open_trained_run(fine_tuned)
 
 
-def test_a_deviation_is_seen_and_refused(
+def test_an_error_is_seen_and_refused(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_classifier()
     whole = PartOfModel(model, "audio")
-    found = largest_deviation(model, "audio", lambda inputs: whole(**inputs) + 2e-4)
+    found = max_abs_error(model, "audio", lambda inputs: whole(**inputs) + 2e-4)
     assert found == pytest.approx(2e-4, rel=0.01)
     batches = iter([1.0, float("nan")])
-    broken = largest_deviation(model, "audio", lambda inputs: whole(**inputs) * next(batches))
+    broken = max_abs_error(model, "audio", lambda inputs: whole(**inputs) * next(batches))
     assert math.isnan(broken)
-    monkeypatch.setattr(export, "MAXIMUM_DEVIATION", -1.0)
-    with pytest.raises(ValueError, match=r"audio\.pt2 would give audio with a deviation of"):
+    monkeypatch.setattr(export, "MAX_ABS_ERROR", -1.0)
+    with pytest.raises(ValueError, match=r"audio\.pt2 differs from the model by"):
         export.export(export.ExportConfig(str(run_dir), str(tmp_path / "out"), ("torch",)))
     assert not (tmp_path / "out/audio.pt2").exists()
 
 
 @pytest.mark.parametrize(
-    "description",
+    "spec",
     [PRETRAINING, CLASSIFIER, SOUND_CLASSIFIER, replace(CLASSIFIER, mode="videoonly")],
-    ids=lambda description: description.mode or "pretraining",
+    ids=lambda spec: spec.mode or "pretraining",
 )
 def test_the_code_on_the_card_runs(
-    description: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = random_classifier(video=description.video)
-    model = classifier if description.mode else random_pretraining_model()
-    hub_model(model, description).save_pretrained(tmp_path)
+    classifier = random_classifier(video=spec.video)
+    model = classifier if spec.mode else random_pretraining_model()
+    hub_model(model, spec).save_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)
     names = run_snippet(tmp_path)
-    made = names["logits"] if description.mode else names["sound_embedding"]
-    assert made.shape == (1, 5 if description.mode else 32)
+    made = names["logits"] if spec.mode else names["audio_embedding"]
+    assert made.shape == (1, 5 if spec.mode else 32)
     assert made.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--what", "multimodal", "--format", "torch"], "what is multimodal, which this model has"),
+        (
+            ["--what", "multimodal", "--format", "torch"],
+            "what is multimodal, which this model lacks",
+        ),
         (["--what", "audio"], "format hub has no parts; add torch or onnx"),
         (["--model.width=96"], "model is set and .* is a run"),
         (["--log-mel-mean=-4"], "log_mel_mean is set and .* is a run"),

@@ -37,23 +37,23 @@ def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torc
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
-def test_a_pretraining_model_comes_back_with_its_description(pretrained: Path) -> None:
+def test_a_pretraining_model_comes_back_with_its_spec(pretrained: Path) -> None:
     model = random_pretraining_model()
     assert_equal_states(load_file(pretrained / "model.safetensors"), model.state_dict())
     loaded = HubCAVMAE.from_pretrained(pretrained)
     assert_equal_states(loaded.state_dict(), model.state_dict())
     assert not loaded.training
-    assert loaded.description == PRETRAINING
+    assert loaded.spec == PRETRAINING
 
 
 @pytest.mark.parametrize("video", [True, False])
 def test_a_classifier_comes_back(tmp_path: Path, video: bool) -> None:
     model = random_classifier(video=video)
-    description = CLASSIFIER if video else SOUND_CLASSIFIER
-    hub_model(model, description).save_pretrained(tmp_path / "out")
+    spec = CLASSIFIER if video else SOUND_CLASSIFIER
+    hub_model(model, spec).save_pretrained(tmp_path / "out")
     loaded = HubCAVMAEClassifier.from_pretrained(tmp_path / "out")
     assert_equal_states(loaded.state_dict(), model.state_dict())
-    assert loaded.description == description
+    assert loaded.spec == spec
     assert loaded.has_video == video
 
 
@@ -74,12 +74,12 @@ def test_a_repository_of_the_hub_is_loaded_from_its_cache(pretrained: Path, tmp_
     assert_equal_states(loaded.state_dict(), random_pretraining_model().state_dict())
 
 
-def test_the_card_of_a_model_without_its_run_says_that_its_training_is_not_told(
+def test_the_card_of_a_model_without_its_run_says_that_its_training_is_unknown(
     pretrained: Path,
 ) -> None:
     card = ModelCard.load(pretrained / "README.md")
     assert card.data.to_dict()["library_name"] == "cavmae"
-    assert "Not told: these weights were saved without their run" in card.text
+    assert "Unknown: these weights were saved without their run" in card.text
 
 
 def test_a_model_of_the_other_kind_is_refused(pretrained: Path, classifier: Path) -> None:

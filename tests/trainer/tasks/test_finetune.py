@@ -20,12 +20,16 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
-from cavmae.trainer.config.configs import EngineConfig, EvaluationConfig
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import (
+    ClassifierConfig,
+    EngineConfig,
+    FinetuneConfig,
+    ValidationConfig,
+)
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.tasks.finetune import FinetuneTask, Finetuning
+from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
-from cavmae.trainer.tracking.tracker import read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
 
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
@@ -57,7 +61,7 @@ def test_a_mixed_clip_is_taught_both_of_its_labels_by_their_shares() -> None:
     """The published targets, by hand: 0.1 smoothed over 4 classes, one clip mixed 0.7 to 0.3."""
     mixed = batch(
         labels=(("dog",), ("bell",)),
-        shares=torch.tensor([1.0, 0.7]),
+        mixup_lambda=torch.tensor([1.0, 0.7]),
         mixed_labels=((), ("rain", "car")),
     )
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
@@ -101,13 +105,13 @@ def test_weights_of_an_epoch_that_a_power_cut_took_are_named(tmp_path: Path, alo
             kept.mean()
 
 
-def test_held_out_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
+def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     """As where a set is sorted by class and only its first clips are scored."""
     config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
-    stage = Finetuning(config, LABELS, torch.device("cpu"))
-    same = batch(labels=(("dog",), ("dog",)), shares=torch.ones(2), mixed_labels=((), ()))
+    task = FinetuneTask(config, LABELS, torch.device("cpu"))
+    same = batch(labels=(("dog",), ("dog",)), mixup_lambda=torch.ones(2), mixed_labels=((), ()))
     model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
-    scored = stage.score(model, [same])  # pyright: ignore[reportArgumentType]
+    scored = task.validate(model, [same])  # pyright: ignore[reportArgumentType]
     loss = 4 * [0.0]
     loss[0] = 2.0
     expected = -torch.tensor(loss).log_softmax(0)[0].item()
@@ -144,7 +148,7 @@ def published_way(
             validation=str(val_shards / "frames"),
             augmentation=Augmentation(frequency_mask=8, time_mask=20, noise=True, mixup_prob=0.5),
         ),
-        evaluation=EvaluationConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
     )
 
 
@@ -164,7 +168,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     for process in killed.processes:
         process.wait(timeout=60)
     # With one rank less, so through a universal checkpoint of two groups of parameters.
-    assert "going on from" in Start(config, 1, tmp_path / "two").finish()
+    assert "resuming from" in Start(config, 1, tmp_path / "two").finish()
 
     assert len(losses(tmp_path / "one/run")) == 20
     assert losses(tmp_path / "two/run") == pytest.approx(losses(tmp_path / "one/run"), rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_run import tiny_finetuning
 
-from cavmae.trainer.config.finetune_config import ClassifierConfig, FinetuneConfig
+from cavmae.trainer.config.configs import ClassifierConfig, FinetuneConfig
 from cavmae.trainer.tasks.labels import LabelSet, open_labels, read_labels
 
 LABELS = LabelSet(("/m/1", "/m/2", "/m/3"), ("Dog", "Bell, ringing", "Speech"))

@@ -15,8 +15,8 @@ from cavmae.kernels import MaskIds, gather_patches, mask_ids_from_shuffle
 from cavmae.trainer.tracking.figures import (
     masked_and_reconstructed,
     patchify,
-    reconstruction_picture,
-    similarity_picture,
+    plot_reconstructions,
+    plot_similarity,
     similarity_title,
     unpatchify,
 )
@@ -109,7 +109,7 @@ def test_the_reconstruction_picture_is_a_png_with_a_row_for_each_clip(
     sizes = []
     for clips in (1, 3):
         path = tmp_path / "pictures" / f"{clips}.png"
-        reconstruction_picture(
+        plot_reconstructions(
             path,
             torch.randn(clips, 192, 64),
             torch.randn(clips, 3, 64, 64),
@@ -130,7 +130,7 @@ def test_frames_are_shown_in_their_own_colours(tmp_path: Path) -> None:
     colour = torch.tensor([200, 30, 60])
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     frame = ((colour / 255 - mean) / deviation)[None, :, None, None].expand(1, 3, 32, 32)
-    reconstruction_picture(
+    plot_reconstructions(
         tmp_path / "red.png",
         torch.randn(1, 32, 32),
         frame,
@@ -147,7 +147,7 @@ def test_frames_are_shown_in_their_own_colours(tmp_path: Path) -> None:
 
 
 def test_the_similarity_picture_is_a_png(tmp_path: Path) -> None:
-    similarity_picture(tmp_path / "similarity.png", torch.eye(12))
+    plot_similarity(tmp_path / "similarity.png", torch.eye(12))
     assert png_size(tmp_path / "similarity.png") == (700, 600)
 
 

@@ -12,14 +12,25 @@ import pytest
 import torch
 from starts import Start
 from tiny_run import losses, tiny_finetuning, tiny_run
+from torch.profiler import record_function
 
 from cavmae.trainer import trainer
-from cavmae.trainer.config.configs import ProfileConfig, RunConfig, WatchdogConfig
+from cavmae.trainer.config.configs import (
+    CheckpointConfig,
+    PretrainConfig,
+    ProfileConfig,
+    RunConfig,
+    TrackingConfig,
+    ValidationConfig,
+    WatchdogConfig,
+)
 from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
-from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerReport
+from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
+from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.profiler import StepProfile
+from cavmae.trainer.trainer import Trainer
 
 PARTS = ("data wait", "begin step", "forward", "backward", "update")
 CPU = torch.device("cpu")
@@ -55,7 +66,7 @@ def test_each_rank_traces_the_steps_and_their_parts(packed_synthetic: Path, tmp_
         ]
         assert all(found.count(part) >= 2 for part in PARTS)
     assert "https://ui.perfetto.dev" in text
-    assert "what took most of their time" in text
+    assert "operators that took most time" in text
 
 
 @pytest.mark.slow
@@ -76,7 +87,7 @@ def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path
     text = Start(
         tiny_run(packed_synthetic, tmp_path / "run", steps=3, profile=profile), 1, tmp_path
     ).finish()
-    assert "profile.after_steps is 30, which this start did not reach" in text
+    assert "profile.after_steps is 30, which this attempt did not reach" in text
     assert not (tmp_path / "run/profile").exists()
 
 
@@ -84,7 +95,7 @@ class Watching(Watchdog):
     """Attributes: watches, whether something long would be taken for a step that hangs."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(WatchdogConfig(medians=0), folder, 0)
+        super().__init__(WatchdogConfig(hang_ratio=0), folder, 0)
         self.watches = True
 
     @contextmanager
@@ -119,41 +130,41 @@ def watched_while_written(
             super()._write(profiler)
 
     patch.setattr(trainer.dist, "barrier", lambda: found.append(("barrier", watchdog.watches)))
-    patch.setattr(trainer, "_over_ranks", lambda *_: ({}, [0, 0], [1.0]))
+    patch.setattr(trainer, "reduce_step", lambda *_: ({}, [0, 0], [1.0]))
     engine: Any = SimpleNamespace(
-        zero_stage=0, backward=lambda _: None, update=lambda _: Update(True, gradient_norm=1.0)
+        module=None,
+        zero_stage=0,
+        backward=lambda _: None,
+        update=lambda _: Update(True, gradient_norm=1.0),
     )
     nothing: Any = SimpleNamespace(
-        **dict.fromkeys(("begin_step", "loss", "begin"), lambda *_: None),
+        **dict.fromkeys(
+            ("begin_step", "loss", "begin", "log_step", "keep", "score"), lambda *_: None
+        ),
         metrics=dict,
         commit=lambda: not found.append(("commit", watchdog.watches)),
-        **{"failures": 0, "open": False, "writing": False},
+        **{"failures": 0, "is_open": False, "is_writing": False},
     )
-    batches: Any = Batches([SimpleNamespace(to=lambda _: None)] * 10)
-    trainer.train(
-        engine,
-        nothing,
-        batches,
-        start_step=0,
+    loop = Trainer.__new__(Trainer)  # nothing is built
+    loop.config = PretrainConfig(
         steps=10,
-        accumulation=1,
-        global_batch=1,
-        learning_rate=float,
-        max_skipped_updates=1,
-        report_every=10,
-        report=lambda _: None,
-        evaluate_every=10,
-        evaluate=lambda _: None,
-        end_step=lambda _: None,
-        save_every=10,
-        saver=nothing,
-        stop=StopRequest(None, 60.0),
-        rank_timer=RankTimer(CPU),
-        stragglers=StragglerReport(0, ["host"]),
-        watchdog=watchdog,
-        profile=NotedProfile(config, folder, rank=0, start_step=0, device=CPU),
-        device=CPU,
+        tracking=TrackingConfig(every_steps=10),
+        validation=ValidationConfig(every_steps=10),
+        checkpoint=CheckpointConfig(every_steps=10),
     )
+    vars(loop).update(
+        {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "retry_save_at": -1, "accumulation": 1},
+        **{"device": CPU, "steps_per_epoch": 1.0, "span": record_function, "engine": engine},
+        **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
+        loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
+        stop=StopRequest(None, 60.0),
+        status=StatusWriter(folder, rank=1),
+        timer=RankTimer(CPU),
+        stragglers=StragglerMonitor(0, ["host"]),
+        watchdog=watchdog,
+        profiler=NotedProfile(config, folder, rank=0, start_step=0, device=CPU),
+    )
+    loop._loop()
     return found
 
 

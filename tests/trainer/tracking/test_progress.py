@@ -1,4 +1,4 @@
-"""A terminal gets a bar, a log file gets plain lines, other ranks get nothing."""
+"""A terminal gets a bar, a log file gets plain lines."""
 
 import contextlib
 import io
@@ -20,11 +20,11 @@ def run(progress: Progress) -> None:
     progress.close()
 
 
-def on_terminal(enabled: bool = True) -> str:
+def on_terminal() -> str:
     """What a terminal receives."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal:
-        run(Progress(5, 0, 1, enabled, stream=terminal))
+        run(Progress(5, 0, stream=terminal))
     received = b""
     with contextlib.suppress(OSError):
         # What is written arrives a little later; a terminal that is closed and read to the end
@@ -48,14 +48,14 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_log_file_gets_a_plain_line_every_few_steps_and_for_the_last() -> None:
+def test_a_log_file_gets_a_plain_line_for_every_update() -> None:
     stream = io.StringIO()
-    run(Progress(total_steps=5, start_step=0, every_steps=2, stream=stream))
-    assert stream.getvalue().splitlines() == [
+    run(Progress(total_steps=5, start_step=0, stream=stream))
+    assert stream.getvalue().splitlines()[1::2] == [
         "step 2/5  loss 2.2500  96.2 samples/s  data wait 12%  0:00:00 left",
         "step 4/5  loss 1.7500  96.2 samples/s  data wait 12%  0:00:00 left",
-        "step 5/5  loss 1.5000  96.2 samples/s  data wait 12%  0:00:00 left",
     ]
+    assert len(stream.getvalue().splitlines()) == 5
 
 
 def test_a_terminal_gets_a_bar_that_ends_with_the_last_numbers() -> None:
@@ -76,16 +76,9 @@ def test_a_bar_gives_the_cursor_back() -> None:
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
-def test_other_ranks_write_nothing() -> None:
-    stream = io.StringIO()
-    run(Progress(5, 0, 1, enabled=False, stream=stream))
-    assert stream.getvalue() == ""
-    assert on_terminal(enabled=False) == ""
-
-
 def test_the_time_left_is_that_of_the_steps_of_this_start() -> None:
     stream = io.StringIO()
-    progress = Progress(total_steps=100_000, start_step=50_000, every_steps=1, stream=stream)
+    progress = Progress(total_steps=100_000, start_step=50_000, stream=stream)
     time.sleep(0.05)
     progress.update(50_001, 1.0, 1.0, 0.0)
     (left,) = re.findall(r"(\d+):\d\d:\d\d left", stream.getvalue())
@@ -94,7 +87,7 @@ def test_the_time_left_is_that_of_the_steps_of_this_start() -> None:
 
 def test_no_time_left_is_said_before_a_step_is_done() -> None:
     stream = io.StringIO()
-    Progress(10, 5, 1, stream=stream).update(5, 1.0, 1.0, 0.0)
+    Progress(10, 5, stream=stream).update(5, 1.0, 1.0, 0.0)
     assert stream.getvalue().endswith("-:--:-- left\n")
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from cavmae.trainer.config.configs import TrackingConfig
 from cavmae.trainer.tracking.code_snapshot import git_commit
-from cavmae.trainer.tracking.tracker import Tracker, flatten, read_metrics
+from cavmae.trainer.tracking.metrics_file import read_metrics
+from cavmae.trainer.tracking.tracker import Tracker, flatten
 
 PARAMETERS: dict[str, object] = {
     "steps": 10,
@@ -79,16 +80,16 @@ def test_the_default_store_and_its_files_lie_beside_the_run_folder(
     run_dir: Path, runs: Path
 ) -> None:
     tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
-    picture, file = run_dir / "masks.png", run_dir / "summary.json"
-    picture.write_bytes(b"png")
+    figure, file = run_dir / "masks.png", run_dir / "summary.json"
+    figure.write_bytes(b"png")
     file.write_text("{}")
-    tracker.log_picture(picture)
+    tracker.log_file(figure, "figures")
     tracker.log_file(file)
     tracker.close()
     assert tracker.uri == f"sqlite:///{runs}/mlflow.db"
     assert (runs / "mlflow.db").is_file()
     (artifacts,) = (runs / "mlartifacts").glob(f"{tracker.run_id}/artifacts")
-    assert (artifacts / "pictures" / "masks.png").read_bytes() == b"png"
+    assert (artifacts / "figures" / "masks.png").read_bytes() == b"png"
     assert (artifacts / "summary.json").read_text() == "{}"
     assert json.loads((artifacts / "config.json").read_text()) == PARAMETERS
 
@@ -276,7 +277,7 @@ def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
     for step in range(2, 6):
         tracker.log_metrics({"loss": float(step)}, step)
     tracker.close()
-    assert "the next start of this run sends them" in caplog.text
+    assert "the next attempt of this run sends them" in caplog.text
     store.write_bytes(whole)
     later = Tracker(config, tmp_path / "run", PARAMETERS, tracker.run_id, start_step=4)
     later.log_metrics({"loss": 50.0}, step=5)
@@ -290,8 +291,8 @@ def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
 def test_runs_that_start_together_share_a_new_store_even_where_its_making_was_cut_short(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "mlflow.db.partial").write_bytes(b"SQLite format 3\0 and no more")
-    (tmp_path / "mlflow.db.partial-journal").write_bytes(b"of the file that was cut short")
+    (tmp_path / "mlflow.db.0123.partial").write_bytes(b"SQLite format 3\0 and no more")
+    (tmp_path / "mlflow.db.0123.partial-journal").write_bytes(b"of the file that was cut short")
     code = """
 import sys
 from pathlib import Path
@@ -311,7 +312,7 @@ Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
     for start in starts:
         said = start.communicate(timeout=200)[1]
         assert start.returncode == 0, said
-    assert not list(tmp_path.glob("mlflow.db.partial*"))
+    assert not list(tmp_path.glob("mlflow.db.*.partial*"))
 
 
 @pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
@@ -327,7 +328,7 @@ def test_a_store_that_can_not_be_reached_at_the_start_is_an_error_naming_the_fie
 
 
 def test_a_run_that_the_store_does_not_have_is_an_error_naming_it(run_dir: Path) -> None:
-    with pytest.raises(ValueError, match="MLflow run 0123 is looked for there"):
+    with pytest.raises(ValueError, match="It should have the MLflow run 0123"):
         Tracker(TrackingConfig(), run_dir, PARAMETERS, run_id="0123")
 
 

@@ -1,0 +1,126 @@
+"""Files that appear whole: a reader, a crash or a power cut meets the old content or the new one.
+
+Everything that the package writes as one file goes through here. The content goes to a temporary
+file in the same folder, is flushed to the disk and renamed over the old one; the folder is flushed
+after that, since a rename alone may be lost with the power. Temporary names are random: process
+ids repeat in the containers that share a folder.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path to write to, which replaces `path` at the end; an error removes it.
+
+    Args:
+        path: the file to write; its folder has to exist.
+        durable: whether to flush to the disk. False suits files that are rewritten many times a
+            second or carry a checksum, which a power cut may cost.
+
+    Raises:
+        OSError: the file could not be written, with its name even where the disk is full.
+    """
+    temporary = temporary_path(path)
+    try:
+        with named_errors(path):
+            yield temporary
+            commit(temporary, path, durable=durable)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_path(path: str | Path) -> Path:
+    """A new name beside `path`, for writers that outlive a `with` block; end with `commit`."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def commit(temporary: Path, path: str | Path, *, durable: bool = True) -> None:
+    """Flush a closed temporary file to the disk and rename it to `path`."""
+    if durable:
+        sync(temporary)
+    os.replace(temporary, path)
+    if durable:
+        sync(Path(path).parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Name the file in errors of calls that do not know it, such as a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_leftovers(folder: Path, older_than_seconds: float = 0) -> None:
+    """Remove the temporary files that killed processes left in a folder.
+
+    Args:
+        folder: searched without its subfolders; it may be missing.
+        older_than_seconds: spares files that were written to since; 0 where nobody else can be
+            writing.
+    """
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        with suppress(FileNotFoundError):  # its writer has just renamed it
+            if time.time() - path.stat().st_mtime >= older_than_seconds:
+                path.unlink()
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, document: object) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        ValueError: a float that is not finite.
+        OSError: the file could not be written.
+    """
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} holds a {type(document).__name__}; expected a JSON object")
+    return document
