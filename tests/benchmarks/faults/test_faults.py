@@ -124,7 +124,7 @@ def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: 
     (run_dir / "samples").mkdir(parents=True)
     logged = [*range(1, 26), *range(21, 31)]
 
-    def launch(config: PretrainConfig) -> Start:
+    def launch(_: PretrainConfig) -> Start:
         return Start([([sys.executable, "-c", ""], {})], tmp_path / "log")
 
     def write_metrics(steps: list[int], began: float) -> None:
@@ -146,7 +146,9 @@ def test_a_row_counts_the_repeated_steps_and_the_time_until_a_new_one(tmp_path: 
     run.launch()
     write_status(run_dir, state="running", attempt=2, resumed_from="checkpoints/step-000000020")
     write_metrics(logged[25:], time.time() + 60)
-    row = run.row(expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run"))
+    row = run.row(
+        resumed=20, expected=Expected([1.0 + step for step in range(1, 31)], {}, "another run")
+    )
     assert (row.steps_lost, row.said, row.compared_with) == (5, "rank 1 failed", "another run")
     assert row.largest_difference == 0 and row.samples_equal
     assert row.noticed_seconds > 0 and row.again_seconds >= 60

@@ -199,10 +199,10 @@ def test_weights_that_are_not_finite_are_told_by_clip(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": 1}, "begun with frames 10, and this is 1; give another folder"),
-        ({"dtype": "float16"}, "begun with dtype float32, and this is float16"),
-        ({"shards_fingerprint": "ab"}, "and this is ab; give another folder"),
-        ({"weights_sha256": "cd"}, "and this is cd; give another folder"),
+        ({"frames": 1}, "begun with frames 10, not 1; give another folder"),
+        ({"dtype": "float16"}, "begun with dtype float32, not float16"),
+        ({"shards_fingerprint": "ab"}, "not ab; give another folder"),
+        ({"weights_sha256": "cd"}, "not cd; give another folder"),
     ],
 )
 def test_a_folder_of_other_values_is_refused(
@@ -217,7 +217,7 @@ def test_a_folder_of_other_things_or_in_use_is_refused(
     embedded: Path, run_dir: Path, packed_synthetic: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(run_dir, packed_synthetic, run_dir) == 1
-    assert "which holds something else already" in capsys.readouterr().err
+    assert "which holds other files" in capsys.readouterr().err
     with locked(embedded / ORIGIN, "testing"):
         assert command(run_dir, packed_synthetic, embedded, "--frames=10") == 1
     assert f"another process is embedding into {embedded}" in capsys.readouterr().err

@@ -209,7 +209,7 @@ def test_embeddings_that_can_not_be_searched_are_one_line(
 ) -> None:
     assert "has no origin.json" in error_of(capsys, str(run_dir), str(picture))
     words = (str(embeddings), str(picture), "--run=moved")
-    assert "run moved, which is to embed the query, is not there" in error_of(capsys, *words)
+    assert "run moved, which must embed the query, does not exist" in error_of(capsys, *words)
     other_run = tmp_path / "other"
     shutil.copytree(run_dir, other_run)
     torch.save(

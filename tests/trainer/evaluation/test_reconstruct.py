@@ -257,7 +257,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None
         (
             {"direction": "video-to-audio", "video_ratio": 0.5},
             "video_ratio is 0.5 and direction video-to-audio, which removes all of one modality; "
-            "leave video_ratio out, or use direction joint",
+            "omit video_ratio, or use direction joint",
         ),
     ],
 )
