@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
     words = ["embed", str(run), unseen, str(out)]
     demo.run("embed", words, weights=pretrained, out=out, resumes=True)
     description = read_json(out / "embeddings.json")
-    count = description["rows"] + len(description["left_out"])
+    count = description["rows"] + len(description["skipped"])
     demo.judge("embed", f"{count} clips accounted for", f"{clips} clips; all", count == clips)
 
     out = folder / "exported"
