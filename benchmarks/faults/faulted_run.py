@@ -79,11 +79,15 @@ class FaultedRun:
         path = self.run_dir / "checkpoints" / checkpoint_name(step) / MANIFEST
         self.attempt.wait_for(path.exists, f"checkpoint {step}")
 
-    def fault_is_now(self) -> None:
-        """Note the time of the fault, and the steps that are done."""
+    def fault_is_now(self, attempt: int = 0) -> None:
+        """Note the time of the fault, the steps that are done, and the attempt that it was done to.
+
+        Args:
+            attempt: its number; 0: the one that the run is at.
+        """
         self.before, self._fault_seconds = last_step(self.run_dir), time.time()
         self._noticed_seconds = self._fault_seconds
-        self._faulted = status_of(self.run_dir).attempt
+        self._faulted = attempt or status_of(self.run_dir).attempt
 
     def wait_until_noticed(self, noticed: Callable[[], str]) -> str:
         """Wait until the run has written that it noticed the fault; return what it wrote.

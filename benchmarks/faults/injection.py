@@ -155,7 +155,7 @@ def nan_rolled_back(bench: Bench, name: str) -> Row:
     pending = order_nan(Path(config.run_dir), rank=1, step=step)
     run = FaultedRun(bench, config, bench.on_ray)
     run.attempt.wait_for(lambda: not pending.exists(), "the gradient")
-    run.fault_is_now()
+    run.fault_is_now(attempt=1)  # it may have failed already
     run.wait_until_noticed(run.failure)
     return run.row(before=step)
 
