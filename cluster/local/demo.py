@@ -37,8 +37,8 @@ UNSEEN_START_INDEX = 1_000_000
 """A clip is a function of seed and index, so these are none of the training clips."""
 RECALLS = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
 DIRECTIONS = {
-    "audio_to_video": "sound to picture",
-    "video_to_audio": "picture to sound",
+    "audio_to_video": "audio to video",
+    "video_to_audio": "video to audio",
 }
 _LIMITATIONS = (
     "The videos are generated so that pictures and sounds correspond: this shows that the system "

@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
 
     result = _evaluate(demo, "retrieve", [str(run), unseen], pretrained)["video_to_audio"]
     recall = (result[name] for name in ("r10", "r10_low", "r10_chance"))
-    _judge_recall(demo, "retrieve, picture to sound", *recall)
+    _judge_recall(demo, "retrieve, video to audio", *recall)
 
     scores = _evaluate(demo, "probe", [str(run), train, unseen], pretrained)["scores"]
     trained, random = scores["pretrained, linear"], scores["random weights, linear"]

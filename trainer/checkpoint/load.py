@@ -7,10 +7,13 @@ reported, and the previous one is used.
 """
 
 import logging
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +32,12 @@ from cavmae.trainer.checkpoint.format import (
 )
 from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
-from cavmae.trainer.distributed.engine import Engine, convert_checkpoint, files_of_rank
+from cavmae.trainer.distributed.engine import Engine
 
 log = logging.getLogger(__name__)
+
+_FILE_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
+"""Names of DeepSpeed's files that belong to one rank."""
 
 
 @dataclass(frozen=True)
@@ -190,3 +196,45 @@ def _load(store: Store, checkpoint: _Checkpoint, node: _Node, engine: Engine) ->
     dist.barrier()
     if node.is_first:
         shutil.rmtree(converted)
+
+
+def files_of_rank(names: Iterable[str], rank: int) -> list[str]:
+    """Select the snapshot files that `load` reads on a rank: its own, and those of no rank.
+
+    Args:
+        names: files of all ranks' snapshots, written by as many ranks as read them.
+        rank: the rank that reads.
+    """
+    owners = {name: _FILE_OF_RANK.search(name) for name in names}
+    return [name for name, owner in owners.items() if owner is None or int(owner[1]) == rank]
+
+
+def convert_checkpoint(folder: Path, target: Path) -> None:
+    """Write a checkpoint that any rank count can load; one process calls it.
+
+    Raises:
+        RuntimeError: DeepSpeed's converter failed; its output is in the message.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(folder / "state"),
+        "--output_folder",
+        str(target / "universal"),
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+        "--inject_missing_state",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(target, ignore_errors=True)
+        raise RuntimeError(
+            f"the checkpoint {folder} could not be converted to this rank count: "
+            f"{done.stderr.strip()[-2000:]}"
+        )

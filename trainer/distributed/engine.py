@@ -8,11 +8,7 @@ by another.
 import copy
 import math
 import os
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +30,6 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
 
 LARGEST_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of a reduction bucket."""
-
-_FILE_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -248,7 +242,7 @@ class Engine:
 
         Args:
             folder: holds the files of all ranks.
-            converted: whether `convert_checkpoint` wrote `folder`, from another rank count's files.
+            converted: whether `folder` was converted for any rank count (`convert_checkpoint`).
         """
         if converted:
             self._engine._config.load_universal_checkpoint = True
@@ -276,48 +270,6 @@ class Engine:
             if dist.get_rank() == 0:
                 state[name] = full.cpu()
         return state
-
-
-def files_of_rank(names: Iterable[str], rank: int) -> list[str]:
-    """Select the snapshot files that `load` reads on a rank: its own, and those of no rank.
-
-    Args:
-        names: files of all ranks' snapshots, written by as many ranks as read them.
-        rank: the rank that reads.
-    """
-    owners = {name: _FILE_OF_RANK.search(name) for name in names}
-    return [name for name, owner in owners.items() if owner is None or int(owner[1]) == rank]
-
-
-def convert_checkpoint(folder: Path, target: Path) -> None:
-    """Write a checkpoint that any rank count can load; one process calls it.
-
-    Raises:
-        RuntimeError: DeepSpeed's converter failed; its output is in the message.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--input_folder",
-        str(folder / "state"),
-        "--output_folder",
-        str(target / "universal"),
-        "--num_extract_workers",
-        "1",
-        "--num_merge_workers",
-        "1",
-        "--inject_missing_state",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(target, ignore_errors=True)
-        raise RuntimeError(
-            f"the checkpoint {folder} could not be converted to this rank count: "
-            f"{done.stderr.strip()[-2000:]}"
-        )
 
 
 def _deepspeed_settings(

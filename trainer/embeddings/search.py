@@ -152,7 +152,7 @@ def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".json":
         origin = dataclasses.asdict(embeddings.origin)
-        write_json(out, {"asked": dataclasses.asdict(config), "origin": origin, "found": found})
+        write_json(out, {"options": dataclasses.asdict(config), "origin": origin, "found": found})
         return
     shards = ShardSet(embeddings.description["shards"])
     if shards.fingerprint != embeddings.origin.shards_fingerprint:

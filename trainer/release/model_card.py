@@ -204,7 +204,7 @@ def _evaluations(run: "AnyRun") -> str:
             continue
         options = ", ".join(
             f"{name} {value}"
-            for name, value in result.pop("asked", {}).items()
+            for name, value in result.pop("options", {}).items()
             if isinstance(value, bool | int | float)
         )
         parts.append(

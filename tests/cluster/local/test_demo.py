@@ -98,7 +98,7 @@ def test_the_full_demo_runs_all_that_a_model_is_for(
         for line in read_json(demo[0] / "results/demo-full.json")["lines"]
     }
     assert list(lines) == [
-        *("pretrain", "fine-tune", "classify", "retrieve, picture to sound", "linear probe"),
+        *("pretrain", "fine-tune", "classify", "retrieve, video to audio", "linear probe"),
         *("reconstruct", "embed", "export", "search, sound finds video"),
     ]
     assert lines["embed"] and lines["export"]

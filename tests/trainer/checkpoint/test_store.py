@@ -22,11 +22,11 @@ from cavmae.trainer.checkpoint.format import (
     list_checkpoints,
     verify_checkpoint,
 )
-from cavmae.trainer.checkpoint.load import load_newest
+from cavmae.trainer.checkpoint.load import files_of_rank, load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
-from cavmae.trainer.distributed.engine import Engine, files_of_rank
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.run_dir import open_run_dir
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
