@@ -1,7 +1,7 @@
-"""The site's page of all commands: what `--help` prints, as tables.
+"""The site's page of all commands, generated from what `--help` prints.
 
-It is in no file: the site makes it when it is built (`site_hooks.py`) and the tests read it, so it
-is never out of date.
+It is not a file: the site generates it when it is built (`site_hooks.py`) and the tests read it, so
+it is never out of date.
 """
 
 import inspect
@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from cavmae.cli import COMMANDS, GROUPS, main
 
 RUN_COMMANDS = ("cavmae pretrain", "cavmae finetune", "cavmae train", "cavmae submit")
-"""Commands whose options are the fields of a run, which have a page of their own."""
+"""Commands whose options are the fields of a run, which have their own page."""
 
 _COLUMNS = "100"
-"""Of the help that is read: on a wider terminal tyro sets sections beside each other."""
+"""Width of the help that is parsed: on a wider terminal tyro puts sections side by side."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A word of a command line. Attributes: call, such as `--out STR`; meaning, for people."""
+    """An option of a command.
+
+    Attributes:
+        call: as it is typed, such as `--out STR`.
+        meaning: its help.
+    """
 
     call: str
     meaning: str
@@ -31,11 +36,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Command:
-    """What `--help` says of a command.
+    """The `--help` of a command.
 
     Attributes:
         name: such as `cavmae bench step`.
-        usage: its form, in one line.
+        usage: in one line.
         description: paragraphs.
         options: positional ones first, without `--help`.
     """
@@ -47,7 +52,7 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Every command, those of the groups included, in the order of `cavmae --help`."""
+    """Return every command, groups included, in the order of `cavmae --help`."""
     found = [_command([name], summary) for name, (_, summary) in COMMANDS.items()]
     for group, (members, _) in GROUPS.items():
         found += [_command([group, name], summary) for name, (_, summary) in members.items()]
@@ -55,22 +60,22 @@ def commands() -> list[Command]:
 
 
 def commands_page() -> str:
-    """The page, in Markdown."""
+    """Return the page in Markdown."""
     parts = [
         "# Commands",
         "What `cavmae COMMAND --help` prints.",
         "| exit code | means |\n| --- | --- |\n"
         "| 0 | done |\n"
-        "| 1 | failed: one line says what to mend; `CAVMAE_DEBUG=1` shows where it was raised |\n"
+        "| 1 | failed: one line says what to fix; `CAVMAE_DEBUG=1` shows the traceback |\n"
         "| 2 | wrong usage |\n"
-        "| 75 | `cavmae train` was asked to leave; the same command goes on |\n"
+        "| 75 | `cavmae train` was preempted and has saved a checkpoint; rerun it to resume |\n"
         "| 130 | interrupted |",
     ]
     for command in commands():
         parts += [f"## {command.name}", command.description, f"```text\n{command.usage}\n```"]
         if command.name in RUN_COMMANDS:
             parts.append(
-                "The first word is a recipe or the `config.json` of a run. Then any of "
+                "The first argument is a recipe or the `config.json` of a run; the others override "
                 "[the fields of a run](fields.md)."
             )
         elif command.options:
@@ -91,8 +96,8 @@ def _command(words: list[str], summary: str) -> Command:
 
 
 def _help(words: list[str]) -> list[str]:
-    """Lines that `cavmae WORDS --help` prints, tyro's without the boxes around its sections."""
-    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # tyro asks what it can be told in
+    """Return the lines of `cavmae WORDS --help`, without tyro's boxes around sections."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # tyro checks the encoding
     with _columns(_COLUMNS), redirect_stdout(output):
         try:
             main([*words, "--help"])
@@ -123,7 +128,7 @@ def _columns(count: str) -> Iterator[None]:
 
 
 def _sections(lines: list[str]) -> tuple[str, list[list[str]]]:
-    """What comes before the options, and the lines below each title such as `options:`."""
+    """Return the text before the options, and the lines below each title such as `options:`."""
     titles = [
         index
         for index, line in enumerate(lines)
@@ -136,7 +141,7 @@ def _sections(lines: list[str]) -> tuple[str, list[list[str]]]:
 
 
 def _options(lines: list[str]) -> Iterator[Option]:
-    """The options of a section: an indent of two begins one, a deeper one goes on with it."""
+    """Yield the options of a section: an indent of two begins one, a deeper one continues it."""
     described = [index for index, line in enumerate(lines) if line.startswith("  ──")]
     entries: list[list[str]] = []
     for line in lines[described[-1] + 1 if described else 0 :]:
@@ -152,5 +157,5 @@ def _options(lines: list[str]) -> Iterator[Option]:
 
 
 def _short(call: str) -> str:
-    """`FAULT ...` where argparse writes `FAULT [FAULT ...]`."""
+    """Shorten `FAULT [FAULT ...]` to `FAULT ...`."""
     return re.sub(r"(\S+) \[\1 \.\.\.\]", r"\1 ...", call)

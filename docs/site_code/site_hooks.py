@@ -1,8 +1,7 @@
-"""What the site has beside the pages of `docs`: pages made from the code, README and the other
-pages of the repository's top folder, and every file that a page links to. MkDocs calls it.
+"""MkDocs hooks: add the pages generated from the code, README and the other pages of the top folder,
+and every file that a page links to.
 
-The pages are written for the repository, where all their links lead somewhere; here they are turned
-to where the site has the same thing.
+Pages are written with links to files of the repository; here the links are rewritten for the site.
 """
 
 import os
@@ -22,17 +21,17 @@ TOP_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
 }
-"""Pages of the top folder, and where the site has them."""
+"""Pages of the top folder, and their paths in the site."""
 
 _TARGET = re.compile(r"(?<=\]\()(?!https?:|#)([^)#]+)")
-"""Where a link of Markdown leads to inside the repository, without the anchor."""
+"""Target of a Markdown link to a file of the repository, without the anchor."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is not in `docs`."""
+    """Add the pages and files that are not in `docs`."""
     texts = {name: (ROOT / name).read_text() for name in TOP_PAGES}
     for name, place in TOP_PAGES.items():
-        files.append(File.generated(config, place, content=_turned(texts[name], ROOT)))
+        files.append(File.generated(config, place, content=_rewritten(texts[name], ROOT)))
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     files.append(File.generated(config, "reference/fields.md", content=fields_page()))
     for path in sorted(Path(config.docs_dir).rglob("*.md")):
@@ -45,20 +44,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn the links of a page of `docs`."""
+    """Rewrite the links of a page of `docs`."""
     if page.file.generated_by:
         return markdown
-    return _turned(markdown, Path(config.docs_dir, page.file.src_uri).parent)
+    return _rewritten(markdown, Path(config.docs_dir, page.file.src_uri).parent)
 
 
-def _turned(markdown: str, folder: Path) -> str:
-    """The links of a page in `folder`, as the site has them: relative to the page."""
+def _rewritten(markdown: str, folder: Path) -> str:
+    """Rewrite the links of a page in `folder` for the site, relative to the page."""
     start = folder.relative_to(ROOT / "docs") if folder != ROOT else Path()
     return _TARGET.sub(lambda found: os.path.relpath(_place(found[1], folder), start), markdown)
 
 
 def _place(target: str, folder: Path) -> str:
-    """Where the site has what a page in `folder` links to."""
+    """Return the path in the site of a file that a page in `folder` links to."""
     path = PurePosixPath((folder / target).resolve().relative_to(ROOT))
     if path.parts[0] == "docs":
         return str(path.relative_to("docs"))

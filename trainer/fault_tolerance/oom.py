@@ -72,23 +72,19 @@ def check_memory(config: RunConfig, ranks: Ranks, memory: Memory, *, begun: bool
     sizes = model_sizes(config)
     needed = footprint(config, sizes, ranks.world_size, gpu=False)
 
-    def advised(limit: int) -> str:
-        """Advise for this machine's ranks, which share `limit` bytes."""
-        return advice(config, sizes, ranks.world_size, limit // here, gpu=False, begun=begun)
-
-    problem = (
-        f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
-        f"({needed.peak_part}) and machine {socket.gethostname()} has"
-    )
-    if here * needed.tensors > memory.total:
-        raise OutOfMemory(f"{problem} {_gigabytes(memory.total)}; {advised(memory.total)}")
-    if here * needed.total > memory.available:
-        log.warning(
-            "%s %s free: the kernel may kill them; %s",
-            problem,
-            _gigabytes(memory.available),
-            advised(memory.available),
+    def problem(limit: int, consequence: str = "") -> str:
+        """Describe that this machine's ranks do not fit in `limit` bytes, with what would."""
+        fits = advice(config, sizes, ranks.world_size, limit // here, gpu=False, begun=begun)
+        return (
+            f"{here} ranks take {_gigabytes(here * needed.total)} at the peak of a step "
+            f"({needed.peak_part}) and machine {socket.gethostname()} has {_gigabytes(limit)}"
+            f"{consequence}; {fits}"
         )
+
+    if here * needed.tensors > memory.total:
+        raise OutOfMemory(problem(memory.total))
+    if here * needed.total > memory.available:
+        log.warning("%s", problem(memory.available, " free: the kernel may kill them"))
 
 
 @contextmanager
@@ -141,10 +137,11 @@ def _report(config: RunConfig, ranks: Ranks, device: torch.device, *, begun: boo
     needed = footprint(config, sizes, ranks.world_size, gpu=gpu)
     # It did not fit, whatever was predicted: what is advised has to take clearly less.
     limit = min(memory, int(0.9 * needed.total))
+    fits = advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
     return (
         f"rank {ranks.rank} ran out of {'GPU' if gpu else 'CPU'} memory: a step takes "
         f"{_gigabytes(needed.total)} at its peak ({needed.peak_part}) of {_gigabytes(memory)}; "
-        + advice(config, sizes, ranks.world_size, limit, gpu=gpu, begun=begun)
+        f"{fits}"
     )
 
 
