@@ -1,4 +1,4 @@
-"""MkDocs hooks: add the pages generated from the code, README and the other pages of the top folder,
+"""MkDocs hooks: add pages generated from the code, README and the other pages of the top folder,
 and every file that a page links to.
 
 Pages are written with links to files of the repository; here the links are rewritten for the site.
