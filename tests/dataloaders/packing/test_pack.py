@@ -246,7 +246,7 @@ def test_a_clip_over_the_time_limit_is_skipped_by_name(
 ) -> None:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mkv")
-    limit = ("--maximum-seconds-per-clip", "0.001", "--workers", "1")
+    limit = ("--max-seconds-per-clip", "0.001", "--workers", "1")
     message = fails(capsys, tmp_path / "videos", tmp_path / "out", *limit)
     assert "none of the 1 clips can be packed: timeout 1" in message
 
@@ -257,7 +257,7 @@ def test_a_clip_over_the_cpu_limit_is_skipped_by_name(
     (tmp_path / "videos").mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (60, 480, 640, 3), np.uint8)
     write_video(tmp_path / "videos" / "a.mkv", frames=list(noise))
-    options = ("--maximum-cpu-seconds-per-clip", "0.01", "--workers", "1")
+    options = ("--max-cpu-seconds-per-clip", "0.01", "--workers", "1")
     message = fails(capsys, tmp_path / "videos", tmp_path / "out", *options)
     assert "none of the 1 clips can be packed: cpu_limit 1" in message
 
