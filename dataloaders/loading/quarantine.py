@@ -207,14 +207,7 @@ class ClipTrial:
         clip = self._reader(task)
         if not isinstance(clip, EncodedClip):
             return clip
-        decoder = ClipDecoder(
-            self._reader.shards.tier,
-            self._reader.settings.image_size,
-            maximum_batch=1,
-            threads=1,
-            gpu=self._reader.settings.gpu,
-            frames_per_clip=self._reader.settings.frames_per_clip,
-        )
+        decoder = ClipDecoder.of(self._reader.settings, maximum_batch=1, threads=1)
         try:
             decoder.schedule([clip])
             decoder.collect()

@@ -334,9 +334,7 @@ def _checked_clip(
 def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndarray:
     seconds = audio_track.samples / audio_track.hz
     if seconds < settings.min_seconds:
-        raise ClipError(
-            "too_short", f"{seconds:.3f} s of audio, {settings.min_seconds:g} s needed"
-        )
+        raise ClipError("too_short", f"{seconds:.3f} s of audio, {settings.min_seconds:g} s needed")
     audio = audio_track.waveform()
     peak = int(np.abs(audio.astype(np.int32)).max())
     if peak <= SILENT_PEAK and not settings.keep_silent:

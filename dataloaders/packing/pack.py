@@ -130,8 +130,7 @@ class PackConfig(CheckedFields):
             )
         if self.clip_seconds < self.min_seconds:
             raise ValueError(
-                f"clip_seconds is {self.clip_seconds}, less than min_seconds "
-                f"{self.min_seconds}"
+                f"clip_seconds is {self.clip_seconds}, less than min_seconds {self.min_seconds}"
             )
 
     @property

@@ -6,8 +6,8 @@ in a lane reads the `n`-th position of that lane in the set's own plan. So each 
 and its locality, and sets of very different sizes can be mixed.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from cavmae.dataloaders.sampling.sample_plan import PlannedSample, SamplePlan
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 BLOCK = 1000
-"""Slots of a lane in which each set has its exact share; the resolution of weights."""
+"""Slots of a lane in which each set has its exact weight; the resolution of weights."""
 
 
 class _Block(NamedTuple):
@@ -52,7 +52,7 @@ class MixturePlan:
                 f"data.mixture is {tuple(weights)}; use a share of at least 1 in {BLOCK} for each "
                 f"of the {len(plans)} sets"
             )
-        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        self._block = lru_cache(2 * self.lanes)(self._draw_block)
 
     def at(self, positions: np.ndarray) -> list[PlannedSample]:
         """Return the samples at any positions.
@@ -94,20 +94,13 @@ class MixturePlan:
             inside[place] = (number * quotas[chosen] + block.before[slot]) * self.lanes + lane
         return which, inside
 
-    def _block(self, lane: int, number: int) -> _Block:
-        name = (lane, number)
-        if name in self._blocks:
-            self._blocks.move_to_end(name)
-        else:
-            drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
-            which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
-            before = np.empty(BLOCK, dtype=np.int64)
-            for of_set in range(len(self.plans)):
-                before[which == of_set] = np.arange(self.quotas[of_set])
-            self._blocks[name] = _Block(which, before)
-            if len(self._blocks) > 2 * self.lanes:
-                self._blocks.popitem(last=False)
-        return self._blocks[name]
+    def _draw_block(self, lane: int, number: int) -> _Block:
+        drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
+        which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
+        before = np.empty(BLOCK, dtype=np.int64)
+        for of_set in range(len(self.plans)):
+            before[which == of_set] = np.arange(self.quotas[of_set])
+        return _Block(which, before)
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:
@@ -125,7 +118,7 @@ def training_plan(
     """Make the plan of the training sets.
 
     Raises:
-        ValueError: a set is too small, or weights or weights are invalid.
+        ValueError: a set is too small, or weights are invalid.
     """
 
     def plan(first_shard: int, last_shard: int, weights: np.ndarray | None) -> SamplePlan:

@@ -7,13 +7,11 @@ on a disk of the node, so that an epoch transfers the set once.
 import logging
 import os
 import random
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -164,8 +162,7 @@ class LocalFolder:
         self._start()
 
     def _start(self) -> None:
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opened = lru_cache(OPEN_FILES)(partial(_OpenFile, self.folder))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -198,10 +195,10 @@ class LocalFolder:
         return False
 
     def _read_range(self, name: str, offset: int, size: int) -> bytes:
-        descriptor = self._file(name).descriptor
+        file = self._opened(name)
         parts = []
         while size > 0:
-            part = os.pread(descriptor, size, offset)
+            part = os.pread(file.descriptor, size, offset)
             if not part:
                 break
             parts.append(part)
@@ -209,22 +206,12 @@ class LocalFolder:
             size -= len(part)
         return b"".join(parts)
 
-    def _file(self, name: str) -> "_OpenFile":
-        with self._lock:
-            opened = self._open.get(name)
-            if opened is None:
-                opened = self._open[name] = _OpenFile(self.folder / name)
-            self._open.move_to_end(name)
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-            return opened
-
 
 class _OpenFile:
     """Closes its descriptor when the last thread that reads it drops it."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, folder: Path, name: str):
+        self.descriptor = os.open(folder / name, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
@@ -385,8 +385,7 @@ import itertools, os, sys
 from pathlib import Path
 import torch
 from cavmae.dataloaders.loading import reader
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.loading.loader import TrainLoader
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
