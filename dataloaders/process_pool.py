@@ -72,12 +72,9 @@ class JobError(RuntimeError):
         summary: the exception and its place, in one line.
     """
 
-    def __init__(self, message: str, summary: str):
-        super().__init__(message, summary)
+    def __init__(self, message: str, summary: str = ""):
+        super().__init__(message)
         self.summary = summary
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class PoolClosed(RuntimeError):

@@ -26,12 +26,12 @@ from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.pipeline import ClipStream
 from cavmae.dataloaders.loading.prefetch import Prefetcher
 from cavmae.dataloaders.loading.quarantine import (
-    ClipTrial,
     DataFaultError,
     Journal,
     Quarantine,
     QuarantinedSample,
     find_culprits,
+    try_clip,
 )
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask, check_frame_choice
 from cavmae.dataloaders.sampling.mixture import MixturePlan, training_plan
@@ -39,6 +39,7 @@ from cavmae.dataloaders.sampling.sample_plan import (
     PlannedSample,
     SamplePlan,
     any_sample,
+    largest_divisor,
     rank_positions,
 )
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -113,7 +114,7 @@ class TrainLoader:
                 if task.position >= start_position
                 and task.position % lanes * world_size // lanes == rank
             ]
-            for bad in find_culprits(ClipTrial(settings), shards, suspects):
+            for bad in find_culprits(partial(try_clip, settings), shards, suspects):
                 self._quarantine.add(bad)
         stream = ClipStream(
             settings,
@@ -311,8 +312,7 @@ def _in_packing_order(
 
 def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> None:
     if micro_batch < 1 or rank_batch % micro_batch:
-        divisors = (size for size in range(min(micro_batch, rank_batch), 0, -1))
-        fitting = next((size for size in divisors if rank_batch % size == 0), 1)
+        fitting = largest_divisor(rank_batch, micro_batch) or 1
         raise ValueError(
             f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
             f"global_batch = {world_size * rank_batch}; use micro_batch = {fitting}"

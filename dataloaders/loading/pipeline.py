@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,7 @@ from cavmae.dataloaders.loading.augment import (
     spec_augment,
 )
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodedClips, DecodeError
-from cavmae.dataloaders.loading.quarantine import ClipTrial, Journal, Quarantine, find_culprits
+from cavmae.dataloaders.loading.quarantine import Journal, Quarantine, find_culprits, try_clip
 from cavmae.dataloaders.loading.reader import (
     BadSample,
     ClipReader,
@@ -72,7 +73,7 @@ class ClipStream:
         self._choose = choose
         self._journal = journal
         self._side_stream = None if settings.gpu is None else torch.cuda.Stream(self._device)
-        self._trial = ClipTrial(settings)
+        self._trial = partial(try_clip, settings)
         self._pool = ProcessPool(ClipReader(settings), config.reader_workers)
         self._augmentation = settings.augmentation
         self._deaths = 0

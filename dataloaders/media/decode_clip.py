@@ -236,16 +236,10 @@ def _packets(
     errors: list[str],
 ) -> Iterator[av.Packet]:
     """Yield packets until the end, or until an error, which is added to `errors`."""
-    packets = container.demux(*streams)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except FFmpegError as error:
-            errors.append(error_text(error))
-            return
-        yield packet
+    try:
+        yield from container.demux(*streams)
+    except FFmpegError as error:
+        errors.append(error_text(error))
 
 
 def _read(

@@ -386,9 +386,6 @@ def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None
     except KeyboardInterrupt:
         errors.print("stopped; rerun the same command to resume")
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        errors.print(f"error: {error}")
-        return 1
     Console().print(summary_table(summary, config.out))
     if summary.skipped:
         Console().print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")

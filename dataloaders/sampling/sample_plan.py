@@ -114,10 +114,6 @@ class SamplePlan:
             raise ValueError("weights must be finite and 0 or more, and not all 0")
         return sums
 
-    def sample(self, position: int) -> PlannedSample:
-        """Return the sample at one position."""
-        return self.samples(position, 1)[0]
-
     def samples(self, start: int, count: int) -> list[PlannedSample]:
         """Return the samples at positions `start .. start + count - 1`."""
         return self.at(np.arange(start, start + count, dtype=np.int64))
@@ -230,11 +226,7 @@ def any_sample(
 
 def default_lanes(global_batch: int) -> int:
     """Return the largest divisor of the global batch up to 64."""
-    return max(
-        lanes
-        for lanes in range(1, min(global_batch, MAXIMUM_LANES) + 1)
-        if global_batch % lanes == 0
-    )
+    return largest_divisor(global_batch, MAXIMUM_LANES)
 
 
 def check_ranks(lanes: int, world_size: int) -> None:
@@ -253,9 +245,9 @@ def check_ranks(lanes: int, world_size: int) -> None:
         )
 
 
-def largest_rank_count(lanes: int, most: int) -> int:
-    """Return the largest number of ranks up to `most` that divides the lanes; 0 if `most` is 0."""
-    return next((count for count in range(min(most, lanes), 0, -1) if lanes % count == 0), 0)
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number up to `most`; 0 if `most` is 0."""
+    return next((count for count in range(min(most, number), 0, -1) if number % count == 0), 0)
 
 
 def rank_positions(

@@ -133,7 +133,7 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
     config = DataConfig()
     mixed = rows(augmentation, 1)
     for position, row in mixed.items():
-        planned = plan.sample(position)
+        planned = plan.samples(position, 1)[0]
         places = [planned[:2], any_sample(plan.ends, SEED, "mix_source", position, 0)]
         share = row["mixup_lambda"]
         assert share == np.float32(mixup_lambda(augmentation, SEED, position)) and share < 1

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import cavmae.dataloaders.packing.pack as pack_module
+from cavmae.command import exit_code
 from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -54,7 +55,7 @@ def packed_bytes(out: Path) -> dict[str, str]:
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a failing command says."""
-    assert main([str(argument) for argument in arguments]) == 1
+    assert exit_code(main, [str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -369,7 +370,7 @@ def test_a_restart_with_other_options_is_refused_by_name(
 ) -> None:
     before = packed_bytes(packed)
     arguments = [str(videos), str(packed), "--clips-per-shard", "3", *option]
-    assert main(arguments) == 1
+    assert exit_code(main, arguments) == 1
     assert re.search(message, capsys.readouterr().err)
     assert packed_bytes(packed) == before
 
