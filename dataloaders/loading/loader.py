@@ -280,10 +280,9 @@ def _planned(
 def _planned_and_substitutes(
     plan: SamplePlan | MixturePlan, position: int, planned: PlannedSample
 ) -> Iterator[ReadTask]:
-    yield ReadTask(position, planned.epoch, planned.shard, planned.sample)
-    for attempt in itertools.count():
-        substitute = plan.substitute(position, attempt)
-        yield ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
+    substitutes = (plan.substitute(position, attempt) for attempt in itertools.count())
+    for shard, sample, epoch in itertools.chain([planned], substitutes):
+        yield ReadTask(position, epoch, shard, sample)
 
 
 def _mix_sources(plan: SamplePlan | MixturePlan, position: int, epoch: int) -> Iterator[ReadTask]:
