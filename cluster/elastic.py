@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from cavmae.dataloaders.sampling.sample_plan import largest_rank_count
+from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.trainer.fault_tolerance.preemption import request_stop
 
 MORE_FIT = "more ranks fit"
@@ -44,7 +44,7 @@ class LaneScalingPolicy(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Return the largest rank count that fits and divides the lanes."""
-        return largest_rank_count(self._lanes, super()._count_possible_workers(reserved_resources))
+        return largest_divisor(self._lanes, super()._count_possible_workers(reserved_resources))
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any

@@ -5,18 +5,6 @@ from dataclasses import dataclass, replace
 import torch
 
 
-@dataclass(frozen=True)
-class ClipShape:
-    """The clip shape that a model expects."""
-
-    audio_frames: int
-    """Frames of the log-mel, one every 10 ms; shorter clips are padded, longer ones cut."""
-    mel_bins: int
-    """Mel filters."""
-    image_size: int
-    """Height and width of a video frame in pixels."""
-
-
 @dataclass
 class AudioVideoBatch:
     """The clips of one micro-batch and their origin."""

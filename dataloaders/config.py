@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cavmae.dataloaders.constants import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.field_checks import (
     CheckedFields,
     Fraction,
@@ -14,6 +15,23 @@ from cavmae.field_checks import (
     PositiveFloat,
     PositiveInt,
 )
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """The clip shape that a model expects."""
+
+    audio_frames: int
+    """Frames of the log-mel, one every 10 ms; shorter clips are padded, longer ones cut."""
+    mel_bins: int
+    """Mel filters."""
+    image_size: int
+    """Height and width of a video frame in pixels."""
+
+    @property
+    def audio_samples(self) -> int:
+        """Audio samples that the log-mel covers."""
+        return (self.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
 
 
 @dataclass(frozen=True)

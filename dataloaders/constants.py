@@ -1,6 +1,10 @@
 """Constants that packing, loading and evaluation share. Imports nothing."""
 
 AUDIO_HZ = 16000
+WINDOW_SAMPLES = 400
+"""Length of a window of the log-mel."""
+HOP_SAMPLES = 160
+"""Distance between the starts of two windows."""
 FRAMES_PER_CLIP = 10
 """Frames that packing chooses of each clip (`ten_frames` in a sample's JSON)."""
 MIDDLE_FRAME = FRAMES_PER_CLIP // 2

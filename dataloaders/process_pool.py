@@ -72,12 +72,9 @@ class JobError(RuntimeError):
         summary: the exception and its place, in one line.
     """
 
-    def __init__(self, message: str, summary: str):
-        super().__init__(message, summary)
+    def __init__(self, message: str, summary: str = ""):
+        super().__init__(message)
         self.summary = summary
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class PoolClosed(RuntimeError):
@@ -85,7 +82,7 @@ class PoolClosed(RuntimeError):
 
 
 class ProcessPool:
-    """Runs `job(task)` in worker processes, each with one task at a time.
+    """Runs `job(task)` in worker processes, each one task after the other.
 
     A future's result is the job's, or a `Failure`; it raises `JobError` if the job raised,
     `PoolClosed` after `close`, and `RuntimeError` if the processes do not start. All methods may be
@@ -139,30 +136,46 @@ class ProcessPool:
 
     def _work(self) -> None:
         """Hand tasks to one process after the other, each until it dies."""
-        future: Future[Any] = Future()
+        held: deque[tuple[Future[Any], Any]] = deque()  # The process runs the first one.
         worker = None
         try:
             worker = self._started_worker()
             while entry := self._tasks.get():
-                future, task = entry
+                held.append(entry)
                 if worker.process.poll() is not None:  # Died while idle.
                     worker = self._replaced(worker)
-                result = worker.run(task)
-                if self._closed is not None:
-                    raise self._closed
-                if isinstance(result, JobError):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
-                if isinstance(result, Failure) and result.reason != "memory_limit":
-                    worker = self._replaced(worker)
+                worker.send(entry[1])
+                while held:
+                    if len(held) == 1 and (ahead := self._task_ahead()):
+                        held.append(ahead)
+                        worker.send(ahead[1])
+                    result = worker.receive()
+                    if self._closed is not None:
+                        raise self._closed
+                    future, _ = held.popleft()
+                    if isinstance(result, JobError):
+                        future.set_exception(result)
+                    else:
+                        future.set_result(result)
+                    if isinstance(result, Failure) and result.reason != "memory_limit":
+                        worker = self._replaced(worker)
+                        for _, task in held:
+                            worker.send(task)
         except Exception as error:  # The pool is closed, or cannot be used any more.
             self._close(error)
-            if not future.done():
+            for future, _ in held:
                 future.set_exception(error)
         finally:
             if worker is not None:
                 worker.end()
+
+    def _task_ahead(self) -> tuple["Future[Any]", Any] | None:
+        """A task to queue behind a running one, so that the process need not wait for this thread;
+        None if an idle process could run it now."""
+        with suppress(queue.Empty):
+            if self._tasks.qsize() > len(self._threads):
+                return self._tasks.get_nowait()
+        return None
 
     def _replaced(self, worker: "_Worker") -> "_Worker":
         worker.end()
@@ -241,10 +254,13 @@ class _Worker:
         except (EOFError, OSError):
             return False
 
-    def run(self, task: Any) -> Any:
-        """The job's result, a `Failure`, or a `JobError`."""
-        try:
+    def send(self, task: Any) -> None:
+        with suppress(OSError):  # It has died, which `receive` reports.
             self._connection.send(task)
+
+    def receive(self) -> Any:
+        """The result of the oldest task sent, a `Failure`, or a `JobError`."""
+        try:
             if not self._connection.poll(self._limits.seconds):
                 return Failure("timeout", f"over {self._limits.seconds:g} s")
             return self._connection.recv()

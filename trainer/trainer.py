@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from cavmae.atomic_write import atomic_write, write_json
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
 from cavmae.trainer.checkpoint.load import load_newest

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks

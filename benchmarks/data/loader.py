@@ -33,12 +33,11 @@ from cavmae.benchmarks.data.published_loader import (
 )
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import timing, write_record
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
-from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
+from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
@@ -247,9 +246,8 @@ def _family() -> list[psutil.Process]:
 
 def _parts(folder: Path) -> dict[str, float]:
     """Measure CPU-seconds a clip of decoding alone, and of the log-mel alone."""
-    samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
     shards = ShardSet(folder)
-    reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, None))
+    reader = ClipReader(ReaderSettings(shards, DataConfig(), SHAPE, 0, True, None))
     clips = [reader(ReadTask(number, 0, 0, number % shards.sizes[0])) for number in range(BATCH)]
     sound = [clip for clip in clips if isinstance(clip, EncodedClip)]
     decoder = ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, None)

@@ -26,8 +26,7 @@ from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.benchmarks.harness.processes import Start, module_command
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
 from cavmae.dataloaders.shards.format import description_bytes

@@ -24,14 +24,13 @@ from rich.console import Console
 from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
-from cavmae.dataloaders.batch import ClipShape
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
 from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode_video
-from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -230,8 +229,7 @@ def _in_turn(
 
 def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, float]:
     """Measure clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
-    samples = (SHAPE.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES
-    reader = ClipReader(ReaderSettings(shards, 0, "by_time", SHAPE.image_size, samples, True, gpu))
+    reader = ClipReader(ReaderSettings(shards, DataConfig(), SHAPE, 0, True, gpu))
     decoders = [ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, gpu) for _ in range(pipelines)]
     places = list(_places(shards))
     batches = max(2, 4 * pipelines)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.quarantine import QuarantinedSample
 from cavmae.dataloaders.sampling.sample_plan import rank_positions
 

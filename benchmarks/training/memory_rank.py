@@ -49,7 +49,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
 
     from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
     from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
-    from cavmae.dataloaders.batch import ClipShape
+    from cavmae.dataloaders.config import ClipShape
     from cavmae.trainer.distributed.engine import Engine
     from cavmae.trainer.distributed.process_group import start_process_group
     from cavmae.trainer.tasks.build_model import configure_blocks

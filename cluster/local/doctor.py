@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ import cavmae
 from cavmae.cluster.local import checks
 from cavmae.cluster.local.checks import STATES, Finding, judge, show
 from cavmae.command import exit_code
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 
 _RUN_BYTES = 20e9
 """Size of a run's folder: three checkpoints of the base model with optimizer state are 7 GB."""
@@ -159,18 +160,16 @@ def tracking_store(uri: str, run_dir: Path) -> Finding:
 
 def shard_access(folder: str, data: DataConfig) -> Finding:
     """Check that the first clip of a set can be read, and decoded by DALI."""
-    from cavmae.dataloaders.loading.quarantine import ClipTrial, find_culprits
+    from cavmae.dataloaders.loading.quarantine import find_culprits, try_clip
     from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
-    from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
     from cavmae.dataloaders.shards.shard_set import ShardSet
 
     name = "shards"
-    samples = 1023 * HOP_SAMPLES + WINDOW_SAMPLES  # 10 s
     gpu = 0 if torch.cuda.is_available() else None
     try:
         shards = ShardSet(folder, data.cache)
-        settings = ReaderSettings(shards, 0, data.frame_choice, 224, samples, False, gpu)
-        bad = find_culprits(ClipTrial(settings), shards, [ReadTask(0, 0, 0, 0)])
+        settings = ReaderSettings(shards, data, ClipShape(1024, 128, 224), 0, False, gpu)
+        bad = find_culprits(partial(try_clip, settings), shards, [ReadTask(0, 0, 0, 0)])
     except (OSError, ValueError, ImportError) as error:
         advice = "check path, network and credentials; docs/training/data.md lists the URLs"
         return Finding(name, "problem", " ".join(str(error).split()), advice)

@@ -133,20 +133,15 @@ def spec_augment(
     The noise has 256 levels.
     """
     draws = _uniform(seed, "spec_augment", position, 4).tolist()
-    spans = [
-        _mask(count, longest, length, start)
-        for count, longest, length, start in (
-            (frames, augmentation.time_mask, draws[0], draws[1]),
-            (bins, augmentation.frequency_mask, draws[2], draws[3]),
-        )
-    ]
+    masked_frames = _mask(frames, augmentation.time_mask, *draws[:2])
+    masked_bins = _mask(bins, augmentation.frequency_mask, *draws[2:])
     if not augmentation.noise:
-        return SpecAugment(spans[0], spans[1], None, 0)
+        return SpecAugment(masked_frames, masked_bins, None, 0)
     words = random_words(seed, "noise", position, -(-frames * bins // 4)).astype("<u4")
     levels = words.view(np.uint8)[: frames * bins].reshape(frames, bins)
     strength, turn = _uniform(seed, "shift", position, 2).tolist()
     noise = levels * np.float32(strength / 10 / 255)
-    return SpecAugment(spans[0], spans[1], noise, int(turn * 2 * frames) - frames)
+    return SpecAugment(masked_frames, masked_bins, noise, int(turn * 2 * frames) - frames)
 
 
 def _mask(count: int, longest: int, length_share: float, start_share: float) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
-from cavmae.dataloaders.loading.reader import EncodedClip
+from cavmae.dataloaders.loading.reader import EncodedClip, ReaderSettings
 
 _NOTHING = np.zeros(1, dtype=np.uint8)
 _NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
@@ -84,6 +84,13 @@ class ClipDecoder:
             prefetch_queue_depth=1,
         )
         self._pipeline.build()
+
+    @classmethod
+    def of(cls, settings: ReaderSettings, maximum_batch: int, threads: int) -> "ClipDecoder":
+        """Make the decoder of a loader's clips."""
+        tier, size = settings.shards.tier, settings.shape.image_size
+        frames = settings.config.frames_per_clip
+        return cls(tier, size, maximum_batch, threads, settings.gpu, frames)
 
     def schedule(self, clips: Sequence[EncodedClip]) -> None:
         """Start decoding a batch without waiting for it."""

@@ -20,26 +20,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.pipeline import ClipStream
 from cavmae.dataloaders.loading.prefetch import Prefetcher
 from cavmae.dataloaders.loading.quarantine import (
-    ClipTrial,
     DataFaultError,
     Journal,
     Quarantine,
     QuarantinedSample,
     find_culprits,
+    try_clip,
 )
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask, check_frame_choice
-from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.sampling.mixture import MixturePlan, training_plan
 from cavmae.dataloaders.sampling.sample_plan import (
     PlannedSample,
     SamplePlan,
     any_sample,
+    largest_divisor,
     rank_positions,
 )
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -99,10 +99,8 @@ class TrainLoader:
                 f"start_position is {start_position}, which is not the start of a step; use a "
                 f"multiple of lanes = {lanes}"
             )
-        shards = ShardSet(config.train_folders, config.cache)
-        check_frame_choice(shards, config.frame_choice)
-        device = _with_index(device)
-        settings = _settings(config, shards, shape, seed, device, draw_frame=True)
+        settings = _settings(config, config.train_folders, shape, seed, device, training=True)
+        shards = settings.shards
         plan = training_plan(config, shards, seed, lanes)
         _check_cache(config, shards, lanes // world_size)
         self._quarantine = Quarantine(shards, quarantine, config.max_bad_fraction)
@@ -116,13 +114,10 @@ class TrainLoader:
                 if task.position >= start_position
                 and task.position % lanes * world_size // lanes == rank
             ]
-            for bad in find_culprits(ClipTrial(settings), shards, suspects):
+            for bad in find_culprits(partial(try_clip, settings), shards, suspects):
                 self._quarantine.add(bad)
         stream = ClipStream(
             settings,
-            config,
-            shape,
-            device,
             2 * micro_batch if config.augmentation.mixup_prob else micro_batch,
             self._quarantine,
             partial(_planned, plan, config.augmentation, self._quarantine),
@@ -208,15 +203,11 @@ class ValidationLoader:
                 f"batch is {batch}, limit {limit}, rank {rank} of {world_size}; use a batch of 1 "
                 f"or more, a limit of 0 (all) or more, and ranks from 0 below world_size"
             )
-        self._config = config
-        self._shape = shape
-        self._device = _with_index(device)
         self._batch = batch
-        self._shards = ShardSet(folder, config.cache)
-        check_frame_choice(self._shards, config.frame_choice)
-        self._settings = _settings(config, self._shards, shape, 0, self._device, draw_frame=False)
-        self._quarantine = Quarantine(self._shards, (), config.max_bad_fraction)
-        self._count = min(limit, self._shards.samples) if limit else self._shards.samples
+        self._settings = _settings(config, folder, shape, 0, device, training=False)
+        shards = self._settings.shards
+        self._quarantine = Quarantine(shards, (), config.max_bad_fraction)
+        self._count = min(limit, shards.samples) if limit else shards.samples
         own = range(self._count * rank // world_size, self._count * (rank + 1) // world_size)
         self._parts = (own,) if parts is None else parts
         if parts is not None:
@@ -237,12 +228,9 @@ class ValidationLoader:
         self.close()
         stream = ClipStream(
             self._settings,
-            self._config,
-            self._shape,
-            self._device,
             self._batch,
             self._quarantine,
-            partial(_in_packing_order, self._shards, self._quarantine),
+            partial(_in_packing_order, self._settings.shards, self._quarantine),
             None,
         )
         positions = (
@@ -250,7 +238,7 @@ class ValidationLoader:
             for part in self._parts
             for start in range(part.start, part.stop, self._batch)
         )
-        prefetcher = Prefetcher(stream.batches(positions), self._config.prefetch_batches)
+        prefetcher = Prefetcher(stream.batches(positions), self._settings.config.prefetch_batches)
         self._end = weakref.finalize(self, _end, prefetcher, stream)
         while True:
             try:
@@ -292,10 +280,9 @@ def _planned(
 def _planned_and_substitutes(
     plan: SamplePlan | MixturePlan, position: int, planned: PlannedSample
 ) -> Iterator[ReadTask]:
-    yield ReadTask(position, planned.epoch, planned.shard, planned.sample)
-    for attempt in itertools.count():
-        substitute = plan.substitute(position, attempt)
-        yield ReadTask(position, substitute.epoch, substitute.shard, substitute.sample)
+    substitutes = (plan.substitute(position, attempt) for attempt in itertools.count())
+    for shard, sample, epoch in itertools.chain([planned], substitutes):
+        yield ReadTask(position, epoch, shard, sample)
 
 
 def _mix_sources(plan: SamplePlan | MixturePlan, position: int, epoch: int) -> Iterator[ReadTask]:
@@ -324,8 +311,7 @@ def _in_packing_order(
 
 def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> None:
     if micro_batch < 1 or rank_batch % micro_batch:
-        divisors = (size for size in range(min(micro_batch, rank_batch), 0, -1))
-        fitting = next((size for size in divisors if rank_batch % size == 0), 1)
+        fitting = largest_divisor(rank_batch, micro_batch) or 1
         raise ValueError(
             f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
             f"global_batch = {world_size * rank_batch}; use micro_batch = {fitting}"
@@ -356,31 +342,19 @@ def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
 
 def _settings(
     config: DataConfig,
-    shards: ShardSet,
+    folders: str | list[str],
     shape: ClipShape,
     seed: int,
     device: torch.device,
-    draw_frame: bool,
+    training: bool,
 ) -> ReaderSettings:
-    return ReaderSettings(
-        shards=shards,
-        seed=seed,
-        frame_choice=config.frame_choice,
-        image_size=shape.image_size,
-        audio_samples=(shape.audio_frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES,
-        draw_frame=draw_frame,
-        gpu=device.index if device.type == "cuda" else None,
-        frames_per_clip=config.frames_per_clip,
-        window_seconds=config.window_seconds,
-        augmentation=config.augmentation if draw_frame else None,
-    )
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """Make the GPU index explicit: each thread has its own current GPU."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    """Open a set, and check that it was packed for this configuration."""
+    shards = ShardSet(folders, config.cache)
+    check_frame_choice(shards, config.frame_choice)
+    gpu = None
+    if device.type == "cuda":  # Made explicit: each thread has its own current GPU.
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    return ReaderSettings(shards, config, shape, seed, training, gpu)
 
 
 def _on_current_stream(batch: AudioVideoBatch) -> AudioVideoBatch:

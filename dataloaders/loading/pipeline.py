@@ -11,23 +11,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.constants import AUDIO_HZ
 from cavmae.dataloaders.loading.augment import (
-    SpecAugment,
     mixed_waveform,
     mixup_lambda,
     spec_augment,
 )
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodedClips, DecodeError
-from cavmae.dataloaders.loading.quarantine import ClipTrial, Journal, Quarantine, find_culprits
+from cavmae.dataloaders.loading.quarantine import Journal, Quarantine, find_culprits, try_clip
 from cavmae.dataloaders.loading.reader import (
     BadSample,
     ClipReader,
@@ -49,10 +48,7 @@ class ClipStream:
     """Reads and decodes batches of one set.
 
     Args:
-        settings: for the readers.
-        config: readers, threads and normalisation.
-        shape: of the clips in the batches.
-        device: of the batches.
+        settings: for the readers; the batches are on its GPU, or on the CPU.
         maximum_batch: maximum number of clips decoded for a batch.
         quarantine: clips to exclude; damaged clips are added.
         choose: tasks to read for some positions, given the quarantine; may skip positions. Clips
@@ -63,26 +59,23 @@ class ClipStream:
     def __init__(
         self,
         settings: ReaderSettings,
-        config: DataConfig,
-        shape: ClipShape,
-        device: torch.device,
         maximum_batch: int,
         quarantine: Quarantine,
         choose: Callable[[np.ndarray], list[ReadTask]],
         journal: Journal | None,
     ):
-        self._shards = settings.shards
-        self._config = config
-        self._shape = shape
-        self._device = device
         self._settings = settings
+        self._shards = settings.shards
+        self._config = config = settings.config
+        self._device = torch.device("cpu" if settings.gpu is None else f"cuda:{settings.gpu}")
         self._maximum_batch = maximum_batch
         self._quarantine = quarantine
         self._choose = choose
         self._journal = journal
-        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._trial = ClipTrial(settings)
+        self._side_stream = None if settings.gpu is None else torch.cuda.Stream(self._device)
+        self._trial = partial(try_clip, settings)
         self._pool = ProcessPool(ClipReader(settings), config.reader_workers)
+        self._augmentation = settings.augmentation
         self._deaths = 0
         count = config.video_pipelines
         self._decoders: list[ClipDecoder | None] = [None] * count
@@ -185,13 +178,8 @@ class ClipStream:
             self._journal.write(chain.from_iterable(self._decoding))
         decoder = self._decoders[slot]
         if decoder is None:
-            decoder = self._decoders[slot] = ClipDecoder(
-                self._shards.tier,
-                self._shape.image_size,
-                self._maximum_batch,
-                self._config.decode_threads,
-                self._settings.gpu,
-                self._config.frames_per_clip,
+            decoder = self._decoders[slot] = ClipDecoder.of(
+                self._settings, self._maximum_batch, self._config.decode_threads
             )
         decoder.schedule(clips)
 
@@ -242,13 +230,20 @@ class ClipStream:
     def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
         own = [clip for clip in clips if not clip.task.mixed_in]
         mixed_labels = {clip.task.position: clip.labels for clip in clips[len(own) :]}
-        weights = self._mixup_lambdas(own)
+        shape, augmentation, seed = self._settings.shape, self._augmentation, self._settings.seed
+        weights = torch.tensor(
+            [mixup_lambda(augmentation, seed, clip.task.position) for clip in own]
+        )
         with self._on_side_stream():
             waveforms, frames = self._mixed(clips, decoded, weights)
-            spectrogram = log_mel(
-                waveforms, self._shape.mel_bins, self._shape.audio_frames, self._device
-            )
-            changes = self._changes(own)
+            spectrogram = log_mel(waveforms, shape.mel_bins, shape.audio_frames, self._device)
+            changes = [
+                spec_augment(
+                    augmentation, shape.audio_frames, shape.mel_bins, seed, clip.task.position
+                )
+                for clip in own
+                if augmentation.changes_log_mel
+            ]
             for row, change in enumerate(changes):
                 spectrogram[row, slice(*change.frames)] = 0
                 spectrogram[row, :, slice(*change.bins)] = 0
@@ -272,13 +267,6 @@ class ClipStream:
             mixup_lambda=weights,
             mixed_labels=tuple(mixed_labels.get(clip.task.position, ()) for clip in own),
         )
-
-    def _mixup_lambdas(self, own: list[EncodedClip]) -> torch.Tensor:
-        """`(batch,)` float32: weight of each clip itself."""
-        augmentation, seed = self._settings.augmentation, self._settings.seed
-        if augmentation is None:
-            return torch.ones(len(own))
-        return torch.tensor([mixup_lambda(augmentation, seed, clip.task.position) for clip in own])
 
     def _mixed(
         self, clips: list[EncodedClip], decoded: DecodedClips, weights: torch.Tensor
@@ -306,19 +294,3 @@ class ClipStream:
             return waveform
         start, length = (round(seconds * AUDIO_HZ) for seconds in clip.audio_seconds)
         return waveform[start : start + length]
-
-    def _changes(self, clips: list[EncodedClip]) -> list[SpecAugment]:
-        """Draw masks, noise and shift of each clip's log-mel; none in validation."""
-        augmentation = self._settings.augmentation
-        if augmentation is None or not augmentation.changes_log_mel:
-            return []
-        return [
-            spec_augment(
-                augmentation,
-                self._shape.audio_frames,
-                self._shape.mel_bins,
-                self._settings.seed,
-                clip.task.position,
-            )
-            for clip in clips
-        ]

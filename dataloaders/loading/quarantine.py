@@ -7,7 +7,7 @@ run resumes after a crash, from the journal that the rank wrote before it decode
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
@@ -194,37 +194,26 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-class ClipTrial:
-    """Callable that reads and decodes one clip like the rank does, in a separate process.
+Trial = Callable[[ReadTask], BadSample | StorageError | None]
+"""Finds out in a separate process what is wrong with a clip."""
 
-    Returns None, or what is wrong with the clip.
-    """
 
-    def __init__(self, settings: ReaderSettings):
-        self._reader = ClipReader(settings)
-
-    def __call__(self, task: ReadTask) -> BadSample | StorageError | None:
-        clip = self._reader(task)
-        if not isinstance(clip, EncodedClip):
-            return clip
-        decoder = ClipDecoder(
-            self._reader.shards.tier,
-            self._reader.settings.image_size,
-            maximum_batch=1,
-            threads=1,
-            gpu=self._reader.settings.gpu,
-            frames_per_clip=self._reader.settings.frames_per_clip,
-        )
-        try:
-            decoder.schedule([clip])
-            decoder.collect()
-        except DecodeError as error:
-            return BadSample(task, clip.sample_id, error.reason, _last_line(str(error)))
-        return None
+def try_clip(settings: ReaderSettings, task: ReadTask) -> BadSample | StorageError | None:
+    """Read and decode one clip like the rank does; returns what is wrong with it, or None."""
+    clip = ClipReader(settings)(task)
+    if not isinstance(clip, EncodedClip):
+        return clip
+    decoder = ClipDecoder.of(settings, maximum_batch=1, threads=1)
+    try:
+        decoder.schedule([clip])
+        decoder.collect()
+    except DecodeError as error:
+        return BadSample(task, clip.sample_id, error.reason, _last_line(str(error)))
+    return None
 
 
 def find_culprits(
-    trial: ClipTrial, shards: ShardSet, tasks: Iterable[ReadTask], seconds: float = TRIAL_SECONDS
+    trial: Trial, shards: ShardSet, tasks: Iterable[ReadTask], seconds: float = TRIAL_SECONDS
 ) -> list[BadSample]:
     """Try clips one by one in a separate process; returns those that cannot be decoded.
 

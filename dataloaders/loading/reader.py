@@ -7,20 +7,20 @@ which ends the run.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from cavmae.dataloaders.config import Augmentation
-from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP, MIDDLE_FRAME
-from cavmae.dataloaders.loading.augment import Box, center_crop, is_flipped, random_crop
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP, MIDDLE_FRAME, WINDOW_SAMPLES
+from cavmae.dataloaders.loading.augment import Box, is_flipped, random_crop
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, decode_original
 from cavmae.dataloaders.sampling.philox import random_words
 from cavmae.dataloaders.shards.format import ShardError
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
-SHORTEST_AUDIO_SAMPLES = 400
-"""One window of the log-mel; shorter audio would give a constant input."""
+SHORTEST_AUDIO_SAMPLES = WINDOW_SAMPLES
+"""Shorter audio would give a constant log-mel."""
 LARGEST_SIDE = 1 << 14
 """Pixels; packing writes far less, and decoders allocate whatever a header states."""
 
@@ -38,20 +38,18 @@ class ReaderSettings:
     """Settings that all clips of one loader share."""
 
     shards: ShardSet
+    config: DataConfig
+    shape: ClipShape
     seed: int
-    frame_choice: Literal["by_time", "published"]
-    image_size: int
-    audio_samples: int
-    """Audio samples that the log-mel covers."""
-    draw_frame: bool
-    """Draw the frame for the position; otherwise use the middle one of the ten."""
+    training: bool
+    """Draw window, frames and augmentation for the position; otherwise use the center and the
+    middle frame."""
     gpu: int | None
     """Index of the GPU on which DALI decodes frames; None: on the CPU."""
-    frames_per_clip: int = 1
-    window_seconds: float = 0.0
-    """Length of the window of the clip that is used; 0: the clip from its start."""
-    augmentation: Augmentation | None = None
-    """None: no augmentation, as in validation."""
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return self.config.augmentation if self.training else Augmentation()
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,8 @@ class ClipReader:
     def __init__(self, settings: ReaderSettings):
         self.settings = settings
         self.shards = settings.shards
+        self.config = settings.config
+        self.augmentation = settings.augmentation
 
     def __call__(self, task: ReadTask) -> EncodedClip | BadSample | StorageError:
         try:
@@ -147,13 +147,7 @@ class ClipReader:
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
         encoded, pixels = self._read_frames(task, frames, height, width)
-        augmentation, size = self.settings.augmentation, self.settings.image_size
-        crop, flipped = center_crop(height, width, size), False
-        if augmentation is not None:
-            seed = self.settings.seed
-            crop = random_crop(height, width, size, augmentation, seed, task.draw)
-            flipped = is_flipped(augmentation, seed, task.draw)
-        longest = self.settings.audio_samples / AUDIO_HZ
+        augmentation, shape, seed = self.augmentation, self.settings.shape, self.settings.seed
         start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
             task,
@@ -162,10 +156,10 @@ class ClipReader:
             self.shards.member(task.shard, task.sample, self.shards.audio_codec),
             encoded,
             pixels,
-            crop,
-            flipped,
+            random_crop(height, width, shape.image_size, augmentation, seed, task.draw),
+            is_flipped(augmentation, seed, task.draw),
             tuple(seconds for _, _, seconds in frames),
-            (start, min(length, longest)),
+            (start, min(length, shape.audio_samples / AUDIO_HZ)),
         )
 
     def _read_frames(
@@ -193,11 +187,11 @@ class ClipReader:
 
     def _window(self, draw: int, clip_seconds: float) -> tuple[float, float] | None:
         """Start and length of the window in seconds; None: the clip from its start."""
-        if not self.settings.window_seconds:
+        if not self.config.window_seconds:
             return None
-        length = min(self.settings.window_seconds, clip_seconds)
+        length = min(self.config.window_seconds, clip_seconds)
         share = 0.5
-        if self.settings.draw_frame:
+        if self.settings.training:
             share = int(random_words(self.settings.seed, "window", draw, 1)[0]) / 2**32
         start = int(share * (clip_seconds - length) * AUDIO_HZ) / AUDIO_HZ
         return start, length
@@ -211,17 +205,17 @@ class ClipReader:
         to the ten: `by_time` may choose any moment of the others, where the first number has no
         meaning.
         """
-        count = self.settings.frames_per_clip
+        count = self.config.frames_per_clip
         inside = [0.5] * count
-        if self.settings.draw_frame:
+        if self.settings.training:
             words = random_words(self.settings.seed, "frame", draw, count)
             inside = (words / 2.0**32).tolist()
         shares = [(part + share) / count for part, share in enumerate(inside)]
         ten = description["ten_frames"]
         start, length = window or (0.0, float(description["video"]["seconds"]))
         moments = [start + share * length for share in shares]
-        any_moment = self.shards.tier != "frames" and self.settings.frame_choice == "by_time"
-        if any_moment and (window is not None or self.settings.draw_frame):
+        any_moment = self.shards.tier != "frames" and self.config.frame_choice == "by_time"
+        if any_moment and (window is not None or self.settings.training):
             times = np.asarray(description["video"]["times_seconds"], dtype=np.float64)
             shown = np.maximum(0, np.searchsorted(times, moments, side="right") - 1)
             return [(MIDDLE_FRAME, int(index), float(times[index])) for index in shown]

@@ -14,7 +14,7 @@ Conventions:
   scaled down (never up) to the short side, cut to even sizes, and kept as 8-bit 4:2:0 with BT.601
   coefficients and limited range, which is what video decoders assume by default.
 - Corrupt frames are skipped and counted. A damaged clip is kept if more frames and packets of it
-  decode than fail, and `minimum_seconds` of both audio and video do.
+  decode than fail, and `min_seconds` of both audio and video do.
 """
 
 import io
@@ -236,16 +236,10 @@ def _packets(
     errors: list[str],
 ) -> Iterator[av.Packet]:
     """Yield packets until the end, or until an error, which is added to `errors`."""
-    packets = container.demux(*streams)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except FFmpegError as error:
-            errors.append(error_text(error))
-            return
-        yield packet
+    try:
+        yield from container.demux(*streams)
+    except FFmpegError as error:
+        errors.append(error_text(error))
 
 
 def _read(
@@ -309,7 +303,7 @@ def _checked_clip(
     if errors:
         if len(frames.errors) > frames.decoded or len(audio_track.errors) > audio_track.frames:
             raise ClipError(reason, f"most of it does not decode; {detail}")
-        if min(video_seconds, audio_seconds) < settings.minimum_seconds:
+        if min(video_seconds, audio_seconds) < settings.min_seconds:
             raise ClipError(
                 reason,
                 f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of audio decode; "
@@ -333,10 +327,8 @@ def _checked_clip(
 
 def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndarray:
     seconds = audio_track.samples / audio_track.hz
-    if seconds < settings.minimum_seconds:
-        raise ClipError(
-            "too_short", f"{seconds:.3f} s of audio, {settings.minimum_seconds:g} s needed"
-        )
+    if seconds < settings.min_seconds:
+        raise ClipError("too_short", f"{seconds:.3f} s of audio, {settings.min_seconds:g} s needed")
     audio = audio_track.waveform()
     peak = int(np.abs(audio.astype(np.int32)).max())
     if peak <= SILENT_PEAK and not settings.keep_silent:

@@ -42,7 +42,7 @@ class DecodeSettings:
 
     short_side: int = 256
     video_fps: float = 0.0
-    minimum_seconds: float = 0.5
+    min_seconds: float = 0.5
     keep_silent: bool = False
     audio_channel: Literal["mix", "first"] = "mix"
 

@@ -14,10 +14,8 @@ from functools import lru_cache
 
 import torch
 
-from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 
-WINDOW_SAMPLES = 400
-HOP_SAMPLES = 160
 FFT_SAMPLES = 512
 PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0

@@ -75,9 +75,9 @@ def _split_labels(text: str, separator: str) -> tuple[str, ...]:
 
 def _list_tar(path: Path, source: str) -> list[ListedClip]:
     clips = []
-    for video in list_tar(path):
+    for video, description in list_tar(path):
         location = f"{video.name} in {path}"
-        labels = video.description.get("labels", ())
+        labels = description.get("labels", ())
         if isinstance(labels, str):
             labels = labels.split(",")
         if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
@@ -85,7 +85,7 @@ def _list_tar(path: Path, source: str) -> list[ListedClip]:
         window = {
             name: str(value)
             for name in ("start", "end")
-            if (value := video.description.get(name)) is not None
+            if (value := description.get(name)) is not None
         }
         start, end = _window(f"{location}, key", window)
         clips.append(
@@ -95,7 +95,7 @@ def _list_tar(path: Path, source: str) -> list[ListedClip]:
                 start_seconds=start,
                 end_seconds=end,
                 labels=tuple(label.strip() for label in labels if label.strip()),
-                part=(video.offset, video.size),
+                part=(video.offset_data, video.size),
             )
         )
     return clips

@@ -88,7 +88,7 @@ class PackConfig(CheckedFields):
     """Length of a clip without an end in the list; a longer file gives one clip, from its start."""
     segment: bool = False
     """Cut longer files into consecutive clips of `clip_seconds` instead."""
-    minimum_seconds: Seconds = 0.5
+    min_seconds: Seconds = 0.5
     """Shorter clips are skipped."""
     keep_silent: bool = False
     """Keep clips whose audio is silent."""
@@ -102,12 +102,12 @@ class PackConfig(CheckedFields):
     """Count the clips that are also in `not_in` instead of refusing them."""
     clips_per_shard: PositiveInt = 1000
     """Clips of the list in each shard, skipped ones included."""
-    maximum_seconds_per_clip: Seconds = 300.0
+    max_seconds_per_clip: Seconds = 300.0
     """A clip that takes longer to decode and encode is skipped as `timeout`."""
-    maximum_cpu_seconds_per_clip: Seconds = 120.0
+    max_cpu_seconds_per_clip: Seconds = 120.0
     """A clip that takes more CPU time, which does not depend on the machine's load, is skipped as
     `cpu_limit`."""
-    maximum_memory_gb: Annotated[float, Limit(lambda x: 1 <= x < 1 << 20, "1 or more")] = 6.0
+    max_memory_gb: Annotated[float, Limit(lambda x: 1 <= x < 1 << 20, "1 or more")] = 6.0
     """Address space of a worker; a clip that needs more is skipped as `memory_limit`."""
     workers: NonNegativeInt = 0
     """Processes; 0: one per core."""
@@ -128,10 +128,9 @@ class PackConfig(CheckedFields):
                 "segment is set and tiers has original, which would keep the whole file for each "
                 "of its clips; cut the files first, or remove original"
             )
-        if self.clip_seconds < self.minimum_seconds:
+        if self.clip_seconds < self.min_seconds:
             raise ValueError(
-                f"clip_seconds is {self.clip_seconds}, less than minimum_seconds "
-                f"{self.minimum_seconds}"
+                f"clip_seconds is {self.clip_seconds}, less than min_seconds {self.min_seconds}"
             )
 
     @property
@@ -144,9 +143,9 @@ class PackConfig(CheckedFields):
 
     def limits(self) -> TaskLimits:
         return TaskLimits(
-            self.maximum_seconds_per_clip,
-            self.maximum_cpu_seconds_per_clip,
-            int(self.maximum_memory_gb * 1e9),
+            self.max_seconds_per_clip,
+            self.max_cpu_seconds_per_clip,
+            int(self.max_memory_gb * 1e9),
         )
 
     def content_options(self) -> dict[str, Any]:
@@ -157,9 +156,9 @@ class PackConfig(CheckedFields):
             "workers",
             "ray",
             "ray_address",
-            "maximum_seconds_per_clip",
-            "maximum_cpu_seconds_per_clip",
-            "maximum_memory_gb",
+            "max_seconds_per_clip",
+            "max_cpu_seconds_per_clip",
+            "max_memory_gb",
             "not_in",
             "allow_leakage",
         )
@@ -255,7 +254,7 @@ class _Packer:
                 end = start + self.config.clip_seconds
                 cut.append(replace(clip, start_seconds=start, end_seconds=end))
                 start = end
-                if length - start < self.config.minimum_seconds:
+                if length - start < self.config.min_seconds:
                     break
         return cut
 
@@ -387,9 +386,6 @@ def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None
     except KeyboardInterrupt:
         errors.print("stopped; rerun the same command to resume")
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        errors.print(f"error: {error}")
-        return 1
     Console().print(summary_table(summary, config.out))
     if summary.skipped:
         Console().print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")

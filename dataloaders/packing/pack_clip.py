@@ -10,6 +10,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
 from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip, media_seconds
@@ -71,37 +73,49 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
     clip = task.clip
     end = clip.start_seconds + task.clip_seconds if clip.end_seconds is None else clip.end_seconds
     key = f"{task.number:09d}"
+    jpegs, source = None, b""
     try:
         if clip.frames is not None:
-            return _pack_published(task, key, end - clip.start_seconds)
-        decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
-        source = _source_bytes(clip) if "original" in task.tiers else b""
+            seconds = end - clip.start_seconds
+            decoded, jpegs = read_published(
+                clip.path, clip.frames, clip.source, seconds, task.decode
+            )
+        else:
+            decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
+        if "original" in task.tiers:
+            source = _source_bytes(clip)
     except ClipError as error:
         return SkippedClip(error.reason, error.detail)
-    chosen = ten_frames(
-        decoded.times_seconds, decoded.video_seconds, decoded.frames_per_second, task.frame_choice
-    )
+    times, rate = decoded.times_seconds, decoded.frames_per_second
+    if jpegs is None:
+        chosen = ten_frames(times, decoded.video_seconds, rate, task.frame_choice)
+    else:
+        chosen = list(range(FRAMES_PER_CLIP))
     audio = {task.audio_codec: encode_audio(decoded.audio, task.audio_codec)}
     description = describe(task, key, decoded, chosen)
     members = {}
     for tier in task.tiers:
         described = description
         if tier == "video":
-            media = {
-                "mp4": encode_video(decoded.frames, task.video_codec, decoded.frames_per_second)
-            }
+            media = {"mp4": encode_video(decoded.frames, task.video_codec, rate)}
             described = {**description, "fragments": describe_fragments(media["mp4"])}
         elif tier == "original":
             media = {"source": source}
         else:
-            distinct = sorted(set(chosen))
-            encoded = encode_jpegs([decoded.frames[index] for index in distinct])
-            jpegs = dict(zip(distinct, encoded, strict=True))
-            media = {f"{number}.jpg": jpegs[index] for number, index in enumerate(chosen)}
+            files = jpegs or _encoded_once(decoded.frames, chosen)
+            media = {f"{number}.jpg": data for number, data in enumerate(files)}
         members[tier] = _members(described, {**audio, **media})
     seconds = len(decoded.audio) / AUDIO_HZ
     content = _content(members[task.tiers[0]])
     return PackedClip(key, members, seconds, decoded.video_codec, content)
+
+
+def _encoded_once(frames: list[np.ndarray], chosen: list[int]) -> list[bytes]:
+    """Encode the chosen frames as JPEGs, those that occur more than once only once."""
+    distinct = sorted(set(chosen))
+    encoded = encode_jpegs([frames[index] for index in distinct])
+    jpegs = dict(zip(distinct, encoded, strict=True))
+    return [jpegs[index] for index in chosen]
 
 
 def clip_length(clip: ListedClip) -> float | None:
@@ -142,76 +156,33 @@ def _content(members: dict[str, bytes]) -> str:
     return content.hexdigest()
 
 
-def _pack_published(task: ClipTask, key: str, seconds: float) -> PackedClip:
-    """Pack the `frames` sample of a clip that was prepared the published way.
-
-    The times of its frames are unknown: each gets the middle of its tenth of the clip.
-    """
-    clip = task.clip
-    assert clip.frames is not None
-    audio, jpegs, (width, height) = read_published(
-        clip.path, clip.frames, clip.source, seconds, task.decode
-    )
-    length = len(audio) / AUDIO_HZ
-    times = [round((i + 0.5) / FRAMES_PER_CLIP * length, 6) for i in range(FRAMES_PER_CLIP)]
-    description = _description(
-        task,
-        key,
-        audio_samples=len(audio),
-        video={
-            "frames": FRAMES_PER_CLIP,
-            "width": width,
-            "height": height,
-            "codec": None,
-            "seconds": round(length, 6),
-            "times_seconds": times,
-        },
-        chosen=list(range(FRAMES_PER_CLIP)),
-    )
-    media = {task.audio_codec: encode_audio(audio, task.audio_codec)}
-    media |= {f"{number}.jpg": data for number, data in enumerate(jpegs)}
-    members = {"frames": _members(description, media)}
-    return PackedClip(key, members, length, "jpeg", _content(members["frames"]))
-
-
 def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
     """Build the sample's JSON without the checksums, which differ between tiers."""
-    description = _description(
-        task,
-        key,
-        audio_samples=len(decoded.audio),
-        video={
-            "frames": len(decoded.frames),
+    clip = task.clip
+    times = [round(time, 6) for time in decoded.times_seconds]
+    description = {
+        "schema": SCHEMA,
+        "key": key,
+        "source": {
+            "path": clip.source,
+            "start_seconds": clip.start_seconds,
+            "end_seconds": clip.end_seconds,
+        },
+        "labels": list(clip.labels),
+        "audio": {"hz": AUDIO_HZ, "samples": len(decoded.audio)},
+        "video": {
+            "frames": len(times),
             "width": decoded.width,
             "height": decoded.height,
             "codec": task.video_codec if "video" in task.tiers else None,
             "seconds": round(decoded.video_seconds, 6),
-            "times_seconds": [round(time, 6) for time in decoded.times_seconds],
+            "times_seconds": times,
         },
-        chosen=chosen,
-    )
+        "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
+    }
     if decoded.decode_errors:
         description["decode_errors"] = decoded.decode_errors
     return description
-
-
-def _description(
-    task: ClipTask, key: str, audio_samples: int, video: dict[str, Any], chosen: list[int]
-) -> dict[str, Any]:
-    times = video["times_seconds"]
-    return {
-        "schema": SCHEMA,
-        "key": key,
-        "source": {
-            "path": task.clip.source,
-            "start_seconds": task.clip.start_seconds,
-            "end_seconds": task.clip.end_seconds,
-        },
-        "labels": list(task.clip.labels),
-        "audio": {"hz": AUDIO_HZ, "samples": audio_samples},
-        "video": video,
-        "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
-    }
 
 
 def ten_frames(

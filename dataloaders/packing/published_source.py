@@ -6,18 +6,19 @@ The JPEGs are packed as they are, without re-encoding.
 import io
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cavmae.dataloaders.constants import FRAMES_PER_CLIP
-from cavmae.dataloaders.media.decode_clip import decode_audio_file
+from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_audio_file
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
 
 
 def read_published(
     wav: str, frames: str, video_id: str, seconds: float, settings: DecodeSettings
-) -> tuple[np.ndarray, list[bytes], tuple[int, int]]:
-    """Read the audio and frames of one clip.
+) -> tuple[DecodedClip, list[bytes]]:
+    """Read the audio and the JPEGs of one clip.
+
+    The times of its frames are unknown: each gets the middle of its tenth of the clip.
 
     Args:
         wav: audio file.
@@ -27,7 +28,7 @@ def read_published(
         settings: as for videos; the frames keep their size.
 
     Returns:
-        `(samples,)` int16 at 16 kHz; ten JPEGs; their width and height.
+        The clip, without decoded frames; its ten JPEGs.
 
     Raises:
         ClipError: the clip cannot be used.
@@ -51,4 +52,8 @@ def read_published(
         sizes.add(size)
     if len(sizes) > 1:
         raise ClipError("decode_error", f"frames of different sizes: {sorted(sizes)}")
-    return audio, jpegs, sizes.pop()
+    width, height = sizes.pop()
+    length = len(audio) / AUDIO_HZ
+    times = [(i + 0.5) / FRAMES_PER_CLIP * length for i in range(FRAMES_PER_CLIP)]
+    clip = DecodedClip(audio, [], times, length, FRAMES_PER_CLIP / length, width, height, "jpeg", 0)
+    return clip, jpegs

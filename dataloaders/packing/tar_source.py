@@ -7,7 +7,6 @@ neither videos nor JSON are never read.
 
 import json
 import tarfile
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,30 +16,17 @@ LARGEST_JSON = 1 << 20
 """Bytes; a larger file cannot be the description of a clip."""
 
 
-@dataclass(frozen=True)
-class TarVideo:
-    """A video in a tar.
-
-    Attributes:
-        name: of the member.
-        offset, size: its position in the tar, in bytes.
-        description: content of the JSON with the same key; empty if there is none.
-    """
-
-    name: str
-    offset: int
-    size: int
-    description: dict[str, Any]
-
-
-def list_tar(path: Path) -> list[TarVideo]:
+def list_tar(path: Path) -> list[tuple[tarfile.TarInfo, dict[str, Any]]]:
     """List the videos of a tar in order, from its headers and JSON members.
+
+    Returns:
+        Each video, with the content of the JSON that has the same key; empty if there is none.
 
     Raises:
         OSError: the tar cannot be read.
         ValueError: the file is not a tar, a name leads out of it, or a JSON is damaged.
     """
-    videos: dict[str, TarVideo] = {}
+    videos: dict[str, tarfile.TarInfo] = {}
     descriptions: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -52,14 +38,14 @@ def list_tar(path: Path) -> list[TarVideo]:
                 if not member.isfile():
                     continue
                 if name.suffix.lower() in VIDEOS:
-                    videos[key] = TarVideo(member.name, member.offset_data, member.size, {})
+                    videos[key] = member
                 elif name.suffix == ".json":
                     content = tar.extractfile(member)
                     assert content is not None
                     descriptions[key] = _description(path, member, content.read(LARGEST_JSON + 1))
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a tar of videos ({error})") from error
-    return [replace(video, description=descriptions.get(key, {})) for key, video in videos.items()]
+    return [(video, descriptions.get(key, {})) for key, video in videos.items()]
 
 
 def _description(path: Path, member: tarfile.TarInfo, data: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The order of a mixture of sets with given shares; a pure function of the position, too.
+"""The order of a mixture of sets with given weights; a pure function of the position, too.
 
 Lanes are those of `SamplePlan`. A lane consists of blocks of `BLOCK` slots; each set has the same
 number of slots in every block, in an order drawn for the lane and block. The `n`-th slot of a set
@@ -6,8 +6,8 @@ in a lane reads the `n`-th position of that lane in the set's own plan. So each 
 and its locality, and sets of very different sizes can be mixed.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from cavmae.dataloaders.sampling.sample_plan import PlannedSample, SamplePlan
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 BLOCK = 1000
-"""Slots of a lane in which each set has its exact share; the resolution of shares."""
+"""Slots of a lane in which each set has its exact weight; the resolution of weights."""
 
 
 class _Block(NamedTuple):
@@ -34,25 +34,25 @@ class MixturePlan:
 
     Args:
         plans: one for each set, all with the same seed and lanes.
-        shares: one for each set, in any unit.
+        weights: one for each set, in any unit.
 
     Raises:
-        ValueError: the shares are invalid.
+        ValueError: the weights are invalid.
     """
 
-    def __init__(self, plans: Sequence[SamplePlan], shares: Sequence[float]):
+    def __init__(self, plans: Sequence[SamplePlan], weights: Sequence[float]):
         self.plans = plans
         self.seed, self.lanes = plans[0].seed, plans[0].lanes
         self.ends = np.cumsum(np.concatenate([plan.sizes for plan in plans]))
         self.count = int(self.ends[-1])
         self._first_shard = np.cumsum([0, *(len(plan.sizes) for plan in plans)]).tolist()
-        self.quotas = _quotas(shares)
-        if len(shares) != len(plans) or min(self.quotas) < 1:
+        self.quotas = _quotas(weights)
+        if len(weights) != len(plans) or min(self.quotas) < 1:
             raise ValueError(
-                f"data.mixture is {tuple(shares)}; use a share of at least 1 in {BLOCK} for each "
+                f"data.mixture is {tuple(weights)}; use a share of at least 1 in {BLOCK} for each "
                 f"of the {len(plans)} sets"
             )
-        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        self._block = lru_cache(2 * self.lanes)(self._draw_block)
 
     def at(self, positions: np.ndarray) -> list[PlannedSample]:
         """Return the samples at any positions.
@@ -94,25 +94,18 @@ class MixturePlan:
             inside[place] = (number * quotas[chosen] + block.before[slot]) * self.lanes + lane
         return which, inside
 
-    def _block(self, lane: int, number: int) -> _Block:
-        name = (lane, number)
-        if name in self._blocks:
-            self._blocks.move_to_end(name)
-        else:
-            drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
-            which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
-            before = np.empty(BLOCK, dtype=np.int64)
-            for of_set in range(len(self.plans)):
-                before[which == of_set] = np.arange(self.quotas[of_set])
-            self._blocks[name] = _Block(which, before)
-            if len(self._blocks) > 2 * self.lanes:
-                self._blocks.popitem(last=False)
-        return self._blocks[name]
+    def _draw_block(self, lane: int, number: int) -> _Block:
+        drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
+        which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
+        before = np.empty(BLOCK, dtype=np.int64)
+        for of_set in range(len(self.plans)):
+            before[which == of_set] = np.arange(self.quotas[of_set])
+        return _Block(which, before)
 
 
-def _quotas(shares: Sequence[float]) -> list[int]:
-    """Round the shares to numbers of slots that add up to `BLOCK`."""
-    exact = np.array(shares, dtype=np.float64) / np.sum(shares) * BLOCK
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """Round the weights to numbers of slots that add up to `BLOCK`."""
+    exact = np.array(weights, dtype=np.float64) / np.sum(weights) * BLOCK
     quotas = np.floor(exact).astype(np.int64)
     by_rest = np.argsort(quotas - exact, kind="stable")
     quotas[by_rest[: BLOCK - quotas.sum()]] += 1
@@ -125,7 +118,7 @@ def training_plan(
     """Make the plan of the training sets.
 
     Raises:
-        ValueError: a set is too small, or weights or shares are invalid.
+        ValueError: a set is too small, or weights are invalid.
     """
 
     def plan(first_shard: int, last_shard: int, weights: np.ndarray | None) -> SamplePlan:

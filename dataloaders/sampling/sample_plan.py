@@ -16,8 +16,8 @@ of them, plus or minus one. Everything else stays the same.
 Memory is proportional to the number of shards, plus the windows in use; weights are memory-mapped.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +95,8 @@ class SamplePlan:
         self.window = window
         self._weights = weights
         self._lengths = self.sizes if weights is None else self._shard_weights(weights)
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._epoch = lru_cache(2)(self._draw_epoch)
+        self._window = lru_cache(2 * lanes)(self._draw_window)
 
     def _shard_weights(self, weights: np.ndarray) -> np.ndarray:
         """`(shards,)` float64 sum of the weights of each shard's samples."""
@@ -113,10 +113,6 @@ class SamplePlan:
         if not np.isfinite(sums).all() or low < 0 or sums.sum() <= 0:
             raise ValueError("weights must be finite and 0 or more, and not all 0")
         return sums
-
-    def sample(self, position: int) -> PlannedSample:
-        """Return the sample at one position."""
-        return self.samples(position, 1)[0]
 
     def samples(self, start: int, count: int) -> list[PlannedSample]:
         """Return the samples at positions `start .. start + count - 1`."""
@@ -173,23 +169,19 @@ class SamplePlan:
         shard, sample = any_sample(self.ends, self.seed, "substitute", position, attempt)
         return PlannedSample(shard, sample, position // self.count)
 
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
-            order = random_permutation(self.seed, "order", _SHARD_ORDER + number, len(self.sizes))
-            # The lane of the epoch's first position turns with the epoch when lanes do not divide
-            # the set, so the lanes that are one sample longer do too.
-            distance = (np.arange(self.lanes) - number * self.count) % self.lanes
-            lengths = (self.count - distance + self.lanes - 1) // self.lanes
-            word = random_words(self.seed, "order", _WEIGHT_OFFSET + number, 1)[0]
-            self._epochs[number] = _Epoch(
-                order,
-                np.cumsum(self._lengths[order]),
-                np.cumsum(lengths) - lengths,
-                float(word) / 2**32,
-            )
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[number]
+    def _draw_epoch(self, number: int) -> _Epoch:
+        order = random_permutation(self.seed, "order", _SHARD_ORDER + number, len(self.sizes))
+        # The lane of the epoch's first position turns with the epoch when lanes do not divide
+        # the set, so the lanes that are one sample longer do too.
+        distance = (np.arange(self.lanes) - number * self.count) % self.lanes
+        lengths = (self.count - distance + self.lanes - 1) // self.lanes
+        word = random_words(self.seed, "order", _WEIGHT_OFFSET + number, 1)[0]
+        return _Epoch(
+            order,
+            np.cumsum(self._lengths[order]),
+            np.cumsum(lengths) - lengths,
+            float(word) / 2**32,
+        )
 
     def _shuffled(self, epoch: int, run_starts: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Index of each position of one epoch in its concatenated shards."""
@@ -209,17 +201,10 @@ class SamplePlan:
             shuffled[chosen] += start
         return shuffled
 
-    def _window(self, epoch: int, start: int, length: int) -> np.ndarray:
-        """The permutation of one window, which begins at index `start` of the epoch."""
-        name = (epoch, start)
-        if name in self._windows:
-            self._windows.move_to_end(name)
-        else:
-            permutation = random_permutation(self.seed, "order", epoch * self.count + start, length)
-            self._windows[name] = permutation.astype(np.min_scalar_type(length))
-            if len(self._windows) > 2 * self.lanes:
-                self._windows.popitem(last=False)
-        return self._windows[name]
+    def _draw_window(self, epoch: int, start: int, length: int) -> np.ndarray:
+        """Draw the permutation of one window, which begins at index `start` of the epoch."""
+        permutation = random_permutation(self.seed, "order", epoch * self.count + start, length)
+        return permutation.astype(np.min_scalar_type(length))
 
 
 def any_sample(
@@ -241,11 +226,7 @@ def any_sample(
 
 def default_lanes(global_batch: int) -> int:
     """Return the largest divisor of the global batch up to 64."""
-    return max(
-        lanes
-        for lanes in range(1, min(global_batch, MAXIMUM_LANES) + 1)
-        if global_batch % lanes == 0
-    )
+    return largest_divisor(global_batch, MAXIMUM_LANES)
 
 
 def check_ranks(lanes: int, world_size: int) -> None:
@@ -264,9 +245,9 @@ def check_ranks(lanes: int, world_size: int) -> None:
         )
 
 
-def largest_rank_count(lanes: int, most: int) -> int:
-    """Return the largest number of ranks up to `most` that divides the lanes; 0 if `most` is 0."""
-    return next((count for count in range(min(most, lanes), 0, -1) if lanes % count == 0), 0)
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number up to `most`; 0 if `most` is 0."""
+    return next((count for count in range(min(most, number), 0, -1) if number % count == 0), 0)
 
 
 def rank_positions(

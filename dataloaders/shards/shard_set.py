@@ -11,10 +11,8 @@ Several sets of one tier are read as one, with consecutively numbered shards.
 
 import hashlib
 import io
-import threading
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -160,8 +158,7 @@ class ShardSet:
         return values[0]
 
     def _start_reading(self) -> None:
-        self._indexes: OrderedDict[int, MemberIndex] = OrderedDict()
-        self._lock = threading.Lock()
+        self._index = lru_cache(CACHED_INDEXES)(self._read_index)
         self._describe = lru_cache(maxsize=256)(self._read_description)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,20 +317,13 @@ class ShardSet:
         column = index.extensions.index(extension)
         return int(index.offset[sample, column]), int(index.size[sample, column])
 
-    def _index(self, shard: int) -> MemberIndex:
-        with self._lock:
-            index = self._indexes.get(shard)
-            if index is None:
-                file, storage = self.files[shard], self.sets[shard].storage
-                name = f"{Path(file.name).stem}.idx"
-                index = parse_member_index(storage.read_sidecar(name, file), storage.location(name))
-                if len(index.offset) != self.sizes[shard]:
-                    raise ValueError(
-                        f"{self.location(shard)}: its .idx lists {len(index.offset)} samples, "
-                        f"index.json {self.sizes[shard]}; pack the videos again with `cavmae pack`"
-                    )
-                self._indexes[shard] = index
-            self._indexes.move_to_end(shard)
-            if len(self._indexes) > CACHED_INDEXES:
-                self._indexes.popitem(last=False)
-            return index
+    def _read_index(self, shard: int) -> MemberIndex:
+        file, storage = self.files[shard], self.sets[shard].storage
+        name = f"{Path(file.name).stem}.idx"
+        index = parse_member_index(storage.read_sidecar(name, file), storage.location(name))
+        if len(index.offset) != self.sizes[shard]:
+            raise ValueError(
+                f"{self.location(shard)}: its .idx lists {len(index.offset)} samples, "
+                f"index.json {self.sizes[shard]}; pack the videos again with `cavmae pack`"
+            )
+        return index

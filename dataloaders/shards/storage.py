@@ -7,15 +7,13 @@ on a disk of the node, so that an epoch transfers the set once.
 import logging
 import os
 import random
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cavmae.dataloaders.config import CacheSettings
 from cavmae.dataloaders.shards.cache import ChunkCache
@@ -47,40 +45,7 @@ class StoredFile:
     bytes: int
 
 
-class Storage(Protocol):
-    """Reads the files of one folder. Pickled copies open their own files."""
-
-    def location(self, name: str) -> str:
-        """The file's path or URL, for messages."""
-        ...
-
-    def read(self, name: str) -> bytes:
-        """The current content of a file.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            OSError: every try to read it failed.
-        """
-        ...
-
-    def read_sidecar(self, name: str, file: StoredFile) -> bytes:
-        """A whole file that changes only when `file` does; raises like `read`."""
-        ...
-
-    def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
-        """Bytes `offset` to `offset + size`; fewer if the file is shorter than it should be.
-
-        Raises:
-            OSError: every try to read them failed.
-        """
-        ...
-
-    def forget(self, file: StoredFile, offset: int, size: int) -> bool:
-        """Drop a range with wrong bytes from the cache; False if there is no cache."""
-        ...
-
-
-def open_storage(folder: str | Path, cache: CacheSettings | None) -> Storage:
+def open_storage(folder: str | Path, cache: CacheSettings | None) -> "Storage":
     """Open the storage of a folder or URL.
 
     Raises:
@@ -157,15 +122,14 @@ def retried(
 
 
 class LocalFolder:
-    """Reads a folder on a mounted file system."""
+    """Reads the files of a folder on a mounted file system. Pickled copies open their own."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._start()
 
     def _start(self) -> None:
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._opened = lru_cache(OPEN_FILES)(partial(_OpenFile, self.folder))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -175,17 +139,29 @@ class LocalFolder:
         self._start()
 
     def location(self, name: str) -> str:
+        """The file's path, for messages."""
         return str(self.folder / name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, may_be_missing: bool = True) -> bytes:
+        """The current content of a file.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            OSError: every try to read it failed.
+        """
         path = self.folder / name
-        return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=True)
+        return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=may_be_missing)
 
     def read_sidecar(self, name: str, file: StoredFile) -> bytes:
-        path = self.folder / name
-        return retried(path.read_bytes, str(path), LOCAL_TRIES, may_be_missing=False)
+        """A whole file that changes only when `file` does; raises like `read`."""
+        return self.read(name, may_be_missing=False)
 
     def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
+        """Bytes `offset` to `offset + size`; fewer if the file is shorter than it should be.
+
+        Raises:
+            OSError: every try to read them failed.
+        """
         return retried(
             lambda: self._read_range(file.name, offset, size),
             self.location(file.name),
@@ -195,13 +171,14 @@ class LocalFolder:
         )
 
     def forget(self, file: StoredFile, offset: int, size: int) -> bool:
+        """Drop a range with wrong bytes from the cache; False if there is no cache."""
         return False
 
     def _read_range(self, name: str, offset: int, size: int) -> bytes:
-        descriptor = self._file(name).descriptor
+        file = self._opened(name)
         parts = []
         while size > 0:
-            part = os.pread(descriptor, size, offset)
+            part = os.pread(file.descriptor, size, offset)
             if not part:
                 break
             parts.append(part)
@@ -209,22 +186,12 @@ class LocalFolder:
             size -= len(part)
         return b"".join(parts)
 
-    def _file(self, name: str) -> "_OpenFile":
-        with self._lock:
-            opened = self._open.get(name)
-            if opened is None:
-                opened = self._open[name] = _OpenFile(self.folder / name)
-            self._open.move_to_end(name)
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-            return opened
-
 
 class _OpenFile:
     """Closes its descriptor when the last thread that reads it drops it."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, folder: Path, name: str):
+        self.descriptor = os.open(folder / name, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -232,7 +199,8 @@ class _OpenFile:
 
 
 class RemoteFolder:
-    """Fetches the files of a URL by range and caches them in chunks.
+    """Fetches the files of a URL by range and caches them in chunks; its methods are those of
+    `LocalFolder`.
 
     Credentials and endpoints are fsspec's: the store's own environment variables (such as
     `AWS_ACCESS_KEY_ID`), or `FSSPEC_S3_ENDPOINT_URL` and the like.
@@ -337,6 +305,9 @@ class RemoteFolder:
             return data
 
         return retried(fetch, self.location(name), REMOTE_TRIES, may_be_missing=may_be_missing)
+
+
+Storage = LocalFolder | RemoteFolder
 
 
 @contextmanager

@@ -57,17 +57,12 @@ class InspectConfig(CheckedFields):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        config = tyro.cli(InspectConfig, prog="cavmae inspect", args=argv)
-        shards = ShardSet(config.shards)
-        for table in survey(shards, config.seed):
-            Console().print(table)
-        cards = draw(shards, config.clips, config.seed)
-        write_sheet(Path(config.out), config.shards, cards)
-    except (ValueError, OSError, RuntimeError) as error:
-        errors.print(f"error: {error}")
-        return 1
+    config = tyro.cli(InspectConfig, prog="cavmae inspect", args=argv)
+    shards = ShardSet(config.shards)
+    for table in survey(shards, config.seed):
+        Console().print(table)
+    cards = draw(shards, config.clips, config.seed)
+    write_sheet(Path(config.out), config.shards, cards)
     Console().print(f"{len(cards)} clips: {config.out}")
     return 0
 

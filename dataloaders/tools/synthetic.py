@@ -25,6 +25,7 @@ import multiprocessing
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import starmap
 from pathlib import Path
 
 import av
@@ -307,24 +308,14 @@ def encode_clip(frames: np.ndarray, audio: np.ndarray, fps: float) -> bytes:
     return stream_of_bytes.getvalue()
 
 
-@dataclass(frozen=True)
-class _Job:
-    path: Path
-    seed: int
-    index: int
-    sound_index: int
-    size: int
-    fps: float
-    seconds: float
-
-
-def _write_clip(job: _Job) -> str:
-    hidden = latents(job.seed, job.index, job.seconds)
-    heard = latents(job.seed, job.sound_index, job.seconds)
-    frames = render_frames(hidden, job.seed, job.index, job.size, job.fps, job.seconds)
-    audio = render_audio(heard, job.seed, job.sound_index, job.seconds)
-    with atomic_write(job.path, durable=False) as temporary:
-        temporary.write_bytes(encode_clip(frames, audio, job.fps))
+def _write_clip(
+    path: Path, seed: int, index: int, sound_index: int, size: int, fps: float, seconds: float
+) -> str:
+    hidden = latents(seed, index, seconds)
+    frames = render_frames(hidden, seed, index, size, fps, seconds)
+    audio = render_audio(latents(seed, sound_index, seconds), seed, sound_index, seconds)
+    with atomic_write(path, durable=False) as temporary:
+        temporary.write_bytes(encode_clip(frames, audio, fps))
     return hidden.label
 
 
@@ -364,24 +355,18 @@ def generate(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sounds = _other_clips(count, seed) if shuffled_pairs else np.arange(count)
+    indexes = [start_index + number for number in range(count)]
+    paths = [folder / f"{index:06d}.mp4" for index in indexes]
     jobs = [
-        _Job(
-            folder / f"{start_index + number:06d}.mp4",
-            seed,
-            start_index + number,
-            start_index + int(sounds[number]),
-            size,
-            fps,
-            seconds,
-        )
-        for number in range(count)
+        (path, seed, index, start_index + int(sound), size, fps, seconds)
+        for path, index, sound in zip(paths, indexes, sounds, strict=True)
     ]
     workers = min(workers or len(os.sched_getaffinity(0)), -(-count // 16))
     if workers == 1:
-        labels = [_write_clip(job) for job in jobs]
+        labels = list(starmap(_write_clip, jobs))
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            labels = pool.map(_write_clip, jobs, chunksize=16)
+            labels = pool.starmap(_write_clip, jobs, chunksize=16)
     listing = folder / "clips.csv"
     with (
         atomic_write(listing) as temporary,
@@ -389,8 +374,9 @@ def generate(
     ):
         writer = csv.writer(file)
         writer.writerow(["path", "start", "end", "labels"])
-        for job, label in zip(jobs, labels, strict=True):
-            writer.writerow([job.path.name, "", "", label])
+        writer.writerows(
+            [path.name, "", "", label] for path, label in zip(paths, labels, strict=True)
+        )
     return listing
 
 

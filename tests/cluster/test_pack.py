@@ -12,6 +12,7 @@ from launch import ROOT
 from rich.console import Console
 
 from cavmae.cluster import pack as cluster_pack
+from cavmae.command import exit_code
 from cavmae.dataloaders.packing import pack as local_pack
 from cavmae.dataloaders.packing.pack import PackConfig
 from cavmae.dataloaders.tools.synthetic import generate
@@ -49,5 +50,6 @@ def test_ray_packs_the_same_bytes_and_goes_on_where_another_stopped(tmp_path: Pa
 def test_the_module_alone_knows_no_cluster(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert local_pack.main([str(tmp_path), str(tmp_path / "out"), "--ray"]) == 1
+    words = [str(tmp_path), str(tmp_path / "out"), "--ray"]
+    assert exit_code(local_pack.main, words) == 1
     assert "ray is set, which only `cavmae pack` supports" in (capsys.readouterr().err)

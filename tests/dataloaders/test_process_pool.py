@@ -90,6 +90,19 @@ def test_a_crash_loses_only_the_task_it_happened_at(start: Callable[..., Process
     assert [future.result() for future in futures] == [2, failure, 4, 3]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tasks_queued_behind_a_crash_are_run_again(
+    start: Callable[..., ProcessPool], workers: int
+) -> None:
+    pool = start(eval, workers)
+    crashing = {2, 3, 7, 12, 29}
+    abort = "__import__('os').abort()"
+    futures = [pool.submit(abort if number in crashing else str(number)) for number in range(30)]
+    failure = Failure("worker_crashed", "its process died with signal SIGABRT")
+    expected = [failure if number in crashing else number for number in range(30)]
+    assert [future.result() for future in futures] == expected
+
+
 def test_a_killed_idle_worker_is_replaced(start: Callable[..., ProcessPool]) -> None:
     pool = start(math.factorial, 1)
     assert pool.submit(4).result() == 24

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig

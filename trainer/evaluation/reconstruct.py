@@ -15,9 +15,8 @@ import tyro
 
 from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.constants import AUDIO_HZ, IMAGE_STD
+from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, IMAGE_STD, WINDOW_SAMPLES
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig

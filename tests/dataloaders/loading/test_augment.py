@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import (
     center_crop,

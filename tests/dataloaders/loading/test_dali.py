@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.dali import (
     ClipDecoder,
     DecodedClips,
@@ -50,15 +51,14 @@ def packed_by_codec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     }
 
 
-def read(folder: Path, positions: list[int], **fields: object) -> list[EncodedClip]:
+def read(folder: Path, positions: list[int], training: bool = True) -> list[EncodedClip]:
     """Clips read as for training: sample `position % CLIPS` of the first shard."""
     settings = ReaderSettings(
         shards=ShardSet(folder),
+        config=DataConfig(),
+        shape=ClipShape(audio_frames=198, mel_bins=32, image_size=IMAGE_SIZE),
         seed=3,
-        frame_choice="by_time",
-        image_size=IMAGE_SIZE,
-        audio_samples=32000,
-        draw_frame=bool(fields.get("draw_frame", True)),
+        training=training,
         gpu=None,
     )
     reader = ClipReader(settings)
@@ -91,8 +91,8 @@ def test_every_tier_and_codec_shows_nearly_the_same_frame(
 ) -> None:
     """The middle frame, which does not depend on the tier."""
     positions = list(range(CLIPS))
-    vp9 = decode("video", read(packed_by_codec["vp9"], positions, draw_frame=False))
-    other = decode(tier_of(source), read(packed_by_codec[source], positions, draw_frame=False))
+    vp9 = decode("video", read(packed_by_codec["vp9"], positions, training=False))
+    other = decode(tier_of(source), read(packed_by_codec[source], positions, training=False))
     assert np.abs(levels(vp9) - levels(other)).mean() < 4
     another_clip = np.roll(levels(other), 1, axis=0)
     assert np.abs(levels(vp9) - another_clip).mean() > 12
@@ -226,7 +226,7 @@ def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
 ) -> None:
     """NVDEC takes VP9 from 128 pixels; the clips here have 64."""
     shards = ShardSet(packed_by_codec["vp9"])
-    settings = ReaderSettings(shards, 0, "by_time", 48, 32000, True, gpu=0)
+    settings = ReaderSettings(shards, DataConfig(), ClipShape(198, 32, 48), 0, True, gpu=0)
     clip = ClipReader(settings)(ReadTask(0, 0, 0, 0))
     assert isinstance(clip, EncodedClip)
     assert clip.pixels is not None

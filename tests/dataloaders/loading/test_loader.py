@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -365,8 +365,7 @@ SCRIPT = """
 import itertools, os, sys, threading
 from pathlib import Path
 import torch
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 def say(line):
     # One write: `print` of an unbuffered process makes two, and two processes mix theirs.

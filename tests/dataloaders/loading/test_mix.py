@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
@@ -66,8 +66,7 @@ def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
 
 
 def reader(shards: ShardSet, **settings: Any) -> ClipReader:
-    samples = 207 * 160 + 400
-    return ClipReader(ReaderSettings(shards, SEED, "by_time", 48, samples, True, None, **settings))
+    return ClipReader(ReaderSettings(shards, DataConfig(**settings), SHAPE, SEED, True, None))
 
 
 # ------------------------------------------------------------------------------------- draws
@@ -134,7 +133,7 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
     config = DataConfig()
     mixed = rows(augmentation, 1)
     for position, row in mixed.items():
-        planned = plan.sample(position)
+        planned = plan.samples(position, 1)[0]
         places = [planned[:2], any_sample(plan.ends, SEED, "mix_source", position, 0)]
         share = row["mixup_lambda"]
         assert share == np.float32(mixup_lambda(augmentation, SEED, position)) and share < 1

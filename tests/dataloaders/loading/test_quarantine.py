@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from cavmae.dataloaders.batch import AudioVideoBatch, ClipShape
-from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
@@ -167,7 +167,7 @@ def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
     tier = packed_synthetic / "video"
     whole = ShardSet(tier)
     plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
-    bad = plan.sample(6)
+    bad = plan.samples(6, 1)[0]
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {(bad.shard, bad.sample): break_it})
 
@@ -250,7 +250,7 @@ def test_bad_clips_read_ahead_are_not_reported_before_their_batch(
     plan = SamplePlan(
         ShardSet(packed_synthetic / "video").sizes, SEED, LANES, CONFIG.shuffle_window
     )
-    bad = plan.sample(9)
+    bad = plan.samples(9, 1)[0]
     copy = damaged_copy(
         packed_synthetic / "video",
         tmp_path / "copy",
@@ -385,8 +385,7 @@ import itertools, os, sys
 from pathlib import Path
 import torch
 from cavmae.dataloaders.loading import reader
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.loading.loader import TrainLoader
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
@@ -411,7 +410,7 @@ def test_a_crash_leaves_the_names_of_what_was_being_decoded(
     lines = [line.split() for line in journal.read_text().splitlines()]
     assert len(lines) == BATCH
     for position, epoch, shard, sample, sample_id in lines:
-        planned = plan.sample(int(position))
+        planned = plan.samples(int(position), 1)[0]
         assert (int(epoch), int(shard), int(sample)) == (
             planned.epoch,
             planned.shard,
@@ -444,7 +443,7 @@ def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
     lines = []
     damages = {}
     for position in (2, 5, 8, 9):
-        one = plan.sample(position)
+        one = plan.samples(position, 1)[0]
         damages[one.shard, one.sample] = packed_as("flac", b"x")
         sample_id = whole.sample_id(one.shard, one.sample)
         lines.append(f"{position} {one.epoch} {one.shard} {one.sample} {sample_id}\n")

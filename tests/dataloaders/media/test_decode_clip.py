@@ -496,7 +496,7 @@ def test_clips_under_the_minimum_are_too_short(tmp_path: Path, write_video: Writ
     pictures = [np.full((48, 64, 3), 90, np.uint8)] * 3
     path = write_video(tmp_path / "v.mkv", frames=pictures, sound=tone(440, 0.3))
     assert reason(path) == "too_short"
-    assert len(decode(path, minimum_seconds=0.25).audio) == 4800
+    assert len(decode(path, min_seconds=0.25).audio) == 4800
 
 
 def test_a_clip_that_needs_too_much_memory_is_refused(

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import cavmae.dataloaders.packing.pack as pack_module
+from cavmae.command import exit_code
 from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -54,7 +55,7 @@ def packed_bytes(out: Path) -> dict[str, str]:
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line that a failing command says."""
-    assert main([str(argument) for argument in arguments]) == 1
+    assert exit_code(main, [str(argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: ")
@@ -246,7 +247,7 @@ def test_a_clip_over_the_time_limit_is_skipped_by_name(
 ) -> None:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mkv")
-    limit = ("--maximum-seconds-per-clip", "0.001", "--workers", "1")
+    limit = ("--max-seconds-per-clip", "0.001", "--workers", "1")
     message = fails(capsys, tmp_path / "videos", tmp_path / "out", *limit)
     assert "none of the 1 clips can be packed: timeout 1" in message
 
@@ -257,7 +258,7 @@ def test_a_clip_over_the_cpu_limit_is_skipped_by_name(
     (tmp_path / "videos").mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (60, 480, 640, 3), np.uint8)
     write_video(tmp_path / "videos" / "a.mkv", frames=list(noise))
-    options = ("--maximum-cpu-seconds-per-clip", "0.01", "--workers", "1")
+    options = ("--max-cpu-seconds-per-clip", "0.01", "--workers", "1")
     message = fails(capsys, tmp_path / "videos", tmp_path / "out", *options)
     assert "none of the 1 clips can be packed: cpu_limit 1" in message
 
@@ -369,7 +370,7 @@ def test_a_restart_with_other_options_is_refused_by_name(
 ) -> None:
     before = packed_bytes(packed)
     arguments = [str(videos), str(packed), "--clips-per-shard", "3", *option]
-    assert main(arguments) == 1
+    assert exit_code(main, arguments) == 1
     assert re.search(message, capsys.readouterr().err)
     assert packed_bytes(packed) == before
 

@@ -88,9 +88,9 @@ def test_weights_that_cannot_be_used_are_refused(weights: np.ndarray, message: s
         SamplePlan(SIZES, 0, lanes=4, window=10, weights=weights)
 
 
-def mixture(shares: tuple[float, ...], lanes: int = 4, seed: int = 0) -> MixturePlan:
+def mixture(weights: tuple[float, ...], lanes: int = 4, seed: int = 0) -> MixturePlan:
     plans = [SamplePlan(sizes, seed, lanes, 20) for sizes in ([25] * 4, [10] * 3, [9])]
-    return MixturePlan(plans[: len(shares)], shares)
+    return MixturePlan(plans[: len(weights)], weights)
 
 
 def set_of(shard: int) -> int:
@@ -98,14 +98,14 @@ def set_of(shard: int) -> int:
 
 
 @settings(max_examples=4, deadline=None)
-@given(shares=st.lists(st.floats(0.05, 5), min_size=3, max_size=3), seed=st.integers(0, 9))
-def test_each_set_has_its_share_of_every_lane(shares: list[float], seed: int) -> None:
-    plan = mixture(tuple(shares), seed=seed)
+@given(weights=st.lists(st.floats(0.05, 5), min_size=3, max_size=3), seed=st.integers(0, 9))
+def test_each_set_has_its_weight_in_every_lane(weights: list[float], seed: int) -> None:
+    plan = mixture(tuple(weights), seed=seed)
     for lane in range(4):
         positions = np.arange(lane, 4 * BLOCK * 2, 4)
         found = Counter(set_of(shard) for shard, _ in places(plan, positions))
-        for which, share in enumerate(shares):
-            assert abs(found[which] / (2 * BLOCK) - share / sum(shares)) <= 1 / BLOCK
+        for which, weight in enumerate(weights):
+            assert abs(found[which] / (2 * BLOCK) - weight / sum(weights)) <= 1 / BLOCK
 
 
 def test_each_set_keeps_its_epochs() -> None:
@@ -142,11 +142,11 @@ def test_a_substitute_comes_from_the_set_of_its_position() -> None:
         assert substitute.epoch == planned.epoch
 
 
-@pytest.mark.parametrize("shares", [(1.0,), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, 1e-9)])
-def test_shares_that_cannot_be_used_are_refused(shares: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, 1e-9)])
+def test_weights_of_a_mixture_that_cannot_be_used_are_refused(weights: tuple[float, ...]) -> None:
     plans = [SamplePlan([10], 0, 2, 5) for _ in range(3)]
     with pytest.raises(ValueError, match="mixture"):
-        MixturePlan(plans, shares)
+        MixturePlan(plans, weights)
 
 
 def test_the_configuration_chooses_the_order(packed_synthetic: Path, tmp_path: Path) -> None:

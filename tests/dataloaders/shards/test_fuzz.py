@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.reader import (
     BadSample,
     ClipReader,
@@ -171,11 +172,10 @@ def reader_of(folder: Path) -> ClipReader:
     return ClipReader(
         ReaderSettings(
             shards=ShardSet(folder),
+            config=DataConfig(),
+            shape=ClipShape(audio_frames=198, mel_bins=32, image_size=48),
             seed=0,
-            frame_choice="by_time",
-            image_size=48,
-            audio_samples=32000,
-            draw_frame=True,
+            training=True,
             gpu=None,
         )
     )

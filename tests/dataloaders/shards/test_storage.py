@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from cavmae.benchmarks.harness.object_store import FAULTS, ObjectStore, object_store
-from cavmae.dataloaders.batch import ClipShape
-from cavmae.dataloaders.config import Augmentation, CacheSettings, DataConfig
+from cavmae.dataloaders.config import Augmentation, CacheSettings, ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
 from cavmae.dataloaders.shards.cache import ChunkCache

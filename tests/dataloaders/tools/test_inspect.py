@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools import inspect
 
@@ -65,7 +66,7 @@ def test_skipped_clips_are_counted(
 
 
 def test_a_set_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect.main(["nowhere"]) == 1
+    assert exit_code(inspect.main, ["nowhere"]) == 1
     errors = capsys.readouterr().err
     assert "nowhere/index.json does not exist" in errors and errors.count("\n") == 1
 

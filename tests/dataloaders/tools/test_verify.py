@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cavmae.command import exit_code
 from cavmae.dataloaders.shards.format import description_bytes, member_names, parse_member_index
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
@@ -176,7 +177,7 @@ def test_a_description_that_breaks_the_schema_is_found(
 def test_a_folder_that_was_not_packed_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path)]) == 1
+    assert exit_code(main, [str(tmp_path)]) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "cavmae pack" in error
     assert "Traceback" not in error
