@@ -144,8 +144,8 @@ def classified(
         targets = labels.targets(batch.labels, batch.sample_ids)
         return {"targets": targets} | {mode: _logits(model, batch, mode) for mode in modes}
 
-    shown = {"batch": config.batch, "clips": config.clips, "frames": config.frames}
-    loader = whole_clips(run.config, config.shards, device, **shown)
+    batch, clips, frames = config.batch, config.clips, config.frames
+    loader = whole_clips(run.config, config.shards, device, batch=batch, clips=clips, frames=frames)
     return clip_outputs(forward, loader, config.shards, device)
 
 
