@@ -49,22 +49,20 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
         cluster: address; workers and their cores size a cluster that is started.
         threads: OMP threads in each of Ray's processes.
     """
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    address = address_of(cluster)
-    if not address:
-        for name, value in _OWN_CLUSTER_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-    import ray
-
+    address, environment = address_of(cluster), _RAY_ENVIRONMENT
     options: dict[str, Any] = {"address": address}
     if not address:
+        environment = environment | _OWN_CLUSTER_ENVIRONMENT
         options = {
             "address": "local",
             "num_cpus": cluster.workers * cluster.cpus_per_worker,
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    import ray
+
     ray.init(
         **options,
         runtime_env={

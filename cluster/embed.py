@@ -5,7 +5,6 @@ a process that died is restarted by Ray and does what is missing of the same sha
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +15,6 @@ import tyro
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import absolute_path, connected, report_shortage
-from cavmae.command import exit_code
 from cavmae.trainer.embeddings.embed import (
     EmbedConfig,
     embed_set,
@@ -155,7 +153,3 @@ def main(arguments: list[str]) -> int:
     executor = partial(_on_ray, config) if config.workers else in_this_process
     tell(config, embed_set(config, executor))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

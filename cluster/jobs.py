@@ -70,7 +70,8 @@ def submit(arguments: list[str]) -> int:
     name = re.sub(r"[^\w-]+", "-", Path(config.run_dir).name)
     job = client.submit_job(
         entrypoint=shlex.join(
-            ["python", "-m", "cavmae.cluster.train", *_without_address(arguments)]
+            # The address is the job server's: a job finds its own cluster.
+            ["python", "-m", "cavmae.cluster.train", *arguments, "--address="]
         ),
         submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
         runtime_env=_runtime_env(),
@@ -83,19 +84,6 @@ def submit(arguments: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def _without_address(words: list[str]) -> list[str]:
-    """Drop the job server's address: a job finds its own cluster."""
-    kept, skip = [], False
-    for word in words:
-        if skip or word.startswith("--address="):
-            skip = False
-        elif word == "--address":
-            skip = True
-        else:
-            kept.append(word)
-    return kept
 
 
 def _runtime_env() -> dict[str, Any]:

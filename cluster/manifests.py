@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import string
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import tyro
 from rich.console import Console
 
 from cavmae.atomic_write import atomic_write
-from cavmae.command import exit_code
 from cavmae.field_checks import CheckedFields, PositiveInt
 
 FILES = ("ray-cluster.yaml", "ray-job.yaml", "ray-aws.yaml", "slurm.sh")
@@ -151,7 +149,3 @@ def _read_template(name: str) -> str:
         lambda found: textwrap.indent(_read_template(found[2]), found[1]),
         (_TEMPLATES / name).read_text(),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.atomic_write import atomic_write, read_json, write_text
+from cavmae.atomic_write import read_json, write_text
 from cavmae.trainer.tracking.metrics_file import read_metrics
 from cavmae.trainer.tracking.tracker import log_files
 
@@ -68,6 +68,8 @@ def _plot(
     """Plot losses over steps, and R@10 of each run where it was measured."""
     from matplotlib.figure import Figure
 
+    from cavmae.trainer.tracking.figures import save_figure
+
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, records in runs.items():
@@ -83,5 +85,4 @@ def _plot(
     right.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel="validation R@10")
     if scores:
         right.legend(fontsize="small")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)

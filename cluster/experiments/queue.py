@@ -77,12 +77,11 @@ def main(arguments: list[str]) -> int:
         try:
             _run(path, folder, read, experiments, address)
         finally:
-            for experiment in experiments:
-                if experiment.driver is not None:
-                    experiment.driver.request_stop()
-            for experiment in experiments:
-                if experiment.driver is not None:
-                    experiment.driver.wait()
+            drivers = [one.driver for one in experiments if one.driver is not None]
+            for driver in drivers:
+                driver.request_stop()
+            for driver in drivers:
+                driver.wait()
     compare(folder, {one.name: one.state for one in experiments}, Console())
     return 0 if all(one.state == "finished" for one in experiments) else 1
 

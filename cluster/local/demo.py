@@ -25,7 +25,6 @@ from rich.table import Table
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import train_on_ray
-from cavmae.command import exit_code
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
@@ -35,11 +34,7 @@ from cavmae.trainer.config.serialize import load_config
 
 UNSEEN_START_INDEX = 1_000_000
 """A clip is a function of seed and index, so these are none of the training clips."""
-RECALLS = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
-DIRECTIONS = {
-    "audio_to_video": "audio to video",
-    "video_to_audio": "video to audio",
-}
+DIRECTIONS = ("audio_to_video", "video_to_audio")
 _LIMITATIONS = (
     "The videos are generated so that pictures and sounds correspond: this shows that the system "
     "learns correspondences that were designed to be learned, and is no evidence about natural "
@@ -259,13 +254,13 @@ def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: i
     table.add_column("", no_wrap=True)
     for column in ("trained", "95% CI", "chance", "x chance", "p", "untrained"):
         table.add_column(column, justify="right", no_wrap=True)
-    for direction, title in DIRECTIONS.items():
-        table.add_row(f"[bold]{title}")
-        for name, recall in RECALLS.items():
-            key = f"val_{direction}_{name}"
+    for direction in DIRECTIONS:
+        table.add_row(f"[bold]{direction.replace('_', ' ')}")
+        for k in (1, 5, 10):
+            key = f"val_{direction}_r{k}"
             value, chance, p = (scores[key + part] for part in ("", "_chance", "_p_value"))
             table.add_row(
-                recall,
+                f"R@{k}",
                 f"{value:.1%}",
                 f"{100 * scores[f'{key}_low']:.0f} to {scores[f'{key}_high']:.0%}",
                 f"{chance:.1%}",
@@ -278,7 +273,3 @@ def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: i
         values = [f"{scores[key]:g}", "", f"{chance:g}", "", "", f"{untrained[key]:g}"]
         table.add_row("median rank", *values)
     return table
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

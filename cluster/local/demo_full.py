@@ -23,7 +23,6 @@ from rich.table import Table
 
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
-from cavmae.command import exit_code
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SEARCHES = 8
@@ -253,7 +252,3 @@ def _show(demo: Demo) -> int:
     if failed:
         print(f"error: not as good as it must be: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

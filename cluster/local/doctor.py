@@ -24,7 +24,6 @@ from rich.console import Console
 import cavmae
 from cavmae.cluster.local import checks
 from cavmae.cluster.local.checks import STATES, Finding, judge, show
-from cavmae.command import exit_code
 from cavmae.dataloaders.config import ClipShape, DataConfig
 
 _RUN_BYTES = 20e9
@@ -191,7 +190,3 @@ def main(arguments: list[str]) -> int:
     counts = {state: sum(one.state == state for one in findings) for state in STATES}
     print(", ".join(f"{state}: {count}" for state, count in counts.items()))
     return 1 if counts["problem"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """What is shown of a job, and what is refused before it becomes one (the real thing is in
 tests/trainer/test_launchers.py)."""
 
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from tiny_run import tiny_run
 
 from cavmae.cluster import jobs, status_relay
-from cavmae.cluster.jobs import _without_address, job_state, logs, run_state, status, stop, submit
+from cavmae.cluster.config import RAY_KINDS
+from cavmae.cluster.jobs import job_state, logs, run_state, status, stop, submit
+from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import requested_stop
 from cavmae.trainer.run_status import RunStatus, last_line, write_status
@@ -102,9 +105,24 @@ def test_a_run_that_trains_outside_of_the_cluster_is_not_submitted(
         submit(["demo", "--data.train", "/s", "--run-dir", str(tmp_path)])
 
 
-def test_a_job_is_not_told_the_address_of_the_job_server() -> None:
-    words = ["demo", "--address", "http://a:8265", "--workers", "8", "--address=http://b", "x"]
-    assert _without_address(words) == ["demo", "--workers", "8", "x"]
+def test_a_job_uses_its_own_cluster_and_not_the_address_of_the_job_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entrypoints: list[str] = []
+
+    def submit_job(entrypoint: str, **_: object) -> str:
+        entrypoints.append(entrypoint)
+        return "job"
+
+    client = SimpleNamespace(list_jobs=list, submit_job=submit_job)
+    monkeypatch.setattr(jobs, "_client", lambda _: client)
+    words = ["demo", "--data.train", "/s", "--run-dir", str(tmp_path), "--workers", "4"]
+    for address in (["--address", "http://a:8265"], ["--address=http://b"]):
+        submit([*words, *address])
+        driver = shlex.split(entrypoints.pop())
+        assert driver[:3] == ["python", "-m", "cavmae.cluster.train"]
+        config = parse(driver[3:], RAY_KINDS, "cavmae train")
+        assert (config.cluster.address, config.cluster.workers) == ("", 4)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ cannot rename; this way works on both.
 import json
 import re
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,14 +129,12 @@ def verify_file(store: Store, name: str, expected: FileDigest, copy_to: Path | N
         OSError: it could not be read, or the copy could not be written.
     """
     crc32 = 0
-    if copy_to is None:
+    if copy_to:
+        copy_to.parent.mkdir(parents=True, exist_ok=True)
+    with copy_to.open("wb") if copy_to else nullcontext() as copy:
         for block in store.read_blocks(name, expected.bytes):
             crc32 = zlib.crc32(block, crc32)
-    else:
-        copy_to.parent.mkdir(parents=True, exist_ok=True)
-        with open(copy_to, "wb") as copy:
-            for block in store.read_blocks(name, expected.bytes):
-                crc32 = zlib.crc32(block, crc32)
+            if copy:
                 copy.write(block)
     if crc32 != expected.crc32:
         raise CorruptCheckpointError(f"{name} has changed since it was written")

@@ -218,18 +218,9 @@ def convert_checkpoint(folder: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--input_folder",
-        str(folder / "state"),
-        "--output_folder",
-        str(target / "universal"),
-        "--num_extract_workers",
-        "1",
-        "--num_merge_workers",
-        "1",
-        "--inject_missing_state",
+        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+        *("--input_folder", str(folder / "state"), "--output_folder", str(target / "universal")),
+        *("--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

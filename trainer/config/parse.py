@@ -1,6 +1,5 @@
 """Parses a command line into the configuration of a run."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -34,8 +33,7 @@ def parse(arguments: list[str], kinds: Sequence[type[Config]], prog: str) -> Con
     if not arguments or arguments[0].startswith("-"):
         if not {"-h", "--help"} & set(arguments):
             raise ValueError(f"name a recipe ({names}) or a saved config.json first")
-        kind = kinds[0]
-        base = kind()
+        kind, base = kinds[0], kinds[0]()
         description = f"First word: a recipe ({names}) or the path of a saved config.json."
     else:
         name, *arguments = arguments
@@ -55,8 +53,7 @@ def parse(arguments: list[str], kinds: Sequence[type[Config]], prog: str) -> Con
                 "one of its runs"
             )
         kind = found
-        fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-        base = kind(**fields)
+        base = kind(**vars(recipe))
     return tyro.cli(kind, prog=prog, default=base, args=arguments, description=description)
 
 

@@ -92,15 +92,13 @@ def paper_vggsound() -> PretrainConfig:
     `cavmae pretrain paper_vggsound --data.train VGGSOUND/frames --initial-weights MAE.pth`, packed
     with `--frame-choice published`.
     """
-    return PretrainConfig(
+    return replace(
+        paper_audioset(),
         run_dir="runs/paper_vggsound",
-        epochs=25,
         global_batch=120,
         micro_batch=30,
-        data=DataConfig(frame_choice="published", augmentation=Augmentation(noise=True)),
         loss=LossConfig(contrastive_group=30, scale=4.0),
         optimizer=OptimizerConfig(learning_rate=1e-4),
-        schedule=ScheduleConfig(name="step", step_start_epochs=10, step_every_epochs=5),
     )
 
 
@@ -226,17 +224,11 @@ def vggsound() -> FinetuneConfig:
     --data.validation TEST/frames --classifier.labels class_labels_indices_vgg.csv`, packed with
     `--frame-choice published`.
     """
-    return FinetuneConfig(
+    return replace(
+        audioset_2m(),
         run_dir="runs/vggsound",
-        epochs=10,
         average_from_epoch=3,
-        global_batch=48,
-        micro_batch=48,
-        data=DataConfig(
-            frame_choice="published", sampling="weighted", augmentation=PUBLISHED_AUGMENTATION
-        ),
         optimizer=OptimizerConfig(learning_rate=1e-4),
-        schedule=ScheduleConfig(step_start_epochs=2, step_every_epochs=1),
         validation=ValidationConfig(every_steps=3_827, clips=16_000),
         classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )
@@ -256,14 +248,12 @@ def demo_finetune() -> FinetuneConfig:
         micro_batch=16,
         model=pretraining.model,
         data=replace(pretraining.data, augmentation=Augmentation(mixup_prob=0.5)),
-        optimizer=OptimizerConfig(
-            name="adamw", learning_rate=3e-4, beta1=0.9, beta2=0.98, weight_decay=0.01
-        ),
+        optimizer=replace(pretraining.optimizer, learning_rate=3e-4),
         schedule=ScheduleConfig(name="cosine", warmup_steps=20),
-        engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
+        engine=pretraining.engine,
         checkpoint=CheckpointConfig(every_steps=100),
         validation=ValidationConfig(every_steps=100, clips=200),
-        tracking=TrackingConfig(every_steps=20),
+        tracking=pretraining.tracking,
         classifier=ClassifierConfig(loss="cross_entropy", head_lr_mult=10),
     )
 

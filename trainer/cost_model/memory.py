@@ -75,11 +75,10 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of one rank.
+class Footprint(State):
+    """Bytes of one rank: its state, and what a step adds.
 
     Attributes:
-        weights, optimizer, buckets: see `State`.
         clips: of the micro-batches of a step, and those prefetched.
         passes: peak of activations and gradients in forward and backward passes.
         reduction: gradients and their copies while they are reduced over ranks.
@@ -88,9 +87,6 @@ class Footprint:
         allowance: for everything but our tensors.
     """
 
-    weights: int
-    optimizer: int
-    buckets: int
     clips: int
     passes: int
     reduction: int

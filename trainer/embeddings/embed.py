@@ -173,17 +173,16 @@ def write_files(
     numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
     places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
     data = dataclasses.replace(run.config.data, max_bad_fraction=config.max_bad_fraction)
+    device = model.norm.weight.device
     loader = whole_clips(
-        data,
-        run.config.model,
+        dataclasses.replace(run.config, data=data),
         config.shards,
-        model.norm.weight.device,
+        device,
         batch=config.batch,
         frames=config.frames,
         parts=places,
     )
     try:
-        device = model.norm.weight.device
         batches = output_batches(embedding(model), loader, device, origin.torch_dtype)
         batch = next(batches, None)
         for number, here in zip(numbers, places, strict=True):

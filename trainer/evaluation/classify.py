@@ -5,8 +5,6 @@ ten frames the probabilities of a clip are averaged over them, as published.
 """
 
 import csv
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,6 @@ from cavmae.trainer.evaluation.trained_run import (
 )
 from cavmae.trainer.metrics.classification import (
     ClassificationScores,
-    Estimate,
     classification_scores,
     mean_over_frames,
 )
@@ -147,23 +144,13 @@ def classified(
         targets = labels.targets(batch.labels, batch.sample_ids)
         return {"targets": targets} | {mode: _logits(model, batch, mode) for mode in modes}
 
-    loader = whole_clips(
-        run.config.data,
-        run.config.model,
-        config.shards,
-        device,
-        batch=config.batch,
-        clips=config.clips,
-        frames=config.frames,
-    )
+    batch, clips, frames = config.batch, config.clips, config.frames
+    loader = whole_clips(run.config, config.shards, device, batch=batch, clips=clips, frames=frames)
     return clip_outputs(forward, loader, config.shards, device)
 
 
 def score_modes(
-    logits: dict[Mode, torch.Tensor],
-    targets: torch.Tensor,
-    run: FinetuneConfig,
-    resamples: int,
+    logits: dict[Mode, torch.Tensor], targets: torch.Tensor, run: FinetuneConfig, resamples: int
 ) -> dict[Mode, ModeScores]:
     """Score the logits of each mode.
 
@@ -209,7 +196,6 @@ def classify(config: ClassifyConfig) -> None:
     scores = score_modes(logits, targets, run.config, config.resamples)
     clips_of_class = [int(count) for count in targets.sum(dim=0).tolist()]
     result = {
-        "options": dataclasses.asdict(config),
         "clips": len(targets),
         "skipped": made.skipped,
         "leakage": leakage,
@@ -218,7 +204,7 @@ def classify(config: ClassifyConfig) -> None:
         "modes": {mode: _as_json(one, labels) for mode, one in scores.items()},
     }
     kind = "classify" if config.frames == 1 else f"classify-{config.frames}-frames"
-    out = write_evaluation(run, config.out, kind, shards, result)
+    out = write_evaluation(run, config, kind, shards, result)
     _write_classes(out.with_suffix(".csv"), labels, clips_of_class, scores)
     first = scores[modes[0]].scores
     plot_classes(
@@ -260,10 +246,7 @@ def _write_classes(
     path: Path, labels: LabelSet, clips: Sequence[int], scores: dict[Mode, ModeScores]
 ) -> None:
     """Write a row for each class in each mode; empty cells where a class has no such score."""
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["mode", "index", "label", "name", "clips", "average_precision", "auc"])
         for mode, one in scores.items():
@@ -277,25 +260,15 @@ def _table(scores: dict[Mode, ModeScores]) -> Table:
     table = Table(Column("mode", no_wrap=True), "frames", "mAP", "AUC", "d'", "accuracy")
     for mode, one in scores.items():
         of_mode = one.scores
-        shares = [
-            _with_interval(value, "{:.1%}")
-            for value in (of_mode.mean_average_precision, of_mode.mean_auc, of_mode.accuracy)
-        ]
         table.add_row(
             mode,
             str(one.frames),
-            *shares[:2],
-            _with_interval(of_mode.d_prime, "{:.2f}"),
-            shares[2],
+            of_mode.mean_average_precision.describe(),
+            of_mode.mean_auc.describe(),
+            of_mode.d_prime.describe(".2f"),
+            of_mode.accuracy.describe(),
         )
     return table
-
-
-def _with_interval(value: Estimate, form: str) -> str:
-    text = form.format(value.value)
-    if math.isnan(value.low):
-        return text
-    return f"{text} ({form.format(value.low)} to {form.format(value.high)})"
 
 
 def main(arguments: list[str]) -> int:

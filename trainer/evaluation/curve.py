@@ -12,7 +12,6 @@ from typing import Annotated
 
 import tyro
 
-from cavmae.atomic_write import atomic_write
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.tracking.metrics_file import read_metrics
@@ -104,6 +103,8 @@ def plot(found: list[Curve], title: str, path: Path) -> None:
     """Draw a panel for each curve."""
     from matplotlib.figure import Figure
 
+    from cavmae.trainer.tracking.figures import save_figure
+
     rows = -(-len(found) // _PANELS_A_ROW)
     figure = Figure(figsize=(5 * _PANELS_A_ROW, 3.5 * rows), layout="constrained")
     figure.suptitle(title)
@@ -115,9 +116,7 @@ def plot(found: list[Curve], title: str, path: Path) -> None:
         panel.legend(fontsize="small")
     for panel in list(panels)[len(found) :]:
         panel.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def main(arguments: list[str]) -> int:

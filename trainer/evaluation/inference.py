@@ -15,7 +15,6 @@ from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 Forward = Callable[[AudioVideoBatch], Mapping[str, torch.Tensor]]
@@ -53,8 +52,7 @@ class ClipOutputs:
 
 
 def whole_clips(
-    data: DataConfig,
-    sizes: ModelConfig,
+    config: RunConfig,
     shards: str,
     device: torch.device,
     *,
@@ -66,8 +64,7 @@ def whole_clips(
     """Load the clips of a packed tier as a run's model takes them.
 
     Args:
-        data: of the run: how clips are read.
-        sizes: of the model.
+        config: of the run: its model's sizes, and how clips are read.
         shards: a packed tier.
         device: where batches are put.
         batch: clips at a time.
@@ -79,8 +76,9 @@ def whole_clips(
         OSError: no packed shards there.
         ValueError: a set packed for another choice of frames.
     """
+    sizes = config.model
     return ValidationLoader(
-        dataclasses.replace(data, frames_per_clip=frames),
+        dataclasses.replace(config.data, frames_per_clip=frames),
         ClipShape(sizes.audio_frames, sizes.mel_bins, sizes.image_size),
         folder=shards,
         batch=batch,
@@ -202,7 +200,7 @@ def embed(
         DataFaultError: too many clips are damaged.
     """
     device = model.norm.weight.device
-    loader = whole_clips(config.data, config.model, shards, device, batch=batch, clips=clips)
+    loader = whole_clips(config, shards, device, batch=batch, clips=clips)
     made = clip_outputs(embedding(model), loader, shards, device)
     values = {"audio": made.values["audio"], "video": middle_frame(made.values["frames"])}
     return dataclasses.replace(made, values=values)

@@ -5,7 +5,6 @@ predict those of another. The same is done with the features of the same model w
 what is above those is what pretraining has learned.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -154,7 +153,6 @@ def probe(config: ProbeConfig) -> None:
             scores[f"{name}, {kind}"] = classification_scores(guess, truth)
         skipped = {"train": train.skipped, "test": test.skipped}
     result = {
-        "options": dataclasses.asdict(config),
         "classes": classes,
         "skipped": skipped,
         "train_fingerprint": ShardSet(config.train, cache).fingerprint,
@@ -165,7 +163,7 @@ def probe(config: ProbeConfig) -> None:
             for name, one in scores.items()
         },
     }
-    out = write_evaluation(run, config.out, "probe", test_set, result)
+    out = write_evaluation(run, config, "probe", test_set, result)
     Console().print(_table(scores))
     print(f"result: {out}")
 
@@ -178,11 +176,8 @@ def _features(embeddings: ClipOutputs, kind: str) -> torch.Tensor:
 def _table(scores: dict[str, ClassificationScores]) -> Table:
     table = Table("features, classifier", "accuracy", "mAP", "AUC", "clips")
     for name, one in scores.items():
-        values = [
-            f"{value.value:.1%} ({value.low:.1%} to {value.high:.1%})"
-            for value in (one.accuracy, one.mean_average_precision, one.mean_auc)
-        ]
-        table.add_row(name, *values, str(one.clips))
+        values = (one.accuracy, one.mean_average_precision, one.mean_auc)
+        table.add_row(name, *(value.describe() for value in values), str(one.clips))
     return table
 
 

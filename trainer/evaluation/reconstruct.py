@@ -25,11 +25,7 @@ from cavmae.trainer.evaluation.inference import whole_clips
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tracking.figures import (
-    masked_and_reconstructed,
-    patchify,
-    plot_reconstructions,
-)
+from cavmae.trainer.tracking.figures import masked_and_reconstructed, patchify, plot_reconstructions
 
 ERRORS = (
     "mean_squared_error",
@@ -202,7 +198,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         raise ValueError(f"out is {out}, which is not empty; give a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model(device)
-    loader = whole_clips(run.data, run.model, config.shards, device, batch=1, clips=config.clips)
+    loader = whole_clips(run, config.shards, device, batch=1, clips=config.clips)
     out.mkdir(parents=True, exist_ok=True)
     try:
         clips = [
@@ -245,16 +241,8 @@ def _reconstruct_clip(
     log_mel, frame = batch.log_mel.cpu(), frame.cpu()
     audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
     norm_pix = run.loss.norm_pix
-    plot_reconstructions(
-        out / f"{name}.png",
-        log_mel,
-        frame,
-        audio_mask,
-        video_mask,
-        *predicted,
-        norm_pix=norm_pix,
-        names=[sample_id],
-    )
+    shown = (log_mel, frame, audio_mask, video_mask, *predicted)
+    plot_reconstructions(out / f"{name}.png", *shown, norm_pix=norm_pix, names=[sample_id])
 
     spectrogram = log_mel.transpose(1, 2)[:, None]  # (1, 1, mel_bins, audio_frames)
     _, inpainted = masked_and_reconstructed(spectrogram, audio_mask, predicted[0], norm_pix)

@@ -4,7 +4,6 @@ Clips are embedded whole: no clip sees another one, no padding is compared, and 
 depend on how clips were put into batches.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -86,13 +85,12 @@ def retrieve(config: RetrieveConfig) -> None:
         raise ValueError(f"shards {config.shards}: {len(chosen)} clip; retrieval needs 2 or more")
     scores = retrieval_scores(*(embeddings.values[name][chosen] for name in ("audio", "video")))
     result = {
-        "options": dataclasses.asdict(config),
         "clips": len(chosen),
         "skipped": embeddings.skipped,
         "leakage": leakage,
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
-    out = write_evaluation(run, config.out, "retrieve", shards, result)
+    out = write_evaluation(run, config, "retrieve", shards, result)
     Console().print(_table(scores))
     print(f"result: {out}")
 
@@ -100,12 +98,9 @@ def retrieve(config: RetrieveConfig) -> None:
 def _table(scores: dict[str, RetrievalScores]) -> Table:
     table = Table("direction", "R@1", "R@5", "R@10", "median rank", "chance: R@1", "median rank")
     for direction, one in scores.items():
-        recalls = [
-            f"{r.value:.1%} ({r.low:.1%} to {r.high:.1%})" for r in (one.r1, one.r5, one.r10)
-        ]
         table.add_row(
             direction.replace("_", " "),
-            *recalls,
+            *(recall.describe() for recall in (one.r1, one.r5, one.r10)),
             f"{one.median_rank:g}",
             f"{one.r1.chance:.2%}",
             f"{one.chance_median_rank:g}",

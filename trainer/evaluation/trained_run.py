@@ -1,5 +1,6 @@
 """A trained run, as everything that uses its weights opens it."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -113,27 +114,26 @@ def trained_on(config: RunConfig) -> Training:
 
 
 def write_evaluation(
-    run: AnyRun,
-    out: str,
-    kind: str,
-    shards: ShardSet,
-    result: Mapping[str, Any],
+    run: AnyRun, config: Any, kind: str, shards: ShardSet, result: Mapping[str, Any]
 ) -> Path:
-    """Write a result with the weights, clips and code that it depends on; returns the file.
+    """Write a result with the options, weights, clips and code that it depends on; returns the
+    file.
 
     Args:
         run: that was scored.
-        out: JSON file; empty: in `evaluation` of the run folder.
+        config: the command's fields, among them `out`: a JSON file; empty: in `evaluation` of the
+            run folder, with a hash of the other fields in its name.
         kind: of evaluation, for the file's name.
         shards: that it was scored on.
-        result: JSON values; a hash of `options`, the command's, is in the file's name.
+        result: JSON values.
     """
-    options = {name: value for name, value in result["options"].items() if name not in _NOT_IN_NAME}
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+    options = dataclasses.asdict(config)
+    named = {name: value for name, value in options.items() if name not in _NOT_IN_NAME}
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     name = f"{kind}-{shards.fingerprint[:8]}-{digest[:6]}.json"
-    path = Path(out or run.folder / "evaluation" / name)
+    path = Path(config.out or run.folder / "evaluation" / name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**result, **provenance(run, shards)})
+    write_json(path, {"options": options, **result, **provenance(run, shards)})
     return path
 
 

@@ -15,19 +15,11 @@ from typing import Literal
 
 import torch
 
+from cavmae.trainer.metrics.estimate import Estimate
+
 # Values of the part of the resampled counts that is held at a time: 4 MiB, which a cache holds.
 # Parts 16 times as large took twice the time.
 PART_VALUES = 2**20
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A score and its 95% interval over clips (see `classification_scores`), not numbers where
-    none was computed."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -70,9 +62,7 @@ class ClassificationScores:
         that were not computed, and an infinite d'."""
         metrics: dict[str, float] = {}
         for name in ("mean_average_precision", "mean_auc", "d_prime", "accuracy"):
-            for key, value in asdict(getattr(self, name)).items():
-                if math.isfinite(value):
-                    metrics[name if key == "value" else f"{name}_{key}"] = value
+            metrics |= getattr(self, name).as_metrics(name)
         for name in ("average_precision", "auc"):
             skipped = getattr(self, f"classes_without_{name}")
             metrics[f"classes_with_{name}"] = float(len(getattr(self, name)) - len(skipped))

@@ -9,26 +9,24 @@ that are all equal get exactly the recall of chance.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from cavmae.trainer.metrics.estimate import Estimate
+
 
 @dataclass(frozen=True)
-class Recall:
-    """Recall at one k.
+class Recall(Estimate):
+    """Recall at one k: the share of queries whose positive is among the first k, with its Wilson
+    interval.
 
     Attributes:
-        value: share of queries whose positive is among the first k.
-        low, high: Wilson 95% interval of `value`.
         chance: recall of a random order.
         p_value: probability of at least this many hits by chance (exact binomial, one-sided).
     """
 
-    value: float
-    low: float
-    high: float
     chance: float
     p_value: float
 
@@ -55,12 +53,9 @@ class RetrievalScores:
         """Return flat numbers for a tracker: `r1`, `r1_low`, ..., `median_rank`, ..."""
         metrics: dict[str, float] = {}
         for name in ("r1", "r5", "r10"):
-            recall = asdict(getattr(self, name))
-            metrics[name] = recall.pop("value")
-            metrics |= {f"{name}_{key}": value for key, value in recall.items()}
-        metrics["median_rank"] = self.median_rank
-        metrics["chance_median_rank"] = self.chance_median_rank
-        return metrics
+            metrics |= getattr(self, name).as_metrics(name)
+        ranks = {"median_rank": self.median_rank, "chance_median_rank": self.chance_median_rank}
+        return metrics | ranks
 
 
 def retrieval_scores(

@@ -9,12 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cavmae.kernels import (
-    MaskIds,
-    gather_tokens,
-    masked_reconstruction_loss,
-    restore_tokens,
-)
+from cavmae.kernels import MaskIds, gather_tokens, masked_reconstruction_loss, restore_tokens
 from cavmae.trainer.model.blocks import Stream, norm_stream
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, blocks, positions
@@ -90,15 +85,13 @@ class CAVMAE(AudioVideoEncoder):
             streams |= {"audio", "video"}
         if reconstruct:
             streams |= {"joint"}
-        unused = []
-        for name, _ in self.named_parameters():
+
+        def is_used(name: str) -> bool:
             if name.startswith(("decoder_", "mask_token")):
-                used = reconstruct and norm_stream(name) in (None, "joint")
-            else:
-                used = self._encoder_uses(name, ("audio", "video"), streams)
-            if not used:
-                unused.append(name)
-        return self._freeze(unused)
+                return reconstruct and norm_stream(name) in (None, "joint")
+            return self._encoder_uses(name, ("audio", "video"), streams)
+
+        return self._freeze([name for name, _ in self.named_parameters() if not is_used(name)])
 
     def forward(
         self,
@@ -172,11 +165,7 @@ class CAVMAE(AudioVideoEncoder):
         return output
 
     def predict_patches(
-        self,
-        log_mel: torch.Tensor,
-        frame: torch.Tensor,
-        audio_mask: MaskIds,
-        video_mask: MaskIds,
+        self, log_mel: torch.Tensor, frame: torch.Tensor, audio_mask: MaskIds, video_mask: MaskIds
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict every patch, without losses.
 

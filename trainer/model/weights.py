@@ -63,10 +63,7 @@ def load_published(model: CAVMAE, path_or_state: str | Path | State) -> None:
         ValueError: a missing, unexpected or wrongly shaped tensor, with its shapes.
         FileNotFoundError: no such file.
     """
-    if isinstance(path_or_state, str | Path):
-        state = read_state(path_or_state)
-    else:
-        state = _without_prefix(path_or_state)
+    state, _ = _read(path_or_state)
     expected = model.state_dict()
     _check_keys(state, expected, PRETRAINING_FIX)
     _check_shapes({name: (name, state[name]) for name in state}, expected)
@@ -94,10 +91,7 @@ def load_classifier_weights(
             unexpected or wrongly shaped tensor, with its shapes.
         FileNotFoundError: no such file.
     """
-    if isinstance(path_or_state, str | Path):
-        state, source = read_state(path_or_state), str(path_or_state)
-    else:
-        state, source = _without_prefix(path_or_state), "the checkpoint"
+    state, source = _read(path_or_state)
     if "patch_embed_a.proj.weight" not in state:
         raise ValueError(
             f"{source} holds no CAV-MAE weights (patch_embed_a.proj.weight); its first keys are "
@@ -112,11 +106,8 @@ def load_classifier_weights(
     }
     expected = model.state_dict()
     head = [name for name in expected if name.startswith("mlp_head.")]
-    if any(name in state for name in head):
-        _check_classes(source, state, model.classes)
-        kept = []
-    else:
-        kept = head
+    kept = [] if any(name in state for name in head) else head
+    _check_classes(source, state, model.classes)
     _check_keys(state, [name for name in expected if name not in kept], CLASSIFIER_FIX)
     _check_shapes({name: (name, state[name]) for name in state}, expected)
     model.load_state_dict(expected | state)
@@ -144,12 +135,8 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
     source = _without_prefix(source_state)
     state = dict(model.state_dict())
     sources = {name: key for name in state if (key := _mae_key(name, model)) is not None}
-    _check_keys(
-        source,
-        [*dict.fromkeys(sources.values()), "cls_token"],
-        PRETRAINING_FIX,
-        optional="cls_token",
-    )
+    expected = [*dict.fromkeys(sources.values()), "cls_token"]
+    _check_keys(source, expected, PRETRAINING_FIX, optional="cls_token")
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
     _check_shapes({name: (sources[name], tensor) for name, tensor in adapted.items()}, state)
     return state | adapted
@@ -191,6 +178,13 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             "save the bare state dict"
         )
     return _without_prefix(content)
+
+
+def _read(path_or_state: str | Path | State) -> tuple[dict[str, torch.Tensor], str]:
+    """Return tensors without `module.` prefixes, and their source for messages."""
+    if isinstance(path_or_state, str | Path):
+        return read_state(path_or_state), str(path_or_state)
+    return _without_prefix(path_or_state), "the checkpoint"
 
 
 def _without_prefix(state: State) -> dict[str, torch.Tensor]:

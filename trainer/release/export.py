@@ -7,7 +7,6 @@ card. Every graph is compared with the model.
 
 import dataclasses
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +15,6 @@ import torch
 import tyro
 
 from cavmae.atomic_write import atomic_write
-from cavmae.command import exit_code
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
@@ -219,7 +217,3 @@ def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     export(tyro.cli(ExportConfig, prog="cavmae export", args=arguments))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

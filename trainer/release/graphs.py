@@ -103,11 +103,7 @@ def graph_of(model: Model, part: Part) -> ExportedProgram:
 
 def save_torch(graph: ExportedProgram, path: Path) -> Callable[[Inputs], torch.Tensor]:
     """Write a graph for `torch.export.load`; returns a function that runs the written file."""
-    with (
-        warnings.catch_warnings(),
-        atomic_write(path) as temporary,
-        temporary.open("wb") as file,
-    ):
+    with warnings.catch_warnings(), atomic_write(path) as temporary, temporary.open("wb") as file:
         warnings.simplefilter("ignore", FutureWarning)  # torch uses its own deprecated names
         torch.export.save(graph, file)
     module = torch.export.load(path).module()

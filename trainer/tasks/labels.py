@@ -6,6 +6,7 @@ by mid; the display name is for people.
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +42,7 @@ class LabelSet:
         return {label: number for number, label in enumerate(self.labels)}
 
     def targets(self, of_clips: Sequence[Sequence[str]], sample_ids: Sequence[str]) -> torch.Tensor:
-        """Which classes each clip has.
+        """Mark the classes of each clip.
 
         Args:
             of_clips: labels of each clip.
@@ -70,7 +71,7 @@ class LabelSet:
         return targets
 
     def as_csv(self) -> str:
-        """The label file."""
+        """Return the content of the label file."""
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(_COLUMNS)
@@ -115,13 +116,13 @@ def read_labels(path: str | Path) -> LabelSet:
 
 
 def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelSet:
-    """The classes of a run, those of a label file or the labels of its training set; they are kept
-    as `labels.csv` of the run folder.
+    """Find the classes of a run, those of a label file or the labels of its training set, and keep
+    them as `labels.csv` in the run folder.
 
     Args:
         config: the run.
         run_dir: its folder.
-        begun: whether it goes on; then its classes must be those that it began with.
+        begun: whether it resumes; its classes must then be those that it began with.
 
     Raises:
         FileNotFoundError: no such file.
@@ -154,23 +155,22 @@ def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelS
 
 
 def label_counts(tiers: Iterable[str]) -> dict[str, int] | None:
-    """Clips of each label in packed sets as packing counted them; None where that is not there to
-    be read.
+    """Return the clips of each label in packed sets as packing counted them; None where its counts
+    can't be read.
 
     Args:
         tiers: of the sets.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for statistics in map(_statistics, tiers):
         if statistics is None:
             return None
-        for label, count in statistics["classes"].items():
-            counts[label] = counts.get(label, 0) + count
+        counts.update(statistics["classes"])
     return counts
 
 
 def clips_without_label(tiers: Iterable[str]) -> int:
-    """Clips of packed sets that have no label, as far as packing's counts are there to be read."""
+    """Count the clips of packed sets that have no label, as far as packing's counts can be read."""
     return sum(found["clips_without_label"] for found in map(_statistics, tiers) if found)
 
 

@@ -105,44 +105,41 @@ def plot_reconstructions(
         names: of the clips, written beside the rows.
     """
     spectrogram = _on_cpu(log_mel).transpose(1, 2)[:, None]  # (batch, 1, mel_bins, audio_frames)
-    pixels = _on_cpu(frame)
-    sounds = (
-        spectrogram,
-        *masked_and_reconstructed(
-            spectrogram, _mask_on_cpu(audio_mask), _on_cpu(predicted_audio), norm_pix
-        ),
+    shown: list[torch.Tensor] = []
+    for original, mask, predicted in (
+        (spectrogram, audio_mask, predicted_audio),
+        (_on_cpu(frame), video_mask, predicted_video),
+    ):
+        mask = MaskIds(*(ids.cpu() for ids in mask))
+        shown += [original]
+        shown += masked_and_reconstructed(original, mask, _on_cpu(predicted), norm_pix)
+    titles = (
+        *("original", f"masked ({_removed_share(audio_mask):.0%} removed)", "reconstructed"),
+        *("original", f"masked ({_removed_share(video_mask):.0%})", "reconstructed"),
     )
-    frames = (
-        pixels,
-        *masked_and_reconstructed(
-            pixels, _mask_on_cpu(video_mask), _on_cpu(predicted_video), norm_pix
-        ),
-    )
-    titles = ("original", f"masked ({_removed_share(audio_mask):.0%} removed)", "reconstructed")
-    frame_titles = ("original", f"masked ({_removed_share(video_mask):.0%})", "reconstructed")
 
-    clips = len(pixels)
+    clips = len(frame)
     figure = Figure(figsize=(18, 1.0 + 1.9 * clips), dpi=100, layout="constrained")
     axes = figure.subplots(
         clips, 6, squeeze=False, gridspec_kw={"width_ratios": [2.2, 2.2, 2.2, 1, 1, 1]}
     )
-    for clip in range(clips):
+    for clip, row in enumerate(axes):
         # One scale for the three, so that a reconstruction that is too loud or too dark shows.
         low, high = spectrogram[clip].min().item(), spectrogram[clip].max().item()
-        for column, (sound, title) in enumerate(zip(sounds, titles, strict=True)):
-            _show_spectrogram(axes[clip, column], sound[clip, 0], low, high)
-            axes[clip, column].set_title(title if clip == 0 else "", fontsize=10)
-        for column, (image, title) in enumerate(zip(frames, frame_titles, strict=True), start=3):
-            _show_frame(axes[clip, column], image[clip])
-            axes[clip, column].set_title(title if clip == 0 else "", fontsize=10)
-        axes[clip, 0].set_ylabel(names[clip] if names else "mel bin", fontsize=8)
+        for column, axis in enumerate(row):
+            if column < 3:
+                _show_spectrogram(axis, shown[column][clip, 0], low, high)
+            else:
+                _show_frame(axis, shown[column][clip])
+            axis.set_title(titles[column] if clip == 0 else "", fontsize=10)
+        row[0].set_ylabel(names[clip] if names else "mel bin", fontsize=8)
     for axis in axes[-1, :3]:
         axis.set_xlabel("seconds", fontsize=8)
     note = "Reconstructed: visible patches are the original's, removed ones are predicted"
     if norm_pix:
         note += " (brightness and contrast of each removed patch taken from the original)"
     figure.suptitle(note, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def similarity_title(similarity: torch.Tensor) -> str:
@@ -175,7 +172,7 @@ def plot_similarity(path: Path, similarity: torch.Tensor) -> None:
         fontsize=10,
     )
     figure.colorbar(image, ax=axis, label="cosine similarity")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_classes(
@@ -225,7 +222,7 @@ def plot_classes(
             bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"},
             parse_math=False,  # a name may have dollar signs
         )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _show_spectrogram(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
@@ -261,11 +258,8 @@ def _on_cpu(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().cpu()
 
 
-def _mask_on_cpu(mask: MaskIds) -> MaskIds:
-    return MaskIds(*(ids.cpu() for ids in mask))
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

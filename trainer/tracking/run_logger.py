@@ -6,19 +6,17 @@ Every rank has a logger; only rank 0's writes anything but the first line.
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from cavmae.atomic_write import read_json, write_json
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import default_backend
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker
-
-if TYPE_CHECKING:
-    from cavmae.dataloaders.shards.shard_set import ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ class RunLogger:
         self._progress = Progress(config.steps, start_step)
 
     def log_start(
-        self, task_description: str, train_set: "ShardSet", *, resumed_from: str | None
+        self, task_description: str, train_set: ShardSet, *, resumed_from: str | None
     ) -> None:
         """Log the layout of the run, and the checkpoint that it resumes from."""
         config = self._config
