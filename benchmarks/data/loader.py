@@ -24,7 +24,6 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
-from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.clips import make_clips
 from cavmae.benchmarks.data.published_loader import (
     PublishedDataset,
@@ -32,7 +31,9 @@ from cavmae.benchmarks.data.published_loader import (
     batches,
 )
 from cavmae.benchmarks.harness.options import check_least
+from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import timing, write_record
+from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -112,12 +113,9 @@ def main(arguments: list[str]) -> int:
         "memory": _memory(work / "wav" / "frames", config.memory_samples),
     }
     results["bars"] = bars(results)
-    for line in report(results):
-        print(line)
     path = write_record(config.out, "data", CPU, vars(config), results)
-    print(f"record: {path}")
-    _plot(results, str(path.with_suffix(".png")))
-    print(f"plot: {path.with_suffix('.png')}")
+    show(path)
+    _plot(results, path)
     return 0
 
 
@@ -352,39 +350,14 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def report(results: dict[str, Any]) -> Iterator[str]:
-    """Format the results as lines."""
-    for name, found in results["contenders"].items():
-        yield (
-            f"{name:>28}: {found['clips_per_second']:7.1f} clips/s, "
-            f"{1e3 * found['cpu_seconds_per_clip']:7.2f} ms of CPU a clip, first batch after "
-            f"{found['first_batch_seconds']:.2f} s"
-        )
-    for tier, found in results["parts"].items():
-        parts = ", ".join(
-            f"{key.partition('_cpu')[0]} {1e3 * value:.2f} ms" for key, value in found.items()
-        )
-        yield f"{tier} alone, CPU a clip: {parts}"
-    times = ", ".join(f"{key}: {value:.2f} s" for key, value in results["first_batch"].items())
-    yield f"first batch by position: {times}"
-    for name, found in results["bars"].items():
-        met = "met" if found["met"] else "NOT MET"
-        yield f"{met:>8}: {name} {found['value']:.4g} ({found['bar']})"
-
-
-def _plot(results: dict[str, Any], path: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    names = list(results["contenders"])
-    axes[0].barh(names, [results["contenders"][name]["clips_per_second"] for name in names])
-    axes[0].set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
-    axes[0].invert_yaxis()
-    points = results["memory"]["points"]
-    axes[1].plot(
-        [point["samples"] for point in points], [point["bytes"] / 1e6 for point in points], "o-"
-    )
-    axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+def _plot(results: dict[str, Any], record: Path) -> None:
+    with plot_beside(record, 12, 4) as figure:
+        rates, memory = figure.subplots(1, 2)
+        contenders = results["contenders"]
+        rates.barh(list(contenders), [one["clips_per_second"] for one in contenders.values()])
+        rates.set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
+        rates.invert_yaxis()
+        points = results["memory"]["points"]
+        sizes = [one["bytes"] / 1e6 for one in points]
+        memory.plot([one["samples"] for one in points], sizes, "o-")
+        memory.set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))

@@ -24,6 +24,7 @@ from rich.console import Console
 from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.batch import ClipShape
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -97,10 +98,8 @@ def main(arguments: list[str]) -> int:
             "psnr_db": _quality(videos, shards),
             "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, config.rounds),
         }
-    for line in report(results):
-        print(line)
     device = torch.device("cpu" if gpu is None else "cuda")
-    print(f"record: {write_record(config.out, 'tiers', device, vars(config), results)}")
+    show(write_record(config.out, "tiers", device, vars(config), results))
     return 0
 
 
@@ -293,29 +292,3 @@ def _quality(videos: Path, shards: ShardSet) -> float:
         error = float(np.mean(errors))
         values.append(10 * np.log10(255**2 / error) if error > 0 else LOSSLESS_DB)
     return float(np.median(values))
-
-
-def report(results: dict[str, Any]) -> Iterator[str]:
-    """Format the results as lines."""
-    source = results["source"]
-    yield (
-        f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "
-        f"per clip:"
-    )
-    yield f"decoding the source for packing: {1e3 * source['decode_cpu_seconds']:.0f} ms of CPU"
-    yield f"{'':>14} {'kB':>8} {'encode':>10} {'decode':>10} {'clips/s':>8} {'PSNR':>8}  on GPU"
-    for name, found in results["pictures"].items():
-        on_gpu = found["gpu_clips_per_second"]
-        shown = "not measured: no GPU"
-        if on_gpu is not None:
-            shown = ", ".join(f"{rate:.0f} with {count}" for count, rate in on_gpu.items())
-        yield (
-            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
-            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms {found['decode_clips_per_second']:8.0f} "
-            f"{found['psnr_db']:5.1f} dB  {shown}"
-        )
-    for name, found in results["sound"].items():
-        yield (
-            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
-            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms"
-        )

@@ -17,7 +17,7 @@ import torch
 from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
 from cavmae.benchmarks.harness.measurements import PASSES
-from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, write_record
 from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
 from cavmae.benchmarks.kernels.timing import measured
@@ -136,8 +136,7 @@ def line(name: str, result: dict[str, Any]) -> str:
             continue
         ours = result[kind]["ours"]
         ratios = ", ".join(
-            f"{contender} {entry['times_ours']['median']:.2f}x "
-            f"({entry['times_ours']['minimum']:.2f} to {entry['times_ours']['maximum']:.2f}) and "
+            f"{contender} {extremes(entry['times_ours'])} and "
             f"{entry['peak_bytes'] / max(1, ours['peak_bytes']):.2f}x the memory"
             for contender, entry in result[kind].items()
             if contender != "ours"

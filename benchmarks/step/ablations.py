@@ -14,7 +14,7 @@ import tyro
 
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -88,13 +88,8 @@ def main(arguments: list[str]) -> int:
         for name in config.only or possible(device):
             found = change(name, sizes, config.batch, precision, device, repeats=config.repeats)
             results[precision][name] = found
-            time_ratio, memory_ratio = found["ratio"], found["memory_ratio"]
-            print(
-                f"{precision}, {name}: {time_ratio['median']:.3f}x the time "
-                f"({time_ratio['minimum']:.3f} to {time_ratio['maximum']:.3f}), "
-                f"{memory_ratio:.3f}x the memory",
-                flush=True,
-            )
+            times, memory = extremes(found["ratio"], ".3f"), f"{found['memory_ratio']:.3f}x"
+            print(f"{precision}, {name}: time {times}, memory {memory}", flush=True)
     configuration = asdict(config) | {"sizes": asdict(sizes)}
     print(f"record: {write_record(config.out, 'ablations', device, configuration, results)}")
     return 0

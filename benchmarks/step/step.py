@@ -15,7 +15,7 @@ import torch
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -214,9 +214,7 @@ def line(result: dict[str, Any]) -> str:
             + (")" if peak is None else f", {peak / 2**30:.2f} GiB)")
         )
     if ratio := result.get("speedup"):
-        found.append(
-            f"{ratio['median']:.2f}x ({ratio['minimum']:.2f} to {ratio['maximum']:.2f}) as fast"
-        )
+        found.append(f"{extremes(ratio)} as fast")
     if memory := result.get("memory"):
         found.append(f"{memory['ratio']:.2f}x the memory")
     return f"{result['precision']} batch {result['batch']}: {', '.join(found)}"

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.processes import (
@@ -22,9 +20,10 @@ from cavmae.benchmarks.harness.processes import (
     deepspeed_command,
     module_command,
 )
-from cavmae.benchmarks.harness.records import timing, write_record
+from cavmae.benchmarks.harness.records import spread, timing, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
@@ -74,9 +73,7 @@ def main(arguments: list[str]) -> int:
                     _step_seconds(name, _run_config(config, name, run_dir, shards))
                 )
     results = summarize(seconds)
-    Console(width=120).print(_table(results))
-    device = torch.device("cpu")
-    print(f"record: {write_record(config.out, 'overhead', device, vars(config), results)}")
+    show(write_record(config.out, "overhead", torch.device("cpu"), vars(config), results))
     return 0
 
 
@@ -126,26 +123,9 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
     results: dict[str, dict[str, object]] = {}
     means = {name: [statistics.fmean(one) for one in runs] for name, runs in seconds.items()}
     for name, runs in seconds.items():
-        results[name] = dict(timing([second for one in runs for second in one]))
-        results[name]["mean_seconds"] = means[name]
+        every_step = [second for one in runs for second in one]
+        results[name] = timing(every_step) | {"mean_seconds": means[name]}
         if name != CONTENDERS[0]:
             shares = [a / b - 1 for a, b in zip(means[name], means[CONTENDERS[0]], strict=True)]
-            results[name]["longer_by"] = {
-                "median": statistics.median(shares),
-                "minimum": min(shares),
-                "maximum": max(shares),
-            }
+            results[name]["longer_by"] = spread(shares)
     return results
-
-
-def _table(results: dict[str, dict[str, object]]) -> Table:
-    table = Table("run", "mean step, s", "longer by (from, to)")
-    for name, result in results.items():
-        means, longer = result["mean_seconds"], result.get("longer_by")
-        assert isinstance(means, list)
-        shown = ""
-        if isinstance(longer, dict):
-            low, high = longer["minimum"], longer["maximum"]
-            shown = f"{longer['median']:+.1%} ({low:+.1%}, {high:+.1%})"
-        table.add_row(name, f"{statistics.median(means):.3f}", shown)
-    return table

@@ -1,12 +1,10 @@
 """Summary of the timed steps of a training run: rates, shares, parts beside their floors, bars."""
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.table import Table
 
 from cavmae.benchmarks.harness.machine_peaks import DTYPES, utilization
 from cavmae.benchmarks.harness.power import Energy
@@ -154,45 +152,3 @@ def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]
                 else None,
             }
     return bars
-
-
-def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Format rates and bars as lines."""
-    rates = results["machine"]
-    yield (
-        f"machine: product {rates['flops_per_second'] / 1e12:.3g} TFLOP/s, copy "
-        f"{rates['bytes_per_second'] / 1e9:.3g} GB/s"
-    )
-    for source in SOURCES:
-        if source not in results:
-            continue
-        one = results[source]
-        stated = one["mfu_of_datasheet"]
-        joules = one["energy"]["joules_per_sample"]
-        yield (
-            f"{source}: {one['step']['median_seconds']:.4g} s a step, "
-            f"{one['samples_per_second']:.4g} samples/s, {one['tflops']:.3g} TFLOP/s, MFU "
-            f"{one['mfu']:.1%} of the measured rate, "
-            f"{'no datasheet' if stated is None else f'{stated:.1%} of the datasheet'}; "
-            f"waits for data {one['shares']['data_wait']:.2%}, loop {one['shares']['loop']:.2%}; "
-            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB; "
-            + (one["energy"]["source"] if joules is None else f"{joules:.3g} J a sample")
-        )
-    for name, bar in results["bars"].items():
-        verdict = {True: "met", False: "NOT MET", None: "not judged here"}[bar["met"]]
-        yield f"{name}: {bar['value']:.4g} ({bar['bar']}: {verdict})"
-
-
-def parts_table(source: Source, results: dict[str, Any]) -> Table:
-    """Make a table of the parts of a step, each with its floor."""
-    table = Table(
-        "part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches"
-    )
-    for part, kinds in results[source]["parts"].items():
-        cells = []
-        for entry in (kinds.get("forward") or kinds.get("step"), kinds.get("backward")):
-            floor = entry and entry.get("floor_seconds")
-            cells.append(f"{entry['median_seconds'] * 1e3:.1f}" if entry else "")
-            cells.append("" if floor is None else f"{floor * 1e3:.1f}")
-        table.add_row(part, *cells)
-    return table

@@ -12,22 +12,15 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.training_step import SIZES
-from cavmae.benchmarks.training.summary import (
-    SOURCES,
-    Setting,
-    Source,
-    lines,
-    parts_table,
-    summarize,
-)
+from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
@@ -117,12 +110,8 @@ def main(arguments: list[str]) -> int:
     # The ranks have ended: the machine is idle, and a GPU's memory is free.
     rates = measure_rates(device, config.precision, setting.config, config.batch)
     results = summarize(found, setting, rates)
-    for line in lines(results):
-        print(line)
-    for source in config.only[:1]:
-        Console(width=120).print(parts_table(source, results))
     configuration = vars(config) | {"sizes": dataclasses.asdict(setting.config)}
-    print(f"record: {write_record(config.out, 'train', device, configuration, results)}")
+    show(write_record(config.out, "train", device, configuration, results))
     return 0
 
 
