@@ -30,7 +30,6 @@ from cavmae.benchmarks.data.published_loader import (
     RawVideoDataset,
     batches,
 )
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import timing, write_record
 from cavmae.benchmarks.report.console import show
@@ -41,6 +40,7 @@ from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.log_mel import HOP_SAMPLES, WINDOW_SAMPLES, log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
 BATCH, LANES = 16, 4
@@ -69,30 +69,27 @@ print(json.dumps({"make_seconds": made, "first_seconds": times[0],
 
 
 @dataclass(frozen=True)
-class LoaderBenchConfig:
+class LoaderBenchConfig(CheckedFields):
     """Compare our loader with others, on the CPUs.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    clips: int = 32
+    clips: PositiveInt = 32
     """Different clips."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Turns of each contender."""
-    batches: int = 12
+    batches: PositiveInt = 12
     """Timed batches of a turn."""
     workers: tuple[int, ...] = (1, 2)
     """Reader processes, one turn for each number."""
-    memory_samples: int = 20_000
+    memory_samples: PositiveInt = 20_000
     """Samples over which memory is watched."""
     work_dir: str = "runs/bench-data"
     """Folder of the clips, kept for the next run."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, clips=1, rounds=1, batches=1, memory_samples=1)
 
 
 def main(arguments: list[str]) -> int:

@@ -17,27 +17,27 @@ import numpy as np
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 CLASSES = 527
 
 
 @dataclass(frozen=True)
-class ShuffleConfig:
+class ShuffleConfig(CheckedFields):
     """Compare the plan's order with a perfect shuffle.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    shards: int = 400
+    shards: PositiveInt = 400
     """Shards of the set."""
-    samples: int = 1000
+    samples: PositiveInt = 1000
     """Samples of a shard."""
-    batch: int = 512
+    batch: PositiveInt = 512
     """Global batch."""
     windows: tuple[int, ...] = (1, 64, 512, 4096, 16384)
     """Samples of a lane that are shuffled among each other, one turn for each number."""
@@ -45,7 +45,7 @@ class ShuffleConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, shards=1, samples=1, batch=1)
+        super().__post_init__()
         if self.shards * self.samples < 2 * self.batch:
             raise ValueError(
                 f"{self.shards * self.samples} samples are fewer than two batches of {self.batch}"

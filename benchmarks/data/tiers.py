@@ -22,7 +22,6 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.batch import ClipShape
@@ -37,6 +36,7 @@ from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 T = TypeVar("T")
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
@@ -49,7 +49,7 @@ LOSSLESS_DB = 99.0
 
 
 @dataclass(frozen=True)
-class TiersConfig:
+class TiersConfig(CheckedFields):
     """Compare the size, cost and quality of each way to store a clip.
 
     Raises:
@@ -58,17 +58,14 @@ class TiersConfig:
 
     videos: str = ""
     """Folder of videos; empty: 720p videos are generated."""
-    clips: int = 32
+    clips: PositiveInt = 32
     """Videos to generate."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """Turns of each decoder."""
     work_dir: str = "runs/bench-tiers"
     """Folder of the packed sets, kept for the next run."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, clips=1, rounds=1)
 
 
 def main(arguments: list[str]) -> int:

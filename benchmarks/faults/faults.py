@@ -22,9 +22,9 @@ from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.field_checks import CheckedFields, at_least
 
 FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a rank is killed (SIGKILL)": inject.rank_signalled(signal.SIGKILL),
@@ -46,14 +46,14 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
 
 
 @dataclass(frozen=True)
-class FaultsConfig:
+class FaultsConfig(CheckedFields):
     """Do faults to real runs, and measure how each run recovers.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    steps: int = 100
+    steps: Annotated[int, at_least(4 * INTERVAL)] = 100
     """Steps of each run."""
     zero_stage: Literal[1, 2] = 1
     """ZeRO stage of each run."""
@@ -67,7 +67,7 @@ class FaultsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, steps=4 * INTERVAL)
+        super().__post_init__()
         for name in self.only:
             if name not in FAULTS:
                 raise ValueError(f"only has {name!r}; use some of: {'; '.join(FAULTS)}")

@@ -35,10 +35,10 @@ from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
-from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.field_checks import CheckedFields, PositiveFloat
 from cavmae.trainer.config.configs import PretrainConfig
 
 _STEPS = 10_000_000
@@ -48,16 +48,16 @@ _UNDISTURBED_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
-class SoakConfig:
+class SoakConfig(CheckedFields):
     """Train for long with a fault every few minutes, and look for leaks.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    minutes: float = 60.0
+    minutes: PositiveFloat = 60.0
     """Minutes of faults."""
-    fault_every_seconds: float = 180.0
+    fault_every_seconds: PositiveFloat = 180.0
     """Seconds from one fault to the next."""
     seed: int = 0
     """Of the order of faults."""
@@ -65,15 +65,12 @@ class SoakConfig:
     """ZeRO stage of the run."""
     pause_seconds: float = 0.25
     """Pause in each step."""
-    look_every_seconds: float = 5.0
+    look_every_seconds: PositiveFloat = 5.0
     """Seconds between two samples of memory and handles."""
     work_dir: str = ""
     """Folder of the runs, which is kept; empty: a temporary one."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "minutes", "fault_every_seconds", "look_every_seconds")
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,6 @@ installed, so its options are those of argparse, not tyro.
 import argparse
 import dataclasses
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,9 @@ from cavmae.benchmarks.conformance.tolerances import Deviation, worst
 from cavmae.benchmarks.gpu import training
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
-from cavmae.benchmarks.kernels.bench import measure
+from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
 from cavmae.benchmarks.step.step import compare
 from cavmae.benchmarks.step.training_step import SIZES, Precision, TrainingStep
-from cavmae.command import exit_code
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -271,13 +269,14 @@ def kernels_agree(check: Check) -> dict[str, Any]:
 def kernels_against_others(check: Check) -> dict[str, Any]:
     """Run `cavmae bench kernels` with fewer repeats; a kernel of ours that fails is a failure."""
     gpu = check.device.type == "cuda"
-    results = measure(
-        check.device,
+    config = KernelsConfig(
+        "cuda" if gpu else "cpu",
         batch=None if gpu else 1,
-        contrastive=None if gpu else [64],
+        contrastive=() if gpu else (64,),
         repeats=min(3, check.repeats),
-        deadline=check.deadline,
+        compile=gpu,
     )
+    results = measure(config, check.deadline)
     beyond = [
         f"{case} {what}: {why}"
         for case, result in results["cases"].items()
@@ -352,7 +351,3 @@ def limits(check: Check) -> dict[str, Any]:
     )
     largest = training.largest_batch(fits, batch)
     return contrast | {"largest_batch": largest, "search_ended_early": not in_time}
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -4,7 +4,7 @@ Contenders of a case compute the same thing from the same values; a test compare
 and a run notes how far they are apart. `eager` is the published model's operations in plain torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +66,7 @@ class Case:
 
 
 def cases(
-    device: torch.device, batch: int, dtype: torch.dtype, contrastive: list[int]
+    device: torch.device, batch: int, dtype: torch.dtype, contrastive: Sequence[int]
 ) -> Iterator[Case]:
     """All cases, built one at a time.
 

@@ -5,14 +5,12 @@ neighbouring steps. The record is the before and after of every optimisation, on
 """
 
 import gc
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
@@ -25,7 +23,7 @@ from cavmae.benchmarks.step.training_step import (
     TrainingStep,
     timed_in_turn,
 )
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 from cavmae.trainer.model.config import ModelConfig
 
@@ -41,14 +39,14 @@ CHANGED: dict[str, Choices] = {
 
 
 @dataclass(frozen=True)
-class AblationsConfig:
+class AblationsConfig(CheckedFields):
     """Measure what each choice about a step is worth on this machine."""
 
     model: Size = "base"
     """Sizes of the model."""
-    batch: int = field(default_factory=lambda: 256 if torch.cuda.is_available() else 8)
+    batch: PositiveInt = field(default_factory=lambda: 256 if torch.cuda.is_available() else 8)
     """Samples a step."""
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Timed steps of each."""
     precision: tuple[Precision, ...] = field(
         default_factory=lambda: ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")
@@ -62,7 +60,7 @@ class AblationsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, batch=1, repeats=1)
+        super().__post_init__()
         if unknown := set(self.only) - CHANGED.keys():
             raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(CHANGED)}")
 
@@ -148,7 +146,3 @@ def _peak_bytes(
             step()
 
     return gpu_peak_bytes(two_steps, device)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -5,7 +5,6 @@ neighbouring steps. The peak rates of the machine, measured in the same run, sta
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,7 +27,7 @@ from cavmae.benchmarks.step.training_step import (
     timed,
     timed_in_turn,
 )
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
 
@@ -38,7 +37,7 @@ MEMORY_BAR = 0.7
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(CheckedFields):
     """Time a training step of our model and of the published one, with memory and FLOP/s."""
 
     model: Size = "base"
@@ -49,7 +48,7 @@ class StepConfig:
     """Blocks of the decoder, instead of the model's."""
     batch: tuple[int, ...] = (8,)
     """Samples a step; several sizes are measured one by one."""
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Timed steps of each model."""
     warm_up: int = 1
     """Steps before the timed ones."""
@@ -67,10 +66,9 @@ class StepConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        for name, values in (("batch", self.batch), ("repeats", [self.repeats])):
-            for value in values:
-                if value < 1:
-                    raise ValueError(f"{name} is {value}; use 1 or more")
+        super().__post_init__()
+        if min(self.batch) < 1:
+            raise ValueError(f"batch is {min(self.batch)}; use 1 or more")
 
 
 def main(arguments: list[str]) -> int:
@@ -218,7 +216,3 @@ def line(result: dict[str, Any]) -> str:
     if memory := result.get("memory"):
         found.append(f"{memory['ratio']:.2f}x the memory")
     return f"{result['precision']} batch {result['batch']}: {', '.join(found)}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -10,11 +10,11 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.processes import (
     Start,
     deepspeed_command,
@@ -24,6 +24,7 @@ from cavmae.benchmarks.harness.records import spread, timing, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
+from cavmae.field_checks import CheckedFields, PositiveInt, at_least
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
@@ -38,24 +39,21 @@ CONTENDERS = ("deepspeed", "ray", "deepspeed with checkpoints")
 
 
 @dataclass(frozen=True)
-class OverheadConfig:
+class OverheadConfig(CheckedFields):
     """Measure what Ray and checkpoints add to a step.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    steps: int = 180
+    steps: Annotated[int, at_least(WARM_UP_STEPS + INTERVAL + 10)] = 180
     """Steps of each run."""
-    repeats: int = 3
+    repeats: PositiveInt = 3
     """Runs of each kind."""
-    batch: int = 16
+    batch: Annotated[int, at_least(RANKS)] = 16
     """Clips in a step, over both ranks."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, steps=WARM_UP_STEPS + INTERVAL + 10, repeats=1, batch=RANKS)
 
 
 def main(arguments: list[str]) -> int:

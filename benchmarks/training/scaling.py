@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.options import check_positive
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.report.console import show
+from cavmae.field_checks import CheckedFields, PositiveFloat, PositiveInt
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import audioset_base
 from cavmae.trainer.cost_model.comm_volume import (
@@ -84,13 +84,22 @@ ScalingConfig = dataclasses.make_dataclass(
     "ScalingConfig",
     [
         *(
-            (name, Annotated[float, _about(source)], value)
+            (name, Annotated[PositiveFloat, _about(source)], value)
             for name, (value, source) in INPUTS.items()
         ),
-        ("clips_per_gpu", Annotated[int, _about("Clips of a GPU in the weak series.")], 128),
-        ("global_batch", Annotated[int, _about("Global batch of the strong series.")], 16_384),
+        (
+            "clips_per_gpu",
+            Annotated[PositiveInt, _about("Clips of each GPU, weak series.")],
+            128,
+        ),
+        (
+            "global_batch",
+            Annotated[PositiveInt, _about("Global batch, strong series.")],
+            16_384,
+        ),
         ("out", Annotated[str, _about("Folder of the record.")], "benchmarks/results"),
     ],
+    bases=(CheckedFields,),
     frozen=True,
 )
 """The inputs are options too."""
@@ -184,7 +193,6 @@ def main(arguments: list[str]) -> int:
         args=arguments,
         description="Compute a step on 1 to 4,096 GPUs.",
     )
-    check_positive(config, *INPUTS, "clips_per_gpu", "global_batch")
     values = {name: getattr(config, name) for name in INPUTS}
     inputs = {
         name: {"value": values[name], "source": source if values[name] == default else "given"}

@@ -98,7 +98,7 @@ def test_measured_inputs_are_those_of_the_records_that_they_name() -> None:
 
 
 def test_an_input_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"copy_gbytes is 0.0; use a number above 0"):
+    with pytest.raises(ValueError, match=r"copy_gbytes is 0.0; use a value above 0"):
         scaling.main(["--copy-gbytes", "0"])
 
 
