@@ -26,7 +26,7 @@ from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
 from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
 from cavmae.benchmarks.step.step import compare
-from cavmae.benchmarks.step.training_step import SIZES, Precision, TrainingStep
+from cavmae.benchmarks.step.training_step import SIZES, Precision, StepSetting, TrainingStep
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -247,7 +247,7 @@ def training_goes_down(check: Check) -> dict[str, Any]:
     beyond = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
-        step = TrainingStep("cavmae", SIZES["tiny"], 8, precision, check.device)
+        step = TrainingStep(StepSetting("cavmae", SIZES["tiny"], 8, precision, check.device))
         losses[precision] = [float(step()) for _ in range(10)]
         finite = all(map(math.isfinite, losses[precision]))
         if not finite or losses[precision][-1] >= losses[precision][0]:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
+from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.timing import median_seconds
-from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, TrainingStep
+from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, StepSetting, TrainingStep
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
@@ -61,7 +62,7 @@ def _throughput_of(
     config: ModelConfig, batch: int, device: torch.device, *, repeats: int, compile: bool
 ) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats(device)
-    step = TrainingStep("cavmae", config, batch, "bf16", device, choices=Choices(compile=compile))
+    step = _step(config, batch, device, compile)
     for _ in range(3):
         step()
     starts, ends = (
@@ -90,6 +91,11 @@ def _throughput_of(
         flush=True,
     )
     return row
+
+
+def _step(config: ModelConfig, batch: int, device: torch.device, compile: bool) -> TrainingStep:
+    choices = Choices(compile=compile)
+    return TrainingStep(StepSetting("cavmae", config, batch, "bf16", device, choices))
 
 
 def best(rows: list[dict[str, Any]]) -> tuple[int, bool] | None:
@@ -148,9 +154,7 @@ def step_fits(
     the optimizer's state beside everything else."""
     torch.cuda.empty_cache()  # of an attempt before, whose error still held its tensors then
     try:
-        step = TrainingStep(
-            "cavmae", config, batch, "bf16", device, choices=Choices(compile=compile)
-        )
+        step = _step(config, batch, device, compile)
         for _ in range(2):
             step()
         torch.cuda.synchronize(device)
@@ -173,13 +177,8 @@ def large_contrast(pairs: int, width: int, device: torch.device, repeats: int) -
         loss = contrastive_loss(audio, video, TEMPERATURE, True).loss
         torch.autograd.grad(loss, [audio, video])
 
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
     seconds = median_seconds(run, device, repeats)
     found: dict[str, Any] = {"contrastive_pairs": pairs, "contrastive_seconds": seconds}
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        found["contrastive_workspace_bytes"] = peak - before
+        found["contrastive_workspace_bytes"] = gpu_peak_bytes(run, device)
     return found

@@ -53,6 +53,18 @@ def extremes(ratios: Mapping[str, float], form: str = ".2f", unit: str = "x") ->
     return f"{median}{unit} ({low} to {high})"
 
 
+def bar(
+    value: float, *, at_least: float | None = None, below: float | None = None, judged: bool = True
+) -> dict[str, Any]:
+    """Return a value beside its bar, one of the two; `met` is None where it is not judged here."""
+    if at_least is not None:
+        text, met = f"at least {at_least:g}", value >= at_least
+    else:
+        assert below is not None
+        text, met = f"below {below:g}", value < below
+    return {"value": value, "bar": text, "met": met if judged else None}
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
     """Return processor, memory and, for a CUDA device, GPU and driver side."""
     found: dict[str, Any] = {

@@ -5,7 +5,7 @@ neighbouring steps. The record is the before and after of every optimisation, on
 """
 
 import gc
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from cavmae.benchmarks.step.training_step import (
     Choices,
     Precision,
     Size,
+    StepSetting,
     TrainingStep,
     timed_in_turn,
 )
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
-from cavmae.trainer.model.config import ModelConfig
 
 CHANGED: dict[str, Choices] = {
     "attention by sdpa": Choices(attention="sdpa"),
@@ -84,7 +84,8 @@ def main(arguments: list[str]) -> int:
     for precision in config.precision:
         results[precision] = {}
         for name in config.only or possible(device):
-            found = change(name, sizes, config.batch, precision, device, repeats=config.repeats)
+            usual = StepSetting("cavmae", sizes, config.batch, precision, device)
+            found = change(name, usual, config.repeats)
             results[precision][name] = found
             times, memory = extremes(found["ratio"], ".3f"), f"{found['memory_ratio']:.3f}x"
             print(f"{precision}, {name}: time {times}, memory {memory}", flush=True)
@@ -93,56 +94,40 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def change(
-    name: str,
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    device: torch.device,
-    *,
-    repeats: int,
-) -> dict[str, Any]:
+def change(name: str, usual: StepSetting, repeats: int) -> dict[str, Any]:
     """Time a step as runs do it and one with a change, in turn.
 
     Args:
         name: one of `CHANGED`.
-        config, batch, precision, device: as `TrainingStep` takes them.
+        usual: the step as runs do it.
         repeats: timed steps of each.
 
     Returns:
         Timings and peak bytes of `as_runs_do` and `changed`; the ratios changed / as runs do.
     """
-    choices = {"as_runs_do": Choices(), "changed": CHANGED[name]}
-    steps = {
-        way: TrainingStep("cavmae", config, batch, precision, device, choices=choice)
-        for way, choice in choices.items()
-    }
-    timed_in_turn(steps, 1, device)  # makes the optimizer's state, and compiles
-    seconds, _ = timed_in_turn(steps, repeats, device)
+    settings = {"as_runs_do": usual, "changed": replace(usual, choices=CHANGED[name])}
+    steps = {way: TrainingStep(setting) for way, setting in settings.items()}
+    timed_in_turn(steps, 1, usual.device)  # makes the optimizer's state, and compiles
+    seconds, _ = timed_in_turn(steps, repeats, usual.device)
     steps.clear()  # both have freed their memory before that of either is measured
     gc.collect()
-    peaks = {
-        way: _peak_bytes(config, batch, precision, device, choice)
-        for way, choice in choices.items()
-    }
+    peaks = {way: _peak_bytes(setting) for way, setting in settings.items()}
     pairs = zip(seconds["changed"], seconds["as_runs_do"], strict=True)
     return {way: timing(seconds[way]) | {"peak_memory_bytes": peaks[way]} for way in seconds} | {
-        "ratio": spread([changed / usual for changed, usual in pairs]),
+        "ratio": spread([changed / as_runs_do for changed, as_runs_do in pairs]),
         "memory_ratio": peaks["changed"] / peaks["as_runs_do"],
     }
 
 
-def _peak_bytes(
-    config: ModelConfig, batch: int, precision: Precision, device: torch.device, choices: Choices
-) -> int:
+def _peak_bytes(setting: StepSetting) -> int:
     """Return the peak on a CPU of a separate process, on a GPU of two steps here."""
-    if device.type == "cpu":
-        return step_peak_bytes("cavmae", config, batch, precision, choices)
+    if setting.device.type == "cpu":
+        return step_peak_bytes(setting)
     torch.cuda.empty_cache()
 
     def two_steps() -> None:
-        step = TrainingStep("cavmae", config, batch, precision, device, choices=choices)
+        step = TrainingStep(setting)
         for _ in range(2):
             step()
 
-    return gpu_peak_bytes(two_steps, device)
+    return gpu_peak_bytes(two_steps, setting.device)

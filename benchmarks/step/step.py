@@ -18,11 +18,13 @@ from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing,
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
+    AS_RUNS_DO,
     SIZES,
     Choices,
     ModelName,
     Precision,
     Size,
+    StepSetting,
     TrainingStep,
     timed,
     timed_in_turn,
@@ -103,9 +105,8 @@ def bench_step(config: StepConfig) -> None:
             )
             if device.type == "cpu" and config.memory:
                 for name in models:
-                    result[name]["peak_memory_bytes"] = step_peak_bytes(
-                        name, sizes, batch, precision, choices
-                    )
+                    setting = StepSetting(name, sizes, batch, precision, device, choices)
+                    result[name]["peak_memory_bytes"] = step_peak_bytes(setting)
             result |= memory_ratio(result)
             for name in models:
                 if "tflops" in result[name]:
@@ -128,7 +129,7 @@ def compare(
     *,
     repeats: int,
     warm_up: int,
-    choices: Choices | None = None,
+    choices: Choices = AS_RUNS_DO,
     models: Sequence[ModelName] = MODELS,
 ) -> dict[str, Any]:
     """Time models in turn.
@@ -143,7 +144,7 @@ def compare(
     results: dict[str, Any] = {}
 
     def prepare(name: ModelName) -> None:
-        steps[name] = TrainingStep(name, config, batch, precision, device, choices=choices)
+        steps[name] = TrainingStep(StepSetting(name, config, batch, precision, device, choices))
         # The first step makes the optimizer's state: the peak of memory is the second one's.
         for _ in range(max(2, warm_up)):
             steps[name]()

@@ -245,7 +245,6 @@ class Search:
             fields,
             self._work / str(len(self.trials)),
             ranks=self._ranks,
-            gpus=self._gpu,
             real_data=real_data,
             within_seconds=max(left, _LEAST_SECONDS),
         )

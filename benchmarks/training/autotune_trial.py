@@ -11,6 +11,7 @@ from typing import Any
 
 from cavmae.benchmarks.harness.processes import BadExit
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import (
@@ -106,7 +107,6 @@ def run_trial(
     folder: Path,
     *,
     ranks: int,
-    gpus: bool,
     real_data: bool,
     within_seconds: float,
 ) -> Trial:
@@ -117,7 +117,6 @@ def run_trial(
         fields: to change.
         folder: made, for the files of the trial.
         ranks: on this machine.
-        gpus: whether each has one.
         real_data: whether clips come from the loader; else they are on the device already.
         within_seconds: a trial that takes longer has failed.
     """
@@ -128,12 +127,8 @@ def run_trial(
         found = timed_run(
             short_run(changed, ranks),
             folder,
+            TimedPlan(not real_data, WARM_UP_STEPS, STEPS, part_steps=0),
             ranks=ranks,
-            gpus=gpus,
-            synthetic=not real_data,
-            warm_up=WARM_UP_STEPS,
-            steps=STEPS,
-            part_steps=0,
             within_seconds=within_seconds,
         )
     except BadExit as error:

@@ -8,7 +8,7 @@ import torch
 
 from cavmae.benchmarks.harness.machine_peaks import DTYPES, utilization
 from cavmae.benchmarks.harness.power import Energy
-from cavmae.benchmarks.harness.records import timing
+from cavmae.benchmarks.harness.records import bar, timing
 from cavmae.benchmarks.harness.timeline import Label
 from cavmae.benchmarks.step.parts import COMMUNICATION, GRADIENTS, PARTS, REST
 from cavmae.benchmarks.step.roofline import part_work
@@ -136,19 +136,14 @@ def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]
     if synthetic := results.get("synthetic"):
         shares = synthetic["shares"]
         around = shares["loop"] + shares["data_wait"]
-        bars["share of the loop: all but model, loss and update"] = {
-            "value": around,
-            "bar": f"below {LOOP_BAR}",
-            "met": around < LOOP_BAR if setting.judged else None,
-        }
+        bars["share of the loop: all but model, loss and update"] = bar(
+            around, below=LOOP_BAR, judged=setting.judged
+        )
         if shards := results.get("shards"):
             ratio = shards["samples_per_second"] / synthetic["samples_per_second"]
-            bars["samples/s from shards over synthetic"] = {
-                "value": ratio,
-                "bar": f"at least {SHARDS_BAR}",
-                # On a CPU, loader and model share the cores.
-                "met": ratio >= SHARDS_BAR
-                if setting.judged and setting.device.type == "cuda"
-                else None,
-            }
+            # On a CPU, loader and model share the cores.
+            judged = setting.judged and setting.device.type == "cuda"
+            bars["samples/s from shards over synthetic"] = bar(
+                ratio, at_least=SHARDS_BAR, judged=judged
+            )
     return bars

@@ -20,6 +20,7 @@ from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
@@ -87,12 +88,8 @@ def main(arguments: list[str]) -> int:
             found[source] = timed_run(
                 _run_config(config, shards),
                 work / f"run-{source}",
+                TimedPlan(source == "synthetic", config.warm_up, config.steps, config.part_steps),
                 ranks=config.ranks,
-                gpus=device.type == "cuda",
-                synthetic=source == "synthetic",
-                warm_up=config.warm_up,
-                steps=config.steps,
-                part_steps=config.part_steps,
                 within_seconds=_PATIENCE_SECONDS,
             )
     setting = Setting(
