@@ -342,6 +342,19 @@ class ForwardCase(GoldenCase):
         return self.entry["mae_loss_weight"], self.entry["contrast_loss_weight"]
 
 
+class SharedModel:
+    """Builds the model of a case, or returns the last one where the weights are the same."""
+
+    def __init__(self) -> None:
+        self._weights, self._model = None, None
+
+    def __call__(self, case: ForwardCase) -> CAVMAE:
+        if self._model is None or self._weights != case.weights:
+            self._model = None  # a base model has 0.8 GB: keep one
+            self._weights, self._model = case.weights, case.build()
+        return self._model
+
+
 def weights_deviations(path: Path) -> list[Deviation]:
     """Compare names, shapes and recipe values of parameters with a `weights_*_check.json`."""
     check = read_json(path)
@@ -362,8 +375,7 @@ def weights_deviations(path: Path) -> list[Deviation]:
 
 
 def gradient_deviations(
-    gradients: Mapping[str, torch.Tensor | None],
-    expected: Mapping[str, Mapping[str, Any] | None],
+    gradients: Mapping[str, torch.Tensor | None], expected: Mapping[str, Mapping[str, Any] | None]
 ) -> list[Deviation]:
     """Gradients by parameter against the recorded ones; None where a parameter has none."""
     deviations = [

@@ -26,11 +26,7 @@ import tyro
 from torch.utils.data import Dataset
 
 from cavmae.benchmarks.data.clips import make_clips
-from cavmae.benchmarks.data.published_loader import (
-    PublishedDataset,
-    RawVideoDataset,
-    batches,
-)
+from cavmae.benchmarks.data.published_loader import PublishedDataset, RawVideoDataset, batches
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import bar, timing, write_record
 from cavmae.benchmarks.report.console import show

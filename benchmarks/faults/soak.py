@@ -144,10 +144,7 @@ def _compared(bench: Bench, config: PretrainConfig) -> dict[str, Any]:
 
 
 def results(
-    faults: list[Endured],
-    watched: list[Life],
-    found: dict[str, Any],
-    problem: str,
+    faults: list[Endured], watched: list[Life], found: dict[str, Any], problem: str
 ) -> dict[str, Any]:
     """Make the results of the record.
 

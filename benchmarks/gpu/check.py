@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from cavmae.benchmarks.conformance.forward import ForwardCase
+from cavmae.benchmarks.conformance.forward import ForwardCase, SharedModel
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.benchmarks.conformance.tolerances import Deviation, worst
 from cavmae.benchmarks.gpu import training
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
 from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
-from cavmae.benchmarks.step.step import compare
+from cavmae.benchmarks.step.step import MODELS, compare
 from cavmae.benchmarks.step.training_step import SIZES, Precision, StepSetting, TrainingStep
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -187,14 +187,11 @@ def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
 
 def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
     """Yield each case with its model on the device, while time is left; equal weights share one."""
-    weights, model = None, None
+    shared = SharedModel()
     for case in cases:
         if time.monotonic() > check.deadline:
             return
-        if weights != case.weights or model is None:
-            model = None  # freed before the next one is built
-            weights, model = case.weights, case.build().to(check.device)
-        yield case, model
+        yield case, shared(case).to(check.device)
 
 
 def golden_forward(check: Check) -> dict[str, Any]:
@@ -293,9 +290,10 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
     results = {}
     for precision in precisions:
         check.require_time()
-        results[precision] = compare(
-            check.config, batch, precision, check.device, repeats=check.repeats, warm_up=2
-        )
+        settings = {
+            name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
+        }
+        results[precision] = compare(settings, check.repeats, warm_up=2)
     return {"batch": batch, "precisions": results}
 
 
@@ -342,9 +340,8 @@ def limits(check: Check) -> dict[str, Any]:
             check.require_time()
         except Skip:
             in_time = False
-        return in_time and training.step_fits(
-            check.config, candidate, check.device, compile=compile
-        )
+        setting = training.our_step(check.config, candidate, check.device, compile)
+        return in_time and training.step_fits(setting)
 
     contrast = training.large_contrast(
         training.CONTRASTIVE_BATCH, check.config.width, check.device, check.repeats

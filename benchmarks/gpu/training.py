@@ -48,7 +48,7 @@ def throughput(
                 rows.append({"batch": batch, "compile": compile, "skipped": "out of time"})
                 continue
             try:
-                row = _throughput_of(config, batch, device, repeats=repeats, compile=compile)
+                row = _throughput_of(our_step(config, batch, device, compile), repeats)
                 rows.append(row | utilization(row["tflops"] * 1e12, rates, "bf16"))
             except torch.cuda.OutOfMemoryError as error:
                 rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
@@ -58,11 +58,10 @@ def throughput(
     return {"machine": rates, "rows": rows}
 
 
-def _throughput_of(
-    config: ModelConfig, batch: int, device: torch.device, *, repeats: int, compile: bool
-) -> dict[str, Any]:
+def _throughput_of(setting: StepSetting, repeats: int) -> dict[str, Any]:
+    batch, device, compile = setting.batch, setting.device, setting.choices.compile
     torch.cuda.reset_peak_memory_stats(device)
-    step = _step(config, batch, device, compile)
+    step = TrainingStep(setting)
     for _ in range(3):
         step()
     starts, ends = (
@@ -82,7 +81,7 @@ def _throughput_of(
         "compile": compile,
         "all_seconds": seconds,
         "samples_per_second": batch / median,
-        "tflops": training_flops(config) * batch / median / 1e12,
+        "tflops": training_flops(setting.config) * batch / median / 1e12,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
     }
     print(
@@ -93,9 +92,9 @@ def _throughput_of(
     return row
 
 
-def _step(config: ModelConfig, batch: int, device: torch.device, compile: bool) -> TrainingStep:
-    choices = Choices(compile=compile)
-    return TrainingStep(StepSetting("cavmae", config, batch, "bf16", device, choices))
+def our_step(config: ModelConfig, batch: int, device: torch.device, compile: bool) -> StepSetting:
+    """Return our step in bf16."""
+    return StepSetting("cavmae", config, batch, "bf16", device, Choices(compile=compile))
 
 
 def best(rows: list[dict[str, Any]]) -> tuple[int, bool] | None:
@@ -147,20 +146,18 @@ def largest_batch(fits: Callable[[int], bool], known: int) -> int:
     return known
 
 
-def step_fits(
-    config: ModelConfig, batch: int, device: torch.device, *, compile: bool = False
-) -> bool:
+def step_fits(setting: StepSetting) -> bool:
     """Return whether two training steps in bf16 fit into the memory of a GPU; the second one has
     the optimizer's state beside everything else."""
     torch.cuda.empty_cache()  # of an attempt before, whose error still held its tensors then
     try:
-        step = _step(config, batch, device, compile)
+        step = TrainingStep(setting)
         for _ in range(2):
             step()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(setting.device)
     except torch.cuda.OutOfMemoryError:
         return False
-    print(f"  batch {batch} fits", flush=True)
+    print(f"  batch {setting.batch} fits", flush=True)
     return True
 
 

@@ -29,11 +29,7 @@ _WAYS = {
     "workers", "windows", "precision", "only", "compile", "device", "golden",
 }  # fmt: skip
 """Settings of how and how often something is measured, not of what."""
-_WAYS_OF_SUITE = {
-    "data": {"batches"},
-    "step": {"memory"},
-    "train": {"steps", "part_steps"},
-}
+_WAYS_OF_SUITE = {"data": {"batches"}, "step": {"memory"}, "train": {"steps", "part_steps"}}
 
 Verdict = Literal["slower", "faster", "", "not judged"]
 

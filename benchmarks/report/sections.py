@@ -253,7 +253,9 @@ def _faults(results: dict[str, Any]) -> Section:
     columns = {
         "fault": cell("name"),
         "noticed": cell("noticed_seconds", _TENTHS),
-        "again": cell("again_seconds", lambda seconds: _TENTHS(seconds) if seconds else "went on"),
+        "again": cell(
+            "again_seconds", lambda seconds: _TENTHS(seconds) if seconds else "continued"
+        ),
         "steps lost": lambda row: f"{row['steps_lost']} of {row['steps_allowed']}",
         "samples": cell("samples_equal", lambda equal: "equal" if equal else "DIFFER"),
         "losses": cell(
@@ -264,7 +266,8 @@ def _faults(results: dict[str, Any]) -> Section:
     rows = []
     for name, row in results.items():
         if "noticed_seconds" in row:
-            rows.append(tuple(make({"name": name} | row) for make in columns.values()))
+            label = name if row.get("passed", True) else f"{name}: FAILED"
+            rows.append(tuple(make({"name": label} | row) for make in columns.values()))
         else:
             what = "skipped" if "skipped" in row else "failed"
             label = "skipped" if what == "skipped" else "FAILED"

@@ -5,7 +5,7 @@ neighbouring steps. The peak rates of the machine, measured in the same run, sta
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing,
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
-    AS_RUNS_DO,
     SIZES,
     Choices,
     ModelName,
@@ -31,7 +30,6 @@ from cavmae.benchmarks.step.training_step import (
 )
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
-from cavmae.trainer.model.config import ModelConfig
 
 MODELS: tuple[ModelName, ...] = ("published", "cavmae")
 MEMORY_BAR = 0.7
@@ -93,19 +91,12 @@ def bench_step(config: StepConfig) -> None:
         rates = measure_rates(device, precision, sizes, max(config.batch))
         results["machine"][precision] = rates
         for batch in config.batch:
-            result = compare(
-                sizes,
-                batch,
-                precision,
-                device,
-                repeats=config.repeats,
-                warm_up=config.warm_up,
-                choices=choices,
-                models=models,
-            )
+            settings = {
+                name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
+            }
+            result = compare(settings, config.repeats, config.warm_up)
             if device.type == "cpu" and config.memory:
-                for name in models:
-                    setting = StepSetting(name, sizes, batch, precision, device, choices)
+                for name, setting in settings.items():
                     result[name]["peak_memory_bytes"] = step_peak_bytes(setting)
             result |= memory_ratio(result)
             for name in models:
@@ -122,34 +113,33 @@ def bench_step(config: StepConfig) -> None:
 
 
 def compare(
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    device: torch.device,
-    *,
-    repeats: int,
-    warm_up: int,
-    choices: Choices = AS_RUNS_DO,
-    models: Sequence[ModelName] = MODELS,
+    settings: Mapping[ModelName, StepSetting], repeats: int, warm_up: int
 ) -> dict[str, Any]:
     """Time models in turn.
+
+    Args:
+        settings: by model; they differ in the model alone.
+        repeats: timed steps of each.
+        warm_up: steps before those.
 
     Returns:
         Per model its timing, samples per second, TFLOP/s of the arithmetic that the losses need,
         peak memory (CUDA), energy and last loss, or why it was skipped; of two models, the ratio
         baseline / ours with its spread.
     """
+    one = next(iter(settings.values()))
+    config, batch, device = one.config, one.batch, one.device
     steps: dict[str, TrainingStep] = {}
     peaks: dict[str, int | None] = {}
     results: dict[str, Any] = {}
 
     def prepare(name: ModelName) -> None:
-        steps[name] = TrainingStep(StepSetting(name, config, batch, precision, device, choices))
+        steps[name] = TrainingStep(settings[name])
         # The first step makes the optimizer's state: the peak of memory is the second one's.
         for _ in range(max(2, warm_up)):
             steps[name]()
 
-    for name in models:
+    for name in settings:
         try:
             if device.type == "cuda":
                 peaks[name] = gpu_peak_bytes(lambda name=name: prepare(name), device)

@@ -15,11 +15,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.processes import (
-    Start,
-    deepspeed_command,
-    module_command,
-)
+from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
 from cavmae.benchmarks.harness.records import spread, timing, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder

@@ -53,10 +53,7 @@ INPUTS: dict[str, tuple[float, str]] = {
     ),
     "gpus_per_node": (8, "an HGX node"),
     "within_node_gbytes": (Links.within_node / 1e9, "NVLink 4, data sheet, one direction"),
-    "between_nodes_gbytes": (
-        Links.between_nodes / 1e9,
-        "a 400 Gb/s card for each GPU, data sheet",
-    ),
+    "between_nodes_gbytes": (Links.between_nodes / 1e9, "a 400 Gb/s card for each GPU, data sheet"),
     "share_of_links": (Links.share, "ASSUMED share of both that large collectives reach"),
     "loader_core_seconds": (
         0.008125,
@@ -87,16 +84,8 @@ ScalingConfig = dataclasses.make_dataclass(
             (name, Annotated[PositiveFloat, _about(source)], value)
             for name, (value, source) in INPUTS.items()
         ),
-        (
-            "clips_per_gpu",
-            Annotated[PositiveInt, _about("Clips of each GPU, weak series.")],
-            128,
-        ),
-        (
-            "global_batch",
-            Annotated[PositiveInt, _about("Global batch, strong series.")],
-            16_384,
-        ),
+        ("clips_per_gpu", Annotated[PositiveInt, _about("Clips of each GPU, weak series.")], 128),
+        ("global_batch", Annotated[PositiveInt, _about("Global batch, strong series.")], 16_384),
         ("out", Annotated[str, _about("Folder of the record.")], "benchmarks/results"),
     ],
     bases=(CheckedFields,),

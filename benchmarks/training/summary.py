@@ -12,7 +12,7 @@ from cavmae.benchmarks.harness.records import bar, timing
 from cavmae.benchmarks.harness.timeline import Label
 from cavmae.benchmarks.step.parts import COMMUNICATION, GRADIENTS, PARTS, REST
 from cavmae.benchmarks.step.roofline import part_work
-from cavmae.benchmarks.training.timed_loop import DATA, LOOP, OPTIMIZER
+from cavmae.benchmarks.training.timed_loop import DATA, LOOP, OPTIMIZER, Step, step_total
 from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
 
@@ -21,9 +21,6 @@ SOURCES: tuple[Source, ...] = ("synthetic", "shards")
 LOOP_BAR, SHARDS_BAR = 0.03, 0.95
 ORDER = (DATA.part, *PARTS, REST, GRADIENTS.part, OPTIMIZER.part, COMMUNICATION.part, LOOP.part)
 """Order of the parts of a step."""
-
-Step = dict[str, dict[str, float]]
-"""Seconds by part and kind."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def summarize(
     """
     results: dict[str, Any] = {"machine": rates}
     for source, one in found.items():
-        seconds = [_total(step) for step in one["steps"]]
+        seconds = [step_total(step) for step in one["steps"]]
         rate = setting.batch / statistics.median(seconds)  # of a rank
         flops_per_second = training_flops(setting.config) * rate
         samples = setting.batch * setting.sharers * len(seconds)
@@ -83,13 +80,9 @@ def summarize(
     return results
 
 
-def _total(step: Step) -> float:
-    return sum(seconds for kinds in step.values() for seconds in kinds.values())
-
-
 def _shares(steps: list[Step]) -> dict[str, float]:
     """Compute shares of the time of all steps, as the loop sees them."""
-    total = sum(map(_total, steps))
+    total = sum(map(step_total, steps))
 
     def share(label: Label) -> float:
         return sum(step.get(label.part, {}).get(label.kind, 0.0) for step in steps) / total

@@ -28,6 +28,15 @@ _SPANS = {
 }
 
 
+Step = dict[str, dict[str, float]]
+"""Seconds of a timed step by part and kind."""
+
+
+def step_total(step: Step) -> float:
+    """Return the seconds of a step."""
+    return sum(seconds for kinds in step.values() for seconds in kinds.values())
+
+
 class AllTimed(Exception):
     """All steps are timed; the rest of the run is skipped."""
 
@@ -124,8 +133,8 @@ class _RememberedTask:
         return self.last_loss
 
 
-def _as_json(step: dict[Label, float]) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+def _as_json(step: dict[Label, float]) -> Step:
+    found: Step = {}
     for label, seconds in step.items():
         found.setdefault(label.part, {})[label.kind] = seconds
     return found
