@@ -10,7 +10,7 @@ from cavmae.benchmarks.report.sections import section
 
 
 def show(path: Path) -> None:
-    """Print text and tables of a record, and its path."""
+    """Print text and tables of a record, of each cell the first line, and its path."""
     record = read_record(path)
     made = section(record, [record])
     console = Console(width=160, highlight=False, markup=False)
@@ -19,6 +19,6 @@ def show(path: Path) -> None:
     for grid in made.grids:
         table = Table(*grid.header, title=grid.title, title_justify="left")
         for row in grid.rows:
-            table.add_row(*row)
+            table.add_row(*(text.partition("\n")[0] for text in row))
         console.print(table)
     print(f"record: {path}")
