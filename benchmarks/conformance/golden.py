@@ -4,7 +4,6 @@ It compares what `pytest -m golden --golden=DIR` compares without ranks and medi
 that format, and needs no tests: an installed wheel is enough.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,6 @@ import tyro
 
 from cavmae.benchmarks.conformance.parts import PARTS, not_compared
 from cavmae.benchmarks.conformance.tolerances import worst
-from cavmae.command import exit_code
 
 _SHOWN = 5
 """Deviations beyond their limits that are printed of each case."""
@@ -68,7 +66,3 @@ def main(arguments: list[str]) -> int:
         print(f"not compared: {part} ({reason})")
     print(f"{len(chosen) - failed} of {len(chosen)} cases pass")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -12,11 +12,10 @@ from typing import Any
 from cavmae.benchmarks.conformance import heads
 from cavmae.benchmarks.conformance.cases import read_json
 from cavmae.benchmarks.conformance.finetune import FinetuneCase, FinetuneTraining
-from cavmae.benchmarks.conformance.forward import ForwardCase, weights_deviations
+from cavmae.benchmarks.conformance.forward import ForwardCase, SharedModel, weights_deviations
 from cavmae.benchmarks.conformance.mae import mapping_deviations
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.benchmarks.conformance.tolerances import Deviation
-from cavmae.trainer.model.cavmae import CAVMAE
 
 NOT_COMPARED = {
     "published_curves": "transcribed logs; a test compares their learning rates",
@@ -79,20 +78,7 @@ def _finetune(folder: Path, source: str) -> dict[str, tuple[FinetuneCase]]:
     }
 
 
-class _SharedModel:
-    """Builds the model of a case, or returns the last one where the weights are the same."""
-
-    def __init__(self) -> None:
-        self._weights, self._model = None, None
-
-    def __call__(self, case: ForwardCase) -> CAVMAE:
-        if self._model is None or self._weights != case.weights:
-            self._model = None  # a base model has 0.8 GB: keep one
-            self._weights, self._model = case.weights, case.build()
-        return self._model
-
-
-_model = _SharedModel()
+_model = SharedModel()
 
 
 def _gradients(case: ForwardCase) -> list[Deviation]:

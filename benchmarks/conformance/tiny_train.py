@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cavmae.benchmarks.conformance.tolerances import (
     Deviation,
     mismatches,
     relative,
+    sum_deviation,
 )
 from cavmae.kernels import MaskIds, contrastive_loss, mask_ids_from_shuffle
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -34,8 +35,7 @@ from cavmae.trainer.model.config import ModelConfig
 TEMPERATURE = 0.05
 
 
-@dataclass
-class TinyLosses:
+class TinyLosses(NamedTuple):
     """Losses of one step; `total` is the one to differentiate, `contrast` includes its weight."""
 
     total: torch.Tensor
@@ -46,14 +46,7 @@ class TinyLosses:
 
     def row(self, gradient_norm: float | None) -> list[float | None]:
         """The columns of the history."""
-        losses = (
-            self.total,
-            self.reconstruction_audio,
-            self.reconstruction_video,
-            self.contrast,
-            self.accuracy,
-        )
-        return [*(float(loss.detach()) for loss in losses), gradient_norm]
+        return [*(float(loss.detach()) for loss in self), gradient_norm]
 
 
 @dataclass(frozen=True)
@@ -277,7 +270,13 @@ def final_deviations(
         difference = np.abs(sample.numpy() - np.array(expected["sample16"])).max()
         deviations += [
             Deviation(f"{name} sample16", float(difference), LIMITS.training_value),
-            _sum_deviation(name, values, expected),
+            sum_deviation(
+                f"{name} sum",
+                float(values.sum()),
+                expected["sum"],
+                expected["l2"],
+                LIMITS.training_sum,
+            ),
         ]
         parts = {"l2": values, "l2_float64": values}
         if "l2_q" in expected:
@@ -299,12 +298,3 @@ def _history_deviation(quantity: str, measured: float | None, expected: float | 
     if quantity.endswith("grad_norm_all"):
         return relative(quantity, measured, expected, LIMITS.gradient_norm)
     return relative(quantity, measured, expected, LIMITS.training_loss)
-
-
-def _sum_deviation(name: str, values: torch.Tensor, expected: Mapping[str, Any]) -> Deviation:
-    """On the scale of the norm, as a sum near 0 is cancellation."""
-    scale = max(abs(expected["sum"]), expected["l2"])
-    difference = abs(float(values.sum()) - expected["sum"])
-    return Deviation(
-        f"{name} sum", difference / scale if scale else difference, LIMITS.training_sum
-    )

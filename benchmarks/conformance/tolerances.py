@@ -126,6 +126,15 @@ def mismatches(quantity: str, measured: np.ndarray, expected: np.ndarray) -> Dev
     return Deviation(quantity, float((measured != expected).sum()), 0)
 
 
+def sum_deviation(
+    quantity: str, measured: float, expected: float, norm: float, limit: float
+) -> Deviation:
+    """Difference of sums over the larger of the sum and the norm: the digits of a sum near 0 are
+    cancellation."""
+    scale, difference = max(abs(expected), norm), abs(measured - expected)
+    return Deviation(quantity, difference / scale if scale else difference, limit)
+
+
 def check_deviations(
     name: str, tensor: torch.Tensor | np.ndarray, expected: Mapping[str, Any]
 ) -> list[Deviation]:
@@ -134,11 +143,8 @@ def check_deviations(
         tensor = tensor.detach().cpu().numpy()
     values = tensor.astype(np.float64).ravel()
     norm = float(np.sqrt(np.square(values).sum()))
-    # A sum near 0 is compared on the scale of the norm: its own digits are cancellation.
-    scale = max(abs(expected["sum"]), norm)
-    difference = abs(float(values.sum()) - expected["sum"])
     return [
-        Deviation(f"{name} sum", difference / scale if scale else difference, LIMITS.check),
+        sum_deviation(f"{name} sum", float(values.sum()), expected["sum"], norm, LIMITS.check),
         relative(f"{name} l2", norm, expected["l2"], LIMITS.check),
         mismatches(f"{name} first4", values[:4], np.array(expected["first4"])),
     ]

@@ -12,9 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,20 @@ import torch
 import tyro
 from torch.utils.data import Dataset
 
-from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.clips import make_clips
-from cavmae.benchmarks.data.published_loader import (
-    PublishedDataset,
-    RawVideoDataset,
-    batches,
-)
-from cavmae.benchmarks.harness.options import check_least
-from cavmae.benchmarks.harness.records import timing, write_record
 from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.benchmarks.data.published_loader import PublishedDataset, RawVideoDataset, batches
+from cavmae.benchmarks.harness.plots import plot_beside
+from cavmae.benchmarks.harness.records import bar, timing, write_record
+from cavmae.benchmarks.report.console import show
+from cavmae.dataloaders.config import ClipShape
+from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
 BATCH, LANES = 16, 4
@@ -67,30 +67,27 @@ print(json.dumps({"make_seconds": made, "first_seconds": times[0],
 
 
 @dataclass(frozen=True)
-class LoaderBenchConfig:
+class LoaderBenchConfig(CheckedFields):
     """Compare our loader with others, on the CPUs.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    clips: int = 32
+    clips: PositiveInt = 32
     """Different clips."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Turns of each contender."""
-    batches: int = 12
+    batches: PositiveInt = 12
     """Timed batches of a turn."""
     workers: tuple[int, ...] = (1, 2)
     """Reader processes, one turn for each number."""
-    memory_samples: int = 20_000
+    memory_samples: PositiveInt = 20_000
     """Samples over which memory is watched."""
     work_dir: str = "runs/bench-data"
     """Folder of the clips, kept for the next run."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, clips=1, rounds=1, batches=1, memory_samples=1)
 
 
 def main(arguments: list[str]) -> int:
@@ -111,25 +108,13 @@ def main(arguments: list[str]) -> int:
         "memory": _memory(work / "wav" / "frames", config.memory_samples),
     }
     results["bars"] = bars(results)
-    for line in report(results):
-        print(line)
     path = write_record(config.out, "data", CPU, vars(config), results)
-    print(f"record: {path}")
-    _plot(results, str(path.with_suffix(".png")))
-    print(f"plot: {path.with_suffix('.png')}")
+    show(path)
+    _plot(results, path)
     return 0
 
 
 # ------------------------------------------------------------------------------ contenders
-
-
-@contextmanager
-def _ours(folder: Path, workers: int) -> Iterator[Iterator[Any]]:
-    loader = _loader(folder, workers)
-    try:
-        yield iter(loader)
-    finally:
-        loader.close()
 
 
 def _loader(
@@ -155,32 +140,27 @@ def _loader(
     )
 
 
-@contextmanager
-def _theirs(make: Callable[[int], Dataset], workers: int) -> Iterator[Iterator[Any]]:
-    iterator = iter(batches(make(10**6), BATCH, workers))
-    try:
-        yield iterator
-    finally:
-        del iterator
-
-
 def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> dict[str, Any]:
     """Measure clips/s and CPU-seconds a clip of every contender."""
     videos = sorted((work / "raw").glob("*.mp4"))
-    ways: dict[str, Callable[[int], Any]] = {
-        "cavmae frames": lambda n: _ours(work / "wav" / "frames", n),
-        "cavmae frames with FLAC": lambda n: _ours(work / "flac" / "frames", n),
-        "cavmae video": lambda n: _ours(work / "wav" / "video", n),
-        "published": lambda n: _theirs(lambda k: PublishedDataset(work / "published", k), n),
-        "PyAV, raw 720p": lambda n: _theirs(lambda k: RawVideoDataset(videos, k, "pyav"), n),
-    }
-    try:
-        import decord  # noqa: F401  # pyright: ignore[reportMissingImports]
+    endless = 10**6
 
-        ways["decord, raw 720p"] = lambda n: _theirs(
-            lambda k: RawVideoDataset(videos, k, "decord"), n
-        )
-    except ImportError:
+    def ours(tier: str) -> Callable[[int], Any]:
+        return lambda workers: closing(_loader(work / tier, workers))
+
+    def theirs(dataset: Dataset) -> Callable[[int], Any]:
+        return lambda workers: nullcontext(batches(dataset, BATCH, workers))
+
+    ways = {
+        "cavmae frames": ours("wav/frames"),
+        "cavmae frames with FLAC": ours("flac/frames"),
+        "cavmae video": ours("wav/video"),
+        "published": theirs(PublishedDataset(work / "published", endless)),
+        "PyAV, raw 720p": theirs(RawVideoDataset(videos, endless, "pyav")),
+    }
+    if find_spec("decord"):
+        ways["decord, raw 720p"] = theirs(RawVideoDataset(videos, endless, "decord"))
+    else:
         print("decord is not installed: skipped")
     found: dict[str, dict[str, list[float]]] = {
         f"{name}, {number} workers": {"seconds": [], "cpu_seconds": [], "first_batch_seconds": []}
@@ -192,7 +172,8 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
             # Raw videos are slow: fewer batches, one of them not timed.
             turns = count if "raw" not in name else max(1, count // 6)
             began = time.perf_counter()
-            with way(number) as iterator:
+            with way(number) as loaded:
+                iterator = iter(loaded)
                 next(iterator)
                 first = time.perf_counter() - began
                 for _ in range(1 if "raw" in name else 4):
@@ -325,64 +306,29 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     log_mel_seconds = parts["log_mel_cpu_seconds_per_clip"]
     total = frames["cpu_seconds_per_clip"]
     known = log_mel_seconds + parts["decode_cpu_seconds_per_clip"]
-    values = {
-        "frames over raw 720p": (faster(frames, raw), ">=", 8),
-        "video over raw 720p": (faster(video, raw), ">=", 8),
-        "frames over published": (faster(frames, published), ">=", 1.1),
-        "published over frames, host CPU without log-mel": (
-            published["cpu_seconds_per_clip"] / (total - log_mel_seconds),
-            ">=",
-            2.5,
-        ),
-        "share of CPU outside decoding and log-mel": (1 - known / total, "<", 0.1),
-        "seconds to the first batch at 10^7": (results["first_batch"]["10000000"], "<", 1),
-        "plan slice of 512, seconds": (results["plan"]["warm_seconds"], "<", 1e-3),
-        "plan memory, bytes": (results["plan"]["peak_bytes"], "<", 200e6),
-        "growth of memory": (results["memory"]["growth"], "<", 0.02),
-    }
+    cpu_over_ours = published["cpu_seconds_per_clip"] / (total - log_mel_seconds)
+    first_batch = results["first_batch"]["10000000"]
     return {
-        name: {
-            "value": value,
-            "bar": f"{sign} {bar:g}",
-            "met": value >= bar if sign == ">=" else value < bar,
-        }
-        for name, (value, sign, bar) in values.items()
+        "frames over raw 720p": bar(faster(frames, raw), at_least=8),
+        "video over raw 720p": bar(faster(video, raw), at_least=8),
+        "frames over published": bar(faster(frames, published), at_least=1.1),
+        "published over frames, host CPU without log-mel": bar(cpu_over_ours, at_least=2.5),
+        "share of CPU outside decoding and log-mel": bar(1 - known / total, below=0.1),
+        "seconds to the first batch at 10^7": bar(first_batch, below=1),
+        "plan slice of 512, seconds": bar(results["plan"]["warm_seconds"], below=1e-3),
+        "plan memory, bytes": bar(results["plan"]["peak_bytes"], below=200e6),
+        "growth of memory": bar(results["memory"]["growth"], below=0.02),
     }
 
 
-def report(results: dict[str, Any]) -> Iterator[str]:
-    """Format the results as lines."""
-    for name, found in results["contenders"].items():
-        yield (
-            f"{name:>28}: {found['clips_per_second']:7.1f} clips/s, "
-            f"{1e3 * found['cpu_seconds_per_clip']:7.2f} ms of CPU a clip, first batch after "
-            f"{found['first_batch_seconds']:.2f} s"
-        )
-    for tier, found in results["parts"].items():
-        parts = ", ".join(
-            f"{key.partition('_cpu')[0]} {1e3 * value:.2f} ms" for key, value in found.items()
-        )
-        yield f"{tier} alone, CPU a clip: {parts}"
-    times = ", ".join(f"{key}: {value:.2f} s" for key, value in results["first_batch"].items())
-    yield f"first batch by position: {times}"
-    for name, found in results["bars"].items():
-        met = "met" if found["met"] else "NOT MET"
-        yield f"{met:>8}: {name} {found['value']:.4g} ({found['bar']})"
-
-
-def _plot(results: dict[str, Any], path: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    names = list(results["contenders"])
-    axes[0].barh(names, [results["contenders"][name]["clips_per_second"] for name in names])
-    axes[0].set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
-    axes[0].invert_yaxis()
-    points = results["memory"]["points"]
-    axes[1].plot(
-        [point["samples"] for point in points], [point["bytes"] / 1e6 for point in points], "o-"
-    )
-    axes[1].set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+def _plot(results: dict[str, Any], record: Path) -> None:
+    with plot_beside(record, 12, 4) as figure:
+        rates, memory = figure.subplots(1, 2)
+        contenders = results["contenders"]
+        rates.barh(list(contenders), [one["clips_per_second"] for one in contenders.values()])
+        rates.set(xlabel="clips/s", title="10 s clips on this machine's CPUs")
+        rates.invert_yaxis()
+        points = results["memory"]["points"]
+        sizes = [one["bytes"] / 1e6 for one in points]
+        memory.plot([one["samples"] for one in points], sizes, "o-")
+        memory.set(xlabel="samples", ylabel="MB", title="memory of all processes", ylim=(0, None))

@@ -17,27 +17,27 @@ import numpy as np
 import torch
 import tyro
 
-from cavmae.atomic_write import atomic_write
-from cavmae.benchmarks.harness.options import check_least
+from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 CLASSES = 527
 
 
 @dataclass(frozen=True)
-class ShuffleConfig:
+class ShuffleConfig(CheckedFields):
     """Compare the plan's order with a perfect shuffle.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    shards: int = 400
+    shards: PositiveInt = 400
     """Shards of the set."""
-    samples: int = 1000
+    samples: PositiveInt = 1000
     """Samples of a shard."""
-    batch: int = 512
+    batch: PositiveInt = 512
     """Global batch."""
     windows: tuple[int, ...] = (1, 64, 512, 4096, 16384)
     """Samples of a lane that are shuffled among each other, one turn for each number."""
@@ -45,7 +45,7 @@ class ShuffleConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, shards=1, samples=1, batch=1)
+        super().__post_init__()
         if self.shards * self.samples < 2 * self.batch:
             raise ValueError(
                 f"{self.shards * self.samples} samples are fewer than two batches of {self.batch}"
@@ -63,8 +63,7 @@ def main(arguments: list[str]) -> int:
         print(_line(f"window {window}", found, results["perfect"]))
     path = write_record(config.out, "shuffle", torch.device("cpu"), vars(config), results)
     print(f"record: {path}")
-    _plot(config.windows, results, path.with_suffix(".png"))
-    print(f"plot: {path.with_suffix('.png')}")
+    _plot(config.windows, results, path)
     return 0
 
 
@@ -122,21 +121,17 @@ def _line(name: str, found: dict[str, float], perfect: dict[str, float]) -> str:
     )
 
 
-def _plot(windows: tuple[int, ...], results: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    axes = figure.subplots(1, 3)
+def _plot(windows: tuple[int, ...], results: dict[str, Any], record: Path) -> None:
     titles = {
         "shards_in_a_batch": "different shards in a batch",
         "class_distance": "class distance of a batch",
         "pairs_again": "pairs together again",
     }
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        values = [results[f"window_{window}"][name] for window in windows]
-        axis.plot(windows, values, "o-", label="plan")
-        axis.axhline(results["perfect"][name], color="black", ls="--", label="perfect shuffle")
-        axis.set(xscale="log", xlabel="shuffle window (samples)", title=title, ylim=(0, None))
-    axes[0].legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    with plot_beside(record, 12, 3.5) as figure:
+        axes = figure.subplots(1, 3)
+        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+            values = [results[f"window_{window}"][name] for window in windows]
+            axis.plot(windows, values, "o-", label="plan")
+            axis.axhline(results["perfect"][name], color="black", ls="--", label="perfect shuffle")
+            axis.set(xscale="log", xlabel="shuffle window (samples)", title=title, ylim=(0, None))
+        axes[0].legend()

@@ -22,9 +22,10 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.benchmarks.report.console import show
+from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
@@ -35,6 +36,7 @@ from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
+from cavmae.field_checks import CheckedFields, PositiveInt
 
 T = TypeVar("T")
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
@@ -47,7 +49,7 @@ LOSSLESS_DB = 99.0
 
 
 @dataclass(frozen=True)
-class TiersConfig:
+class TiersConfig(CheckedFields):
     """Compare the size, cost and quality of each way to store a clip.
 
     Raises:
@@ -56,17 +58,14 @@ class TiersConfig:
 
     videos: str = ""
     """Folder of videos; empty: 720p videos are generated."""
-    clips: int = 32
+    clips: PositiveInt = 32
     """Videos to generate."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """Turns of each decoder."""
     work_dir: str = "runs/bench-tiers"
     """Folder of the packed sets, kept for the next run."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, clips=1, rounds=1)
 
 
 def main(arguments: list[str]) -> int:
@@ -96,10 +95,8 @@ def main(arguments: list[str]) -> int:
             "psnr_db": _quality(videos, shards),
             "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, config.rounds),
         }
-    for line in report(results):
-        print(line)
     device = torch.device("cpu" if gpu is None else "cuda")
-    print(f"record: {write_record(config.out, 'tiers', device, vars(config), results)}")
+    show(write_record(config.out, "tiers", device, vars(config), results))
     return 0
 
 
@@ -291,29 +288,3 @@ def _quality(videos: Path, shards: ShardSet) -> float:
         error = float(np.mean(errors))
         values.append(10 * np.log10(255**2 / error) if error > 0 else LOSSLESS_DB)
     return float(np.median(values))
-
-
-def report(results: dict[str, Any]) -> Iterator[str]:
-    """Format the results as lines."""
-    source = results["source"]
-    yield (
-        f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "
-        f"per clip:"
-    )
-    yield f"decoding the source for packing: {1e3 * source['decode_cpu_seconds']:.0f} ms of CPU"
-    yield f"{'':>14} {'kB':>8} {'encode':>10} {'decode':>10} {'clips/s':>8} {'PSNR':>8}  on GPU"
-    for name, found in results["pictures"].items():
-        on_gpu = found["gpu_clips_per_second"]
-        shown = "not measured: no GPU"
-        if on_gpu is not None:
-            shown = ", ".join(f"{rate:.0f} with {count}" for count, rate in on_gpu.items())
-        yield (
-            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
-            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms {found['decode_clips_per_second']:8.0f} "
-            f"{found['psnr_db']:5.1f} dB  {shown}"
-        )
-    for name, found in results["sound"].items():
-        yield (
-            f"{name:>14} {found['bytes'] / 1e3:8.0f} {1e3 * found['pack_cpu_seconds']:7.1f} ms "
-            f"{1e3 * found['decode_cpu_seconds']:7.2f} ms"
-        )

@@ -11,31 +11,31 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
+from cavmae.field_checks import CheckedFields, at_least
 
 FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
-    "a rank is killed (SIGKILL)": inject.rank_signalled(signal.SIGKILL),
-    "a rank is stopped (SIGSTOP)": inject.rank_signalled(signal.SIGSTOP),
+    "a rank is killed (SIGKILL)": partial(inject.rank_signalled, signal.SIGKILL),
+    "a rank is stopped (SIGSTOP)": partial(inject.rank_signalled, signal.SIGSTOP),
     "head, driver and ranks are killed": inject.head_killed,
     "a node is killed": node_killed,
     "a node's network is cut": node_cut,
     "all ranks are preempted (SIGTERM)": inject.preempted,
     "killed while a checkpoint is written": inject.killed_while_writing,
-    "the newest checkpoint is cut short": inject.checkpoint_damaged(inject.cut_short),
-    "a bit of the newest checkpoint flips": inject.checkpoint_damaged(inject.flip_a_bit),
+    "the newest checkpoint is cut short": partial(inject.checkpoint_damaged, inject.cut_short),
+    "a bit of the newest checkpoint flips": partial(inject.checkpoint_damaged, inject.flip_a_bit),
     "the disk is full": inject.disk_full,
     "a gradient is NaN: rolled back": inject.nan_rolled_back,
     "a gradient is NaN: update skipped": inject.nan_skipped,
@@ -46,14 +46,14 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
 
 
 @dataclass(frozen=True)
-class FaultsConfig:
+class FaultsConfig(CheckedFields):
     """Do faults to real runs, and measure how each run recovers.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    steps: int = 100
+    steps: Annotated[int, at_least(4 * INTERVAL)] = 100
     """Steps of each run."""
     zero_stage: Literal[1, 2] = 1
     """ZeRO stage of each run."""
@@ -67,7 +67,7 @@ class FaultsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, steps=4 * INTERVAL)
+        super().__post_init__()
         for name in self.only:
             if name not in FAULTS:
                 raise ValueError(f"only has {name!r}; use some of: {'; '.join(FAULTS)}")
@@ -88,36 +88,19 @@ def main(arguments: list[str]) -> int:
             finally:
                 bench.end_all()
             print(f"    {rows[name]}", file=sys.stderr, flush=True)
-    Console(width=140).print(table(rows))
-    device = torch.device("cpu")
-    results = {name: dataclasses.asdict(row) for name, row in rows.items()}
-    print(f"record: {write_record(config.out, 'faults', device, vars(config), results)}")
+    show(write_record(config.out, "faults", torch.device("cpu"), vars(config), recorded(rows)))
     return exit_code(rows)
+
+
+def recorded(rows: Mapping[str, Row | Skipped | Failed]) -> dict[str, dict[str, Any]]:
+    """Return the results of a record: rows with whether they passed."""
+    return {
+        name: dataclasses.asdict(row) | ({"passed": row.passed} if isinstance(row, Row) else {})
+        for name, row in rows.items()
+    }
 
 
 def exit_code(rows: Mapping[str, Row | Skipped | Failed]) -> int:
     """Return 1 if a run did not pass; a fault that this machine can't have does not count."""
     measured = [row for row in rows.values() if not isinstance(row, Skipped)]
     return 0 if all(isinstance(row, Row) and row.passed for row in measured) else 1
-
-
-def table(rows: Mapping[str, Row | Skipped | Failed]) -> Table:
-    """Make a table of the faults, skipped and failed ones with the reason."""
-    shown = Table("fault", "noticed, s", "recovered, s", "steps lost", "samples", "losses", "log")
-    for name, row in rows.items():
-        if isinstance(row, Skipped):
-            shown.add_row(name, *[""] * 5, f"SKIPPED: {row.skipped}")
-        elif isinstance(row, Failed):
-            shown.add_row(f"{name}: FAILED", *[""] * 5, row.failed.splitlines()[0])
-        else:
-            apart = row.largest_difference
-            shown.add_row(
-                name if row.passed else f"{name}: FAILED",
-                f"{row.noticed_seconds:.1f}",
-                f"{row.again_seconds:.1f}" if row.again_seconds else "continued",
-                f"{row.steps_lost} of {row.steps_allowed}",
-                "equal" if row.samples_equal else "DIFFER",
-                f"{apart:.1e} apart" if apart else "bit for bit",
-                row.said[:40],
-            )
-    return shown

@@ -33,18 +33,14 @@ DAMAGED_CLIPS = 4
 """Of a shard."""
 
 
-def rank_signalled(sign: signal.Signals) -> Callable[[Bench, str], Row]:
+def rank_signalled(sign: signal.Signals, bench: Bench, name: str) -> Row:
     """Send a signal to one of two ranks under Ray, which restarts both."""
-
-    def row(bench: Bench, name: str) -> Row:
-        run = FaultedRun(bench, bench.config(name), bench.on_ray)
-        run.wait_for_checkpoint(2 * INTERVAL)
-        run.fault_is_now()
-        run.attempt.ranks()[-1].send_signal(sign)
-        run.wait_until_noticed(run.failure)
-        return run.row()
-
-    return row
+    run = FaultedRun(bench, bench.config(name), bench.on_ray)
+    run.wait_for_checkpoint(2 * INTERVAL)
+    run.fault_is_now()
+    run.attempt.ranks()[-1].send_signal(sign)
+    run.wait_until_noticed(run.failure)
+    return run.row()
 
 
 def head_killed(bench: Bench, name: str) -> Row:
@@ -71,24 +67,20 @@ def preempted(bench: Bench, name: str) -> Row:
     return run.row(before=before)
 
 
-def checkpoint_damaged(damage: Callable[[Path], None]) -> Callable[[Bench, str], Row]:
+def checkpoint_damaged(damage: Callable[[Path], None], bench: Bench, name: str) -> Row:
     """Kill all ranks, damage the newest checkpoint, and run the same command again."""
-
-    def row(bench: Bench, name: str) -> Row:
-        run = FaultedRun(bench, bench.config(name), bench.plain)
-        run.wait_for_checkpoint(2 * INTERVAL)
-        run.attempt.kill()
-        run.fault_is_now()
-        newest = damage_newest(run.config, damage)
-        run.launch()
-        run.wait_until_noticed(run.resume)
-        run.attempt.finish()
-        if resumed_step(run.run_dir) >= newest:
-            raise RuntimeError(f"the damaged checkpoint of step {newest} was used")
-        # The steps since the damaged checkpoint don't count: its own interval is lost with it.
-        return run.row(before=min(run.before, newest))
-
-    return row
+    run = FaultedRun(bench, bench.config(name), bench.plain)
+    run.wait_for_checkpoint(2 * INTERVAL)
+    run.attempt.kill()
+    run.fault_is_now()
+    newest = damage_newest(run.config, damage)
+    run.launch()
+    run.wait_until_noticed(run.resume)
+    run.attempt.finish()
+    if resumed_step(run.run_dir) >= newest:
+        raise RuntimeError(f"the damaged checkpoint of step {newest} was used")
+    # The steps since the damaged checkpoint don't count: its own interval is lost with it.
+    return run.row(before=min(run.before, newest))
 
 
 def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int:

@@ -30,10 +30,7 @@ def node_cut(bench: Bench, name: str) -> Row | Skipped:
 
 
 def _row(
-    bench: Bench,
-    name: str,
-    do: Callable[[Nodes], None],
-    undo: Callable[[Nodes], None],
+    bench: Bench, name: str, do: Callable[[Nodes], None], undo: Callable[[Nodes], None]
 ) -> Row | Skipped:
     reason = unavailable()
     if reason:

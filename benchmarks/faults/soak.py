@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.faults.leak_check import (
     FIRST_FAILURE_BYTES,
     HANDLES_GROWTH,
@@ -36,9 +35,10 @@ from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
-from cavmae.benchmarks.harness.options import check_positive
+from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.field_checks import CheckedFields, PositiveFloat
 from cavmae.trainer.config.configs import PretrainConfig
 
 _STEPS = 10_000_000
@@ -48,16 +48,16 @@ _UNDISTURBED_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
-class SoakConfig:
+class SoakConfig(CheckedFields):
     """Train for long with a fault every few minutes, and look for leaks.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    minutes: float = 60.0
+    minutes: PositiveFloat = 60.0
     """Minutes of faults."""
-    fault_every_seconds: float = 180.0
+    fault_every_seconds: PositiveFloat = 180.0
     """Seconds from one fault to the next."""
     seed: int = 0
     """Of the order of faults."""
@@ -65,15 +65,12 @@ class SoakConfig:
     """ZeRO stage of the run."""
     pause_seconds: float = 0.25
     """Pause in each step."""
-    look_every_seconds: float = 5.0
+    look_every_seconds: PositiveFloat = 5.0
     """Seconds between two samples of memory and handles."""
     work_dir: str = ""
     """Folder of the runs, which is kept; empty: a temporary one."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "minutes", "fault_every_seconds", "look_every_seconds")
 
 
 def main(arguments: list[str]) -> int:
@@ -82,7 +79,7 @@ def main(arguments: list[str]) -> int:
     with work_folder("soak", config.work_dir) as work:
         results, samples, faults = _soak(config, work)
     record = write_record(config.out, "soak", torch.device("cpu"), vars(config), results)
-    _plot(samples, faults, record.with_suffix(".png"))
+    _plot(samples, faults, record)
     for name, met in results["criteria"].items():
         print(f"{'yes' if met else 'NO':>4}  {name.replace('_', ' ')}")
     print(results["problem"], end="")
@@ -147,10 +144,7 @@ def _compared(bench: Bench, config: PretrainConfig) -> dict[str, Any]:
 
 
 def results(
-    faults: list[Endured],
-    watched: list[Life],
-    found: dict[str, Any],
-    problem: str,
+    faults: list[Endured], watched: list[Life], found: dict[str, Any], problem: str
 ) -> dict[str, Any]:
     """Make the results of the record.
 
@@ -200,24 +194,23 @@ def _of_kind(judged: list[Life], kind: str) -> dict[str, float]:
     }
 
 
-def _plot(samples: list[Usage], faults: list[Endured], path: Path) -> None:
+def _plot(samples: list[Usage], faults: list[Endured], record: Path) -> None:
     """Plot memory and handles of each process over time, with the faults."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplots(2, 1, sharex=True)
     began = samples[0].unix_seconds if samples else 0.0
     colours = {"driver": "tab:blue", "controller": "tab:green", "rank": "tab:orange"}
-    for kind, colour in colours.items():
-        found = [one for one in samples if one.kind == kind]
-        minutes = [(one.unix_seconds - began) / 60 for one in found]
-        axes[0].plot(minutes, [one.memory_bytes / 1e6 for one in found], ".", color=colour, ms=2)
-        axes[1].plot(minutes, [one.handles for one in found], ".", color=colour, ms=2, label=kind)
-    for axis, name in zip(axes, ("resident memory (MB)", "open file handles"), strict=True):
-        for fault in faults:
-            axis.axvline((fault.unix_seconds - began) / 60, color="0.8", zorder=0)
-        axis.set(ylabel=name, ylim=(0, None))
-    axes[1].set(xlabel="minutes; a line is a fault")
-    axes[1].legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    with plot_beside(record, 12, 6) as figure:
+        memory, handles = figure.subplots(2, 1, sharex=True)
+        for kind, colour in colours.items():
+            found = [one for one in samples if one.kind == kind]
+            minutes = [(one.unix_seconds - began) / 60 for one in found]
+            megabytes = [one.memory_bytes / 1e6 for one in found]
+            memory.plot(minutes, megabytes, ".", color=colour, ms=2)
+            handles.plot(
+                minutes, [one.handles for one in found], ".", color=colour, ms=2, label=kind
+            )
+        for axis, name in ((memory, "resident memory (MB)"), (handles, "open file handles")):
+            for fault in faults:
+                axis.axvline((fault.unix_seconds - began) / 60, color="0.8", zorder=0)
+            axis.set(ylabel=name, ylim=(0, None))
+        handles.set(xlabel="minutes; a line is a fault")
+        handles.legend()

@@ -8,7 +8,6 @@ installed, so its options are those of argparse, not tyro.
 import argparse
 import dataclasses
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +18,15 @@ from typing import Any
 
 import torch
 
-from cavmae.benchmarks.conformance.forward import ForwardCase
+from cavmae.benchmarks.conformance.forward import ForwardCase, SharedModel
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.benchmarks.conformance.tolerances import Deviation, worst
 from cavmae.benchmarks.gpu import training
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
-from cavmae.benchmarks.kernels.bench import measure
-from cavmae.benchmarks.step.step import compare
-from cavmae.benchmarks.step.training_step import SIZES, Precision, TrainingStep
-from cavmae.command import exit_code
+from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
+from cavmae.benchmarks.step.step import MODELS, compare
+from cavmae.benchmarks.step.training_step import SIZES, Precision, StepSetting, TrainingStep
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -189,14 +187,11 @@ def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
 
 def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
     """Yield each case with its model on the device, while time is left; equal weights share one."""
-    weights, model = None, None
+    shared = SharedModel()
     for case in cases:
         if time.monotonic() > check.deadline:
             return
-        if weights != case.weights or model is None:
-            model = None  # freed before the next one is built
-            weights, model = case.weights, case.build().to(check.device)
-        yield case, model
+        yield case, shared(case).to(check.device)
 
 
 def golden_forward(check: Check) -> dict[str, Any]:
@@ -249,7 +244,7 @@ def training_goes_down(check: Check) -> dict[str, Any]:
     beyond = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
-        step = TrainingStep("cavmae", SIZES["tiny"], 8, precision, check.device)
+        step = TrainingStep(StepSetting("cavmae", SIZES["tiny"], 8, precision, check.device))
         losses[precision] = [float(step()) for _ in range(10)]
         finite = all(map(math.isfinite, losses[precision]))
         if not finite or losses[precision][-1] >= losses[precision][0]:
@@ -271,13 +266,14 @@ def kernels_agree(check: Check) -> dict[str, Any]:
 def kernels_against_others(check: Check) -> dict[str, Any]:
     """Run `cavmae bench kernels` with fewer repeats; a kernel of ours that fails is a failure."""
     gpu = check.device.type == "cuda"
-    results = measure(
-        check.device,
+    config = KernelsConfig(
+        "cuda" if gpu else "cpu",
         batch=None if gpu else 1,
-        contrastive=None if gpu else [64],
+        contrastive=() if gpu else (64,),
         repeats=min(3, check.repeats),
-        deadline=check.deadline,
+        compile=gpu,
     )
+    results = measure(config, check.deadline)
     beyond = [
         f"{case} {what}: {why}"
         for case, result in results["cases"].items()
@@ -294,9 +290,10 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
     results = {}
     for precision in precisions:
         check.require_time()
-        results[precision] = compare(
-            check.config, batch, precision, check.device, repeats=check.repeats, warm_up=2
-        )
+        settings = {
+            name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
+        }
+        results[precision] = compare(settings, check.repeats, warm_up=2)
     return {"batch": batch, "precisions": results}
 
 
@@ -343,16 +340,11 @@ def limits(check: Check) -> dict[str, Any]:
             check.require_time()
         except Skip:
             in_time = False
-        return in_time and training.step_fits(
-            check.config, candidate, check.device, compile=compile
-        )
+        setting = training.our_step(check.config, candidate, check.device, compile)
+        return in_time and training.step_fits(setting)
 
     contrast = training.large_contrast(
         training.CONTRASTIVE_BATCH, check.config.width, check.device, check.repeats
     )
     largest = training.largest_batch(fits, batch)
     return contrast | {"largest_batch": largest, "search_ended_early": not in_time}
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

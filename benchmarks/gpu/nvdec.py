@@ -4,7 +4,6 @@ NVDEC needs a driver library that containers lack unless it is requested, and DA
 from their cause, so each is probed by name here.
 """
 
-import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,7 +13,6 @@ from rich.console import Console
 from cavmae.benchmarks.harness.records import RESULTS, write_record
 from cavmae.benchmarks.harness.timing import default_device
 from cavmae.cluster.local.checks import Finding, dali, gpu, library, nvdec, show
-from cavmae.command import exit_code
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,3 @@ def main(arguments: list[str]) -> int:
     device = torch.device(default_device())
     print(f"record: {write_record(config.out, 'nvdec', device, {}, results)}")
     return 1 if absent else 0
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
+from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.timing import median_seconds
-from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, TrainingStep
+from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, StepSetting, TrainingStep
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
@@ -47,7 +48,7 @@ def throughput(
                 rows.append({"batch": batch, "compile": compile, "skipped": "out of time"})
                 continue
             try:
-                row = _throughput_of(config, batch, device, repeats=repeats, compile=compile)
+                row = _throughput_of(our_step(config, batch, device, compile), repeats)
                 rows.append(row | utilization(row["tflops"] * 1e12, rates, "bf16"))
             except torch.cuda.OutOfMemoryError as error:
                 rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
@@ -57,11 +58,10 @@ def throughput(
     return {"machine": rates, "rows": rows}
 
 
-def _throughput_of(
-    config: ModelConfig, batch: int, device: torch.device, *, repeats: int, compile: bool
-) -> dict[str, Any]:
+def _throughput_of(setting: StepSetting, repeats: int) -> dict[str, Any]:
+    batch, device, compile = setting.batch, setting.device, setting.choices.compile
     torch.cuda.reset_peak_memory_stats(device)
-    step = TrainingStep("cavmae", config, batch, "bf16", device, choices=Choices(compile=compile))
+    step = TrainingStep(setting)
     for _ in range(3):
         step()
     starts, ends = (
@@ -81,7 +81,7 @@ def _throughput_of(
         "compile": compile,
         "all_seconds": seconds,
         "samples_per_second": batch / median,
-        "tflops": training_flops(config) * batch / median / 1e12,
+        "tflops": training_flops(setting.config) * batch / median / 1e12,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
     }
     print(
@@ -90,6 +90,11 @@ def _throughput_of(
         flush=True,
     )
     return row
+
+
+def our_step(config: ModelConfig, batch: int, device: torch.device, compile: bool) -> StepSetting:
+    """Return our step in bf16."""
+    return StepSetting("cavmae", config, batch, "bf16", device, Choices(compile=compile))
 
 
 def best(rows: list[dict[str, Any]]) -> tuple[int, bool] | None:
@@ -141,22 +146,18 @@ def largest_batch(fits: Callable[[int], bool], known: int) -> int:
     return known
 
 
-def step_fits(
-    config: ModelConfig, batch: int, device: torch.device, *, compile: bool = False
-) -> bool:
+def step_fits(setting: StepSetting) -> bool:
     """Return whether two training steps in bf16 fit into the memory of a GPU; the second one has
     the optimizer's state beside everything else."""
     torch.cuda.empty_cache()  # of an attempt before, whose error still held its tensors then
     try:
-        step = TrainingStep(
-            "cavmae", config, batch, "bf16", device, choices=Choices(compile=compile)
-        )
+        step = TrainingStep(setting)
         for _ in range(2):
             step()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(setting.device)
     except torch.cuda.OutOfMemoryError:
         return False
-    print(f"  batch {batch} fits", flush=True)
+    print(f"  batch {setting.batch} fits", flush=True)
     return True
 
 
@@ -173,13 +174,8 @@ def large_contrast(pairs: int, width: int, device: torch.device, repeats: int) -
         loss = contrastive_loss(audio, video, TEMPERATURE, True).loss
         torch.autograd.grad(loss, [audio, video])
 
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
     seconds = median_seconds(run, device, repeats)
     found: dict[str, Any] = {"contrastive_pairs": pairs, "contrastive_seconds": seconds}
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        found["contrastive_workspace_bytes"] = peak - before
+        found["contrastive_workspace_bytes"] = gpu_peak_bytes(run, device)
     return found

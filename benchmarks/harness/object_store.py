@@ -121,29 +121,27 @@ class _Spoiler:
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+
+        def answer(status: str, body: bytes = b"") -> list[bytes]:
+            start(status, [("Content-Length", str(len(body)))])
+            return [body]
+
+        if path in ("/_faults", "/_down"):
+            order = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+            if path == "/_down":
+                self._down = order
+            else:
+                self._every, self._kinds = order[0], itertools.cycle(order[1])
+            return answer("200 OK")
         if path == "/_counts":
-            start("200 OK", [("Content-Type", "application/json")])
-            return [json.dumps(self._counts).encode()]
-        if path == "/_faults":
-            self._every, kinds = json.loads(
-                environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-            )
-            self._kinds = itertools.cycle(kinds)
-            start("204 No Content", [])
-            return []
-        if path == "/_down":
-            self._down = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-            start("204 No Content", [])
-            return []
+            return answer("200 OK", json.dumps(self._counts).encode())
         if self._down:
-            start("503 Service Unavailable", [("Content-Length", "0")])
-            return []
+            return answer("503 Service Unavailable")
         if method != "GET" or path.count("/") < 2:
             return self._application(environ, start)
         fault = self._fault()
         if fault == "error":
-            start("500 Internal Server Error", [("Content-Length", "0")])
-            return []
+            return answer("500 Internal Server Error")
         if fault == "reset":
             return _reset(environ)
         body = b"".join(self._application(environ, start))

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -130,17 +130,13 @@ class _DriverPower:
         seconds = time.monotonic() - self._began
         self._process.terminate()
         assert self._process.stdout is not None
-        printed = _lines(self._process.stdout)
+        printed = [line for line in map(str.strip, self._process.stdout) if line]
         self._process.wait()
         watts = [float(line) for line in printed if _is_number(line)]
         if not watts:
             return Energy(None, None, f"nvidia-smi gave no power: {printed[:1]}")
         mean = statistics.fmean(watts)
         return Energy(mean * seconds, mean, f"nvidia-smi, {len(watts)} readings")
-
-
-def _lines(output: IO[str]) -> list[str]:
-    return [line.strip() for line in output.read().splitlines() if line.strip()]
 
 
 def _is_number(text: str) -> bool:

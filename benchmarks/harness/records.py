@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,24 @@ def timing(seconds: list[float]) -> dict[str, Any]:
 def spread(ratios: list[float]) -> dict[str, float]:
     """Return the median and the extremes of ratios of neighbouring runs."""
     return {"median": statistics.median(ratios), "minimum": min(ratios), "maximum": max(ratios)}
+
+
+def extremes(ratios: Mapping[str, float], form: str = ".2f", unit: str = "x") -> str:
+    """Format the `spread` of ratios: each in the format, the median with its unit."""
+    median, low, high = (format(ratios[key], form) for key in ("median", "minimum", "maximum"))
+    return f"{median}{unit} ({low} to {high})"
+
+
+def bar(
+    value: float, *, at_least: float | None = None, below: float | None = None, judged: bool = True
+) -> dict[str, Any]:
+    """Return a value beside its bar, one of the two; `met` is None where it is not judged here."""
+    if at_least is not None:
+        text, met = f"at least {at_least:g}", value >= at_least
+    else:
+        assert below is not None
+        text, met = f"below {below:g}", value < below
+    return {"value": value, "bar": text, "met": met if judged else None}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

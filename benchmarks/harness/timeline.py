@@ -7,14 +7,11 @@ Work of other streams at the same time counts to no label.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
 
 
 class Label(NamedTuple):
@@ -66,17 +63,6 @@ class Timeline:
             yield
         finally:
             self.switch(before)
-
-    def during(
-        self, label: Label, function: Callable[Parameters, Result]
-    ) -> Callable[Parameters, Result]:
-        """Wrap a function: its calls get a label."""
-
-        def labelled(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-            with self.within(label):
-                return function(*arguments, **options)
-
-        return labelled
 
     def seconds(self) -> list[dict[Label, float]]:
         """Return the seconds of each step that has ended, by label; wait for the device."""

@@ -100,10 +100,8 @@ def _operations(device: torch.device, batch: int, dtype: torch.dtype) -> dict[st
     }
     sizes = {"": (8 * batch, 192)}
     if device.type == "cuda":
-        sizes[" large"] = (
-            5000,
-            768,
-        )  # the larger tiles, several row blocks, neither a whole number
+        # The larger tiles, several row blocks, neither a whole number.
+        sizes[" large"] = (5000, 768)
     for name, shape in sizes.items():
         operations[f"contrastive_loss{name}"] = _with_gradients(
             lambda backend, a, v, t: contrastive_loss(a, v, t, True, backend=backend).loss,

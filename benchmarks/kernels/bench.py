@@ -6,38 +6,37 @@ Triton kernels, on a CPU the torch references, which is what runs there.
 """
 
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
 from cavmae.benchmarks.harness.measurements import PASSES
-from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, write_record
 from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
 from cavmae.benchmarks.kernels.timing import measured
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt, at_least
 from cavmae.kernels import default_backend
 
 
 @dataclass(frozen=True)
-class KernelsConfig:
+class KernelsConfig(CheckedFields):
     """Time kernels against torch, torch.compile and published methods."""
 
     device: Device = field(default_factory=default_device)
     """Where the operations run."""
-    batch: int | None = None
+    batch: Annotated[int | None, at_least(1)] = None
     """Samples; None: 512 on a GPU, 8 on a CPU."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Of tokens and embeddings; None: bf16 on a GPU, fp32 on a CPU."""
     contrastive: tuple[int, ...] = ()
     """Batches of the contrastive loss; empty: 512 4096 32768 on a GPU, 512 on a CPU."""
-    repeats: int = 10
+    repeats: PositiveInt = 10
     """Timed runs of each contender."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Time torch.compile as well."""
@@ -45,14 +44,9 @@ class KernelsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("batch", [self.batch]),
-            ("repeats", [self.repeats]),
-            ("contrastive", self.contrastive),
-        ):
-            for value in values:
-                if value is not None and value < 1:
-                    raise ValueError(f"{name} is {value}; use 1 or more")
+        super().__post_init__()
+        if min(self.contrastive, default=1) < 1:
+            raise ValueError(f"contrastive is {min(self.contrastive)}; use 1 or more")
 
 
 def main(arguments: list[str]) -> int:
@@ -60,45 +54,26 @@ def main(arguments: list[str]) -> int:
     import tyro  # which a machine lacks that has torch and triton alone
 
     config = tyro.cli(KernelsConfig, prog="cavmae bench kernels", args=arguments)
-    device = torch.device(config.device)
-    results = measure(
-        device,
-        batch=config.batch,
-        dtype=config.dtype,
-        contrastive=list(config.contrastive),
-        repeats=config.repeats,
-        compile=config.compile,
-    )
+    results = measure(config)
     configuration = asdict(config) | results.pop("sizes")
-    path = write_record(config.out, "kernels", device, configuration, results)
+    path = write_record(config.out, "kernels", torch.device(config.device), configuration, results)
     print(f"record: {path}")
     print(f"plot: {plot(results, path.with_suffix('.png'))}")
     return 0
 
 
-def measure(
-    device: torch.device,
-    *,
-    batch: int | None = None,
-    dtype: str | None = None,
-    contrastive: list[int] | None = None,
-    repeats: int,
-    compile: bool | None = None,
-    deadline: float = math.inf,
-) -> dict[str, Any]:
+def measure(config: KernelsConfig, deadline: float = math.inf) -> dict[str, Any]:
     """Measure the ceilings and all cases, and judge the bars.
 
     Args:
-        device: where to run.
-        batch, dtype, contrastive, compile: None for the default of the device.
-        repeats: timed runs of each contender.
+        config: what to measure.
         deadline: `time.monotonic()` after which no further case starts.
     """
+    device, compile = torch.device(config.device), config.compile
     gpu = device.type == "cuda"
-    batch = batch or (512 if gpu else 8)
-    dtype = dtype or ("bf16" if gpu else "fp32")
-    contrastive = contrastive or ([512, 4096, 32768] if gpu else [512])
-    compile = gpu if compile is None else compile
+    batch = config.batch or (512 if gpu else 8)
+    dtype = config.dtype or ("bf16" if gpu else "fp32")
+    contrastive = config.contrastive or ((512, 4096, 32768) if gpu else (512,))
     ceiling = ceilings(device, DTYPES[dtype])
     print(
         f"{default_backend(device)} kernels on {device}, {dtype}, batch {batch}; ceilings: copy "
@@ -110,7 +85,7 @@ def measure(
         if time.monotonic() > deadline:
             found[case.name] = {"skipped": "out of time"}
             continue
-        found[case.name] = measured(case, device, repeats, compile, ceiling)
+        found[case.name] = measured(case, device, config.repeats, compile, ceiling)
         print(line(case.name, found[case.name]), flush=True)
     judged = bars(found, device)
     if gpu:
@@ -136,8 +111,7 @@ def line(name: str, result: dict[str, Any]) -> str:
             continue
         ours = result[kind]["ours"]
         ratios = ", ".join(
-            f"{contender} {entry['times_ours']['median']:.2f}x "
-            f"({entry['times_ours']['minimum']:.2f} to {entry['times_ours']['maximum']:.2f}) and "
+            f"{contender} {extremes(entry['times_ours'])} and "
             f"{entry['peak_bytes'] / max(1, ours['peak_bytes']):.2f}x the memory"
             for contender, entry in result[kind].items()
             if contender != "ours"
@@ -252,7 +226,3 @@ def plot(results: dict[str, Any], path: Path) -> str:
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
     return str(path)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

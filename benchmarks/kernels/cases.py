@@ -4,7 +4,7 @@ Contenders of a case compute the same thing from the same values; a test compare
 and a run notes how far they are apart. `eager` is the published model's operations in plain torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,7 +66,7 @@ class Case:
 
 
 def cases(
-    device: torch.device, batch: int, dtype: torch.dtype, contrastive: list[int]
+    device: torch.device, batch: int, dtype: torch.dtype, contrastive: Sequence[int]
 ) -> Iterator[Case]:
     """All cases, built one at a time.
 
@@ -154,15 +154,16 @@ def _restore(batch: int, options: dict) -> Case:
     )
 
 
-def _pixels(batch: int, device: torch.device, sound: bool) -> torch.Tensor:
+def _pixels(batch: int, device: torch.device, sound: bool) -> tuple[torch.Tensor, int, int]:
+    """Pixels, and how many tokens they have and keep."""
     if sound:  # as the loader lays it out: time before frequency
-        return torch.randn(batch, 1024, 128, device=device).transpose(1, 2)[:, None]
-    return torch.randn(batch, 3, 224, 224, device=device)
+        pixels = torch.randn(batch, 1024, 128, device=device).transpose(1, 2)[:, None]
+        return pixels, AUDIO, KEPT_AUDIO
+    return torch.randn(batch, 3, 224, 224, device=device), VIDEO, KEPT_VIDEO
 
 
 def _reconstruction(batch: int, options: dict, sound: bool) -> Case:
-    pixels = _pixels(batch, options["device"], sound)
-    tokens, kept = (AUDIO, KEPT_AUDIO) if sound else (VIDEO, KEPT_VIDEO)
+    pixels, tokens, kept = _pixels(batch, options["device"], sound)
     values = 256 * pixels.shape[1]
     ids = _shuffle(batch, tokens, pixels.device)[:, kept:].contiguous()
     whole = _leaf(batch, tokens, values, options=options)
@@ -198,8 +199,7 @@ def _reconstruction(batch: int, options: dict, sound: bool) -> Case:
 
 
 def _patches(batch: int, options: dict, sound: bool) -> Case:
-    pixels = _pixels(batch, options["device"], sound)
-    tokens, kept = (AUDIO, KEPT_AUDIO) if sound else (VIDEO, KEPT_VIDEO)
+    pixels, tokens, kept = _pixels(batch, options["device"], sound)
     channels = pixels.shape[1]
     values = 256 * channels
     ids = _shuffle(batch, tokens, pixels.device)[:, :kept].contiguous()

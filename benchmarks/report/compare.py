@@ -4,7 +4,6 @@ Each time and rate that both have is a ratio of medians with a 95% interval, so 
 mistaken for a change: a regression is slower than the threshold with its whole interval.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from cavmae.benchmarks.harness.measurements import Measurement, measurements
 from cavmae.benchmarks.harness.records import Record, read_record
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, NonNegativeFloat
 from cavmae.trainer.tracking.tracker import flatten
 
 MIN_VALUES = 3
@@ -30,11 +29,7 @@ _WAYS = {
     "workers", "windows", "precision", "only", "compile", "device", "golden",
 }  # fmt: skip
 """Settings of how and how often something is measured, not of what."""
-_WAYS_OF_SUITE = {
-    "data": {"batches"},
-    "step": {"memory"},
-    "train": {"steps", "part_steps"},
-}
+_WAYS_OF_SUITE = {"data": {"batches"}, "step": {"memory"}, "train": {"steps", "part_steps"}}
 
 Verdict = Literal["slower", "faster", "", "not judged"]
 
@@ -70,21 +65,17 @@ class Change:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(CheckedFields):
     """Print what became slower from one record to another; exit code 1 for a regression."""
 
     before: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.json")]
     """The record to compare with."""
     after: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B.json")]
     """The record to judge."""
-    threshold: float = 0.05
+    threshold: NonNegativeFloat = 0.05
     """A regression is slower by more than this share."""
     allow_different: bool = False
     """Compare records of different benchmarks and settings too."""
-
-    def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise ValueError(f"threshold is {self.threshold}; use 0 or more")
 
 
 def main(arguments: list[str]) -> int:
@@ -215,7 +206,3 @@ def _table(found: list[Change], threshold: float) -> Table:
 def _shown(measured: Measurement) -> str:
     unit = "s" if measured.unit == "seconds" else "/s"
     return f"{np.median(measured.values):.4g} {unit}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The parts of `cavmae bench report`: sections of paragraphs, tables and pictures."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,41 @@ class Section:
         )
 
 
+Cell = Callable[[Mapping[str, Any]], str]
+
+
+def table(title: str, columns: Mapping[str, Cell], rows: Iterable[Mapping[str, Any]]) -> Grid:
+    """Make a table: `columns` has the header of each and the cell that it makes of a row."""
+    cells = [tuple(cell(row) for cell in columns.values()) for row in rows]
+    return Grid(title, tuple(columns), cells)
+
+
+def cell(path: str, form: Callable[[Any], str] | None = None) -> Cell:
+    """Make the cell of a value by its dotted path in a row; `-` for None and what is absent."""
+
+    def text(row: Mapping[str, Any]) -> str:
+        value: Any = row
+        for key in path.split("."):
+            value = (value or {}).get(key)
+        return "-" if value is None else (form or shown)(value)
+
+    return text
+
+
+def named(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of results with their names, as rows of a table."""
+    return [{"name": name} | one for name, one in results.items()]
+
+
 def bars_grid(bars: dict[str, Any]) -> Grid:
     """Make the table of the bars that a record was judged by."""
-    rows = [(name, shown(one["value"]), one["bar"], met(one["met"])) for name, one in bars.items()]
-    return Grid("Targets", ("what", "value", "bar", "met"), rows)
+    columns = {
+        "what": cell("name"),
+        "value": cell("value"),
+        "bar": cell("bar"),
+        "met": cell("met", yes_or_no),
+    }
+    return table("Targets", columns, named(bars))
 
 
 def drawn(title: str, figure: "Figure") -> Picture:
@@ -59,25 +90,23 @@ def drawn(title: str, figure: "Figure") -> Picture:
 
 
 def shown(value: Any) -> str:
-    """Format a value: four digits, `-` for None."""
-    if value is None:
-        return "-"
+    """Format a value, a float with four digits."""
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-def met(value: bool | None) -> str:
-    """Format whether a bar was met; None: not judged."""
-    return "-" if value is None else "yes" if value else "NO"
+def yes_or_no(value: bool) -> str:
+    """Format whether a bar was met."""
+    return "yes" if value else "NO"
 
 
-def share(value: float | None) -> str:
+def share(value: float) -> str:
     """Format a share as a percentage."""
-    return "-" if value is None else f"{value:.1%}"
+    return f"{value:.1%}"
 
 
-def gigabytes(value: float | None) -> str:
+def gigabytes(value: float) -> str:
     """Format bytes."""
-    return "-" if value is None else f"{value / 1e9:.2f} GB"
+    return f"{value / 1e9:.2f} GB"
 
 
 def milliseconds(seconds: float) -> str:

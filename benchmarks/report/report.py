@@ -6,7 +6,6 @@ a benchmark wrote beside its record is among them.
 
 import base64
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from cavmae.atomic_write import write_bytes, write_text
 from cavmae.benchmarks.harness.records import RESULTS, Record, read_record
 from cavmae.benchmarks.report.parts import Grid, Picture, Section, gigabytes
 from cavmae.benchmarks.report.sections import section
-from cavmae.command import exit_code
 from cavmae.trainer.tracking.tracker import flatten
 
 ORDER = (
@@ -204,7 +202,3 @@ def _beside(picture: Picture, out: Path) -> str:
     name = re.sub(r"\W+", "-", picture.title.lower()) + ".png"
     write_bytes(folder / name, picture.png)
     return f"{folder.name}/{name}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -6,19 +6,21 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cavmae.benchmarks.harness.measurements import PASSES
-from cavmae.benchmarks.harness.records import Record
+from cavmae.benchmarks.harness.records import Record, extremes
 from cavmae.benchmarks.report.parts import (
     Grid,
     Picture,
     Section,
     bars_grid,
+    cell,
     drawn,
     gigabytes,
-    met,
     milliseconds,
+    named,
     numbers,
     share,
-    shown,
+    table,
+    yes_or_no,
 )
 from cavmae.benchmarks.report.training import (
     ablations,
@@ -28,6 +30,8 @@ from cavmae.benchmarks.report.training import (
     throughput,
     train,
 )
+
+_SECONDS, _TENTHS, _WHOLE = "{:.2f} s".format, "{:.1f} s".format, "{:,.0f}".format
 
 
 def section(record: Record, others: list[Record]) -> Section:
@@ -51,11 +55,13 @@ def section(record: Record, others: list[Record]) -> Section:
 
 
 def _gpu_check(record: Record, others: list[Record]) -> Section:
-    parts = [
-        (name, part["status"], f"{part['seconds']:.0f} s", part["reason"])
-        for name, part in record.results.items()
-    ]
-    found = Section(grids=[Grid("Parts", ("part", "status", "time", "reason"), parts)])
+    columns = {
+        "part": cell("name"),
+        "status": cell("status"),
+        "time": cell("seconds", "{:.0f} s".format),
+        "reason": cell("reason"),
+    }
+    found = Section(grids=[table("Parts", columns, named(record.results))])
     rates = matrix_rates(others, record.hardware)
     if step := details(record, "step"):
         found += steps(step["precisions"], rates)
@@ -75,27 +81,23 @@ def _gpu_check(record: Record, others: list[Record]) -> Section:
 
 
 def _kernels(results: dict[str, Any]) -> Section:
-    rows = []
-    for name, case in results["cases"].items():
-        for kind, title in PASSES.items():
-            if "ours" not in case.get(kind, {}):
-                continue
-            ours = case[kind]["ours"]
-            others = ", ".join(
-                f"{contender} {one['times_ours']['median']:.2f}x "
-                f"({one['times_ours']['minimum']:.2f} to {one['times_ours']['maximum']:.2f})"
-                for contender, one in case[kind].items()
-                if contender != "ours"
-            )
-            rows.append(
-                (
-                    f"{name}, {title}",
-                    milliseconds(ours["median_seconds"]),
-                    share(ours["share_of_copy"]),
-                    share(ours["share_of_product"]),
-                    others,
-                )
-            )
+    rows = [
+        {"name": f"{name}, {title}", "contenders": case[kind]} | case[kind]["ours"]
+        for name, case in results["cases"].items()
+        for kind, title in PASSES.items()
+        if "ours" in case.get(kind, {})
+    ]
+    columns = {
+        "operation": cell("name"),
+        "ours": cell("median_seconds", milliseconds),
+        "of a copy": cell("share_of_copy", share),
+        "of a product": cell("share_of_product", share),
+        "others, times ours": lambda row: ", ".join(
+            f"{name} {extremes(one['times_ours'])}"
+            for name, one in row["contenders"].items()
+            if name != "ours"
+        ),
+    }
     ceiling = results["ceilings"]
     words = [
         f"Ours are the {results['backend']} kernels. Ceilings measured in the same run: a copy "
@@ -107,22 +109,13 @@ def _kernels(results: dict[str, Any]) -> Section:
         for name, case in results["cases"].items()
         for what, why in case.get("failed", {}).items()
     ]
-    header = ("operation", "ours", "of a copy", "of a product", "others, times ours")
-    found = Section(words, [Grid("Operations", header, rows)])
-    points = _roofline_points(results["cases"])
+    found = Section(words, [table("Operations", columns, rows)])
+    points = {
+        row["name"]: (row["flops_per_second"] / row["bytes_per_second"], row["flops_per_second"])
+        for row in rows
+        if row["flops_per_second"] and row["bytes_per_second"]
+    }
     return found + Section(pictures=[_roofline(points, ceiling)]) if points else found
-
-
-def _roofline_points(cases: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Return operations a byte and operations a second, where both are known."""
-    return {
-        f"{name}, {title}": (one["flops_per_second"] / one["bytes_per_second"],
-                             one["flops_per_second"])
-        for name, case in cases.items()
-        for kind, title in PASSES.items()
-        if (one := case.get(kind, {}).get("ours"))
-        and one["flops_per_second"] and one["bytes_per_second"]
-    }  # fmt: skip
 
 
 def _roofline(points: dict[str, tuple[float, float]], ceiling: dict[str, float]) -> Picture:
@@ -143,65 +136,78 @@ def _roofline(points: dict[str, tuple[float, float]], ceiling: dict[str, float])
 
 
 def _data(results: dict[str, Any]) -> Section:
-    ways = [
-        (
-            name,
-            shown(one["clips_per_second"]),
-            milliseconds(one["cpu_seconds_per_clip"]),
-            f"{one['first_batch_seconds']:.2f} s",
-        )
-        for name, one in results["contenders"].items()
-    ]
-    header = ("way", "clips/s", "CPU a clip", "first batch after")
-    grids = [Grid("Ways to load 10 s clips", header, ways), bars_grid(results["bars"])]
-    return Section(grids=grids)
+    columns = {
+        "way": cell("name"),
+        "clips/s": cell("clips_per_second"),
+        "CPU a clip": cell("cpu_seconds_per_clip", milliseconds),
+        "first batch after": cell("first_batch_seconds", _SECONDS),
+    }
+    alone = {
+        "tier": cell("name"),
+        "decoding": cell("decode_cpu_seconds_per_clip", milliseconds),
+        "log-mel": cell("log_mel_cpu_seconds_per_clip", milliseconds),
+    }
+    first = {position: cell(position, _SECONDS) for position in results["first_batch"]}
+    return Section(
+        grids=[
+            table("Ways to load 10 s clips", columns, named(results["contenders"])),
+            table("CPU a clip of each part alone", alone, named(results["parts"])),
+            table("First batch by position", first, [results["first_batch"]]),
+            bars_grid(results["bars"]),
+        ]
+    )
 
 
 def _tiers(results: dict[str, Any]) -> Section:
-    header = ("way to store", "kB a clip", "CPU to encode", "CPU to decode", "clips/s", "PSNR, dB")
-    rows = [
-        (
-            name,
-            f"{one['bytes'] / 1e3:,.0f}",
-            milliseconds(one["pack_cpu_seconds"]),
-            milliseconds(one["decode_cpu_seconds"]),
-            shown(one.get("decode_clips_per_second")),
-            shown(one.get("psnr_db")),
-        )
-        for kind in ("pictures", "sound")
-        for name, one in results[kind].items()
+    columns = {
+        "way to store": cell("name"),
+        "kB a clip": lambda row: f"{row['bytes'] / 1e3:,.0f}",
+        "CPU to encode": cell("pack_cpu_seconds", milliseconds),
+        "CPU to decode": cell("decode_cpu_seconds", milliseconds),
+        "clips/s": cell("decode_clips_per_second"),
+        "PSNR, dB": cell("psnr_db"),
+    }
+    source = results["source"]
+    words = [
+        f"{results['clips']} clips of {source['seconds']:.1f} s and {source['frames']:.0f} frames; "
+        f"decoding the source of one for packing takes "
+        f"{milliseconds(source['decode_cpu_seconds'])} of CPU."
     ]
-    words = []
     for name, one in results["pictures"].items():
         rates = (one["gpu_clips_per_second"] or {}).items()
         cells = [f"{rate:,.0f} clips/s with {count} pipelines" for count, rate in rates]
         words += [f"{name} on the GPU: {', '.join(cells)}."] if cells else []
-    return Section(words or ["Not measured on a GPU."], [Grid("Of a clip", header, rows)])
+    words += [] if len(words) > 1 else ["Not measured on a GPU."]
+    rows = named(results["pictures"]) + named(results["sound"])
+    return Section(words, [table("Of a clip", columns, rows)])
 
 
 # ------------------------------------------------------------------- many GPUs, and their ends
 
 
 def _scaling(results: dict[str, Any]) -> Section:
-    inputs = [(name, shown(one["value"]), one["source"]) for name, one in results["inputs"].items()]
-    header = ("GPUs", "clips a step", "step", "samples/s", "efficiency", "goodput", "lasting/s")
+    columns = {
+        "GPUs": cell("gpus", _WHOLE),
+        "clips a step": cell("global_batch", _WHOLE),
+        "step": cell("step_seconds", milliseconds),
+        "sent, GB": cell("sent_gbytes", "{:.2f}".format),
+        "samples/s": cell("samples_per_second", _WHOLE),
+        "efficiency": cell("efficiency", share),
+        **{f"ZeRO {stage}": cell(f"others.{stage}", share) for stage in (0, 2, 3)},
+        "goodput": cell("goodput", "{:.2%}".format),
+        "lasting/s": lambda row: f"{row['samples_per_second'] * row['goodput']:,.0f}",
+    }
     grids, lines = [], {}
     for name in ("weak", "strong"):
-        line = [row for row in results[name] if row["zero_stage"] == 1]
-        lines[name] = line
-        rows = [
-            (
-                f"{row['gpus']:,}",
-                f"{row['global_batch']:,}",
-                milliseconds(row["step_seconds"]),
-                f"{row['samples_per_second']:,.0f}",
-                share(row["efficiency"]),
-                share(row["goodput"]),
-                f"{row['samples_per_second'] * row['goodput']:,.0f}",
-            )
-            for row in line
-        ]
-        grids.append(Grid(f"{name.capitalize()} scaling, ZeRO 1", header, rows))
+        others: dict[int, dict[str, float]] = {}
+        for row in results[name]:
+            others.setdefault(row["gpus"], {})[str(row["zero_stage"])] = row["efficiency"]
+        lines[name] = [row for row in results[name] if row["zero_stage"] == 1]
+        rows = [row | {"others": others[row["gpus"]]} for row in lines[name]]
+        title = f"{name.capitalize()} scaling, ZeRO 1 with the efficiency of the other stages"
+        grids.append(table(title, columns, rows))
+    inputs = {"input": cell("name"), "value": cell("value"), "source": cell("source")}
+    grids.append(table("Inputs", inputs, named(results["inputs"])))
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, line in lines.items():
@@ -213,85 +219,91 @@ def _scaling(results: dict[str, Any]) -> Section:
     axes[0].legend()
     return Section(
         ["Computed from the inputs below, not measured."],
-        [*grids, Grid("Inputs", ("input", "value", "source"), inputs)],
+        grids,
         [drawn("Samples a second and goodput over GPUs, computed", figure)],
     )
 
 
 def _overhead(results: dict[str, Any]) -> Section:
-    rows = []
-    for name, one in results.items():
-        longer = one.get("longer_by")
-        change = "-"
-        if longer:
-            low, high = longer["minimum"], longer["maximum"]
-            change = f"{longer['median']:+.1%} ({low:+.1%} to {high:+.1%})"
-        means = ", ".join(f"{seconds * 1e3:.1f}" for seconds in one["mean_seconds"])
-        rows.append((name, milliseconds(one["median_seconds"]), means, change))
-    header = ("start", "median step", "mean of each start, ms", "longer than the plain launcher")
-    return Section(grids=[Grid("Time of a step", header, rows)])
+    columns = {
+        "start": cell("name"),
+        "median step": cell("median_seconds", milliseconds),
+        "mean of each start, ms": lambda row: ", ".join(
+            f"{seconds * 1e3:.1f}" for seconds in row["mean_seconds"]
+        ),
+        "longer than the plain launcher": cell("longer_by", lambda by: extremes(by, "+.1%", "")),
+    }
+    return Section(grids=[table("Time of a step", columns, named(results))])
+
+
+def _memory(results: dict[str, Any]) -> Section:
+    columns = {
+        "case": cell("case"),
+        "tensors predicted": cell("predicted_tensor_bytes", gigabytes),
+        "resident predicted": cell("predicted_bytes", gigabytes),
+        "peak part": cell("peak_part"),
+        "measured": cell("measured_bytes", lambda peaks: gigabytes(max(peaks))),
+        "least of a step": cell("measured_bytes", lambda peaks: gigabytes(min(peaks))),
+        "predicted / measured": cell("ratio", "{:.3f}".format),
+    }
+    return Section(grids=[table("Memory of a run", columns, results["rows"])])
 
 
 def _faults(results: dict[str, Any]) -> Section:
-    header = ("fault", "noticed", "again", "steps lost", "samples", "losses", "said")
+    columns = {
+        "fault": cell("name"),
+        "noticed": cell("noticed_seconds", _TENTHS),
+        "again": cell(
+            "again_seconds", lambda seconds: _TENTHS(seconds) if seconds else "continued"
+        ),
+        "steps lost": lambda row: f"{row['steps_lost']} of {row['steps_allowed']}",
+        "samples": cell("samples_equal", lambda equal: "equal" if equal else "DIFFER"),
+        "losses": cell(
+            "largest_difference", lambda apart: f"{apart:.1e} apart" if apart else "bit for bit"
+        ),
+        "said": cell("said"),
+    }
     rows = []
     for name, row in results.items():
-        if "noticed_seconds" not in row:
-            reason = (
-                f"skipped: {row['skipped']}" if "skipped" in row else f"FAILED: {row['failed']}"
-            )
-            rows.append((name, "", "", "", "", "", reason))
-            continue
-        apart = row["largest_difference"]
-        equal = row.get("samples_equal")
-        rows.append(
-            (
-                name,
-                f"{row['noticed_seconds']:.1f} s",
-                f"{row['again_seconds']:.1f} s" if row["again_seconds"] else "went on",
-                f"{row['steps_lost']} of {row['steps_allowed']}",
-                "-" if equal is None else "equal" if equal else "DIFFER",
-                f"{apart:.1e} apart" if apart else "bit for bit",
-                row["said"],
-            )
-        )
-    return Section(grids=[Grid("Faults, done for real", header, rows)])
+        if "noticed_seconds" in row:
+            label = name if row.get("passed", True) else f"{name}: FAILED"
+            rows.append(tuple(make({"name": label} | row) for make in columns.values()))
+        else:
+            what = "skipped" if "skipped" in row else "failed"
+            label = "skipped" if what == "skipped" else "FAILED"
+            rows.append((name, *[""] * 5, f"{label}: {row[what]}"))
+    return Section(grids=[Grid("Faults, done for real", tuple(columns), rows)])
 
 
 def _soak(results: dict[str, Any]) -> Section:
-    criteria = [(name.replace("_", " "), met(one)) for name, one in results["criteria"].items()]
     passed = all(results["criteria"].values())
     words = [f"Verdict: {'passed' if passed else 'NOT PASSED'}. {results['problem']}".strip()]
-    kinds = [
-        (
-            kind,
-            shown(one["judged"]),
-            f"{one.get('longest_seconds', 0.0) / 60:.0f} min",
-            gigabytes(one.get("median_memory_bytes")),
-            *(
-                "-" if key not in one else f"{one[key] / 1e6:+.1f} MB"
-                for key in ("median_memory_growth_bytes", "largest_memory_growth_bytes")
-            ),
-            shown(one.get("largest_handles_growth")),
-        )
-        for kind, one in results["kinds"].items()
+    criteria = [
+        (name.replace("_", " "), yes_or_no(one)) for name, one in results["criteria"].items()
     ]
-    faults = [
-        (
-            f"{(one['unix_seconds'] - results['faults'][0]['unix_seconds']) / 60:.0f} min",
-            one["fault"],
-            f"{one['again_seconds']:.1f} s",
-            shown(one["steps_lost"]),
-        )
-        for one in results["faults"]
-    ]
-    header = ("process", "judged", "longest", "memory", "grew", "at most", "handles grew")
+    growth, minutes = "{:+.1f} MB", "{:.0f} min"
+    kinds = {
+        "process": cell("name"),
+        "judged": cell("judged"),
+        "longest": lambda row: minutes.format(row.get("longest_seconds", 0.0) / 60),
+        "memory": cell("median_memory_bytes", gigabytes),
+        "grew": cell("median_memory_growth_bytes", lambda value: growth.format(value / 1e6)),
+        "at most": cell("largest_memory_growth_bytes", lambda value: growth.format(value / 1e6)),
+        "handles grew": cell("largest_handles_growth"),
+    }
+    first = results["faults"][0]["unix_seconds"] if results["faults"] else 0.0
+    faults = {
+        "after the first": cell("unix_seconds", lambda when: minutes.format((when - first) / 60)),
+        "fault": cell("fault"),
+        "again after": cell("again_seconds", _TENTHS),
+        "steps lost": cell("steps_lost"),
+    }
     return Section(
         words,
         [
             Grid("Criteria", ("what", "met"), criteria),
-            Grid("Processes over their lives", header, kinds),
-            Grid("Faults", ("after the first", "fault", "again after", "steps lost"), faults),
+            table("Processes over their lives", kinds, named(results["kinds"])),
+            table("Faults", faults, results["faults"]),
         ],
     )
 
@@ -304,6 +316,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
     "tiers": _tiers,
     "scaling": _scaling,
     "overhead": _overhead,
+    "memory": _memory,
     "faults": _faults,
     "soak": _soak,
 }

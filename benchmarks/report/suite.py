@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from cavmae.benchmarks.harness.options import budget_seconds
+from cavmae.benchmarks.harness.durations import budget_seconds
 from cavmae.benchmarks.harness.processes import (
     Start,
     descendants,
@@ -25,7 +25,6 @@ from cavmae.benchmarks.harness.processes import (
 from cavmae.benchmarks.harness.records import RESULTS
 from cavmae.benchmarks.harness.timing import default_device
 from cavmae.benchmarks.report.report import write_report
-from cavmae.command import exit_code
 
 _PATIENCE_SECONDS = 30.0
 """Time that a benchmark has to end after SIGTERM."""
@@ -180,7 +179,3 @@ def _end(start: Start) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE_SECONDS)
     end_family(family)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

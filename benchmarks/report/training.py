@@ -4,17 +4,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cavmae.benchmarks.harness.records import Record
+from cavmae.benchmarks.harness.records import Record, extremes
 from cavmae.benchmarks.report.parts import (
-    Grid,
     Picture,
     Section,
     bars_grid,
+    cell,
     drawn,
     gigabytes,
     milliseconds,
+    named,
     share,
     shown,
+    table,
 )
 
 _MODELS = ("cavmae", "published")
@@ -54,129 +56,99 @@ def steps(results: dict[str, Any], rates: dict[str, float]) -> Section:
         results: results of `cavmae bench step`.
         rates: matrix rates by dtype, for records without rates.
     """
-    timed = {name: one for name, one in results.items() if name != "machine"}
     rows, words = [], []
-    for name, result in timed.items():
-        rate = rates.get(result.get("precision", name))
+    for name, result in results.items():
+        if name == "machine":
+            continue
+        precision = result.get("precision", name)
         for model in _MODELS:
-            if "tflops" not in (one := result.get(model, {})):
-                words += [f"{name}, {model}: {one['skipped']}"] if one else []
-                continue
-            rows.append(
-                (
-                    f"{name}, {model}",
-                    milliseconds(one["median_seconds"]),
-                    shown(one["samples_per_second"]),
-                    shown(one["tflops"]),
-                    share(_mfu(one, rate)),
-                    share(one.get("mfu_of_datasheet")),
-                    gigabytes(one["peak_memory_bytes"]),
-                    shown(one.get("energy", {}).get("joules_per_sample")),
-                )
-            )
+            if "tflops" in (one := result.get(model, {})):
+                batch, mfu = result.get("batch"), _mfu(one, rates.get(precision))
+                line = {"line": f"{precision}, {model}", "batch": batch, "mfu": mfu}
+                rows.append(one | line | {"name": f"{name}, {model}"})
+            elif one:
+                words.append(f"{name}, {model}: {one['skipped']}")
         if ratio := result.get("speedup"):
-            text = (
-                f"{name}: {ratio['median']:.2f} times as fast as the published step "
-                f"({ratio['minimum']:.2f} to {ratio['maximum']:.2f})"
-            )
+            text = f"{name}: {extremes(ratio)} as fast as the published step"
             if memory := result.get("memory"):
                 text += (
                     f", {memory['ratio']:.2f} times its memory (at most {memory['bar']}: "
                     f"{'met' if memory['met'] else 'NOT met'})"
                 )
             words.append(f"{text}.")
-    if any(row[4] == "-" for row in rows):
+    if any(row["mfu"] is None for row in rows):
         words.append(
             "MFU needs the matrix rate of just this machine in each dtype: run cavmae bench step "
             "on it."
         )
-    header = (
-        *("step", "median", "samples/s", "TFLOP/s", "MFU", "of datasheet", "peak memory"),
-        "J a sample",
-    )
-    lines = _lines(timed, rates)
-    sweep = any(len(points) > 1 for points in lines.values())
-    picture = _over_batches("Over batch sizes", lines) if sweep else _boxes(timed)
-    return Section(words, [Grid("Training step", header, rows)], [picture])
+    columns = {
+        "step": cell("name"),
+        "median": cell("median_seconds", milliseconds),
+        **_RATES,
+        "peak memory": cell("peak_memory_bytes", gigabytes),
+        "J a sample": cell("energy.joules_per_sample"),
+    }
+    points = [row for row in rows if row["batch"] is not None]
+    sweep = len({row["line"] for row in points}) < len(points)
+    picture = _over_batches("Over batch sizes", points) if sweep else _boxes(rows)
+    return Section(words, [table("Training step", columns, rows)], [picture])
+
+
+_RATES = {
+    "samples/s": cell("samples_per_second"),
+    "TFLOP/s": cell("tflops"),
+    "MFU": cell("mfu", share),
+    "of datasheet": cell("mfu_of_datasheet", share),
+}
 
 
 def _mfu(one: dict[str, Any], rate: float | None) -> float | None:
     return one.get("mfu", one["tflops"] * 1e12 / rate if rate else None)
 
 
-def _boxes(timed: dict[str, Any]) -> Picture:
-    times = {
-        f"{name}, {model}": result[model]["all_seconds"]
-        for name, result in timed.items()
-        for model in _MODELS
-        if "all_seconds" in result.get(model, {})
-    }
-    figure = Figure(figsize=(8, 0.8 + 0.5 * len(times)), layout="constrained")
+def _boxes(rows: list[dict[str, Any]]) -> Picture:
+    figure = Figure(figsize=(8, 0.8 + 0.5 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    axis.boxplot(list(times.values()), orientation="horizontal", tick_labels=list(times))
+    names, times = [row["name"] for row in rows], [row["all_seconds"] for row in rows]
+    axis.boxplot(times, orientation="horizontal", tick_labels=names)
     axis.invert_yaxis()
     axis.set(xlabel="seconds of a step", xlim=(0, None))
     return drawn("Time of a step", figure)
 
 
-Point = tuple[int, float, float | None, float | None]
-"""Batch, samples a second, MFU, bytes."""
-
-
-def _lines(timed: dict[str, Any], rates: dict[str, float]) -> dict[str, list[Point]]:
-    """Return what changes over batch sizes, by precision and model."""
-    lines: dict[str, list[Point]] = {}
-    for result in timed.values():
-        for model in _MODELS:
-            if "tflops" not in (one := result.get(model, {})) or "batch" not in result:
-                continue
-            mfu = _mfu(one, rates.get(result["precision"]))
-            point = (result["batch"], one["samples_per_second"], mfu, one["peak_memory_bytes"])
-            lines.setdefault(f"{result['precision']}, {model}", []).append(point)
-    return lines
-
-
-def _over_batches(title: str, lines: dict[str, list[Point]]) -> Picture:
-    """Draw throughput, MFU and memory over batch size, as far as they are known."""
+def _over_batches(title: str, rows: list[dict[str, Any]]) -> Picture:
+    """Draw throughput, MFU and memory over batch size, as far as they are known, a line for each
+    name of a `line`."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    throughput, utilization, memory = figure.subplots(1, 3)
-    for name, points in lines.items():
-        batches = [point[0] for point in points]
-        throughput.plot(batches, [point[1] for point in points], "o-", label=name)
-        known = [(batch, mfu) for batch, _, mfu, _ in points if mfu is not None]
-        utilization.plot([x for x, _ in known], [100 * y for _, y in known], "o-", label=name)
-        held = [(batch, peak) for batch, _, _, peak in points if peak is not None]
-        memory.plot([x for x, _ in held], [y / 1e9 for _, y in held], "o-", label=name)
-    for axis, label in (
-        *((throughput, "samples/s"), (utilization, "MFU, % of the measured matrix rate")),
-        (memory, "peak memory, GB"),
-    ):
+    axes = figure.subplots(1, 3)
+    panels = (
+        ("samples_per_second", "samples/s", 1),
+        ("mfu", "MFU, % of the measured matrix rate", 100),
+        ("peak_memory_bytes", "peak memory, GB", 1e-9),
+    )
+    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+        for name in dict.fromkeys(row["line"] for row in rows):
+            known = [row for row in rows if row["line"] == name and row[key] is not None]
+            values = [scale * row[key] for row in known]
+            axis.plot([row["batch"] for row in known], values, "o-", label=name)
         axis.set(xlabel="batch", ylabel=label, ylim=(0, None))
-    throughput.legend(fontsize="small")
+    axes[0].legend(fontsize="small")
     return drawn(title, figure)
 
 
 def throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section:
     """Show our step in bf16 over batch sizes, from a GPU check."""
-    cells = [
-        (
-            f"{row['batch']}{', compiled' if row['compile'] else ''}",
-            shown(row["samples_per_second"]),
-            shown(row["tflops"]),
-            share(_mfu(row, matrix_rate)),
-            share(row.get("mfu_of_datasheet")),
-            gigabytes(row["peak_memory_bytes"]),
-        )
+    rows = [
+        row | {"line": "compiled" if row["compile"] else "eager", "mfu": _mfu(row, matrix_rate)}
         for row in rows
     ]
-    lines: dict[str, list[Point]] = {}
-    for row in rows:
-        mfu = _mfu(row, matrix_rate)
-        point = (row["batch"], row["samples_per_second"], mfu, row["peak_memory_bytes"])
-        lines.setdefault("compiled" if row["compile"] else "eager", []).append(point)
+    columns = {
+        "batch": lambda row: f"{row['batch']}{', compiled' if row['compile'] else ''}",
+        **_RATES,
+        "peak memory": cell("peak_memory_bytes", gigabytes),
+    }
     title = "Throughput and memory over batch size, bf16"
-    header = ("batch", "samples/s", "TFLOP/s", "MFU", "of datasheet", "peak memory")
-    return Section(grids=[Grid(title, header, cells)], pictures=[_over_batches(title, lines)])
+    return Section(grids=[table(title, columns, rows)], pictures=[_over_batches(title, rows)])
 
 
 # -------------------------------------------------------------------------------------- train
@@ -184,18 +156,21 @@ def throughput(rows: list[dict[str, Any]], matrix_rate: float | None) -> Section
 
 def ablations(results: dict[str, Any]) -> Section:
     """Show time and memory of a step with one change, over those of the step that runs do."""
-    header = ("precision", "change", "time, times as much", "from", "to", "memory, times as much")
+    factor = "{:.3f}".format
+    columns = {
+        "precision": cell("precision"),
+        "change": cell("name"),
+        "time, times as much": cell("ratio.median", factor),
+        "from": cell("ratio.minimum", factor),
+        "to": cell("ratio.maximum", factor),
+        "memory, times as much": cell("memory_ratio", factor),
+    }
     rows = [
-        (
-            precision,
-            name,
-            *(f"{one['ratio'][key]:.3f}" for key in ("median", "minimum", "maximum")),
-            f"{one['memory_ratio']:.3f}",
-        )
+        {"precision": precision} | change
         for precision, changes in results.items()
-        for name, one in changes.items()
+        for change in named(changes)
     ]
-    return Section(grids=[Grid("A step with one thing changed", header, rows)])
+    return Section(grids=[table("A step with one thing changed", columns, rows)])
 
 
 def train(results: dict[str, Any]) -> Section:
@@ -203,31 +178,23 @@ def train(results: dict[str, Any]) -> Section:
     rates = results["machine"]
     stated = rates["datasheet"]
     sources = {name: one for name, one in results.items() if "parts" in one}
-    rows = [
-        (
-            name,
-            milliseconds(one["step"]["median_seconds"]),
-            shown(one["samples_per_second"]),
-            shown(one["tflops"]),
-            share(one["mfu"]),
-            share(one["mfu_of_datasheet"]),
-            *(f"{one['shares'][part]:.2%}" for part in ("data_wait", "loop")),
-            gigabytes(one["peak_memory_bytes"]),
-            shown(one["energy"]["joules_per_sample"]),
-        )
-        for name, one in sources.items()
-    ]
     words = [
         f"The machine in the same run: a matrix product {rates['flops_per_second'] / 1e12:.3g} "
         f"TFLOP/s, a copy {rates['bytes_per_second'] / 1e9:.4g} GB/s. Datasheet: "
         f"{stated['name'] + ', ' + stated['source'] if stated else 'none known'}. Energy: "
         f"{', '.join(dict.fromkeys(one['energy']['source'] for one in sources.values()))}."
     ]
-    header = (
-        *("batches", "median step", "samples/s", "TFLOP/s", "MFU", "of datasheet"),
-        *("waits for data", "loop", "peak memory", "J a sample"),
-    )
-    found = Section(words, [Grid("Training loop", header, rows), bars_grid(results["bars"])])
+    columns = {
+        "batches": cell("name"),
+        "median step": cell("step.median_seconds", milliseconds),
+        **_RATES,
+        "waits for data": cell("shares.data_wait", "{:.2%}".format),
+        "loop": cell("shares.loop", "{:.2%}".format),
+        "peak memory": cell("peak_memory_bytes", gigabytes),
+        "J a sample": cell("energy.joules_per_sample"),
+    }
+    grids = [table("Training loop", columns, named(sources)), bars_grid(results["bars"])]
+    found = Section(words, grids)
     for name, one in sources.items():
         if one["parts"]:
             found += _parts(f"A step by parts, {name} batches", one["parts"])
@@ -235,36 +202,32 @@ def train(results: dict[str, Any]) -> Section:
 
 
 def _parts(title: str, parts: dict[str, Any]) -> Section:
-    rows = []
-    for part, kinds in parts.items():
-        for kind, one in kinds.items():
-            floor = one.get("floor_seconds")
-            rows.append(
-                (
-                    part if kind == "step" else f"{part}, {kind}",
-                    milliseconds(one["median_seconds"]),
-                    "-" if floor is None else milliseconds(floor),
-                    "-" if floor is None else f"{one['median_seconds'] / floor:.2f}",
-                    shown(one["flops"] / 1e9) if one.get("flops") else "-",
-                    gigabytes(one.get("bytes")),
-                )
-            )
+    rows = [
+        one | {"name": part if kind == "step" else f"{part}, {kind}"}
+        for part, kinds in parts.items()
+        for kind, one in kinds.items()
+    ]
+    for row in rows:
+        if "floor_seconds" in row:
+            row["times_floor"] = row["median_seconds"] / row["floor_seconds"]
+    columns = {
+        "part": cell("name"),
+        "median": cell("median_seconds", milliseconds),
+        "floor": cell("floor_seconds", milliseconds),
+        "times the floor": cell("times_floor", "{:.2f}".format),
+        "GFLOP": lambda row: shown(row["flops"] / 1e9) if row.get("flops") else "-",
+        "least bytes": cell("bytes", gigabytes),
+    }
     figure = Figure(figsize=(9, 0.9 + 0.28 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    entries = [one for kinds in parts.values() for one in kinds.values()]
-    axis.barh(range(len(rows)), [1e3 * one["median_seconds"] for one in entries], label="measured")
-    floors = [(place, one["floor_seconds"]) for place, one in enumerate(entries)
-              if "floor_seconds" in one]  # fmt: skip
-    axis.barh(
-        [place for place, _ in floors],
-        [1e3 * floor for _, floor in floors],
-        height=0.35,
-        color="black",
-        label="floor",
-    )
-    axis.set_yticks(range(len(rows)), [row[0] for row in rows])
+    for key, label, style in (
+        ("median_seconds", "measured", {}),
+        ("floor_seconds", "floor", {"height": 0.35, "color": "black"}),
+    ):
+        places = [place for place, row in enumerate(rows) if key in row]
+        axis.barh(places, [1e3 * rows[place][key] for place in places], label=label, **style)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.invert_yaxis()
     axis.set_xlabel("ms of a step")
     axis.legend()
-    header = ("part", "median", "floor", "times the floor", "GFLOP", "least bytes")
-    return Section(grids=[Grid(title, header, rows)], pictures=[drawn(title, figure)])
+    return Section(grids=[table(title, columns, rows)], pictures=[drawn(title, figure)])

@@ -5,16 +5,14 @@ neighbouring steps. The record is the before and after of every optimisation, on
 """
 
 import gc
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -22,12 +20,12 @@ from cavmae.benchmarks.step.training_step import (
     Choices,
     Precision,
     Size,
+    StepSetting,
     TrainingStep,
     timed_in_turn,
 )
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
-from cavmae.trainer.model.config import ModelConfig
 
 CHANGED: dict[str, Choices] = {
     "attention by sdpa": Choices(attention="sdpa"),
@@ -41,14 +39,14 @@ CHANGED: dict[str, Choices] = {
 
 
 @dataclass(frozen=True)
-class AblationsConfig:
+class AblationsConfig(CheckedFields):
     """Measure what each choice about a step is worth on this machine."""
 
     model: Size = "base"
     """Sizes of the model."""
-    batch: int = field(default_factory=lambda: 256 if torch.cuda.is_available() else 8)
+    batch: PositiveInt = field(default_factory=lambda: 256 if torch.cuda.is_available() else 8)
     """Samples a step."""
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Timed steps of each."""
     precision: tuple[Precision, ...] = field(
         default_factory=lambda: ("bf16",) if torch.cuda.is_available() else ("fp32", "bf16")
@@ -62,7 +60,7 @@ class AblationsConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        check_least(self, batch=1, repeats=1)
+        super().__post_init__()
         if unknown := set(self.only) - CHANGED.keys():
             raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(CHANGED)}")
 
@@ -86,74 +84,50 @@ def main(arguments: list[str]) -> int:
     for precision in config.precision:
         results[precision] = {}
         for name in config.only or possible(device):
-            found = change(name, sizes, config.batch, precision, device, repeats=config.repeats)
+            usual = StepSetting("cavmae", sizes, config.batch, precision, device)
+            found = change(name, usual, config.repeats)
             results[precision][name] = found
-            time_ratio, memory_ratio = found["ratio"], found["memory_ratio"]
-            print(
-                f"{precision}, {name}: {time_ratio['median']:.3f}x the time "
-                f"({time_ratio['minimum']:.3f} to {time_ratio['maximum']:.3f}), "
-                f"{memory_ratio:.3f}x the memory",
-                flush=True,
-            )
+            times, memory = extremes(found["ratio"], ".3f"), f"{found['memory_ratio']:.3f}x"
+            print(f"{precision}, {name}: time {times}, memory {memory}", flush=True)
     configuration = asdict(config) | {"sizes": asdict(sizes)}
     print(f"record: {write_record(config.out, 'ablations', device, configuration, results)}")
     return 0
 
 
-def change(
-    name: str,
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    device: torch.device,
-    *,
-    repeats: int,
-) -> dict[str, Any]:
+def change(name: str, usual: StepSetting, repeats: int) -> dict[str, Any]:
     """Time a step as runs do it and one with a change, in turn.
 
     Args:
         name: one of `CHANGED`.
-        config, batch, precision, device: as `TrainingStep` takes them.
+        usual: the step as runs do it.
         repeats: timed steps of each.
 
     Returns:
         Timings and peak bytes of `as_runs_do` and `changed`; the ratios changed / as runs do.
     """
-    choices = {"as_runs_do": Choices(), "changed": CHANGED[name]}
-    steps = {
-        way: TrainingStep("cavmae", config, batch, precision, device, choices=choice)
-        for way, choice in choices.items()
-    }
-    timed_in_turn(steps, 1, device)  # makes the optimizer's state, and compiles
-    seconds, _ = timed_in_turn(steps, repeats, device)
+    settings = {"as_runs_do": usual, "changed": replace(usual, choices=CHANGED[name])}
+    steps = {way: TrainingStep(setting) for way, setting in settings.items()}
+    timed_in_turn(steps, 1, usual.device)  # makes the optimizer's state, and compiles
+    seconds, _ = timed_in_turn(steps, repeats, usual.device)
     steps.clear()  # both have freed their memory before that of either is measured
     gc.collect()
-    peaks = {
-        way: _peak_bytes(config, batch, precision, device, choice)
-        for way, choice in choices.items()
-    }
+    peaks = {way: _peak_bytes(setting) for way, setting in settings.items()}
     pairs = zip(seconds["changed"], seconds["as_runs_do"], strict=True)
     return {way: timing(seconds[way]) | {"peak_memory_bytes": peaks[way]} for way in seconds} | {
-        "ratio": spread([changed / usual for changed, usual in pairs]),
+        "ratio": spread([changed / as_runs_do for changed, as_runs_do in pairs]),
         "memory_ratio": peaks["changed"] / peaks["as_runs_do"],
     }
 
 
-def _peak_bytes(
-    config: ModelConfig, batch: int, precision: Precision, device: torch.device, choices: Choices
-) -> int:
+def _peak_bytes(setting: StepSetting) -> int:
     """Return the peak on a CPU of a separate process, on a GPU of two steps here."""
-    if device.type == "cpu":
-        return step_peak_bytes("cavmae", config, batch, precision, choices)
+    if setting.device.type == "cpu":
+        return step_peak_bytes(setting)
     torch.cuda.empty_cache()
 
     def two_steps() -> None:
-        step = TrainingStep("cavmae", config, batch, precision, device, choices=choices)
+        step = TrainingStep(setting)
         for _ in range(2):
             step()
 
-    return gpu_peak_bytes(two_steps, device)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))
+    return gpu_peak_bytes(two_steps, setting.device)

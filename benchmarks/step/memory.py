@@ -8,28 +8,19 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
 from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
-from cavmae.benchmarks.step.training_step import Choices, ModelName, Precision, TrainingStep
-from cavmae.trainer.model.config import ModelConfig
+from cavmae.benchmarks.step.training_step import StepSetting, TrainingStep
 
 STEPS = 2
 """The first one makes the optimizer's state, so the second one holds everything."""
 
 
-def step_peak_bytes(
-    name: ModelName,
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    choices: Choices | None = None,
-) -> int:
+def step_peak_bytes(setting: StepSetting) -> int:
     """Measure the peak of resident memory of a training step on the CPU, beyond what the process
     had before: model, optimizer, batch, activations, and what the allocator holds.
 
     Args:
-        name, config, batch, precision, choices: as `TrainingStep` takes them.
+        setting: of the step; its device is the CPU.
 
     Raises:
         OSError: the system does not allow a process to reset its peak.
@@ -38,25 +29,19 @@ def step_peak_bytes(
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawned) as pool:
         try:
-            return pool.submit(_peak, name, config, batch, precision, choices).result()
+            return pool.submit(_peak, setting).result()
         except BrokenProcessPool:
             raise RuntimeError(
-                f"the process of a {name} step of batch {batch} in {precision} was killed, most "
-                "likely out of memory; use a smaller --batch, or --no-memory"
+                f"the process of a {setting.name} step of batch {setting.batch} in "
+                f"{setting.precision} was killed, most likely out of memory; use a smaller "
+                "--batch, or --no-memory"
             ) from None
 
 
-def _peak(
-    name: ModelName,
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    choices: Choices | None,
-) -> int:
-    cpu = torch.device("cpu")
+def _peak(setting: StepSetting) -> int:
     before = resident_bytes()
     reset_peak()
-    step = TrainingStep(name, config, batch, precision, cpu, choices=choices)
+    step = TrainingStep(setting)
     for _ in range(STEPS):
         step()
-    return peak_bytes(cpu) - before
+    return peak_bytes(setting.device) - before

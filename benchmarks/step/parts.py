@@ -148,7 +148,7 @@ def observe_collectives(timeline: Timeline) -> None:
     assert {"allreduce", "broadcast", "send", "barrier"} <= set(begin)
     for owner, names in ((dist.ProcessGroup, begin), (dist.Work, ["wait"])):
         for name in names:
-            setattr(owner, name, timeline.during(COMMUNICATION, getattr(owner, name)))
+            setattr(owner, name, timeline.within(COMMUNICATION)(getattr(owner, name)))
 
 
 def _begins_work(name: str) -> bool:

@@ -5,8 +5,7 @@ neighbouring steps. The peak rates of the machine, measured in the same run, sta
 """
 
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -24,13 +23,13 @@ from cavmae.benchmarks.step.training_step import (
     ModelName,
     Precision,
     Size,
+    StepSetting,
     TrainingStep,
     timed,
     timed_in_turn,
 )
-from cavmae.command import exit_code
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
-from cavmae.trainer.model.config import ModelConfig
 
 MODELS: tuple[ModelName, ...] = ("published", "cavmae")
 MEMORY_BAR = 0.7
@@ -38,7 +37,7 @@ MEMORY_BAR = 0.7
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(CheckedFields):
     """Time a training step of our model and of the published one, with memory and FLOP/s."""
 
     model: Size = "base"
@@ -49,7 +48,7 @@ class StepConfig:
     """Blocks of the decoder, instead of the model's."""
     batch: tuple[int, ...] = (8,)
     """Samples a step; several sizes are measured one by one."""
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Timed steps of each model."""
     warm_up: int = 1
     """Steps before the timed ones."""
@@ -67,10 +66,9 @@ class StepConfig:
     """Folder of the record."""
 
     def __post_init__(self) -> None:
-        for name, values in (("batch", self.batch), ("repeats", [self.repeats])):
-            for value in values:
-                if value < 1:
-                    raise ValueError(f"{name} is {value}; use 1 or more")
+        super().__post_init__()
+        if min(self.batch) < 1:
+            raise ValueError(f"batch is {min(self.batch)}; use 1 or more")
 
 
 def main(arguments: list[str]) -> int:
@@ -93,21 +91,13 @@ def bench_step(config: StepConfig) -> None:
         rates = measure_rates(device, precision, sizes, max(config.batch))
         results["machine"][precision] = rates
         for batch in config.batch:
-            result = compare(
-                sizes,
-                batch,
-                precision,
-                device,
-                repeats=config.repeats,
-                warm_up=config.warm_up,
-                choices=choices,
-                models=models,
-            )
+            settings = {
+                name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
+            }
+            result = compare(settings, config.repeats, config.warm_up)
             if device.type == "cpu" and config.memory:
-                for name in models:
-                    result[name]["peak_memory_bytes"] = step_peak_bytes(
-                        name, sizes, batch, precision, choices
-                    )
+                for name, setting in settings.items():
+                    result[name]["peak_memory_bytes"] = step_peak_bytes(setting)
             result |= memory_ratio(result)
             for name in models:
                 if "tflops" in result[name]:
@@ -123,34 +113,33 @@ def bench_step(config: StepConfig) -> None:
 
 
 def compare(
-    config: ModelConfig,
-    batch: int,
-    precision: Precision,
-    device: torch.device,
-    *,
-    repeats: int,
-    warm_up: int,
-    choices: Choices | None = None,
-    models: Sequence[ModelName] = MODELS,
+    settings: Mapping[ModelName, StepSetting], repeats: int, warm_up: int
 ) -> dict[str, Any]:
     """Time models in turn.
+
+    Args:
+        settings: by model; they differ in the model alone.
+        repeats: timed steps of each.
+        warm_up: steps before those.
 
     Returns:
         Per model its timing, samples per second, TFLOP/s of the arithmetic that the losses need,
         peak memory (CUDA), energy and last loss, or why it was skipped; of two models, the ratio
         baseline / ours with its spread.
     """
+    one = next(iter(settings.values()))
+    config, batch, device = one.config, one.batch, one.device
     steps: dict[str, TrainingStep] = {}
     peaks: dict[str, int | None] = {}
     results: dict[str, Any] = {}
 
     def prepare(name: ModelName) -> None:
-        steps[name] = TrainingStep(name, config, batch, precision, device, choices=choices)
+        steps[name] = TrainingStep(settings[name])
         # The first step makes the optimizer's state: the peak of memory is the second one's.
         for _ in range(max(2, warm_up)):
             steps[name]()
 
-    for name in models:
+    for name in settings:
         try:
             if device.type == "cuda":
                 peaks[name] = gpu_peak_bytes(lambda name=name: prepare(name), device)
@@ -214,13 +203,7 @@ def line(result: dict[str, Any]) -> str:
             + (")" if peak is None else f", {peak / 2**30:.2f} GiB)")
         )
     if ratio := result.get("speedup"):
-        found.append(
-            f"{ratio['median']:.2f}x ({ratio['minimum']:.2f} to {ratio['maximum']:.2f}) as fast"
-        )
+        found.append(f"{extremes(ratio)} as fast")
     if memory := result.get("memory"):
         found.append(f"{memory['ratio']:.2f}x the memory")
     return f"{result['precision']} batch {result['batch']}: {', '.join(found)}"
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main, sys.argv[1:]))

@@ -65,6 +65,9 @@ class Choices:
     recompute: Recompute = "selective"
 
 
+AS_RUNS_DO = Choices()
+
+
 class MasterAdam:
     """Adam on float32 copies of bfloat16 parameters, slice by slice: float32 gradients exist for
     one slice at a time."""
@@ -111,13 +114,11 @@ def _adam(parameters: list[nn.Parameter] | list[torch.Tensor], *, fused: bool) -
     )
 
 
-class TrainingStep:
-    """A model with its optimizer and a fixed batch; calling it trains one step.
+@dataclass(frozen=True)
+class StepSetting:
+    """What a step trains.
 
-    In bf16 our model holds bf16 parameters beside float32 masters, as it does under the engine; the
-    baseline runs under autocast, as the published code does.
-
-    Args:
+    Attributes:
         name: `cavmae` (ours) or `published` (the baseline).
         config: sizes of the model.
         batch: samples.
@@ -126,24 +127,31 @@ class TrainingStep:
         choices: of our model; the baseline has none.
     """
 
-    def __init__(
-        self,
-        name: ModelName,
-        config: ModelConfig,
-        batch: int,
-        precision: Precision,
-        device: torch.device,
-        *,
-        choices: Choices | None = None,
-    ) -> None:
+    name: ModelName
+    config: ModelConfig
+    batch: int
+    precision: Precision
+    device: torch.device
+    choices: Choices = AS_RUNS_DO
+
+
+class TrainingStep:
+    """A model with its optimizer and a fixed batch; calling it trains one step.
+
+    In bf16 our model holds bf16 parameters beside float32 masters, as it does under the engine; the
+    baseline runs under autocast, as the published code does.
+    """
+
+    def __init__(self, setting: StepSetting) -> None:
         torch.manual_seed(0)
+        config, batch, device = setting.config, setting.batch, setting.device
         self.config, self.batch, self.device = config, batch, device
-        self.position, self.choices = 0, choices or Choices()
+        self.position, self.choices = 0, setting.choices
         self.log_mel = torch.randn(batch, config.audio_frames, config.mel_bins, device=device)
         self.frame = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
-        bf16 = precision == "bf16"
-        self.autocast = bf16 and name == "published"
-        if name == "published":
+        bf16, ours = setting.precision == "bf16", setting.name == "cavmae"
+        self.autocast = bf16 and not ours
+        if not ours:
             self.model: nn.Module = PublishedCAVMAE(config).to(device)
         else:
             model = CAVMAE(config)
@@ -157,7 +165,7 @@ class TrainingStep:
         if bf16 and not self.autocast:
             self.optimizer = MasterAdam(trained, fused=self.choices.fused_update)
         else:
-            fused = name == "cavmae" and self.choices.fused_update
+            fused = ours and self.choices.fused_update
             self.optimizer = _adam(trained, fused=fused)
 
     def __call__(self) -> torch.Tensor:

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cavmae.benchmarks.harness.options import budget_seconds
+from cavmae.benchmarks.harness.durations import budget_seconds
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
@@ -245,7 +245,6 @@ class Search:
             fields,
             self._work / str(len(self.trials)),
             ranks=self._ranks,
-            gpus=self._gpu,
             real_data=real_data,
             within_seconds=max(left, _LEAST_SECONDS),
         )

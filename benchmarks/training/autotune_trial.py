@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cavmae.benchmarks.harness.processes import BadExit
-from cavmae.benchmarks.training.timed_loop import OPTIMIZER
+from cavmae.benchmarks.training.timed_loop import OPTIMIZER, Step, step_total
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.configs import (
-    CheckpointConfig,
-    PretrainConfig,
-    ValidationConfig,
-)
+from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig
 from cavmae.trainer.fault_tolerance.oom import OutOfMemory
 from cavmae.trainer.run_status import RunStatus, read_status
 
@@ -27,8 +24,6 @@ _KILLED = (-signal.SIGKILL, 256 - signal.SIGKILL)
 
 Fields = dict[str, Any]
 """Values of a run's fields by their dotted names, as on the command line."""
-Step = dict[str, dict[str, float]]
-"""Seconds of a timed step by part and kind."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,6 @@ def run_trial(
     folder: Path,
     *,
     ranks: int,
-    gpus: bool,
     real_data: bool,
     within_seconds: float,
 ) -> Trial:
@@ -117,7 +111,6 @@ def run_trial(
         fields: to change.
         folder: made, for the files of the trial.
         ranks: on this machine.
-        gpus: whether each has one.
         real_data: whether clips come from the loader; else they are on the device already.
         within_seconds: a trial that takes longer has failed.
     """
@@ -128,12 +121,8 @@ def run_trial(
         found = timed_run(
             short_run(changed, ranks),
             folder,
+            TimedPlan(not real_data, WARM_UP_STEPS, STEPS, part_steps=0),
             ranks=ranks,
-            gpus=gpus,
-            synthetic=not real_data,
-            warm_up=WARM_UP_STEPS,
-            steps=STEPS,
-            part_steps=0,
             within_seconds=within_seconds,
         )
     except BadExit as error:
@@ -143,7 +132,7 @@ def run_trial(
         real_data=real_data,
         samples_per_second=0.0 if problem else expected_rate(changed, ranks, found["steps"]),
         problem=problem,
-        step_seconds=[_seconds(step) for step in found["steps"]],
+        step_seconds=[step_total(step) for step in found["steps"]],
         peak_memory_bytes=found["peak_memory_bytes"],
         seconds=time.monotonic() - began,
     )
@@ -160,13 +149,9 @@ def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> floa
     """
     times = config.global_batch // ranks // config.micro_batch
     update = statistics.median(sum(step.get(OPTIMIZER.part, {}).values()) for step in steps)
-    whole = statistics.median(map(_seconds, steps))
+    whole = statistics.median(map(step_total, steps))
     micro_batch = (whole - update) / min(times, 2)
     return ranks * config.micro_batch * times / (times * micro_batch + update)
-
-
-def _seconds(step: Step) -> float:
-    return sum(sum(kinds.values()) for kinds in step.values())
 
 
 def problem_of(code: int | None, status: RunStatus | None) -> str:

@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import DataConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import PRETRAIN_RECIPES
@@ -61,9 +60,7 @@ def main(arguments: list[str]) -> int:
             rows.append(_row(case, work / str(number)))
             ratio = f"predicted / measured {rows[-1]['ratio']:.3f}"
             print(f"{_name(case)}: {ratio}", file=sys.stderr, flush=True)
-    Console(width=120).print(_table(rows))
-    device = torch.device("cpu")
-    print(f"record: {write_record(config.out, 'memory', device, vars(config), {'rows': rows})}")
+    show(write_record(config.out, "memory", torch.device("cpu"), vars(config), {"rows": rows}))
     return 0
 
 
@@ -115,25 +112,3 @@ def _name(case: Case) -> str:
     recipe, ranks, dtype, stage, micro_batch, times = case
     accumulated = f" x {times} accumulated" if times > 1 else ""
     return f"{recipe}, {ranks} ranks, {dtype}, ZeRO {stage}, batch {micro_batch}{accumulated}"
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "case",
-        "tensors predicted, GB",
-        "resident predicted, GB",
-        "peak part",
-        "measured, GB (least of a step)",
-        "predicted / measured",
-    )
-    for row in rows:
-        peaks = row["measured_bytes"]
-        table.add_row(
-            row["case"],
-            f"{row['predicted_tensor_bytes'] / 1e9:.3f}",
-            f"{row['predicted_bytes'] / 1e9:.3f}",
-            row["peak_part"],
-            f"{max(peaks) / 1e9:.3f} ({min(peaks) / 1e9:.3f})",
-            f"{row['ratio']:.3f}",
-        )
-    return table

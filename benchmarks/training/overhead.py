@@ -10,21 +10,17 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from cavmae.benchmarks.harness.options import check_least
-from cavmae.benchmarks.harness.processes import (
-    Start,
-    deepspeed_command,
-    module_command,
-)
-from cavmae.benchmarks.harness.records import timing, write_record
+from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
+from cavmae.benchmarks.harness.records import spread, timing, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
+from cavmae.field_checks import CheckedFields, PositiveInt, at_least
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
@@ -39,24 +35,21 @@ CONTENDERS = ("deepspeed", "ray", "deepspeed with checkpoints")
 
 
 @dataclass(frozen=True)
-class OverheadConfig:
+class OverheadConfig(CheckedFields):
     """Measure what Ray and checkpoints add to a step.
 
     Raises:
         ValueError: an option out of its range.
     """
 
-    steps: int = 180
+    steps: Annotated[int, at_least(WARM_UP_STEPS + INTERVAL + 10)] = 180
     """Steps of each run."""
-    repeats: int = 3
+    repeats: PositiveInt = 3
     """Runs of each kind."""
-    batch: int = 16
+    batch: Annotated[int, at_least(RANKS)] = 16
     """Clips in a step, over both ranks."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, steps=WARM_UP_STEPS + INTERVAL + 10, repeats=1, batch=RANKS)
 
 
 def main(arguments: list[str]) -> int:
@@ -74,9 +67,7 @@ def main(arguments: list[str]) -> int:
                     _step_seconds(name, _run_config(config, name, run_dir, shards))
                 )
     results = summarize(seconds)
-    Console(width=120).print(_table(results))
-    device = torch.device("cpu")
-    print(f"record: {write_record(config.out, 'overhead', device, vars(config), results)}")
+    show(write_record(config.out, "overhead", torch.device("cpu"), vars(config), results))
     return 0
 
 
@@ -126,26 +117,9 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
     results: dict[str, dict[str, object]] = {}
     means = {name: [statistics.fmean(one) for one in runs] for name, runs in seconds.items()}
     for name, runs in seconds.items():
-        results[name] = dict(timing([second for one in runs for second in one]))
-        results[name]["mean_seconds"] = means[name]
+        every_step = [second for one in runs for second in one]
+        results[name] = timing(every_step) | {"mean_seconds": means[name]}
         if name != CONTENDERS[0]:
             shares = [a / b - 1 for a, b in zip(means[name], means[CONTENDERS[0]], strict=True)]
-            results[name]["longer_by"] = {
-                "median": statistics.median(shares),
-                "minimum": min(shares),
-                "maximum": max(shares),
-            }
+            results[name]["longer_by"] = spread(shares)
     return results
-
-
-def _table(results: dict[str, dict[str, object]]) -> Table:
-    table = Table("run", "mean step, s", "longer by (from, to)")
-    for name, result in results.items():
-        means, longer = result["mean_seconds"], result.get("longer_by")
-        assert isinstance(means, list)
-        shown = ""
-        if isinstance(longer, dict):
-            low, high = longer["minimum"], longer["maximum"]
-            shown = f"{longer['median']:+.1%} ({low:+.1%}, {high:+.1%})"
-        table.add_row(name, f"{statistics.median(means):.3f}", shown)
-    return table

@@ -9,16 +9,16 @@ comes from. Two series: `weak`, in which each GPU has 128 clips a step however m
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from cavmae.atomic_write import atomic_write
-from cavmae.benchmarks.harness.options import check_positive
+from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.report.console import show
+from cavmae.field_checks import CheckedFields, PositiveFloat, PositiveInt
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import audioset_base
 from cavmae.trainer.cost_model.comm_volume import (
@@ -53,10 +53,7 @@ INPUTS: dict[str, tuple[float, str]] = {
     ),
     "gpus_per_node": (8, "an HGX node"),
     "within_node_gbytes": (Links.within_node / 1e9, "NVLink 4, data sheet, one direction"),
-    "between_nodes_gbytes": (
-        Links.between_nodes / 1e9,
-        "a 400 Gb/s card for each GPU, data sheet",
-    ),
+    "between_nodes_gbytes": (Links.between_nodes / 1e9, "a 400 Gb/s card for each GPU, data sheet"),
     "share_of_links": (Links.share, "ASSUMED share of both that large collectives reach"),
     "loader_core_seconds": (
         0.008125,
@@ -84,13 +81,14 @@ ScalingConfig = dataclasses.make_dataclass(
     "ScalingConfig",
     [
         *(
-            (name, Annotated[float, _about(source)], value)
+            (name, Annotated[PositiveFloat, _about(source)], value)
             for name, (value, source) in INPUTS.items()
         ),
-        ("clips_per_gpu", Annotated[int, _about("Clips of a GPU in the weak series.")], 128),
-        ("global_batch", Annotated[int, _about("Global batch of the strong series.")], 16_384),
+        ("clips_per_gpu", Annotated[PositiveInt, _about("Clips of each GPU, weak series.")], 128),
+        ("global_batch", Annotated[PositiveInt, _about("Global batch, strong series.")], 16_384),
         ("out", Annotated[str, _about("Folder of the record.")], "benchmarks/results"),
     ],
+    bases=(CheckedFields,),
     frozen=True,
 )
 """The inputs are options too."""
@@ -184,10 +182,9 @@ def main(arguments: list[str]) -> int:
         args=arguments,
         description="Compute a step on 1 to 4,096 GPUs.",
     )
-    check_positive(config, *INPUTS, "clips_per_gpu", "global_batch")
     values = {name: getattr(config, name) for name in INPUTS}
     inputs = {
-        name: (values[name], source if values[name] == default else "given")
+        name: {"value": values[name], "source": source if values[name] == default else "given"}
         for name, (default, source) in INPUTS.items()
     }
     model = CAVMAE(audioset_base().model)
@@ -197,20 +194,13 @@ def main(arguments: list[str]) -> int:
         "weak": rows(values, tensors, config.clips_per_gpu),
         "strong": rows(values, tensors, config.clips_per_gpu, config.global_batch),
     }
-    console = Console(width=140)
-    for name, found in series.items():
-        console.print(_table(name, found))
-    for name, (value, source) in inputs.items():
-        console.print(f"{name} {value:g}: {source}", highlight=False)
     results: dict[str, Any] = {
-        "inputs": {name: {"value": one[0], "source": one[1]} for name, one in inputs.items()},
+        "inputs": inputs,
         **{name: [dataclasses.asdict(row) for row in found] for name, found in series.items()},
     }
     path = write_record(config.out, "scaling", torch.device("cpu"), vars(config), results)
-    print(f"record: {path}")
-    plot = path.with_suffix(".png")
-    _plot(series, str(plot))
-    print(f"plot: {plot}")
+    show(path)
+    _plot(series, path)
     return 0
 
 
@@ -291,36 +281,13 @@ def _row(
     )
 
 
-def _table(name: str, found: list[Row]) -> Table:
-    """Show stage 1, and the efficiency of the other stages."""
-    by_stage = {(row.gpus, row.zero_stage): row for row in found}
-    headings = ("GPUs", "clips a step", "step, ms", "sent, GB", "samples/s", "goodput", "lasting/s")
-    efficiencies = ("efficiency", *(f"ZeRO {stage}" for stage in STAGES if stage != 1))
-    table = Table(*headings, *efficiencies, title=f"{name} scaling, ZeRO 1")
-    for row in found:
-        if row.zero_stage != 1:
-            continue
-        others = [by_stage[row.gpus, stage] for stage in STAGES if stage != 1]
-        table.add_row(
-            f"{row.gpus:,}",
-            f"{row.global_batch:,}",
-            f"{row.step_seconds * 1e3:.1f}",
-            f"{row.sent_gbytes:.2f}",
-            f"{row.samples_per_second:,.0f}",
-            f"{row.goodput:.4f}",
-            f"{row.samples_per_second * row.goodput:,.0f}",
-            *(f"{one.efficiency:.3f}" for one in (row, *others)),
-        )
-    return table
+def _plot(series: dict[str, list[Row]], record: Path) -> None:
+    with plot_beside(record, 14, 4) as figure:
+        figure.suptitle("Computed, not measured")
+        _draw(series, figure.subplots(1, 3))
 
 
-def _plot(series: dict[str, list[Row]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), layout="constrained")
+def _draw(series: dict[str, list[Row]], axes: Any) -> None:
     for axis, (name, found) in zip(axes, series.items(), strict=False):
         for stage in STAGES:
             line = [one for one in found if one.zero_stage == stage]
@@ -340,7 +307,3 @@ def _plot(series: dict[str, list[Row]], path: str) -> None:
     axes[2].set_xscale("log", base=2)
     axes[2].set(xlabel="GPUs", title="weak, ZeRO 1: ms of a step")
     axes[2].legend(fontsize="small", loc="lower right")
-    figure.suptitle("Computed, not measured")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)

@@ -1,20 +1,18 @@
 """Summary of the timed steps of a training run: rates, shares, parts beside their floors, bars."""
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.table import Table
 
 from cavmae.benchmarks.harness.machine_peaks import DTYPES, utilization
 from cavmae.benchmarks.harness.power import Energy
-from cavmae.benchmarks.harness.records import timing
+from cavmae.benchmarks.harness.records import bar, timing
 from cavmae.benchmarks.harness.timeline import Label
 from cavmae.benchmarks.step.parts import COMMUNICATION, GRADIENTS, PARTS, REST
 from cavmae.benchmarks.step.roofline import part_work
-from cavmae.benchmarks.training.timed_loop import DATA, LOOP, OPTIMIZER
+from cavmae.benchmarks.training.timed_loop import DATA, LOOP, OPTIMIZER, Step, step_total
 from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
 
@@ -23,9 +21,6 @@ SOURCES: tuple[Source, ...] = ("synthetic", "shards")
 LOOP_BAR, SHARDS_BAR = 0.03, 0.95
 ORDER = (DATA.part, *PARTS, REST, GRADIENTS.part, OPTIMIZER.part, COMMUNICATION.part, LOOP.part)
 """Order of the parts of a step."""
-
-Step = dict[str, dict[str, float]]
-"""Seconds by part and kind."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def summarize(
     """
     results: dict[str, Any] = {"machine": rates}
     for source, one in found.items():
-        seconds = [_total(step) for step in one["steps"]]
+        seconds = [step_total(step) for step in one["steps"]]
         rate = setting.batch / statistics.median(seconds)  # of a rank
         flops_per_second = training_flops(setting.config) * rate
         samples = setting.batch * setting.sharers * len(seconds)
@@ -85,13 +80,9 @@ def summarize(
     return results
 
 
-def _total(step: Step) -> float:
-    return sum(seconds for kinds in step.values() for seconds in kinds.values())
-
-
 def _shares(steps: list[Step]) -> dict[str, float]:
     """Compute shares of the time of all steps, as the loop sees them."""
-    total = sum(map(_total, steps))
+    total = sum(map(step_total, steps))
 
     def share(label: Label) -> float:
         return sum(step.get(label.part, {}).get(label.kind, 0.0) for step in steps) / total
@@ -138,61 +129,14 @@ def _bars(results: dict[str, Any], setting: Setting) -> dict[str, dict[str, Any]
     if synthetic := results.get("synthetic"):
         shares = synthetic["shares"]
         around = shares["loop"] + shares["data_wait"]
-        bars["share of the loop: all but model, loss and update"] = {
-            "value": around,
-            "bar": f"below {LOOP_BAR}",
-            "met": around < LOOP_BAR if setting.judged else None,
-        }
+        bars["share of the loop: all but model, loss and update"] = bar(
+            around, below=LOOP_BAR, judged=setting.judged
+        )
         if shards := results.get("shards"):
             ratio = shards["samples_per_second"] / synthetic["samples_per_second"]
-            bars["samples/s from shards over synthetic"] = {
-                "value": ratio,
-                "bar": f"at least {SHARDS_BAR}",
-                # On a CPU, loader and model share the cores.
-                "met": ratio >= SHARDS_BAR
-                if setting.judged and setting.device.type == "cuda"
-                else None,
-            }
+            # On a CPU, loader and model share the cores.
+            judged = setting.judged and setting.device.type == "cuda"
+            bars["samples/s from shards over synthetic"] = bar(
+                ratio, at_least=SHARDS_BAR, judged=judged
+            )
     return bars
-
-
-def lines(results: dict[str, Any]) -> Iterator[str]:
-    """Format rates and bars as lines."""
-    rates = results["machine"]
-    yield (
-        f"machine: product {rates['flops_per_second'] / 1e12:.3g} TFLOP/s, copy "
-        f"{rates['bytes_per_second'] / 1e9:.3g} GB/s"
-    )
-    for source in SOURCES:
-        if source not in results:
-            continue
-        one = results[source]
-        stated = one["mfu_of_datasheet"]
-        joules = one["energy"]["joules_per_sample"]
-        yield (
-            f"{source}: {one['step']['median_seconds']:.4g} s a step, "
-            f"{one['samples_per_second']:.4g} samples/s, {one['tflops']:.3g} TFLOP/s, MFU "
-            f"{one['mfu']:.1%} of the measured rate, "
-            f"{'no datasheet' if stated is None else f'{stated:.1%} of the datasheet'}; "
-            f"waits for data {one['shares']['data_wait']:.2%}, loop {one['shares']['loop']:.2%}; "
-            f"{one['peak_memory_bytes'] / 2**30:.2f} GiB; "
-            + (one["energy"]["source"] if joules is None else f"{joules:.3g} J a sample")
-        )
-    for name, bar in results["bars"].items():
-        verdict = {True: "met", False: "NOT MET", None: "not judged here"}[bar["met"]]
-        yield f"{name}: {bar['value']:.4g} ({bar['bar']}: {verdict})"
-
-
-def parts_table(source: Source, results: dict[str, Any]) -> Table:
-    """Make a table of the parts of a step, each with its floor."""
-    table = Table(
-        "part", "forward, ms", "floor", "backward, ms", "floor", title=f"{source} batches"
-    )
-    for part, kinds in results[source]["parts"].items():
-        cells = []
-        for entry in (kinds.get("forward") or kinds.get("step"), kinds.get("backward")):
-            floor = entry and entry.get("floor_seconds")
-            cells.append(f"{entry['median_seconds'] * 1e3:.1f}" if entry else "")
-            cells.append("" if floor is None else f"{floor * 1e3:.1f}")
-        table.add_row(part, *cells)
-    return table

@@ -12,6 +12,7 @@ from cavmae.benchmarks.harness.power import Energy, PowerMeter, power_meter
 from cavmae.benchmarks.harness.process_memory import peak_bytes
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import REST, PartObserver, observe_collectives
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.trainer.distributed.engine import Engine
@@ -27,6 +28,15 @@ _SPANS = {
 }
 
 
+Step = dict[str, dict[str, float]]
+"""Seconds of a timed step by part and kind."""
+
+
+def step_total(step: Step) -> float:
+    """Return the seconds of a step."""
+    return sum(seconds for kinds in step.values() for seconds in kinds.values())
+
+
 class AllTimed(Exception):
     """All steps are timed; the rest of the run is skipped."""
 
@@ -36,15 +46,13 @@ class TimedLoop:
 
     Args:
         device: this rank's device.
-        warm_up: steps that are not timed.
-        steps: timed steps.
-        part_steps: steps after those that are timed by parts.
+        plan: the steps to time.
     """
 
-    def __init__(self, device: torch.device, *, warm_up: int, steps: int, part_steps: int) -> None:
+    def __init__(self, device: torch.device, plan: TimedPlan) -> None:
         self._device = device
-        self._first, self._end = warm_up, warm_up + steps
-        self._part_steps = part_steps
+        self._first, self._end = plan.warm_up, plan.warm_up + plan.steps
+        self._part_steps = plan.part_steps
         self._timeline = Timeline(device, LOOP)
         self._meter: PowerMeter = power_meter(device)
         self._observer: PartObserver | None = None
@@ -125,8 +133,8 @@ class _RememberedTask:
         return self.last_loss
 
 
-def _as_json(step: dict[Label, float]) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+def _as_json(step: dict[Label, float]) -> Step:
+    found: Step = {}
     for label, seconds in step.items():
         found.setdefault(label.part, {})[label.kind] = seconds
     return found

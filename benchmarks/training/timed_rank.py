@@ -2,7 +2,7 @@
 
 The run is the product's own, with its engine, loop and loader; the trainer's hooks do the timing.
 
-    python -m cavmae.benchmarks.training.timed_rank PLAN.json
+    python -m cavmae.benchmarks.training.timed_rank FOLDER
 """
 
 import sys
@@ -22,20 +22,16 @@ class TimedPlan:
     """What a rank times.
 
     Attributes:
-        config: file of the run's configuration.
         synthetic: train on the same batch again and again instead of the loader's.
         warm_up: steps that are not timed.
         steps: timed steps, as the loop sees them.
         part_steps: after those, steps that are timed by parts of the model.
-        result: file for the results, written by the first rank.
     """
 
-    config: str
     synthetic: bool
     warm_up: int
     steps: int
     part_steps: int
-    result: str
 
     @property
     def all_steps(self) -> int:
@@ -44,10 +40,11 @@ class TimedPlan:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Time the run of a plan's file on this rank; does not return."""
-    (path,) = arguments
-    plan = load_config(Path(path), TimedPlan)
-    config = load_config(Path(plan.config), PretrainConfig)
+    """Time the run of `config.json` in a folder as its `plan.json` says; the first rank writes
+    `result.json`. Does not return."""
+    folder = Path(*arguments)
+    plan = load_config(folder / "plan.json", TimedPlan)
+    config = load_config(folder / "config.json", PretrainConfig)
     ranks = ranks_from_environment()
     limit_threads(config.threads_per_rank, ranks)
     # These import torch, so they come after the threads are set.
@@ -60,12 +57,8 @@ def main(arguments: list[str]) -> NoReturn:
     from cavmae.trainer.run import run
 
     cuda = torch.cuda.is_available()
-    timed = TimedLoop(
-        torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu"),
-        warm_up=plan.warm_up,
-        steps=plan.steps,
-        part_steps=plan.part_steps,
-    )
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    timed = TimedLoop(device, plan)
     hooks = timed.hooks(SyntheticBatches if plan.synthetic else TrainLoader)
     try:
         run(config, make_hooks=lambda _: hooks)
@@ -73,7 +66,7 @@ def main(arguments: list[str]) -> NoReturn:
     except AllTimed:
         pass
     if ranks.rank == 0:
-        write_json(Path(plan.result), timed.results())
+        write_json(folder / "result.json", timed.results())
     end_rank()
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
 from cavmae.benchmarks.training.timed_rank import TimedPlan
@@ -12,46 +14,28 @@ from cavmae.trainer.config.serialize import save_config
 
 
 def timed_run(
-    config: PretrainConfig,
-    folder: Path,
-    *,
-    ranks: int,
-    gpus: bool,
-    synthetic: bool,
-    warm_up: int,
-    steps: int,
-    part_steps: int,
-    within_seconds: float,
+    config: PretrainConfig, folder: Path, plan: TimedPlan, *, ranks: int, within_seconds: float
 ) -> dict[str, Any]:
     """Train until all steps are timed; returns the results of the first rank.
 
     Args:
         config: of the run; its folder and number of steps are set here.
         folder: created, for the files of the run and its `log`.
-        ranks: on this machine.
-        gpus: whether each rank has one.
-        synthetic, warm_up, steps, part_steps: as in `TimedPlan`.
+        plan: what is timed.
+        ranks: on this machine; each has a GPU if it has any.
         within_seconds: a run that takes longer is killed.
 
     Raises:
         RuntimeError: the run failed or took too long; with the end of its log.
     """
     folder.mkdir()
-    plan = TimedPlan(
-        config=str(folder / "config.json"),
-        synthetic=synthetic,
-        warm_up=warm_up,
-        steps=steps,
-        part_steps=part_steps,
-        result=str(folder / "result.json"),
-    )
     run = dataclasses.replace(config, run_dir=str(folder / "run"), steps=plan.all_steps)
-    save_config(run, plan.config)
+    save_config(run, folder / "config.json")
     save_config(plan, folder / "plan.json")
-    words = ("cavmae.benchmarks.training.timed_rank", str(folder / "plan.json"))
+    words = ("cavmae.benchmarks.training.timed_rank", str(folder))
     command = module_command(*words), {}
     if ranks > 1:
-        command = deepspeed_command(*words, ranks=ranks, gpus=gpus)
+        command = deepspeed_command(*words, ranks=ranks, gpus=torch.cuda.is_available())
     with Start([command], folder / "log") as start:
         start.finish(within_seconds)
-    return read_json(plan.result)
+    return read_json(folder / "result.json")

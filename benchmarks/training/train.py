@@ -12,23 +12,17 @@ from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
-from cavmae.benchmarks.harness.options import check_least
 from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
+from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.training_step import SIZES
-from cavmae.benchmarks.training.summary import (
-    SOURCES,
-    Setting,
-    Source,
-    lines,
-    parts_table,
-    summarize,
-)
+from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
+from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
 
@@ -39,7 +33,7 @@ _GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
-class TrainBenchConfig:
+class TrainBenchConfig(CheckedFields):
     """Time the training loop, and a step by the parts of the model.
 
     Raises:
@@ -48,9 +42,9 @@ class TrainBenchConfig:
 
     model: Literal["base", "large", "huge", "tiny"] = "base"
     """Sizes of the model."""
-    batch: int = 256 if _GPU else 8
+    batch: PositiveInt = 256 if _GPU else 8
     """Clips of each rank in a step."""
-    ranks: int = 1
+    ranks: PositiveInt = 1
     """Ranks on this machine."""
     precision: Literal["fp32", "bf16"] = "bf16" if _GPU else "fp32"
     """Of parameters and activations."""
@@ -62,25 +56,22 @@ class TrainBenchConfig:
         EngineConfig().activation_checkpointing
     )
     """Activations that the backward pass recomputes."""
-    steps: int = 20 if _GPU else 5
+    steps: PositiveInt = 20 if _GPU else 5
     """Timed steps."""
-    part_steps: int = 3
+    part_steps: NonNegativeInt = 3
     """Steps timed by parts; 0: none."""
-    warm_up: int = 5 if _GPU else 1
+    warm_up: PositiveInt = 5 if _GPU else 1
     """Steps before the timed ones."""
     only: tuple[Source, ...] = SOURCES
     """Where batches come from."""
     data: str = ""
     """Folder of a packed tier; empty: clips are generated."""
-    clips: int = 64 if _GPU else 16
+    clips: PositiveInt = 64 if _GPU else 16
     """Clips to generate."""
-    readers: int = PretrainConfig().data.reader_workers
+    readers: PositiveInt = PretrainConfig().data.reader_workers
     """Reader processes of each rank."""
     out: str = "benchmarks/results"
     """Folder of the record."""
-
-    def __post_init__(self) -> None:
-        check_least(self, batch=1, ranks=1, steps=1, part_steps=0, warm_up=1, clips=1, readers=1)
 
 
 def main(arguments: list[str]) -> int:
@@ -97,12 +88,8 @@ def main(arguments: list[str]) -> int:
             found[source] = timed_run(
                 _run_config(config, shards),
                 work / f"run-{source}",
+                TimedPlan(source == "synthetic", config.warm_up, config.steps, config.part_steps),
                 ranks=config.ranks,
-                gpus=device.type == "cuda",
-                synthetic=source == "synthetic",
-                warm_up=config.warm_up,
-                steps=config.steps,
-                part_steps=config.part_steps,
                 within_seconds=_PATIENCE_SECONDS,
             )
     setting = Setting(
@@ -117,12 +104,8 @@ def main(arguments: list[str]) -> int:
     # The ranks have ended: the machine is idle, and a GPU's memory is free.
     rates = measure_rates(device, config.precision, setting.config, config.batch)
     results = summarize(found, setting, rates)
-    for line in lines(results):
-        print(line)
-    for source in config.only[:1]:
-        Console(width=120).print(parts_table(source, results))
     configuration = vars(config) | {"sizes": dataclasses.asdict(setting.config)}
-    print(f"record: {write_record(config.out, 'train', device, configuration, results)}")
+    show(write_record(config.out, "train", device, configuration, results))
     return 0
 
 

@@ -28,7 +28,7 @@ def test_a_short_run_fills_the_record(tmp_path: Path, capsys: pytest.CaptureFixt
     assert pictures["original"]["bytes"] == pytest.approx(sum(sizes) / len(sizes))
     assert pictures["original"]["pack_cpu_seconds"] == 0 < pictures["frames"]["pack_cpu_seconds"]
     assert results["sound"]["wav"]["bytes"] > results["sound"]["flac"]["bytes"]
-    assert "not measured: no GPU" in capsys.readouterr().out
+    assert "Not measured on a GPU." in capsys.readouterr().out
 
 
 def test_counts_out_of_range_are_refused() -> None:

@@ -1,7 +1,6 @@
 """`cavmae bench faults` does what it says to real runs, and tells when one does not end well."""
 
 import dataclasses
-import io
 import json
 import re
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from launch import MUTED
-from rich.console import Console
 
 from cavmae.benchmarks.faults import faults
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
@@ -20,6 +18,7 @@ from cavmae.benchmarks.faults.outcome import Expected, Failed, Row, Skipped, lar
 from cavmae.benchmarks.faults.runs import Bench
 from cavmae.benchmarks.harness import processes
 from cavmae.benchmarks.harness.processes import Start
+from cavmae.benchmarks.report.sections import _faults
 from cavmae.cluster.jobs import run_state
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import PretrainConfig
@@ -98,7 +97,7 @@ def test_a_run_that_ends_otherwise_is_no_success(bad: dict[str, float]) -> None:
 
 def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> None:
     rows = {"a node is killed": Skipped("network namespaces need root")}
-    assert "SKIPPED: network namespaces need root" in shown(rows)
+    assert "skipped: network namespaces need root" in shown(rows)
     assert faults.exit_code(rows) == 0
     assert dataclasses.asdict(rows["a node is killed"]) == {
         "skipped": "network namespaces need root"
@@ -108,7 +107,7 @@ def test_a_fault_that_this_machine_cannot_have_is_shown_with_its_reason() -> Non
 def test_a_run_that_does_not_come_to_its_end_is_no_success() -> None:
     rows = {"good": GOOD, "the disk is full": Failed("checkpoint 20 did not happen:\nlog\nlog")}
     assert faults.exit_code(rows) == 1
-    assert re.search("the disk is full: FAILED .* checkpoint 20 did not happen: ", shown(rows))
+    assert re.search("the disk is full .* FAILED: checkpoint 20 did not happen:", shown(rows))
 
 
 def test_a_start_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
@@ -187,6 +186,6 @@ def test_an_unknown_fault_is_refused() -> None:
 
 
 def shown(rows: Mapping[str, Row | Skipped | Failed]) -> str:
-    output = io.StringIO()
-    Console(file=output, width=200).print(faults.table(rows))
-    return output.getvalue()
+    """The rows of the report's table."""
+    (grid,) = _faults(faults.recorded(rows)).grids
+    return "\n".join(" | ".join(cells) for cells in grid.rows)

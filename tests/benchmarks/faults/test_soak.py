@@ -112,5 +112,5 @@ def test_each_criterion_can_be_missed(change: dict[str, object], missed: list[st
 
 
 def test_a_soak_of_no_time_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"minutes is 0; use a number above 0"):
+    with pytest.raises(ValueError, match=r"minutes is 0; use a value above 0"):
         soak.SoakConfig(minutes=0)

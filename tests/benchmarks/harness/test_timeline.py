@@ -56,7 +56,7 @@ def test_a_call_that_fails_leaves_its_label(clock: Clock) -> None:
 
     line.begin_step(OUTER)
     with pytest.raises(ValueError, match="inner"):
-        line.during(INNER, fail)("x")
+        line.within(INNER)(fail)("x")
     clock.pass_seconds(2)
     line.begin_step(OUTER)
     assert line.seconds() == [{OUTER: 2, INNER: 1}]

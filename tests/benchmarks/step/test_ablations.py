@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cavmae.benchmarks.step.ablations import CHANGED, AblationsConfig, main, possible
-from cavmae.benchmarks.step.training_step import SIZES, Choices, TrainingStep
+from cavmae.benchmarks.step.training_step import SIZES, Choices, StepSetting, TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_a_change_is_timed_beside_the_step_that_runs_do(tmp_path: Path) -> None:
 def test_every_change_trains_like_the_step_that_runs_do(name: str) -> None:
     losses = []
     for choices in (Choices(), CHANGED[name]):
-        step = TrainingStep("cavmae", SIZES["tiny"], 4, "fp32", CPU, choices=choices)
+        step = TrainingStep(StepSetting("cavmae", SIZES["tiny"], 4, "fp32", CPU, choices))
         losses.append([float(step()) for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

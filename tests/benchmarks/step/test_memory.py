@@ -5,7 +5,7 @@ import torch
 
 from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
 from cavmae.benchmarks.step.memory import step_peak_bytes
-from cavmae.benchmarks.step.training_step import SIZES
+from cavmae.benchmarks.step.training_step import SIZES, StepSetting
 from cavmae.trainer.model.cavmae import CAVMAE
 
 MEBIBYTE = 2**20
@@ -26,6 +26,9 @@ def test_a_peak_stays_until_it_begins_anew() -> None:
 def test_a_step_takes_weights_gradients_and_moments_and_more_for_a_larger_batch() -> None:
     config = SIZES["tiny"]
     weights = sum(one.nbytes for one in CAVMAE(config).parameters() if one.requires_grad)
-    small, large = (step_peak_bytes("cavmae", config, batch, "fp32") for batch in (1, 128))
+    small, large = (
+        step_peak_bytes(StepSetting("cavmae", config, batch, "fp32", torch.device("cpu")))
+        for batch in (1, 128)
+    )
     assert small > 4 * weights
     assert large > small + 50 * MEBIBYTE

@@ -8,6 +8,7 @@ from cavmae.benchmarks.step.training_step import (
     MasterAdam,
     ModelName,
     Precision,
+    StepSetting,
     TrainingStep,
 )
 
@@ -15,7 +16,7 @@ from cavmae.benchmarks.step.training_step import (
 @pytest.mark.parametrize("name", ["cavmae", "published"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_falls_over_ten_steps(name: ModelName, precision: Precision) -> None:
-    step = TrainingStep(name, SIZES["tiny"], 4, precision, torch.device("cpu"))
+    step = TrainingStep(StepSetting(name, SIZES["tiny"], 4, precision, torch.device("cpu")))
     losses = [float(step()) for _ in range(10)]
     assert losses[-1] < losses[0]
 
@@ -23,7 +24,7 @@ def test_loss_falls_over_ten_steps(name: ModelName, precision: Precision) -> Non
 def test_first_losses_of_both_precisions_agree() -> None:
     cpu = torch.device("cpu")
     fp32, bf16 = (
-        float(TrainingStep("cavmae", SIZES["tiny"], 4, precision, cpu)())
+        float(TrainingStep(StepSetting("cavmae", SIZES["tiny"], 4, precision, cpu))())
         for precision in ("fp32", "bf16")
     )
     assert bf16 == pytest.approx(fp32, rel=1e-2)

@@ -87,7 +87,7 @@ def test_a_trial_is_read_from_what_its_run_writes_whatever_the_words_of_messages
 ) -> None:
     monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
     run = tiny_run(packed_synthetic, tmp_path / "run")
-    options = {"ranks": 1, "gpus": False, "real_data": False, "within_seconds": 300}
+    options = {"ranks": 1, "real_data": False, "within_seconds": 300}
     good = run_trial(run, {"micro_batch": 2}, tmp_path / "good", **options)
     assert not good.problem and good.samples_per_second > 0
     nowhere = {"initial_weights": str(tmp_path / "nowhere.pth")}

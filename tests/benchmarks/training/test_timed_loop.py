@@ -11,6 +11,7 @@ from cavmae.benchmarks.harness import timeline
 from cavmae.benchmarks.harness.power import Energy
 from cavmae.benchmarks.training import timed_loop
 from cavmae.benchmarks.training.timed_loop import AllTimed, TimedLoop
+from cavmae.benchmarks.training.timed_rank import TimedPlan
 
 CPU = torch.device("cpu")
 WARM_UP, STEPS, PART_STEPS = 2, 3, 2
@@ -88,7 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def results(clock: Clock, part_steps: int = PART_STEPS, accumulation: int = 1) -> dict[str, Any]:
-    timed = TimedLoop(CPU, warm_up=WARM_UP, steps=STEPS, part_steps=part_steps)
+    timed = TimedLoop(CPU, TimedPlan(True, WARM_UP, STEPS, part_steps))
     with pytest.raises(AllTimed):
         train(timed, clock, accumulation)
     return timed.results()
