@@ -26,13 +26,11 @@ import tyro
 from torch.utils.data import Dataset
 
 from cavmae.benchmarks.data.clips import make_clips
-from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.benchmarks.data.published_loader import PublishedDataset, RawVideoDataset, batches
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import bar, timing, write_record
 from cavmae.benchmarks.report.console import show
-from cavmae.dataloaders.config import ClipShape
-from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask

@@ -23,9 +23,8 @@ from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.records import write_record
-from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.benchmarks.report.console import show
-from cavmae.dataloaders.config import ClipShape
+from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask

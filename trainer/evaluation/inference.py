@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
