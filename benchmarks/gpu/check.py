@@ -26,7 +26,13 @@ from cavmae.benchmarks.harness.records import write_record
 from cavmae.benchmarks.kernels.agreement import disagreements
 from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
 from cavmae.benchmarks.step.step import MODELS, compare
-from cavmae.benchmarks.step.training_step import SIZES, Precision, StepSetting, TrainingStep
+from cavmae.benchmarks.step.training_step import (
+    SIZES,
+    ModelName,
+    Precision,
+    StepSetting,
+    TrainingStep,
+)
 from cavmae.kernels.backend import INTERPRETED
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
@@ -290,7 +296,7 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
     results = {}
     for precision in precisions:
         check.require_time()
-        settings = {
+        settings: dict[ModelName, StepSetting] = {
             name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
         }
         results[precision] = compare(settings, check.repeats, warm_up=2)

@@ -91,7 +91,7 @@ def bench_step(config: StepConfig) -> None:
         rates = measure_rates(device, precision, sizes, max(config.batch))
         results["machine"][precision] = rates
         for batch in config.batch:
-            settings = {
+            settings: dict[ModelName, StepSetting] = {
                 name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
             }
             result = compare(settings, config.repeats, config.warm_up)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cavmae.benchmarks.harness.processes import BadExit
 from cavmae.benchmarks.training.timed_loop import OPTIMIZER, Step, step_total
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig

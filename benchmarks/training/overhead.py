@@ -10,7 +10,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -103,7 +103,7 @@ def _step_seconds(contender: str, config: PretrainConfig) -> list[float]:
     return [after - before for before, after in pairs]
 
 
-def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, object]]:
+def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, Any]]:
     """Timing of each contender, and by how much its steps are longer than the plain launcher's.
 
     Args:
@@ -114,7 +114,7 @@ def summarize(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, obje
         For each contender `timing` of all its steps and, the plain launcher apart, `longer_by`:
         median, minimum and maximum share over the runs.
     """
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, Any]] = {}
     means = {name: [statistics.fmean(one) for one in runs] for name, runs in seconds.items()}
     for name, runs in seconds.items():
         every_step = [second for one in runs for second in one]

@@ -12,7 +12,7 @@ from cavmae.benchmarks.harness.power import Energy, PowerMeter, power_meter
 from cavmae.benchmarks.harness.process_memory import peak_bytes
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import REST, PartObserver, observe_collectives
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.trainer.distributed.engine import Engine

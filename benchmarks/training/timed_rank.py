@@ -6,37 +6,15 @@ The run is the product's own, with its engine, loop and loader; the trainer's ho
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from cavmae.atomic_write import write_json
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.command import exit_code
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-
-
-@dataclass(frozen=True)
-class TimedPlan:
-    """What a rank times.
-
-    Attributes:
-        synthetic: train on the same batch again and again instead of the loader's.
-        warm_up: steps that are not timed.
-        steps: timed steps, as the loop sees them.
-        part_steps: after those, steps that are timed by parts of the model.
-    """
-
-    synthetic: bool
-    warm_up: int
-    steps: int
-    part_steps: int
-
-    @property
-    def all_steps(self) -> int:
-        """The steps that the run needs: one more is begun, which ends the last one."""
-        return self.warm_up + self.steps + self.part_steps + 1
 
 
 def main(arguments: list[str]) -> NoReturn:

@@ -8,7 +8,7 @@ import torch
 
 from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import save_config
 

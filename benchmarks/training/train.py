@@ -20,7 +20,7 @@ from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig

@@ -11,7 +11,7 @@ from cavmae.benchmarks.harness import timeline
 from cavmae.benchmarks.harness.power import Energy
 from cavmae.benchmarks.training import timed_loop
 from cavmae.benchmarks.training.timed_loop import AllTimed, TimedLoop
-from cavmae.benchmarks.training.timed_rank import TimedPlan
+from cavmae.benchmarks.training.timed_plan import TimedPlan
 
 CPU = torch.device("cpu")
 WARM_UP, STEPS, PART_STEPS = 2, 3, 2
