@@ -1,4 +1,4 @@
-"""The format of a run's checkpoints, and how an intact one is told from a torn one.
+"""The format of a run's checkpoints, and how to tell an intact one from a torn one.
 
 A checkpoint is a folder `step-N` with the files of all ranks and a manifest of their sizes and
 checksums. The manifest is written last and removed first, in one piece: a checkpoint exists exactly

@@ -1,8 +1,8 @@
-"""One process's place in a run: its rank, its device, and how it reaches the others.
+"""This process's rank in a run, and how it reaches the other ranks.
 
-Every starter (plain python, deepspeed, torchrun, Ray, Slurm) says the same through the environment:
-RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. None of them means one
-process alone.
+Every launcher (plain python, deepspeed, torchrun, Ray, Slurm) sets the same environment variables:
+RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Without them a process
+runs alone.
 """
 
 import os
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """Attributes: rank of world_size processes; local_rank of local_world_size on this machine."""
+    """Attributes: rank among world_size processes; local_rank among local_world_size on this
+    machine."""
 
     rank: int
     world_size: int
@@ -21,10 +22,10 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """Read this process's place, and complete the environment for a process alone.
+    """Read the rank variables, and set them for a process that runs alone.
 
     Raises:
-        ValueError: some rank variables are set and others that they need are missing.
+        ValueError: some rank variables are set and others are missing.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -47,7 +48,7 @@ def ranks_from_environment() -> Ranks:
     if missing:
         raise ValueError(
             f"RANK is {os.environ['RANK']} but {', '.join(missing)} not set; set them for every "
-            "process, or unset RANK for one process alone"
+            "process, or unset RANK for a single process"
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.setdefault("LOCAL_RANK", str(rank)))
@@ -58,15 +59,15 @@ def ranks_from_environment() -> Ranks:
 
 
 def limit_threads(threads_per_rank: int, ranks: Ranks) -> int:
-    """Set the CPU threads of this process; takes full effect before torch is imported.
+    """Set the CPU threads of this process; call it before torch is imported.
 
-    Results are bit-equal only for equal thread counts, and starters set different defaults.
+    Results are bit-equal only for equal thread counts, and launchers set different defaults.
 
     Args:
-        threads_per_rank: threads, or 0 for the cores of this process divided by its ranks.
+        threads_per_rank: threads; 0: the cores of this process divided by the ranks on its machine.
 
     Returns:
-        The number set.
+        The number of threads.
     """
     cores = len(os.sched_getaffinity(0))
     threads = threads_per_rank or max(1, cores // ranks.local_world_size)
