@@ -77,9 +77,9 @@ def test_a_lane_still_reads_one_run_of_the_permuted_shards() -> None:
     ("weights", "message"),
     [
         (np.ones(3, np.float32), r"shape \(3,\); use \(140,\)"),
-        (np.zeros(COUNT, np.float32), "all are 0"),
-        (-np.ones(COUNT, np.float32), "below 0"),
-        (np.full(COUNT, np.nan, np.float32), "not finite"),
+        (np.zeros(COUNT, np.float32), "must be finite and 0 or more, and not all 0"),
+        (-np.ones(COUNT, np.float32), "must be finite and 0 or more, and not all 0"),
+        (np.full(COUNT, np.nan, np.float32), "must be finite and 0 or more, and not all 0"),
     ],
     ids=["too-few", "zeros", "negative", "nan"],
 )
