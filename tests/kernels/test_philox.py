@@ -33,8 +33,8 @@ def test_a_position_draws_the_same_words_in_any_batch() -> None:
 
 def test_fewer_words_are_a_prefix_of_more() -> None:
     positions = torch.arange(5)
-    few = random_words(positions, 6, seed=1, stream="crop")
-    assert torch.equal(few, random_words(positions, 21, seed=1, stream="crop")[:, :6])
+    few = random_words(positions, 6, seed=1, stream="mask_video")
+    assert torch.equal(few, random_words(positions, 21, seed=1, stream="mask_video")[:, :6])
 
 
 def test_seeds_streams_parts_and_high_positions_all_change_the_draw() -> None:
@@ -47,7 +47,7 @@ def test_seeds_streams_parts_and_high_positions_all_change_the_draw() -> None:
 
 
 def test_words_fill_32_bits_evenly() -> None:
-    drawn = random_words(torch.arange(1000), 64, seed=0, stream="noise")
+    drawn = random_words(torch.arange(1000), 64, seed=0, stream="mask_video")
     assert drawn.min() >= 0 and drawn.max() < 2**32
     bits = (drawn[..., None] >> torch.arange(32)) & 1
     assert (bits.double().mean((0, 1)) - 0.5).abs().max() < 0.01

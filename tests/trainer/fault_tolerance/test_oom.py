@@ -180,7 +180,7 @@ def test_a_store_that_is_down_hides_no_out_of_memory_error(
     def down(_store: object) -> list[int]:
         raise OSError("the store is down")
 
-    monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.checkpoints", down)
+    monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom.list_checkpoints", down)
     config, store = tiny_run(tmp_path, tmp_path / "run"), Store(str(tmp_path / "checkpoints"))
     with (
         pytest.raises(OutOfMemory, match="0 ran out of CPU memory"),
