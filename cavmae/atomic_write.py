@@ -6,6 +6,7 @@ after that, since a rename alone may be lost with the power. Temporary names are
 ids repeat in the containers that share a folder.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".partial"
+_KEPT_NAME_BYTES = 200
+"""Of a file's name in that of its temporary file; file systems allow 255 in all."""
 
 
 @contextmanager
@@ -23,13 +26,15 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to, which replaces `path` at the end; an error removes it.
 
     Args:
-        path: the file to write; its folder has to exist.
+        path: the file to write; its folder has to exist. If it is a link, the file that it leads
+            to is written, as `open` would.
         durable: whether to flush to the disk. False suits files that are rewritten many times a
             second or carry a checksum, which a power cut may cost.
 
     Raises:
         OSError: the file could not be written, with its name even where the disk is full.
     """
+    path = os.path.realpath(path)
     temporary = temporary_path(path)
     try:
         with named_errors(path):
@@ -43,7 +48,8 @@ def atomic_write(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
 def temporary_path(path: str | Path) -> Path:
     """A new name beside `path`, for writers that outlive a `with` block; end with `commit`."""
     path = Path(path)
-    return path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    name = path.name.encode()[:_KEPT_NAME_BYTES].decode(errors="ignore")
+    return path.with_name(f"{name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
 
 
 def commit(temporary: Path, path: str | Path, *, durable: bool = True) -> None:
@@ -56,10 +62,17 @@ def commit(temporary: Path, path: str | Path, *, durable: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk.
+
+    Shared folders of virtual machines, FUSE and some network file systems have no fsync, for
+    folders or at all; there is nothing to wait for on them.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

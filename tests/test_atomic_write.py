@@ -21,6 +21,7 @@ from cavmae.atomic_write import (
     remove_leftovers,
     temporary_path,
     write_json,
+    write_text,
 )
 
 CONTENT = st.binary(max_size=2000)
@@ -187,6 +188,46 @@ def test_a_writer_that_outlives_a_block_commits(tmp_path: Path, synced: list[str
     temporary.write_text("content")
     commit(temporary, tmp_path / "result")
     assert names(tmp_path) == ["result"] and synced == ["file", "folder"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """VirtualBox folders, SMB and FUSE refuse it (python-atomicwrites 27, borg 1290, rez 991)."""
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "file", "written")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_fails_to_flush_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file"):
+        write_text(tmp_path / "file", "written")
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    """As `open` does: a result may be linked to another disk (PortOS 1893)."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "result.json"
+    link.symlink_to(tmp_path / "disk/result.json")
+    write_text(link, "written")
+    assert link.is_symlink() and (tmp_path / "disk/result.json").read_text() == "written"
+
+
+def test_the_longest_name_of_a_file_system_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "ä" * 127):
+        write_text(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
 
 
 def test_no_other_code_renames_files() -> None:

@@ -184,3 +184,10 @@ def test_a_status_is_a_line_of_output(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"status\.json: no status of schema 1; read it with the"):
         read_status(tmp_path)
+
+
+def test_a_writer_whose_clock_is_ahead_is_not_silent() -> None:
+    """Machines' clocks differ (db-scheduler 433): one that is ahead shows no negative silence."""
+    status = RunStatus("running", step=3, updated_at=time.time() + 90, last_step_at=time.time() + 90)
+    assert status.alive and status.silent_seconds == 0
+    assert status.describe() == "running, last step 0 s ago"
