@@ -188,6 +188,7 @@ def test_a_status_is_a_line_of_output(tmp_path: Path) -> None:
 
 def test_a_writer_whose_clock_is_ahead_is_not_silent() -> None:
     """Machines' clocks differ (db-scheduler 433): one that is ahead shows no negative silence."""
-    status = RunStatus("running", step=3, updated_at=time.time() + 90, last_step_at=time.time() + 90)
+    ahead = time.time() + 90
+    status = RunStatus("running", step=3, updated_at=ahead, last_step_at=ahead)
     assert status.alive and status.silent_seconds == 0
     assert status.describe() == "running, last step 0 s ago"
