@@ -1,6 +1,7 @@
 """The documentation names what is there: existing files, headings, commands, options
 and fields."""
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,19 @@ from cavmae.trainer.config.recipes import FINETUNE_RECIPES, PRETRAIN_RECIPES
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TAKE_FIELDS_TOO = (*RUN_COMMANDS, "cavmae queue", "cavmae sweep", "cavmae bench autotune")
+
+
+def folders_of_code() -> list[Path]:
+    wings = (ROOT / name for name in ("trainer", "kernels", "dataloaders", "cluster", "benchmarks"))
+    return sorted({file.parent for wing in wings for file in wing.rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", folders_of_code(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_of_code_is_small_and_says_what_it_is_for(folder: Path) -> None:
+    files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= 15
+    purpose = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+    assert purpose and purpose.splitlines()[0].endswith((".", ":", ","))
 
 
 def test_the_readme_is_a_screen_and_a_half() -> None:
