@@ -107,7 +107,7 @@ def lasting_nodes() -> Iterator[Nodes]:
 
 
 def wait_until(happened: Callable[[], Any], text: Callable[[], str]) -> Any:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not (answer := happened()):
         assert time.monotonic() < deadline, text()[-5000:]
         time.sleep(0.1)
@@ -166,7 +166,7 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         wait_until_said("more ranks fit: 2 instead of 1")
         wait_until_said("resuming from", 2)
         nodes.order(f"drain {third} 60")
-        wait_until_said(r"node preemption notice \(rank .\): saving after this step")
+        wait_until_said(r"stop requested \(node preemption notice \(rank .\)\): saving")
         wait_until_said("resuming from", 3)
         start.send_signal(signal.SIGTERM)
         assert start.wait(timeout=120) == START_AGAIN_EXIT_CODE, text()[-5000:]

@@ -133,7 +133,7 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     (blocked / "mp_rank_00_model_states.pt").symlink_to("/dev/full")
     assert start.processes[0].wait(timeout=300) == 1
     text = start.log.read_text()
-    assert "error: the checkpoint of step 20, the last of this start" in text
+    assert "error: the checkpoint of step 20, the last of this attempt" in text
     assert [one.name for one in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000010"]
     text = Start(config, 1, tmp_path).finish()
     assert "resuming from" in text and "step-000000010" in text
@@ -177,7 +177,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     config = tiny_run(packed_synthetic, tmp_path / "run")
     stopped = Start(config, 2, tmp_path)
     stopped.signal_after(signal.SIGTERM, tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
-    assert "the same command goes on" in stopped.finish()
+    assert "Rerun the same command to resume" in stopped.finish()
     assert len(losses(tmp_path / "run")) < 20
     # A start that leaves the dtype open takes the run's own, whatever this processor does best.
     open_dtype = dataclasses.replace(config.engine, dtype="auto")
@@ -242,7 +242,7 @@ def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     request_stop(tmp_path / "run", "room for another run")
     text = start.finish()
-    assert re.search(r"left at step \d+ of 2000 \(room for another run\)", text)
+    assert re.search(r"Stopped at step \d+/2000 \(room for another run\)", text)
     store = Store(tmp_path / "run/checkpoints")
     newest = list_checkpoints(store)[-1]
     verify_checkpoint(store, newest)
@@ -250,7 +250,7 @@ def test_a_request_in_the_run_folder_saves_and_every_rank_left_its_log(
     assert requested_stop(tmp_path / "run") == "", "the next start is not asked"
     for rank in range(2):
         lines = (tmp_path / f"run/logs/rank-{rank}.log").read_text()
-        assert f"left at step {step_of(newest)}" in lines
+        assert f"Stopped at step {step_of(newest)}/2000" in lines
     Start(dataclasses.replace(config, steps=step_of(newest) + 1), 2, tmp_path).finish()
 
 
@@ -269,7 +269,7 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     start.processes[0].send_signal(signal.SIGTERM)
     assert start.processes[0].wait(timeout=200) == START_AGAIN_EXIT_CODE
     text = start.log.read_text()
-    assert "SIGTERM: saving after this step" in text
+    assert "stop requested (SIGTERM): saving after this step" in text
     assert "not saved within checkpoint.grace_seconds = 1.5" in text
     text = Start(dataclasses.replace(config, steps=20), 2, tmp_path).finish()
     assert "resuming from" in text and "step-000000010" in text
