@@ -126,8 +126,8 @@ def test_no_attention_matrix_is_kept_for_the_backward_pass() -> None:
 def test_it_compiles_without_a_break() -> None:
     tensors = inputs((2, 3, 5, 5, 8), torch.float32)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    for one, other in zip(gradients(compiled, tensors), gradients(attention, tensors), strict=True):
-        assert torch.equal(one, other)
+    # Not to the bit: decompositions of other versions (torch 2.11) round in another order.
+    torch.testing.assert_close(gradients(compiled, tensors), gradients(attention, tensors))
 
 
 def test_its_operations_are_those_of_six_products() -> None:
