@@ -65,7 +65,7 @@ class Start:
         self.wait_until(path.exists, str(path))
 
     def wait_until(self, happened: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 450
         while not happened():
             assert all(p.poll() is None for p in self.processes), self.log.read_text()[-5000:]
             assert time.monotonic() < deadline, f"{what} did not appear"
