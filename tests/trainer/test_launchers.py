@@ -157,7 +157,7 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
 ) -> None:
     config, run_dir = str(saved_run(packed_synthetic, tmp_path)), tmp_path / "run"
     submit = ("submit", config, "--workers", "2", "--steps", "100000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while (job := cavmae(*submit, **ray_head)).returncode:  # the head takes jobs a while later
         assert time.monotonic() < deadline, job.stderr + (tmp_path / "head.log").read_text()
         time.sleep(1)
