@@ -61,7 +61,8 @@ class StatusRelay:
 
 
 def _headline(status: RunStatus | None) -> tuple[object, ...]:
-    """What makes a status another one for a reader, apart from steps and times."""
+    """Return what readers should see at once when it changes: all but later steps and times."""
     if status is None:
         return ()
-    return status.state, status.reason, status.attempt, status.last_error
+    steps_begun = status.last_step_at > 0
+    return status.state, status.reason, status.attempt, status.last_error, steps_begun

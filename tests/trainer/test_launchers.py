@@ -168,8 +168,9 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
 
     again = cavmae(*submit, **ray_head)
     assert again.returncode == 1 and f"job {name} already trains in run_dir" in again.stderr
-    listed = cavmae("status", **ray_head).stdout
-    assert re.search(rf"{name} .* running, last step .* \d+/100000 ", listed), listed
+    running = rf"{name} .* running, last step .* \d+/100000 "
+    while not re.search(running, listed := cavmae("status", **ray_head).stdout):
+        assert time.monotonic() < deadline, listed  # a status is at most some seconds old
     assert "samples/s" in cavmae("logs", name, **ray_head).stdout
     assert "clips (frames tier)" in cavmae("logs", name, "--rank", "1", **ray_head).stdout
 
