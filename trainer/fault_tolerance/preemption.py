@@ -39,11 +39,17 @@ def withdraw_request(run_dir: Path) -> None:
 
 
 def requested_stop(run_dir: Path) -> str:
-    """Return why the ranks of a run folder are asked to stop; empty if they are not."""
+    """Return why the ranks of a run folder are asked to stop; empty if they are not.
+
+    Raises:
+        OSError: the folder can't be read.
+    """
     try:
         return str(read_json(run_dir / _REQUEST)["reason"])
     except FileNotFoundError:
         return ""
+    except (ValueError, KeyError):
+        return _REQUEST  # made by hand, as `touch` does
 
 
 class StopRequest:
@@ -66,6 +72,7 @@ class StopRequest:
         self._notice = notice
         self._reason = ""
         self._polled = 0.0
+        self._failing = False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopRequest":
@@ -89,7 +96,7 @@ class StopRequest:
             now = time.monotonic()
             if now - self._polled >= _POLL_SECONDS:
                 self._polled = now
-                self._set(requested_stop(self._run_dir))
+                self._poll(self._run_dir)
         return self._reason
 
     def start_grace_period(self) -> None:
@@ -98,6 +105,17 @@ class StopRequest:
             self._timer = threading.Timer(self._grace_seconds, self._end)
             self._timer.daemon = True
             self._timer.start()
+
+    def _poll(self, run_dir: Path) -> None:
+        """Look for a request; a file system that fails for a while doesn't end the run."""
+        try:
+            self._set(requested_stop(run_dir))
+        except OSError as error:
+            if not self._failing:
+                log.warning("stop requests in %s can't be read, retrying: %s", run_dir, error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def _set(self, reason: str) -> None:
         if reason:
