@@ -1,8 +1,7 @@
 """Augmentation, several frames and windows: right, repeatable, and drawn for the position alone."""
 
 import io
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import assert_equal, take
 from PIL import Image
 
-from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import (
@@ -35,42 +34,12 @@ SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
 
 
 @pytest.fixture
-def start(packed_synthetic: Path) -> Iterator[Callable[..., TrainLoader]]:
-    loaders = []
-
+def start(train_loader: Callable[..., TrainLoader], packed_synthetic: Path) -> Callable[..., Any]:
     def loader(tier: str = "video", position: int = 0, **fields: Any) -> TrainLoader:
         config = DataConfig(train=str(packed_synthetic / tier), reader_workers=1, decode_threads=1)
-        loaders.append(
-            TrainLoader(
-                replace(config, **fields),
-                SHAPE,
-                seed=11,
-                global_batch=8,
-                micro_batch=8,
-                lanes=4,
-                rank=0,
-                world_size=1,
-                device=torch.device("cpu"),
-                start_position=position,
-            )
-        )
-        return loaders[-1]
+        return train_loader(replace(config, **fields), SHAPE, start_position=position)
 
-    yield loader
-    for one in loaders:
-        one.close()
-
-
-def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
-    return list(itertools.islice(loader, batches))
-
-
-def assert_same(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        for field, value in vars(other).items():
-            found = getattr(one, field)
-            same = torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
-            assert same, field
+    return loader
 
 
 # ------------------------------------------------------------------------------------ frames
@@ -185,7 +154,7 @@ def test_an_augmented_batch_depends_on_its_position_alone(
 ) -> None:
     fields = {"augmentation": EVERYTHING, "window_seconds": 1.2, "frames_per_clip": 3}
     whole = take(start(tier, **fields), 5)
-    assert_same(take(start(tier, position=16, reader_workers=2, **fields), 3), whole[2:])
+    assert_equal(take(start(tier, position=16, reader_workers=2, **fields), 3), whole[2:])
     ids = [one for batch in whole for one in batch.sample_ids]
     again = [place for place, one in enumerate(ids) if ids.index(one) != place]
     assert again, "a clip came twice"
@@ -195,21 +164,15 @@ def test_an_augmented_batch_depends_on_its_position_alone(
 
 
 @pytest.mark.parametrize("tier", ["video", "frames"])
-def test_validation_is_not_augmented(tier: str, packed_synthetic: Path) -> None:
+def test_validation_is_not_augmented(
+    tier: str, packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
+) -> None:
     found = []
     for augmentation in (Augmentation(), EVERYTHING):
-        loader = ValidationLoader(
-            DataConfig(augmentation=augmentation, reader_workers=1),
-            SHAPE,
-            folder=str(packed_synthetic / tier),
-            batch=6,
-            rank=0,
-            world_size=1,
-            device=torch.device("cpu"),
-            limit=6,
-        )
-        found.append(list(loader))
-    assert_same(*found)
+        config = DataConfig(augmentation=augmentation, reader_workers=1)
+        folder = str(packed_synthetic / tier)
+        found.append(list(validation_loader(config, SHAPE, folder=folder, limit=6)))
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("tier", ["video", "frames"])
@@ -254,7 +217,7 @@ def test_several_pipelines_give_the_same_batches(
 ) -> None:
     alone = take(start(tier), 5)
     for count in (2, 4):
-        assert_same(take(start(tier, video_pipelines=count), 5), alone)
+        assert_equal(take(start(tier, video_pipelines=count), 5), alone)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
 """The loaders: the planned samples, bit for bit, from any start, with any readers and ranks."""
 
 import gc
-import itertools
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from batches import assert_equal, take
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape, DataConfig
@@ -20,47 +20,20 @@ from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
-CPU = torch.device("cpu")
 SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
 CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
 SEED, BATCH, LANES = 11, 8, 4
 
 
 @pytest.fixture
-def start(packed_synthetic: Path) -> Iterator[Callable[..., TrainLoader]]:
+def start(train_loader: Callable[..., TrainLoader], packed_synthetic: Path) -> Callable[..., Any]:
     """Start a loader of the `video` tier that ends with the test."""
-    loaders = []
 
     def loader(tier: str = "video", **fields: Any) -> TrainLoader:
         config = replace(CONFIG, train=str(packed_synthetic / tier), **fields.pop("config", {}))
-        arguments: dict[str, Any] = dict(
-            seed=SEED,
-            global_batch=BATCH,
-            micro_batch=BATCH,
-            lanes=LANES,
-            rank=0,
-            world_size=1,
-            device=CPU,
-        )
-        loaders.append(TrainLoader(config, SHAPE, **(arguments | fields)))
-        return loaders[-1]
+        return train_loader(config, SHAPE, **fields)
 
-    yield loader
-    for one in loaders:
-        one.close()
-
-
-def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
-    return list(itertools.islice(loader, batches))
-
-
-def assert_equal(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> None:
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        for field, value in vars(other).items():
-            mine = getattr(one, field)
-            equal = torch.equal(mine, value) if torch.is_tensor(value) else mine == value
-            assert equal, field
+    return loader
 
 
 def reader_processes(parent: int) -> list[int]:
@@ -182,7 +155,10 @@ def test_a_second_iterator_goes_on_where_the_first_stopped(
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("limit", [0, 10])
 def test_validation_has_every_clip_once_in_packing_order(
-    packed_synthetic: Path, world_size: int, limit: int
+    packed_synthetic: Path,
+    validation_loader: Callable[..., ValidationLoader],
+    world_size: int,
+    limit: int,
 ) -> None:
     shards = ShardSet(packed_synthetic / "frames")
     everything = [
@@ -192,14 +168,12 @@ def test_validation_has_every_clip_once_in_packing_order(
     ]
     ids = []
     for rank in range(world_size):
-        loader = ValidationLoader(
+        loader = validation_loader(
             CONFIG,
             SHAPE,
             folder=str(packed_synthetic / "frames"),
-            batch=5,
             rank=rank,
             world_size=world_size,
-            device=CPU,
             limit=limit,
         )
         assert len(loader) == (limit or 24)
@@ -208,19 +182,11 @@ def test_validation_has_every_clip_once_in_packing_order(
 
 
 def test_validation_repeats_exactly_and_does_not_depend_on_the_batch(
-    packed_synthetic: Path,
+    packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
 ) -> None:
     def loader(batch: int) -> ValidationLoader:
-        return ValidationLoader(
-            CONFIG,
-            SHAPE,
-            folder=str(packed_synthetic / "video"),
-            batch=batch,
-            rank=0,
-            world_size=1,
-            device=CPU,
-            limit=7,
-        )
+        folder = str(packed_synthetic / "video")
+        return validation_loader(CONFIG, SHAPE, folder=folder, batch=batch, limit=7)
 
     by_three = loader(3)
     first = list(by_three)
@@ -233,18 +199,11 @@ def test_validation_repeats_exactly_and_does_not_depend_on_the_batch(
     assert at_once.frame_seconds[0].item() == pytest.approx(middle)
 
 
-def test_parts_of_a_set_have_batches_of_their_own(packed_synthetic: Path) -> None:
-    loader = ValidationLoader(
-        CONFIG,
-        SHAPE,
-        folder=str(packed_synthetic / "frames"),
-        batch=5,
-        rank=0,
-        world_size=1,
-        device=CPU,
-        limit=0,
-        parts=[range(0, 8), range(16, 24)],
-    )
+def test_parts_of_a_set_have_batches_of_their_own(
+    packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
+) -> None:
+    folder, parts = str(packed_synthetic / "frames"), [range(0, 8), range(16, 24)]
+    loader = validation_loader(CONFIG, SHAPE, folder=folder, parts=parts)
     assert len(loader) == 16
     positions = [batch.positions.tolist() for batch in loader]
     assert positions == [[*range(5)], [5, 6, 7], [*range(16, 21)], [21, 22, 23]]
@@ -252,27 +211,21 @@ def test_parts_of_a_set_have_batches_of_their_own(packed_synthetic: Path) -> Non
 
 @pytest.mark.parametrize("tier", ["video", "frames"])
 def test_ten_frames_of_a_clip_in_validation_are_the_ten_in_order(
-    tier: str, packed_synthetic: Path
+    tier: str, packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
 ) -> None:
     """What a classifier averages over; one frame is the sixth of them."""
+    folder = str(packed_synthetic / tier)
     batches = [
         next(
             iter(
-                ValidationLoader(
-                    replace(CONFIG, frames_per_clip=count),
-                    SHAPE,
-                    folder=str(packed_synthetic / tier),
-                    batch=4,
-                    rank=0,
-                    world_size=1,
-                    device=CPU,
-                    limit=4,
+                validation_loader(
+                    replace(CONFIG, frames_per_clip=count), SHAPE, folder=folder, batch=4, limit=4
                 )
             )
         )
         for count in (1, 10)
     ]
-    shards = ShardSet(str(packed_synthetic / tier))
+    shards = ShardSet(folder)
     times = [
         [frame["seconds"] for frame in shards.description(0, clip)["ten_frames"]]
         for clip in range(4)
@@ -282,17 +235,10 @@ def test_ten_frames_of_a_clip_in_validation_are_the_ten_in_order(
     assert torch.equal(batches[1].log_mel, batches[0].log_mel)
 
 
-def test_an_unfinished_validation_can_be_begun_again(packed_synthetic: Path) -> None:
-    loader = ValidationLoader(
-        CONFIG,
-        SHAPE,
-        folder=str(packed_synthetic / "frames"),
-        batch=4,
-        rank=0,
-        world_size=1,
-        device=CPU,
-        limit=0,
-    )
+def test_an_unfinished_validation_can_be_begun_again(
+    packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
+) -> None:
+    loader = validation_loader(CONFIG, SHAPE, folder=str(packed_synthetic / "frames"), batch=4)
     first = next(iter(loader))
     assert [len(batch.sample_ids) for batch in loader] == [4] * 6
     assert first.positions.tolist() == [0, 1, 2, 3]
@@ -340,7 +286,7 @@ def test_a_loader_that_is_closed_or_forgotten_leaves_no_process_and_no_thread(
         lanes=4,
         rank=0,
         world_size=1,
-        device=CPU,
+        device=torch.device("cpu"),
     )
     take(forgotten, 1)
     del forgotten

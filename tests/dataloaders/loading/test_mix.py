@@ -1,15 +1,14 @@
 """Mixing of clips: the published sums, and partners that depend on seed and position alone."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batches import take
 
-from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading.augment import mixup_lambda
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -29,9 +28,10 @@ CHANGES = {"min_crop_area": 0.2, "flip": True}
 
 
 @pytest.fixture
-def rows(packed_synthetic: Path) -> Iterator[Callable[..., dict[int, dict[str, Any]]]]:
+def rows(
+    train_loader: Callable[..., TrainLoader], packed_synthetic: Path
+) -> Callable[..., dict[int, dict[str, Any]]]:
     """The first rows of a loader, by position: one entry for each field of the batch."""
-    loaders: list[TrainLoader] = []
 
     def rows(augmentation: Augmentation, batches: int, **fields: Any) -> dict[int, dict[str, Any]]:
         config = DataConfig(
@@ -41,19 +41,14 @@ def rows(packed_synthetic: Path) -> Iterator[Callable[..., dict[int, dict[str, A
             shuffle_window=WINDOW,
             augmentation=augmentation,
         )
-        arguments: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch": 8, "device": CPU}
-        arguments |= {"seed": SEED, "global_batch": 8, "lanes": LANES, **fields}
-        loaders.append(TrainLoader(config, SHAPE, **arguments))
-        taken: list[AudioVideoBatch] = list(itertools.islice(loaders[-1], batches))
+        loader = train_loader(config, SHAPE, **fields)
         return {
             position: {name: value[row] for name, value in vars(batch).items()}
-            for batch in taken
+            for batch in take(loader, batches)
             for row, position in enumerate(batch.positions.tolist())
         }
 
-    yield rows
-    for loader in loaders:
-        loader.close()
+    return rows
 
 
 def assert_same(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> None:

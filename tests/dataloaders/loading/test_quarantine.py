@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from batches import take
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
@@ -26,7 +27,6 @@ from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 
-CPU = torch.device("cpu")
 SHAPE = ClipShape(audio_frames=64, mel_bins=32, image_size=32)
 CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
 SEED, BATCH, LANES = 5, 4, 2
@@ -109,31 +109,19 @@ def damaged_copy(tier: Path, out: Path, damages: dict[tuple[int, int], Damage]) 
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., TrainLoader]]:
+def start(train_loader: Callable[..., TrainLoader]) -> Callable[..., TrainLoader]:
     """Start a loader that ends with the test."""
-    loaders = []
 
     def loader(folder: str | Path, **fields: Any) -> TrainLoader:
         config = dataclasses.replace(CONFIG, train=str(folder), **fields.pop("config", {}))
-        arguments: dict[str, Any] = dict(
-            seed=SEED,
-            global_batch=BATCH,
-            micro_batch=BATCH,
-            lanes=LANES,
-            rank=0,
-            world_size=1,
-            device=CPU,
-        )
-        loaders.append(TrainLoader(config, SHAPE, **(arguments | fields)))
-        return loaders[-1]
+        plan = {"seed": SEED, "global_batch": BATCH, "micro_batch": BATCH, "lanes": LANES}
+        return train_loader(config, SHAPE, **(plan | fields))
 
-    yield loader
-    for one in loaders:
-        one.close()
+    return loader
 
 
-def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
-    return list(itertools.islice(loader, batches))
+def plan_of(shards: ShardSet) -> SamplePlan:
+    return SamplePlan(shards.sizes, SEED, LANES, CONFIG.shuffle_window)
 
 
 def by_position(
@@ -166,7 +154,7 @@ def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
 ) -> None:
     tier = packed_synthetic / "video"
     whole = ShardSet(tier)
-    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    plan = plan_of(whole)
     bad = plan.samples(6, 1)[0]
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {(bad.shard, bad.sample): break_it})
@@ -197,7 +185,7 @@ def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
     """Found by its checksum in a reader, or refused by DALI."""
     tier = packed_synthetic / "video"
     whole = ShardSet(tier)
-    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    plan = plan_of(whole)
     own = [tuple(one[:2]) for one in plan.samples(0, 12)]
     partners = [any_sample(plan.ends, SEED, "mix_source", position, 0) for position in range(12)]
     place = next(p for p in range(4, 12) if partners[p] not in own[: p + 1] + partners[:p])
@@ -223,9 +211,7 @@ def test_a_damaged_partner_is_replaced_and_the_first_clip_stays(
 def test_a_restart_that_knows_the_bad_clips_goes_on_bit_for_bit(
     packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
 ) -> None:
-    plan = SamplePlan(
-        ShardSet(packed_synthetic / "video").sizes, SEED, LANES, CONFIG.shuffle_window
-    )
+    plan = plan_of(ShardSet(packed_synthetic / "video"))
     bad = {(one.shard, one.sample): packed_as("flac", b"x" * 99) for one in plan.samples(5, 3)}
     copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", bad)
     loader = start(copy)
@@ -247,9 +233,7 @@ def test_bad_clips_read_ahead_are_not_reported_before_their_batch(
     packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
 ) -> None:
     """A checkpoint made now must not know what only a later position has shown."""
-    plan = SamplePlan(
-        ShardSet(packed_synthetic / "video").sizes, SEED, LANES, CONFIG.shuffle_window
-    )
+    plan = plan_of(ShardSet(packed_synthetic / "video"))
     bad = plan.samples(9, 1)[0]
     copy = damaged_copy(
         packed_synthetic / "video",
@@ -306,14 +290,12 @@ def test_ten_bad_clips_never_stop_a_run(
 
 
 def test_validation_leaves_bad_clips_out_and_names_them(
-    packed_synthetic: Path, tmp_path: Path
+    packed_synthetic: Path, tmp_path: Path, validation_loader: Callable[..., ValidationLoader]
 ) -> None:
     damages = {(0, 1): packed_as("flac", b"x"), (2, 0): bits_flipped("mp4")}
     copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
     whole = ShardSet(copy)
-    loader = ValidationLoader(
-        CONFIG, SHAPE, folder=copy, batch=5, rank=0, world_size=1, device=CPU, limit=0
-    )
+    loader = validation_loader(CONFIG, SHAPE, folder=copy)
     positions = [position for batch in loader for position in batch.positions.tolist()]
     assert positions == [position for position in range(24) if position not in (1, 16)]
     assert {one.sample_id for one in loader.quarantine} == {
@@ -403,7 +385,7 @@ def test_a_crash_leaves_the_names_of_what_was_being_decoded(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     whole = ShardSet(packed_synthetic / "video")
-    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    plan = plan_of(whole)
     journal = tmp_path / "journal" / "rank-0.txt"
     command = [sys.executable, "-c", ABORTED_RUN, str(packed_synthetic / "video"), str(journal)]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGABRT
@@ -437,7 +419,7 @@ def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
     and only those of the rank's own lanes."""
     tier = packed_synthetic / "video"
     whole = ShardSet(tier)
-    plan = SamplePlan(whole.sizes, SEED, LANES, CONFIG.shuffle_window)
+    plan = plan_of(whole)
     journal = tmp_path / "journal" / "rank-0.txt"
     journal.parent.mkdir()
     lines = []
