@@ -96,14 +96,18 @@ def _runtime_env() -> dict[str, Any]:
     return {"working_dir": str(tree), "env_vars": environment}
 
 
-def _client(address: str) -> "JobSubmissionClient":
+def _client(address: str, name: str = "") -> "JobSubmissionClient":
+    """Connect to a job server, which a name that is no folder is looked up at."""
     from ray.job_submission import JobSubmissionClient
 
     address = address or os.environ.get("RAY_ADDRESS", "") or DEFAULT_ADDRESS
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"address {address}: no job server answers ({error})") from error
+        no_folder = f"there is no folder {name}, and at " if name else ""
+        raise ValueError(
+            f"{no_folder}address {address}: no job server answers ({error})"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------ status
@@ -132,7 +136,7 @@ def status(arguments: list[str]) -> int:
         state, step = run_state(folder)
         table.add_row(folder.name, state, step, str(folder))
     else:
-        client = _client(config.address)
+        client = _client(config.address, config.name)
         jobs = [_job(client, config.name)] if config.name else client.list_jobs()
         for job in sorted(jobs, key=lambda job: job.start_time or 0):
             if job.submission_id is None or "run_dir" not in (job.metadata or {}):
@@ -231,7 +235,7 @@ def logs(arguments: list[str]) -> int:
     if Path(config.name).is_dir():
         print(_rank_log(Path(config.name), max(config.rank, 0)), end="")
         return 0
-    client = _client(config.address)
+    client = _client(config.address, config.name)
     job = _job(client, config.name)
     if config.rank >= 0:
         print(_rank_log(_run_dir(job), config.rank), end="")
@@ -285,7 +289,7 @@ def stop(arguments: list[str]) -> int:
         request_stop(Path(config.name), "cavmae stop")
         print(f"{config.name}: stop requested; it saves a checkpoint first", file=sys.stderr)
         return 0
-    client = _client(config.address)
+    client = _client(config.address, config.name)
     job = _job(client, config.name)
     if not job.status.is_terminal():
         # The run folder may be on the cluster's storage alone.

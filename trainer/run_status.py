@@ -113,9 +113,11 @@ def read_status(run_dir: Path) -> RunStatus | None:
     """
     path = run_dir / _FILE
     try:
-        return _parsed(read_json(path))
+        document = read_json(path)
     except FileNotFoundError:
         return None
+    try:
+        return _parsed(document)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -307,8 +309,8 @@ def _parsed(document: Any) -> RunStatus:
         raise ValueError(f"no status of schema {SCHEMA}; read it with the version that wrote it")
     try:
         return RunStatus(**document)
-    except TypeError as error:
-        raise ValueError(f"no status: {error}") from error
+    except TypeError as error:  # names a method of ours
+        raise ValueError(f"its fields are not those of a status of schema {SCHEMA}") from error
 
 
 def _known(run_dir: Path) -> RunStatus | None:

@@ -3,6 +3,7 @@ tests/trainer/test_launchers.py)."""
 
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,15 @@ def test_a_job_uses_its_own_cluster_and_not_the_address_of_the_job_server(
 def test_what_could_not_start_is_not_submitted(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         submit(words)
+
+
+@pytest.mark.parametrize("command", [status, logs, stop])
+def test_a_mistyped_run_folder_is_named_where_no_job_server_answers(
+    command: Callable[[list[str]], int],
+) -> None:
+    message = "there is no folder runs/dmo, and at address http://127.0.0.1:1: no job server"
+    with pytest.raises(ValueError, match=message):
+        command(["runs/dmo", "--address", "http://127.0.0.1:1"])
 
 
 def test_a_configuration_beside_the_user_is_not_one_of_the_cluster(

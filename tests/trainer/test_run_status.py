@@ -184,6 +184,12 @@ def test_a_status_is_a_line_of_output(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"status\.json: no status of schema 1; read it with the"):
         read_status(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({"schema": 1, "state": "running", "x": 1}))
+    with pytest.raises(ValueError, match=r"json: its fields are not those of a status of schema 1"):
+        read_status(tmp_path)
+    (tmp_path / "status.json").write_text('{"schema": 1')
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/status\.json is not JSON"):
+        read_status(tmp_path)
 
 
 def test_a_writer_whose_clock_is_ahead_is_not_silent() -> None:

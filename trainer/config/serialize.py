@@ -68,12 +68,16 @@ def _check_schema(schema: object, path: Path) -> None:
     run_file = path.with_name("run.json")
     record = read_json(run_file) if run_file.exists() else {}
     commit, code = ((record.get(name) or [None])[-1] for name in ("git_commits", "code"))
-    version = f"another version (schema {schema})" if schema else "version 0.1.0"
+    origin = (
+        f"was written by another version (schema {schema})"
+        if schema
+        else "has no schema number, like those of version 0.1.0"
+    )
     raise ValueError(
-        f"{path} was written by {version} of cavmae{f', commit {commit}' if commit else ''}; this "
-        f"is version {__version__}, which cannot read it. To resume or evaluate that run, use its "
-        f"own code{f', kept in {path.parent}/code/{code}.tar.gz' if code else ''}; or start a new "
-        "run with its weights.pt as --initial-weights"
+        f"{path} {origin} of cavmae{f', commit {commit}' if commit else ''}; this is version "
+        f"{__version__}, which cannot read it. To resume or evaluate that run, use its own code"
+        f"{f', kept in {path.parent}/code/{code}.tar.gz' if code else ''}; or start a new run with "
+        "its weights.pt as --initial-weights"
     )
 
 

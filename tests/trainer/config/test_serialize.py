@@ -66,10 +66,10 @@ def test_a_run_of_version_0_1_0_is_refused_with_its_commit_and_its_code(saved: P
     with pytest.raises(ValueError) as caught:
         load_run_config(saved)
     assert str(caught.value) == (
-        f"{saved} was written by version 0.1.0 of cavmae, commit 1a2b; this is version "
-        f"{__version__}, which cannot read it. To resume or evaluate that run, use its own code, "
-        f"kept in {saved.parent}/code/d.tar.gz; or start a new run with its weights.pt as "
-        "--initial-weights"
+        f"{saved} has no schema number, like those of version 0.1.0 of cavmae, commit 1a2b; this "
+        f"is version {__version__}, which cannot read it. To resume or evaluate that run, use its "
+        f"own code, kept in {saved.parent}/code/d.tar.gz; or start a new run with its weights.pt "
+        "as --initial-weights"
     )
 
 
