@@ -17,7 +17,7 @@ SHORTEST = 12
 
 
 def messages() -> list[re.Pattern[str]]:
-    """What the texts of the code can become: anything, or nothing, may stand where a value is put."""
+    """What the texts of the code can become: anything, or nothing, where a value is put in."""
     patterns = []
     for folder in ("cluster", "dataloaders", "trainer"):
         for path in sorted((ROOT / folder).rglob("*.py")):
