@@ -61,7 +61,7 @@ class TaskLimits:
 class Failure:
     """Stands in for the result of a task that exceeded a limit or killed its process."""
 
-    reason: Literal["timeout", "cpu_limit", "memory_limit", "worker_crashed"]
+    reason: Literal["timeout", "cpu_limit", "memory_limit", "worker_crashed", "unexpected_error"]
     detail: str
 
 
@@ -227,7 +227,7 @@ def _result_or_failure(future: "Future[Any]") -> Any:
     try:
         return future.result()
     except JobError as error:  # One file's surprise must not end a run over millions.
-        return Failure("worker_crashed", error.summary)
+        return Failure("unexpected_error", error.summary)
 
 
 class _Worker:

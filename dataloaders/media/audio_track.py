@@ -1,10 +1,11 @@
-"""Decodes the audio of a clip: places it by timestamps, mixes it to mono, resamples it."""
+"""Decodes the audio of a clip: mixes it to mono, places it by its time stamps, resamples it."""
 
 import av
 import numpy as np
 from av.error import FFmpegError
 
 from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.media.audio_layout import AudioLayout, lay_out
 from cavmae.dataloaders.media.errors import (
     MAXIMUM_CLIP_BYTES,
     ClipError,
@@ -13,13 +14,18 @@ from cavmae.dataloaders.media.errors import (
     within,
 )
 
-GAP_SECONDS = 0.03
-"""Tolerance between a timestamp and the end of the samples before it (containers round timestamps,
-to a millisecond or more); beyond it, gaps are filled with zeros and overlaps are dropped."""
+SURROUNDING_SECONDS = 2.5
+"""Sound before a window whose stamps count for the place of the sound in it."""
+FOLLOWING_SECONDS = 0.5
+"""Sound after a window that is decoded for the same reason."""
+ANCHORS = 9
+"""First stamps whose median says where the sound begins, so that one wrong one does not."""
+OPPOSITE_PHASE = 0.003
+"""Below this share of the channels' mean power, a mix has lost what the channels hold."""
 
 
 class AudioTrack:
-    """Collects the audio of a window as mono int16 at the stream's sample rate.
+    """Collects the audio of a window as mono int16.
 
     Args:
         stream: the stream whose packets `decode` is given.
@@ -34,8 +40,9 @@ class AudioTrack:
         self.length = length
         self.settings = settings
         self.hz = stream.rate
+        """Samples per second; after `finish`, of the placed samples."""
         self.samples = 0
-        """Samples from the start of the window to the end of the audio so far."""
+        """Samples from the start of the window to the end of the audio, after `finish`."""
         self.frames = 0
         """Number of decoded frames, in the window or not."""
         self.errors: list[str] = []
@@ -43,78 +50,191 @@ class AudioTrack:
         self.done = False
         """Whether no further audio can belong to the window."""
         self.begins_late = False
-        """Whether the first decoded audio comes after the start of the window."""
-        self._parts: list[np.ndarray] = []
-        self._resampler: av.AudioResampler | None = None
-        self._source: tuple[str, str, int] | None = None
-        self._clock: int | None = None
+        """Whether the first decoded audio comes after the start of the window, after `finish`."""
+        self.faults: dict[str, float] = {}
+        """What was done to fit the window's samples to their stamps: seconds by cause."""
+        self._mixer: Mixer | None = None
+        self._blocks: list[np.ndarray | None] = []
+        """`(samples, columns)` int16: a mix, and the first channel of several; None: long before
+        the window."""
+        self._stated: list[float] = []
+        self._lengths: list[int] = []
+        self._decoded_samples = self._kept_bytes = 0
+        self._anchors: list[float] = []
+        self._placed = np.zeros((0, 1), np.int16)
 
     def decode(self, packet: av.Packet) -> None:
         """Decode a packet of the stream; failures are added to `errors`.
 
         Raises:
-            ClipError: the audio takes too much memory.
+            ClipError: the audio takes too much memory, or cannot be mixed.
         """
         try:
-            for frame in packet.decode():
-                assert isinstance(frame, av.AudioFrame)
-                if not self.done:
-                    self._take(frame)
+            decoded = packet.decode()
         except (FFmpegError, MemoryError) as error:
             if within(packet, self.zero, self.length):
                 self.errors.append(error_text(error))
+            return
+        for frame in decoded:
+            assert isinstance(frame, av.AudioFrame)
+            if not self.done:
+                self._take(frame)
+
+    def finish(self) -> None:
+        """Place what was decoded."""
+        if not self._blocks:
+            return
+        stated, lengths = np.array(self._stated), np.array(self._lengths)
+        first = int(np.argmax(~(stated + lengths / self.hz < -SURROUNDING_SECONDS)))
+        layout = lay_out(stated[first:], lengths[first:], self.hz)
+        if layout.disagree and first:
+            first, layout = 0, lay_out(stated, lengths, self.hz)
+        self.begins_late = first == 0 and layout.positions[0] > 0
+        self._place(layout, self._blocks[first:])
+        seconds = self.samples / layout.hz
+        if layout.hz != self.hz:
+            self.faults["audio_stretched"] = abs(layout.hz / self.hz - 1) * seconds
+        if layout.disagree:
+            self.faults["stamps_disagree"] = seconds
+        self.hz = layout.hz
 
     def waveform(self) -> np.ndarray:
-        """The collected audio, `(samples,)` int16 at 16 kHz."""
-        return resample(np.concatenate([np.zeros(0, np.int16), *self._parts]), self.hz)
+        """The placed audio, `(samples,)` int16 at 16 kHz."""
+        mix = self._placed[:, 0]
+        if self._placed.shape[1] > 1:
+            mix_power, power = (np.square(self._placed, dtype=np.float64)).mean(axis=0)
+            if mix_power < OPPOSITE_PHASE * power:
+                self.faults["opposite_phase"] = self.samples / self.hz
+                mix = self._placed[:, 1]
+        return resample(mix, self.hz)
+
+    def first_channel(self) -> bytes:
+        """The placed samples of the first channel as they were decoded, after their rate."""
+        return self.hz.to_bytes(4, "little") + self._placed[:, -1].tobytes()
 
     def _take(self, frame: av.AudioFrame) -> None:
-        self.hz = self.hz or frame.sample_rate
-        source = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if self._resampler is None or source != self._source:
-            self._source = source
-            # s16 matters: libswresample scales a mix down for integers and not for floats.
-            layout = "mono" if self.settings.audio_channel == "mix" else frame.layout.name
-            self._resampler = av.AudioResampler(format="s16", layout=layout, rate=self.hz)
-        position = self._clock
-        if frame.pts is not None and frame.time_base is not None:
-            stated = round((float(frame.pts * frame.time_base) - self.zero) * self.hz)
-            if position is None or abs(stated - position) > GAP_SECONDS * self.hz:
-                position = stated
-        if position is None:  # Raw streams carry no times.
-            position = round(-self.zero * self.hz)
-        if self.frames == 0:
-            self.begins_late = position > 0
         self.frames += 1
-        for converted in self._resampler.resample(frame):
-            mono = converted.to_ndarray().reshape(-1, converted.layout.nb_channels)[:, 0]
-            self._place(mono, position)
-            position += len(mono)
-        self._clock = position
-        self.done = position >= self.length * self.hz
-
-    def _place(self, mono: np.ndarray, position: int) -> None:
-        if position < self.samples:  # before the window, or an overlap
-            mono = mono[self.samples - position :]
-            position = self.samples
-        end = self.length * self.hz
-        if position + len(mono) > end:
-            mono = mono[: max(0, round(end) - position)]
-        if len(mono) == 0:
-            return
-        if (position + len(mono)) * 2 > MAXIMUM_CLIP_BYTES:
+        self.hz = self.hz or frame.sample_rate
+        if self._mixer is None or not self._mixer.fits(frame):
+            self._mixer = Mixer(frame, self.hz, self.settings.audio_channel)
+        samples = self._mixer.mix(frame)
+        stated = float("nan")
+        if frame.pts is not None and frame.time_base is not None:
+            stated = float(frame.pts * frame.time_base) - self.zero
+        elif not self._stated:
+            stated = -self.zero  # Raw streams carry no times.
+        heard = self._decoded_samples / self.hz
+        if len(self._anchors) < ANCHORS and np.isfinite(stated):
+            self._anchors.append(stated - heard)
+        heard += float(np.median(self._anchors))
+        earliest, latest = np.fmin(heard, stated), np.fmax(heard, stated)
+        keep = latest + len(samples) / self.hz > -SURROUNDING_SECONDS
+        self._blocks.append(samples if keep else None)
+        self._stated.append(stated)
+        self._lengths.append(len(samples))
+        self._decoded_samples += len(samples)
+        self._kept_bytes += len(samples) * 2 * keep
+        if self._kept_bytes > MAXIMUM_CLIP_BYTES:
             raise ClipError("too_large", f"more than {MAXIMUM_CLIP_BYTES} bytes of audio")
-        self._parts.append(np.zeros(position - self.samples, np.int16))
-        self._parts.append(np.array(mono))
-        self.samples = position + len(mono)
+        self.done = bool(earliest >= self.length + FOLLOWING_SECONDS)
+
+    def _place(self, layout: AudioLayout, blocks: list[np.ndarray | None]) -> None:
+        parts, end, limit = [], 0, self.length * layout.hz
+        filled = overlapping = 0
+        runs = zip(layout.starts, [*layout.starts[1:], len(blocks)], layout.positions, strict=True)
+        lengths = self._lengths[len(self._lengths) - len(blocks) :]
+        columns = max((block.shape[1] for block in blocks if block is not None), default=1)
+        for first, last, position in runs:
+            overlapping += max(0, min(end - position, end)) if parts else 0
+            for block, length in zip(blocks[first:last], lengths[first:last], strict=True):
+                start, stop = max(position, end), int(min(position + length, limit))
+                if block is not None and start < stop:
+                    if parts:
+                        filled += start - end
+                    parts.append(np.zeros((start - end, columns), np.int16))
+                    piece = block[start - position : stop - position]
+                    parts.append(piece if piece.shape[1] == columns else piece[:, [0] * columns])
+                    end = stop
+                position += length
+        if parts:
+            self._placed = np.concatenate(parts)
+        self.samples = end
+        if filled:
+            self.faults["audio_filled"] = filled / layout.hz
+        if overlapping:
+            self.faults["audio_overlapping"] = overlapping / layout.hz
+
+
+class Mixer:
+    """Mixes frames of one format to mono, beside their first channel.
+
+    Known layouts are mixed with ffmpeg's gains, scaled down so that nothing clips; of ambisonic
+    sound the omnidirectional channel (the first) is taken; all others are averaged.
+    """
+
+    def __init__(self, frame: av.AudioFrame, hz: int, channel: str):
+        self._source = _format(frame)
+        self._channels = frame.layout.nb_channels
+        layout = frame.layout.name
+        # s16 matters: libswresample scales a mix down for integers and not for floats.
+        self._all = av.AudioResampler(format="s16", layout=layout, rate=hz)
+        self._mono = None
+        self._first_alone = (
+            channel == "first" or self._channels == 1 or layout.startswith("ambisonic")
+        )
+        if not self._first_alone:
+            self._mono = av.AudioResampler(format="s16", layout="mono", rate=hz)
+
+    def fits(self, frame: av.AudioFrame) -> bool:
+        return self._source == _format(frame)
+
+    def mix(self, frame: av.AudioFrame) -> np.ndarray:
+        """Mix a frame.
+
+        Returns:
+            `(samples, columns)` int16: the mix, then the first channel where there are several.
+
+        Raises:
+            ClipError: the layout of the channels cannot be read.
+        """
+        try:
+            every = _samples(self._all.resample(frame), self._channels)
+        except (FFmpegError, ValueError) as error:
+            raise ClipError(
+                "decode_error",
+                f"{self._channels} channels of layout {self._source[1]!r} cannot be read: "
+                f"{error_text(error)}",
+            ) from error
+        if self._first_alone:
+            return every[:, :1]
+        return np.concatenate([self._mix(frame, every), every[:, :1]], axis=1)
+
+    def _mix(self, frame: av.AudioFrame, every: np.ndarray) -> np.ndarray:
+        if self._mono is not None:
+            try:
+                return _samples(self._mono.resample(frame), 1)
+            except (FFmpegError, ValueError):
+                self._mono = None  # ffmpeg has no gains for this layout.
+        return np.rint(every.mean(axis=1, keepdims=True)).astype(np.int16)
+
+
+def _format(frame: av.AudioFrame) -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
+
+
+def _samples(frames: list[av.AudioFrame], channels: int) -> np.ndarray:
+    parts = [frame.to_ndarray().reshape(-1, channels) for frame in frames]
+    return np.concatenate([np.zeros((0, channels), np.int16), *parts])
 
 
 def resample(native: np.ndarray, hz: int) -> np.ndarray:
     """Resample `(samples,)` int16 at `hz` to 16 kHz, with ffmpeg's anti-aliasing filter."""
     if hz == AUDIO_HZ or len(native) == 0:
-        return native
+        return np.ascontiguousarray(native)
     samples = round(len(native) * AUDIO_HZ / hz)
-    frame = av.AudioFrame.from_ndarray(native[np.newaxis], format="s16", layout="mono")
+    frame = av.AudioFrame.from_ndarray(
+        np.ascontiguousarray(native)[np.newaxis], format="s16", layout="mono"
+    )
     frame.sample_rate = hz
     resampler = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_HZ)
     parts = [part.to_ndarray()[0] for piece in (frame, None) for part in resampler.resample(piece)]

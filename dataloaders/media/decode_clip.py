@@ -17,11 +17,13 @@ Conventions:
   decode than fail, and `min_seconds` of both audio and video do.
 """
 
+import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import av
 import av.container
@@ -31,6 +33,12 @@ from av.error import FFmpegError
 
 from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
+from cavmae.dataloaders.media.timeline import (
+    Timeline,
+    decoding_seconds,
+    flush_packet,
+    time_starts_anew,
+)
 from cavmae.dataloaders.media.video_track import VideoTrack
 
 SILENT_PEAK = 3
@@ -56,7 +64,9 @@ class DecodedClip:
     audio: np.ndarray
     """(samples,) int16, 16 kHz mono."""
     frames: list[np.ndarray]
-    """Each (height * 3 / 2, width) uint8: planes of 4:2:0, BT.601, limited range."""
+    """Each `(height * 3 / 2, width)` uint8: planes of 4:2:0, BT.601, limited range."""
+    frame_indexes: list[int]
+    """Which frames of the clip those are; all, unless only some were needed."""
     times_seconds: list[float]
     """Presentation time of each frame, ascending."""
     video_seconds: float
@@ -68,6 +78,24 @@ class DecodedClip:
     """ffmpeg's name of the file's codec."""
     decode_errors: int
     """Packets or frames that failed, plus one if the file is shorter than its header says."""
+    timing: dict[str, float]
+    """What was done where time stamps and samples don't agree, by cause; see `docs/data.md`."""
+    content: str
+    """SHA-256 of the decoded audio and frames, independent of all settings but the window."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What reading a part of a file gave."""
+
+    frames: VideoTrack
+    audio: AudioTrack
+    errors: list[str]
+    """Errors of the container."""
+    cut_off: bool
+    """Whether the file ends before the window's end that its header states."""
+    counts: dict[str, int]
+    """What was found of the stamps' faults in the window, by cause."""
 
 
 def decode_clip(
@@ -76,28 +104,51 @@ def decode_clip(
     end_seconds: float,
     settings: DecodeSettings,
     part: tuple[int, int] | None = None,
+    choose: Callable[[list[float], float, float], list[int]] | None = None,
 ) -> DecodedClip:
     """Decode the part of a file from `start_seconds` up to `end_seconds` (may be infinite).
 
     Args:
         part: offset and size in bytes of the video in the file; None: the whole file.
+        choose: returns the indexes of the frames that are needed, from the times of all, the
+            seconds of video and the frames per second; None: all are.
 
     Raises:
         ClipError: the clip is unusable; see `Reason`.
         OSError: the file exists but cannot be accessed.
     """
     url = _url(path, part)
-    tracks = None
-    if start_seconds > PREROLL_SECONDS:
-        tracks = _read(url, start_seconds, end_seconds, settings, seek=True)
-    if tracks is None:  # Nothing to skip, or the file cannot be sought in: read it through.
-        tracks = _read(url, start_seconds, end_seconds, settings, seek=False)
-    assert tracks is not None
-    return _checked_clip(*tracks, start_seconds, end_seconds, settings)
+    span = (url, start_seconds, end_seconds, settings)
+    window = _read_window(*span, droppable=choose is not None)
+    clip = _checked_clip(window, start_seconds, end_seconds, settings)
+    if choose is None or len(clip.frames) == len(clip.times_seconds):
+        return clip
+    # A long clip: its times are known now, and only the pixels that are needed are kept.
+    chosen = choose(clip.times_seconds, clip.video_seconds, clip.frames_per_second)
+    frames = _read_window(*span, wanted=set(chosen)).frames.frames
+    return replace(clip, frames=list(frames.values()), frame_indexes=list(frames))
 
 
-def decode_audio_file(path: str, seconds: float, settings: DecodeSettings) -> np.ndarray:
-    """Decode the first `seconds` of a file's audio to `(samples,)` int16 at 16 kHz.
+def _read_window(
+    url: str, start: float, end: float, settings: DecodeSettings, **frames: Any
+) -> _Window:
+    """Decode a part of a file; seeks to it where that finds all of it."""
+    window = None
+    if start > PREROLL_SECONDS:
+        window = _read(url, start, end, settings, seek=True, **frames)
+    if window is None:  # Nothing to skip, or the file cannot be sought in: read it through.
+        window = _read(url, start, end, settings, seek=False, **frames)
+    assert window is not None
+    return window
+
+
+def decode_audio_file(
+    path: str, seconds: float, settings: DecodeSettings
+) -> tuple[np.ndarray, dict[str, float], str]:
+    """Decode the first `seconds` of a file's audio.
+
+    Returns:
+        `(samples,)` int16 at 16 kHz; `timing` and `content` as in `DecodedClip`.
 
     Raises:
         ClipError: the file is unusable.
@@ -109,15 +160,19 @@ def decode_audio_file(path: str, seconds: float, settings: DecodeSettings) -> np
             raise ClipError("no_audio", "no audio stream that can be decoded")
         zero = float((audio.start_time or 0) * (audio.time_base or 0))
         audio_track = AudioTrack(audio, zero, seconds, settings)
-        errors: list[str] = []
-        for packet in _packets(container, [audio], errors):
+        timeline = Timeline(container, [audio])
+        for packet in timeline.packets():
             audio_track.decode(packet)
             if audio_track.done:
                 break
-    errors = [*audio_track.errors, *errors]
+        audio_track.decode(flush_packet(audio))
+    audio_track.finish()
+    errors = [*audio_track.errors, *timeline.errors]
     if audio_track.samples == 0 or len(audio_track.errors) > audio_track.frames:
         raise ClipError("decode_error", f"no audio decodes; {errors[0] if errors else ''}")
-    return _checked_audio(audio_track, settings)
+    audio = _checked_audio(audio_track, settings)
+    content = hashlib.sha256(audio_track.first_channel()).hexdigest()
+    return audio, dict(audio_track.faults), content
 
 
 def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> np.ndarray:
@@ -141,19 +196,19 @@ def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> n
             zero = _origin_seconds(stream, audio) + seconds
             track = VideoTrack(stream, zero, ONE_FRAME_SECONDS, DecodeSettings())
             track.size = size
-            try:
-                if seek:
-                    container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
-            except FFmpegError:
+            if seek and not _sought(container, stream, zero):
                 continue
-            for packet in _packets(container, [stream], errors):
-                track.decode(packet)
+            timeline = Timeline(container, [stream, audio])
+            for packet in timeline.packets():
+                if packet.stream is stream:
+                    track.decode(packet)
                 if track.done or (seek and track.begins_late):
                     break
+            track.decode(flush_packet(stream))
             track.finish()
-            if track.frames and not (seek and track.begins_late):
+            if track.times and not (seek and track.begins_late):
                 return track.frames[0]
-            errors.extend(track.errors)
+            errors += [*track.errors, *timeline.errors]
     raise ClipError("decode_error", f"no frame at {seconds:g} s; {errors[0] if errors else ''}")
 
 
@@ -167,7 +222,7 @@ def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
         video, audio = _choose_streams(container)
         origin = _origin_seconds(video, audio)
         end = 0.0
-        for packet in _packets(container, [video, audio], []):
+        for packet in Timeline(container, [video, audio]).packets():
             if packet.pts is not None and packet.time_base is not None:
                 last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 end = max(end, last - origin)
@@ -230,76 +285,116 @@ def _origin_seconds(video: av.VideoStream, audio: av.AudioStream) -> float:
     return min(starts, default=0.0)
 
 
-def _packets(
-    container: av.container.InputContainer,
-    streams: Sequence[av.VideoStream | av.AudioStream],
-    errors: list[str],
-) -> Iterator[av.Packet]:
-    """Yield packets until the end, or until an error, which is added to `errors`."""
+def _sought(container: av.container.InputContainer, video: av.VideoStream, zero: float) -> bool:
+    """Seek to some time before `zero`; returns False where that cannot be relied on."""
+    if time_starts_anew(container, video):
+        return False
     try:
-        yield from container.demux(*streams)
-    except FFmpegError as error:
-        errors.append(error_text(error))
+        container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
+    except FFmpegError:
+        return False
+    return True
 
 
 def _read(
-    url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool
-) -> tuple[VideoTrack, AudioTrack] | None:
+    url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool, **frames_kept: Any
+) -> _Window | None:
     """Decode the window; returns None if seeking fails or skips a part of it."""
     with _open(url) as container:
         video, audio = _choose_streams(container)
         zero = _origin_seconds(video, audio) + start
         length = end - start
-        frames = VideoTrack(video, zero, length, settings)
+        frames = VideoTrack(video, zero, length, settings, **frames_kept)
         audio_track = AudioTrack(audio, zero, length, settings)
-        if seek:
-            try:
-                container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
-            except FFmpegError:
-                return None
-        errors: list[str] = []
-        for packet in _packets(container, [video, audio], errors):
+        if seek and not _sought(container, video, zero):
+            return None
+        timeline = Timeline(container, [video, audio])
+        for packet in timeline.packets():
             track = frames if packet.stream is video else audio_track
             if not track.done:
                 track.decode(packet)
-            if seek and track.begins_late:
+            elif _far_past(packet, zero + length):
+                break  # The other stream has passed the window, too.
+            if seek and frames.begins_late:
                 return None
-            if (frames.done and audio_track.done) or _far_past(packet, zero + length):
+            if frames.done and audio_track.done:
                 break
-        frames.errors.extend(errors)
-        frames.finish()
-        if seek and not (frames.frames and audio_track.samples):
+        for track, stream in ((frames, video), (audio_track, audio)):
+            if not track.done:
+                track.decode(flush_packet(stream))
+            track.finish()
+        if seek and (
+            frames.begins_late
+            or audio_track.begins_late
+            or "stamps_disagree" in audio_track.faults
+            or not (frames.times and audio_track.samples)
+        ):
             return None
-        return frames, audio_track
+        counts = {
+            "time_started_anew": _within(timeline.joins, zero, length),
+            "odd_stamps": _within(timeline.odd_stamps, zero, length),
+            "frames_moved": frames.moved,
+        }
+        cut_off = _is_cut_off(container, frames, start, length)
+        return _Window(frames, audio_track, timeline.errors, cut_off, counts)
+
+
+def _within(times: list[float], zero: float, length: float) -> int:
+    return sum(0 <= time - zero < length for time in times)
+
+
+def _is_cut_off(
+    container: av.container.InputContainer, frames: VideoTrack, start: float, length: float
+) -> bool:
+    """Whether the file ends over half a second before the window's end that its header states."""
+    stream = frames.stream
+    if frames.done or stream.time_base is None:
+        return False
+    if container.format.name.startswith("mov"):  # Lists where each sample lies in the file.
+        entries = stream.index_entries
+        if len(entries) == 0 or entries[-1].pos + entries[-1].size <= container.size:
+            return False
+        seconds = float(stream.time_base)
+        return any(
+            entry.pos + entry.size > container.size
+            and entry.timestamp * seconds < frames.zero + length - 0.5
+            for entry in entries
+        )
+    if stream.duration is None:
+        return False
+    stated = float(stream.duration * stream.time_base)
+    return start + frames.reached + 0.5 < min(stated, start + length)
 
 
 def _far_past(packet: av.Packet, end: float) -> bool:
     """Whether a packet is so far after the window that the other stream has passed it too."""
-    if packet.dts is None or packet.time_base is None:
-        return False
-    return float(packet.dts * packet.time_base) > end + INTERLEAVING_SECONDS
+    seconds = decoding_seconds(packet)
+    return seconds is not None and seconds > end + INTERLEAVING_SECONDS
 
 
 def _checked_clip(
-    frames: VideoTrack, audio_track: AudioTrack, start: float, end: float, settings: DecodeSettings
+    window: _Window, start: float, end: float, settings: DecodeSettings
 ) -> DecodedClip:
-    errors = [*frames.errors, *audio_track.errors]
+    frames, audio_track = window.frames, window.audio
+    errors = [*frames.errors, *window.errors, *audio_track.errors]
     reason: Reason = "decode_error"
     detail = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
-    if not errors and _ends_early(frames, start, end):
+    if not errors and window.cut_off:
         reason, detail = "short_read", "the file ends before its header says"
         errors = [detail]
-    if not frames.frames or audio_track.samples == 0:
-        missing = "video frame" if not frames.frames else "audio"
+    if not frames.times or audio_track.samples == 0:
+        missing = "video frame" if not frames.times else "audio"
         if errors:
             raise ClipError(reason, f"no {missing} decodes; {detail}")
         if start > 0:
             raise ClipError("window_outside", f"the file has no {missing} from {start:g} s on")
         raise ClipError(
-            "no_video" if not frames.frames else "no_audio", f"the stream has no {missing}"
+            "no_video" if not frames.times else "no_audio", f"the stream has no {missing}"
         )
-    video_seconds = min(frames.times[-1] + _last_frame_seconds(frames), end - start)
+    video_seconds = _video_seconds(frames, end - start)
     audio_seconds = audio_track.samples / audio_track.hz
+    if not (audio_track.errors or window.errors or window.cut_off):
+        _check_length(audio_seconds, settings)  # Not for what failed: the sound itself is short.
     if errors:
         if len(frames.errors) > frames.decoded or len(audio_track.errors) > audio_track.frames:
             raise ClipError(reason, f"most of it does not decode; {detail}")
@@ -314,7 +409,8 @@ def _checked_clip(
     rate = min(frames.rate, settings.video_fps) if settings.video_fps > 0 else frames.rate
     return DecodedClip(
         audio=audio,
-        frames=frames.frames,
+        frames=list(frames.frames.values()),
+        frame_indexes=list(frames.frames),
         times_seconds=frames.times,
         video_seconds=video_seconds,
         frames_per_second=rate,
@@ -322,13 +418,13 @@ def _checked_clip(
         height=frames.size[1],
         video_codec=frames.codec,
         decode_errors=len(errors),
+        timing=audio_track.faults | {cause: n for cause, n in window.counts.items() if n},
+        content=_content(frames, audio_track),
     )
 
 
 def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndarray:
-    seconds = audio_track.samples / audio_track.hz
-    if seconds < settings.min_seconds:
-        raise ClipError("too_short", f"{seconds:.3f} s of audio, {settings.min_seconds:g} s needed")
+    _check_length(audio_track.samples / audio_track.hz, settings)
     audio = audio_track.waveform()
     peak = int(np.abs(audio.astype(np.int32)).max())
     if peak <= SILENT_PEAK and not settings.keep_silent:
@@ -336,16 +432,22 @@ def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndar
     return audio
 
 
-def _last_frame_seconds(frames: VideoTrack) -> float:
+def _content(frames: VideoTrack, audio_track: AudioTrack) -> str:
+    """SHA-256 of audio and frames before anything that settings determine."""
+    content = frames.content.copy()
+    content.update(audio_track.first_channel())
+    return content.hexdigest()
+
+
+def _check_length(seconds: float, settings: DecodeSettings) -> None:
+    if seconds < settings.min_seconds:
+        raise ClipError("too_short", f"{seconds:.3f} s of audio, {settings.min_seconds:g} s needed")
+
+
+def _video_seconds(frames: VideoTrack, length: float) -> float:
+    """End of the last frame of the window; it is shown as long as the others usually are."""
     if len(frames.times) < 2:
-        return 1 / frames.rate
-    return float(np.median(np.diff(frames.times)))
-
-
-def _ends_early(frames: VideoTrack, start: float, end: float) -> bool:
-    """Whether the video ends over half a second before the duration in the header."""
-    stream = frames.stream
-    if frames.done or stream.duration is None or stream.time_base is None:
-        return False
-    stated = float(stream.duration * stream.time_base)
-    return start + frames.reached + 0.5 < min(stated, end)
+        shown = max(1 / frames.rate, frames.reached - frames.times[-1])
+    else:
+        shown = float(np.median(np.diff(frames.times)))
+    return min(frames.times[-1] + shown, length)

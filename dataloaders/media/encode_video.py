@@ -58,9 +58,12 @@ def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
 
 
 def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second: float) -> bytes:
-    """Encode frames (in the format of `encode_jpegs`) as an MP4 file of key frames."""
+    """Encode frames (in the format of `encode_jpegs`) as an MP4 file of key frames.
+
+    The rate is kept within 1 to 1000, which all readers know; the sample's JSON has the times.
+    """
     name, pixel_format, options = ENCODERS[codec]
-    rate = Fraction(frames_per_second).limit_denominator(1001)
+    rate = Fraction(min(max(frames_per_second, 1.0), 1000.0)).limit_denominator(1001)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options=FRAGMENTED) as container:
         stream = container.add_stream(name, rate=rate, options=options)

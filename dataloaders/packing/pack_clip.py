@@ -3,14 +3,12 @@
 Separate from `pack.py` so that a worker process imports neither torch nor the command line.
 """
 
-import hashlib
 import os
 import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
-
-import numpy as np
 
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
 from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
@@ -57,7 +55,9 @@ class PackedClip:
     codec: str
     """Codec of the source's video."""
     content: str
-    """SHA-256 of the audio and the frames of the first tier."""
+    """SHA-256 of what was decoded; see `DecodedClip.content`."""
+    timing: dict[str, float]
+    """See `DecodedClip.timing`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,12 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
                 clip.path, clip.frames, clip.source, seconds, task.decode
             )
         else:
-            decoded = decode_clip(clip.path, clip.start_seconds, end, task.decode, clip.part)
+            choose = (
+                None if "video" in task.tiers else partial(ten_frames, choice=task.frame_choice)
+            )
+            decoded = decode_clip(
+                clip.path, clip.start_seconds, end, task.decode, clip.part, choose
+            )
         if "original" in task.tiers:
             source = _source_bytes(clip)
     except ClipError as error:
@@ -102,16 +107,16 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
         elif tier == "original":
             media = {"source": source}
         else:
-            files = jpegs or _encoded_once(decoded.frames, chosen)
+            files = jpegs or _encoded_once(decoded, chosen)
             media = {f"{number}.jpg": data for number, data in enumerate(files)}
         members[tier] = _members(described, {**audio, **media})
     seconds = len(decoded.audio) / AUDIO_HZ
-    content = _content(members[task.tiers[0]])
-    return PackedClip(key, members, seconds, decoded.video_codec, content)
+    return PackedClip(key, members, seconds, decoded.video_codec, decoded.content, decoded.timing)
 
 
-def _encoded_once(frames: list[np.ndarray], chosen: list[int]) -> list[bytes]:
+def _encoded_once(decoded: DecodedClip, chosen: list[int]) -> list[bytes]:
     """Encode the chosen frames as JPEGs, those that occur more than once only once."""
+    frames = dict(zip(decoded.frame_indexes, decoded.frames, strict=True))
     distinct = sorted(set(chosen))
     encoded = encode_jpegs([frames[index] for index in distinct])
     jpegs = dict(zip(distinct, encoded, strict=True))
@@ -147,15 +152,6 @@ def _members(description: dict[str, Any], media: dict[str, bytes]) -> dict[str, 
     return {"json": description_bytes(description, crc32), **media}
 
 
-def _content(members: dict[str, bytes]) -> str:
-    """SHA-256 of all members but the JSON."""
-    content = hashlib.sha256()
-    for name, data in members.items():
-        if name != "json":
-            content.update(data)
-    return content.hexdigest()
-
-
 def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) -> dict[str, Any]:
     """Build the sample's JSON without the checksums, which differ between tiers."""
     clip = task.clip
@@ -182,6 +178,8 @@ def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) 
     }
     if decoded.decode_errors:
         description["decode_errors"] = decoded.decode_errors
+    if decoded.timing:
+        description["timing"] = {cause: round(n, 6) for cause, n in decoded.timing.items()}
     return description
 
 

@@ -1,8 +1,9 @@
 """Reads a clip that was prepared like the published data: an audio file and ten JPEGs.
 
-The JPEGs are packed as they are, without re-encoding.
+JPEGs are packed as they are, without re-encoding.
 """
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from PIL import Image, UnidentifiedImageError
 
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_audio_file
+from cavmae.dataloaders.media.encode_video import JPEG_QUALITY
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
+
+JPEG_FORMATS = ("JPEG", "MPO")
+"""A phone's Ultra HDR picture is an MPO: a JPEG, then others that readers of JPEG don't look at."""
 
 
 def read_published(
@@ -18,7 +23,9 @@ def read_published(
 ) -> tuple[DecodedClip, list[bytes]]:
     """Read the audio and the JPEGs of one clip.
 
-    The times of its frames are unknown: each gets the middle of its tenth of the clip.
+    The times of its frames are unknown: each gets the middle of its tenth of the clip. For a JPEG
+    that is missing the one before stands in, as in the original loader; `timing` counts them. A
+    picture that is no RGB or gray JPEG is stored as one.
 
     Args:
         wav: audio file.
@@ -33,27 +40,51 @@ def read_published(
     Raises:
         ClipError: the clip cannot be used.
     """
-    audio = decode_audio_file(wav, seconds, settings)
-    jpegs, sizes = [], set()
+    audio, timing, content = decode_audio_file(wav, seconds, settings)
+    jpegs: list[bytes] = []
+    sizes = set()
     for number in range(FRAMES_PER_CLIP):
         path = Path(frames) / f"frame_{number}" / f"{video_id}.jpg"
         try:
-            data = path.read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                kind, size = image.format, image.size
+            data, size = _read_jpeg(path)
         except FileNotFoundError as error:
-            raise ClipError("no_video", f"there is no {path}") from error
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise ClipError("decode_error", f"{path}: {error}") from error
-        if kind != "JPEG" or size[0] % 2 or size[1] % 2:
-            raise ClipError("decode_error", f"{path}: a {kind} of {size[0]} x {size[1]} pixels")
+            if not jpegs:
+                raise ClipError("missing_file", f"there is no {path}") from error
+            timing["frames_repeated"] = timing.get("frames_repeated", 0) + 1
+            data, size = jpegs[-1], next(iter(sizes))
         jpegs.append(data)
         sizes.add(size)
     if len(sizes) > 1:
         raise ClipError("decode_error", f"frames of different sizes: {sorted(sizes)}")
     width, height = sizes.pop()
     length = len(audio) / AUDIO_HZ
-    times = [(i + 0.5) / FRAMES_PER_CLIP * length for i in range(FRAMES_PER_CLIP)]
-    clip = DecodedClip(audio, [], times, length, FRAMES_PER_CLIP / length, width, height, "jpeg", 0)
+    clip = DecodedClip(
+        audio=audio,
+        frames=[],
+        frame_indexes=[],
+        times_seconds=[(i + 0.5) / FRAMES_PER_CLIP * length for i in range(FRAMES_PER_CLIP)],
+        video_seconds=length,
+        frames_per_second=FRAMES_PER_CLIP / length,
+        width=width,
+        height=height,
+        video_codec="jpeg",
+        decode_errors=0,
+        timing=timing,
+        content=hashlib.sha256(b"".join([content.encode(), *jpegs])).hexdigest(),
+    )
     return clip, jpegs
+
+
+def _read_jpeg(path: Path) -> tuple[bytes, tuple[int, int]]:
+    """The file as it is, or as an RGB JPEG if it is another kind of picture; width and height."""
+    data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            if image.format not in JPEG_FORMATS or image.mode not in ("RGB", "L"):
+                buffer = io.BytesIO()
+                image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+                data = buffer.getvalue()
+            return data, image.size
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise ClipError("decode_error", f"{path}: {error}") from error

@@ -239,7 +239,7 @@ def test_a_crash_is_reported_and_the_others_go_on(
 def test_an_exception_is_reported_with_its_place() -> None:
     one, two = run_in_order(int, ["1", "x"], workers=1, limits=LIMITS)
     assert one == 1
-    assert two.reason == "worker_crashed"
+    assert two.reason == "unexpected_error"
     assert "ValueError" in two.detail and "process_pool.py" in two.detail
 
 

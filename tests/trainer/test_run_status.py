@@ -152,7 +152,7 @@ def test_a_refused_command_leaves_the_status_of_a_run_that_is_alive(tmp_path: Pa
         with StatusWriter(tmp_path, rank=0) as second:
             second.opened(40)
             second.running(3, "")
-            wait_for(lambda: status_of(tmp_path).attempt == 2)
+            wait_for(lambda: (status_of(tmp_path).attempt, status_of(tmp_path).step) == (2, 3))
             time.sleep(0.2)
             assert (status_of(tmp_path).attempt, status_of(tmp_path).step) == (2, 3)
 

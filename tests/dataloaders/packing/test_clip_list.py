@@ -47,18 +47,21 @@ def skipped(out: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    """Two clips as the published preparation leaves them, and one without its pictures."""
+    """Clips as the published preparation leaves them: two whole ones, one without its last picture,
+    one without any."""
     folder = tmp_path / "prepared"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for name in ("one", "two", "bare"):
+    for name in ("one", "two", "short", "bare"):
         sound = (rng.normal(0, 3000, 16000 * 12)).astype(np.int16)
         frames = [Image.fromarray(np.full((300, 400, 3), 20 * n, np.uint8)) for n in range(10)]
         write_published(folder, name, sound, frames)
-    (folder / "frame_7" / "bare.jpg").unlink()
+    (folder / "frame_9" / "short.jpg").unlink()
+    for number in range(10):
+        (folder / f"frame_{number}" / "bare.jpg").unlink()
     entries = [
         {"wav": f"{name}.wav", "video_id": name, "video_path": ".", "labels": "/m/09x0r,/m/05zppz"}
-        for name in ("one", "two", "bare")
+        for name in ("one", "two", "short", "bare")
     ]
     (folder / "list.json").write_text(json.dumps({"data": entries}))
     return folder / "list.json"
@@ -68,7 +71,7 @@ def test_the_published_list_packs_with_its_pictures_as_they_are(
     published: Path, tmp_path: Path
 ) -> None:
     out = packed(published, tmp_path / "set", tiers="frames")
-    assert skipped(out) == [("bare", "no_video")]
+    assert skipped(out) == [("bare", "missing_file")]
     first = samples(out / "frames")[0]
     assert first["labels"] == ["/m/09x0r", "/m/05zppz"] and first["source"]["path"] == "one"
     assert first["audio"]["samples"] == 160000, "the first ten seconds of twelve"
@@ -80,9 +83,11 @@ def test_the_published_list_packs_with_its_pictures_as_they_are(
             == (published.parent / f"frame_{number}" / "one.jpg").read_bytes()
         )
     assert json.loads((out / "statistics.json").read_bytes())["classes"] == {
-        "/m/09x0r": 2,
-        "/m/05zppz": 2,
+        "/m/09x0r": 3,
+        "/m/05zppz": 3,
     }
+    assert shards.member(0, 2, "9.jpg") == shards.member(0, 2, "8.jpg"), "as the original loader"
+    assert samples(out / "frames")[2]["timing"] == {"frames_repeated": 1}
 
 
 def test_the_video_tier_of_pictures_is_refused(published: Path, tmp_path: Path) -> None:
