@@ -7,7 +7,7 @@ needs of the others' clips only the logarithms of their sums, one number a clip 
 gradients themselves are never exchanged.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,7 @@ from cavmae.trainer.config.configs import LossConfig
 from cavmae.trainer.losses.contrastive_groups import OwnGroup
 
 
-@dataclass
-class Pairs:
+class Pairs(NamedTuple):
     """Attributes: audio, video (batch, width) embeddings; positions (batch,) int64 in the plan."""
 
     audio: torch.Tensor
@@ -30,11 +29,7 @@ class Pairs:
 
 def concatenate(parts: list[Pairs]) -> Pairs:
     """The pairs of several micro-batches as one."""
-    return Pairs(
-        torch.cat([part.audio for part in parts]),
-        torch.cat([part.video for part in parts]),
-        torch.cat([part.positions for part in parts]),
-    )
+    return Pairs(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def local_loss(pairs: Pairs, config: LossConfig, group_size: int) -> ContrastiveResult:
