@@ -20,18 +20,6 @@ from cavmae.kernels.similarity.gradient import launch_project, launch_weights, p
 from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Similarity, Statistics
 from cavmae.kernels.similarity.tile_statistics import launch_inverse_norms, launch_statistics
 
-__all__ = [
-    "LARGEST_WIDTH",
-    "ROW_BLOCK_BYTES",
-    "Similarity",
-    "Statistics",
-    "embedding_gradients",
-    "inverse_norms",
-    "query_gradients",
-    "row_blocks",
-    "statistics",
-]
-
 LARGEST_WIDTH = 2048
 ROW_BLOCK_BYTES = 32 << 20
 """Memory for the weights that are stored at a time."""
