@@ -152,40 +152,16 @@ def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purp
     return totals
 
 
-def embedding_gathers(
-    *,
-    world_size: int,
-    rows: int,
-    width: int,
-    value_bytes: int,
-    bidirectional: bool,
-    log_sum_bytes: int = 4,
-) -> Collective:
-    """Return the collectives of one contrastive loss over ranks and its gradient.
-
-    Args:
-        world_size: ranks.
-        rows: clips of each rank.
-        width: of an embedding.
-        value_bytes: of one value of an embedding.
-        bidirectional: whether both directions are in the loss.
-        log_sum_bytes: of one statistic: 4, or 8 for float64 embeddings.
-    """
-    directions = 2 if bidirectional else 1
-    own = 2 * rows * width * value_bytes + directions * rows * log_sum_bytes
-    return Collective("embeddings", "all_gather", world_size * own, 2 + directions)
-
-
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
+    """Return the gathers of the contrastive loss over ranks, and of its gradient."""
     if _layout(config, world_size, micro_batch=config.global_batch) == "local":
         return ()  # no group spans ranks
     times = 1 if cached else micro_batches(config, world_size)
-    gathers = embedding_gathers(
-        world_size=world_size,
-        rows=config.global_batch // world_size // times,
-        width=config.model.width,
-        value_bytes=element_bytes(config),
-        bidirectional=config.loss.bidirectional,
+    directions = 2 if config.loss.bidirectional else 1
+    # Both embeddings of each clip, and the float32 log of its sum in each direction.
+    clip_bytes = 2 * config.model.width * element_bytes(config) + 4 * directions
+    gathers = Collective(
+        "embeddings", "all_gather", config.global_batch // times * clip_bytes, 2 + directions
     )
     return times * (gathers,)
 
