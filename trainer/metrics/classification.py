@@ -88,10 +88,6 @@ def classification_scores(
     """
     scores, targets = scores.detach().cpu().double(), targets.detach().cpu().double()
     _check(scores, targets)
-    if resamples < 2 and resamples:
-        raise ValueError(
-            f"resamples is {resamples}; use 2 or more, such as 1000, or 0 for no intervals"
-        )
     correct = (scores.argmax(dim=1) == targets.argmax(dim=1)).float()  # (clips,)
     classes = [_RankedClass.of(s, t) for s, t in zip(scores.T, targets.T, strict=True)]
 

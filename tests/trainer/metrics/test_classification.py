@@ -210,8 +210,3 @@ def test_scores_without_one_row_a_clip_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="one \\(clips, classes\\) row a clip"):
         point_scores(torch.ones(shapes[0]), torch.ones(shapes[1]))
-
-
-def test_a_single_resample_is_refused() -> None:
-    with pytest.raises(ValueError, match="resamples is 1; use 2 or more"):
-        classification_scores(*clips(10, 2), resamples=1)
