@@ -15,7 +15,7 @@ from torch import nn
 
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive_groups import Layout, contrastive_layout
+from cavmae.trainer.losses.contrastive_groups import step_layout
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
@@ -131,17 +131,7 @@ def collectives(
 def embeds_first(config: PretrainConfig, world_size: int) -> bool:
     """Return whether a step has forward passes without gradients before those with them."""
     contrasts = config.loss.contrastive_weight > 0
-    return contrasts and _layout(config, world_size, config.micro_batch) == "cached"
-
-
-def _layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
-    return contrastive_layout(
-        group_size=config.loss.contrastive_group or config.global_batch,
-        global_batch=config.global_batch,
-        micro_batch=micro_batch,
-        lanes=config.lanes,
-        world_size=world_size,
-    )
+    return contrasts and step_layout(config, world_size, config.micro_batch) == "cached"
 
 
 def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purpose, int]:
@@ -154,7 +144,7 @@ def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purp
 
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
     """Return the gathers of the contrastive loss over ranks, and of its gradient."""
-    if _layout(config, world_size, micro_batch=config.global_batch) == "local":
+    if step_layout(config, world_size, micro_batch=config.global_batch) == "local":
         return ()  # no group spans ranks
     times = 1 if cached else micro_batches(config, world_size)
     directions = 2 if config.loss.bidirectional else 1

@@ -11,7 +11,7 @@ from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.losses.contrastive import Pairs, concatenate, exchanged_loss, local_loss
-from cavmae.trainer.losses.contrastive_groups import contrastive_layout, own_groups
+from cavmae.trainer.losses.contrastive_groups import own_groups, step_layout
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.model.weights import load_initial_weights
@@ -46,13 +46,7 @@ class PretrainTask:
         self._reconstruct = config.loss.reconstruction_weight > 0
         self._contrast = config.loss.contrastive_weight > 0
         self.group_size = config.loss.contrastive_group or config.global_batch
-        self.layout = contrastive_layout(
-            group_size=self.group_size,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
-            world_size=ranks.world_size,
-        )
+        self.layout = step_layout(config, ranks.world_size, config.micro_batch)
         self._groups = own_groups(
             group_size=self.group_size,
             global_batch=config.global_batch,
