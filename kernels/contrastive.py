@@ -11,7 +11,6 @@ from cavmae.kernels.similarity import (
     Similarity,
     embedding_gradients,
     inverse_norms,
-    merge,
     statistics,
 )
 
@@ -138,14 +137,7 @@ class _Contrastive(torch.autograd.Function):
         similarity = Similarity(
             video, audio, video_inverse, audio_inverse, inverse_temperature, shift, backend
         )
-        parts = statistics(similarity, reverse=bidirectional)
-        found = merge(
-            parts,
-            shift=shift,
-            first_query=max(0, -shift),
-            pairs=min(video.shape[1], audio.shape[1]),
-            backend=backend,
-        )
+        found = statistics(similarity, reverse=bidirectional)
         ctx.similarity, ctx.found, ctx.temperature = similarity, found, temperature
         loss, accuracy = found.terms.mean((0, 2))
         ctx.mark_non_differentiable(accuracy)

@@ -6,9 +6,8 @@ query `q` is candidate `q + shift`. The statistics of a query are the logarithm 
 one), and the similarity to its positive. The same tiles give the candidates' own statistics over
 the queries, so both directions cost one matrix product.
 
-Nothing here knows of losses, ranks or autograd: `contrastive.py` and a distributed caller put these
-parts together. Statistics of several blocks of candidates are merged by `merge`, gradients are
-sums over blocks, so the candidates may come from other processes one block after the other.
+Nothing here knows of losses, ranks or autograd: `contrastive.py` and a distributed caller, whose
+candidates are gathered from all ranks, put these parts together.
 """
 
 from collections.abc import Iterator
@@ -18,32 +17,8 @@ import torch
 from cavmae.kernels.backend import Backend
 from cavmae.kernels.similarity import reference
 from cavmae.kernels.similarity.gradient import launch_project, launch_weights, product
-from cavmae.kernels.similarity.matrix import (
-    SMALLEST_NORM,
-    Parts,
-    Similarity,
-    Statistics,
-)
-from cavmae.kernels.similarity.tile_statistics import (
-    launch_inverse_norms,
-    launch_merge,
-    launch_statistics,
-)
-
-__all__ = [
-    "LARGEST_WIDTH",
-    "ROW_BLOCK_BYTES",
-    "Parts",
-    "Similarity",
-    "Statistics",
-    "direction_gradient",
-    "embedding_gradients",
-    "inverse_norms",
-    "merge",
-    "project",
-    "row_blocks",
-    "statistics",
-]
+from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Similarity, Statistics
+from cavmae.kernels.similarity.tile_statistics import launch_inverse_norms, launch_statistics
 
 LARGEST_WIDTH = 2048
 ROW_BLOCK_BYTES = 32 << 20
@@ -62,90 +37,56 @@ def inverse_norms(x: torch.Tensor, backend: Backend) -> torch.Tensor:
     return launch_inverse_norms(x)
 
 
-def statistics(similarity: Similarity, *, reverse: bool) -> Parts:
-    """Compute the statistics of every query over these candidates.
+def statistics(similarity: Similarity, *, reverse: bool) -> Statistics:
+    """Compute the statistics of every query over the candidates, and the loss of each pair.
 
     Args:
         similarity: the matrix.
-        reverse: compute those of every candidate over these queries too.
+        reverse: compute those of every candidate over the queries too.
     """
     if similarity.backend == "torch":
         return reference.statistics(similarity, reverse)
     return launch_statistics(similarity, reverse)
 
 
-def merge(
-    parts: Parts, *, shift: int, first_query: int, pairs: int, backend: Backend
-) -> Statistics:
-    """Merge statistics over all parts, and compute the loss of each pair.
-
-    Args:
-        parts: parts of the whole other side; join blocks along the dimension of parts.
-        shift: shift of the whole matrix.
-        first_query: the first query that has a positive.
-        pairs: queries from there on that have one.
-        backend: the implementation.
-    """
-    if backend == "torch":
-        return reference.merge(parts, shift, first_query, pairs)
-    return launch_merge(parts, shift, first_query, pairs)
-
-
-def direction_gradient(
+def query_gradients(
     similarity: Similarity,
     query_log_sum: torch.Tensor | None,
     candidate_log_sum: torch.Tensor | None,
-    queries: slice,
-    group: slice,
-) -> torch.Tensor:
-    """Compute the gradient of the summed losses by the normalised queries, times temperature.
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the gradient of the summed losses by the queries.
+
+    The workspace is the weights of one row block: `ROW_BLOCK_BYTES`, or 128 queries where those
+    take more. The reference stores all weights.
 
     Args:
         similarity: the matrix.
         query_log_sum: statistics of the direction in which queries rank; None: it is no part of the
             loss.
         candidate_log_sum: statistics of the other direction, likewise.
-        queries: slice of queries.
-        group: slice of groups.
+        factor: 0-dimensional; multiplies everything.
 
     Returns:
-        (groups, queries, width) float32 (float64 for float64) of the slices.
+        The gradients (groups, queries, width), dtype of the queries; and (groups, queries) float32
+        (float64 for float64) the products of each normalised query with the gradient by it, whose
+        sum is `-temperature` times the gradient of the temperature.
     """
     if similarity.backend == "torch":
-        weights = reference.weights(similarity, query_log_sum, candidate_log_sum)
-        return weights[group, queries] @ similarity.units[1][group]
-    weights = launch_weights(similarity, query_log_sum, candidate_log_sum, queries, group)
-    return product(weights, similarity.candidates[group])
-
-
-def project(
-    direction: torch.Tensor,
-    x: torch.Tensor,
-    inverse: torch.Tensor,
-    factor: torch.Tensor,
-    out: torch.Tensor,
-    alignment: torch.Tensor,
-    backend: Backend,
-) -> None:
-    """Turn the gradient by a normalised embedding into that by the embedding.
-
-    Args:
-        direction: (groups, count, width) from `direction_gradient`.
-        x: (groups, count, width) embeddings.
-        inverse: (groups, count) 1 / norm.
-        factor: 0-dimensional; multiplies everything.
-        out: (groups, count, width) receives the gradient, dtype of `x`.
-        alignment: (groups, count) receives `factor * direction . normalised x`, whose sum over
-            queries is `-temperature` times the gradient of the temperature.
-        backend: the implementation.
-    """
-    if backend == "torch":
-        unit = x.to(direction.dtype) * inverse[..., None]
-        gradient, aligned = reference.project(direction, unit, inverse, factor)
-        out.copy_(gradient)
-        alignment.copy_(aligned)
-        return
-    launch_project(direction, x, inverse, factor, out, alignment)
+        return reference.query_gradients(similarity, query_log_sum, candidate_log_sum, factor)
+    gradients = torch.empty_like(similarity.queries, memory_format=torch.contiguous_format)
+    alignment = torch.empty_like(similarity.query_inverse)
+    for group, block in row_blocks(similarity):
+        weights = launch_weights(similarity, query_log_sum, candidate_log_sum, block, group)
+        launch_project(
+            product(weights, similarity.candidates[group]),
+            similarity.queries[group, block],
+            similarity.query_inverse[group, block],
+            factor,
+            gradients[group, block],
+            alignment[group, block],
+        )
+    return gradients, alignment
 
 
 def embedding_gradients(
@@ -154,56 +95,27 @@ def embedding_gradients(
     candidate_log_sum: torch.Tensor | None,
     factor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute gradients of queries and candidates, and the queries' alignment (see `project`).
-
-    The workspace is the weights of one row block: `ROW_BLOCK_BYTES`, or 128 queries where those
-    take more. The reference stores all weights, but computes them once for both sides.
-    """
+    """Compute the gradients of queries and candidates, and the queries' alignment, as
+    `query_gradients` does; the reference computes the weights once for both sides."""
     if similarity.backend == "torch":
         return reference.embedding_gradients(similarity, query_log_sum, candidate_log_sum, factor)
-    queries, alignment = _by_row_blocks(similarity, query_log_sum, candidate_log_sum, factor)
+    queries, alignment = query_gradients(similarity, query_log_sum, candidate_log_sum, factor)
     turned = similarity.transposed()
-    candidates, _ = _by_row_blocks(turned, candidate_log_sum, query_log_sum, factor)
+    candidates, _ = query_gradients(turned, candidate_log_sum, query_log_sum, factor)
     return queries, candidates, alignment
 
 
-def _by_row_blocks(
-    similarity: Similarity,
-    query_log_sum: torch.Tensor | None,
-    candidate_log_sum: torch.Tensor | None,
-    factor: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def row_blocks(similarity: Similarity) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of groups and queries whose weights take `ROW_BLOCK_BYTES`, or 128 queries if
+    more."""
     groups, count, _ = similarity.queries.shape
-    fit = _queries_per_block(similarity)
-    together = max(1, fit // count)
-    out = torch.empty_like(similarity.queries, memory_format=torch.contiguous_format)
-    alignment = torch.empty_like(similarity.query_inverse)
-    for first_group in range(0, groups, together):
-        group = slice(first_group, first_group + together)
-        for block in row_blocks(similarity):
-            weights = launch_weights(similarity, query_log_sum, candidate_log_sum, block, group)
-            launch_project(
-                product(weights, similarity.candidates[group]),
-                similarity.queries[group, block],
-                similarity.query_inverse[group, block],
-                factor,
-                out[group, block],
-                alignment[group, block],
-            )
-    return out, alignment
-
-
-def row_blocks(similarity: Similarity) -> Iterator[slice]:
-    """Yield blocks of queries whose weights take `ROW_BLOCK_BYTES`, or 128 queries if more."""
-    count = similarity.queries.shape[1]
-    fit = _queries_per_block(similarity)
-    rows = count if fit >= count else max(128, fit // 128 * 128)
-    for first in range(0, count, rows):
-        yield slice(first, min(first + rows, count))
-
-
-def _queries_per_block(similarity: Similarity) -> int:
-    if similarity.backend == "torch":
-        return similarity.queries.shape[1]  # the reference stores the whole matrix anyway
     weight_bytes = 4 if similarity.queries.dtype == torch.float32 else 2
-    return max(1, ROW_BLOCK_BYTES // (weight_bytes * similarity.candidates.shape[1]))
+    fit = max(1, ROW_BLOCK_BYTES // (weight_bytes * similarity.candidates.shape[1]))
+    together = max(1, fit // count)
+    rows = count if fit >= count else max(128, fit // 128 * 128)
+    for first_group in range(0, groups, together):
+        for first in range(0, count, rows):
+            yield (
+                slice(first_group, first_group + together),
+                slice(first, min(first + rows, count)),
+            )

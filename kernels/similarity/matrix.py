@@ -48,6 +48,12 @@ class Similarity:
         queries = self.queries.to(exact) * self.query_inverse[..., None]
         return queries, self.candidates.to(exact) * self.candidate_inverse[..., None]
 
+    @property
+    def paired(self) -> slice:
+        """The queries that have a positive."""
+        queries, candidates = self.queries.shape[1], self.candidates.shape[1]
+        return slice(max(0, -self.shift), min(queries, candidates - self.shift))
+
     def transposed(self) -> "Similarity":
         """Candidates rank the queries."""
         return replace(
@@ -61,21 +67,8 @@ class Similarity:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Statistics over parts of the other side, to be merged; natural logarithms, float32.
-
-    Attributes:
-        query: (3, parts, groups, queries): log of the sum, hardest negative, positive; -inf: none.
-        candidate: (2, parts, groups, candidates): log of the sum, hardest negative, or None.
-    """
-
-    query: torch.Tensor
-    candidate: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class Statistics:
-    """Statistics over all parts, from `merge`.
+    """What both directions of a loss need of the matrix; natural logarithms.
 
     Attributes:
         query_log_sum: (groups, queries); +inf where a query has no positive, hence no loss.

@@ -2,7 +2,7 @@
 
 import torch
 
-from cavmae.kernels.similarity.matrix import LARGEST_INVERSE, Parts, Similarity, Statistics
+from cavmae.kernels.similarity.matrix import LARGEST_INVERSE, Similarity, Statistics
 
 
 def _positives(matrix: torch.Tensor, shift: int) -> torch.Tensor:
@@ -10,42 +10,27 @@ def _positives(matrix: torch.Tensor, shift: int) -> torch.Tensor:
     return matrix.diagonal(shift, 1, 2)
 
 
-def statistics(similarity: Similarity, reverse: bool) -> Parts:
+def statistics(similarity: Similarity, reverse: bool) -> Statistics:
     """Compute `statistics` from the dense matrix."""
-    dense, shift = similarity.dense, similarity.shift
+    dense, shift, paired = similarity.dense, similarity.shift, similarity.paired
+    positive = _positives(dense, shift)
     negatives = dense.clone()
     _positives(negatives, shift).fill_(-torch.inf)
-    positive = torch.full_like(dense[:, :, 0], -torch.inf)
-    first, pairs = max(0, -shift), _positives(dense, shift).shape[1]
-    positive[:, first : first + pairs] = _positives(dense, shift)
-    query = torch.stack([dense.logsumexp(2), negatives.amax(2), positive])[:, None]
-    if not reverse:
-        return Parts(query, None)
-    return Parts(query, torch.stack([dense.logsumexp(1), negatives.amax(1)])[:, None])
 
-
-def merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
-    """Merge parts in torch."""
-
-    def direction(log_sum: torch.Tensor, hardest: torch.Tensor, first: int) -> torch.Tensor:
-        """(2, groups * pairs) loss and hit of each pair, and +inf where there is no pair."""
-        paired = slice(first, first + pairs)
+    def direction(others: int, paired: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log of the sum over dimension `others`, +inf where there is no pair; and
+        (2, groups * pairs) loss and hit of each pair."""
+        log_sum, hardest = dense.logsumexp(others), negatives.amax(others)
         loss, hit = log_sum[:, paired] - positive, positive > hardest[:, paired]
-        log_sum[:, :first] = log_sum[:, first + pairs :] = torch.inf
-        return torch.stack([loss.flatten(), hit.to(loss.dtype).flatten()])
+        log_sum[:, : paired.start] = log_sum[:, paired.stop :] = torch.inf
+        return log_sum, torch.stack([loss.flatten(), hit.to(loss.dtype).flatten()])
 
-    def total(log_sums: torch.Tensor) -> torch.Tensor:
-        return log_sums[0] if len(log_sums) == 1 else log_sums.logsumexp(0)
-
-    query_log_sum, hardest = total(parts.query[0]), parts.query[1].amax(0)
-    positive = parts.query[2].amax(0)[:, first_query : first_query + pairs]
-    terms = [direction(query_log_sum, hardest, first_query)]
-    candidate_log_sum = None
-    if parts.candidate is not None:
-        candidate_log_sum = total(parts.candidate[0])
-        candidate_hardest = parts.candidate[1].amax(0)
-        terms.append(direction(candidate_log_sum, candidate_hardest, first_query + shift))
-    return Statistics(query_log_sum, candidate_log_sum, torch.stack(terms))
+    query_log_sum, terms = direction(2, paired)
+    if not reverse:
+        return Statistics(query_log_sum, None, terms[None])
+    positives = slice(paired.start + shift, paired.stop + shift)
+    candidate_log_sum, reverse_terms = direction(1, positives)
+    return Statistics(query_log_sum, candidate_log_sum, torch.stack([terms, reverse_terms]))
 
 
 def weights(
@@ -68,12 +53,24 @@ def weights(
 def project(
     direction: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, factor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of the embeddings and their alignment; arguments as `project` of the package,
-    `unit` being the normalised embeddings."""
+    """Turn the gradient by normalised embeddings, `unit`, into that by the embeddings; also returns
+    their alignment (see `query_gradients`)."""
     aligned = (direction * unit).sum(-1)
     along = aligned.masked_fill(inverse > LARGEST_INVERSE, 0)
     gradient = (direction - unit * along[..., None]) * (inverse * factor)[..., None]
     return gradient, aligned * factor
+
+
+def query_gradients(
+    similarity: Similarity,
+    query_log_sum: torch.Tensor | None,
+    candidate_log_sum: torch.Tensor | None,
+    factor: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `query_gradients` from the dense matrix."""
+    direction = weights(similarity, query_log_sum, candidate_log_sum) @ similarity.units[1]
+    gradient, alignment = project(direction, similarity.units[0], similarity.query_inverse, factor)
+    return gradient.to(similarity.queries.dtype), alignment
 
 
 def embedding_gradients(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from cavmae.kernels.backend import jit
 from cavmae.kernels.gather import row_tile
-from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Parts, Similarity, Statistics
+from cavmae.kernels.similarity.matrix import SMALLEST_NORM, Similarity, Statistics
 from cavmae.kernels.similarity.tiles import LOG2_E, tile, tile_options
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -145,24 +145,21 @@ def _statistics_kernel(
 
 
 @jit
-def _merged_log_sum(place, parts, part_stride, mask):
-    """Merge logs of sums of exp over parts, in the order of the parts."""
-    top = tl.load(place, mask=mask, other=0.0)
-    for part in range(1, parts):
-        top = tl.maximum(top, tl.load(place + part * part_stride, mask=mask, other=0.0))
-    top = tl.maximum(top, _LOW)
-    total = top * 0.0
-    for part in range(parts):
-        total += tl.exp(tl.load(place + part * part_stride, mask=mask, other=0.0) - top)
-    return top + tl.log(total)
-
-
-@jit
 def _merged_maximum(place, parts, part_stride, mask):
     top = tl.load(place, mask=mask, other=0.0)
     for part in range(1, parts):
         top = tl.maximum(top, tl.load(place + part * part_stride, mask=mask, other=0.0))
     return top
+
+
+@jit
+def _merged_log_sum(place, parts, part_stride, mask):
+    """Merge logs of sums of exp over parts, in the order of the parts."""
+    top = tl.maximum(_merged_maximum(place, parts, part_stride, mask), _LOW)
+    total = top * 0.0
+    for part in range(parts):
+        total += tl.exp(tl.load(place + part * part_stride, mask=mask, other=0.0) - top)
+    return top + tl.log(total)
 
 
 @jit
@@ -240,8 +237,8 @@ def launch_inverse_norms(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
-    """Launch the kernel of `statistics`."""
+def launch_statistics(similarity: Similarity, reverse: bool) -> Statistics:
+    """Launch the kernels of `statistics`: over tiles, and the one that merges their parts."""
     queries, candidates = similarity.queries, similarity.candidates
     groups, query_count, width = queries.shape
     candidate_count = candidates.shape[1]
@@ -250,12 +247,10 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
     candidate_blocks = triton.cdiv(candidate_count, int(options["BLOCK_C"]))
     splits = min(candidate_blocks, 4)
     programs = min(query_blocks, max(1, _programs(queries.device) // (splits * groups)))
-    query_parts = similarity.query_inverse.new_empty(3, splits, groups, query_count)
-    candidate_parts = (
-        similarity.query_inverse.new_empty(2, programs, groups, candidate_count)
-        if reverse
-        else None
-    )
+    # Log of the sum and hardest negative of each part, in float32, and the queries' positive.
+    new_empty = similarity.query_inverse.new_empty
+    query_parts = new_empty(3, splits, groups, query_count)
+    candidate_parts = new_empty(2, programs, groups, candidate_count) if reverse else query_parts
     _statistics_kernel[(programs, splits, groups)](
         queries,
         candidates,
@@ -263,7 +258,7 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
         similarity.candidate_inverse.contiguous(),
         similarity.inverse_temperature,
         query_parts,
-        query_parts if candidate_parts is None else candidate_parts,
+        candidate_parts,
         query_count,
         candidate_count,
         width,
@@ -275,7 +270,31 @@ def launch_statistics(similarity: Similarity, reverse: bool) -> Parts:
         REVERSE=reverse,
         **options,
     )
-    return Parts(query_parts, candidate_parts)
+    query_log_sum = new_empty(groups, query_count)
+    candidate_log_sum = new_empty(groups, candidate_count) if reverse else None
+    paired = similarity.paired
+    pairs = paired.stop - paired.start
+    terms = new_empty(1 + reverse, 2, groups * pairs)
+    longest = max(query_count, candidate_count) if reverse else query_count
+    block = 128
+    _merge_kernel[(triton.cdiv(longest, block), groups)](
+        query_parts,
+        candidate_parts,
+        query_log_sum,
+        query_log_sum if candidate_log_sum is None else candidate_log_sum,
+        terms,
+        splits,
+        programs,
+        query_count,
+        candidate_count,
+        similarity.shift,
+        paired.start,
+        pairs,
+        REVERSE=reverse,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return Statistics(query_log_sum, candidate_log_sum, terms)
 
 
 def _programs(device: torch.device) -> int:
@@ -283,36 +302,3 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 8
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def launch_merge(parts: Parts, shift: int, first_query: int, pairs: int) -> Statistics:
-    """Launch the kernel of `merge`."""
-    reverse = parts.candidate is not None
-    query = parts.query.contiguous()
-    candidate = query if parts.candidate is None else parts.candidate.contiguous()
-    _, query_part_count, groups, query_count = query.shape
-    candidate_part_count, candidate_count = (
-        (candidate.shape[1], candidate.shape[3]) if reverse else (0, 0)
-    )
-    query_log_sum = query.new_empty(groups, query_count)
-    candidate_log_sum = query.new_empty(groups, candidate_count) if reverse else None
-    terms = query.new_empty(1 + reverse, 2, groups * pairs)
-    block = 128
-    _merge_kernel[(triton.cdiv(max(query_count, candidate_count), block), groups)](
-        query,
-        candidate,
-        query_log_sum,
-        query_log_sum if candidate_log_sum is None else candidate_log_sum,
-        terms,
-        query_part_count,
-        candidate_part_count,
-        query_count,
-        candidate_count,
-        shift,
-        first_query,
-        pairs,
-        REVERSE=reverse,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return Statistics(query_log_sum, candidate_log_sum, terms)

@@ -9,11 +9,9 @@ from three_way import DEVICE, normal
 from cavmae.kernels import Backend
 from cavmae.kernels.similarity import (
     ROW_BLOCK_BYTES,
-    Parts,
     Similarity,
-    direction_gradient,
     inverse_norms,
-    merge,
+    query_gradients,
     row_blocks,
     statistics,
 )
@@ -26,50 +24,6 @@ def similarity(queries: int, candidates: int, shift: int, backend, width: int = 
     temperature = torch.tensor(1 / 0.07, device=DEVICE)
     inverses = inverse_norms(q, backend), inverse_norms(c, backend)
     return Similarity(q, c, *inverses, temperature, shift, backend)
-
-
-def block(whole: Similarity, first: int, last: int) -> Similarity:
-    """The same queries against some of the candidates."""
-    return replace(
-        whole,
-        candidates=whole.candidates[:, first:last],
-        candidate_inverse=whole.candidate_inverse[:, first:last],
-        shift=whole.shift - first,
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_of_blocks_joined_are_those_of_the_whole(backend) -> None:
-    whole = similarity(30, 100, 20, backend)
-    cuts = [(0, 15), (15, 90), (90, 100)]  # the middle one has the positives
-    parts = [statistics(block(whole, *cut), reverse=False).query for cut in cuts]
-    joined = Parts(torch.cat(parts, dim=1), None)
-    options = {"shift": 20, "first_query": 0, "pairs": 30, "backend": backend}
-    by_blocks, at_once = (
-        merge(joined, **options),
-        merge(statistics(whole, reverse=False), **options),
-    )
-    torch.testing.assert_close(by_blocks.query_log_sum, at_once.query_log_sum)
-    torch.testing.assert_close(by_blocks.terms, at_once.terms)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_blocks_of_several_groups_are_read_through_their_strides(backend) -> None:
-    queries, candidates = normal(3, 20, 8).float(), normal(3, 40, 8, seed=1).float()
-    candidates *= torch.linspace(0.1, 9, 40, device=DEVICE)[:, None]  # so that norms differ
-    inverses = inverse_norms(queries, backend), inverse_norms(candidates, backend)
-    temperature = torch.tensor(10.0, device=DEVICE)
-    whole = Similarity(queries, candidates, *inverses, temperature, 5, backend)
-    blocks = [block(whole, *cut) for cut in ((0, 15), (15, 40))]
-    joined = Parts(torch.cat([statistics(b, reverse=False).query for b in blocks], 1), None)
-    options = {"shift": 5, "first_query": 0, "pairs": 20, "backend": backend}
-    at_once = merge(statistics(whole, reverse=False), **options)
-    torch.testing.assert_close(merge(joined, **options).terms, at_once.terms)
-    everything = slice(0, 20), slice(0, 3)
-    gradients = [
-        direction_gradient(b, at_once.query_log_sum, None, *everything) for b in (*blocks, whole)
-    ]
-    torch.testing.assert_close(gradients[0] + gradients[1], gradients[2], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,40 +39,27 @@ def test_some_queries_of_several_groups_have_the_statistics_that_they_have_among
     some = replace(
         whole, queries=queries[:, 4:16], query_inverse=whole.query_inverse[:, 4:16], shift=9
     )
-    found, expected = (
-        merge(
-            statistics(matrix, reverse=False),
-            shift=matrix.shift,
-            first_query=0,
-            pairs=matrix.queries.shape[1],
-            backend=backend,
-        ).query_log_sum
-        for matrix in (some, whole)
-    )
+    found, expected = (statistics(one, reverse=False).query_log_sum for one in (some, whole))
     torch.testing.assert_close(found, expected[:, 4:16])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_candidates_statistics_of_blocks_of_queries_joined_are_those_of_the_whole(backend) -> None:
-    whole = similarity(150, 30, -40, backend)  # candidate c's positive is query c + 40
-    parts = [
-        statistics(
-            replace(
-                whole,
-                queries=whole.queries[:, first:last],
-                query_inverse=whole.query_inverse[:, first:last],
-                shift=whole.shift + first,
-            ),
-            reverse=True,
-        )
-        for first, last in ((0, 50), (50, 150))
-    ]
-    candidates = [part.candidate for part in parts if part.candidate is not None]
-    joined = Parts(statistics(whole, reverse=False).query, torch.cat(candidates, dim=1))
-    options = {"shift": -40, "first_query": 40, "pairs": 30, "backend": backend}
-    by_blocks, at_once = (merge(p, **options) for p in (joined, statistics(whole, reverse=True)))
-    torch.testing.assert_close(by_blocks.candidate_log_sum, at_once.candidate_log_sum)
-    torch.testing.assert_close(by_blocks.terms, at_once.terms)
+def test_some_queries_of_several_groups_have_the_gradients_that_they_have_among_all(
+    backend,
+) -> None:
+    queries, candidates = normal(3, 20, 8).float(), normal(3, 40, 8, seed=1).float()
+    inverses = inverse_norms(queries, backend), inverse_norms(candidates, backend)
+    temperature, factor = torch.tensor(10.0, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+    whole = Similarity(queries, candidates, *inverses, temperature, 5, backend)
+    some = replace(
+        whole, queries=queries[:, 4:16], query_inverse=whole.query_inverse[:, 4:16], shift=9
+    )
+    found = statistics(whole, reverse=True)
+    expected = query_gradients(whole, found.query_log_sum, found.candidate_log_sum, factor)
+    of_some = found.query_log_sum[:, 4:16]
+    ours = query_gradients(some, of_some, found.candidate_log_sum, factor)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other[:, 4:16], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,31 +73,10 @@ def test_transposed_twice_is_the_same_matrix(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_blocks_add_up_to_that_of_the_whole(backend) -> None:
-    whole = similarity(30, 100, 20, backend)
-    log_sums = [
-        merge(
-            statistics(one, reverse=False), shift=0, first_query=0, pairs=count, backend=backend
-        ).query_log_sum
-        for one, count in ((whole, 30), (whole.transposed(), 100))
-    ]
-    of_queries, of_candidates = log_sums
-    everything = slice(0, 30), slice(0, 1)
-    at_once = direction_gradient(whole, of_queries, of_candidates, *everything)
-    parts = [
-        direction_gradient(block(whole, a, b), of_queries, of_candidates[:, a:b], *everything)
-        for a, b in ((0, 15), (15, 90), (90, 100))
-    ]
-    torch.testing.assert_close(sum(parts), at_once, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_candidates_statistics_are_those_of_the_transposed_matrix(backend) -> None:
     whole = similarity(200, 210, 5, backend)
-    options = {"first_query": 0, "pairs": 200, "backend": backend}
-    both = merge(statistics(whole, reverse=True), shift=5, **options)
+    both = statistics(whole, reverse=True)
     turned = statistics(whole.transposed(), reverse=False)
-    turned = merge(turned, shift=-5, first_query=5, pairs=200, backend=backend)
     torch.testing.assert_close(both.candidate_log_sum, turned.query_log_sum)
     torch.testing.assert_close(both.terms[1], turned.terms[0])
     assert both.candidate_log_sum is not None
@@ -168,9 +88,7 @@ def test_the_kernel_s_statistics_are_the_reference_s(backend) -> None:
     whole = similarity(70, 90, 3, backend)
     dense = torch.nn.functional.normalize(whole.queries[0], dim=1).double()
     dense = dense @ torch.nn.functional.normalize(whole.candidates[0], dim=1).double().T / 0.07
-    found = merge(
-        statistics(whole, reverse=True), shift=3, first_query=0, pairs=70, backend=backend
-    )
+    found = statistics(whole, reverse=True)
     torch.testing.assert_close(
         found.query_log_sum[0].double(), dense.logsumexp(1), rtol=1e-5, atol=1e-5
     )
@@ -187,7 +105,8 @@ def test_row_blocks_cover_the_queries_once_within_their_bytes(candidates: int) -
     x = torch.empty(1, 5000, 4, dtype=torch.bfloat16)
     y = torch.empty(1, candidates, 4, dtype=torch.bfloat16)
     matrix = Similarity(x, y, x[..., 0], y[..., 0], x[0, 0, 0], 0, "triton")
-    found = list(row_blocks(matrix))
+    groups, found = zip(*row_blocks(matrix), strict=True)
+    assert all(list(range(1))[group] == [0] for group in groups)
     covered = [row for block in found for row in range(block.start, block.stop)]
     assert covered == list(range(5000))
     most = max(block.stop - block.start for block in found)

@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
+from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes, largest_divisor
 from cavmae.trainer.config.configs import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -42,7 +42,7 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
         config,
         lanes=lanes,
         steps=steps,
-        micro_batch=_largest_divisor(per_rank, config.micro_batch),
+        micro_batch=largest_divisor(per_rank, config.micro_batch),
         threads_per_rank=threads,
         initial_weights=config.initial_weights and str(Path(config.initial_weights).absolute()),
     )
@@ -92,7 +92,3 @@ def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
         return
     for field in dataclasses.fields(value):
         yield from _leaves(f"{name}.{field.name}", getattr(value, field.name))
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)

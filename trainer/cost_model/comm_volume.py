@@ -15,7 +15,7 @@ from torch import nn
 
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive_groups import Layout, contrastive_layout
+from cavmae.trainer.losses.contrastive_groups import step_layout
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
@@ -131,17 +131,7 @@ def collectives(
 def embeds_first(config: PretrainConfig, world_size: int) -> bool:
     """Return whether a step has forward passes without gradients before those with them."""
     contrasts = config.loss.contrastive_weight > 0
-    return contrasts and _layout(config, world_size, config.micro_batch) == "cached"
-
-
-def _layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
-    return contrastive_layout(
-        group_size=config.loss.contrastive_group or config.global_batch,
-        global_batch=config.global_batch,
-        micro_batch=micro_batch,
-        lanes=config.lanes,
-        world_size=world_size,
-    )
+    return contrasts and step_layout(config, world_size, config.micro_batch) == "cached"
 
 
 def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purpose, int]:
@@ -152,40 +142,16 @@ def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purp
     return totals
 
 
-def embedding_gathers(
-    *,
-    world_size: int,
-    rows: int,
-    width: int,
-    value_bytes: int,
-    bidirectional: bool,
-    log_sum_bytes: int = 4,
-) -> Collective:
-    """Return the collectives of one contrastive loss over ranks and its gradient.
-
-    Args:
-        world_size: ranks.
-        rows: clips of each rank.
-        width: of an embedding.
-        value_bytes: of one value of an embedding.
-        bidirectional: whether both directions are in the loss.
-        log_sum_bytes: of one statistic: 4, or 8 for float64 embeddings.
-    """
-    directions = 2 if bidirectional else 1
-    own = 2 * rows * width * value_bytes + directions * rows * log_sum_bytes
-    return Collective("embeddings", "all_gather", world_size * own, 2 + directions)
-
-
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
-    if _layout(config, world_size, micro_batch=config.global_batch) == "local":
+    """Return the gathers of the contrastive loss over ranks, and of its gradient."""
+    if step_layout(config, world_size, micro_batch=config.global_batch) == "local":
         return ()  # no group spans ranks
     times = 1 if cached else micro_batches(config, world_size)
-    gathers = embedding_gathers(
-        world_size=world_size,
-        rows=config.global_batch // world_size // times,
-        width=config.model.width,
-        value_bytes=element_bytes(config),
-        bidirectional=config.loss.bidirectional,
+    directions = 2 if config.loss.bidirectional else 1
+    # Both embeddings of each clip, and the float32 log of its sum in each direction.
+    clip_bytes = 2 * config.model.width * element_bytes(config) + 4 * directions
+    gathers = Collective(
+        "embeddings", "all_gather", config.global_batch // times * clip_bytes, 2 + directions
     )
     return times * (gathers,)
 

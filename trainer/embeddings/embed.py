@@ -22,11 +22,12 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
-    FileWriter,
     Origin,
+    as_table,
     claimed,
     file_account,
     file_name,
+    write_file,
 )
 from cavmae.trainer.evaluation.inference import embedding, output_batches, whole_clips
 from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, provenance
@@ -186,17 +187,17 @@ def write_files(
         batches = output_batches(embedding(model), loader, device, origin.torch_dtype)
         batch = next(batches, None)
         for number, here in zip(numbers, places, strict=True):
-            with FileWriter(out, shards, number, origin) as file:
-                while batch is not None and int(batch.clips.positions[0]) in here:
-                    file.add(batch)
-                    batch = next(batches, None)
-                file.finish(
-                    [
-                        (clip.sample_id, clip.reason, clip.detail)
-                        for clip in loader.quarantine
-                        if clip.position in here
-                    ]
-                )
+            tables = []
+            while batch is not None and int(batch.clips.positions[0]) in here:
+                tables.append(as_table(batch, shards, origin))
+                batch = next(batches, None)
+            skipped = [
+                (clip.sample_id, clip.reason, clip.detail)
+                for clip in loader.quarantine
+                if clip.position in here
+            ]
+            assert sum(map(len, tables)) + len(skipped) == shards.sizes[number]
+            write_file(out / file_name(shards, number), tables, origin, skipped)
             yield number
     finally:
         loader.close()

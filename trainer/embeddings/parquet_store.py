@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from cavmae.atomic_write import commit, read_json, remove_leftovers, temporary_path
+from cavmae.atomic_write import atomic_write, read_json, remove_leftovers
 from cavmae.dataloaders.packing.output_folder import locked
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.serialize import load_config, save_config
@@ -94,84 +94,51 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
         yield
 
 
-class FileWriter:
-    """Writes the embeddings of one shard. A context: without `finish`, nothing is left.
+def as_table(batch: OutputBatch, shards: ShardSet, origin: Origin) -> pa.Table:
+    """Describe clips of a set and their embeddings, a row each."""
+    clips, frames = batch.clips, batch.values["frames"]
+    places = [shards.at(position) for position in clips.positions.tolist()]
+    described = [shards.description(*place) for place in places]
+    sources = [one["source"] for one in described]
+    columns = {
+        "position": clips.positions.numpy(),
+        "sample_id": clips.sample_ids,
+        "labels": clips.labels,
+        "source_path": [source["path"] for source in sources],
+        "source_start_seconds": [source["start_seconds"] for source in sources],
+        "source_end_seconds": [source["end_seconds"] for source in sources],
+        "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
+        "frame_seconds": _lists(clips.frame_seconds.numpy()),
+        "audio_embedding": _lists(batch.values["audio"].numpy()),
+        "video_embedding": _lists(middle_frame(frames).contiguous().numpy()),
+    }
+    if origin.frames > 1:
+        columns["frame_embeddings"] = _lists(frames.numpy())
+    return pa.table(columns, schema=_arrow_schema(origin))
+
+
+def write_file(
+    path: Path, tables: Sequence[pa.Table], origin: Origin, skipped: Sequence[tuple[str, str, str]]
+) -> None:
+    """Write the file of a shard atomically.
 
     Args:
-        folder: of the embeddings.
-        shards: the set.
-        shard: its number.
+        path: of the file.
+        tables: its clips, in packing order.
         origin: of the folder.
+        skipped: id, reason and detail of each clip of the shard that has no row.
     """
-
-    def __init__(self, folder: Path, shards: ShardSet, shard: int, origin: Origin) -> None:
-        self._path = folder / file_name(shards, shard)
-        # Two processes may write the same file if one was given up but still runs.
-        self._temporary = temporary_path(self._path)
-        self._shards, self._shard, self._origin = shards, shard, origin
-        self._schema = _arrow_schema(origin)
-        strings = ["sample_id", "source_path", "labels.list.element"]
-        # Vectors do not get smaller.
-        options: dict[str, Any] = {
-            "compression": dict.fromkeys(strings, "zstd"),
-            "use_dictionary": strings,
-        }
-        self._writer = pq.ParquetWriter(self._temporary, self._schema, **options)
-        self._waiting: list[pa.Table] = []
-        self._rows = 0
-
-    def __enter__(self) -> "FileWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def add(self, batch: OutputBatch) -> None:
-        """Add clips of the shard, in packing order."""
-        self._rows += len(batch.clips.positions)
-        self._waiting.append(self._table(batch))
-        if sum(map(len, self._waiting)) >= ROWS_TOGETHER:
-            self._flush()
-
-    def finish(self, skipped: Sequence[tuple[str, str, str]]) -> None:
-        """Put the file in its place.
-
-        Args:
-            skipped: id, reason and detail of each clip of the shard that has no row.
-        """
-        assert self._rows + len(skipped) == self._shards.sizes[self._shard]
-        self._flush()
-        note = {"origin": dataclasses.asdict(self._origin), "skipped": skipped}
-        self._writer.add_key_value_metadata({_NOTE: json.dumps(note)})
-        self._writer.close()
-        commit(self._temporary, self._path)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
-        self._waiting = []
-
-    def _table(self, batch: OutputBatch) -> pa.Table:
-        clips, frames = batch.clips, batch.values["frames"]
-        places = [self._shards.at(position) for position in clips.positions.tolist()]
-        described = [self._shards.description(*place) for place in places]
-        sources = [one["source"] for one in described]
-        columns = {
-            "position": clips.positions.numpy(),
-            "sample_id": clips.sample_ids,
-            "labels": clips.labels,
-            "source_path": [source["path"] for source in sources],
-            "source_start_seconds": [source["start_seconds"] for source in sources],
-            "source_end_seconds": [source["end_seconds"] for source in sources],
-            "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
-            "frame_seconds": _lists(clips.frame_seconds.numpy()),
-            "audio_embedding": _lists(batch.values["audio"].numpy()),
-            "video_embedding": _lists(middle_frame(frames).contiguous().numpy()),
-        }
-        if self._origin.frames > 1:
-            columns["frame_embeddings"] = _lists(frames.numpy())
-        return pa.table(columns, schema=self._schema)
+    note = json.dumps({"origin": dataclasses.asdict(origin), "skipped": skipped})
+    table = pa.concat_tables([_arrow_schema(origin).empty_table(), *tables])
+    strings = ["sample_id", "source_path", "labels.list.element"]
+    # Vectors do not get smaller.
+    options: dict[str, Any] = {
+        "compression": dict.fromkeys(strings, "zstd"),
+        "use_dictionary": strings,
+        "row_group_size": ROWS_TOGETHER,
+    }
+    with atomic_write(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({_NOTE: note}), temporary, **options)
 
 
 def _lists(values: np.ndarray) -> pa.Array:

@@ -31,22 +31,14 @@ def waveform_from_log_mel(log_mel: torch.Tensor, *, iterations: int, seed: int) 
     """Compute a waveform whose log-mel is close to the one given; its level is kept.
 
     Args:
-        log_mel: (frames, mel_bins) float32, natural log, not normalised and without padding.
-        iterations: of Griffin-Lim.
+        log_mel: (frames, mel_bins) float32, natural log, not normalised and without padding; one
+            frame or more.
+        iterations: of Griffin-Lim, 1 or more.
         seed: of the phases that it begins with, which are the same on every device.
 
     Returns:
         ((frames - 1) * 160 + 400,) float32 mono at 16 kHz, mostly in -1 to 1.
-
-    Raises:
-        ValueError: a log-mel without a frame, or fewer iterations than 1.
     """
-    if log_mel.ndim != 2 or len(log_mel) == 0:
-        raise ValueError(
-            f"log_mel has shape {tuple(log_mel.shape)}; give (frames, mel_bins), one frame or more"
-        )
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; use 1 or more")
     magnitude = power_from_mel(log_mel.exp()).sqrt()  # (frames, 257)
     phases = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(seed))
     direction = torch.polar(torch.ones_like(phases), 2 * torch.pi * phases).to(log_mel.device)

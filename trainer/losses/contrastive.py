@@ -7,28 +7,19 @@ needs of the others' clips only the logarithms of their sums, one number a clip 
 gradients themselves are never exchanged.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from cavmae.kernels import Backend, ContrastiveResult, contrastive_loss, default_backend
-from cavmae.kernels.similarity import (
-    Similarity,
-    direction_gradient,
-    inverse_norms,
-    merge,
-    project,
-    row_blocks,
-    statistics,
-)
+from cavmae.kernels.similarity import Similarity, inverse_norms, query_gradients, statistics
 from cavmae.trainer.config.configs import LossConfig
 from cavmae.trainer.losses.contrastive_groups import OwnGroup
 
 
-@dataclass
-class Pairs:
+class Pairs(NamedTuple):
     """Attributes: audio, video (batch, width) embeddings; positions (batch,) int64 in the plan."""
 
     audio: torch.Tensor
@@ -38,11 +29,7 @@ class Pairs:
 
 def concatenate(parts: list[Pairs]) -> Pairs:
     """The pairs of several micro-batches as one."""
-    return Pairs(
-        torch.cat([part.audio for part in parts]),
-        torch.cat([part.video for part in parts]),
-        torch.cat([part.positions for part in parts]),
-    )
+    return Pairs(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def local_loss(pairs: Pairs, config: LossConfig, group_size: int) -> ContrastiveResult:
@@ -108,15 +95,9 @@ class _ExchangedContrastive(torch.autograd.Function):
         terms = []
         for direction in ctx.directions:
             for group in groups:
-                merged = merge(
-                    statistics(_similarity(ctx, group, direction), reverse=False),
-                    shift=0,
-                    first_query=0,
-                    pairs=len(group.own),
-                    backend=backend,
-                )
-                ctx.log_sums[direction][group.own] = merged.query_log_sum[0]
-                terms.append(merged.terms[0])
+                found = statistics(_similarity(ctx, group, direction), reverse=False)
+                ctx.log_sums[direction][group.own] = found.query_log_sum[0]
+                terms.append(found.terms[0])
         loss, accuracy = torch.cat(terms, dim=1).mean(1)
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
@@ -129,29 +110,18 @@ class _ExchangedContrastive(torch.autograd.Function):
         log_sums = tuple(gather_ranks(own) for own in ctx.log_sums)
         factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(ctx.sides[0]))
         gradients = []
-        for side, (embeddings, inverse) in enumerate(zip(ctx.sides, ctx.inverses, strict=True)):
-            toward = inverse.new_empty(embeddings.shape)
+        for side, embeddings in enumerate(ctx.sides):
+            gradient = torch.empty_like(embeddings)
             for group in ctx.groups:
                 own_log_sum = others_log_sum = None
                 if side in ctx.directions:
                     own_log_sum = ctx.log_sums[side][group.own][None]
                 if 1 - side in ctx.directions:
                     others_log_sum = group.select(log_sums[1 - side])[None]
-                similarity = _similarity(ctx, group, side)
-                for rows in row_blocks(similarity):
-                    toward[group.own[rows]] = direction_gradient(
-                        similarity, own_log_sum, others_log_sum, rows, slice(0, 1)
-                    )[0]
-            gradient, alignment = torch.empty_like(embeddings), torch.empty_like(inverse)
-            project(
-                toward[None],
-                embeddings[None],
-                inverse[None],
-                factor,
-                gradient[None],
-                alignment[None],
-                ctx.backend,
-            )
+                of_own, _ = query_gradients(
+                    _similarity(ctx, group, side), own_log_sum, others_log_sum, factor
+                )
+                gradient[group.own] = of_own[0]
             gradients.append(gradient)
         return *gradients, None, None, None, None
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cavmae.dataloaders.sampling.sample_plan import rank_positions
+from cavmae.trainer.config.configs import PretrainConfig
 
 Layout = Literal["local", "gathered", "cached"]
 
@@ -29,6 +30,17 @@ def contrastive_layout(
     if span_micro_batches:
         return "cached"
     return "gathered" if span_ranks else "local"
+
+
+def step_layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
+    """Return where the groups of a run's steps lie, of which a rank takes `micro_batch` at once."""
+    return contrastive_layout(
+        group_size=config.loss.contrastive_group or config.global_batch,
+        global_batch=config.global_batch,
+        micro_batch=micro_batch,
+        lanes=config.lanes,
+        world_size=world_size,
+    )
 
 
 def _places(global_batch: int, lanes: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:

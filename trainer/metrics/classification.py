@@ -51,11 +51,6 @@ class ClassificationScores:
         """Classes skipped in `mean_average_precision`."""
         return tuple(k for k, value in enumerate(self.average_precision) if value is None)
 
-    @property
-    def classes_without_auc(self) -> tuple[int, ...]:
-        """Classes skipped in `mean_auc` and `d_prime`."""
-        return tuple(k for k, value in enumerate(self.auc) if value is None)
-
     def as_metrics(self) -> dict[str, float]:
         """Return flat numbers for a tracker: `mean_average_precision`,
         `mean_average_precision_low`, ..., and how many classes are in each mean; without intervals
@@ -64,8 +59,8 @@ class ClassificationScores:
         for name in ("mean_average_precision", "mean_auc", "d_prime", "accuracy"):
             metrics |= getattr(self, name).as_metrics(name)
         for name in ("average_precision", "auc"):
-            skipped = getattr(self, f"classes_without_{name}")
-            metrics[f"classes_with_{name}"] = float(len(getattr(self, name)) - len(skipped))
+            scored = [value for value in getattr(self, name) if value is not None]
+            metrics[f"classes_with_{name}"] = float(len(scored))
         return metrics
 
 
@@ -93,10 +88,6 @@ def classification_scores(
     """
     scores, targets = scores.detach().cpu().double(), targets.detach().cpu().double()
     _check(scores, targets)
-    if resamples < 2 and resamples:
-        raise ValueError(
-            f"resamples is {resamples}; use 2 or more, such as 1000, or 0 for no intervals"
-        )
     correct = (scores.argmax(dim=1) == targets.argmax(dim=1)).float()  # (clips,)
     classes = [_RankedClass.of(s, t) for s, t in zip(scores.T, targets.T, strict=True)]
 

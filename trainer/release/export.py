@@ -70,23 +70,12 @@ class ExportConfig:
     """Std of the log-mel that a weights file was trained on; a run has its own."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A model to export.
-
-    Attributes:
-        model: on the CPU, in eval mode.
-        spec: its sizes and preprocessing.
-        provenance: the card's sections on its training.
-    """
-
-    model: Model
-    spec: ModelSpec
-    provenance: str
-
-
-def open_source(config: ExportConfig) -> Source:
+def open_source(config: ExportConfig) -> tuple[Model, ModelSpec, str]:
     """Open a finished run or a weights file.
+
+    Returns:
+        The model on the CPU in eval mode, its sizes and preprocessing, and the card's sections on
+        its training.
 
     Raises:
         ValueError: it is neither, the weights do not fit, or fields of a file are set for a run.
@@ -98,7 +87,7 @@ def open_source(config: ExportConfig) -> Source:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         model = _model_of_file(path, config.model)
         spec = _spec_of(model, config.log_mel_mean, config.log_mel_std)
-        return Source(model, spec, provenance_of_file(path, sha256))
+        return model, spec, provenance_of_file(path, sha256)
     run = open_trained(path)
     default = ExportConfig(config.source, config.out)
     for name in ("model", "log_mel_mean", "log_mel_std"):
@@ -111,7 +100,7 @@ def open_source(config: ExportConfig) -> Source:
     if isinstance(run, TrainedClassifier):
         mode, labels = run.config.classifier.mode, run.labels.names
         spec = dataclasses.replace(spec, mode=mode, labels=labels)
-    return Source(model, spec, provenance_of_run(run))
+    return model, spec, provenance_of_run(run)
 
 
 def export(config: ExportConfig) -> None:
@@ -127,13 +116,13 @@ def export(config: ExportConfig) -> None:
         raise ValueError(f"out is {out}, which is not an empty folder; give a new one")
     if "onnx" in config.format:
         check_onnx_installed()
-    source = open_source(config)
-    model, parts = source.model, _parts(source, config)
-    hub = hub_model(model, source.spec)
+    model, spec, provenance = open_source(config)
+    parts = _parts(model, spec, config)
+    hub = hub_model(model, spec)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "README.md") as temporary:
-        model_card(source.spec, source.provenance).save(temporary)
-    save_config(source.spec, out / "config.json")
+        model_card(spec, provenance).save(temporary)
+    save_config(spec, out / "config.json")
     if "hub" in config.format:
         hub.save_pretrained(out)
         print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")
@@ -194,13 +183,13 @@ def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
     return model.eval()
 
 
-def _parts(source: Source, config: ExportConfig) -> tuple[Part, ...]:
+def _parts(model: Model, spec: ModelSpec, config: ExportConfig) -> tuple[Part, ...]:
     """Return the parts to write as graphs.
 
     Raises:
         ValueError: the model lacks one, or no format has graphs.
     """
-    parts = parts_of(source.model)
+    parts = parts_of(model)
     for part in config.what:
         if part not in parts:
             raise ValueError(f"what is {part}, which this model lacks; it has {', '.join(parts)}")
@@ -209,8 +198,7 @@ def _parts(source: Source, config: ExportConfig) -> tuple[Part, ...]:
             f"what is {' '.join(config.what)}, and format {' '.join(config.format)} has no parts; "
             "add torch or onnx to format, or do not set what"
         )
-    mode = source.spec.mode
-    return config.what or ((mode,) if mode else parts)
+    return config.what or ((spec.mode,) if spec.mode else parts)
 
 
 def main(arguments: list[str]) -> int:

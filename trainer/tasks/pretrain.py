@@ -1,7 +1,6 @@
 """Pretraining: masked reconstruction and contrast of a step's samples (paper section 3)."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,14 +11,13 @@ from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.losses.contrastive import Pairs, concatenate, exchanged_loss, local_loss
-from cavmae.trainer.losses.contrastive_groups import contrastive_layout, own_groups
+from cavmae.trainer.losses.contrastive_groups import own_groups, step_layout
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.tasks.build_model import autoencoder
-from cavmae.trainer.tasks.pretrain_validation import PretrainScores, score
+from cavmae.trainer.tasks.pretrain_validation import score
 from cavmae.trainer.tasks.task import Validation
-from cavmae.trainer.tracking.figures import plot_reconstructions, plot_similarity
 
 
 class PretrainTask:
@@ -48,13 +46,7 @@ class PretrainTask:
         self._reconstruct = config.loss.reconstruction_weight > 0
         self._contrast = config.loss.contrastive_weight > 0
         self.group_size = config.loss.contrastive_group or config.global_batch
-        self.layout = contrastive_layout(
-            group_size=self.group_size,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
-            world_size=ranks.world_size,
-        )
+        self.layout = step_layout(config, ranks.world_size, config.micro_batch)
         self._groups = own_groups(
             group_size=self.group_size,
             global_batch=config.global_batch,
@@ -107,10 +99,7 @@ class PretrainTask:
         Raises:
             ValueError: there are fewer than two clips in all.
         """
-        scores = score(
-            model, batches, self._config, pictures=self._config.pictures, device=self._device
-        )
-        return Validation(scores.metrics, lambda folder, step: self._draw(scores, folder, step))
+        return score(model, batches, self._config, self._device)
 
     def _forward(
         self, engine: Engine, batch: AudioVideoBatch, *, reconstruct: bool
@@ -176,21 +165,3 @@ class PretrainTask:
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.detach()
-
-    def _draw(self, scores: PretrainScores, folder: Path, step: int) -> list[Path]:
-        paths = [folder / f"similarity-step-{step:09d}.png"]
-        plot_similarity(paths[0], scores.similarity)
-        clips = scores.pictures
-        if clips.predicted_audio is not None and clips.predicted_video is not None:
-            paths.append(folder / f"reconstruction-step-{step:09d}.png")
-            plot_reconstructions(
-                paths[1],
-                clips.log_mel,
-                clips.frame,
-                clips.audio_mask,
-                clips.video_mask,
-                clips.predicted_audio,
-                clips.predicted_video,
-                norm_pix=self._config.loss.norm_pix,
-            )
-        return paths

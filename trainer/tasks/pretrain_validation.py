@@ -4,8 +4,9 @@ Clips are embedded unmasked for retrieval, as the published evaluation does, and
 losses, each with the mask of its index in the set.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,35 +18,11 @@ from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.losses.contrastive import Pairs, concatenate, local_loss
 from cavmae.trainer.metrics.retrieval import retrieval_scores
+from cavmae.trainer.model.cavmae import PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.masking import random_masks
-
-
-@dataclass(frozen=True)
-class PretrainScores:
-    """Scores on the validation clips.
-
-    Attributes:
-        metrics: values by name, `val_...`.
-        similarity: (clips, clips) cosines, audio by video, of the first 200 clips, on CPU.
-        pictures: the first clips of this rank, as `figures.plot_reconstructions` shows them.
-    """
-
-    metrics: dict[str, float]
-    similarity: torch.Tensor
-    pictures: "PictureClips"
-
-
-@dataclass(frozen=True)
-class PictureClips:
-    """The first validation clips, masked and reconstructed; tensors on CPU."""
-
-    log_mel: torch.Tensor
-    frame: torch.Tensor
-    audio_mask: MaskIds
-    video_mask: MaskIds
-    predicted_audio: torch.Tensor | None
-    predicted_video: torch.Tensor | None
+from cavmae.trainer.tasks.task import Validation
+from cavmae.trainer.tracking.figures import plot_reconstructions, plot_similarity
 
 
 def full_masks(model: ModelConfig, batch: int, device: torch.device) -> tuple[MaskIds, MaskIds]:
@@ -62,18 +39,19 @@ def score(
     model: nn.Module,
     batches: Iterable[AudioVideoBatch],
     config: PretrainConfig,
-    *,
-    pictures: int,
     device: torch.device,
-) -> PretrainScores:
+) -> Validation:
     """Score the model on validation clips; all ranks call it and get the same numbers.
 
     Args:
         model: the pretraining model in evaluation mode, this rank's part of it if sharded.
         batches: this rank's clips; positions are the clips' indexes in the set.
         config: resolved run.
-        pictures: clips of this rank's first batch to return reconstructed.
         device: this rank's device.
+
+    Returns:
+        The scores, with figures of the similarities of the first 200 clips and, of this rank's
+        first ones, reconstructions.
 
     Raises:
         ValueError: there are fewer than two clips in all.
@@ -82,7 +60,7 @@ def score(
     unmasked: list[Pairs] = []
     masked: list[Pairs] = []
     reconstruction: list[torch.Tensor] = []
-    shown: PictureClips | None = None
+    plot_clips: Callable[[Path], None] | None = None
     for batch, counts in in_lockstep(batches, device):
         positions = batch.positions.to(device)
         log_mel, frame = batch.log_mel, batch.frames[:, 0]
@@ -92,14 +70,14 @@ def score(
             unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
         masks = random_masks(config.model, config.mask, positions, seed=config.seed)
-        first = shown is None
+        first = reconstruct and plot_clips is None
         output = model(
             log_mel,
             frame,
             *masks,
             reconstruct=reconstruct,
             norm_pix=config.loss.norm_pix,
-            predict_all=first and reconstruct,
+            predict_all=first,
         )
         if not counts:
             continue
@@ -108,8 +86,7 @@ def score(
             parts = torch.stack([output.reconstruction_audio, output.reconstruction_video])
             reconstruction.append(parts.double() * len(positions))
         if first:
-            shown = _first_clips(pictures, log_mel, frame, masks, output)
-    assert shown is not None
+            plot_clips = _plot_of_first_clips(config, log_mel, frame, masks, output)
 
     everyone = _in_order(_gather_pairs(concatenate(unmasked)))
     metrics = _val_losses(_gather_pairs(concatenate(masked)), config)
@@ -133,24 +110,29 @@ def score(
     shown_clips = min(clips, 200)
     audio = torch.nn.functional.normalize(everyone.audio[:shown_clips], dim=-1)
     video = torch.nn.functional.normalize(everyone.video[:shown_clips], dim=-1)
-    return PretrainScores(
-        metrics={f"val_{name}": value for name, value in metrics.items()},
-        similarity=(audio @ video.T).cpu(),
-        pictures=shown,
-    )
+    similarity = (audio @ video.T).cpu()
+
+    def draw(folder: Path, step: int) -> list[Path]:
+        paths = [folder / f"similarity-step-{step:09d}.png"]
+        plot_similarity(paths[0], similarity)
+        if plot_clips is not None:
+            paths.append(folder / f"reconstruction-step-{step:09d}.png")
+            plot_clips(paths[1])
+        return paths
+
+    return Validation({f"val_{name}": value for name, value in metrics.items()}, draw)
 
 
 def _gather_pairs(own: Pairs) -> Pairs:
     """Gather the pairs of all ranks on every rank."""
-    return Pairs(*(gather_uneven(part) for part in (own.audio, own.video, own.positions)))
+    return Pairs(*map(gather_uneven, own))
 
 
 def _val_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
     """Compute the contrastive loss over consecutive whole groups, skipping the clips after them."""
     group = min(config.loss.contrastive_group or config.global_batch, len(pairs.positions))
     whole = len(pairs.positions) // group * group
-    pairs = _in_order(pairs)
-    pairs = Pairs(pairs.audio[:whole], pairs.video[:whole], pairs.positions[:whole])
+    pairs = Pairs(*(part[:whole] for part in _in_order(pairs)))
     result = local_loss(pairs, config.loss, group)
     return {
         "loss_contrastive": result.loss.item(),
@@ -160,25 +142,30 @@ def _val_losses(pairs: Pairs, config: PretrainConfig) -> dict[str, float]:
 
 def _in_order(pairs: Pairs) -> Pairs:
     order = torch.argsort(pairs.positions)
-    return Pairs(pairs.audio[order], pairs.video[order], pairs.positions[order])
+    return Pairs(*(part[order] for part in pairs))
 
 
-def _first_clips(
-    count: int,
+def _plot_of_first_clips(
+    config: PretrainConfig,
     log_mel: torch.Tensor,
     frame: torch.Tensor,
     masks: tuple[MaskIds, MaskIds],
-    output: object,
-) -> PictureClips:
-    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x[:count].float().cpu()
+    output: PretrainOutput,
+) -> Callable[[Path], None]:
+    """Keep the first clips of a batch on the CPU; returns what plots them."""
 
-    audio_mask, video_mask = (MaskIds(*(ids[:count].cpu() for ids in mask)) for mask in masks)
-    return PictureClips(
-        log_mel=log_mel[:count].cpu(),
-        frame=frame[:count].cpu(),
+    def first(x: torch.Tensor | None) -> torch.Tensor:
+        assert x is not None
+        return x[: config.pictures].cpu()
+
+    audio_mask, video_mask = (MaskIds(*map(first, mask)) for mask in masks)
+    return partial(
+        plot_reconstructions,
+        log_mel=first(log_mel),
+        frame=first(frame),
         audio_mask=audio_mask,
         video_mask=video_mask,
-        predicted_audio=cut(getattr(output, "predicted_audio", None)),
-        predicted_video=cut(getattr(output, "predicted_video", None)),
+        predicted_audio=first(output.predicted_audio),
+        predicted_video=first(output.predicted_video),
+        norm_pix=config.loss.norm_pix,
     )

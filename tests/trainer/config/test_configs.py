@@ -31,6 +31,8 @@ from cavmae.trainer.model.config import MaskConfig, ModelConfig
         (lambda: EngineConfig(compile=True, zero_stage=3), r"engine.compile.*zero_stage is 3"),
         (lambda: EngineConfig(offload_optimizer=True, zero_stage=0), r"engine.zero_stage is 0"),
         (lambda: ValidationConfig(every_steps=0), r"validation.every_steps is 0"),
+        (lambda: ClassifierConfig(label_smoothing=1.0), r"classifier.label_smoothing is 1.0"),
+        (lambda: ClassifierConfig(label_smoothing=-0.1), r"label_smoothing is -0.1; use 0"),
         (lambda: PretrainConfig(lanes=7), r"lanes is 7.*global_batch 48"),
         (lambda: PretrainConfig(loss=LossConfig(contrastive_group=7)), r"contrastive_group is 7"),
     ],

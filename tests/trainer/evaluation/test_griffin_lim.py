@@ -68,15 +68,3 @@ def test_powers_are_never_below_zero_and_explain_the_mel_powers() -> None:
     loud = mel > mel.amax(1, keepdim=True) * 1e-6
     difference = ((found @ filters).clamp(min=1e-20).log() - mel.clamp(min=1e-20).log()).abs()
     assert difference[loud].mean() < 0.1
-
-
-@pytest.mark.parametrize(
-    ("frames", "iterations", "message"),
-    [
-        (0, 10, r"log_mel has shape \(0, 128\); give \(frames, mel_bins\), one frame or more"),
-        (3, 0, "iterations is 0; use 1 or more"),
-    ],
-)
-def test_what_has_no_sound_is_refused(frames: int, iterations: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        waveform_from_log_mel(torch.zeros(frames, 128), iterations=iterations, seed=0)

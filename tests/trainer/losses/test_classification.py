@@ -48,12 +48,6 @@ def test_without_smoothing_targets_are_the_labels() -> None:
     assert torch.equal(mixed_targets(LABELS, OTHER, torch.ones(2), 0.0), LABELS)
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
-def test_a_smoothing_that_is_no_share_is_refused(smoothing: float) -> None:
-    with pytest.raises(ValueError, match=f"label smoothing is {smoothing}"):
-        smoothed_targets(LABELS, smoothing)
-
-
 def test_another_number_of_labels_than_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 4\) and targets \(2, 3\).*one class a label"):
         classification_loss(LOGITS, LABELS[:, :3], "bce")

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from launch import run_ranks
 
-from cavmae.trainer.cost_model.comm_volume import embedding_gathers, sent_bytes
+from cavmae.trainer.config.configs import EngineConfig, LossConfig, PretrainConfig
+from cavmae.trainer.cost_model.comm_volume import TensorSizes, collectives, sent_by_purpose
 from cavmae.trainer.losses.contrastive_groups import contrastive_layout
+from cavmae.trainer.model.config import ModelConfig
 
 SCRIPT = Path(__file__).with_name("contrastive_ranks.py")
 WORLD_SIZE = 3
@@ -42,15 +44,17 @@ def test_loss_accuracy_and_gradients_are_those_of_one_process(results, index: in
 @pytest.mark.parametrize("index", range(len(CASES)), ids=case_name)
 def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: int) -> None:
     case = CASES[index]
-    expected = embedding_gathers(
-        world_size=WORLD_SIZE,
-        rows=case["global_batch"] // WORLD_SIZE,
-        width=16,
-        value_bytes=8,
-        log_sum_bytes=8,
-        bidirectional=case["bidirectional"],
+    config = PretrainConfig(
+        global_batch=case["global_batch"],
+        micro_batch=case["global_batch"] // WORLD_SIZE,
+        lanes=case["lanes"],
+        model=ModelConfig(width=16, heads=2),
+        loss=LossConfig(bidirectional=case["bidirectional"]),
+        engine=EngineConfig(dtype="fp32"),
     )
-    assert results[index]["received_bytes"] == sent_bytes(expected, WORLD_SIZE)
+    found = collectives(config, TensorSizes((16,), ()), WORLD_SIZE)
+    expected = 2 * sent_by_purpose(found, WORLD_SIZE)["embeddings"]  # the ranks' are float64
+    assert results[index]["received_bytes"] == expected
 
 
 @pytest.mark.parametrize(
