@@ -43,6 +43,7 @@ from cavmae.dataloaders.sampling.sample_plan import (
     rank_positions,
 )
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import RemoteFolder
 
 MAXIMUM_SUBSTITUTES = 100
 
@@ -321,7 +322,9 @@ def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> No
 def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
     """Warn if the cache is smaller than the remote bytes in use at a time."""
     remote = sum(
-        file.bytes for file, one in zip(shards.files, shards.sets, strict=True) if one.remote
+        file.bytes
+        for file, number in zip(shards.files, shards.set_of, strict=True)
+        if isinstance(shards.storages[number], RemoteFolder)
     )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     in_use = min(remote, ranks * lanes * config.shuffle_window * remote // shards.samples)

@@ -133,7 +133,7 @@ def _histogram(seconds: np.ndarray) -> Table:
 def _skipped(shards: ShardSet) -> Counter[str]:
     """Reasons in the `report.jsonl` beside local tiers."""
     found: Counter[str] = Counter()
-    for storage in {id(one.storage): one.storage for one in shards.sets}.values():
+    for storage in shards.storages:
         if isinstance(storage, LocalFolder):
             report = storage.folder.parent / "report.jsonl"
             lines = report.read_text().splitlines() if report.is_file() else []
