@@ -55,9 +55,7 @@ def open_storage(folder: str | Path, cache: CacheSettings | None) -> "Storage":
     protocol, colon, _ = text.partition(":")
     if colon and protocol.lower() == "pipe":
         raise ValueError(f"{text} would run a command; give a folder or a URL of an object store")
-    if "://" not in text:
-        return LocalFolder(Path(text))
-    if protocol == "file":
+    if protocol == "file" or "://" not in text:
         return LocalFolder(Path(text.removeprefix("file://")))
     return RemoteFolder(text, cache)
 
