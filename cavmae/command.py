@@ -22,20 +22,17 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("CAVMAE_DEBUG") == "1" or not _is_user_error(error):
+        # Of a system's own error (no such file, disk full) and of one that our code raised, the
+        # message alone tells the user what to fix; one from inside a library is a bug to report.
+        user_error = isinstance(error, OSError) or raised_by_us(error)
+        if os.environ.get("CAVMAE_DEBUG") == "1" or not user_error:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _is_user_error(error: Exception) -> bool:
-    """Return whether the message alone tells the user what to fix.
-
-    True for the system's own errors (no such file, disk full) and for an error that our code
-    raised; one from inside a library is a bug to report, with its traceback.
-    """
-    if isinstance(error, OSError):
-        return True
+def raised_by_us(error: Exception) -> bool:
+    """Return whether the package's own code raised an error, not a library that it calls."""
     last = list(traceback.walk_tb(error.__traceback__))[-1][0]
     module = last.f_globals.get("__spec__")
     return getattr(module, "name", "").startswith("cavmae.")

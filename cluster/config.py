@@ -84,10 +84,7 @@ class RayFinetuneConfig(FinetuneConfig):
 
 
 RayRunConfig = RayPretrainConfig | RayFinetuneConfig
-RAY_KINDS: list[type[RayPretrainConfig] | type[RayFinetuneConfig]] = [
-    RayPretrainConfig,
-    RayFinetuneConfig,
-]
+RAY_KINDS = [RayPretrainConfig, RayFinetuneConfig]
 
 
 def without_cluster(config: RayRunConfig) -> RunConfig:

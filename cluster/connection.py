@@ -128,12 +128,16 @@ def passed_on() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
 
 
+def source_tree() -> Path | None:
+    """Return the folder of the package's code; None where it is an installed wheel."""
+    tree = Path(cavmae.__file__).resolve().parent.parent
+    return None if tree == Path(sysconfig.get_path("purelib")).resolve() else tree
+
+
 def _worker_environment(threads: int) -> dict[str, str]:
     """Return the workers' environment, which is set before a worker imports anything."""
     environment = passed_on() | _RAY_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-    tree = Path(cavmae.__file__).resolve().parent.parent
-    if tree != Path(sysconfig.get_path("purelib")).resolve():
-        # Not an installed wheel: the workers must run this tree, whatever else is installed.
+    if tree := source_tree():  # the workers must run it, whatever else is installed
         path = [str(tree), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment["PYTHONPATH"] = os.pathsep.join(path)
     return environment

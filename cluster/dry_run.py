@@ -97,9 +97,8 @@ def dry_run(config: RayRunConfig) -> int:
 def _where(found: Placement) -> list[str]:
     lines = [f"placement ({found.rests_on}): nodes {len(found.shares)}"]
     lines += [
-        f"  {share.node}: rank {share.first}"
-        + (f" to {share.last}" if share.last > share.first else "")
-        for share in found.shares[:_NODES_SHOWN]
+        f"  {node}: rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        for node, ranks in found.shares[:_NODES_SHOWN]
     ]
     if len(found.shares) > _NODES_SHOWN:
         lines.append(f"  and {len(found.shares) - _NODES_SHOWN} more nodes")

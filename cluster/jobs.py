@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import cavmae
-from cavmae.cluster.config import RAY_KINDS
-from cavmae.cluster.connection import passed_on
+from cavmae.cluster.connection import passed_on, source_tree
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
-from cavmae.cluster.train import check_run, with_absolute_paths
-from cavmae.trainer.config.parse import parse
+from cavmae.cluster.train import checked_job
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import git_commit
@@ -45,9 +41,7 @@ _TABLE_WIDTH = 160
 
 def submit(arguments: list[str]) -> int:
     """`cavmae submit RECIPE [--field value ...]`, with the words of `cavmae train`."""
-    config = parse(arguments, RAY_KINDS, "cavmae submit")
-    check_run(config)
-    with_absolute_paths(config, None)
+    config = checked_job(arguments, "cavmae submit")
     if arguments[0].endswith(".json") and not Path(arguments[0]).is_absolute():
         raise ValueError(
             f"{arguments[0]} is relative to this folder; give a path that the cluster's head has"
@@ -90,10 +84,8 @@ def _runtime_env() -> dict[str, Any]:
     """Return what Ray sends to the job: this tree's code, and variables for driver and ranks. An
     installed wheel is not sent: the nodes have theirs."""
     environment = passed_on() | {"CAVMAE_COMMIT": git_commit() or "", VARIABLE: "1"}
-    tree = Path(cavmae.__file__).resolve().parent.parent
-    if tree == Path(sysconfig.get_path("purelib")).resolve():
-        return {"env_vars": environment}
-    return {"working_dir": str(tree), "env_vars": environment}
+    tree = source_tree()
+    return {"env_vars": environment} | ({"working_dir": str(tree)} if tree else {})
 
 
 def _client(address: str, name: str = "") -> "JobSubmissionClient":

@@ -97,7 +97,9 @@ class ClusterFilesConfig(CheckedFields):
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     config = tyro.cli(ClusterFilesConfig, prog="cavmae cluster-files", args=arguments)
-    check_words(config)
+    from cavmae.cluster.train import checked_job  # `--help` does without torch
+
+    checked_job(config.words[2:], "--run")
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -108,21 +110,6 @@ def main(arguments: list[str]) -> int:
                 temporary.chmod(0o755)
         Console().print(str(path), soft_wrap=True, highlight=False)
     return 0
-
-
-def check_words(config: ClusterFilesConfig) -> None:
-    """Refuse now what the cluster would refuse in an hour.
-
-    Raises:
-        ValueError: `run` is not a run, or has a path relative to this folder.
-    """
-    from cavmae.cluster.config import RAY_KINDS
-    from cavmae.cluster.train import check_run, with_absolute_paths
-    from cavmae.trainer.config.parse import parse
-
-    run = parse(config.words[2:], RAY_KINDS, "--run")
-    check_run(run)
-    with_absolute_paths(run, None)
 
 
 def render(name: str, config: ClusterFilesConfig) -> str:

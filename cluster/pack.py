@@ -7,7 +7,6 @@ the bottleneck, pack the list in parts.
 """
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.dataloaders.packing import pack
-from cavmae.dataloaders.process_pool import TaskLimits, run_in_order
+from cavmae.dataloaders.process_pool import TaskLimits, made_ahead, run_in_order
 
 CLIPS_TOGETHER = 16
 """Clips of one Ray task, whose worker process takes a second to start."""
@@ -25,12 +24,7 @@ TASKS_PER_CORE = 2
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    return pack.main(argv, on_ray=on_ray)
-
-
-def on_ray(address: str) -> pack.Executor:
-    """Return the executor of a cluster; empty: the one that RAY_ADDRESS names, else a new one."""
-    return partial(_run_in_order, address)
+    return pack.main(argv, on_ray=lambda address: partial(_run_in_order, address))
 
 
 def _run_in_order(
@@ -44,7 +38,7 @@ def _run_in_order(
     """Do as `run_in_order` does, on Ray.
 
     Args:
-        address: address of the cluster.
+        address: of the cluster; empty: the one that RAY_ADDRESS names, else a new one.
         workers: cores of a cluster that is started here; a running one is used whole.
     """
     with connected(ClusterConfig(workers=workers, address=address), threads=1):
@@ -52,14 +46,11 @@ def _run_in_order(
 
         task = ray.remote(num_cpus=1, max_retries=3)(_run_some)
         limit = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        under_way: deque[Any] = deque()
-        tasks = iter(arguments)
-        while some := tuple(itertools.islice(tasks, CLIPS_TOGETHER)):
-            under_way.append(task.remote(function, some, limits))
-            if len(under_way) == limit:
-                yield from ray.get(under_way.popleft())
-        while under_way:
-            yield from ray.get(under_way.popleft())
+        clips = iter(arguments)
+        parts = iter(lambda: tuple(itertools.islice(clips, CLIPS_TOGETHER)), ())
+        under_way = (task.remote(function, part, limits) for part in parts)
+        for results in made_ahead(under_way, limit):
+            yield from ray.get(results)
 
 
 def _run_some(function: Callable[[Any], Any], some: tuple[Any, ...], limits: TaskLimits) -> Any:

@@ -12,27 +12,18 @@ from cavmae.cluster.connection import address_of, connected
 
 
 @dataclass(frozen=True)
-class Share:
-    """Ranks `first` to `last` on the node of that name."""
-
-    node: str
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
 class Placement:
-    """Attributes: shares, by rank; waiting, number of ranks without a node; rests_on, the source of
-    the node list."""
+    """Attributes: shares, name and ranks of each node; waiting, number of ranks without a node;
+    rests_on, the source of the node list."""
 
-    shares: tuple[Share, ...]
+    shares: list[tuple[str, range]]
     waiting: int
     rests_on: str
 
     @property
     def most_on_a_node(self) -> int:
         """Number of ranks on the fullest node; 1 where none is placed."""
-        return max((share.last - share.first + 1 for share in self.shares), default=1)
+        return max((len(ranks) for _, ranks in self.shares), default=1)
 
 
 def placement(cluster: ClusterConfig) -> Placement:
@@ -71,9 +62,9 @@ def packed(workers: int, slots: list[tuple[str, int]], rests_on: str) -> Placeme
     for node, room in sorted(slots, key=lambda slot: -slot[1]):
         count = min(room, workers - placed)
         if count > 0:
-            shares.append(Share(node, placed, placed + count - 1))
+            shares.append((node, range(placed, placed + count)))
             placed += count
-    return Placement(tuple(shares), workers - placed, rests_on)
+    return Placement(shares, workers - placed, rests_on)
 
 
 def _slots_of_cluster(cluster: ClusterConfig) -> list[tuple[str, int]]:

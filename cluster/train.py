@@ -67,37 +67,29 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
         ValueError, OSError: an error that the user has to fix, of the driver or of any rank.
         TrainingError: the ranks failed for good.
     """
-    with LauncherStatus(Path(config.run_dir)) as status:
-        return _train_on_ray(config, status, make_hooks)
-
-
-def _train_on_ray(
-    config: RayRunConfig, status: LauncherStatus, make_hooks: MakeHooks | None
-) -> RunSummary:
     cluster = config.cluster
-    check_run(config)
-    if not address_of(cluster):
-        ShardSet(config.data.train_folders)  # fail on a wrong path before Ray is started
-    threads = config.threads_per_rank or cluster.cpus_per_worker
-    with connected(cluster, threads) as working_folder:
-        if shortage := report_shortage(cluster):
-            status.change("waiting", reason=shortage)
-        resolved = with_absolute_paths(config, working_folder)
-        resolved = dataclasses.replace(resolved, threads_per_rank=threads)
-        run_dir = Path(resolved.run_dir)
-        withdraw_request(run_dir)  # of an earlier attempt
-        with _sigterm_requests_stop(run_dir, config.checkpoint.grace_seconds) as signals:
-            while True:
-                summary = _fit(resolved, make_hooks)
-                if signals or not _should_restart(summary):
-                    return summary
-                status.change("restarting", reason=summary.stopped)
-                print(
-                    f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
-                    "Restarting the ranks.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    with LauncherStatus(Path(config.run_dir)) as status:
+        check_run(config)
+        if not address_of(cluster):
+            ShardSet(config.data.train_folders)  # fail on a wrong path before Ray is started
+        threads = config.threads_per_rank or cluster.cpus_per_worker
+        with connected(cluster, threads) as working_folder:
+            if shortage := report_shortage(cluster):
+                status.change("waiting", reason=shortage)
+            resolved = with_absolute_paths(config, working_folder)
+            resolved = dataclasses.replace(resolved, threads_per_rank=threads)
+            run_dir = Path(resolved.run_dir)
+            withdraw_request(run_dir)  # of an earlier attempt
+            with _sigterm_requests_stop(run_dir, config.checkpoint.grace_seconds) as signals:
+                while _should_restart(summary := _fit(resolved, make_hooks)) and not signals:
+                    status.change("restarting", reason=summary.stopped)
+                    print(
+                        f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
+                        "Restarting the ranks.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                return summary
 
 
 def check_run(config: RayRunConfig) -> None:
@@ -111,10 +103,20 @@ def check_run(config: RayRunConfig) -> None:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
 
 
+def checked_job(words: list[str], program: str) -> RayRunConfig:
+    """Parse the arguments of `cavmae train`, and refuse now what a job would refuse in an hour.
+
+    Raises:
+        ValueError: they are not a run, or a path is relative to this folder.
+    """
+    config = parse(words, RAY_KINDS, program)
+    check_run(config)
+    with_absolute_paths(config, None)
+    return config
+
+
 def _should_restart(summary: RunSummary) -> bool:
     """Return whether the ranks stopped to be restarted elsewhere, or with more of them."""
-    if not summary.stopped:
-        return False
     from cavmae.cluster.elastic import MORE_FIT
     from cavmae.cluster.worker import NODE_PREEMPTED
 
@@ -215,8 +217,7 @@ def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
             elastic_resize_monitor_interval_s=cluster.resize_every_seconds,
             placement_strategy="PACK",  # GPUs of one node first
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker}
-            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            resources_per_worker={"CPU": cluster.cpus_per_worker},
         ),
         run_config=RunConfig(
             storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),

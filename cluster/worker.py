@@ -12,6 +12,7 @@ from typing import Any
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cavmae.command import raised_by_us
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.run import run
 from cavmae.trainer.run_status import write_status
@@ -72,7 +73,7 @@ def is_permanent(error: Exception) -> bool:
 
     if isinstance(error, (*_PERMANENT_OS_ERRORS, DataFaultError)):
         return True
-    return isinstance(error, ValueError) and _raised_by_us(error)
+    return isinstance(error, ValueError) and raised_by_us(error)
 
 
 def _is_of_another_rank(error: Exception) -> bool:
@@ -80,13 +81,6 @@ def _is_of_another_rank(error: Exception) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
-
-
-def _raised_by_us(error: Exception) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("cavmae.")
 
 
 class FailureReport(UserCallback):

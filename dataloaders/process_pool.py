@@ -23,12 +23,14 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 LOOKAHEAD_PER_WORKER = 8
 """Tasks of `run_in_order` that are submitted or finished while an earlier one runs."""
@@ -214,13 +216,19 @@ def run_in_order(
         RuntimeError: the processes do not start.
     """
     with closing(ProcessPool(job, workers, limits)) as pool:
-        pending: deque[Future[Any]] = deque()
-        for task in tasks:
-            pending.append(pool.submit(task))
-            if len(pending) == workers * LOOKAHEAD_PER_WORKER:
-                yield _result_or_failure(pending.popleft())
-        while pending:
-            yield _result_or_failure(pending.popleft())
+        for future in made_ahead(map(pool.submit, tasks), workers * LOOKAHEAD_PER_WORKER):
+            yield _result_or_failure(future)
+
+
+def made_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield items, such as futures, in order, each when `count` have been made, itself included."""
+    pending: deque[T] = deque()
+    for item in items:
+        pending.append(item)
+        if len(pending) == count:
+            yield pending.popleft()
+    while pending:
+        yield pending.popleft()
 
 
 def _result_or_failure(future: "Future[Any]") -> Any:

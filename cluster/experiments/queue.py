@@ -48,14 +48,6 @@ class QueueConfig:
     is started and stopped with the queue."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """Next actions of the queue: runs to start, and runs to preempt."""
-
-    start: list[Experiment]
-    preempt: list[Experiment]
-
-
 def main(arguments: list[str]) -> int:
     """Run the command; returns 0 if every run finished, else 1."""
     config, words = tyro.cli(
@@ -92,8 +84,10 @@ def _stop(_signal: int, _frame: object) -> None:
     raise SystemExit(START_AGAIN_EXIT_CODE)
 
 
-def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
-    """Decide which runs to start, and which to preempt for runs that cannot start otherwise.
+def next_step(
+    experiments: Sequence[Experiment], capacity: Need
+) -> tuple[list[Experiment], list[Experiment]]:
+    """Return the runs to start, and those to preempt for runs that cannot start otherwise.
 
     While a run waits, runs of lower priority use the resources that do not suffice for it, as they
     can be preempted; runs of the same priority wait behind it.
@@ -116,10 +110,7 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
             free -= one.need
             continue
         blocked = one.priority
-        available = free
-        for other in active:
-            if other.state == "stopping":
-                available += other.need
+        available = sum((other.need for other in active if other.state == "stopping"), free)
         lower = [o for o in active if o.state == "running" and o.priority < one.priority]
         chosen = []
         for other in sorted(reversed(lower), key=lambda other: other.priority):
@@ -130,7 +121,7 @@ def next_step(experiments: Sequence[Experiment], capacity: Need) -> Step:
         if one.need.fits(available):  # what becomes free is for this one
             preempt += chosen
             break
-    return Step(start, preempt)
+    return start, preempt
 
 
 def _run(
@@ -162,12 +153,12 @@ def _run(
                     f"{one.name} waits: it needs {one.need}, the cluster has {capacity}",
                     file=sys.stderr,
                 )
-        step = next_step(experiments, capacity)
-        for one in step.preempt:
+        start, preempt = next_step(experiments, capacity)
+        for one in preempt:
             _set_state(one, "stopping")
             if one.driver is not None:
                 one.driver.request_stop()
-        for one in step.start:
+        for one in start:
             _set_state(one, "running")
             one.driver = Driver(
                 [*one.words, f"--address={address}"], folder / "drivers" / f"{one.name}.log"

@@ -68,37 +68,31 @@ def main(arguments: list[str]) -> int:
 
     with connected(own, threads=1):
         signal.signal(signal.SIGTERM, stop)
-        trials = _tune(sweep, folder, signals)
+        results = _tune(sweep, folder)
         _wait_for_drivers(folder)
-    states = {trial.name: trial.state for trial in trials}
+    states, measured = {}, []
+    for name, result in sorted(results.items()):
+        if result.error:
+            states[name] = "failed"
+        elif (folder / name / "summary.json").exists():
+            states[name] = "finished"
+        else:
+            states[name] = "preempted" if signals else "stopped early"
+        value = (result.metrics or {}).get(sweep.metric)
+        if value is not None:
+            measured.append((value, name))
     compare(folder, states, Console())
-    measured = [(trial.value, trial) for trial in trials if trial.value is not None]
     if measured:
-        value, best = (max if sweep.mode == "max" else min)(measured, key=lambda pair: pair[0])
-        print(f"best {sweep.metric}: {value:.4g}, {best.name}: {' '.join(best.words)}")
+        value, name = (max if sweep.mode == "max" else min)(measured, key=lambda pair: pair[0])
+        words = words_of(results[name].config or {})
+        print(f"best {sweep.metric}: {value:.4g}, {name}: {' '.join(words)}")
     if signals:
         return START_AGAIN_EXIT_CODE
     return 1 if "failed" in states.values() else 0
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Outcome of a trial.
-
-    Attributes:
-        name: name of its run folder.
-        state: finished, stopped early, preempted (with the sweep) or failed.
-        value: the metric's last value; None: it was never measured.
-        words: its sampled fields.
-    """
-
-    name: str
-    state: str
-    value: float | None
-    words: list[str]
-
-
-def _tune(sweep: Sweep, folder: Path, signals: list[int]) -> list[Trial]:
+def _tune(sweep: Sweep, folder: Path) -> dict[str, Any]:
+    """Run the trials; returns Tune's results by the names of their run folders."""
     os.environ |= {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     import ray
     from ray import tune
@@ -155,19 +149,7 @@ def _tune(sweep: Sweep, folder: Path, signals: list[int]) -> list[Trial]:
                 verbose=0,
             ),
         )
-    trials = []
-    for result in tuner.fit():
-        metrics = result.metrics or {}
-        name = _trial_name(str(metrics["trial_id"]))
-        if result.error:
-            state = "failed"
-        elif (folder / name / "summary.json").exists():
-            state = "finished"
-        else:
-            state = "preempted" if signals else "stopped early"
-        words = words_of(result.config or {})
-        trials.append(Trial(name, state, metrics.get(sweep.metric), words))
-    return sorted(trials, key=lambda trial: trial.name)
+    return {_trial_name((result.metrics or {})["trial_id"]): result for result in tuner.fit()}
 
 
 def _trial_name(trial_id: str) -> str:

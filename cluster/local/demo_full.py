@@ -116,6 +116,8 @@ class Demo:
 def main(arguments: list[str]) -> int:
     """Run the command; returns 0 if every step beats its baseline by the margin, else 1."""
     config = tyro.cli(DemoFullConfig, prog="cavmae demo-full", args=arguments)
+    from cavmae.trainer.tasks.labels import read_labels  # `--help` does without torch
+
     folder = Path(config.folder)
     demo = Demo(folder, Console(soft_wrap=True, highlight=False))
     run, classifier = folder / "run", folder / "classifier"
@@ -132,7 +134,7 @@ def main(arguments: list[str]) -> int:
     words += [f"--data.train={train}", f"--data.validation={unseen}"]
     demo.run("fine-tune", words, weights=pretrained, out=classifier, resumes=True)
     loss = read_json(classifier / "summary.json")["scores"]["val_loss"]
-    classes = _classes(classifier)
+    classes = len(read_labels(classifier / "labels.csv"))
     uniform = math.log(classes)  # cross-entropy of equal probabilities
     baseline = f"uniform guess {uniform:.3f}; half of it"
     demo.judge("fine-tune", f"validation loss {loss:.3f}", baseline, 2 * loss < uniform)
@@ -203,12 +205,6 @@ def _evaluate(demo: Demo, kind: str, words: list[str], weights: Path) -> dict[st
     out = demo.folder / "results" / f"{kind}.json"
     demo.run(kind, ["evaluate", kind, *words, f"--out={out}"], weights=weights, out=out)
     return read_json(out)
-
-
-def _classes(classifier: Path) -> int:
-    from cavmae.trainer.tasks.labels import read_labels  # `--help` does without torch
-
-    return len(read_labels(classifier / "labels.csv"))
 
 
 def _share(name: str, value: float, low: float) -> str:

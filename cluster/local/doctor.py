@@ -9,7 +9,6 @@ import re
 import sys
 import tomllib
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -159,7 +158,7 @@ def tracking_store(uri: str, run_dir: Path) -> Finding:
 
 def shard_access(folder: str, data: DataConfig) -> Finding:
     """Check that the first clip of a set can be read, and decoded by DALI."""
-    from cavmae.dataloaders.loading.quarantine import find_culprits, try_clip
+    from cavmae.dataloaders.loading.quarantine import find_culprits
     from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
     from cavmae.dataloaders.shards.shard_set import ShardSet
 
@@ -168,7 +167,7 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
     try:
         shards = ShardSet(folder, data.cache)
         settings = ReaderSettings(shards, data, ClipShape(1024, 128, 224), 0, False, gpu)
-        bad = find_culprits(partial(try_clip, settings), shards, [ReadTask(0, 0, 0, 0)])
+        bad = find_culprits(settings, [ReadTask(0, 0, 0, 0)])
     except (OSError, ValueError, ImportError) as error:
         advice = "check path, network and credentials; docs/training/data.md lists the URLs"
         return Finding(name, "problem", " ".join(str(error).split()), advice)

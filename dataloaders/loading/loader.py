@@ -31,7 +31,6 @@ from cavmae.dataloaders.loading.quarantine import (
     Quarantine,
     QuarantinedSample,
     find_culprits,
-    try_clip,
 )
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask, check_frame_choice
 from cavmae.dataloaders.sampling.mixture import MixturePlan, training_plan
@@ -43,6 +42,7 @@ from cavmae.dataloaders.sampling.sample_plan import (
     rank_positions,
 )
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import RemoteFolder
 
 MAXIMUM_SUBSTITUTES = 100
 
@@ -114,7 +114,7 @@ class TrainLoader:
                 if task.position >= start_position
                 and task.position % lanes * world_size // lanes == rank
             ]
-            for bad in find_culprits(partial(try_clip, settings), shards, suspects):
+            for bad in find_culprits(settings, suspects):
                 self._quarantine.add(bad)
         stream = ClipStream(
             settings,
@@ -138,11 +138,10 @@ class TrainLoader:
             OSError: a shard cannot be read.
             DataFaultError: more clips are damaged than `config.max_bad_fraction` allows.
         """
-        while True:
-            batch = _on_current_stream(self._prefetcher.next())
+        for batch in self._prefetcher:
             self.wait_seconds = self._prefetcher.wait_seconds
             self._last_position = int(batch.positions[-1])
-            yield batch
+            yield _on_current_stream(batch)
 
     @property
     def quarantine(self) -> list[QuarantinedSample]:
@@ -152,9 +151,7 @@ class TrainLoader:
         again.
         """
         return [
-            sample
-            for sample in list(self._quarantine.samples)
-            if sample.position <= self._last_position
+            sample for sample in self._quarantine.samples if sample.position <= self._last_position
         ]
 
     def close(self) -> None:
@@ -207,16 +204,10 @@ class ValidationLoader:
         self._settings = _settings(config, folder, shape, 0, device, training=False)
         shards = self._settings.shards
         self._quarantine = Quarantine(shards, (), config.max_bad_fraction)
-        self._count = min(limit, shards.samples) if limit else shards.samples
-        own = range(self._count * rank // world_size, self._count * (rank + 1) // world_size)
+        count = min(limit, shards.samples) if limit else shards.samples
+        own = range(count * rank // world_size, count * (rank + 1) // world_size)
         self._parts = (own,) if parts is None else parts
-        if parts is not None:
-            self._count = sum(map(len, parts))
         self._end: weakref.finalize | None = None
-
-    def __len__(self) -> int:
-        """Number of clips over all ranks."""
-        return self._count
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
         """Start over from the first clip; ends an earlier iteration of this loader.
@@ -240,18 +231,13 @@ class ValidationLoader:
         )
         prefetcher = Prefetcher(stream.batches(positions), self._settings.config.prefetch_batches)
         self._end = weakref.finalize(self, _end, prefetcher, stream)
-        while True:
-            try:
-                batch = prefetcher.next()
-            except StopIteration:
-                self.close()
-                return
-            yield _on_current_stream(batch)
+        yield from map(_on_current_stream, prefetcher)
+        self.close()
 
     @property
     def quarantine(self) -> list[QuarantinedSample]:
         """Excluded clips of this rank's part."""
-        return list(self._quarantine.samples)
+        return self._quarantine.samples
 
     def close(self) -> None:
         """End readers and decoders of an unfinished iteration."""
@@ -321,7 +307,9 @@ def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> No
 def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:
     """Warn if the cache is smaller than the remote bytes in use at a time."""
     remote = sum(
-        file.bytes for file, one in zip(shards.files, shards.sets, strict=True) if one.remote
+        file.bytes
+        for file, number in zip(shards.files, shards.set_of, strict=True)
+        if isinstance(shards.storages[number], RemoteFolder)
     )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     in_use = min(remote, ranks * lanes * config.shuffle_window * remote // shards.samples)

@@ -7,11 +7,9 @@ work. Damaged clips are replaced on the way.
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -26,7 +24,7 @@ from cavmae.dataloaders.loading.augment import (
     spec_augment,
 )
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodedClips, DecodeError
-from cavmae.dataloaders.loading.quarantine import Journal, Quarantine, find_culprits, try_clip
+from cavmae.dataloaders.loading.quarantine import Journal, Quarantine, find_culprits
 from cavmae.dataloaders.loading.reader import (
     BadSample,
     ClipReader,
@@ -36,7 +34,7 @@ from cavmae.dataloaders.loading.reader import (
     StorageError,
 )
 from cavmae.dataloaders.media.log_mel import log_mel
-from cavmae.dataloaders.process_pool import Failure, ProcessPool
+from cavmae.dataloaders.process_pool import Failure, ProcessPool, made_ahead
 
 MAXIMUM_DEATHS = 5
 """Reader processes that may die while reading intact clips before the run stops."""
@@ -65,7 +63,6 @@ class ClipStream:
         journal: Journal | None,
     ):
         self._settings = settings
-        self._shards = settings.shards
         self._config = config = settings.config
         self._device = torch.device("cpu" if settings.gpu is None else f"cuda:{settings.gpu}")
         self._maximum_batch = maximum_batch
@@ -73,9 +70,7 @@ class ClipStream:
         self._choose = choose
         self._journal = journal
         self._side_stream = None if settings.gpu is None else torch.cuda.Stream(self._device)
-        self._trial = partial(try_clip, settings)
         self._pool = ProcessPool(ClipReader(settings), config.reader_workers)
-        self._augmentation = settings.augmentation
         self._deaths = 0
         count = config.video_pipelines
         self._decoders: list[ClipDecoder | None] = [None] * count
@@ -105,46 +100,39 @@ class ClipStream:
     # ------------------------------------------------------------------------------- reading
 
     def _read(self, positions: Iterable[np.ndarray]) -> Iterator[list[EncodedClip]]:
-        pending: deque[list[tuple[ReadTask, Future[Any]]]] = deque()
-        for some in positions:
-            pending.append([(task, self._pool.submit(task)) for task in self._choose(some)])
-            if len(pending) > self._config.prefetch_batches:
-                yield from self._received(pending.popleft())
-        while pending:
-            yield from self._received(pending.popleft())
+        submitted = (
+            [(task, self._pool.submit(task)) for task in self._choose(some)] for some in positions
+        )
+        for batch in made_ahead(submitted, self._config.prefetch_batches + 1):
+            answers = ((task, self._answer(task, future)) for task, future in batch)
+            clips = [clip for task, answer in answers for clip in self._intact_clip(task, answer)]
+            self._quarantine.seen += len(clips)
+            if clips:
+                yield clips
 
-    def _received(self, batch: list[tuple[ReadTask, "Future[Any]"]]) -> Iterator[list[EncodedClip]]:
-        clips = [clip for task, future in batch for clip in self._intact_clip(task, future)]
-        self._quarantine.count_seen(len(clips))
-        if clips:
-            yield clips
-
-    def _intact_clip(self, task: ReadTask, future: "Future[Any]") -> list[EncodedClip]:
-        """The clip of a submitted task, its replacement, or none."""
+    def _intact_clip(
+        self, task: ReadTask, answer: EncodedClip | BadSample | StorageError
+    ) -> list[EncodedClip]:
+        """The clip that a reader made of a task, its replacement, or none."""
         while True:
-            answer = self._answer(task, future)
             if isinstance(answer, StorageError):
                 raise OSError(answer.detail)
             if isinstance(answer, BadSample):
                 self._quarantine.add(answer)
             if isinstance(answer, EncodedClip) and not self._quarantine.excludes(task):
                 return [answer]
-            replacement = self._replacement(task)
-            if not replacement:
+            chosen = self._choose(np.array([task.position]))
+            replacements = [one for one in chosen if one.mixed_in == task.mixed_in]
+            if not replacements:
                 return []
-            task = replacement[0]
-            future = self._pool.submit(task)
-
-    def _replacement(self, task: ReadTask) -> list[ReadTask]:
-        """The task that replaces an excluded clip, if there is one."""
-        chosen = self._choose(np.array([task.position]))
-        return [one for one in chosen if one.mixed_in == task.mixed_in]
+            (task,) = replacements
+            answer = self._answer(task, self._pool.submit(task))
 
     def _answer(
         self, task: ReadTask, future: "Future[Any]"
     ) -> EncodedClip | BadSample | StorageError:
         while isinstance(answer := future.result(), Failure):
-            culprits = find_culprits(self._trial, self._shards, [task])
+            culprits = find_culprits(self._settings, [task])
             if culprits:
                 return culprits[0]
             self._deaths += 1
@@ -198,7 +186,7 @@ class ClipStream:
                 # An earlier batch has quarantined a clip of which this one decodes an intact frame.
             except DecodeError as error:
                 self._decoders[slot] = None
-                culprits = find_culprits(self._trial, self._shards, [clip.task for clip in clips])
+                culprits = find_culprits(self._settings, [clip.task for clip in clips])
                 if not culprits and unexplained is not None:
                     raise RuntimeError(
                         f"DALI refused a batch twice whose clips it decodes one by one: {error}"
@@ -206,20 +194,11 @@ class ClipStream:
                 unexplained = None if culprits else error
                 for bad in culprits:
                     self._quarantine.add(bad)
-            clips = [usable for clip in clips for usable in self._clip_or_replacement(clip)]
+            clips = [intact for clip in clips for intact in self._intact_clip(clip.task, clip)]
             self._decoding[slot] = []
             if clips:
                 self._schedule(slot, clips)
         return []
-
-    def _clip_or_replacement(self, clip: EncodedClip) -> list[EncodedClip]:
-        if not self._quarantine.excludes(clip.task):
-            return [clip]
-        return [
-            replacement
-            for task in self._replacement(clip.task)
-            for replacement in self._intact_clip(task, self._pool.submit(task))
-        ]
 
     # ----------------------------------------------------------------------------- finishing
 
@@ -230,7 +209,8 @@ class ClipStream:
     def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
         own = [clip for clip in clips if not clip.task.mixed_in]
         mixed_labels = {clip.task.position: clip.labels for clip in clips[len(own) :]}
-        shape, augmentation, seed = self._settings.shape, self._augmentation, self._settings.seed
+        settings = self._settings
+        shape, augmentation, seed = settings.shape, settings.augmentation, settings.seed
         weights = torch.tensor(
             [mixup_lambda(augmentation, seed, clip.task.position) for clip in own]
         )

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -14,7 +15,7 @@ CLOSE_SECONDS = 10.0
 
 
 class Prefetcher(Generic[T]):
-    """Computes the items of an iterator in a background thread; `next` re-raises its exceptions.
+    """Computes the items of an iterator in a background thread, and re-raises its exceptions.
 
     Args:
         items: consumed by the thread alone.
@@ -31,7 +32,10 @@ class Prefetcher(Generic[T]):
         self._thread = threading.Thread(target=self._make, args=(items,), daemon=True)
         self._thread.start()
 
-    def next(self) -> T:
+    def __iter__(self) -> "Prefetcher[T]":
+        return self
+
+    def __next__(self) -> T:
         """Wait for the next item.
 
         Raises:
@@ -62,22 +66,18 @@ class Prefetcher(Generic[T]):
                 if not self._put((item, None)):
                     return
             self._put((None, StopIteration()))
-        except Exception as error:  # raised again by `next`
+        except Exception as error:  # raised again by `__next__`
             self._put((None, error))
 
     def _get(self) -> tuple[T | None, Exception | None]:
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Empty):
                 return self._queue.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
         return None, RuntimeError("the loader is closed; make a new one")
 
     def _put(self, entry: tuple[T | None, Exception | None]) -> bool:
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Full):
                 self._queue.put(entry, timeout=POLL_SECONDS)
                 return True
-            except queue.Full:
-                continue
         return False

@@ -7,9 +7,10 @@ run resumes after a crash, from the journal that the rank wrote before it decode
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,6 +64,9 @@ class Quarantine:
         known: ids, or ids with reasons, of clips found bad before; excluded from the start.
         max_bad_fraction: limit for the clips seen from now on.
 
+    Attributes:
+        seen: number of clips read from now on, for the reader to count.
+
     Raises:
         ValueError: a known id is not in the set.
     """
@@ -75,21 +79,23 @@ class Quarantine:
     ):
         self._folder = shards.folder
         self._max_bad_fraction = max_bad_fraction
-        self._seen = 0
+        self.seen = 0
         reasons: dict[str, str] = {}
         for item in known:
             sample_id, reason = (item, "known_before") if isinstance(item, str) else item
             reasons.setdefault(sample_id, reason)
-        self.samples = [QuarantinedSample(*pair) for pair in reasons.items()]
-        self._known = len(self.samples)
-        self._excluded_from = dict.fromkeys(
-            _places(shards, [sample.sample_id for sample in self.samples]), -1
-        )
+        samples = [QuarantinedSample(*pair) for pair in reasons.items()]
+        self._excluded = dict(zip(_places(shards, reasons), samples, strict=True))
+
+    @property
+    def samples(self) -> list[QuarantinedSample]:
+        """The excluded clips, those known before first, in the order in which they were found."""
+        return list(self._excluded.values())
 
     def excludes(self, task: ReadTask) -> bool:
         """Whether the task's sample must not be used at the task's position."""
-        first = self._excluded_from.get((task.shard, task.sample))
-        return first is not None and task.position >= first
+        found = self._excluded.get((task.shard, task.sample))
+        return found is not None and task.position >= found.position
 
     def add(self, bad: BadSample) -> None:
         """Exclude a clip from its task's position on; it is listed once, with the first position
@@ -102,21 +108,16 @@ class Quarantine:
         if self.excludes(task):
             return
         place = (task.shard, task.sample)
+        # It may have been found as a substitute, before its own position was read.
+        self._excluded.pop(place, None)
         found = QuarantinedSample(bad.sample_id, bad.reason, bad.detail, task.position)
-        if place in self._excluded_from:  # As a substitute, before its own position was read.
-            self.samples = [one for one in self.samples if one.sample_id != found.sample_id]
-        self._excluded_from[place] = task.position
-        self.samples.append(found)
+        self._excluded[place] = found
         log.warning("quarantined %s: %s (%s)", bad.sample_id, bad.reason, bad.detail)
         self._check()
 
-    def count_seen(self, clips: int) -> None:
-        """Count clips that were read."""
-        self._seen += clips
-
     def _check(self) -> None:
-        bad = self.samples[self._known :]
-        if len(bad) <= max(ALWAYS_ALLOWED, self._max_bad_fraction * self._seen):
+        bad = [sample for sample in self.samples if sample.position >= 0]
+        if len(bad) <= max(ALWAYS_ALLOWED, self._max_bad_fraction * self.seen):
             return
         reasons = Counter(sample.reason for sample in bad)
         examples = {sample.reason: sample.sample_id for sample in reversed(bad)}
@@ -126,7 +127,7 @@ class Quarantine:
             for reason, count in reasons.most_common()
         )
         raise DataFaultError(
-            f"{len(bad)} clips of {self._folder} cannot be used and {self._seen} could so far, "
+            f"{len(bad)} clips of {self._folder} cannot be used and {self.seen} could so far, "
             f"over data.max_bad_fraction = {self._max_bad_fraction}:\n{table}\n"
             f"See `cavmae verify {self._folder}`; pack the clips again, or raise the fraction."
         )
@@ -194,10 +195,6 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-Trial = Callable[[ReadTask], BadSample | StorageError | None]
-"""Finds out in a separate process what is wrong with a clip."""
-
-
 def try_clip(settings: ReaderSettings, task: ReadTask) -> BadSample | StorageError | None:
     """Read and decode one clip like the rank does; returns what is wrong with it, or None."""
     clip = ClipReader(settings)(task)
@@ -212,9 +209,7 @@ def try_clip(settings: ReaderSettings, task: ReadTask) -> BadSample | StorageErr
     return None
 
 
-def find_culprits(
-    trial: Trial, shards: ShardSet, tasks: Iterable[ReadTask], seconds: float = TRIAL_SECONDS
-) -> list[BadSample]:
+def find_culprits(settings: ReaderSettings, tasks: list[ReadTask]) -> list[BadSample]:
     """Try clips one by one in a separate process; returns those that cannot be decoded.
 
     A crash or a hang of the decoder counts as well.
@@ -222,17 +217,17 @@ def find_culprits(
     Raises:
         OSError: a shard cannot be read.
     """
-    tasks = list(tasks)
     culprits: list[BadSample] = []
     if not tasks:
         return culprits
-    with closing(ProcessPool(trial, 1, TaskLimits(seconds))) as pool:
+    trial = partial(try_clip, settings)
+    with closing(ProcessPool(trial, 1, TaskLimits(TRIAL_SECONDS))) as pool:
         for task in tasks:
             finding = pool.submit(task).result()
             if isinstance(finding, StorageError):
                 raise OSError(finding.detail)
             if isinstance(finding, Failure):
-                sample_id = shards.sample_id(task.shard, task.sample)
+                sample_id = settings.shards.sample_id(task.shard, task.sample)
                 reason = "decoder_hang" if finding.reason == "timeout" else "decoder_crash"
                 finding = BadSample(task, sample_id, reason, finding.detail)
             if finding is not None:

@@ -9,7 +9,6 @@ and its locality, and sets of very different sizes can be mixed.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,13 +19,6 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 
 BLOCK = 1000
 """Slots of a lane in which each set has its exact weight; the resolution of weights."""
-
-
-class _Block(NamedTuple):
-    """The set of each slot of a block, and the number of that set's earlier slots in the block."""
-
-    which: np.ndarray
-    before: np.ndarray
 
 
 class MixturePlan:
@@ -89,18 +81,19 @@ class MixturePlan:
         for place, (lane, number, slot) in enumerate(
             zip(lanes.tolist(), numbers.tolist(), slots.tolist(), strict=True)
         ):
-            block = self._block(lane, number)
-            which[place] = chosen = block.which[slot]
-            inside[place] = (number * quotas[chosen] + block.before[slot]) * self.lanes + lane
+            set_of_slot, before = self._block(lane, number)
+            which[place] = chosen = set_of_slot[slot]
+            inside[place] = (number * quotas[chosen] + before[slot]) * self.lanes + lane
         return which, inside
 
-    def _draw_block(self, lane: int, number: int) -> _Block:
+    def _draw_block(self, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the set of each slot of a block, and the number of the set's earlier ones."""
         drawn = random_permutation(self.seed, "mixture", number * self.lanes + lane, BLOCK)
         which = np.searchsorted(np.cumsum(self.quotas), drawn, side="right")
         before = np.empty(BLOCK, dtype=np.int64)
         for of_set in range(len(self.plans)):
             before[which == of_set] = np.arange(self.quotas[of_set])
-        return _Block(which, before)
+        return which, before
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:

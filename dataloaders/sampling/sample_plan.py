@@ -131,28 +131,24 @@ class SamplePlan:
             chosen = np.flatnonzero(epochs == number)
             epoch = self._epoch(number)
             index = self._shuffled(number, epoch.run_starts, positions[chosen])
-            find = self._by_place if self._weights is None else self._by_weight
-            shards[chosen], samples[chosen] = find(epoch, index)
+            shards[chosen], samples[chosen] = self._found(epoch, index)
         return [
             PlannedSample(*planned)
             for planned in zip(shards.tolist(), samples.tolist(), epochs.tolist(), strict=True)
         ]
 
-    def _by_place(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _found(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and sample at indexes of the epoch."""
-        place = np.searchsorted(epoch.ends, index, side="right")
-        shards = epoch.shards[place]
-        return shards, index - (epoch.ends[place] - self.sizes[shards])
-
-    def _by_weight(self, epoch: _Epoch, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and sample at indexes of the epoch, with weights."""
-        assert self._weights is not None
-        total = epoch.ends[-1]
-        target = (index + epoch.offset) * (total / self.count)
-        target = np.minimum(target, np.nextafter(total, 0))
+        target = index
+        if self._weights is not None:
+            total = epoch.ends[-1]
+            target = (index + epoch.offset) * (total / self.count)
+            target = np.minimum(target, np.nextafter(total, 0))
         place = np.searchsorted(epoch.ends, target, side="right")
         shards = epoch.shards[place]
         within = np.maximum(target - (epoch.ends[place] - self._lengths[shards]), 0)
+        if self._weights is None:
+            return shards, within
         samples = np.empty_like(index)
         for shard in np.unique(shards).tolist():
             chosen = np.flatnonzero(shards == shard)

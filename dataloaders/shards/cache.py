@@ -10,17 +10,14 @@ import fcntl
 import hashlib
 import logging
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write
+from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write, remove_leftovers
 
-STRIPES = 256
-"""Locks for fetching; chunks share them by the hash of their names."""
 EVICTION_TARGET = 0.9
 """Eviction goes down to this fraction of the limit, so that not every insertion evicts."""
 _TRAILER = 4  # CRC-32 of the chunk, little-endian
@@ -153,8 +150,17 @@ class ChunkCache:
             file.write(str(max(0, total)))
 
     def _evict(self) -> int:
-        """Remove the least recently used chunks; returns the bytes that remain."""
-        chunks = sorted(self._chunks())
+        """Remove the least recently used chunks, and what killed processes left; returns the bytes
+        that remain."""
+        chunks = []
+        for folder in self.folder.glob("??"):
+            remove_leftovers(folder, older_than_seconds=3600)
+            for path in folder.iterdir():
+                with suppress(FileNotFoundError):  # Evicted meanwhile.
+                    status = path.stat()
+                    if path.suffix != TEMPORARY_SUFFIX:
+                        chunks.append((status.st_mtime, status.st_size, path))
+        chunks.sort()
         total = sum(size for _, size, _ in chunks)
         if total <= self.limit_bytes:
             return total
@@ -165,25 +171,10 @@ class ChunkCache:
             total -= size
         return total
 
-    def _chunks(self) -> Iterator[tuple[float, int, Path]]:
-        """Last use, size and path of each chunk; removes leftovers of killed processes."""
-        for folder in self.folder.iterdir():
-            if not folder.is_dir() or folder.name == "locks":
-                continue
-            for path in folder.iterdir():
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if path.suffix != TEMPORARY_SUFFIX:
-                    yield status.st_mtime, status.st_size, path
-                elif time.time() - status.st_mtime > 3600:
-                    path.unlink(missing_ok=True)
-
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        stripe = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % STRIPES
-        with open(self.folder / "locks" / str(stripe), "w") as file:
+        """Hold the lock for fetching that all chunks in the same subfolder share."""
+        with open(self.folder / "locks" / self._path(name).parent.name, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -14,10 +14,10 @@ import io
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -65,25 +65,11 @@ def read_index(storage: Storage) -> dict[str, Any]:
     return parse_index(data, location)
 
 
-def _has_crc32(expected: int | None) -> Callable[[bytes], None]:
-    """Make a check of bytes against a CRC-32; None: the sample's JSON has none."""
-
-    def check(data: bytes) -> None:
-        if expected is not None and zlib.crc32(data) != expected:
-            raise ShardError("crc_mismatch", "")
-
-    return check
-
-
-class _Set(NamedTuple):
-    """A set's storage, and the prefix of its sample ids if there are several sets."""
-
-    storage: Storage
-    prefix: str
-
-    @property
-    def remote(self) -> bool:
-        return not isinstance(self.storage, LocalFolder)
+def _intact(crc32: int | None, data: bytes) -> bytes:
+    """Check bytes against a CRC-32; None: the sample's JSON has none."""
+    if crc32 is not None and zlib.crc32(data) != crc32:
+        raise ShardError("crc_mismatch", "")
+    return data
 
 
 class ShardSet:
@@ -95,51 +81,41 @@ class ShardSet:
         folders: a folder or URL with `index.json`, such as `shards/video`, or several of one tier.
         cache: where remote shards are cached; None: nowhere.
 
+    Attributes:
+        folder: folders or URLs of the sets, for messages.
+        tier, audio_codec, video_codec, frame_choice: of all sets, as packed.
+        members: extensions of every sample's members (see `member_names`).
+        storages: storage of each set.
+        set_shards: number of shards of each set.
+        set_of: number of each shard's set.
+        files: each shard as a file.
+        sizes: number of samples of each shard.
+        ends: position in packing order after the last sample of each shard.
+        samples: number of samples of all sets.
+        fingerprint: changes when the bytes of any shard do.
+
     Raises:
         FileNotFoundError: there is no `index.json`.
         OSError: `index.json` cannot be read.
         ValueError: `index.json` is damaged or has another schema, or the sets do not match.
     """
 
-    folder: str
-    """Folders or URLs of the sets, for messages."""
-    tier: str
-    audio_codec: str
-    video_codec: str | None
-    members: tuple[str, ...]
-    """Extensions of every sample's members (see `member_names`)."""
-    frame_choice: str
-    set_shards: tuple[int, ...]
-    """Number of shards of each set."""
-    sizes: tuple[int, ...]
-    """Number of samples of each shard."""
-    ends: tuple[int, ...]
-    """Position in packing order after the last sample of each shard."""
-    samples: int
-    fingerprint: str
-    """Changes when the bytes of any shard do."""
-
     def __init__(
         self, folders: str | Path | Sequence[str | Path], cache: CacheSettings | None = None
     ):
         listed = [folders] if isinstance(folders, str | Path) else list(folders)
         self.folder = ", ".join(map(str, listed))
-        sets = [
-            _Set(open_storage(folder, cache), f"{number}/" if len(listed) > 1 else "")
-            for number, folder in enumerate(listed)
-        ]
-        indexes = [read_index(one.storage) for one in sets]
+        self.storages = [open_storage(folder, cache) for folder in listed]
+        indexes = [read_index(storage) for storage in self.storages]
         if not all(index["shards"] for index in indexes):
             raise ValueError(f"{self.folder}: a set without shards")
-        self.tier, self.audio_codec, self.video_codec, self.frame_choice = (
-            self._common(name, [index[name] for index in indexes])
-            for name in ("tier", "audio_codec", "video_codec", "frame_choice")
-        )
+        self.tier: str = self._common("tier", indexes)
+        self.audio_codec: str = self._common("audio_codec", indexes)
+        self.video_codec: str | None = self._common("video_codec", indexes)
+        self.frame_choice: str = self._common("frame_choice", indexes)
         self.members = member_names(self.tier, self.audio_codec)
         self.set_shards = tuple(len(index["shards"]) for index in indexes)
-        self.sets = tuple(
-            one for one, count in zip(sets, self.set_shards, strict=True) for _ in range(count)
-        )
+        self.set_of = [number for number, index in enumerate(indexes) for _ in index["shards"]]
         entries = [entry for index in indexes for entry in index["shards"]]
         self.files = tuple(StoredFile(entry.name, entry.sha256, entry.bytes) for entry in entries)
         self.sizes = tuple(entry.samples for entry in entries)
@@ -149,7 +125,8 @@ class ShardSet:
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()
         self._start_reading()
 
-    def _common(self, name: str, values: list[Any]) -> Any:
+    def _common(self, name: str, indexes: list[dict[str, Any]]) -> Any:
+        values = [index[name] for index in indexes]
         if len(set(values)) > 1:
             raise ValueError(
                 f"{self.folder} cannot be read as one set: {name} is "
@@ -159,7 +136,7 @@ class ShardSet:
 
     def _start_reading(self) -> None:
         self._index = lru_cache(CACHED_INDEXES)(self._read_index)
-        self._describe = lru_cache(maxsize=256)(self._read_description)
+        self._described = lru_cache(maxsize=256)(self._read_description)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -174,8 +151,7 @@ class ShardSet:
         Raises:
             ValueError: the set has no weights, or they are damaged.
         """
-        first = sum(self.set_shards[:number])
-        storage = self.sets[first].storage
+        storage = self.storages[number]
         location = storage.location("weights.npy")
         try:
             if isinstance(storage, LocalFolder):
@@ -187,6 +163,7 @@ class ShardSet:
                 f"{location} does not exist, and data.sampling is weighted: `cavmae pack` writes "
                 f"it where every clip has a label; use uniform, or pack with labels"
             ) from error
+        first = sum(self.set_shards[:number])
         samples = sum(self.sizes[first : first + self.set_shards[number]])
         if weights.shape != (samples,):
             raise ValueError(f"{location} has shape {weights.shape}; the set has {samples} samples")
@@ -199,11 +176,12 @@ class ShardSet:
 
     def location(self, shard: int) -> str:
         """Path or URL of a shard."""
-        return self.sets[shard].storage.location(self.files[shard].name)
+        return self.storages[self.set_of[shard]].location(self.files[shard].name)
 
     def shard_id(self, shard: int) -> str:
         """The prefix that the ids of a shard's samples share."""
-        return f"{self.sets[shard].prefix}{Path(self.files[shard].name).stem}"
+        prefix = f"{self.set_of[shard]}/" if len(self.storages) > 1 else ""
+        return f"{prefix}{Path(self.files[shard].name).stem}"
 
     def sample_id(self, shard: int, sample: int) -> str:
         """A name of the sample that is stable across runs, such as `000003/000003017`; prefixed
@@ -217,7 +195,7 @@ class ShardSet:
             OSError: the shard cannot be read.
             ShardError: the JSON is damaged.
         """
-        return self._describe(shard, sample)
+        return self._described(shard, sample)[1]
 
     def member(self, shard: int, sample: int, extension: str) -> bytes:
         """Bytes of one member, checked against the CRC-32 in the sample's JSON.
@@ -227,11 +205,12 @@ class ShardSet:
             ShardError: the bytes are damaged in the shard, not just in transfer.
             ValueError: this tier has no such member.
         """
-        whole = self._range(shard, sample, extension)
+        span = self._range(shard, sample, extension)
+        data, description = self._described(shard, sample)
         if extension == "json":
-            return self._checked(shard, sample, extension, whole, parse_description)[0]
-        expected = self.description(shard, sample)["crc32"].get(extension)
-        return self._checked(shard, sample, extension, whole, _has_crc32(expected))[0]
+            return data
+        intact = partial(_intact, description["crc32"].get(extension))
+        return self._checked(shard, sample, extension, span, intact)
 
     def member_size(self, shard: int, sample: int, extension: str) -> int:
         """Size of a member in bytes, from the index; raises like `member`."""
@@ -266,13 +245,15 @@ class ShardSet:
             raise ShardError("bad_schema", detail) from error
         name = f"frame {index} in mp4"
         return b"".join(
-            self._checked(shard, sample, name, (offset + start, length), _has_crc32(crc32))[0]
+            self._checked(shard, sample, name, (offset + start, length), partial(_intact, crc32))
             for start, length, crc32 in parts
         )
 
-    def _read_description(self, shard: int, sample: int) -> dict[str, Any]:
-        whole = self._range(shard, sample, "json")
-        return self._checked(shard, sample, "json", whole, parse_description)[1]
+    def _read_description(self, shard: int, sample: int) -> tuple[bytes, dict[str, Any]]:
+        def parse(data: bytes) -> tuple[bytes, dict[str, Any]]:
+            return data, parse_description(data)
+
+        return self._checked(shard, sample, "json", self._range(shard, sample, "json"), parse)
 
     def _checked(
         self,
@@ -280,17 +261,17 @@ class ShardSet:
         sample: int,
         name: str,
         span: tuple[int, int],
-        check: Callable[[bytes], T],
-    ) -> tuple[bytes, T]:
-        """Bytes at an offset and of a size, with the result of `check`; a bad cache entry is
-        dropped and read again."""
-        file, storage = self.files[shard], self.sets[shard].storage
+        parse: Callable[[bytes], T],
+    ) -> T:
+        """What `parse` makes of the bytes at an offset and of a size; a bad cache entry is dropped
+        and read again."""
+        file, storage = self.files[shard], self.storages[self.set_of[shard]]
 
-        def read() -> tuple[bytes, T]:
+        def read() -> T:
             data = storage.read_range(file, *span)
             if len(data) != span[1]:
                 raise ShardError("short_read", "")
-            return data, check(data)
+            return parse(data)
 
         try:
             try:
@@ -318,7 +299,7 @@ class ShardSet:
         return int(index.offset[sample, column]), int(index.size[sample, column])
 
     def _read_index(self, shard: int) -> MemberIndex:
-        file, storage = self.files[shard], self.sets[shard].storage
+        file, storage = self.files[shard], self.storages[self.set_of[shard]]
         name = f"{Path(file.name).stem}.idx"
         index = parse_member_index(storage.read_sidecar(name, file), storage.location(name))
         if len(index.offset) != self.sizes[shard]:

@@ -55,9 +55,7 @@ def open_storage(folder: str | Path, cache: CacheSettings | None) -> "Storage":
     protocol, colon, _ = text.partition(":")
     if colon and protocol.lower() == "pipe":
         raise ValueError(f"{text} would run a command; give a folder or a URL of an object store")
-    if "://" not in text:
-        return LocalFolder(Path(text))
-    if protocol == "file":
+    if protocol == "file" or "://" not in text:
         return LocalFolder(Path(text.removeprefix("file://")))
     return RemoteFolder(text, cache)
 
@@ -126,17 +124,13 @@ class LocalFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._start()
-
-    def _start(self) -> None:
-        self._opened = lru_cache(OPEN_FILES)(partial(_OpenFile, self.folder))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder = state["folder"]
-        self._start()
+    @cached_property
+    def _opened(self) -> Any:
+        return lru_cache(OPEN_FILES)(partial(_OpenFile, self.folder))
 
     def location(self, name: str) -> str:
         """The file's path, for messages."""
@@ -167,7 +161,8 @@ class LocalFolder:
             self.location(file.name),
             LOCAL_TRIES,
             may_be_missing=False,
-            again=self._start,  # After an outage, a network file system needs its files reopened.
+            # After an outage, a network file system needs its files reopened.
+            again=self._opened.cache_clear,
         )
 
     def forget(self, file: StoredFile, offset: int, size: int) -> bool:
@@ -215,28 +210,18 @@ class RemoteFolder:
 
     def __init__(self, url: str, cache: CacheSettings | None):
         self.url = url.rstrip("/")
-        self.settings = cache if cache and cache.limit_bytes else None
-        _ = self._files  # Raises now if the package for this URL is missing.
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "settings": self.settings}
-
-    @cached_property
-    def _files(self) -> tuple[Any, str]:
-        return open_url(self.url)
-
-    @cached_property
-    def _cache(self) -> ChunkCache | None:
-        if self.settings is None:
-            return None
-        return ChunkCache(Path(self.settings.folder), self.settings.limit_bytes)
+        self._files, self._folder = open_url(self.url)
+        self._cache = None
+        if cache and cache.limit_bytes:
+            self._cache = ChunkCache(Path(cache.folder), cache.limit_bytes)
+            self._chunk_bytes = cache.chunk_bytes
 
     def location(self, name: str) -> str:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
         try:
-            data = self._fetched(name, None, may_be_missing=True)
+            data = self._fetched(name, may_be_missing=True)
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -250,12 +235,9 @@ class RemoteFolder:
         return data
 
     def read_sidecar(self, name: str, file: StoredFile) -> bytes:
-        def fetch() -> bytes:
-            return self._fetched(name, None)
-
         if self._cache is None:
-            return fetch()
-        return self._cache.get_or_fetch(f"{file.version} {name}", fetch)
+            return self._fetched(name)
+        return self._cache.get_or_fetch(f"{file.version} {name}", partial(self._fetched, name))
 
     def read_range(self, file: StoredFile, offset: int, size: int) -> bytes:
         stop = min(offset + size, file.bytes)
@@ -269,7 +251,7 @@ class RemoteFolder:
                 end - first,
                 max(offset, first) - first,
                 min(stop, end) - first,
-                lambda ends=(first, end): self._fetched(file.name, ends),
+                partial(self._fetched, file.name, (first, end)),
             )
             for chunk, first, end in self._chunks(file, offset, stop)
         ]
@@ -284,22 +266,19 @@ class RemoteFolder:
 
     def _chunks(self, file: StoredFile, offset: int, stop: int) -> Iterator[tuple[str, int, int]]:
         """Name, first byte and end of the chunks that a range touches."""
-        assert self.settings is not None
-        length = self.settings.chunk_bytes
+        length = self._chunk_bytes
         for first in range(offset // length * length, stop, length):
             end = min(first + length, file.bytes)
             yield f"{file.version} {first} {end}", first, end
 
     def _fetched(
-        self, name: str, ends: tuple[int, int] | None, *, may_be_missing: bool = False
+        self, name: str, ends: tuple[int, int] | None = None, *, may_be_missing: bool = False
     ) -> bytes:
-        files, folder = self._files
-        path = f"{folder}/{name}"
         start, stop = ends or (None, None)
 
         def fetch() -> bytes:
             with as_os_errors():
-                data = files.cat_file(path, start=start, end=stop)
+                data = self._files.cat_file(f"{self._folder}/{name}", start=start, end=stop)
             if ends and len(data) != ends[1] - ends[0]:
                 raise OSError(f"received {len(data)} bytes instead of {ends[1] - ends[0]}")
             return data

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -133,7 +133,7 @@ def _histogram(seconds: np.ndarray) -> Table:
 def _skipped(shards: ShardSet) -> Counter[str]:
     """Reasons in the `report.jsonl` beside local tiers."""
     found: Counter[str] = Counter()
-    for storage in {id(one.storage): one.storage for one in shards.sets}.values():
+    for storage in shards.storages:
         if isinstance(storage, LocalFolder):
             report = storage.folder.parent / "report.jsonl"
             lines = report.read_text().splitlines() if report.is_file() else []
@@ -238,7 +238,7 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
     rows = "".join(
         f"<figure><img src='data:image/jpeg;base64,{_jpeg(card.frame)}' alt='frame'>"
-        f"<img src='data:image/jpeg;base64,{_jpeg(_colours(card.log_mel))}' alt='log-mel'>"
+        f"<img src='data:image/jpeg;base64,{_jpeg(card.log_mel.T[::-1])}' alt='log-mel'>"
         f"<figcaption><b>{html.escape(card.sample_id)}</b> "
         f"{html.escape(', '.join(card.labels) or 'no label')}<br>{html.escape(card.facts)}"
         f"</figcaption></figure>"
@@ -256,16 +256,12 @@ def _write_page(path: Path, title: str, cards: list[Card]) -> None:
 
 
 def _write_image(path: Path, title: str, cards: list[Card]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = min(4, len(cards))
     rows = -(-len(cards) // columns)
-    figure, axes = pyplot.subplots(
-        2 * rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for number, card in enumerate(cards):
@@ -276,22 +272,12 @@ def _write_image(path: Path, title: str, cards: list[Card]) -> None:
         below.imshow(card.log_mel.T, origin="lower", aspect="auto")
     figure.suptitle(title)
     figure.savefig(path, format="png", dpi=80)
-    pyplot.close(figure)
-
-
-def _colours(log_mel: np.ndarray) -> np.ndarray:
-    """`(bins, frames, 3)` uint8, low frequencies at the bottom."""
-    from matplotlib import colormaps
-
-    low, high = float(log_mel.min()), float(log_mel.max())
-    values = (log_mel.T[::-1] - low) / max(high - low, 1e-6)
-    coloured: Any = colormaps["viridis"](values)
-    return (255 * coloured[..., :3]).astype(np.uint8)
 
 
 def _jpeg(pixels: np.ndarray) -> str:
-    from PIL import Image
+    """Encode RGB pixels, or one value per pixel in colours from the lowest to the highest."""
+    from matplotlib.image import imsave
 
     encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "JPEG", quality=85)
+    imsave(encoded, pixels, format="jpeg", pil_kwargs={"quality": 85})
     return base64.b64encode(encoded.getvalue()).decode()

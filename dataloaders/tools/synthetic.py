@@ -18,20 +18,20 @@ learned this design; that says nothing about natural video. With `shuffled_pairs
 audio of another one, so that nothing can be learned: the control.
 """
 
-import csv
 import io
 import math
 import multiprocessing
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import starmap
 from pathlib import Path
 
 import av
 import numpy as np
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import atomic_write, write_text
 from cavmae.dataloaders.constants import AUDIO_HZ
 
 SHAPES = ("disc", "square", "triangle", "star", "ring")
@@ -309,14 +309,16 @@ def encode_clip(frames: np.ndarray, audio: np.ndarray, fps: float) -> bytes:
 
 
 def _write_clip(
-    path: Path, seed: int, index: int, sound_index: int, size: int, fps: float, seconds: float
+    folder: Path, seed: int, size: int, fps: float, seconds: float, index: int, sound_index: int
 ) -> str:
+    """Write the video of a clip with the audio of a clip; returns its row of the list."""
+    path = folder / f"{index:06d}.mp4"
     hidden = latents(seed, index, seconds)
     frames = render_frames(hidden, seed, index, size, fps, seconds)
     audio = render_audio(latents(seed, sound_index, seconds), seed, sound_index, seconds)
     with atomic_write(path, durable=False) as temporary:
         temporary.write_bytes(encode_clip(frames, audio, fps))
-    return hidden.label
+    return f"{path.name},,,{hidden.label}\n"
 
 
 def generate(
@@ -355,28 +357,16 @@ def generate(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sounds = _other_clips(count, seed) if shuffled_pairs else np.arange(count)
-    indexes = [start_index + number for number in range(count)]
-    paths = [folder / f"{index:06d}.mp4" for index in indexes]
-    jobs = [
-        (path, seed, index, start_index + int(sound), size, fps, seconds)
-        for path, index, sound in zip(paths, indexes, sounds, strict=True)
-    ]
+    write = partial(_write_clip, folder, seed, size, fps, seconds)
+    jobs = [(start_index + clip, start_index + sound) for clip, sound in enumerate(sounds.tolist())]
     workers = min(workers or len(os.sched_getaffinity(0)), -(-count // 16))
     if workers == 1:
-        labels = list(starmap(_write_clip, jobs))
+        rows = list(starmap(write, jobs))
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            labels = pool.starmap(_write_clip, jobs, chunksize=16)
+            rows = pool.starmap(write, jobs, chunksize=16)
     listing = folder / "clips.csv"
-    with (
-        atomic_write(listing) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["path", "start", "end", "labels"])
-        writer.writerows(
-            [path.name, "", "", label] for path, label in zip(paths, labels, strict=True)
-        )
+    write_text(listing, "".join(["path,start,end,labels\n", *rows]))
     return listing
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cavmae.cluster import placement, train
 from cavmae.cluster.config import ClusterConfig
-from cavmae.cluster.placement import Share, packed
+from cavmae.cluster.placement import packed
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +20,11 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_rank_that_finds_room_is_on_one_node_side_by_side(workers: int) -> None:
     slots = [("small", 2), ("large", 4), ("none", 0), ("middle", 3)]
     found = packed(workers, slots, "")
-    ranks = [rank for share in found.shares for rank in range(share.first, share.last + 1)]
+    ranks = [rank for _, ranks in found.shares for rank in ranks]
     assert ranks == list(range(workers - found.waiting))
     assert found.waiting == max(0, workers - 9)
     room = dict(slots)
-    assert all(share.last - share.first < room[share.node] for share in found.shares)
+    assert all(len(ranks) <= room[node] for node, ranks in found.shares)
 
 
 def test_no_fewer_nodes_would_hold_the_ranks() -> None:
@@ -41,17 +41,17 @@ def test_no_fewer_nodes_would_hold_the_ranks() -> None:
 
 def test_gpus_that_no_cluster_is_asked_for_are_taken_to_be_on_equal_nodes() -> None:
     found = placement.placement(ClusterConfig(workers=12, gpus_per_worker=1, gpus_per_node=4))
-    assert found.shares == (
-        Share("node 1", 0, 3),
-        Share("node 2", 4, 7),
-        Share("node 3", 8, 11),
-    )
+    assert found.shares == [
+        ("node 1", range(4)),
+        ("node 2", range(4, 8)),
+        ("node 3", range(8, 12)),
+    ]
     assert found.rests_on.startswith("assumed") and not found.waiting
 
 
 def test_cpu_ranks_without_an_address_are_all_here() -> None:
     found = placement.placement(ClusterConfig(workers=3))
-    assert found.shares == (Share("this machine", 0, 2),)
+    assert found.shares == [("this machine", range(3))]
 
 
 def test_a_cluster_that_is_named_is_asked_for_its_nodes(
@@ -61,7 +61,7 @@ def test_a_cluster_that_is_named_is_asked_for_its_nodes(
     slots = [("10.0.0.1", 4), ("10.0.0.2", 2)]
     monkeypatch.setattr(placement, "_slots_of_cluster", lambda cluster: slots)
     found = placement.placement(asked)
-    assert found.shares == (Share("10.0.0.1", 0, 3), Share("10.0.0.2", 4, 5))
+    assert found.shares == [("10.0.0.1", range(4)), ("10.0.0.2", range(4, 6))]
     assert found.waiting == 2 and found.rests_on == "the nodes of head:6379"
 
 
@@ -72,7 +72,7 @@ def test_a_cluster_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(placement, "_slots_of_cluster", refused)
     found = placement.placement(ClusterConfig(workers=2, gpus_per_worker=1, address="head:6379"))
     assert found.rests_on.endswith("head:6379 cannot be reached (no route)")
-    assert found.shares == (Share("node 1", 0, 1),)
+    assert found.shares == [("node 1", range(2))]
 
 
 def test_the_command_says_where_and_how_fast_and_what_that_rests_on(

@@ -56,8 +56,8 @@ def names(experiments: list[Experiment]) -> list[str]:
 def test_which_runs_start_and_which_are_preempted(
     experiments: list[Experiment], start: list[str], preempted: list[str]
 ) -> None:
-    step = next_step(experiments, Need(8, 8))
-    assert (names(step.start), names(step.preempt)) == (start, preempted)
+    starting, preempting = next_step(experiments, Need(8, 8))
+    assert (names(starting), names(preempting)) == (start, preempted)
 
 
 def test_a_run_that_is_preempted_before_it_has_started_has_not_failed(tmp_path: Path) -> None:

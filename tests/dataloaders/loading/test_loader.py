@@ -176,7 +176,6 @@ def test_validation_has_every_clip_once_in_packing_order(
             world_size=world_size,
             limit=limit,
         )
-        assert len(loader) == (limit or 24)
         ids += [sample_id for batch in loader for sample_id in batch.sample_ids]
     assert ids == everything[: limit or 24]
 
@@ -204,7 +203,6 @@ def test_parts_of_a_set_have_batches_of_their_own(
 ) -> None:
     folder, parts = str(packed_synthetic / "frames"), [range(0, 8), range(16, 24)]
     loader = validation_loader(CONFIG, SHAPE, folder=folder, parts=parts)
-    assert len(loader) == 16
     positions = [batch.positions.tolist() for batch in loader]
     assert positions == [[*range(5)], [5, 6, 7], [*range(16, 21)], [21, 22, 23]]
 

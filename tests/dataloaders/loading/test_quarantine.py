@@ -18,10 +18,10 @@ from batches import take
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
-from cavmae.dataloaders.loading import reader
+from cavmae.dataloaders.loading import quarantine, reader
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
-from cavmae.dataloaders.loading.reader import ReadTask
+from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -441,7 +441,7 @@ def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
 
 TRIAL = """
 import os, time
-def trial(task):
+def trial(settings, task):
     if task.sample == 1:
         os.abort()
     if task.sample == 3:
@@ -456,9 +456,12 @@ def test_decoders_that_crash_or_hang_are_found_out_apart_from_the_rank(
     monkeypatch.syspath_prepend(str(tmp_path))
     from trial_that_crashes import trial  # pyright: ignore[reportMissingImports]
 
+    monkeypatch.setattr(quarantine, "try_clip", trial)
+    monkeypatch.setattr(quarantine, "TRIAL_SECONDS", 5.0)
     shards = ShardSet(packed_synthetic / "video")
+    settings = ReaderSettings(shards, DataConfig(), ClipShape(1024, 128, 224), 0, True, None)
     tasks = [ReadTask(10 + sample, 0, 0, sample) for sample in range(5)]
-    culprits = find_culprits(trial, shards, tasks, seconds=5.0)
+    culprits = find_culprits(settings, tasks)
     assert [(one.task.sample, one.reason) for one in culprits] == [
         (1, "decoder_crash"),
         (3, "decoder_hang"),

@@ -131,7 +131,7 @@ def test_without_a_cache_only_the_members_are_fetched(
     remote.sample_id(0, 0)
     before = sent(store)
     data = [remote.member(0, 3, extension) for extension in MEMBERS]
-    assert sent(store) - before == sum(map(len, data)) + len(data[0])  # JSON: and for its CRC-32s
+    assert sent(store) - before == sum(map(len, data))
 
 
 def test_verify_reads_a_url_once(
