@@ -28,7 +28,6 @@ from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
 from cavmae.benchmarks.step.step import MODELS, compare
 from cavmae.benchmarks.step.training_step import (
     SIZES,
-    ModelName,
     Precision,
     StepSetting,
     TrainingStep,
@@ -296,7 +295,7 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
     results = {}
     for precision in precisions:
         check.require_time()
-        settings: dict[ModelName, StepSetting] = {
+        settings = {
             name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
         }
         results[precision] = compare(settings, check.repeats, warm_up=2)

@@ -54,15 +54,20 @@ def extremes(ratios: Mapping[str, float], form: str = ".2f", unit: str = "x") ->
 
 
 def bar(
-    value: float, *, at_least: float | None = None, below: float | None = None, judged: bool = True
+    value: float | None,
+    *,
+    at_least: float | None = None,
+    below: float | None = None,
+    judged: bool = True,
 ) -> dict[str, Any]:
-    """Return a value beside its bar, one of the two; `met` is None where it is not judged here."""
+    """Return a value beside its bar, one of the two; `met` is None where it is not judged here, or
+    there is no value."""
     if at_least is not None:
-        text, met = f"at least {at_least:g}", value >= at_least
+        text, met = f"at least {at_least:g}", value is not None and value >= at_least
     else:
         assert below is not None
-        text, met = f"below {below:g}", value < below
-    return {"value": value, "bar": text, "met": met if judged else None}
+        text, met = f"below {below:g}", value is not None and value < below
+    return {"value": value, "bar": text, "met": met if judged and value is not None else None}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
