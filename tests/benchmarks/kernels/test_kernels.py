@@ -95,7 +95,7 @@ def test_the_record_has_ratios_ceilings_and_shares_and_a_plot_beside_it(
     assert gather["peak_bytes"] == 531 * 512 * 4, "the gathered tokens, and nothing else"
     assert "tiled" in results["cases"]["contrastive_16"]["both"]
     printed = capsys.readouterr().out
-    assert all(f"{name}: " in printed for name in results["cases"])
+    assert all(f"{name}, forward" in printed for name in results["cases"])
 
 
 def test_a_contender_that_fails_is_on_record_and_ends_nothing() -> None:
