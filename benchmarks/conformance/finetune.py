@@ -25,6 +25,7 @@ from cavmae.benchmarks.conformance.tolerances import (
     Deviation,
     array_deviation,
     check_deviations,
+    recorded_deviation,
     relative,
 )
 from cavmae.trainer.losses.classification import LossName, classification_loss
@@ -91,15 +92,11 @@ class FinetuneCase(GoldenCase):
 
     def deviations(self, arrays: Mapping[str, torch.Tensor]) -> list[Deviation]:
         """Every recorded array but that of the audio-only model, which is a model of its own."""
-        deviations = []
-        for key, expected in self.files.items():
-            if key == "logits_audio_model":
-                continue
-            measured = arrays[key.removesuffix("_s16")]
-            if key.endswith("_s16"):
-                measured = measured[:, ::16, ::16]
-            deviations.append(array_deviation(key, measured, expected, LIMITS.array))
-        return deviations
+        return [
+            recorded_deviation(key, key, arrays, expected)
+            for key, expected in self.files.items()
+            if key != "logits_audio_model"
+        ]
 
     def forward_deviations(self) -> list[Deviation]:
         """Compare every mode, the audio-only model, and the features of the pretraining model,
