@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from cavmae.benchmarks.data.clips import make_clips
 from cavmae.benchmarks.data.published_loader import PublishedDataset, RawVideoDataset, batches
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import bar, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, bar, timing, write_record
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -36,7 +36,7 @@ from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
 BATCH, LANES = 16, 4
@@ -65,7 +65,7 @@ print(json.dumps({"make_seconds": made, "first_seconds": times[0],
 
 
 @dataclass(frozen=True)
-class LoaderBenchConfig(CheckedFields):
+class LoaderBenchConfig(RecordedConfig):
     """Compare our loader with others, on the CPUs.
 
     Raises:
@@ -84,8 +84,6 @@ class LoaderBenchConfig(CheckedFields):
     """Samples over which memory is watched."""
     work_dir: str = "runs/bench-data"
     """Folder of the clips, kept for the next run."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
@@ -199,25 +197,20 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
 
 def cpu_seconds() -> float:
     """Return CPU time of this process and its descendants, ended ones included."""
-    total = 0.0
-    for process in _family():
-        with suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])  # user, system, and both of ended children
-    return total
+    return _of_family(lambda one: sum(one.cpu_times()[:4]))  # the last two: of ended children
 
 
 def memory_bytes() -> int:
     """Return the unshared memory of this process and its descendants (Linux)."""
-    total = 0
-    for process in _family():
+    return int(_of_family(lambda one: one.memory_full_info().uss))
+
+
+def _of_family(measure: Callable[[psutil.Process], float]) -> float:
+    this, total = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().uss
+            total += measure(process)
     return total
-
-
-def _family() -> list[psutil.Process]:
-    this = psutil.Process()
-    return [this, *this.children(recursive=True)]
 
 
 # ------------------------------------------------------------------------------ other numbers

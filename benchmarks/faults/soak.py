@@ -36,9 +36,9 @@ from cavmae.benchmarks.faults.outcome import largest_difference, outcome
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
-from cavmae.field_checks import CheckedFields, PositiveFloat
+from cavmae.field_checks import PositiveFloat
 from cavmae.trainer.config.configs import PretrainConfig
 
 _STEPS = 10_000_000
@@ -48,7 +48,7 @@ _UNDISTURBED_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
-class SoakConfig(CheckedFields):
+class SoakConfig(RecordedConfig):
     """Train for long with a fault every few minutes, and look for leaks.
 
     Raises:
@@ -69,8 +69,6 @@ class SoakConfig(CheckedFields):
     """Seconds between two samples of memory and handles."""
     work_dir: str = ""
     """Folder of the runs, which is kept; empty: a temporary one."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:

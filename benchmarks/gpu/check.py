@@ -341,10 +341,7 @@ def limits(check: Check) -> dict[str, Any]:
 
     def fits(candidate: int) -> bool:
         nonlocal in_time
-        try:
-            check.require_time()
-        except Skip:
-            in_time = False
+        in_time = in_time and time.monotonic() <= check.deadline
         setting = training.our_step(check.config, candidate, check.device, compile)
         return in_time and training.step_fits(setting)
 

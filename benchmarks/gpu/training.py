@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
+from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.timing import median_seconds
 from cavmae.benchmarks.step.step import compare
@@ -49,11 +49,11 @@ def throughput(
             if time.monotonic() > deadline:
                 row["skipped"] = "out of time"
                 continue
-            row |= compare({"ours": our_step(config, batch, device, compile)}, repeats, 3)["ours"]
+            setting = our_step(config, batch, device, compile)
+            row |= compare({"ours": setting}, repeats, warm_up=3, rates=rates)["ours"]
             torch.cuda.empty_cache()
             if "skipped" in row:
                 break
-            row |= utilization(row["tflops"] * 1e12, rates, "bf16")
             print(
                 f"  batch {batch}{' compiled' if compile else ''}: "
                 f"{row['samples_per_second']:.0f} samples/s, {row['tflops']:.0f} TFLOP/s, "

@@ -18,11 +18,20 @@ from typing import Any
 import torch
 
 from cavmae.atomic_write import write_text
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.tracking.code_snapshot import git_commit
 
 RESULTS = "benchmarks/results"
 RECORD_SCHEMA = 2
 _PACKAGES = ("torch", "triton", "numpy", "flash-attn", "deepspeed", "nvidia-dali-cuda130")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedConfig(CheckedFields):
+    """Options of a benchmark that writes a record."""
+
+    out: str = RESULTS
+    """Folder of the record."""
 
 
 def timing(seconds: list[float]) -> dict[str, Any]:

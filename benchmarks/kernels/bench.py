@@ -17,16 +17,16 @@ import torch
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
 from cavmae.benchmarks.harness.measurements import PASSES
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import RESULTS, bar, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, bar, write_record
 from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
 from cavmae.benchmarks.kernels.timing import measured
-from cavmae.field_checks import CheckedFields, PositiveInt, at_least
+from cavmae.field_checks import PositiveInt, at_least
 from cavmae.kernels import default_backend
 
 
 @dataclass(frozen=True)
-class KernelsConfig(CheckedFields):
+class KernelsConfig(RecordedConfig):
     """Time kernels against torch, torch.compile and published methods."""
 
     device: Device = field(default_factory=default_device)
@@ -41,8 +41,6 @@ class KernelsConfig(CheckedFields):
     """Timed runs of each contender."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Time torch.compile as well."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -270,9 +270,8 @@ def _faults(results: dict[str, Any]) -> Section:
             label = name if row.get("passed", True) else f"{name}: FAILED"
             rows.append(tuple(make({"name": label} | row) for make in columns.values()))
         else:
-            what = "skipped" if "skipped" in row else "failed"
-            label = "skipped" if what == "skipped" else "FAILED"
-            rows.append((name, *[""] * 5, f"{label}: {row[what]}"))
+            why = f"skipped: {row['skipped']}" if "skipped" in row else f"FAILED: {row['failed']}"
+            rows.append((name, *[""] * 5, why))
     return Section(grids=[Grid("Faults, done for real", tuple(columns), rows)])
 
 

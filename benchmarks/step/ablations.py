@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.step import compare
 from cavmae.benchmarks.step.training_step import SIZES, Choices, Precision, Size, StepSetting
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 
 CHANGED: dict[str, Choices] = {
@@ -31,7 +31,7 @@ CHANGED: dict[str, Choices] = {
 
 
 @dataclass(frozen=True)
-class AblationsConfig(CheckedFields):
+class AblationsConfig(RecordedConfig):
     """Measure what each choice about a step is worth on this machine."""
 
     model: Size = "base"
@@ -48,8 +48,6 @@ class AblationsConfig(CheckedFields):
     """These changes alone, such as `"every patch predicted"`."""
     device: Device = field(default_factory=default_device)
     """Where the steps run."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ import torch
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -29,7 +29,7 @@ from cavmae.benchmarks.step.training_step import (
     timed,
     timed_in_turn,
 )
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
 
 MODELS: tuple[ModelName, ...] = ("published", "cavmae")
@@ -38,7 +38,7 @@ MEMORY_BAR = 0.7
 
 
 @dataclass(frozen=True)
-class StepConfig(CheckedFields):
+class StepConfig(RecordedConfig):
     """Time a training step of our model and of the published one, with memory and FLOP/s."""
 
     model: Size = "base"
@@ -63,8 +63,6 @@ class StepConfig(CheckedFields):
     """Compile the blocks of our model."""
     memory: bool = True
     """Measure peak memory on a CPU, in a process for each model."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,12 +92,10 @@ def main(arguments: list[str]) -> int:
             settings = {
                 name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
             }
-            result = compare(settings, config.repeats, config.warm_up, cpu_memory=config.memory)
+            result = compare(
+                settings, config.repeats, config.warm_up, rates=rates, cpu_memory=config.memory
+            )
             result |= memory_ratio(result)
-            for name in models:
-                if "tflops" in result[name]:
-                    flops_per_second = result[name]["tflops"] * 1e12
-                    result[name] |= utilization(flops_per_second, rates, precision)
             # A single batch size has the key of older records, so that they can be compared.
             key = precision if len(config.batch) == 1 else f"{precision} batch {batch}"
             results[key] = {"precision": precision, "batch": batch, **result}
@@ -110,7 +106,12 @@ def main(arguments: list[str]) -> int:
 
 
 def compare(
-    settings: Mapping[str, StepSetting], repeats: int, warm_up: int, *, cpu_memory: bool = False
+    settings: Mapping[str, StepSetting],
+    repeats: int,
+    warm_up: int,
+    *,
+    rates: dict[str, Any] | None = None,
+    cpu_memory: bool = False,
 ) -> dict[str, Any]:
     """Time steps in turn.
 
@@ -118,12 +119,13 @@ def compare(
         settings: by name; sizes, batch and device are the same.
         repeats: timed steps of each.
         warm_up: steps before those.
+        rates: of the machine, from `measure_rates`; None: shares of them are not computed.
         cpu_memory: measure peak memory on a CPU too, in a process for each step.
 
     Returns:
-        Per name its timing, samples per second, TFLOP/s of the arithmetic that the losses need,
-        peak memory, energy and last loss, or why it was skipped; of two steps, `speedup`: how many
-        times as long the first one takes, with its spread.
+        Per name its timing, samples per second, TFLOP/s of the arithmetic that the losses need
+        and its `utilization`, peak memory, energy and last loss, or why it was skipped; of two
+        steps, `speedup`: how many times as long the first one takes, with its spread.
     """
     device = next(iter(settings.values())).device
     steps: dict[str, TrainingStep] = {}
@@ -152,14 +154,17 @@ def compare(
     if device.type == "cpu" and cpu_memory:
         peaks = {name: step_peak_bytes(setting) for name, setting in settings.items()}
     for name, times in seconds.items():
-        setting, median = settings[name], statistics.median(times)
+        setting, rate = settings[name], settings[name].batch / statistics.median(times)
+        flops_per_second = training_flops(setting.config) * rate
         results[name] = timing(times) | {
-            "samples_per_second": setting.batch / median,
-            "tflops": training_flops(setting.config) * setting.batch / median / 1e12,
+            "samples_per_second": rate,
+            "tflops": flops_per_second / 1e12,
             "peak_memory_bytes": peaks[name],
             "energy": energies[name],
             "last_loss": losses[name],
         }
+        if rates:
+            results[name] |= utilization(flops_per_second, rates, setting.precision)
     if len(seconds) == 2:
         pairs = zip(*seconds.values(), strict=True)
         results["speedup"] = spread([slow / fast for slow, fast in pairs])

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
@@ -22,7 +22,7 @@ from cavmae.benchmarks.step.training_step import SIZES
 from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
 from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
-from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.field_checks import NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
 
@@ -33,7 +33,7 @@ _GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
-class TrainBenchConfig(CheckedFields):
+class TrainBenchConfig(RecordedConfig):
     """Time the training loop, and a step by the parts of the model.
 
     Raises:
@@ -70,8 +70,6 @@ class TrainBenchConfig(CheckedFields):
     """Clips to generate."""
     readers: PositiveInt = PretrainConfig().data.reader_workers
     """Reader processes of each rank."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
