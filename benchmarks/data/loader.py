@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -158,11 +159,7 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
         ways["decord, raw 720p"] = theirs(RawVideoDataset(videos, endless, "decord"))
     else:
         print("decord is not installed: skipped")
-    found: dict[str, dict[str, list[float]]] = {
-        f"{name}, {number} workers": {"seconds": [], "cpu_seconds": [], "first_batch_seconds": []}
-        for name in ways
-        for number in workers
-    }
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for _ in range(rounds):
         for (name, way), number in itertools.product(ways.items(), workers):
             # Raw videos are slow: fewer batches, one of them not timed.
@@ -179,20 +176,19 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
                     next(iterator)
                 spent = time.perf_counter() - began
                 used = cpu_seconds() - cpu
-            numbers = found[f"{name}, {number} workers"]
-            numbers["seconds"].append(spent / turns / BATCH)
-            numbers["cpu_seconds"].append(used / turns / BATCH)
-            numbers["first_batch_seconds"].append(first)
-    return {
-        name: {
-            "clips_per_second": 1 / statistics.median(numbers["seconds"]),
-            "cpu_seconds_per_clip": statistics.median(numbers["cpu_seconds"]),
-            "first_batch_seconds": statistics.median(numbers["first_batch_seconds"]),
-            "seconds_per_clip": timing(numbers["seconds"]),
-            "all_cpu_seconds_per_clip": numbers["cpu_seconds"],
+            clips = turns * BATCH
+            found[f"{name}, {number} workers"].append((spent / clips, used / clips, first))
+    results = {}
+    for name, turns in found.items():
+        seconds, cpu_seconds_per_clip, firsts = map(list, zip(*turns, strict=True))
+        results[name] = {
+            "clips_per_second": 1 / statistics.median(seconds),
+            "cpu_seconds_per_clip": statistics.median(cpu_seconds_per_clip),
+            "first_batch_seconds": statistics.median(firsts),
+            "seconds_per_clip": timing(seconds),
+            "all_cpu_seconds_per_clip": cpu_seconds_per_clip,
         }
-        for name, numbers in found.items()
-    }
+    return results
 
 
 def cpu_seconds() -> float:

@@ -93,12 +93,6 @@ def _day(config: StorageFaultsConfig, work: Path, store: ObjectStore) -> dict[st
     store.fail(config.faults)
     prepared = time.monotonic()
     steps = config.clips // GLOBAL_BATCH + 8  # Into the second epoch.
-    settings = {
-        "url": url,
-        "steps": steps,
-        "cache": str(work / "cache"),
-        "gigabytes": size / 2 / 1e9,
-    }
     kills = 0
     resumed = []
     while (done := _steps_logged(work)) < steps:
@@ -108,7 +102,8 @@ def _day(config: StorageFaultsConfig, work: Path, store: ObjectStore) -> dict[st
         until = (kills + 1) * steps // (config.kills + 1) if kills < config.kills else steps
         commands = []
         for rank in range(RANKS):
-            words = {"rank": rank, "step": done, "log": str(_log(work, rank)), **settings}
+            words = {"rank": rank, "step": done, "log": str(_log(work, rank))}
+            words |= {"url": url, "steps": steps, "cache": str(work / "cache"), "bytes": size // 2}
             command = module_command("cavmae.benchmarks.data.storage_faults", json.dumps(words))
             commands.append((command, store.environment))
         # Leaving the context kills the ranks.
@@ -232,7 +227,7 @@ def _rank(words: dict[str, Any]) -> None:
             reader_workers=2,
             decode_threads=1,
             cache_folder=words["cache"],
-            cache_gigabytes=words["gigabytes"],
+            cache_gigabytes=words["bytes"] / 1e9,
         ),
         SHAPE,
         seed=SEED,

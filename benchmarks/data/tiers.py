@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
         **_lengths(sets["original"]),
         "decode_cpu_seconds": costs.pop("decoding the source"),
     }
-    decoding = _in_turn(sets, config.rounds, lambda shards: _decoding(shards, None, 1))
+    decoding = _in_turn(sets, config.rounds)
     for name, shards in sets.items():
         results["pictures"][name] = {
             "bytes": _picture_bytes(shards),
@@ -206,14 +206,12 @@ def _sound_decoding(stored: list[bytes]) -> float:
 # ---------------------------------------------------------------------------------- decoding
 
 
-def _in_turn(
-    sets: dict[str, ShardSet], rounds: int, measure: Callable[[ShardSet], dict[str, float]]
-) -> dict[str, dict[str, list[float]]]:
-    """Measure every set in turns; the first turn does not count."""
+def _in_turn(sets: dict[str, ShardSet], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Decode every set on the CPU in turns; the first turn does not count."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
     for number in range(rounds + 1):
         for name, shards in sets.items():
-            for key, value in measure(shards).items():
+            for key, value in _decoding(shards, None, 1).items():
                 if number:
                     found[name][key].append(value)
     return found

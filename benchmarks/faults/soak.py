@@ -20,17 +20,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from cavmae.benchmarks.faults.leak_check import (
-    FIRST_FAILURE_BYTES,
-    HANDLES_GROWTH,
-    JUDGED_SECONDS,
-    MEMORY_GROWTH_SHARE,
-    WARM_UP_SECONDS,
-    Life,
-    Usage,
-    lives,
-    usage_samples,
-)
+from cavmae.benchmarks.faults.leak_check import FLAT_MEANS, Life, Usage, lives, usage_samples
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
@@ -162,13 +152,7 @@ def results(
             "processes_were_watched_long_enough": bool(judged),
             "memory_and_handles_are_flat": all(life.flat for life in judged),
         },
-        "flat_means": {
-            "warm_up_seconds": WARM_UP_SECONDS,
-            "judged_seconds_at_least": JUDGED_SECONDS,
-            "memory_growth_share_at_most": MEMORY_GROWTH_SHARE,
-            "controller_may_grow_once_by_bytes": FIRST_FAILURE_BYTES,
-            "handles_growth_at_most": HANDLES_GROWTH,
-        },
+        "flat_means": dataclasses.asdict(FLAT_MEANS),
         "problem": problem,
         "comparison": found,
         "faults": [dataclasses.asdict(one) | {"steps_lost": one.steps_lost} for one in faults],

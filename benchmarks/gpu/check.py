@@ -77,8 +77,9 @@ class Check:
         if self.device.type != "cuda":
             raise Skip(f"{what} is measured on a GPU; this is {self.device}")
 
-    def require_best(self) -> tuple[int, bool]:
-        """Return the fastest batch; raise Skip where no throughput was measured."""
+    def require_best(self, what: str) -> tuple[int, bool]:
+        """Return the fastest batch; raise Skip on a CPU, or where no throughput was measured."""
+        self.require_gpu(what)
         if self.best is None:
             raise Skip("no throughput was measured before, so the fastest batch is not known")
         return self.best
@@ -314,8 +315,7 @@ def throughput(check: Check) -> dict[str, Any]:
 
 def training_loop(check: Check) -> dict[str, Any]:
     """Run the real loop at the fastest batch: synthetic batches, and shards through DALI."""
-    check.require_gpu("the training loop at the fastest batch")
-    batch, compile = check.require_best()
+    batch, compile = check.require_best("the training loop at the fastest batch")
     absent = [name for name in _LOOP_NEEDS if _absent(name)]
     if absent:
         raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
@@ -334,8 +334,7 @@ def _absent(module: str) -> bool:
 
 def limits(check: Check) -> dict[str, Any]:
     """Find the largest batch in memory, and time a contrastive batch whose matrix would not fit."""
-    check.require_gpu("the largest batch")
-    batch, compile = check.require_best()
+    batch, compile = check.require_best("the largest batch")
 
     in_time = True
 

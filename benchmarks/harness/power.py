@@ -12,7 +12,7 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -35,17 +35,11 @@ class Energy:
         return asdict(self) | {"joules_per_sample": each}
 
 
-class PowerMeter(Protocol):
-    """Measures from `start` to `stop`; one that is not `readable` only returns the reason."""
-
-    @property
-    def readable(self) -> bool: ...
-    def start(self) -> None: ...
-    def stop(self) -> Energy: ...
-
-
-def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
-    """Return the meter of a device.
+def power_meter(
+    device: torch.device, powercap: Path = POWERCAP
+) -> "_Unreadable | _PackageCounters | _DriverPower":
+    """Return the meter of a device, which measures from `start` to `stop`; one that is not
+    `readable` only returns the reason.
 
     Args:
         device: one GPU, or the CPU with all its packages.

@@ -98,42 +98,30 @@ def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any
     """Compare results with their bars, which are judged on a GPU."""
     judged: dict[str, dict[str, Any]] = {}
 
-    def judge(name: str, value: float | None, **limit: float) -> None:
-        judged[name] = bar(value, **limit, judged=device.type == "cuda")
+    def judge(what: str, name: str, kind: str, *entry: str, **limit: float) -> None:
+        value: Any = found
+        for key in (name, kind, *entry):
+            value = value and value.get(key)  # None where it was not measured
+        title = f"{name} {PASSES[kind]}: {what}"
+        judged[title] = bar(value, **limit, judged=device.type == "cuda")
 
+    copy, times = ("ours", "share_of_copy"), ("times_ours", "median")
     for name in ("gather_tokens", "restore_tokens", "reconstruction_audio", "reconstruction_video"):
-        for kind, title in PASSES.items():
-            value = _of(found, name, kind, "ours", "share_of_copy")
-            judge(f"{name} {title}: share of copy", value, at_least=0.85)
+        for kind in PASSES:
+            judge("share of copy", name, kind, *copy, at_least=0.85)
     for name in ("patch_embedding_audio", "patch_embedding_video"):
-        judge(
-            f"{name} with backward: times eager", _against(found, name, "both", "eager"), at_least=3
-        )
+        judge("times eager", name, "both", "eager", *times, at_least=3)
     large = "contrastive_32768"
-    share = _of(found, large, "forward", "ours", "share_of_product")
-    judge(f"{large} forward: share of product", share, at_least=0.65)
-    judge(
-        f"{large} with backward: times tiled", _against(found, large, "both", "tiled"), at_least=2
-    )
-    workspace = _of(found, large, "both", "ours", "workspace_share_of_matrix")
-    judge(f"{large} with backward: workspace over matrix", workspace, below=0.01)
+    judge("share of product", large, "forward", "ours", "share_of_product", at_least=0.65)
+    judge("times tiled", large, "both", "tiled", *times, at_least=2)
+    workspace = ("ours", "workspace_share_of_matrix")
+    judge("workspace over matrix", large, "both", *workspace, below=0.01)
     for name in ("contrastive_4096", large):
-        for kind, title in PASSES.items():
-            judge(f"{name} {title}: times eager", _against(found, name, kind, "eager"), at_least=1)
-    for kind, title in PASSES.items():
-        value = _against(found, "contrastive_512", kind, "compiled")
-        judge(f"contrastive_512 {title}: times compiled", value, at_least=1)
+        for kind in PASSES:
+            judge("times eager", name, kind, "eager", *times, at_least=1)
+    for kind in PASSES:
+        judge("times compiled", "contrastive_512", kind, "compiled", *times, at_least=1)
     return judged
-
-
-def _of(found: dict[str, Any], name: str, kind: str, contender: str, key: str) -> Any:
-    """Return one entry of the results, None where it was not measured."""
-    return found.get(name, {}).get(kind, {}).get(contender, {}).get(key)
-
-
-def _against(found: dict[str, Any], name: str, kind: str, contender: str) -> float | None:
-    ratio = _of(found, name, kind, contender, "times_ours")
-    return ratio["median"] if ratio else None
 
 
 def _plot(results: dict[str, Any], record: Path) -> None:
