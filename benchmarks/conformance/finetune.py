@@ -6,7 +6,6 @@ Weights and inputs come from the recipe of the golden folder, as those of pretra
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,11 +45,6 @@ class FinetuneCase(GoldenCase):
     """One case of fine-tuning."""
 
     part = "finetune_forward"
-
-    @property
-    def shapes_file(self) -> Path:
-        """File with the names and shapes of the parameters; a folder may lack it."""
-        return self.folder / self.part / f"{self.name}_shapes.json"
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -119,7 +113,8 @@ class FinetuneCase(GoldenCase):
         """Compare names and shapes of the parameters, here and in the published file format."""
         with torch.device("meta"):
             model = CAVMAEClassifier(self.config, self.entry["label_dim"])
-        expected = {name: tuple(shape) for name, shape in read_json(self.shapes_file).items()}
+        shapes = read_json(self.folder / self.part / f"{self.name}_shapes.json")
+        expected = {name: tuple(shape) for name, shape in shapes.items()}
         # The published files were saved under DataParallel.
         exported = {f"module.{name}": shape for name, shape in expected.items()}
         return [
