@@ -16,8 +16,8 @@ import triton.language as tl
 
 from cavmae.kernels.backend import Backend, choose_backend, jit
 
-BLOCK = 64
-STEP = 64
+BLOCK = tl.constexpr(64)
+STEP = tl.constexpr(64)
 """Columns of the width at a time."""
 
 Precision = Literal["ieee", "tf32"]
@@ -96,18 +96,7 @@ class _TiledDirection(torch.autograd.Function):
 
 
 @jit
-def _scores(
-    rows,
-    columns,
-    row,
-    column,
-    count,
-    width,
-    scale,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _scores(rows, columns, row, column, count, width, scale, PRECISION: tl.constexpr):
     """(BLOCK, BLOCK) similarities of unit vectors, -inf beyond the last column."""
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for first in range(0, width, STEP):
@@ -122,23 +111,13 @@ def _scores(
 
 
 @jit
-def _log_sum_kernel(
-    rows,
-    columns,
-    log_sums,
-    count,
-    width,
-    scale,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _log_sum_kernel(rows, columns, log_sums, count, width, scale, PRECISION: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, count, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP, PRECISION)
+        s = _scores(rows, columns, row, column, count, width, scale, PRECISION)
         new_top = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(s - new_top[:, None]), 1)
         top = new_top
@@ -155,8 +134,6 @@ def _gradient_kernel(
     width,
     scale,
     BY_ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds softmax weights times columns; the softmax is over columns (BY_ROW) or over rows."""
@@ -164,7 +141,7 @@ def _gradient_kernel(
     log_sum = tl.load(log_sums + row, mask=row < count, other=0.0)
     for first in range(0, count, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        s = _scores(rows, columns, row, column, count, width, scale, BLOCK, STEP, PRECISION)
+        s = _scores(rows, columns, row, column, count, width, scale, PRECISION)
         if BY_ROW:
             weight = tl.exp(s - log_sum[:, None])
         else:
@@ -188,17 +165,8 @@ def _launch_log_sums(
 ) -> torch.Tensor:
     count, width = rows.shape
     log_sums = rows.new_empty(count)
-    _log_sum_kernel[(triton.cdiv(count, BLOCK),)](
-        rows,
-        columns,
-        log_sums,
-        count,
-        width,
-        scale,
-        BLOCK=BLOCK,
-        STEP=STEP,
-        PRECISION=precision,
-        num_warps=8,
+    _log_sum_kernel[(triton.cdiv(count, BLOCK.value),)](
+        rows, columns, log_sums, count, width, scale, PRECISION=precision, num_warps=8
     )
     return log_sums
 
@@ -213,7 +181,7 @@ def _launch_gradient(
 ) -> torch.Tensor:
     count, width = rows.shape
     grad = torch.zeros_like(rows)
-    _gradient_kernel[(triton.cdiv(count, BLOCK),)](
+    _gradient_kernel[(triton.cdiv(count, BLOCK.value),)](
         rows,
         columns,
         log_sums,
@@ -222,8 +190,6 @@ def _launch_gradient(
         width,
         scale,
         BY_ROW=by_row,
-        BLOCK=BLOCK,
-        STEP=STEP,
         PRECISION=precision,
         num_warps=8,
     )
@@ -232,10 +198,10 @@ def _launch_gradient(
 
 def _torch_log_sums(rows: torch.Tensor, columns: torch.Tensor, scale: float) -> torch.Tensor:
     found = []
-    for block in rows.split(BLOCK):
+    for block in rows.split(BLOCK.value):
         top = torch.full_like(block[:, 0], -torch.inf)
         total = torch.zeros_like(top)
-        for others in columns.split(BLOCK):
+        for others in columns.split(BLOCK.value):
             s = block @ others.T * scale
             new_top = torch.maximum(top, s.amax(1))
             total = total * (top - new_top).exp() + (s - new_top[:, None]).exp().sum(1)
@@ -249,9 +215,11 @@ def _torch_gradient(
 ) -> torch.Tensor:
     grad = torch.zeros_like(rows)
     for block, own, target in zip(
-        rows.split(BLOCK), log_sums.split(BLOCK), grad.split(BLOCK), strict=True
+        rows.split(BLOCK.value), log_sums.split(BLOCK.value), grad.split(BLOCK.value), strict=True
     ):
-        for others, theirs in zip(columns.split(BLOCK), log_sums.split(BLOCK), strict=True):
+        for others, theirs in zip(
+            columns.split(BLOCK.value), log_sums.split(BLOCK.value), strict=True
+        ):
             shift = own[:, None] if by_row else theirs[None, :]
             target += (block @ others.T * scale - shift).exp() @ others
     return grad

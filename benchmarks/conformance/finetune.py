@@ -6,7 +6,6 @@ Weights and inputs come from the recipe of the golden folder, as those of pretra
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from cavmae.benchmarks.conformance.tolerances import (
     Deviation,
     array_deviation,
     check_deviations,
+    recorded_deviation,
     relative,
 )
 from cavmae.trainer.losses.classification import LossName, classification_loss
@@ -45,11 +45,6 @@ class FinetuneCase(GoldenCase):
     """One case of fine-tuning."""
 
     part = "finetune_forward"
-
-    @property
-    def shapes_file(self) -> Path:
-        """File with the names and shapes of the parameters; a folder may lack it."""
-        return self.folder / self.part / f"{self.name}_shapes.json"
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -91,15 +86,11 @@ class FinetuneCase(GoldenCase):
 
     def deviations(self, arrays: Mapping[str, torch.Tensor]) -> list[Deviation]:
         """Every recorded array but that of the audio-only model, which is a model of its own."""
-        deviations = []
-        for key, expected in self.files.items():
-            if key == "logits_audio_model":
-                continue
-            measured = arrays[key.removesuffix("_s16")]
-            if key.endswith("_s16"):
-                measured = measured[:, ::16, ::16]
-            deviations.append(array_deviation(key, measured, expected, LIMITS.array))
-        return deviations
+        return [
+            recorded_deviation(key, key, arrays, expected)
+            for key, expected in self.files.items()
+            if key != "logits_audio_model"
+        ]
 
     def forward_deviations(self) -> list[Deviation]:
         """Compare every mode, the audio-only model, and the features of the pretraining model,
@@ -122,7 +113,8 @@ class FinetuneCase(GoldenCase):
         """Compare names and shapes of the parameters, here and in the published file format."""
         with torch.device("meta"):
             model = CAVMAEClassifier(self.config, self.entry["label_dim"])
-        expected = {name: tuple(shape) for name, shape in read_json(self.shapes_file).items()}
+        shapes = read_json(self.folder / self.part / f"{self.name}_shapes.json")
+        expected = {name: tuple(shape) for name, shape in shapes.items()}
         # The published files were saved under DataParallel.
         exported = {f"module.{name}": shape for name, shape in expected.items()}
         return [

@@ -12,7 +12,12 @@ from typing import Any
 from cavmae.benchmarks.conformance import heads
 from cavmae.benchmarks.conformance.cases import read_json
 from cavmae.benchmarks.conformance.finetune import FinetuneCase, FinetuneTraining
-from cavmae.benchmarks.conformance.forward import ForwardCase, SharedModel, weights_deviations
+from cavmae.benchmarks.conformance.forward import (
+    ForwardCase,
+    GoldenCase,
+    SharedModel,
+    weights_deviations,
+)
 from cavmae.benchmarks.conformance.mae import mapping_deviations
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
 from cavmae.benchmarks.conformance.tolerances import Deviation
@@ -63,19 +68,17 @@ def _entries(folder: Path, source: str) -> dict[str, tuple[Path, dict[str, Any]]
     return named
 
 
-def _forward(folder: Path, source: str) -> dict[str, tuple[ForwardCase]]:
-    with_gradients = source.endswith("_grad.json")
-    cases = ForwardCase.all(folder)
-    return {case.name: (case,) for case in cases if case.has_gradients or not with_gradients}
-
-
-def _finetune(folder: Path, source: str) -> dict[str, tuple[FinetuneCase]]:
-    files = {path.name for path in folder.glob(source)}
+def _cases(kind: type[GoldenCase], folder: Path, source: str) -> dict[str, tuple[GoldenCase]]:
+    """Find the cases of a part; where the source is a file of each case, those that have it."""
+    files = [path.name for path in folder.glob(source)]
     return {
         case.name: (case,)
-        for case in FinetuneCase.all(folder)
-        if source.endswith("index.json") or any(one.startswith(case.name) for one in files)
+        for case in kind.all(folder)
+        if files == ["index.json"] or any(one.startswith(case.name) for one in files)
     }
+
+
+_forward, _finetune = partial(_cases, ForwardCase), partial(_cases, FinetuneCase)
 
 
 _model = SharedModel()

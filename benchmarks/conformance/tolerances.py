@@ -108,6 +108,16 @@ def array_deviation(
     return Deviation(quantity, difference / scale if scale else difference, limit)
 
 
+def recorded_deviation(
+    quantity: str, key: str, arrays: Mapping[str, torch.Tensor], expected: np.ndarray
+) -> Deviation:
+    """An array against the recorded one, or where the key ends in `_s16` each 16th of both axes."""
+    measured = arrays[key.removesuffix("_s16")]
+    if key.endswith("_s16"):
+        measured = measured[:, ::16, ::16]
+    return array_deviation(quantity, measured, expected, LIMITS.array)
+
+
 def value_deviation(
     quantity: str, measured: np.ndarray, expected: Sequence[float], floor: float, limit: float
 ) -> Deviation:

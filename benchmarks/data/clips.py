@@ -12,7 +12,6 @@ from rich.console import Console
 from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.data.published_loader import write_published
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
-from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
@@ -51,15 +50,13 @@ def make_clips(work: Path, count: int) -> None:
 
 
 def _lay_out(shards: ShardSet, folder: Path) -> None:
-    for shard, size in enumerate(shards.sizes):
-        for sample in range(size):
-            frames = [
-                Image.open(io.BytesIO(shards.member(shard, sample, f"{place}.jpg")))
-                for place in range(FRAMES_PER_CLIP)
-            ]
-            samples = decode_audio(shards.member(shard, sample, shards.audio_codec))
-            key = shards.description(shard, sample)["key"]
-            write_published(folder, key, samples, frames)
+    for clip in map(shards.at, range(shards.samples)):
+        frames = [
+            Image.open(io.BytesIO(shards.member(*clip, f"{place}.jpg")))
+            for place in range(FRAMES_PER_CLIP)
+        ]
+        key = shards.description(*clip)["key"]
+        write_published(folder, key, shards.member(*clip, "wav"), frames)
 
 
 def _write_video(path: Path, seed: int) -> None:

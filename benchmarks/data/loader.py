@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch.utils.data import Dataset
 from cavmae.benchmarks.data.clips import make_clips
 from cavmae.benchmarks.data.published_loader import PublishedDataset, RawVideoDataset, batches
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import bar, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, bar, timing, write_record
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.dali import ClipDecoder
@@ -36,7 +37,7 @@ from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
 BATCH, LANES = 16, 4
@@ -65,7 +66,7 @@ print(json.dumps({"make_seconds": made, "first_seconds": times[0],
 
 
 @dataclass(frozen=True)
-class LoaderBenchConfig(CheckedFields):
+class LoaderBenchConfig(RecordedConfig):
     """Compare our loader with others, on the CPUs.
 
     Raises:
@@ -84,8 +85,6 @@ class LoaderBenchConfig(CheckedFields):
     """Samples over which memory is watched."""
     work_dir: str = "runs/bench-data"
     """Folder of the clips, kept for the next run."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
@@ -160,11 +159,7 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
         ways["decord, raw 720p"] = theirs(RawVideoDataset(videos, endless, "decord"))
     else:
         print("decord is not installed: skipped")
-    found: dict[str, dict[str, list[float]]] = {
-        f"{name}, {number} workers": {"seconds": [], "cpu_seconds": [], "first_batch_seconds": []}
-        for name in ways
-        for number in workers
-    }
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for _ in range(rounds):
         for (name, way), number in itertools.product(ways.items(), workers):
             # Raw videos are slow: fewer batches, one of them not timed.
@@ -181,43 +176,37 @@ def _contest(work: Path, workers: tuple[int, ...], rounds: int, count: int) -> d
                     next(iterator)
                 spent = time.perf_counter() - began
                 used = cpu_seconds() - cpu
-            numbers = found[f"{name}, {number} workers"]
-            numbers["seconds"].append(spent / turns / BATCH)
-            numbers["cpu_seconds"].append(used / turns / BATCH)
-            numbers["first_batch_seconds"].append(first)
-    return {
-        name: {
-            "clips_per_second": 1 / statistics.median(numbers["seconds"]),
-            "cpu_seconds_per_clip": statistics.median(numbers["cpu_seconds"]),
-            "first_batch_seconds": statistics.median(numbers["first_batch_seconds"]),
-            "seconds_per_clip": timing(numbers["seconds"]),
-            "all_cpu_seconds_per_clip": numbers["cpu_seconds"],
+            clips = turns * BATCH
+            found[f"{name}, {number} workers"].append((spent / clips, used / clips, first))
+    results = {}
+    for name, turns in found.items():
+        seconds, cpu_seconds_per_clip, firsts = map(list, zip(*turns, strict=True))
+        results[name] = {
+            "clips_per_second": 1 / statistics.median(seconds),
+            "cpu_seconds_per_clip": statistics.median(cpu_seconds_per_clip),
+            "first_batch_seconds": statistics.median(firsts),
+            "seconds_per_clip": timing(seconds),
+            "all_cpu_seconds_per_clip": cpu_seconds_per_clip,
         }
-        for name, numbers in found.items()
-    }
+    return results
 
 
 def cpu_seconds() -> float:
     """Return CPU time of this process and its descendants, ended ones included."""
-    total = 0.0
-    for process in _family():
-        with suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])  # user, system, and both of ended children
-    return total
+    return _of_family(lambda one: sum(one.cpu_times()[:4]))  # the last two: of ended children
 
 
 def memory_bytes() -> int:
     """Return the unshared memory of this process and its descendants (Linux)."""
-    total = 0
-    for process in _family():
+    return int(_of_family(lambda one: one.memory_full_info().uss))
+
+
+def _of_family(measure: Callable[[psutil.Process], float]) -> float:
+    this, total = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().uss
+            total += measure(process)
     return total
-
-
-def _family() -> list[psutil.Process]:
-    this = psutil.Process()
-    return [this, *this.children(recursive=True)]
 
 
 # ------------------------------------------------------------------------------ other numbers

@@ -76,20 +76,14 @@ def batches(dataset: Dataset, batch: int, workers: int) -> DataLoader:
     return DataLoader(dataset, batch_size=batch, num_workers=workers, drop_last=True)
 
 
-def write_published(
-    folder: Path, key: str, samples: np.ndarray, frames: Sequence[Image.Image]
-) -> None:
+def write_published(folder: Path, key: str, wav: bytes, frames: Sequence[Image.Image]) -> None:
     """Files of one clip as the published preparation leaves them.
 
     Args:
-        samples: `(samples,)` int16 at 16 kHz.
+        wav: file with the sound, int16 at 16 kHz.
         frames: ten; short side to 224 and the middle 224 x 224 pixels are kept.
     """
-    with wave.open(str(folder / f"{key}.wav"), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(AUDIO_HZ)
-        file.writeframes(samples.tobytes())
+    (folder / f"{key}.wav").write_bytes(wav)
     for number, frame in enumerate(frames):
         place = folder / f"frame_{number}" / f"{key}.jpg"
         place.parent.mkdir(exist_ok=True)

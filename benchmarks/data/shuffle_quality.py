@@ -18,15 +18,15 @@ import torch
 import tyro
 
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, default_lanes
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 
 CLASSES = 527
 
 
 @dataclass(frozen=True)
-class ShuffleConfig(CheckedFields):
+class ShuffleConfig(RecordedConfig):
     """Compare the plan's order with a perfect shuffle.
 
     Raises:
@@ -41,8 +41,6 @@ class ShuffleConfig(CheckedFields):
     """Global batch."""
     windows: tuple[int, ...] = (1, 64, 512, 4096, 16384)
     """Samples of a lane that are shuffled among each other, one turn for each number."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

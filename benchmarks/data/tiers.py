@@ -22,7 +22,7 @@ from av.video.reformatter import VideoReformatter
 from rich.console import Console
 
 from cavmae.benchmarks.data.clips import make_videos
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
@@ -35,7 +35,7 @@ from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import frame_pixels
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 
 T = TypeVar("T")
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
@@ -48,7 +48,7 @@ LOSSLESS_DB = 99.0
 
 
 @dataclass(frozen=True)
-class TiersConfig(CheckedFields):
+class TiersConfig(RecordedConfig):
     """Compare the size, cost and quality of each way to store a clip.
 
     Raises:
@@ -63,8 +63,6 @@ class TiersConfig(CheckedFields):
     """Turns of each decoder."""
     work_dir: str = "runs/bench-tiers"
     """Folder of the packed sets, kept for the next run."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
@@ -84,7 +82,7 @@ def main(arguments: list[str]) -> int:
         **_lengths(sets["original"]),
         "decode_cpu_seconds": costs.pop("decoding the source"),
     }
-    decoding = _in_turn(sets, config.rounds, lambda shards: _decoding(shards, None, 1))
+    decoding = _in_turn(sets, config.rounds)
     for name, shards in sets.items():
         results["pictures"][name] = {
             "bytes": _picture_bytes(shards),
@@ -117,9 +115,7 @@ def _packed(videos: Path, work: Path) -> dict[str, ShardSet]:
 
 
 def _places(shards: ShardSet) -> Iterator[tuple[int, int]]:
-    for shard, size in enumerate(shards.sizes):
-        for sample in range(size):
-            yield shard, sample
+    return map(shards.at, range(shards.samples))
 
 
 def _picture_bytes(shards: ShardSet) -> float:
@@ -210,14 +206,12 @@ def _sound_decoding(stored: list[bytes]) -> float:
 # ---------------------------------------------------------------------------------- decoding
 
 
-def _in_turn(
-    sets: dict[str, ShardSet], rounds: int, measure: Callable[[ShardSet], dict[str, float]]
-) -> dict[str, dict[str, list[float]]]:
-    """Measure every set in turns; the first turn does not count."""
+def _in_turn(sets: dict[str, ShardSet], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Decode every set on the CPU in turns; the first turn does not count."""
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
     for number in range(rounds + 1):
         for name, shards in sets.items():
-            for key, value in measure(shards).items():
+            for key, value in _decoding(shards, None, 1).items():
                 if number:
                     found[name][key].append(value)
     return found

@@ -28,7 +28,7 @@ class FaultedRun:
     Attributes:
         attempt: the newest one.
         run_dir: folder of the run.
-        before: steps done when the fault came.
+        before, fault_seconds: steps done when the fault came, and when that was (Unix time).
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FaultedRun:
         self.bench, self.config = bench, config
         self.run_dir = Path(config.run_dir)
         self._launch = launch
-        self.before, self._fault_seconds = 0, 0.0
+        self.before, self.fault_seconds = 0, 0.0
         self._noticed_seconds, self._said = 0.0, ""
         self._faulted = 0
         self.launch()
@@ -85,8 +85,8 @@ class FaultedRun:
         Args:
             attempt: its number; 0: the one that the run is at.
         """
-        self.before, self._fault_seconds = last_step(self.run_dir), time.time()
-        self._noticed_seconds = self._fault_seconds
+        self.before, self.fault_seconds = last_step(self.run_dir), time.time()
+        self._noticed_seconds = self.fault_seconds
         self._faulted = attempt or status_of(self.run_dir).attempt
 
     def wait_until_noticed(self, noticed: Callable[[], str]) -> str:
@@ -134,9 +134,9 @@ class FaultedRun:
             new = [
                 one["unix_seconds"] for one in step_records(self.run_dir) if one["step"] > resumed
             ]
-            again = min(when for when in new if when > self._fault_seconds) - self._fault_seconds
+            again = min(when for when in new if when > self.fault_seconds) - self.fault_seconds
         return Row(
-            noticed_seconds=self._noticed_seconds - self._fault_seconds,
+            noticed_seconds=self._noticed_seconds - self.fault_seconds,
             again_seconds=again,
             steps_lost=lost,
             steps_allowed=INTERVAL + while_writing,

@@ -21,10 +21,10 @@ from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
-from cavmae.field_checks import CheckedFields, at_least
+from cavmae.field_checks import at_least
 
 FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a rank is killed (SIGKILL)": partial(inject.rank_signalled, signal.SIGKILL),
@@ -46,7 +46,7 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
 
 
 @dataclass(frozen=True)
-class FaultsConfig(CheckedFields):
+class FaultsConfig(RecordedConfig):
     """Do faults to real runs, and measure how each run recovers.
 
     Raises:
@@ -63,8 +63,6 @@ class FaultsConfig(CheckedFields):
     ] = tuple(FAULTS)
     work_dir: str = ""
     """Folder of the runs, which is kept; empty: a temporary one."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,17 +14,25 @@ from dataclasses import dataclass
 
 import psutil
 
-WARM_UP_SECONDS = 60.0
-"""First part of a process's life, not judged: imports, first steps, pools that fill."""
-JUDGED_SECONDS = 60.0
-"""Shortest life after that; a process that ends sooner is not judged."""
-MEMORY_GROWTH_SHARE = 0.05
-"""Limit of the growth of memory, as a share of it..."""
-FIRST_FAILURE_BYTES = 64_000_000
-"""...for Ray Train's controller, more by this: at the first failure of a rank it imports what
-classifies failures, torch among it (54 MB measured)..."""
-HANDLES_GROWTH = 4
-"""...and of open file handles: a log that is rotated, a connection that is renewed."""
+
+@dataclass(frozen=True)
+class FlatMeans:
+    """What is judged of a process, and how much it may grow."""
+
+    warm_up_seconds: float = 60.0
+    """First part of a life, not judged: imports, first steps, pools that fill."""
+    judged_seconds_at_least: float = 60.0
+    """Shortest life after that; a process that ends sooner is not judged."""
+    memory_growth_share_at_most: float = 0.05
+    """Limit of the growth of memory, as a share of it..."""
+    controller_may_grow_once_by_bytes: int = 64_000_000
+    """...for Ray Train's controller, more by this: at the first failure of a rank it imports what
+    classifies failures, torch among it (54 MB measured)..."""
+    handles_growth_at_most: int = 4
+    """...and of open file handles: a log that is rotated, a connection that is renewed."""
+
+
+FLAT_MEANS = FlatMeans()
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,13 @@ class Life:
     @property
     def flat(self) -> bool:
         """Whether it does not grow; true if it was not judged."""
-        allowed = MEMORY_GROWTH_SHARE * self.memory_bytes
+        allowed = FLAT_MEANS.memory_growth_share_at_most * self.memory_bytes
         if self.kind == "controller":
-            allowed += FIRST_FAILURE_BYTES
-        return self.memory_growth_bytes <= allowed and self.handles_growth <= HANDLES_GROWTH
+            allowed += FLAT_MEANS.controller_may_grow_once_by_bytes
+        return (
+            self.memory_growth_bytes <= allowed
+            and self.handles_growth <= FLAT_MEANS.handles_growth_at_most
+        )
 
 
 def lives(samples: Sequence[Usage]) -> list[Life]:
@@ -80,9 +91,10 @@ def lives(samples: Sequence[Usage]) -> list[Life]:
 def _life(samples: list[Usage]) -> Life:
     kind, process = samples[0].kind, samples[0].process
     began, ended = samples[0].unix_seconds, samples[-1].unix_seconds
-    kept = [one for one in samples if one.unix_seconds >= began + WARM_UP_SECONDS]
+    kept = [one for one in samples if one.unix_seconds >= began + FLAT_MEANS.warm_up_seconds]
+    shortest = FLAT_MEANS.warm_up_seconds + FLAT_MEANS.judged_seconds_at_least
     third = len(kept) // 3
-    if third == 0 or ended - began < WARM_UP_SECONDS + JUDGED_SECONDS:
+    if third == 0 or ended - began < shortest:
         return Life(kind, process, ended - began, judged=False)
     (memory, handles), (last_memory, last_handles) = (
         (

@@ -86,7 +86,8 @@ class Failed:
 def outcome(config: PretrainConfig, run: str) -> Expected:
     """Read losses and samples of a run that has ended."""
     run_dir = Path(config.run_dir)
-    return Expected(losses(run_dir), trained_samples(run_dir), run)
+    losses = {one["step"]: one["loss"] for one in step_records(run_dir)}  # of repeats, the last one
+    return Expected([losses[step] for step in sorted(losses)], trained_samples(run_dir), run)
 
 
 def largest_difference(found: Expected, expected: Expected) -> float:
@@ -106,9 +107,3 @@ def step_records(run_dir: Path) -> list[dict[str, float]]:
     """Read the metrics of every logged step; empty before the first one."""
     path = run_dir / "metrics.jsonl"
     return [one for one in read_metrics(path) if "loss" in one] if path.exists() else []
-
-
-def losses(run_dir: Path) -> list[float]:
-    """Read the loss of every step; of repeated steps, the last one."""
-    by_step = {one["step"]: one["loss"] for one in step_records(run_dir)}
-    return [loss for _, loss in sorted(by_step.items())]

@@ -19,6 +19,7 @@ from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import Expected, outcome
 from cavmae.benchmarks.harness.processes import Start, free_port, module_command
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
+from cavmae.benchmarks.harness.tiny_model import TINY_MODEL
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
@@ -40,7 +41,6 @@ from cavmae.trainer.config.configs import (
     WatchdogConfig,
 )
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.run_status import RunStatus, read_status
 
 RANKS = 2
@@ -58,17 +58,6 @@ _TAIL_BYTES = 4096
 _UNDISTURBED = "undisturbed"
 _WITHOUT_MEMORY_MONITOR = {"RAY_memory_monitor_refresh_ms": "0"}
 """Ray would kill its processes when others use this machine's memory: no fault of a row."""
-MODEL = ModelConfig(
-    audio_frames=192,
-    mel_bins=32,
-    image_size=32,
-    width=32,
-    modality_depth=1,
-    heads=4,
-    decoder_width=32,
-    decoder_depth=1,
-    decoder_heads=4,
-)
 
 
 class Bench:
@@ -105,7 +94,7 @@ class Bench:
             steps=self.steps,
             global_batch=GLOBAL_BATCH,
             micro_batch=4,
-            model=MODEL,
+            model=TINY_MODEL,
             data=DataConfig(
                 train=str(self.work / "shards" / "frames"), reader_workers=1, decode_threads=1
             ),

@@ -20,25 +20,15 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from cavmae.benchmarks.faults.leak_check import (
-    FIRST_FAILURE_BYTES,
-    HANDLES_GROWTH,
-    JUDGED_SECONDS,
-    MEMORY_GROWTH_SHARE,
-    WARM_UP_SECONDS,
-    Life,
-    Usage,
-    lives,
-    usage_samples,
-)
+from cavmae.benchmarks.faults.leak_check import FLAT_MEANS, Life, Usage, lives, usage_samples
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
-from cavmae.field_checks import CheckedFields, PositiveFloat
+from cavmae.field_checks import PositiveFloat
 from cavmae.trainer.config.configs import PretrainConfig
 
 _STEPS = 10_000_000
@@ -48,7 +38,7 @@ _UNDISTURBED_SECONDS = 4 * 3600.0
 
 
 @dataclass(frozen=True)
-class SoakConfig(CheckedFields):
+class SoakConfig(RecordedConfig):
     """Train for long with a fault every few minutes, and look for leaks.
 
     Raises:
@@ -69,8 +59,6 @@ class SoakConfig(CheckedFields):
     """Seconds between two samples of memory and handles."""
     work_dir: str = ""
     """Folder of the runs, which is kept; empty: a temporary one."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
@@ -164,13 +152,7 @@ def results(
             "processes_were_watched_long_enough": bool(judged),
             "memory_and_handles_are_flat": all(life.flat for life in judged),
         },
-        "flat_means": {
-            "warm_up_seconds": WARM_UP_SECONDS,
-            "judged_seconds_at_least": JUDGED_SECONDS,
-            "memory_growth_share_at_most": MEMORY_GROWTH_SHARE,
-            "controller_may_grow_once_by_bytes": FIRST_FAILURE_BYTES,
-            "handles_growth_at_most": HANDLES_GROWTH,
-        },
+        "flat_means": dataclasses.asdict(FLAT_MEANS),
         "problem": problem,
         "comparison": found,
         "faults": [dataclasses.asdict(one) | {"steps_lost": one.steps_lost} for one in faults],

@@ -179,15 +179,15 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
     run.fault_is_now()
     whole = [step_of(one) for one in list_checkpoints(Store(run.run_dir / "checkpoints"))]
     newest = whole[-2] if fault in LOSES_A_CHECKPOINT else whole[-1]
-    before, began = last_step(run.run_dir), time.time()
     said = FAULTS[fault](run, rng)
     resumed = None
     if fault not in TRAINING_CONTINUES:
         run.wait_until_noticed(run.resume)
         resumed = resumed_step(run.run_dir)
-    run.wait_for_step(before + 1)
+    run.wait_for_step(run.before + 1)
     said = said.replace(f"{run.run_dir.parent}/", "")
-    return Endured(fault, began, before, newest, resumed, time.time() - began, said)
+    again = time.time() - run.fault_seconds
+    return Endured(fault, run.fault_seconds, run.before, newest, resumed, again, said)
 
 
 def drawn(rng: random.Random, count: int) -> list[str]:

@@ -28,7 +28,6 @@ from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
 from cavmae.benchmarks.step.step import MODELS, compare
 from cavmae.benchmarks.step.training_step import (
     SIZES,
-    ModelName,
     Precision,
     StepSetting,
     TrainingStep,
@@ -78,8 +77,9 @@ class Check:
         if self.device.type != "cuda":
             raise Skip(f"{what} is measured on a GPU; this is {self.device}")
 
-    def require_best(self) -> tuple[int, bool]:
-        """Return the fastest batch; raise Skip where no throughput was measured."""
+    def require_best(self, what: str) -> tuple[int, bool]:
+        """Return the fastest batch; raise Skip on a CPU, or where no throughput was measured."""
+        self.require_gpu(what)
         if self.best is None:
             raise Skip("no throughput was measured before, so the fastest batch is not known")
         return self.best
@@ -296,7 +296,7 @@ def step_against_baseline(check: Check) -> dict[str, Any]:
     results = {}
     for precision in precisions:
         check.require_time()
-        settings: dict[ModelName, StepSetting] = {
+        settings = {
             name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
         }
         results[precision] = compare(settings, check.repeats, warm_up=2)
@@ -315,8 +315,7 @@ def throughput(check: Check) -> dict[str, Any]:
 
 def training_loop(check: Check) -> dict[str, Any]:
     """Run the real loop at the fastest batch: synthetic batches, and shards through DALI."""
-    check.require_gpu("the training loop at the fastest batch")
-    batch, compile = check.require_best()
+    batch, compile = check.require_best("the training loop at the fastest batch")
     absent = [name for name in _LOOP_NEEDS if _absent(name)]
     if absent:
         raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
@@ -335,17 +334,13 @@ def _absent(module: str) -> bool:
 
 def limits(check: Check) -> dict[str, Any]:
     """Find the largest batch in memory, and time a contrastive batch whose matrix would not fit."""
-    check.require_gpu("the largest batch")
-    batch, compile = check.require_best()
+    batch, compile = check.require_best("the largest batch")
 
     in_time = True
 
     def fits(candidate: int) -> bool:
         nonlocal in_time
-        try:
-            check.require_time()
-        except Skip:
-            in_time = False
+        in_time = in_time and time.monotonic() <= check.deadline
         setting = training.our_step(check.config, candidate, check.device, compile)
         return in_time and training.step_fits(setting)
 

@@ -10,17 +10,14 @@ import torch
 import tyro
 from rich.console import Console
 
-from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.timing import default_device
 from cavmae.cluster.local.checks import Finding, dali, gpu, library, nvdec, show
 
 
 @dataclass(frozen=True)
-class NvdecConfig:
+class NvdecConfig(RecordedConfig):
     """Check video decoding on this GPU (NVDEC)."""
-
-    out: str = RESULTS
-    """Folder of the record."""
 
 
 def findings() -> list[Finding]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
+from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
 from cavmae.benchmarks.harness.timing import median_seconds
+from cavmae.benchmarks.step.step import compare
 from cavmae.benchmarks.step.training_step import TEMPERATURE, Choices, StepSetting, TrainingStep
 from cavmae.kernels import contrastive_loss
-from cavmae.trainer.cost_model.flops import training_flops
 from cavmae.trainer.model.config import ModelConfig
 
 CONTRASTIVE_BATCH = 65_536
@@ -44,52 +44,23 @@ def throughput(
     rows: list[dict[str, Any]] = []
     for compile in (False, True):
         for batch in batches:
+            row: dict[str, Any] = {"batch": batch, "compile": compile}
+            rows.append(row)
             if time.monotonic() > deadline:
-                rows.append({"batch": batch, "compile": compile, "skipped": "out of time"})
+                row["skipped"] = "out of time"
                 continue
-            try:
-                row = _throughput_of(our_step(config, batch, device, compile), repeats)
-                rows.append(row | utilization(row["tflops"] * 1e12, rates, "bf16"))
-            except torch.cuda.OutOfMemoryError as error:
-                rows.append({"batch": batch, "compile": compile, "skipped": str(error)})
+            setting = our_step(config, batch, device, compile)
+            row |= compare({"ours": setting}, repeats, warm_up=3, rates=rates)["ours"]
+            torch.cuda.empty_cache()
+            if "skipped" in row:
                 break
-            finally:
-                torch.cuda.empty_cache()
+            print(
+                f"  batch {batch}{' compiled' if compile else ''}: "
+                f"{row['samples_per_second']:.0f} samples/s, {row['tflops']:.0f} TFLOP/s, "
+                f"{row['peak_memory_bytes'] / 2**30:.1f} GiB",
+                flush=True,
+            )
     return {"machine": rates, "rows": rows}
-
-
-def _throughput_of(setting: StepSetting, repeats: int) -> dict[str, Any]:
-    batch, device, compile = setting.batch, setting.device, setting.choices.compile
-    torch.cuda.reset_peak_memory_stats(device)
-    step = TrainingStep(setting)
-    for _ in range(3):
-        step()
-    starts, ends = (
-        [torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2)
-    )
-    for start, end in zip(starts, ends, strict=True):
-        start.record()
-        step()
-        end.record()
-    torch.cuda.synchronize(device)
-    seconds = sorted(
-        start.elapsed_time(end) / 1000 for start, end in zip(starts, ends, strict=True)
-    )
-    median = seconds[len(seconds) // 2]
-    row = {
-        "batch": batch,
-        "compile": compile,
-        "all_seconds": seconds,
-        "samples_per_second": batch / median,
-        "tflops": training_flops(setting.config) * batch / median / 1e12,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-    }
-    print(
-        f"  batch {batch}{' compiled' if compile else ''}: {row['samples_per_second']:.0f} "
-        f"samples/s, {row['tflops']:.0f} TFLOP/s, {row['peak_memory_bytes'] / 2**30:.1f} GiB",
-        flush=True,
-    )
-    return row
 
 
 def our_step(config: ModelConfig, batch: int, device: torch.device, compile: bool) -> StepSetting:

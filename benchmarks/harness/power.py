@@ -5,15 +5,14 @@ On a GPU the driver reports its power ten times a second. On a CPU the packages 
 read is None with the reason.
 """
 
-import math
+import re
 import shutil
 import statistics
 import subprocess
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -36,17 +35,11 @@ class Energy:
         return asdict(self) | {"joules_per_sample": each}
 
 
-class PowerMeter(Protocol):
-    """Measures from `start` to `stop`; one that is not `readable` only returns the reason."""
-
-    @property
-    def readable(self) -> bool: ...
-    def start(self) -> None: ...
-    def stop(self) -> Energy: ...
-
-
-def power_meter(device: torch.device, powercap: Path = POWERCAP) -> PowerMeter:
-    """Return the meter of a device.
+def power_meter(
+    device: torch.device, powercap: Path = POWERCAP
+) -> "_Unreadable | _PackageCounters | _DriverPower":
+    """Return the meter of a device, which measures from `start` to `stop`; one that is not
+    `readable` only returns the reason.
 
     Args:
         device: one GPU, or the CPU with all its packages.
@@ -132,14 +125,8 @@ class _DriverPower:
         assert self._process.stdout is not None
         printed = [line for line in map(str.strip, self._process.stdout) if line]
         self._process.wait()
-        watts = [float(line) for line in printed if _is_number(line)]
+        watts = [float(line) for line in printed if re.fullmatch(r"[\d.]+", line)]
         if not watts:
             return Energy(None, None, f"nvidia-smi gave no power: {printed[:1]}")
         mean = statistics.fmean(watts)
         return Energy(mean * seconds, mean, f"nvidia-smi, {len(watts)} readings")
-
-
-def _is_number(text: str) -> bool:
-    with suppress(ValueError):
-        return math.isfinite(float(text))
-    return False

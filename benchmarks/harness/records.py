@@ -18,11 +18,20 @@ from typing import Any
 import torch
 
 from cavmae.atomic_write import write_text
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.tracking.code_snapshot import git_commit
 
 RESULTS = "benchmarks/results"
 RECORD_SCHEMA = 2
 _PACKAGES = ("torch", "triton", "numpy", "flash-attn", "deepspeed", "nvidia-dali-cuda130")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedConfig(CheckedFields):
+    """Options of a benchmark that writes a record."""
+
+    out: str = RESULTS
+    """Folder of the record."""
 
 
 def timing(seconds: list[float]) -> dict[str, Any]:
@@ -54,15 +63,20 @@ def extremes(ratios: Mapping[str, float], form: str = ".2f", unit: str = "x") ->
 
 
 def bar(
-    value: float, *, at_least: float | None = None, below: float | None = None, judged: bool = True
+    value: float | None,
+    *,
+    at_least: float | None = None,
+    below: float | None = None,
+    judged: bool = True,
 ) -> dict[str, Any]:
-    """Return a value beside its bar, one of the two; `met` is None where it is not judged here."""
+    """Return a value beside its bar, one of the two; `met` is None where it is not judged here, or
+    there is no value."""
     if at_least is not None:
-        text, met = f"at least {at_least:g}", value >= at_least
+        text, met = f"at least {at_least:g}", value is not None and value >= at_least
     else:
         assert below is not None
-        text, met = f"below {below:g}", value < below
-    return {"value": value, "bar": text, "met": met if judged else None}
+        text, met = f"below {below:g}", value is not None and value < below
+    return {"value": value, "bar": text, "met": met if judged and value is not None else None}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:

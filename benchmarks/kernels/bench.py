@@ -6,6 +6,7 @@ Triton kernels, on a CPU the torch references, which is what runs there.
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,19 +14,19 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.harness.machine_peaks import DTYPES
 from cavmae.benchmarks.harness.measurements import PASSES
-from cavmae.benchmarks.harness.records import RESULTS, extremes, write_record
+from cavmae.benchmarks.harness.plots import plot_beside
+from cavmae.benchmarks.harness.records import RecordedConfig, bar, write_record
 from cavmae.benchmarks.harness.timing import Device, ceilings, default_device
 from cavmae.benchmarks.kernels.cases import cases
 from cavmae.benchmarks.kernels.timing import measured
-from cavmae.field_checks import CheckedFields, PositiveInt, at_least
+from cavmae.field_checks import PositiveInt, at_least
 from cavmae.kernels import default_backend
 
 
 @dataclass(frozen=True)
-class KernelsConfig(CheckedFields):
+class KernelsConfig(RecordedConfig):
     """Time kernels against torch, torch.compile and published methods."""
 
     device: Device = field(default_factory=default_device)
@@ -40,8 +41,6 @@ class KernelsConfig(CheckedFields):
     """Timed runs of each contender."""
     compile: bool = field(default_factory=torch.cuda.is_available)
     """Time torch.compile as well."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,15 +49,17 @@ class KernelsConfig(CheckedFields):
 
 
 def main(arguments: list[str]) -> int:
-    """Time everything, write the record and the plot; returns the exit code."""
-    import tyro  # which a machine lacks that has torch and triton alone
+    """Time everything, print and write the record and the plot; returns the exit code."""
+    import tyro  # which a machine lacks that has torch and triton alone, as it lacks rich
+
+    from cavmae.benchmarks.report.console import show
 
     config = tyro.cli(KernelsConfig, prog="cavmae bench kernels", args=arguments)
     results = measure(config)
     configuration = asdict(config) | results.pop("sizes")
     path = write_record(config.out, "kernels", torch.device(config.device), configuration, results)
-    print(f"record: {path}")
-    print(f"plot: {plot(results, path.with_suffix('.png'))}")
+    show(path)
+    _plot(results, path)
     return 0
 
 
@@ -75,23 +76,13 @@ def measure(config: KernelsConfig, deadline: float = math.inf) -> dict[str, Any]
     dtype = config.dtype or ("bf16" if gpu else "fp32")
     contrastive = config.contrastive or ((512, 4096, 32768) if gpu else (512,))
     ceiling = ceilings(device, DTYPES[dtype])
-    print(
-        f"{default_backend(device)} kernels on {device}, {dtype}, batch {batch}; ceilings: copy "
-        f"{ceiling['bytes_per_second'] / 1e9:.1f} GB/s, product "
-        f"{ceiling['flops_per_second'] / 1e12:.3g} TFLOP/s"
-    )
     found: dict[str, Any] = {}
     for case in cases(device, batch, DTYPES[dtype], contrastive):
         if time.monotonic() > deadline:
             found[case.name] = {"skipped": "out of time"}
             continue
+        print(f"{case.name} ...", file=sys.stderr, flush=True)
         found[case.name] = measured(case, device, config.repeats, compile, ceiling)
-        print(line(case.name, found[case.name]), flush=True)
-    judged = bars(found, device)
-    if gpu:
-        met = [entry["met"] for entry in judged.values()]
-        print(f"bars met: {met.count(True)}, not met: {met.count(False)}, not measured: "
-              f"{met.count(None)}")  # fmt: skip
     return {
         "sizes": {
             "batch": batch, "dtype": dtype, "contrastive": contrastive, "compile": compile,
@@ -99,130 +90,69 @@ def measure(config: KernelsConfig, deadline: float = math.inf) -> dict[str, Any]
         "backend": default_backend(device),
         "ceilings": ceiling,
         "cases": found,
-        "bars": judged,
+        "bars": bars(found, device),
     }  # fmt: skip
 
 
-def line(name: str, result: dict[str, Any]) -> str:
-    """Format the result of one case."""
-    parts = []
-    for kind, title in PASSES.items():
-        if "ours" not in result.get(kind, {}):
-            continue
-        ours = result[kind]["ours"]
-        ratios = ", ".join(
-            f"{contender} {extremes(entry['times_ours'])} and "
-            f"{entry['peak_bytes'] / max(1, ours['peak_bytes']):.2f}x the memory"
-            for contender, entry in result[kind].items()
-            if contender != "ours"
-        )
-        shares = "".join(
-            f", {ours[share]:.0%} of {what}"
-            for share, what in (("share_of_copy", "copy"), ("share_of_product", "product"))
-            if ours[share]
-        )
-        parts.append(f"{title} {ours['median_seconds'] * 1e3:.3g} ms{shares}; {ratios}")
-    parts += [f"failed: {what}, {why[:80]}" for what, why in result["failed"].items()]
-    return f"{name}: " + " | ".join(parts)
-
-
 def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Judge results on a GPU by their bars.
-
-    Returns:
-        By name: the value (None: not measured), the bar, whether it was met (None: not judged) and
-        the verdict as text.
-    """
+    """Compare results with their bars, which are judged on a GPU."""
     judged: dict[str, dict[str, Any]] = {}
 
-    def judge(name: str, value: float | None, bar: float, at_least: bool = True) -> None:
-        if device.type != "cuda":
-            met, verdict = None, f"not judged on {device.type}"
-        elif value is None:
-            met, verdict = None, "not measured"
-        else:
-            met = value >= bar if at_least else value < bar
-            verdict = "met" if met else "not met"
-        judged[name] = {
-            "value": value,
-            "bar": f"{'at least' if at_least else 'below'} {bar}",
-            "met": met,
-            "verdict": verdict,
-        }
+    def judge(what: str, name: str, kind: str, *entry: str, **limit: float) -> None:
+        value: Any = found
+        for key in (name, kind, *entry):
+            value = value and value.get(key)  # None where it was not measured
+        title = f"{name} {PASSES[kind]}: {what}"
+        judged[title] = bar(value, **limit, judged=device.type == "cuda")
 
+    copy, times = ("ours", "share_of_copy"), ("times_ours", "median")
     for name in ("gather_tokens", "restore_tokens", "reconstruction_audio", "reconstruction_video"):
-        for kind, title in PASSES.items():
-            value = _of(found, name, kind, "ours", "share_of_copy")
-            judge(f"{name} {title}: share of copy", value, 0.85)
+        for kind in PASSES:
+            judge("share of copy", name, kind, *copy, at_least=0.85)
     for name in ("patch_embedding_audio", "patch_embedding_video"):
-        judge(f"{name} with backward: times eager", _against(found, name, "both", "eager"), 3)
+        judge("times eager", name, "both", "eager", *times, at_least=3)
     large = "contrastive_32768"
-    share = _of(found, large, "forward", "ours", "share_of_product")
-    judge(f"{large} forward: share of product", share, 0.65)
-    judge(f"{large} with backward: times tiled", _against(found, large, "both", "tiled"), 2)
-    workspace = _of(found, large, "both", "ours", "workspace_share_of_matrix")
-    judge(f"{large} with backward: workspace over matrix", workspace, 0.01, at_least=False)
+    judge("share of product", large, "forward", "ours", "share_of_product", at_least=0.65)
+    judge("times tiled", large, "both", "tiled", *times, at_least=2)
+    workspace = ("ours", "workspace_share_of_matrix")
+    judge("workspace over matrix", large, "both", *workspace, below=0.01)
     for name in ("contrastive_4096", large):
-        for kind, title in PASSES.items():
-            judge(f"{name} {title}: times eager", _against(found, name, kind, "eager"), 1)
-    for kind, title in PASSES.items():
-        value = _against(found, "contrastive_512", kind, "compiled")
-        judge(f"contrastive_512 {title}: times compiled", value, 1)
+        for kind in PASSES:
+            judge("times eager", name, kind, "eager", *times, at_least=1)
+    for kind in PASSES:
+        judge("times compiled", "contrastive_512", kind, "compiled", *times, at_least=1)
     return judged
 
 
-def _of(found: dict[str, Any], name: str, kind: str, contender: str, key: str) -> Any:
-    """Return one entry of the results, None where it was not measured."""
-    return found.get(name, {}).get(kind, {}).get(contender, {}).get(key)
-
-
-def _against(found: dict[str, Any], name: str, kind: str, contender: str) -> float | None:
-    ratio = _of(found, name, kind, contender, "times_ours")
-    return ratio["median"] if ratio else None
-
-
-def plot(results: dict[str, Any], path: Path) -> str:
-    """Draw times relative to ours, and our share of the ceilings.
-
-    Returns:
-        The path of the plot, or why there is none.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "none, because matplotlib is not installed"
+def _plot(results: dict[str, Any], record: Path) -> None:
+    """Draw times relative to ours, and our share of the ceilings."""
     passes = {
         f"{name}\n{title}": case[kind]
         for name, case in results["cases"].items()
         for kind, title in PASSES.items()
         if "ours" in case.get(kind, {})
     }
-    if not passes:
-        return "none, because nothing was measured"
     others = dict.fromkeys(name for row in passes.values() for name in row if name != "ours")
-    figure = Figure(figsize=(13, 1.5 + 0.45 * len(passes)), dpi=100, layout="constrained")
-    ratios, shares = figure.subplots(1, 2, sharey=True)
-    height = 0.8 / max(1, len(others))
-    for number, contender in enumerate(others):
-        rows = [place for place, row in enumerate(passes.values()) if contender in row]
-        values = [row[contender]["times_ours"]["median"] for row in passes.values()
-                  if contender in row]  # fmt: skip
-        offset = (number - (len(others) - 1) / 2) * height
-        ratios.barh([row + offset for row in rows], values, height=height, label=contender)
-    ratios.axvline(1, color="black", linewidth=0.8)
-    ratios.set_xscale("log")
-    ratios.set_yticks(range(len(passes)), list(passes), fontsize=7)
-    ratios.invert_yaxis()
-    ratios.set_xlabel("times as long as ours")
-    ratios.legend(fontsize=8)
-    for key, label in (("share_of_copy", "of a copy"), ("share_of_product", "of a product")):
-        rows = [place for place, row in enumerate(passes.values()) if row["ours"][key]]
-        values = [row["ours"][key] for row in passes.values() if row["ours"][key]]
-        offset = -0.2 if key == "share_of_copy" else 0.2
-        shares.barh([row + offset for row in rows], values, height=0.4, label=label)
-    shares.axvline(1, color="black", linewidth=0.8)
-    shares.set_xlabel(f"share of the measured ceiling, ours ({results['backend']})")
-    shares.legend(fontsize=8)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
-    return str(path)
+    with plot_beside(record, 13, 1.5 + 0.45 * len(passes)) as figure:
+        ratios, shares = figure.subplots(1, 2, sharey=True)
+        height = 0.8 / max(1, len(others))
+        for number, contender in enumerate(others):
+            rows = [place for place, row in enumerate(passes.values()) if contender in row]
+            values = [row[contender]["times_ours"]["median"] for row in passes.values()
+                      if contender in row]  # fmt: skip
+            offset = (number - (len(others) - 1) / 2) * height
+            ratios.barh([row + offset for row in rows], values, height=height, label=contender)
+        ratios.axvline(1, color="black", linewidth=0.8)
+        ratios.set_xscale("log")
+        ratios.set_yticks(range(len(passes)), list(passes), fontsize=7)
+        ratios.invert_yaxis()
+        ratios.set_xlabel("times as long as ours")
+        ratios.legend(fontsize=8)
+        for key, label in (("share_of_copy", "of a copy"), ("share_of_product", "of a product")):
+            rows = [place for place, row in enumerate(passes.values()) if row["ours"][key]]
+            values = [row["ours"][key] for row in passes.values() if row["ours"][key]]
+            offset = -0.2 if key == "share_of_copy" else 0.2
+            shares.barh([row + offset for row in rows], values, height=0.4, label=label)
+        shares.axvline(1, color="black", linewidth=0.8)
+        shares.set_xlabel(f"share of the measured ceiling, ours ({results['backend']})")
+        shares.legend(fontsize=8)

@@ -92,8 +92,9 @@ def _kernels(results: dict[str, Any]) -> Section:
         "ours": cell("median_seconds", milliseconds),
         "of a copy": cell("share_of_copy", share),
         "of a product": cell("share_of_product", share),
-        "others, times ours": lambda row: ", ".join(
-            f"{name} {extremes(one['times_ours'])}"
+        "others, times ours": lambda row: "; ".join(
+            f"{name} {extremes(one['times_ours'])}, memory "
+            f"{one['peak_bytes'] / max(1, row['peak_bytes']):.2f}x"
             for name, one in row["contenders"].items()
             if name != "ours"
         ),
@@ -109,7 +110,7 @@ def _kernels(results: dict[str, Any]) -> Section:
         for name, case in results["cases"].items()
         for what, why in case.get("failed", {}).items()
     ]
-    found = Section(words, [table("Operations", columns, rows)])
+    found = Section(words, [table("Operations", columns, rows), bars_grid(results["bars"])])
     points = {
         row["name"]: (row["flops_per_second"] / row["bytes_per_second"], row["flops_per_second"])
         for row in rows
@@ -269,9 +270,8 @@ def _faults(results: dict[str, Any]) -> Section:
             label = name if row.get("passed", True) else f"{name}: FAILED"
             rows.append(tuple(make({"name": label} | row) for make in columns.values()))
         else:
-            what = "skipped" if "skipped" in row else "failed"
-            label = "skipped" if what == "skipped" else "FAILED"
-            rows.append((name, *[""] * 5, f"{label}: {row[what]}"))
+            why = f"skipped: {row['skipped']}" if "skipped" in row else f"FAILED: {row['failed']}"
+            rows.append((name, *[""] * 5, why))
     return Section(grids=[Grid("Faults, done for real", tuple(columns), rows)])
 
 

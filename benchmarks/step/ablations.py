@@ -4,27 +4,19 @@ Our step as runs do it is timed in turn with the same step but for one change, s
 neighbouring steps. The record is the before and after of every optimisation, on any machine.
 """
 
-import gc
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 import tyro
 
-from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
-from cavmae.benchmarks.step.memory import step_peak_bytes
-from cavmae.benchmarks.step.training_step import (
-    SIZES,
-    Choices,
-    Precision,
-    Size,
-    StepSetting,
-    TrainingStep,
-    timed_in_turn,
-)
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.benchmarks.report.console import show
+from cavmae.benchmarks.step.step import compare
+from cavmae.benchmarks.step.training_step import SIZES, Choices, Precision, Size, StepSetting
+from cavmae.field_checks import PositiveInt
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 
 CHANGED: dict[str, Choices] = {
@@ -39,7 +31,7 @@ CHANGED: dict[str, Choices] = {
 
 
 @dataclass(frozen=True)
-class AblationsConfig(CheckedFields):
+class AblationsConfig(RecordedConfig):
     """Measure what each choice about a step is worth on this machine."""
 
     model: Size = "base"
@@ -56,8 +48,6 @@ class AblationsConfig(CheckedFields):
     """These changes alone, such as `"every patch predicted"`."""
     device: Device = field(default_factory=default_device)
     """Where the steps run."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,57 +67,23 @@ def possible(device: torch.device) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Time every change and write a record; returns the exit code."""
+    """Time a step as runs do it in turn with each change, print and write the record; returns the
+    exit code."""
     config = tyro.cli(AblationsConfig, prog="cavmae bench ablations", args=arguments)
     device, sizes = torch.device(config.device), SIZES[config.model]
     results: dict[str, Any] = {}
     for precision in config.precision:
         results[precision] = {}
+        usual = StepSetting("cavmae", sizes, config.batch, precision, device)
         for name in config.only or possible(device):
-            usual = StepSetting("cavmae", sizes, config.batch, precision, device)
-            found = change(name, usual, config.repeats)
+            print(f"{precision}, {name} ...", file=sys.stderr, flush=True)
+            settings = {"changed": replace(usual, choices=CHANGED[name]), "as_runs_do": usual}
+            found = compare(settings, config.repeats, warm_up=1, cpu_memory=True)
+            if "speedup" in found:  # neither was skipped
+                found["ratio"] = found.pop("speedup")
+                peaks = [found[way]["peak_memory_bytes"] for way in settings]
+                found["memory_ratio"] = peaks[0] / peaks[1]
             results[precision][name] = found
-            times, memory = extremes(found["ratio"], ".3f"), f"{found['memory_ratio']:.3f}x"
-            print(f"{precision}, {name}: time {times}, memory {memory}", flush=True)
     configuration = asdict(config) | {"sizes": asdict(sizes)}
-    print(f"record: {write_record(config.out, 'ablations', device, configuration, results)}")
+    show(write_record(config.out, "ablations", device, configuration, results))
     return 0
-
-
-def change(name: str, usual: StepSetting, repeats: int) -> dict[str, Any]:
-    """Time a step as runs do it and one with a change, in turn.
-
-    Args:
-        name: one of `CHANGED`.
-        usual: the step as runs do it.
-        repeats: timed steps of each.
-
-    Returns:
-        Timings and peak bytes of `as_runs_do` and `changed`; the ratios changed / as runs do.
-    """
-    settings = {"as_runs_do": usual, "changed": replace(usual, choices=CHANGED[name])}
-    steps = {way: TrainingStep(setting) for way, setting in settings.items()}
-    timed_in_turn(steps, 1, usual.device)  # makes the optimizer's state, and compiles
-    seconds, _ = timed_in_turn(steps, repeats, usual.device)
-    steps.clear()  # both have freed their memory before that of either is measured
-    gc.collect()
-    peaks = {way: _peak_bytes(setting) for way, setting in settings.items()}
-    pairs = zip(seconds["changed"], seconds["as_runs_do"], strict=True)
-    return {way: timing(seconds[way]) | {"peak_memory_bytes": peaks[way]} for way in seconds} | {
-        "ratio": spread([changed / as_runs_do for changed, as_runs_do in pairs]),
-        "memory_ratio": peaks["changed"] / peaks["as_runs_do"],
-    }
-
-
-def _peak_bytes(setting: StepSetting) -> int:
-    """Return the peak on a CPU of a separate process, on a GPU of two steps here."""
-    if setting.device.type == "cpu":
-        return step_peak_bytes(setting)
-    torch.cuda.empty_cache()
-
-    def two_steps() -> None:
-        step = TrainingStep(setting)
-        for _ in range(2):
-            step()
-
-    return gpu_peak_bytes(two_steps, setting.device)

@@ -5,6 +5,7 @@ neighbouring steps. The peak rates of the machine, measured in the same run, sta
 """
 
 import statistics
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
-from cavmae.benchmarks.harness.records import RESULTS, extremes, spread, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, spread, timing, write_record
 from cavmae.benchmarks.harness.timing import Device, default_device
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
@@ -28,7 +29,7 @@ from cavmae.benchmarks.step.training_step import (
     timed,
     timed_in_turn,
 )
-from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.field_checks import PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
 
 MODELS: tuple[ModelName, ...] = ("published", "cavmae")
@@ -37,7 +38,7 @@ MEMORY_BAR = 0.7
 
 
 @dataclass(frozen=True)
-class StepConfig(CheckedFields):
+class StepConfig(RecordedConfig):
     """Time a training step of our model and of the published one, with memory and FLOP/s."""
 
     model: Size = "base"
@@ -62,8 +63,6 @@ class StepConfig(CheckedFields):
     """Compile the blocks of our model."""
     memory: bool = True
     """Measure peak memory on a CPU, in a process for each model."""
-    out: str = RESULTS
-    """Folder of the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,15 +71,13 @@ class StepConfig(CheckedFields):
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    import tyro  # which a machine lacks that has torch and triton alone
+    """Time the models at every precision and batch size, print and write the record; returns the
+    exit code."""
+    import tyro  # which a machine lacks that has torch and triton alone, as it lacks rich
 
-    bench_step(tyro.cli(StepConfig, prog="cavmae bench step", args=arguments))
-    return 0
+    from cavmae.benchmarks.report.console import show
 
-
-def bench_step(config: StepConfig) -> None:
-    """Time the models at every precision and batch size, and write a record."""
+    config = tyro.cli(StepConfig, prog="cavmae bench step", args=arguments)
     depths = {"modality_depth": config.modality_depth, "decoder_depth": config.decoder_depth}
     sizes = replace(SIZES[config.model], **{k: v for k, v in depths.items() if v is not None})
     device = torch.device(config.device)
@@ -91,49 +88,51 @@ def bench_step(config: StepConfig) -> None:
         rates = measure_rates(device, precision, sizes, max(config.batch))
         results["machine"][precision] = rates
         for batch in config.batch:
-            settings: dict[ModelName, StepSetting] = {
+            print(f"{precision} batch {batch} ...", file=sys.stderr, flush=True)
+            settings = {
                 name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
             }
-            result = compare(settings, config.repeats, config.warm_up)
-            if device.type == "cpu" and config.memory:
-                for name, setting in settings.items():
-                    result[name]["peak_memory_bytes"] = step_peak_bytes(setting)
+            result = compare(
+                settings, config.repeats, config.warm_up, rates=rates, cpu_memory=config.memory
+            )
             result |= memory_ratio(result)
-            for name in models:
-                if "tflops" in result[name]:
-                    flops_per_second = result[name]["tflops"] * 1e12
-                    result[name] |= utilization(flops_per_second, rates, precision)
             # A single batch size has the key of older records, so that they can be compared.
             key = precision if len(config.batch) == 1 else f"{precision} batch {batch}"
             results[key] = {"precision": precision, "batch": batch, **result}
-            print(line(results[key]), flush=True)
     batch = config.batch[0] if len(config.batch) == 1 else config.batch
     configuration = asdict(config) | {"batch": batch, "sizes": asdict(sizes)}
-    print(f"record: {write_record(config.out, 'step', device, configuration, results)}")
+    show(write_record(config.out, "step", device, configuration, results))
+    return 0
 
 
 def compare(
-    settings: Mapping[ModelName, StepSetting], repeats: int, warm_up: int
+    settings: Mapping[str, StepSetting],
+    repeats: int,
+    warm_up: int,
+    *,
+    rates: dict[str, Any] | None = None,
+    cpu_memory: bool = False,
 ) -> dict[str, Any]:
-    """Time models in turn.
+    """Time steps in turn.
 
     Args:
-        settings: by model; they differ in the model alone.
+        settings: by name; sizes, batch and device are the same.
         repeats: timed steps of each.
         warm_up: steps before those.
+        rates: of the machine, from `measure_rates`; None: shares of them are not computed.
+        cpu_memory: measure peak memory on a CPU too, in a process for each step.
 
     Returns:
-        Per model its timing, samples per second, TFLOP/s of the arithmetic that the losses need,
-        peak memory (CUDA), energy and last loss, or why it was skipped; of two models, the ratio
-        baseline / ours with its spread.
+        Per name its timing, samples per second, TFLOP/s of the arithmetic that the losses need
+        and its `utilization`, peak memory, energy and last loss, or why it was skipped; of two
+        steps, `speedup`: how many times as long the first one takes, with its spread.
     """
-    one = next(iter(settings.values()))
-    config, batch, device = one.config, one.batch, one.device
+    device = next(iter(settings.values())).device
     steps: dict[str, TrainingStep] = {}
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, int | None] = dict.fromkeys(settings)  # torch does not count a CPU's memory
     results: dict[str, Any] = {}
 
-    def prepare(name: ModelName) -> None:
+    def prepare(name: str) -> None:
         steps[name] = TrainingStep(settings[name])
         # The first step makes the optimizer's state: the peak of memory is the second one's.
         for _ in range(max(2, warm_up)):
@@ -145,23 +144,29 @@ def compare(
                 peaks[name] = gpu_peak_bytes(lambda name=name: prepare(name), device)
             else:
                 prepare(name)
-                peaks[name] = None  # torch does not count memory on a CPU
-        except torch.cuda.OutOfMemoryError as error:  # a result, and the other model continues
+        except torch.cuda.OutOfMemoryError as error:  # a result, and the other one continues
             results[name] = {"skipped": str(error)}
             steps.pop(name, None)
             torch.cuda.empty_cache()
     seconds, losses = timed_in_turn(steps, repeats, device)
-    for name, step in steps.items():
-        median = statistics.median(seconds[name])
-        results[name] = timing(seconds[name]) | {
-            "samples_per_second": batch / median,
-            "tflops": training_flops(config) * batch / median / 1e12,
+    energies = {name: _energy(step, repeats, device) for name, step in steps.items()}
+    steps.clear()  # so that there is room for those of other processes
+    if device.type == "cpu" and cpu_memory:
+        peaks = {name: step_peak_bytes(setting) for name, setting in settings.items()}
+    for name, times in seconds.items():
+        setting, rate = settings[name], settings[name].batch / statistics.median(times)
+        flops_per_second = training_flops(setting.config) * rate
+        results[name] = timing(times) | {
+            "samples_per_second": rate,
+            "tflops": flops_per_second / 1e12,
             "peak_memory_bytes": peaks[name],
-            "energy": _energy(step, repeats, batch, device),
+            "energy": energies[name],
             "last_loss": losses[name],
         }
-    if len(steps) == len(MODELS):
-        pairs = zip(seconds["published"], seconds["cavmae"], strict=True)
+        if rates:
+            results[name] |= utilization(flops_per_second, rates, setting.precision)
+    if len(seconds) == 2:
+        pairs = zip(*seconds.values(), strict=True)
         results["speedup"] = spread([slow / fast for slow, fast in pairs])
     return results
 
@@ -176,34 +181,11 @@ def memory_ratio(result: dict[str, Any]) -> dict[str, Any]:
     return {"memory": {"ratio": ratio, "bar": MEMORY_BAR, "met": ratio <= MEMORY_BAR}}
 
 
-def _energy(step: TrainingStep, steps: int, batch: int, device: torch.device) -> dict[str, Any]:
+def _energy(step: TrainingStep, steps: int, device: torch.device) -> dict[str, Any]:
     """Measure steps after the timed ones; none are run where energy can't be read."""
     meter = power_meter(device)
     meter.start()
     if meter.readable:
         for _ in range(steps):
             timed(step, device)
-    return meter.stop().record(steps * batch)
-
-
-def line(result: dict[str, Any]) -> str:
-    """Format the result of one batch size."""
-    found = []
-    for name in ("cavmae", "published"):
-        one = result.get(name)
-        if one is None:
-            continue
-        if "skipped" in one:
-            found.append(f"{name}: {one['skipped'].splitlines()[0]}")
-            continue
-        peak = one["peak_memory_bytes"]
-        found.append(
-            f"{name} {one['median_seconds']:.4g} s a step ({one['samples_per_second']:.4g} "
-            f"samples/s, {one['tflops']:.3g} TFLOP/s, MFU {one['mfu']:.1%}"
-            + (")" if peak is None else f", {peak / 2**30:.2f} GiB)")
-        )
-    if ratio := result.get("speedup"):
-        found.append(f"{extremes(ratio)} as fast")
-    if memory := result.get("memory"):
-        found.append(f"{memory['ratio']:.2f}x the memory")
-    return f"{result['precision']} batch {result['batch']}: {', '.join(found)}"
+    return meter.stop().record(steps * step.batch)

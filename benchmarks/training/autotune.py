@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cavmae.benchmarks.harness.durations import budget_seconds
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.training.autotune_trial import Fields, Trial, run_trial, with_fields, words
@@ -42,7 +42,7 @@ Outcome = Literal["faster", "not faster", "failed", "no time"]
 
 
 @dataclass(frozen=True)
-class AutotuneConfig:
+class AutotuneConfig(RecordedConfig):
     """Find the fields with which a run is fastest on this machine.
 
     First word: a recipe or a saved config.json; further fields (--field value) are those of the
@@ -57,8 +57,6 @@ class AutotuneConfig:
     """Ranks on this machine."""
     save: str = "runs/autotuned.json"
     """File for the tuned run."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:

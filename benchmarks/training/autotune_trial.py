@@ -35,7 +35,6 @@ class Trial:
         real_data: whether clips came from the loader.
         samples_per_second: expected of the run with its whole batch; 0 if the trial failed.
         problem: why it failed; empty if it did not.
-        step_seconds: of each timed step, which has two micro-batches at most.
         peak_memory_bytes: of the first rank.
         seconds: that the trial took in all.
     """
@@ -44,7 +43,6 @@ class Trial:
     real_data: bool
     samples_per_second: float
     problem: str
-    step_seconds: list[float]
     peak_memory_bytes: int
     seconds: float
 
@@ -132,7 +130,6 @@ def run_trial(
         real_data=real_data,
         samples_per_second=0.0 if problem else expected_rate(changed, ranks, found["steps"]),
         problem=problem,
-        step_seconds=[step_total(step) for step in found["steps"]],
         peak_memory_bytes=found["peak_memory_bytes"],
         seconds=time.monotonic() - began,
     )

@@ -17,7 +17,7 @@ import tyro
 
 from cavmae.atomic_write import read_json
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
@@ -42,13 +42,11 @@ _PATIENCE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class MemoryBenchConfig:
+class MemoryBenchConfig(RecordedConfig):
     """Compare the predicted memory of runs with what their processes use."""
 
     recipes: tuple[Literal["audioset_base", "demo"], ...] = ("audioset_base", "demo")
     """Recipes whose cases are measured."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.atomic_write import write_json
+from cavmae.benchmarks.harness.tiny_model import TINY_MODEL
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
-from cavmae.trainer.model.config import ModelConfig
 
 if TYPE_CHECKING:  # torch is imported after the threads are set
     from cavmae.dataloaders.batch import AudioVideoBatch
@@ -22,25 +22,13 @@ if TYPE_CHECKING:  # torch is imported after the threads are set
 WARM_UP_STEPS = 2
 """Stage 3 learns the order of modules, and allocators fill their caches."""
 STEPS = 5
-SMALLEST = ModelConfig(
-    audio_frames=32,
-    mel_bins=32,
-    image_size=32,
-    width=32,
-    modality_depth=1,
-    heads=2,
-    decoder_width=32,
-    decoder_depth=1,
-    decoder_heads=2,
-)
-"""A model that needs next to no memory."""
 
 
 def measure(config: PretrainConfig) -> dict[str, object]:
     """Train and measure; every rank calls it.
 
     Returns:
-        `before_bytes`, resident after training the smallest model, clips included; `peak_bytes`,
+        `before_bytes`, resident after training a tiny model, clips included; `peak_bytes`,
         of each step.
     """
     ranks = ranks_from_environment()
@@ -99,7 +87,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
         return found[WARM_UP_STEPS:]
 
     # The first steps load code into memory, and libraries allocate their buffers.
-    small = dataclasses.replace(config, model=SMALLEST)
+    small = dataclasses.replace(config, model=TINY_MODEL)
     peaks(small, clips(small))
     gc.collect()
     parts = clips(config)

@@ -16,11 +16,11 @@ import torch
 import tyro
 
 from cavmae.benchmarks.harness.processes import Start, deepspeed_command, module_command
-from cavmae.benchmarks.harness.records import spread, timing, write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, spread, timing, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
-from cavmae.field_checks import CheckedFields, PositiveInt, at_least
+from cavmae.field_checks import PositiveInt, at_least
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import demo
 from cavmae.trainer.config.serialize import save_config
@@ -35,7 +35,7 @@ CONTENDERS = ("deepspeed", "ray", "deepspeed with checkpoints")
 
 
 @dataclass(frozen=True)
-class OverheadConfig(CheckedFields):
+class OverheadConfig(RecordedConfig):
     """Measure what Ray and checkpoints add to a step.
 
     Raises:
@@ -48,8 +48,6 @@ class OverheadConfig(CheckedFields):
     """Runs of each kind."""
     batch: Annotated[int, at_least(RANKS)] = 16
     """Clips in a step, over both ranks."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:

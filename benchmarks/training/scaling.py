@@ -16,9 +16,9 @@ import torch
 import tyro
 
 from cavmae.benchmarks.harness.plots import plot_beside
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.report.console import show
-from cavmae.field_checks import CheckedFields, PositiveFloat, PositiveInt
+from cavmae.field_checks import PositiveFloat, PositiveInt
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.recipes import audioset_base
 from cavmae.trainer.cost_model.comm_volume import (
@@ -86,9 +86,8 @@ ScalingConfig = dataclasses.make_dataclass(
         ),
         ("clips_per_gpu", Annotated[PositiveInt, _about("Clips of each GPU, weak series.")], 128),
         ("global_batch", Annotated[PositiveInt, _about("Global batch, strong series.")], 16_384),
-        ("out", Annotated[str, _about("Folder of the record.")], "benchmarks/results"),
     ],
-    bases=(CheckedFields,),
+    bases=(RecordedConfig,),
     frozen=True,
 )
 """The inputs are options too."""
@@ -284,26 +283,25 @@ def _row(
 def _plot(series: dict[str, list[Row]], record: Path) -> None:
     with plot_beside(record, 14, 4) as figure:
         figure.suptitle("Computed, not measured")
-        _draw(series, figure.subplots(1, 3))
-
-
-def _draw(series: dict[str, list[Row]], axes: Any) -> None:
-    for axis, (name, found) in zip(axes, series.items(), strict=False):
-        for stage in STAGES:
-            line = [one for one in found if one.zero_stage == stage]
-            axis.plot(
-                [one.gpus for one in line], [one.efficiency for one in line], label=f"ZeRO {stage}"
-            )
-        axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.2))
-        axis.set_xscale("log", base=2)
-    axes[0].legend(fontsize="small")
-    line = [one for one in series["weak"] if one.zero_stage == 1]
-    parts = [name for name in line[0].seconds if any(one.seconds[name] for one in line)]
-    axes[2].stackplot(
-        [one.gpus for one in line],
-        [[one.seconds[name] * 1e3 for one in line] for name in parts],
-        labels=parts,
-    )
-    axes[2].set_xscale("log", base=2)
-    axes[2].set(xlabel="GPUs", title="weak, ZeRO 1: ms of a step")
-    axes[2].legend(fontsize="small", loc="lower right")
+        axes = figure.subplots(1, 3)
+        for axis, (name, found) in zip(axes, series.items(), strict=False):
+            for stage in STAGES:
+                line = [one for one in found if one.zero_stage == stage]
+                axis.plot(
+                    [one.gpus for one in line],
+                    [one.efficiency for one in line],
+                    label=f"ZeRO {stage}",
+                )
+            axis.set(xlabel="GPUs", title=f"{name} scaling: efficiency", ylim=(0, 1.2))
+            axis.set_xscale("log", base=2)
+        axes[0].legend(fontsize="small")
+        line = [one for one in series["weak"] if one.zero_stage == 1]
+        parts = [name for name in line[0].seconds if any(one.seconds[name] for one in line)]
+        axes[2].stackplot(
+            [one.gpus for one in line],
+            [[one.seconds[name] * 1e3 for one in line] for name in parts],
+            labels=parts,
+        )
+        axes[2].set_xscale("log", base=2)
+        axes[2].set(xlabel="GPUs", title="weak, ZeRO 1: ms of a step")
+        axes[2].legend(fontsize="small", loc="lower right")

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from cavmae.benchmarks.harness.power import Energy, PowerMeter, power_meter
+from cavmae.benchmarks.harness.power import Energy, power_meter
 from cavmae.benchmarks.harness.process_memory import peak_bytes
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import REST, PartObserver, observe_collectives
@@ -54,7 +54,7 @@ class TimedLoop:
         self._first, self._end = plan.warm_up, plan.warm_up + plan.steps
         self._part_steps = plan.part_steps
         self._timeline = Timeline(device, LOOP)
-        self._meter: PowerMeter = power_meter(device)
+        self._meter = power_meter(device)
         self._observer: PartObserver | None = None
         self._done = 0
 

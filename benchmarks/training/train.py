@@ -14,15 +14,15 @@ import torch
 import tyro
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.report.console import show
 from cavmae.benchmarks.step.training_step import SIZES
-from cavmae.benchmarks.training.summary import SOURCES, Setting, Source, summarize
+from cavmae.benchmarks.training.summary import SOURCES, Source, summarize
 from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
-from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
+from cavmae.field_checks import NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.recipes import audioset_base
 
@@ -33,7 +33,7 @@ _GPU = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
-class TrainBenchConfig(CheckedFields):
+class TrainBenchConfig(RecordedConfig):
     """Time the training loop, and a step by the parts of the model.
 
     Raises:
@@ -70,46 +70,36 @@ class TrainBenchConfig(CheckedFields):
     """Clips to generate."""
     readers: PositiveInt = PretrainConfig().data.reader_workers
     """Reader processes of each rank."""
-    out: str = "benchmarks/results"
-    """Folder of the record."""
 
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write the record; returns the exit code."""
     config = tyro.cli(TrainBenchConfig, prog="cavmae bench train", args=arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {}
+    run, found = _run_config(config), {}
     with work_folder("train") as work:
         shards = config.data or str(
             synthetic_shards(work, config.clips, size=CLIP_SIDE, seconds=CLIP_SECONDS)
         )
+        run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=shards))
         for source in config.only:
             print(f"{source} ...", file=sys.stderr, flush=True)
             found[source] = timed_run(
-                _run_config(config, shards),
+                run,
                 work / f"run-{source}",
                 TimedPlan(source == "synthetic", config.warm_up, config.steps, config.part_steps),
                 ranks=config.ranks,
                 within_seconds=_PATIENCE_SECONDS,
             )
-    setting = Setting(
-        SIZES[config.model],
-        config.batch,
-        config.ranks,
-        config.zero_stage,
-        config.precision,
-        device,
-        judged=config.model == "base",
-    )
     # The ranks have ended: the machine is idle, and a GPU's memory is free.
-    rates = measure_rates(device, config.precision, setting.config, config.batch)
-    results = summarize(found, setting, rates)
-    configuration = vars(config) | {"sizes": dataclasses.asdict(setting.config)}
+    rates = measure_rates(device, config.precision, run.model, config.batch)
+    results = summarize(found, run, device, rates, judged=config.model == "base")
+    configuration = vars(config) | {"sizes": dataclasses.asdict(run.model)}
     show(write_record(config.out, "train", device, configuration, results))
     return 0
 
 
-def _run_config(config: TrainBenchConfig, shards: str) -> PretrainConfig:
+def _run_config(config: TrainBenchConfig) -> PretrainConfig:
     """The recipe `audioset_base` at the batch, sizes and engine of the options."""
     recipe = audioset_base()
     return dataclasses.replace(
@@ -117,9 +107,7 @@ def _run_config(config: TrainBenchConfig, shards: str) -> PretrainConfig:
         model=SIZES[config.model],
         global_batch=config.batch * config.ranks,
         micro_batch=config.batch,
-        data=dataclasses.replace(
-            recipe.data, train=shards, validation="", reader_workers=config.readers
-        ),
+        data=dataclasses.replace(recipe.data, validation="", reader_workers=config.readers),
         engine=EngineConfig(
             zero_stage=config.zero_stage,
             dtype=config.precision,

@@ -1,6 +1,5 @@
 """`cavmae bench kernels`: contenders compute the same thing, and what fails is on record."""
 
-import builtins
 import json
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def test_the_record_has_ratios_ceilings_and_shares_and_a_plot_beside_it(
     assert gather["peak_bytes"] == 531 * 512 * 4, "the gathered tokens, and nothing else"
     assert "tiled" in results["cases"]["contrastive_16"]["both"]
     printed = capsys.readouterr().out
-    assert all(f"{name}: " in printed for name in results["cases"])
+    assert all(f"{name}, forward" in printed for name in results["cases"])
 
 
 def test_a_contender_that_fails_is_on_record_and_ends_nothing() -> None:
@@ -117,7 +116,6 @@ def test_a_contender_that_fails_is_on_record_and_ends_nothing() -> None:
     assert result["failed"]["eager forward"] == "OutOfMemoryError: no room"
     assert result["failed"]["late forward"] == "KeyError: 'late'"
     assert list(result["forward"]) == ["ours"]
-    assert "failed: eager forward, OutOfMemoryError" in bench.line("some", result)
 
 
 def test_a_kernel_of_ours_that_fails_leaves_the_others_without_ratios() -> None:
@@ -128,9 +126,9 @@ def test_a_kernel_of_ours_that_fails_leaves_the_others_without_ratios() -> None:
     result = measured(case, CPU, repeats=2, compile=False, ceiling=CEILING)
     assert list(result["forward"]) == ["eager"]
     assert "times_ours" not in result["forward"]["eager"]
-    assert "does not compile" in bench.line("some", result)
+    assert "does not compile" in result["failed"]["ours forward"]
     judged = bench.bars({"contrastive_4096": result}, torch.device("cuda"))
-    assert judged["contrastive_4096 forward: times eager"]["verdict"] == "not measured"
+    assert judged["contrastive_4096 forward: times eager"]["met"] is None
 
 
 def test_bars_are_judged_by_what_was_measured_and_on_a_gpu_only() -> None:
@@ -144,10 +142,10 @@ def test_bars_are_judged_by_what_was_measured_and_on_a_gpu_only() -> None:
         },
     }
     judged = bench.bars(found, torch.device("cuda"))
-    assert judged["gather_tokens forward: share of copy"]["verdict"] == "met"
-    assert judged["contrastive_32768 with backward: times tiled"]["verdict"] == "not met"
+    assert judged["gather_tokens forward: share of copy"]["met"] is True
+    assert judged["contrastive_32768 with backward: times tiled"]["met"] is False
     assert judged["contrastive_32768 with backward: workspace over matrix"]["met"] is True
-    assert judged["restore_tokens with backward: share of copy"]["verdict"] == "not measured"
+    assert judged["restore_tokens with backward: share of copy"]["met"] is None
     assert not any(bar["met"] for bar in bench.bars(found, CPU).values())
 
 
@@ -156,21 +154,6 @@ def test_cases_after_the_deadline_are_named_and_not_measured() -> None:
         bench.KernelsConfig("cpu", batch=1, contrastive=(16,), repeats=1), deadline=0.0
     )
     assert all("skipped" in case for case in results["cases"].values())
-    assert bench.plot(results, Path("absent.png")) == "none, because nothing was measured"
-
-
-def test_without_matplotlib_the_plot_is_missing_and_said_to_be(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    genuine = builtins.__import__
-
-    def absent(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ModuleNotFoundError(name)
-        return genuine(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    assert "matplotlib is not installed" in bench.plot({}, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("field", [{"batch": 0}, {"repeats": 0}, {"contrastive": (512, 0)}])

@@ -118,6 +118,7 @@ def test_a_gpu_check_shows_throughput_and_memory_over_batch_sizes(tmp_path: Path
         "backend": "triton",
         "ceilings": {"bytes_per_second": 1e12, "flops_per_second": 1e12},
         "cases": {},
+        "bars": {},
     }
     passed = {"status": "passed", "reason": "", "seconds": 1.0}
     skipped = {"status": "skipped", "reason": "no folder", "seconds": 0.0, "details": {}}

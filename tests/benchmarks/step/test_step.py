@@ -48,7 +48,9 @@ def test_step_record_compares_both_models_in_each_precision(
         # Equal weights and inputs are not needed for a time, but both must really train.
         losses = [result[name]["last_loss"] for name in ("cavmae", "published")]
         assert losses[0] == pytest.approx(losses[1], rel=0.5)
-    assert "fp32 batch 2" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "fp32 batch 2 ..." in printed.err
+    assert "fp32, cavmae" in printed.out and "as fast as the published step" in printed.out
 
 
 def test_less_memory_than_the_published_step_is_a_ratio_below_1() -> None:

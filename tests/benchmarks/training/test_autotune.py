@@ -46,7 +46,7 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sea
         def trial(_: Any, fields: Fields, __: Any, *, real_data: bool, **___: Any) -> Trial:
             given = answer(fields)
             rate, problem = (0.0, given) if isinstance(given, str) else (given, "")
-            return Trial(fields, real_data, rate, problem, [], 0, 0.0)
+            return Trial(fields, real_data, rate, problem, 0, 0.0)
 
         def fields_fit(_: Search, fields: Fields) -> bool:
             return fields["micro_batch"] <= fits
@@ -212,7 +212,7 @@ def test_clips_are_generated_only_where_something_fits(
 
     def failed(config: PretrainConfig, fields: Fields, *_: Any, **__: Any) -> Trial:
         trained_on.append(config.data.train)
-        return Trial(fields, False, 0.0, "out of memory", [], 0, 0.0)
+        return Trial(fields, False, 0.0, "out of memory", 0, 0.0)
 
     monkeypatch.setattr(autotune, "synthetic_shards", generated)
     monkeypatch.setattr(autotune, "run_trial", failed)
@@ -228,7 +228,7 @@ def test_no_trial_that_ends_well_ends_with_code_1_and_without_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failed(_: Any, fields: Fields, __: Any, *, real_data: bool, **___: Any) -> Trial:
-        return Trial(fields, real_data, 0.0, "out of memory", [], 0, 0.0)
+        return Trial(fields, real_data, 0.0, "out of memory", 0, 0.0)
 
     monkeypatch.setattr(autotune, "run_trial", failed)
     run, saved, out = (tmp_path / name for name in ("run.json", "tuned.json", "results"))

@@ -9,8 +9,9 @@ import torch
 from tiny_run import MODEL
 
 from cavmae.benchmarks.step.training_step import SIZES
-from cavmae.benchmarks.training.summary import ORDER, Setting, Source, summarize
+from cavmae.benchmarks.training.summary import ORDER, Source, summarize
 from cavmae.benchmarks.training.train import TrainBenchConfig, main
+from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.cost_model.flops import training_flops
 
 SMALL = ["--model", "tiny", "--batch", "2", "--clips", "8", "--steps", "3", "--part-steps", "2"]
@@ -42,14 +43,23 @@ def step(data: float, loop: float) -> dict[str, Any]:
     }
 
 
-def setting(ranks: int = 1, judged: bool = True, zero_stage: int = 1) -> Setting:
-    return Setting(MODEL, 4, ranks, zero_stage, "fp32", torch.device("cpu"), judged)
+def summarized(
+    found: dict[Source, Any],
+    *,
+    ranks: int = 1,
+    judged: bool = True,
+    sharded: bool = True,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The results of a run with 4 clips of each rank in a step."""
+    engine = EngineConfig(zero_stage=1 if sharded else 0, dtype="fp32")
+    run = PretrainConfig(model=MODEL, global_batch=4 * ranks, micro_batch=4, engine=engine)
+    return summarize(found, run, torch.device(device), RATES, judged=judged)
 
 
 def test_rates_are_of_all_ranks_and_mfu_of_the_whole_machine() -> None:
     one, two = (
-        summarize({"synthetic": found([step(0.0, 0.1)] * 3, [])}, setting(ranks), RATES)
-        for ranks in (1, 2)
+        summarized({"synthetic": found([step(0.0, 0.1)] * 3, [])}, ranks=ranks) for ranks in (1, 2)
     )
     assert one["synthetic"]["samples_per_second"] == pytest.approx(0.4)
     assert one["synthetic"]["mfu"] == pytest.approx(0.4 * training_flops(MODEL) / 1e12)
@@ -60,33 +70,32 @@ def test_rates_are_of_all_ranks_and_mfu_of_the_whole_machine() -> None:
 
 def test_the_loop_is_all_but_model_loss_and_update() -> None:
     for loop, data, met in ((0.1, 0.1, True), (0.2, 0.2, False)):
-        results = summarize({"synthetic": found([step(data, loop)] * 3, [])}, setting(), RATES)
+        results = summarized({"synthetic": found([step(data, loop)] * 3, [])})
         (bar,) = results["bars"].values()
         assert bar["value"] == pytest.approx((loop + data) / 10)
         assert bar["met"] is met
-    small = summarize({"synthetic": found([step(1, 1)], [])}, setting(judged=False), RATES)
+    small = summarized({"synthetic": found([step(1, 1)], [])}, judged=False)
     assert next(iter(small["bars"].values()))["met"] is None
 
 
 def test_shards_are_compared_with_synthetic_batches_and_judged_on_a_gpu_alone() -> None:
     slower = [{name: {kind: 2 * s for kind, s in one.items()} for name, one in step(0, 0).items()}]
     both: dict[Source, Any] = {"synthetic": found([step(0, 0)], []), "shards": found(slower, [])}
-    gpu = Setting(MODEL, 4, 1, 1, "fp32", torch.device("cuda"), True)
-    for place, met in ((setting(), None), (gpu, False)):
-        bar = summarize(both, place, RATES)["bars"]["samples/s from shards over synthetic"]
+    for device, met in (("cpu", None), ("cuda", False)):
+        bar = summarized(both, device=device)["bars"]["samples/s from shards over synthetic"]
         assert bar["value"] == pytest.approx(0.5)
         assert bar["met"] is met
 
 
 def test_energy_is_of_each_sample() -> None:
-    results = summarize({"synthetic": found([step(0, 0)] * 5, [])}, setting(), RATES)
+    results = summarized({"synthetic": found([step(0, 0)] * 5, [])})
     assert results["synthetic"]["energy"]["joules_per_sample"] == 80 / (5 * 4)
 
 
 def test_a_part_stands_beside_its_floor_and_one_without_work_has_none() -> None:
     timed = [{"decoder": {"forward": one, "backward": 2 * one}, "loop": {"step": 0.5}}
              for one in (1.0, 2.0, 3.0)]  # fmt: skip
-    parts = summarize({"synthetic": found([step(0, 0)], timed)}, setting(), RATES)
+    parts = summarized({"synthetic": found([step(0, 0)], timed)})
     decoder = parts["synthetic"]["parts"]["decoder"]
     assert decoder["forward"]["median_seconds"] == 2
     assert decoder["backward"]["all_seconds"] == [2, 4, 6]
@@ -98,9 +107,9 @@ def test_a_part_stands_beside_its_floor_and_one_without_work_has_none() -> None:
 def test_without_zero_each_rank_updates_all_weights() -> None:
     timed = [{"optimizer": {"step": 1.0}}]
     alone, replicated, shared = (
-        summarize({"synthetic": found([step(0, 0)], timed)}, setting, RATES)
+        summarized({"synthetic": found([step(0, 0)], timed)}, ranks=ranks, sharded=sharded)
         ["synthetic"]["parts"]["optimizer"]["step"]
-        for setting in (setting(ranks=1), setting(ranks=2, zero_stage=0), setting(ranks=2))
+        for ranks, sharded in ((1, True), (2, False), (2, True))
     )  # fmt: skip
     assert replicated["bytes"] == alone["bytes"]
     assert shared["bytes"] == alone["bytes"] / 2

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from cavmae.benchmarks.data.published_loader import write_published
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -55,7 +56,7 @@ def published(tmp_path: Path) -> Path:
     for name in ("one", "two", "short", "bare"):
         sound = (rng.normal(0, 3000, 16000 * 12)).astype(np.int16)
         frames = [Image.fromarray(np.full((300, 400, 3), 20 * n, np.uint8)) for n in range(10)]
-        write_published(folder, name, sound, frames)
+        write_published(folder, name, encode_audio(sound, "wav"), frames)
     (folder / "frame_9" / "short.jpg").unlink()
     for number in range(10):
         (folder / f"frame_{number}" / "bare.jpg").unlink()
