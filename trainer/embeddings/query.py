@@ -62,7 +62,7 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
         except ClipError as error:
             if error.reason not in ("no_video", "open_failed"):  # sound files are no clips
                 raise
-            return MediaQuery(decode_audio_file(path, seconds, settings), None)
+            return MediaQuery(decode_audio_file(path, seconds, settings)[0], None)
     except ClipError as error:
         if error.reason == "no_audio":
             raise ValueError(
