@@ -85,9 +85,10 @@ def _shifts(shift: np.ndarray, seconds: np.ndarray) -> list[int]:
         before = shift[max(starts[-1], block - NEIGHBOURS) : block]
         after = shift[block : block + NEIGHBOURS]
         step, jump = float(np.median(after) - np.median(before)), shift[block] - shift[block - 1]
-        noise = max(float(np.median(np.abs(side - np.median(side)))) for side in (before, after))
+        around = shift[max(0, block - NEIGHBOURS) : block + NEIGHBOURS]
+        noise = float(np.median(np.abs(np.diff(around))))
         if (
-            abs(step) > SMALLEST_SHIFT_SECONDS + 1.5 * noise
+            abs(step) > SMALLEST_SHIFT_SECONDS + 2.5 * noise
             and jump / step > 0.5
             and _stays(seconds[block:])
             and _stays(seconds[starts[-1] : block])

@@ -67,7 +67,7 @@ class Timeline:
         self._clocks = {stream.index: _Clock() for stream in self.streams}
         self._ahead: deque[av.Packet] = deque()
         self._source = self._demuxed()
-        self._offset = 0.0
+        self._offset = self._jump = 0.0
 
     def packets(self) -> Iterator[av.Packet]:
         """Yield the packets in the order of the file; an error that ends them is in `errors`."""
@@ -95,27 +95,30 @@ class Timeline:
 
     def _place(self, packet: av.Packet) -> None:
         stamp, clock = decoding_seconds(packet), self._clocks[packet.stream.index]
-        if stamp is None:
-            return
-        if clock.expected is not None and _jumps(stamp - clock.expected):
-            while len(self._ahead) < LOOKED_AHEAD_PACKETS:
-                if (following := next(self._source, None)) is None:
-                    break
-                self._ahead.append(following)
-            if self._is_odd(packet, clock.expected):
-                self.odd_stamps.append(clock.expected + clock.offset)
-                packet.pts = packet.dts = None
-                clock.expected += _seconds(packet, packet.duration)
-                return
-            self._follow_jump(packet, clock, stamp - clock.expected)
-        clock.expected = stamp + _seconds(packet, packet.duration)
-        if clock.offset:
-            ticks = round(clock.offset / float(packet.time_base or 1))
-            packet.pts = None if packet.pts is None else packet.pts + ticks
-            packet.dts = None if packet.dts is None else packet.dts + ticks
-        clock.end = max(clock.end, _presentation_end(packet))
+        if stamp is not None and clock.expected is not None:
+            step = stamp - clock.expected
+            if not -BACKWARD_SECONDS <= step <= ODD_SECONDS:
+                self._look_ahead()
+                if self._is_odd(packet, clock.expected):
+                    self.odd_stamps.append(clock.expected + clock.offset)
+                    packet.pts = packet.dts = None
+                    clock.expected += _seconds(packet, packet.duration)
+                    return
+                self._follow_jump(packet, clock, step)
+        ticks = round(clock.offset / float(packet.time_base or 1))
+        packet.pts = None if packet.pts is None else packet.pts + ticks
+        packet.dts = None if packet.dts is None else packet.dts + ticks
+        if stamp is not None:
+            clock.expected = stamp + _seconds(packet, packet.duration)
+            clock.end = max(clock.end, _presentation_end(packet))
 
-    def _following(self, index: int) -> list[tuple[float, av.Packet]]:
+    def _look_ahead(self) -> None:
+        while len(self._ahead) < LOOKED_AHEAD_PACKETS:
+            if (packet := next(self._source, None)) is None:
+                return
+            self._ahead.append(packet)
+
+    def _following(self, index: int) -> "_Stamped":
         """Decoding times and packets of a stream that were read ahead."""
         return [
             (stamp, packet)
@@ -134,42 +137,56 @@ class Timeline:
         return False
 
     def _follow_jump(self, packet: av.Packet, clock: _Clock, jump: float) -> None:
-        """Start a new epoch, or join the one that another stream has started."""
+        """Start a new epoch if the other streams' time jumps alike, or join one that has begun."""
+        if clock.epoch < len(self.joins):
+            if _alike(jump, self._jump):
+                clock.epoch, clock.offset = len(self.joins), self._offset
+            return
         if 0 < jump <= FORWARD_SECONDS:
             return  # A pause, or a picture that is shown for long.
-        if clock.epoch < len(self.joins):
-            clock.epoch, clock.offset = len(self.joins), self._offset
-            return
-        ends, starts = [clock.end], [_presentation_start(packet)]
+        own, _ = _until_jump(self._following(packet.stream.index), _decoding_end(packet), jump)
+        ends, starts = [clock.end], [_presentation_start(later) for later in (packet, *own)]
         for index, other in self._clocks.items():
-            following = self._following(index)
             if index == packet.stream.index:
-                expected = (decoding_seconds(packet) or 0.0) + _seconds(packet, packet.duration)
-                starts += [_presentation_start(later) for later in _until_jump(following, expected)]
                 continue
-            ends.append(other.end)
-            before = _until_jump(following, other.expected)
-            ends += [_presentation_end(later) + other.offset for later in before]
-            after = following[len(before) :]
-            if (following or jump > 0) and not (after and other.expected is not None):
-                return  # Only this stream's time jumps: an overlap, or wrong stamps.
-            starts += [_presentation_start(later) for later in _until_jump(after, None)]
+            following = self._following(index)
+            before, after = _until_jump(following, other.expected, jump)
+            ends += [other.end, *(_presentation_end(later) + other.offset for later in before)]
+            if not after:
+                if following or jump > 0:
+                    return  # Only this stream's time jumps: an overlap, or wrong stamps.
+                continue
+            last = before[-1] if before else None
+            came_from = other.expected if last is None else _decoding_end(last)
+            if came_from is None or not _alike(jump, after[0][0] - came_from):
+                return  # Frames in decoding order, shortly before the time starts anew.
+            new, _ = _until_jump(after, None, jump)
+            starts += [_presentation_start(later) for later in new]
         self.joins.append(max(ends))
-        self._offset = max(ends) - min(starts)
+        self._jump, self._offset = jump, max(ends) - min(starts)
         clock.epoch, clock.offset = len(self.joins), self._offset
 
 
+_Stamped = list[tuple[float, av.Packet]]
+
+
 def _until_jump(
-    following: Sequence[tuple[float, av.Packet]], expected: float | None
-) -> list[av.Packet]:
-    """The packets up to the one before which time starts anew."""
+    following: _Stamped, expected: float | None, jump: float
+) -> tuple[list[av.Packet], _Stamped]:
+    """The packets up to one whose time jumps like another stream's, and the rest from there."""
     packets = []
-    for stamp, packet in following:
-        if expected is not None and not -BACKWARD_SECONDS <= stamp - expected <= FORWARD_SECONDS:
-            break
+    for number, (stamp, packet) in enumerate(following):
+        if expected is not None and _alike(stamp - expected, jump):
+            return packets, following[number:]
         packets.append(packet)
-        expected = stamp + _seconds(packet, packet.duration)
-    return packets
+        expected = _decoding_end(packet)
+    return packets, []
+
+
+def _alike(step: float, jump: float) -> bool:
+    """Whether a step has the direction of a jump, and half its size: frames that are stored in
+    decoding order step back, too."""
+    return step * jump > 0 and abs(step) > abs(jump) / 2
 
 
 def flush_packet(stream: av.VideoStream | av.AudioStream) -> av.Packet:
@@ -182,8 +199,10 @@ def flush_packet(stream: av.VideoStream | av.AudioStream) -> av.Packet:
 
 
 def decoding_seconds(packet: av.Packet) -> float | None:
-    """Decoding time of a packet in seconds, its presentation time where it has no other."""
-    stamp = packet.pts if packet.dts is None else packet.dts
+    """Decoding time of a packet in seconds; of sound also its presentation time."""
+    stamp = packet.dts
+    if stamp is None and packet.stream.type == "audio":
+        stamp = packet.pts
     return None if stamp is None or packet.time_base is None else float(stamp * packet.time_base)
 
 
@@ -212,12 +231,12 @@ def time_starts_anew(
     return False
 
 
-def _jumps(step: float) -> bool:
-    return not -BACKWARD_SECONDS <= step <= ODD_SECONDS
-
-
 def _seconds(packet: av.Packet, ticks: int | None) -> float:
     return float((ticks or 0) * (packet.time_base or 0))
+
+
+def _decoding_end(packet: av.Packet) -> float:
+    return (decoding_seconds(packet) or 0.0) + _seconds(packet, packet.duration)
 
 
 def _presentation_start(packet: av.Packet) -> float:
