@@ -79,7 +79,7 @@ class DecodedClip:
     decode_errors: int
     """Packets or frames that failed, plus one if the file is shorter than its header says."""
     timing: dict[str, float]
-    """What was done where time stamps and samples don't agree, by cause; see `docs/data.md`."""
+    """What was done where time stamps and samples don't agree, by cause (docs/training/data.md)."""
     content: str
     """SHA-256 of the decoded audio and frames, independent of all settings but the window."""
 

@@ -1,8 +1,8 @@
 """Finds duplicate clips by content, and clips that another set has too.
 
-A clip's content is the SHA-256 of the audio and frames that were packed for it, so it does not
-depend on names, containers or metadata. Reports of finished shards record it for a resume: which of
-two equal clips is the first does not depend on when they were packed.
+A clip's content is the SHA-256 of the audio and frames that were decoded for it, so it does not
+depend on names, metadata, or how the clip is stored. Reports of finished shards record it for a
+resume: which of two equal clips is the first does not depend on when they were packed.
 """
 
 from collections.abc import Iterable

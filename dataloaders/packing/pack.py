@@ -293,7 +293,8 @@ class _Packer:
                 if isinstance(result, PackedClip):
                     seconds += result.seconds
                     line["labels"] = list(clip.labels)
-                    packed.append(line | {"codec": result.codec, "content": result.content})
+                    line |= {"codec": result.codec, "content": result.content}
+                    packed.append(line | {"timing": result.timing})
                     for tier, writer in writers.items():
                         writer.add(result.key, result.members[tier])
                 else:
@@ -366,7 +367,12 @@ class _Packer:
         if packed_now or not (out / "statistics.json").exists():
             write_statistics(out, config.tier_names, self.others)
         seconds = sum(report["seconds"] for report in reports)
-        return PackSummary(samples, reasons, seconds, totals, len(reports) - packed_now)
+        timing = Counter(
+            c for report in reports for clip in report["packed"] for c in clip["timing"]
+        )
+        return PackSummary(
+            samples, reasons, dict(timing.most_common()), seconds, totals, len(reports) - packed_now
+        )
 
 
 def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None = None) -> int:

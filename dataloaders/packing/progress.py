@@ -18,6 +18,8 @@ class PackSummary:
     """Number of clips packed."""
     skipped: dict[str, int]
     """Number of clips by reason."""
+    timing: dict[str, int]
+    """Number of packed clips by cause of `DecodedClip.timing`."""
     seconds: float
     """Total audio."""
     bytes: dict[str, int]
@@ -74,6 +76,8 @@ def summary_table(summary: PackSummary, out: str) -> Table:
     for tier, size in summary.bytes.items():
         each = size / summary.clips / 1000
         table.add_row(f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip")
+    for cause, count in summary.timing.items():
+        table.add_row(f"packed, with {cause}", str(count))
     for reason, count in summary.skipped.items():
         table.add_row(f"skipped: {reason}", str(count))
     if summary.resumed_shards:

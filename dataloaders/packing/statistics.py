@@ -36,6 +36,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
     """
     classes: Counter[str] = Counter()
     codecs: Counter[str] = Counter()
+    timing: Counter[str] = Counter()
     known = KnownContent()
     duplicates: list[dict[str, str]] = []
     clips = unlabelled = shared = 0
@@ -46,6 +47,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             clips += 1
             classes.update(clip["labels"])
             codecs[clip["codec"]] += 1
+            timing.update(clip["timing"].keys())
             unlabelled += not clip["labels"]
             first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
@@ -59,6 +61,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "clips": clips,
         "seconds": seconds,
         "source_codecs": dict(codecs.most_common()),
+        "timing": dict(timing.most_common()),
         "classes": dict(classes.most_common()),
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),

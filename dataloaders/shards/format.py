@@ -14,7 +14,7 @@ import numpy as np
 
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP, TIERS
 
-SCHEMA = 3
+SCHEMA = 4
 
 _CRC32_KEY = ',"crc32":'
 
