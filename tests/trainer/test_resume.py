@@ -160,17 +160,6 @@ def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     assert losses(tmp_path / "run") == losses(straight)
 
 
-def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Path) -> None:
-    checkpoint = CheckpointConfig(every_steps=3, keep_last=1, keep_every=6)
-    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
-    Start(config, 2, tmp_path).finish()
-    kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
-    assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    store = Store(tmp_path / "run/checkpoints")
-    for name in kept:
-        verify_checkpoint(store, name)
-
-
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
