@@ -134,6 +134,17 @@ def by_position(
     }
 
 
+@pytest.fixture(scope="module")
+def sound(packed_synthetic: Path) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
+    """Five batches of the set before it is damaged."""
+    config = dataclasses.replace(CONFIG, train=str(packed_synthetic / "video"))
+    plan = {"seed": SEED, "global_batch": BATCH, "micro_batch": BATCH, "lanes": LANES}
+    loader = TrainLoader(config, SHAPE, rank=0, world_size=1, device=torch.device("cpu"), **plan)
+    batches = take(loader, 5)
+    loader.close()
+    return by_position(batches)
+
+
 DAMAGES = {
     "flac_bits": (bits_flipped("flac"), "crc_mismatch"),
     "mp4_bits": (bits_flipped("mp4"), "crc_mismatch"),
@@ -148,6 +159,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
     damage: str,
+    sound: dict[int, tuple[str, torch.Tensor, torch.Tensor]],
     packed_synthetic: Path,
     tmp_path: Path,
     start: Callable[..., TrainLoader],
@@ -159,7 +171,6 @@ def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {(bad.shard, bad.sample): break_it})
 
-    sound = by_position(take(start(tier), 5))
     loader = start(copy)
     batches = take(loader, 5)
 
