@@ -264,7 +264,7 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     places = [(shard, sample) for shard in range(3) for sample in range(8)]
     damages = {place: bits_flipped("flac") for place in places[:7]}
     damages |= {place: bits_flipped("mp4") for place in places[7:10]}
-    damages |= {place: packed_as("mp4", b"no video" * 100) for place in places[10:15]}
+    damages[places[10]] = packed_as("mp4", b"no video" * 100)
     copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
     with pytest.raises(DataFaultError) as stopped:
         take(start(copy), 100)
@@ -274,7 +274,7 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     assert "video_undecodable" in str(stopped.value)
     tolerant = start(copy, config={"max_bad_fraction": 1.0})
     take(tolerant, 6)
-    assert len(tolerant.quarantine) == 15
+    assert len(tolerant.quarantine) == 11
 
 
 def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic: Path) -> None:
@@ -344,9 +344,9 @@ def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
     found = []
     for count in (1, 4):
         loader = start(copy, config={"video_pipelines": count, "max_bad_fraction": 1.0})
-        batches = take(loader, 30)
+        batches = take(loader, 18)
         left_out = {one.sample_id: one.position for one in loader.quarantine}
-        assert len(left_out) > 4
+        assert len(left_out) > 3
         for batch in batches:
             for position, sample_id in zip(batch.positions.tolist(), batch.sample_ids, strict=True):
                 assert position < left_out.get(sample_id, 10**9)
