@@ -138,8 +138,17 @@ def by_position(
 def sound(packed_synthetic: Path) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
     """Five batches of the set before it is damaged."""
     config = dataclasses.replace(CONFIG, train=str(packed_synthetic / "video"))
-    plan = {"seed": SEED, "global_batch": BATCH, "micro_batch": BATCH, "lanes": LANES}
-    loader = TrainLoader(config, SHAPE, rank=0, world_size=1, device=torch.device("cpu"), **plan)
+    loader = TrainLoader(
+        config,
+        SHAPE,
+        seed=SEED,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        lanes=LANES,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+    )
     batches = take(loader, 5)
     loader.close()
     return by_position(batches)
