@@ -197,8 +197,8 @@ def test_a_graph_holds_only_the_parameters_it_uses() -> None:
 
 def test_a_classifier_is_exported_with_its_logits(classifier_file: Path, tmp_path: Path) -> None:
     words = ["export", str(classifier_file), str(tmp_path / "out"), "--format", "onnx"]
-    assert cli.main([*words, "--what", "multimodal", *SIZES]) == 0
-    assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["multimodal.onnx"]
+    assert cli.main([*words, *SIZES]) == 0
+    assert (tmp_path / "out" / "multimodal.onnx").exists()
     assert json.loads((tmp_path / "out/config.json").read_text())["classes"] == 5
     assert "5 classes" in ModelCard.load(tmp_path / "out/README.md").text
 
