@@ -107,6 +107,14 @@ def wheel(unpacked_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return wheel
 
 
+@pytest.fixture(scope="module")
+def installed_wheel(python: Path, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed_wheel") / "target"
+    options = ("--quiet", "--no-deps", "--no-index", "--target", target)
+    run(python, "-m", "pip", "install", *options, wheel, cwd=target.parent)
+    return target
+
+
 def test_an_editable_install_runs_the_tree_it_was_made_from(
     python: Path, installed_tree: Path, tmp_path: Path
 ) -> None:
@@ -127,14 +135,12 @@ def test_an_unpacked_archive_runs_its_own_code_beside_an_editable_install_of_ano
 
 
 def test_a_wheel_runs_its_own_code_beside_an_editable_install_of_another_tree(
-    python: Path, wheel: Path, tmp_path: Path
+    python: Path, installed_wheel: Path, tmp_path: Path
 ) -> None:
-    target = tmp_path / "target"
-    options = ("--quiet", "--no-deps", "--no-index", "--target", target)
-    run(python, "-m", "pip", "install", *options, wheel, cwd=tmp_path)
-    assert run(python, "-c", SHOW_TREE, cwd=tmp_path, PYTHONPATH=str(target)).splitlines() == [
-        f"{target}/cavmae/__init__.py unpacked",
-        f"{target}/cavmae/trainer/config/configs.py unpacked",
+    shown = run(python, "-c", SHOW_TREE, cwd=tmp_path, PYTHONPATH=str(installed_wheel))
+    assert shown.splitlines() == [
+        f"{installed_wheel}/cavmae/__init__.py unpacked",
+        f"{installed_wheel}/cavmae/trainer/config/configs.py unpacked",
     ]
 
 
@@ -162,18 +168,15 @@ def test_a_wheel_holds_the_templates_and_the_ablations(wheel: Path, unpacked_tre
 
 
 def test_an_installed_wheel_does_not_answer_to_bare_folder_names(
-    wheel: Path, tmp_path: Path
+    installed_wheel: Path, tmp_path: Path
 ) -> None:
-    target = tmp_path / "target"
-    options = ("--quiet", "--no-deps", "--no-index", "--target", target)
-    run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     code = (
         "import importlib.util, sys; sys.path.insert(0, sys.argv[1]);"
         "import cavmae.trainer.config.configs;"
         f"print([name for name in {FOLDERS} if importlib.util.find_spec(name)])"
     )
     # -I -S: neither this folder, nor the environment, nor site-packages
-    assert run(sys.executable, "-I", "-S", "-c", code, target, cwd=tmp_path) == "[]\n"
+    assert run(sys.executable, "-I", "-S", "-c", code, installed_wheel, cwd=tmp_path) == "[]\n"
 
 
 def test_a_file_is_one_module_object() -> None:

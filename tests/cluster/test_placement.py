@@ -9,6 +9,9 @@ from cavmae.cluster import placement, train
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.placement import packed
 
+SHALLOW_DEMO = ("demo", "--model.modality-depth=1", "--model.decoder-depth=1", "--dry-run")
+"""Of which the memory is counted sooner."""
+
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_a_cluster_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatc
 def test_the_command_says_where_and_how_fast_and_what_that_rests_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["demo", "--workers", "16", "--gpus-per-worker", "1", "--dry-run"]
+    words = [*SHALLOW_DEMO, "--workers", "16", "--gpus-per-worker", "1"]
     assert train.main(words) == 0
     shown = capsys.readouterr().out
     assert "nodes 2" in shown and "node 2: rank 8 to 15" in shown
@@ -92,7 +95,7 @@ def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def expected(cores: str) -> float:
-        train.main(["demo", "--cpus-per-worker", cores, "--engine.dtype", "fp32", "--dry-run"])
+        train.main([*SHALLOW_DEMO, "--cpus-per-worker", cores, "--engine.dtype", "fp32"])
         shown = capsys.readouterr().out
         assert "measured: demo on an AMD EPYC" in shown
         return float(shown.split("expected: ")[1].split(" samples/s")[0].replace(",", ""))

@@ -1,6 +1,7 @@
 """The pages that are made from the code leave nothing out, and nothing unexplained."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -13,7 +14,15 @@ from cavmae.cluster.config import ClusterConfig
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.recipes import RECIPES
 
-ALL = commands()
+NAMES = [
+    *(f"cavmae {name}" for name in COMMANDS),
+    *(f"cavmae {group} {name}" for group, (names, _) in GROUPS.items() for name in names),
+]
+
+
+@functools.cache
+def command_of() -> dict[str, Command]:
+    return {command.name: command for command in commands()}
 
 
 def paths(config: Any, prefix: str = "") -> set[str]:
@@ -30,26 +39,27 @@ def paths(config: Any, prefix: str = "") -> set[str]:
 
 def test_every_command_has_a_section() -> None:
     sections = re.findall(r"^## (cavmae .*)$", commands_page(), flags=re.MULTILINE)
-    grouped = [f"cavmae {group} {name}" for group, (names, _) in GROUPS.items() for name in names]
-    assert sections == [*(f"cavmae {name}" for name in COMMANDS), *grouped]
+    assert sections == NAMES
 
 
-@pytest.mark.parametrize("command", ALL, ids=lambda command: command.name)
-def test_every_command_and_every_option_of_it_says_what_it_does(command: Command) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_and_every_option_of_it_says_what_it_does(name: str) -> None:
+    command = command_of()[name]
     assert command.description
     assert [one.call for one in command.options if not one.meaning.partition("(default:")[0]] == []
 
 
-@pytest.mark.parametrize("command", ALL, ids=lambda command: command.name)
-def test_every_option_of_the_usage_is_in_the_table(command: Command) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_of_the_usage_is_in_the_table(name: str) -> None:
+    command = command_of()[name]
     calls = " ".join(option.call for option in command.options)
     named = re.findall(r"--[a-z][\w.-]*", command.usage.replace("--field", ""))
     assert [option for option in named if option not in calls] == []
 
 
 def test_an_option_has_its_whole_meaning() -> None:
-    pack = next(command for command in ALL if command.name == "cavmae pack")
-    meaning = next(one.meaning for one in pack.options if one.call == "--clips-per-shard INT")
+    options = command_of()["cavmae pack"].options
+    meaning = next(one.meaning for one in options if one.call == "--clips-per-shard INT")
     assert meaning == "Clips of the list in each shard, skipped ones included. (default: 1000)"
 
 

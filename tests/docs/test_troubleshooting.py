@@ -1,6 +1,7 @@
 """A message that the page of troubleshooting quotes is one that the code can print."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import get_args
@@ -16,6 +17,7 @@ SHORTEST = 12
 """Characters of its own that a message needs, so that `{a}: {b}` does not pass for any."""
 
 
+@functools.cache
 def messages() -> list[re.Pattern[str]]:
     """What the texts of the code can become: anything, or nothing, where a value is put in."""
     patterns = []
@@ -40,16 +42,13 @@ def constants(node: ast.AST) -> list[str]:
     return []
 
 
-MESSAGES = messages()
-
-
 @pytest.mark.parametrize("message", QUOTED, ids=lambda message: message[:50])
 def test_every_message_quoted_is_one_of_the_code(message: str) -> None:
-    assert any(pattern.fullmatch(message) for pattern in MESSAGES)
+    assert any(pattern.fullmatch(message) for pattern in messages())
 
 
 def test_a_message_that_no_code_has_is_found_out() -> None:
-    assert not any(pattern.fullmatch("lanes is 48, which is too many") for pattern in MESSAGES)
+    assert not any(pattern.fullmatch("lanes is 48, which is too many") for pattern in messages())
 
 
 def test_every_reason_to_leave_out_a_clip_is_explained() -> None:

@@ -160,17 +160,6 @@ def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     assert losses(tmp_path / "run") == losses(straight)
 
 
-def test_some_checkpoints_are_kept_for_good(packed_synthetic: Path, tmp_path: Path) -> None:
-    checkpoint = CheckpointConfig(every_steps=3, keep_last=1, keep_every=6)
-    config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
-    Start(config, 2, tmp_path).finish()
-    kept = sorted(one.name for one in (tmp_path / "run/checkpoints").iterdir())
-    assert [step_of(one) for one in kept] == [6, 12, 18, 20]
-    store = Store(tmp_path / "run/checkpoints")
-    for name in kept:
-        verify_checkpoint(store, name)
-
-
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -192,7 +181,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
         (3, [(1, 10), (2, 20)]),
     ],
 )
-def test_other_rank_counts_go_on_with_the_same_losses(
+def test_other_rank_counts_go_on_with_the_same_losses_and_some_checkpoints_are_kept_for_good(
     packed_synthetic: Path,
     straight: Path,
     tmp_path: Path,
@@ -203,13 +192,15 @@ def test_other_rank_counts_go_on_with_the_same_losses(
         packed_synthetic,
         tmp_path / "run",
         engine=EngineConfig(zero_stage=zero_stage, dtype="fp32"),
-        checkpoint=CheckpointConfig(every_steps=5),
+        checkpoint=CheckpointConfig(every_steps=5, keep_last=1, keep_every=10),
     )
     text = ""
     for world_size, steps in starts:
         text = Start(dataclasses.replace(run, steps=steps), world_size, tmp_path).finish()
     assert "resuming from" in text
     assert losses(tmp_path / "run") == pytest.approx(losses(straight), rel=1e-5)
+    kept = list_checkpoints(Store(tmp_path / "run/checkpoints"))
+    assert [step_of(one) for one in kept] == [10, 20]
 
 
 def test_a_run_that_goes_on_refuses_another_seed(

@@ -21,7 +21,7 @@ def test_an_unshuffled_order_is_told_from_a_perfect_one() -> None:
 
 
 def test_larger_windows_come_nearer() -> None:
-    found = [shuffle_quality.measure(40, 500, 512, window) for window in (1, 300)]
+    found = [shuffle_quality.measure(20, 200, 256, window) for window in (1, 100)]
     assert found[1]["pairs_again"] < found[0]["pairs_again"]
     assert found[1]["class_distance"] < found[0]["class_distance"]
 

@@ -81,17 +81,28 @@ def test_runs_where_only_torch_triton_and_numpy_are_installed(
 
 
 @pytest.mark.slow
-def test_an_altered_reference_fails_its_part_and_the_run(tmp_path: Path, tiny_golden: Path) -> None:
+def test_an_altered_reference_and_a_part_that_breaks_fail_alone_and_the_run(
+    tmp_path: Path,
+    tiny_golden: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "disagreements", lambda *_: ({}, []))  # test_kernels.py has them
     path = tiny_golden / "tiny_train" / "seed0.json"
     record = json.loads(path.read_text())
     record["history"][2][0] += 1e-3
     path.write_text(json.dumps(record))
+    (tiny_golden / "pretrain_forward").mkdir()
+    (tiny_golden / "pretrain_forward" / "index.json").write_text("no JSON")
     small = ["--model", "tiny", "--device", "cpu", "--repeats", "1"]
     code = check.main([*small, "--golden", str(tiny_golden), "--out", str(tmp_path / "out")])
     assert code == 1
-    part = results_in(tmp_path / "out")["tiny_train"]
-    assert part["status"] == "failed"
-    assert "history step 2 loss" in part["reason"]
+    results = results_in(tmp_path / "out")
+    assert results["tiny_train"]["status"] == results["golden_forward"]["status"] == "failed"
+    assert "history step 2 loss" in results["tiny_train"]["reason"]
+    assert "JSONDecodeError" in results["golden_forward"]["reason"]
+    assert results["step"]["status"] == "passed"
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_parts_that_would_start_too_late_are_skipped_with_the_reason(tmp_path: Path) -> None:
@@ -100,21 +111,6 @@ def test_parts_that_would_start_too_late_are_skipped_with_the_reason(tmp_path: P
     for part in results_in(tmp_path).values():
         assert part["status"] == "skipped"
         assert "--seconds" in part["reason"]
-
-
-@pytest.mark.slow
-def test_a_part_that_breaks_fails_alone(
-    tmp_path: Path, tiny_golden: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tiny_golden / "tiny_train" / "seed0_masks.npz").unlink()
-    small = ["--model", "tiny", "--device", "cpu", "--repeats", "1"]
-    code = check.main([*small, "--golden", str(tiny_golden), "--out", str(tmp_path / "out")])
-    assert code == 1
-    results = results_in(tmp_path / "out")
-    assert results["tiny_train"]["status"] == "failed"
-    assert "seed0_masks.npz" in results["tiny_train"]["reason"]
-    assert results["step"]["status"] == "passed"
-    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_golden_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:

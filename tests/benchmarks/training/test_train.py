@@ -116,9 +116,8 @@ def test_without_zero_each_rank_updates_all_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_record_has_both_sources_and_all_parts(ranks: int, tmp_path: Path) -> None:
-    assert main([*SMALL, "--ranks", str(ranks), "--out", str(tmp_path)]) == 0
+def test_a_record_of_two_ranks_has_both_sources_and_all_parts(tmp_path: Path) -> None:
+    assert main([*SMALL, "--ranks", "2", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("train-*.json")
     record = json.loads(path.read_text())
     results = record["results"]

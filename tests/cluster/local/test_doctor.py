@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from starts import place_store
 
 from cavmae.cluster.local import checks, doctor
 from cavmae.cluster.local.doctor import (
@@ -20,7 +21,6 @@ from cavmae.cluster.local.doctor import (
     tracking_store,
 )
 from cavmae.dataloaders.config import DataConfig
-from cavmae.trainer.tracking.tracker import create_store
 
 
 def test_a_machine_that_runs_the_tests_can_train(
@@ -91,7 +91,7 @@ def test_the_store_of_a_file_answers_or_will_be_created(tmp_path: Path) -> None:
     later = tracking_store("", tmp_path / "runs")
     assert later.state == "ok" and "the first run will create" in later.found
     assert not (tmp_path / "runs").exists()
-    create_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    place_store(tmp_path)
     assert "1 experiments" in tracking_store("", tmp_path).found
 
 

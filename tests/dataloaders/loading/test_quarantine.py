@@ -134,6 +134,26 @@ def by_position(
     }
 
 
+@pytest.fixture(scope="module")
+def sound(packed_synthetic: Path) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
+    """Five batches of the set before it is damaged."""
+    config = dataclasses.replace(CONFIG, train=str(packed_synthetic / "video"))
+    loader = TrainLoader(
+        config,
+        SHAPE,
+        seed=SEED,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        lanes=LANES,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+    )
+    batches = take(loader, 5)
+    loader.close()
+    return by_position(batches)
+
+
 DAMAGES = {
     "flac_bits": (bits_flipped("flac"), "crc_mismatch"),
     "mp4_bits": (bits_flipped("mp4"), "crc_mismatch"),
@@ -148,6 +168,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
     damage: str,
+    sound: dict[int, tuple[str, torch.Tensor, torch.Tensor]],
     packed_synthetic: Path,
     tmp_path: Path,
     start: Callable[..., TrainLoader],
@@ -159,7 +180,6 @@ def test_a_damaged_clip_is_named_replaced_as_planned_and_changes_nothing_else(
     break_it, reason = DAMAGES[damage]
     copy = damaged_copy(tier, tmp_path / "copy", {(bad.shard, bad.sample): break_it})
 
-    sound = by_position(take(start(tier), 5))
     loader = start(copy)
     batches = take(loader, 5)
 
@@ -253,7 +273,7 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     places = [(shard, sample) for shard in range(3) for sample in range(8)]
     damages = {place: bits_flipped("flac") for place in places[:7]}
     damages |= {place: bits_flipped("mp4") for place in places[7:10]}
-    damages |= {place: packed_as("mp4", b"no video" * 100) for place in places[10:15]}
+    damages[places[10]] = packed_as("mp4", b"no video" * 100)
     copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
     with pytest.raises(DataFaultError) as stopped:
         take(start(copy), 100)
@@ -263,7 +283,7 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     assert "video_undecodable" in str(stopped.value)
     tolerant = start(copy, config={"max_bad_fraction": 1.0})
     take(tolerant, 6)
-    assert len(tolerant.quarantine) == 15
+    assert len(tolerant.quarantine) == 11
 
 
 def test_a_clip_found_again_at_an_earlier_place_is_listed_once(packed_synthetic: Path) -> None:
@@ -333,9 +353,9 @@ def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
     found = []
     for count in (1, 4):
         loader = start(copy, config={"video_pipelines": count, "max_bad_fraction": 1.0})
-        batches = take(loader, 30)
+        batches = take(loader, 18)
         left_out = {one.sample_id: one.position for one in loader.quarantine}
-        assert len(left_out) > 4
+        assert len(left_out) > 3
         for batch in batches:
             for position, sample_id in zip(batch.positions.tolist(), batch.sample_ids, strict=True):
                 assert position < left_out.get(sample_id, 10**9)

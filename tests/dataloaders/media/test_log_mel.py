@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -65,7 +66,15 @@ def test_short_clips_are_padded_with_zeros_and_long_ones_are_cut() -> None:
     assert_close(cut, reference[:100])
 
 
-def test_clips_of_a_batch_do_not_depend_on_each_other() -> None:
+@pytest.fixture(params=[1, 2])
+def torch_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_clips_of_a_batch_do_not_depend_on_each_other(torch_threads: None) -> None:
     waveforms = [torch.from_numpy(generated(samples, samples)) for samples in (900, 32000, 16000)]
     together = log_mel(waveforms, 64, 150, CPU)
     alone = torch.cat([log_mel([waveform], 64, 150, CPU) for waveform in waveforms])

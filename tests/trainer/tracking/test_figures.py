@@ -101,8 +101,7 @@ def test_a_perfect_prediction_of_normalised_patches_restores_the_original() -> N
     torch.testing.assert_close(reconstructed, pixels, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("norm_pix", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_the_reconstruction_picture_is_a_png_with_a_row_for_each_clip(
     tmp_path: Path, norm_pix: bool, dtype: torch.dtype
 ) -> None:

@@ -1,5 +1,6 @@
 """A profiled run leaves a trace of the steps that were asked for, and nothing else changes."""
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from cavmae.trainer.config.configs import (
     CheckpointConfig,
     PretrainConfig,
     ProfileConfig,
-    RunConfig,
     TrackingConfig,
     ValidationConfig,
     WatchdogConfig,
@@ -70,25 +70,18 @@ def test_each_rank_traces_the_steps_and_their_parts(packed_synthetic: Path, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_run, tiny_finetuning])
-def test_a_start_that_goes_on_traces_its_own_steps(
-    make: Any, packed_synthetic: Path, tmp_path: Path
+def test_a_start_that_ends_before_says_so_and_one_that_goes_on_traces_its_own_steps(
+    packed_synthetic: Path, tmp_path: Path
 ) -> None:
-    config: RunConfig = make(packed_synthetic, tmp_path / "run", steps=5)
-    Start(config, 1, tmp_path).finish()
-    profile = ProfileConfig(steps=1, after_steps=2)
-    Start(make(packed_synthetic, tmp_path / "run", steps=10, profile=profile), 1, tmp_path).finish()
-    assert "forward" in names(tmp_path / "run/profile/step-000000007-rank-0.json.gz")
-
-
-@pytest.mark.slow
-def test_a_start_that_ends_before_says_so(packed_synthetic: Path, tmp_path: Path) -> None:
-    profile = ProfileConfig(steps=2, after_steps=30)
-    text = Start(
-        tiny_run(packed_synthetic, tmp_path / "run", steps=3, profile=profile), 1, tmp_path
-    ).finish()
+    """Of fine-tuning, as the one above is of pretraining."""
+    profile = ProfileConfig(steps=1, after_steps=30)
+    run = tiny_finetuning(packed_synthetic, tmp_path / "run", steps=5, profile=profile)
+    text = Start(run, 1, tmp_path).finish()
     assert "profile.after_steps is 30, which this attempt did not reach" in text
     assert not (tmp_path / "run/profile").exists()
+    profile = ProfileConfig(steps=1, after_steps=2)
+    Start(dataclasses.replace(run, steps=10, profile=profile), 1, tmp_path).finish()
+    assert "forward" in names(tmp_path / "run/profile/step-000000007-rank-0.json.gz")
 
 
 class Watching(Watchdog):
