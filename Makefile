@@ -9,7 +9,7 @@ demo-full: .venv/installed
 	$(BIN)/cavmae demo-full
 
 test: check
-	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 check: .venv/installed

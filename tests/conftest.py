@@ -51,6 +51,14 @@ LONG_FILES = (
     "benchmarks/data/test_storage_faults.py",
     "trainer/cost_model/test_comm_volume.py",
     "trainer/tasks/test_finetune.py",
+    "dataloaders/media/test_timing.py",
+    "dataloaders/loading/test_quarantine.py",
+    "dataloaders/media/test_field_files.py",
+    "trainer/release/test_export.py",
+    "trainer/cost_model/test_memory.py",
+    "trainer/cost_model/test_activations.py",
+    "trainer/fault_tolerance/test_oom.py",
+    "benchmarks/step/test_step.py",
 )
 
 _NOTED = "golden deviations"
