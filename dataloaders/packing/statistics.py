@@ -13,7 +13,7 @@ import numpy as np
 
 from cavmae.atomic_write import atomic_write, write_json, write_text
 from cavmae.dataloaders.media.audio_codec import decode_audio
-from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
+from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -50,9 +50,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
                 duplicates.append({"key": clip["key"], "first": f"{first:09d}"})
-            shared += others is not None and (
-                clip["content"] in others.content or source_id(clip["source"]) in others.names
-            )
+            shared += others is not None and others.shares(clip["source"], clip["content"])
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
     write_text(out / "duplicates.jsonl", text)
     statistics = {

@@ -102,7 +102,7 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     tables = [table, _histogram(seconds)]
     labels = Counter(label for one in found for label in one["labels"])
     tables += _counts("label", f"{len(labels)} labels", labels)
-    return tables + _counts("reason", "skipped by packing", _skipped(shards))
+    return tables + _counts("reason", "not packed", _skipped(shards))
 
 
 def _counts(column: str, title: str, counts: Counter[str]) -> list[Table]:
@@ -135,7 +135,7 @@ def _skipped(shards: ShardSet) -> Counter[str]:
     found: Counter[str] = Counter()
     for storage in shards.storages:
         if isinstance(storage, LocalFolder):
-            report = storage.folder.parent / "report.jsonl"
+            report = storage.folder.resolve().parent / "report.jsonl"
             lines = report.read_text().splitlines() if report.is_file() else []
             found.update(json.loads(line)["reason"] for line in lines)
     return found

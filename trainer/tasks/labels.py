@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cavmae.atomic_write import read_json, write_text
+from cavmae.dataloaders.shards.storage import real_place
 from cavmae.trainer.config.configs import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
@@ -175,7 +176,7 @@ def clips_without_label(tiers: Iterable[str]) -> int:
 
 
 def _statistics(tier: str) -> dict[str, Any] | None:
-    path = Path(tier).parent / "statistics.json"
+    path = Path(real_place(tier)).parent / "statistics.json"
     return read_json(path) if path.is_file() else None
 
 
