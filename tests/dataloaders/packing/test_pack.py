@@ -170,7 +170,7 @@ def test_skipped_clips_are_named_with_their_reason(packed: Path) -> None:
 def test_the_index_counts_what_is_there(packed: Path) -> None:
     index = json.loads((packed / "video" / "index.json").read_text())
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
-        "schema": 3,
+        "schema": 4,
         "tier": "video",
         "video_codec": "vp9",
         "audio_hz": 16000,
@@ -393,7 +393,7 @@ def test_a_folder_that_was_started_with_another_schema_is_refused(
     note = json.loads((packed / "pack.json").read_text())
     (tmp_path / "pack.json").write_text(json.dumps({**note, "schema": 2}))
     message = fails(capsys, videos, tmp_path, "--clips-per-shard", "3")
-    assert "packed with schema 2" in message and "reads schema 3" in message
+    assert "packed with schema 2" in message and "reads schema 4" in message
     assert f"remove {tmp_path} and pack it again" in message
 
 

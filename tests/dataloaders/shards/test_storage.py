@@ -1,5 +1,6 @@
 """Shards at a URL: the same bytes whatever the store does, fetched once, kept within a limit."""
 
+import hashlib
 import itertools
 import logging
 import os
@@ -46,7 +47,7 @@ def make_set(folder: Path, seed: int) -> Path:
             key = f"{shard * SAMPLES + number:09d}"
             flac, mp4 = rng.bytes(int(rng.integers(500, 3000))), rng.bytes(3000)
             crc32 = {"flac": zlib.crc32(flac), "mp4": zlib.crc32(mp4)}
-            description = description_bytes({"schema": 3, "key": key}, crc32)
+            description = description_bytes({"schema": 4, "key": key}, crc32)
             writer.add(key, {"json": description, "flac": flac, "mp4": mp4})
         entries.append(writer.finish())
     write_index(
@@ -57,6 +58,7 @@ def make_set(folder: Path, seed: int) -> Path:
         short_side=256,
         frame_choice="by_time",
         skipped=0,
+        content=[hashlib.sha256(b"%d" % number).hexdigest() for number in range(SHARDS * SAMPLES)],
         shards=[entry for entry in entries if entry],
     )
     return folder
