@@ -1,14 +1,17 @@
 """`trained_on.npz`: what weights were trained on, wherever they are taken."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import save_untrained
+from starts import Start
+from tiny_run import save_untrained, tiny_run
 
 from cavmae import cli
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.trained_on import TrainedOn
 
 
@@ -57,3 +60,27 @@ def test_a_damaged_file_is_named(val_shards: Path, tmp_path: Path, damage: bytes
     (tmp_path / "trained_on.npz").write_bytes(damage)
     with pytest.raises(ValueError, match=r"trained_on\.npz is damaged .* or remove it"):
         TrainedOn.beside(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.field
+def test_a_run_notes_at_its_start_what_it_and_its_initial_weights_are_trained_on(
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path
+) -> None:
+    save_untrained(val_shards, tmp_path / "pretrained")
+    (tmp_path / "link").symlink_to(packed_synthetic / "frames")
+    config = tiny_run(packed_synthetic, tmp_path / "run", steps=1)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, train=str(tmp_path / "link")),
+        initial_weights=str(tmp_path / "pretrained/weights.pt"),
+    )
+    Start(config, 1, tmp_path).finish()
+    training = TrainedOn.beside(tmp_path / "run")
+    assert [one.clips for one in training.sets] == [24, 8] and len(training.content) == 32
+    saved = load_run_config(tmp_path / "run/config.json")
+    assert saved.data.train_folders == [str((packed_synthetic / "frames").resolve())]
+    written = (tmp_path / "run/trained_on.npz").read_bytes()
+    (tmp_path / "pretrained/trained_on.npz").unlink()
+    Start(config, 1, tmp_path).finish()  # resumes at its end
+    assert (tmp_path / "run/trained_on.npz").read_bytes() == written
