@@ -16,7 +16,12 @@ from cavmae.trainer.checkpoint.format import (
 )
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import RunConfig
-from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
+from cavmae.trainer.config.resolve import (
+    check_same_run,
+    native_dtype,
+    resolve,
+    with_real_places,
+)
 from cavmae.trainer.config.serialize import load_run_config, save_config
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.env import Ranks
@@ -24,6 +29,7 @@ from cavmae.trainer.distributed.process_group import start_process_group
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.tracking.rank_logging import log_to_file
+from cavmae.trainer.trained_on import training_of
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -66,6 +72,7 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     """
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
+    config = with_real_places(config)
     train_set = ShardSet(config.data.train_folders, config.data.cache)
     store = Store(checkpoint_folder(config))
     resolved = resolve(
@@ -73,7 +80,15 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     )
     device = start_process_group(ranks)
     run_dir = Path(resolved.run_dir)
-    config = on_first_rank(lambda: open_run_dir(resolved, run_dir, store, device.type))
+
+    def open_and_note() -> RunConfig:
+        begun = bool(list_checkpoints(store))
+        opened = open_run_dir(resolved, run_dir, store, device.type)
+        if not begun:  # else its sets are those that it began with, or it is refused
+            training_of(opened).save(run_dir)
+        return opened
+
+    config = on_first_rank(open_and_note)
     status.opened(config.steps)
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
     return OpenRun(config, run_dir, ranks, device, store, train_set, status)

@@ -8,6 +8,7 @@ A rank's log stands for a checkpoint: after a kill both ranks resume from the la
 have written.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -165,6 +166,7 @@ def _make_set(work: Path, clips: int, different: int, shards: int) -> Path:
         short_side=32,
         frame_choice="by_time",
         skipped=0,
+        content=[hashlib.sha256(b"%d" % number).hexdigest() for number in range(clips)],
         shards=[entry for entry in entries if entry],
     )
     return folder

@@ -96,10 +96,12 @@ class PackConfig(CheckedFields):
     """Skip clips with the audio and frames of an earlier clip of the list; OUT/duplicates.jsonl
     lists them in any case."""
     not_in: tuple[str, ...] = ()
-    """Packed folders that must not share clips with this one, by file name or by content, such as
-    the test set."""
+    """Packed folders that must not share clips with this one, such as the test set: by sound and
+    frames, whatever the name, or by a YouTube id with its start. Other equal names only warn."""
     allow_leakage: bool = False
-    """Count the clips that are also in `not_in` instead of refusing them."""
+    """Count the clips whose sound and frames are also in `not_in` instead of refusing them."""
+    allow_same_ids: bool = False
+    """Count the clips whose YouTube id and start are also in `not_in` instead of refusing them."""
     clips_per_shard: PositiveInt = 1000
     """Clips of the list in each shard, skipped ones included."""
     max_seconds_per_clip: Seconds = 300.0
@@ -161,6 +163,7 @@ class PackConfig(CheckedFields):
             "max_memory_gb",
             "not_in",
             "allow_leakage",
+            "allow_same_ids",
         )
         return {name: value for name, value in asdict(self).items() if name not in others}
 
@@ -198,8 +201,12 @@ class _Packer:
         if config.segment:
             self.clips = self._segments()
         self.others = OtherSets(config.not_in) if config.not_in else None
-        if self.others and not config.allow_leakage:
-            self.others.check_names(clip.source for clip in self.clips)
+        if self.others:
+            sources = [clip.source for clip in self.clips]
+            if not config.allow_same_ids:
+                self.others.check_ids(sources)
+            if same := self.others.same_names(sources):
+                self.console.print(f"warning: {same}", markup=False)
         self.known = KnownContent()
 
     def run(self) -> PackSummary:
@@ -360,6 +367,7 @@ class _Packer:
                 short_side=config.short_side,
                 frame_choice=config.frame_choice,
                 skipped=len(skipped),
+                content=[clip["content"] for report in reports for clip in report["packed"]],
                 shards=entries,
             )
             totals[tier] = sum(entry.bytes for entry in entries)

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from cavmae.atomic_write import atomic_write, write_json, write_text
+from cavmae.atomic_write import atomic_write, read_json, write_json, write_text
 from cavmae.dataloaders.media.audio_codec import decode_audio
-from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets, source_id
+from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import real_place
 
 LOG_MEL_CLIPS = 500
 """Number of randomly drawn clips for the mean and std of the log-mel."""
@@ -52,12 +53,12 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
                 duplicates.append({"key": clip["key"], "first": f"{first:09d}"})
-            shared += others is not None and (
-                clip["content"] in others.content or source_id(clip["source"]) in others.names
-            )
+            shared += others is not None and others.shares(clip["source"], clip["content"])
     text = "".join(json.dumps(line) + "\n" for line in duplicates)
     write_text(out / "duplicates.jsonl", text)
+    shards = ShardSet(out / tiers[0])
     statistics = {
+        "content_sha256": shards.content_sha256[0],
         "clips": clips,
         "seconds": seconds,
         "source_codecs": dict(codecs.most_common()),
@@ -66,7 +67,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),
         "clips_in_not_in": shared,
-        "log_mel": _log_mel_statistics(ShardSet(out / tiers[0])),
+        "log_mel": _log_mel_statistics(shards),
         "weights": None
         if unlabelled
         else "weights.npy of each tier: sum over a clip's labels of 1000 / (count + 0.01)",
@@ -79,6 +80,21 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
                 np.save(file, _weights(out, classes, clips), allow_pickle=False)
     write_json(out / "statistics.json", statistics)
     return statistics
+
+
+def read_statistics(tier: str | Path) -> dict[str, Any] | None:
+    """Read what packing counted of the clips of a tier; None where that is not beside the tier, as
+    for a copy of the tier alone, even if it lies in another set's folder.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
+    path = Path(real_place(str(tier))).parent / "statistics.json"
+    if not path.is_file():
+        return None
+    statistics = read_json(path)
+    of_tier = ShardSet(tier).content_sha256[0]
+    return statistics if statistics.get("content_sha256") == of_tier else None
 
 
 def _weights(out: Path, classes: Counter[str], clips: int) -> np.ndarray:

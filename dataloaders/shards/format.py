@@ -1,4 +1,5 @@
-"""The files of a packed set as bytes: `index.json`, `NNNNNN.idx` and the JSON of a sample.
+"""The files of a packed set as bytes: `index.json`, `NNNNNN.idx`, `content.npy` and the JSON of a
+sample.
 
 Everything read from them is checked here, whoever wrote it. `SCHEMA` changes with any key of a file
 that packing writes, and sets of another schema are refused.
@@ -16,6 +17,8 @@ from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP, TIERS
 
 SCHEMA = 4
 
+CONTENT_FILE = "content.npy"
+"""Of each clip of a tier the content hash, `(samples,)` uint64 in packing order."""
 _CRC32_KEY = ',"crc32":'
 
 
@@ -87,7 +90,12 @@ def parse_index(data: bytes, location: str) -> dict[str, Any]:
             raise ValueError(
                 f"its audio_codec is {index['audio_codec']!r}, not one of {', '.join(AUDIO_CODECS)}"
             )
-        kinds = {"frame_choice": str, "video_codec": str | None, "samples": int}
+        kinds = {
+            "frame_choice": str,
+            "video_codec": str | None,
+            "samples": int,
+            "content_sha256": str,
+        }
         wrong = [name for name, kind in kinds.items() if not isinstance(index[name], kind)]
         if wrong:
             raise ValueError(f"its {wrong[0]} is {index[wrong[0]]!r}")

@@ -24,6 +24,7 @@ import numpy as np
 from cavmae.dataloaders.config import CacheSettings
 from cavmae.dataloaders.constants import TIERS
 from cavmae.dataloaders.shards.format import (
+    CONTENT_FILE,
     MemberIndex,
     ShardError,
     member_names,
@@ -86,6 +87,7 @@ class ShardSet:
         tier, audio_codec, video_codec, frame_choice: of all sets, as packed.
         members: extensions of every sample's members (see `member_names`).
         storages: storage of each set.
+        content_sha256: digest of each set's `content.npy`.
         set_shards: number of shards of each set.
         set_of: number of each shard's set.
         files: each shard as a file.
@@ -114,6 +116,7 @@ class ShardSet:
         self.video_codec: str | None = self._common("video_codec", indexes)
         self.frame_choice: str = self._common("frame_choice", indexes)
         self.members = member_names(self.tier, self.audio_codec)
+        self.content_sha256 = tuple(index["content_sha256"] for index in indexes)
         self.set_shards = tuple(len(index["shards"]) for index in indexes)
         self.set_of = [number for number, index in enumerate(indexes) for _ in index["shards"]]
         entries = [entry for index in indexes for entry in index["shards"]]
@@ -168,6 +171,28 @@ class ShardSet:
         if weights.shape != (samples,):
             raise ValueError(f"{location} has shape {weights.shape}; the set has {samples} samples")
         return weights
+
+    def content(self) -> np.ndarray | None:
+        """What each clip is, whatever its name, tier, codec and size: `(samples,)` uint64, the
+        first 8 bytes of `DecodedClip.content`; None: unknown, as a set has no `content.npy`.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is not the one that was packed with its set.
+        """
+        parts = []
+        for storage, sha256 in zip(self.storages, self.content_sha256, strict=True):
+            try:
+                data = storage.read(CONTENT_FILE)
+            except FileNotFoundError:
+                return None
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise ValueError(
+                    f"{storage.location(CONTENT_FILE)} is not the one that was packed with its "
+                    "set; copy the whole tier again"
+                )
+            parts.append(np.load(io.BytesIO(data), allow_pickle=False))
+        return np.concatenate(parts)
 
     def at(self, position: int) -> tuple[int, int]:
         """Shard and sample at a position in packing order."""

@@ -60,6 +60,12 @@ def open_storage(folder: str | Path, cache: CacheSettings | None) -> "Storage":
     return RemoteFolder(text, cache)
 
 
+def real_place(folder: str) -> str:
+    """A folder's absolute path without links, which is its own wherever it is asked for; a URL as
+    it is."""
+    return folder if "://" in folder else os.path.realpath(folder)
+
+
 def open_url(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the URL's path in it.
 

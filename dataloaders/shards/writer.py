@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import io
 import tarfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -11,9 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cavmae.atomic_write import commit, named_errors, temporary_path, write_json, write_text
+import numpy as np
+
+from cavmae.atomic_write import (
+    commit,
+    named_errors,
+    temporary_path,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from cavmae.dataloaders.constants import AUDIO_HZ
-from cavmae.dataloaders.shards.format import SCHEMA, ShardEntry
+from cavmae.dataloaders.shards.format import CONTENT_FILE, SCHEMA, ShardEntry
 
 
 class _HashedFile:
@@ -102,10 +112,19 @@ def write_index(
     short_side: int,
     frame_choice: str,
     skipped: int,
+    content: Iterable[str],
     shards: Iterable[ShardEntry],
 ) -> None:
-    """Write the `index.json` that marks a tier as complete."""
+    """Write `content.npy`, and the `index.json` that marks a tier as complete.
+
+    Args:
+        content: SHA-256 of each clip's content in packing order; the first 8 bytes are kept.
+        shards: of the tier; the other arguments are stored as they are.
+    """
     entries = list(shards)
+    file = io.BytesIO()
+    np.save(file, np.array([int(one[:16], 16) for one in content], np.uint64), allow_pickle=False)
+    write_bytes(folder / CONTENT_FILE, file.getvalue())
     index = {
         "schema": SCHEMA,
         "tier": tier,
@@ -116,6 +135,7 @@ def write_index(
         "frame_choice": frame_choice,
         "samples": sum(entry.samples for entry in entries),
         "skipped": skipped,
+        "content_sha256": hashlib.sha256(file.getvalue()).hexdigest(),
         "shards": [asdict(entry) for entry in entries],
     }
     write_json(folder / "index.json", index)

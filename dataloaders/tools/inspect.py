@@ -20,6 +20,7 @@ from rich.table import Table
 
 from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.constants import MIDDLE_FRAME
+from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
@@ -102,7 +103,7 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     tables = [table, _histogram(seconds)]
     labels = Counter(label for one in found for label in one["labels"])
     tables += _counts("label", f"{len(labels)} labels", labels)
-    return tables + _counts("reason", "skipped by packing", _skipped(shards))
+    return tables + _counts("reason", "not packed", _skipped(shards))
 
 
 def _counts(column: str, title: str, counts: Counter[str]) -> list[Table]:
@@ -134,9 +135,9 @@ def _skipped(shards: ShardSet) -> Counter[str]:
     """Reasons in the `report.jsonl` beside local tiers."""
     found: Counter[str] = Counter()
     for storage in shards.storages:
-        if isinstance(storage, LocalFolder):
-            report = storage.folder.parent / "report.jsonl"
-            lines = report.read_text().splitlines() if report.is_file() else []
+        if isinstance(storage, LocalFolder) and read_statistics(storage.folder):
+            report = storage.folder.resolve().parent / "report.jsonl"
+            lines = report.read_text().splitlines()
             found.update(json.loads(line)["reason"] for line in lines)
     return found
 

@@ -30,6 +30,7 @@ from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.process_pool import Failure, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.format import (
+    CONTENT_FILE,
     SCHEMA,
     MemberIndex,
     ShardEntry,
@@ -38,7 +39,7 @@ from cavmae.dataloaders.shards.format import (
     parse_description,
     parse_member_index,
 )
-from cavmae.dataloaders.shards.shard_set import read_index
+from cavmae.dataloaders.shards.shard_set import ShardSet, read_index
 from cavmae.dataloaders.shards.storage import Storage, StoredFile, open_storage
 from cavmae.field_checks import CheckedFields, PositiveInt
 
@@ -95,6 +96,8 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
         if stated != found:
             problem = f"states {stated} samples, its shards have {found}"
             results.append(ShardResult(tier, "index.json", found, 0, (problem,)))
+        if problem := _content_problem(folder):
+            results.append(ShardResult(tier, CONTENT_FILE, found, 0, (problem,)))
         members = member_names(tier, index["audio_codec"])
         checks += [_Check(folder, tier, members, one, config.decode) for one in index["shards"]]
     checked = run_in_order(check_shard, checks, workers=config.workers, limits=SHARD_LIMITS)
@@ -104,6 +107,14 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
             result = ShardResult(check.tier, check.entry.name, 0, 0, problems)
         results.append(result)
     return results
+
+
+def _content_problem(folder: str) -> str:
+    """What is wrong with a tier's content hashes; empty if nothing is."""
+    try:
+        return "" if ShardSet(folder).content() is not None else "it is missing"
+    except ValueError as error:
+        return str(error)
 
 
 def _tiers(shards: str) -> list[str]:

@@ -24,6 +24,7 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.tasks.labels import LabelSet
+from cavmae.trainer.trained_on import training_of
 
 MODEL = ModelConfig(
     audio_frames=192,
@@ -76,6 +77,7 @@ def save_untrained(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfi
     run = tiny_run(shards, run_dir, **changes)
     run_dir.mkdir()
     save_config(run, run_dir / "config.json")
+    training_of(run).save(run_dir)
     torch.manual_seed(0)
     torch.save(CAVMAE(run.model).state_dict(), run_dir / "weights.pt")
     return run
@@ -86,6 +88,7 @@ def save_untrained_classifier(shards: Path, run_dir: Path, **changes: Any) -> Fi
     run = tiny_finetuning(shards, run_dir, **changes)
     run_dir.mkdir()
     save_config(run, run_dir / "config.json")
+    training_of(run).save(run_dir)
     (run_dir / "labels.csv").write_text(LabelSet(CLASSES, CLASSES).as_csv())
     torch.manual_seed(0)
     torch.save(CAVMAEClassifier(run.model, len(CLASSES)).state_dict(), run_dir / "weights.pt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes, largest_divisor
+from cavmae.dataloaders.shards.storage import real_place
 from cavmae.trainer.config.configs import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -18,7 +19,7 @@ _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> Config:
-    """Fill in lanes, steps, micro-batch and threads, and make `initial_weights` absolute.
+    """Fill in lanes, steps, micro-batch and threads.
 
     Args:
         config: as the user gave it.
@@ -44,8 +45,28 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
         steps=steps,
         micro_batch=largest_divisor(per_rank, config.micro_batch),
         threads_per_rank=threads,
-        initial_weights=config.initial_weights and str(Path(config.initial_weights).absolute()),
     )
+
+
+def with_real_places(config: Config) -> Config:
+    """Make the paths of sets and of initial weights absolute and free of links, so that they mean
+    the same from any folder and whatever becomes of a link."""
+    data, weights = config.data, config.initial_weights
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            train=",".join(_listed(folder) for folder in data.train_folders),
+            validation=data.validation and real_place(data.validation),
+        ),
+        # A link keeps its name: `trained_on.npz` may lie beside it or beside the file.
+        initial_weights=weights and str(Path(weights).parent.resolve() / Path(weights).name),
+    )
+
+
+def _listed(folder: str) -> str:
+    real = real_place(folder)
+    return folder if "," in real else real  # a comma ends a name in `data.train`
 
 
 def native_dtype(*, gpu: bool, cpuinfo: Path = Path("/proc/cpuinfo")) -> Literal["bf16", "fp32"]:

@@ -19,6 +19,7 @@ import tyro
 from cavmae.atomic_write import write_json
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.storage import real_place
 from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
 from cavmae.trainer.embeddings.parquet_store import (
     DESCRIPTION,
@@ -92,10 +93,9 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         rows = [count for count, _ in accounts]
         skipped = [clip for _, clips in accounts for clip in clips]
         assert sum(rows) + len(skipped) == shards.samples
-        place = config.shards if "://" in config.shards else str(Path(config.shards).absolute())
         description = {
             "run": str(run.folder.absolute()),
-            "shards": place,
+            "shards": real_place(config.shards),
             "clips": shards.samples,
             "rows": sum(rows),
             "skipped": skipped,

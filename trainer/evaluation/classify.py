@@ -187,7 +187,7 @@ def classify(config: ClassifyConfig) -> None:
     labels = run.labels
     modes = modes_to_score(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)
-    leakage = check_leakage(run, config.shards, allow=config.allow_leakage)
+    leakage = check_leakage(run, shards, allow=config.allow_leakage)
     if not config.allow_empty_classes and not config.clips:
         check_no_empty_class(labels, config.shards)
     made = classified(run, modes, config)

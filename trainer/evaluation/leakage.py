@@ -1,18 +1,21 @@
 """Leakage: whether a model is scored on clips that it was trained on.
 
-Two sets share a clip if both have it by name, or the same sound and frames under another name. The
-reports of packing have both, so no shard is read.
+Two clips are the same if their sound and frames are, whatever their names, tiers, codecs and sizes.
+Packed sets and runs have a hash of each clip's content, so no shard is read.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from cavmae.dataloaders.packing.duplicates import LISTED, LeakageError, OtherSets, source_id
-from cavmae.dataloaders.packing.output_folder import finished_reports
-from cavmae.trainer.evaluation.trained_run import AnyRun, trained_on
+import numpy as np
+
+from cavmae.dataloaders.packing.duplicates import LISTED, LeakageError
+from cavmae.dataloaders.shards.format import CONTENT_FILE
+from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.evaluation.trained_run import OTHER_SET, AnyRun, train_sets_now
+from cavmae.trainer.trained_on import TrainedOn
 
 
-def check_leakage(run: AnyRun, shards: str, others: Sequence[str] = (), *, allow: bool) -> str:
+def check_leakage(run: AnyRun, shards: ShardSet, others: Sequence[str] = (), *, allow: bool) -> str:
     """Refuse a set that shares clips with those that a run, or a classifier, was trained on.
 
     Args:
@@ -26,45 +29,40 @@ def check_leakage(run: AnyRun, shards: str, others: Sequence[str] = (), *, allow
 
     Raises:
         LeakageError: names some of the shared clips, and what to do.
-        ValueError: a set has no reports of packing, so it can't be known.
+        OSError, ValueError: a set can't be read, or its content is unknown.
     """
     if allow:
         return "not checked"
-    training = trained_on(run.config)
-    check_not_trained_on(shards, [*training.tiers, *others])
+    training = run.training.joined(TrainedOn.of_sets(others, run.config.data.cache))
+    found = trained_on_clips(shards, training)
+    if found:
+        moved = [place for place, state in train_sets_now(run).items() if state == OTHER_SET]
+        note = f" (the set at data.train, {', '.join(moved)}, is {OTHER_SET})" if moved else ""
+        raise LeakageError(
+            f"{len(found)} clips of {shards.folder} were trained on, by their sound and frames, "
+            f"such as {', '.join(_source(shards, one) for one in found[:LISTED])}{note}; give a "
+            "set without them, or pass --allow-leakage, which the result records"
+        )
     return training.leakage
 
 
-def check_not_trained_on(shards: str, training_tiers: Sequence[str]) -> None:
-    """Refuse a set that shares clips with those of the training.
-
-    Args:
-        shards: a packed tier, in the folder that packing made.
-        training_tiers: what was trained on.
+def trained_on_clips(shards: ShardSet, training: TrainedOn) -> list[int]:
+    """Find the clips of a packed tier that were trained on; returns their positions.
 
     Raises:
-        LeakageError: names some of the shared clips, and what to do.
-        ValueError: a set has no reports of packing, so it can't be known.
+        OSError, ValueError: the content hashes can't be read, or there are none.
     """
-    packed = [Path(tier).parent for tier in (shards, *training_tiers)]
-    for tier, folder in zip((shards, *training_tiers), packed, strict=True):
-        if next(finished_reports(folder), None) is None:
-            raise ValueError(
-                f"{tier}: packing's reports of its clips ({folder / 'finished'}) are missing, so "
-                "clips that are in both sets can't be found; bring the folder that packing wrote, "
-                "or pass --allow-leakage, which the result records"
-            )
-    known = OtherSets(map(str, packed[1:]))
-    found = []
-    for report in finished_reports(packed[0]):
-        for clip in report["packed"]:
-            name, content = source_id(clip["source"]), clip["content"]
-            place = known.content.get(content) or known.names.get(name)
-            if place is not None:
-                found.append(f"{clip['source']} ({place})")
-    if found:
-        raise LeakageError(
-            f"{len(found)} clips of {shards} were trained on, by name or by content, such as "
-            f"{'; '.join(found[:LISTED])}; give a set without them, or pass --allow-leakage, which "
-            "the result records"
+    if shards.fingerprint in {one.fingerprint for one in training.sets}:
+        return list(range(shards.samples))
+    content = shards.content()
+    if content is None:
+        raise ValueError(
+            f"{shards.folder} has no {CONTENT_FILE}, so it is unknown whether its clips were "
+            "trained on; copy the whole tier again, or pass --allow-leakage, which the result "
+            "records"
         )
+    return np.flatnonzero(np.isin(content, training.content)).tolist()
+
+
+def _source(shards: ShardSet, position: int) -> str:
+    return shards.description(*shards.at(position))["source"]["path"]

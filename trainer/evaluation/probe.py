@@ -129,7 +129,7 @@ def probe(config: ProbeConfig) -> None:
     run = open_trained_encoders(config.run_dir)
     cache = run.config.data.cache
     test_set = ShardSet(config.test, cache)
-    leakage = check_leakage(run, config.test, [config.train], allow=config.allow_leakage)
+    leakage = check_leakage(run, test_set, [config.train], allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
     scores: dict[str, ClassificationScores] = {}

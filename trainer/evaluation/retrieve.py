@@ -73,7 +73,7 @@ def retrieve(config: RetrieveConfig) -> None:
     """
     run = open_trained_encoders(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
-    leakage = check_leakage(run, config.shards, allow=config.allow_leakage)
+    leakage = check_leakage(run, shards, allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embeddings = embed(
         run.model(device), run.config, config.shards, clips=config.clips, batch=config.batch

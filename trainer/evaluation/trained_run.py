@@ -10,28 +10,31 @@ from typing import Any
 
 import torch
 
-from cavmae.atomic_write import read_json, write_json
-from cavmae.dataloaders.config import DataConfig
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
+from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.weights import load_classifier_weights, load_published
 from cavmae.trainer.tasks.labels import LabelSet, read_labels
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
+from cavmae.trainer.trained_on import TrainedOn
 
 _NOT_IN_NAME = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
 """Options that no score depends on, or that a result's name has already."""
+SAME_SET, OTHER_SET = "the one that was trained on", "not the one that was trained on"
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A pretrained run. Attributes: folder; config; weights_sha256, hexadecimal of `weights.pt`."""
+    """A pretrained run. Attributes: folder; config; weights_sha256, hexadecimal of `weights.pt`;
+    training, what they were trained on."""
 
     folder: Path
     config: PretrainConfig
     weights_sha256: str
+    training: TrainedOn
 
     def model(self, device: torch.device) -> CAVMAE:
         """Load the trained model in float32, set to evaluate."""
@@ -53,6 +56,7 @@ class TrainedClassifier:
     config: FinetuneConfig
     labels: LabelSet
     weights_sha256: str
+    training: TrainedOn
 
     def model(self, device: torch.device) -> CAVMAEClassifier:
         """Load the trained classifier in float32, set to evaluate.
@@ -79,38 +83,21 @@ class TrainedClassifier:
 AnyRun = TrainedRun | TrainedClassifier
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a run and its initial weights were trained on. Attributes: tiers; unknown, weights whose
-    training is not known, empty if there are none."""
-
-    tiers: tuple[str, ...]
-    unknown: str
-
-    @property
-    def leakage(self) -> str:
-        """The `leakage` of a result that shares no clip with the training."""
-        return f"none in trained_on; not known of {self.unknown}" if self.unknown else "none"
-
-
-def trained_on(config: RunConfig) -> Training:
-    """Find what a run and the runs of its initial weights were trained on, as far as they are found
-    where `initial_weights` says."""
-    tiers, weights = [config.data.train], config.initial_weights
-    seen: set[Path] = set()
-    unknown = ""
-    while weights:
-        start = Path(weights).with_name("config.json").resolve()
-        if start in seen or not start.is_file():
-            unknown = str(weights)
-            break
-        seen.add(start)
-        # What lies beside weights may be of another version of this package, or of another one.
-        document = read_json(start)
-        tiers.append(str(document.get("data", {}).get("train", "")))
-        weights = document.get("initial_weights")
-    folders = (tier for some in tiers for tier in DataConfig(train=some).train_folders)
-    return Training(tuple(dict.fromkeys(folders)), unknown)
+def train_sets_now(run: AnyRun) -> dict[str, str]:
+    """Compare what lies at each folder of `data.train` now with what the run was trained on;
+    URLs are not looked at."""
+    trained = {one.fingerprint for one in run.training.sets}
+    found = {}
+    for folder in run.config.data.train_folders:
+        if "://" in folder:
+            continue
+        try:
+            fingerprint = ShardSet(folder).fingerprint
+        except (OSError, ValueError):
+            found[folder] = "not there, or not readable"
+        else:
+            found[folder] = SAME_SET if fingerprint in trained else OTHER_SET
+    return found if trained else dict.fromkeys(found, "unknown")
 
 
 def write_evaluation(
@@ -142,7 +129,8 @@ def provenance(run: AnyRun, shards: ShardSet) -> dict[str, Any]:
     return {
         "shards_fingerprint": shards.fingerprint,
         "weights_sha256": run.weights_sha256,
-        "trained_on": list(trained_on(run.config).tiers),
+        "trained_on": [dataclasses.asdict(one) for one in run.training.sets],
+        "train_sets_now": train_sets_now(run),
         "code": _kept_code(run.folder),
         "git_commit": git_commit(),
     }
@@ -211,7 +199,9 @@ def open_trained(run_dir: str | Path) -> AnyRun:
         )
     with (folder / "weights.pt").open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    training = TrainedOn.beside(folder)
     if isinstance(config, FinetuneConfig):
-        return TrainedClassifier(folder, config, read_labels(folder / "labels.csv"), sha256)
+        labels = read_labels(folder / "labels.csv")
+        return TrainedClassifier(folder, config, labels, sha256, training)
     assert isinstance(config, PretrainConfig)
-    return TrainedRun(folder, config, sha256)
+    return TrainedRun(folder, config, sha256, training)

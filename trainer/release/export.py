@@ -43,6 +43,7 @@ from cavmae.trainer.release.graphs import (
 from cavmae.trainer.release.hub import hub_model
 from cavmae.trainer.release.model_card import model_card, provenance_of_file, provenance_of_run
 from cavmae.trainer.release.model_spec import ModelSpec, Preprocessing
+from cavmae.trainer.trained_on import TrainedOn
 
 Format = Literal["hub", "torch", "onnx", "published"]
 _GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
@@ -87,7 +88,7 @@ def open_source(config: ExportConfig) -> tuple[Model, ModelSpec, str]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         model = _model_of_file(path, config.model)
         spec = _spec_of(model, config.log_mel_mean, config.log_mel_std)
-        return model, spec, provenance_of_file(path, sha256)
+        return model, spec, provenance_of_file(path, sha256, TrainedOn.beside(path))
     run = open_trained(path)
     default = ExportConfig(config.source, config.out)
     for name in ("model", "log_mel_mean", "log_mel_std"):
@@ -123,6 +124,7 @@ def export(config: ExportConfig) -> None:
     with atomic_write(out / "README.md") as temporary:
         model_card(spec, provenance).save(temporary)
     save_config(spec, out / "config.json")
+    TrainedOn.beside(config.source).save(out)
     if "hub" in config.format:
         hub.save_pretrained(out)
         print(f"{out / 'model.safetensors'}: {len(hub.state_dict())} tensors")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from cavmae.atomic_write import read_json
-from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.release.model_spec import ModelSpec
 from cavmae.trainer.tracking.tracker import flatten
+from cavmae.trainer.trained_on import TrainedOn, set_name
 
 if TYPE_CHECKING:  # those who load a model don't need it
     from cavmae.trainer.evaluation.trained_run import AnyRun
@@ -152,10 +152,10 @@ def model_card(spec: ModelSpec, provenance: str = UNKNOWN_TRAINING) -> ModelCard
     return ModelCard("\n".join(parts))
 
 
-def provenance_of_file(path: Path, sha256: str) -> str:
+def provenance_of_file(path: Path, sha256: str, training: TrainedOn) -> str:
     """Write the card's sections for weights without their run."""
     return (
-        f"## Training\n\nUnknown: exported from the weights file `{path.name}` "
+        f"## Training\n\n{_clips(training)} Exported from the weights file `{path.name}` "
         f"(SHA-256 `{sha256}`).\n"
     )
 
@@ -166,30 +166,34 @@ def provenance_of_run(run: "AnyRun") -> str:
 
 
 def _training(run: "AnyRun") -> str:
-    config, folders = run.config, run.config.data.train_folders
-    names = ", ".join(f"`{_set_name(folder)}`" for folder in folders)
-    try:
-        shards = ShardSet(folders, config.data.cache)
-        clips = f"{shards.samples} clips, fingerprint of the shards `{shards.fingerprint}`"
-    except (OSError, ValueError):
-        clips = "the shards could not be read when this card was written, so clips are not counted"
-    initial = f"`{_set_name(config.initial_weights)}`" if config.initial_weights else "random"
+    config = run.config
+    initial = f"`{set_name(config.initial_weights)}`" if config.initial_weights else "random"
     fields = [
         (name, value)
         for name, value in flatten(dataclasses.asdict(config)).items()
         if name.startswith(_TRAINING_FIELDS)
     ]
     return (
-        f"## Training\n\nClips: {names} ({clips}). Initial weights: {initial}.\n\n"
+        f"## Training\n\n{_clips(run.training)} Initial weights: {initial}.\n\n"
         f"{_table(('field', 'value'), fields)}"
     )
+
+
+def _clips(training: TrainedOn) -> str:
+    """Name the clips that were trained on, those of the initial weights too."""
+    known = [
+        f"`{one.name}` ({one.clips} clips, fingerprint of the shards `{one.fingerprint}`)"
+        for one in training.sets
+    ]
+    unknown = [f"unknown of `{one}`" for one in training.unknown]
+    return f"Clips: {'; '.join(known + unknown)}."
 
 
 def _scores(run: "AnyRun") -> str:
     scores = _read(run.folder / "summary.json").get("scores")
     if not scores:
         return "## Validation\n\nNone: the run had no validation clips.\n"
-    validation, clips = _set_name(run.config.data.validation), run.config.validation.clips
+    validation, clips = set_name(run.config.data.validation), run.config.validation.clips
     return (
         f"## Validation\n\nAt the end of the run, at most {clips} clips of `{validation}`.\n\n"
         f"{_score_table(scores)}"
@@ -246,11 +250,6 @@ def _score_table(values: dict[str, Any]) -> str:
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def _set_name(place: str) -> str:
-    """Return the last two parts of a path or URL, which name a set; the others name a machine."""
-    return "/".join(Path(place).parts[-2:])
 
 
 def _read(path: Path) -> dict[str, Any]:

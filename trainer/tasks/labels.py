@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cavmae.atomic_write import read_json, write_text
+from cavmae.atomic_write import write_text
+from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.trainer.config.configs import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
@@ -162,7 +162,7 @@ def label_counts(tiers: Iterable[str]) -> dict[str, int] | None:
         tiers: of the sets.
     """
     counts: Counter[str] = Counter()
-    for statistics in map(_statistics, tiers):
+    for statistics in map(read_statistics, tiers):
         if statistics is None:
             return None
         counts.update(statistics["classes"])
@@ -171,12 +171,7 @@ def label_counts(tiers: Iterable[str]) -> dict[str, int] | None:
 
 def clips_without_label(tiers: Iterable[str]) -> int:
     """Count the clips of packed sets that have no label, as far as packing's counts can be read."""
-    return sum(found["clips_without_label"] for found in map(_statistics, tiers) if found)
-
-
-def _statistics(tier: str) -> dict[str, Any] | None:
-    path = Path(tier).parent / "statistics.json"
-    return read_json(path) if path.is_file() else None
+    return sum(found["clips_without_label"] for found in map(read_statistics, tiers) if found)
 
 
 def _classes(config: FinetuneConfig) -> LabelSet:

@@ -55,6 +55,7 @@ def _index(folder: Path, entries: list[ShardEntry]) -> None:
         short_side=256,
         frame_choice="by_time",
         skipped=0,
+        content=(f"{number:064x}" for number in range(sum(one.samples for one in entries))),
         shards=entries,
     )
 

@@ -59,10 +59,14 @@ def test_skipped_clips_are_counted(
     packed_synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(packed_synthetic / "frames", tmp_path / "set" / "frames")
+    shutil.copy(packed_synthetic / "statistics.json", tmp_path / "set")
     (tmp_path / "set" / "report.jsonl").write_text('{"reason": "no_audio"}\n' * 3)
-    folder = str(tmp_path / "set" / "frames")
-    assert inspect.main([folder, "--clips", "1", "--out", str(tmp_path / "x.html")]) == 0
-    assert re.search(r"no_audio\W+3", capsys.readouterr().out)
+    (tmp_path / "link").symlink_to(tmp_path / "set" / "frames")
+    for folder in (tmp_path / "set" / "frames", tmp_path / "link"):
+        words = [str(folder), "--clips", "1", "--out", str(tmp_path / "x.html")]
+        assert inspect.main(words) == 0
+        printed = capsys.readouterr().out
+        assert "not packed" in printed and re.search(r"no_audio\W+3", printed)
 
 
 def test_a_set_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

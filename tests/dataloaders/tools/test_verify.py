@@ -123,6 +123,7 @@ def test_only_decoding_finds_what_was_packed_broken(tmp_path: Path, packed_synth
         short_side=256,
         frame_choice="by_time",
         skipped=0,
+        content=["0" * 64],
         shards=[entry],
     )
     assert problems(tmp_path) == []
@@ -147,7 +148,9 @@ def test_fragments_that_are_not_those_of_the_video_are_found(
     assert entry is not None
     index = json.loads((packed_synthetic / "video" / "index.json").read_text())
     kept = ("tier", "audio_codec", "video_codec", "short_side", "frame_choice", "skipped")
-    write_index(tmp_path, **{field: index[field] for field in kept}, shards=[entry])
+    write_index(
+        tmp_path, **{field: index[field] for field in kept}, content=["0" * 64] * 3, shards=[entry]
+    )
     first, second = problems(tmp_path)
     assert "000000000" in first and "fragments differ from those of the mp4" in first
     assert "000000001" in second and "fragments differ from those of the mp4" in second

@@ -15,7 +15,7 @@ from cavmae.trainer.config.configs import (
 )
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.recipes import RECIPES
-from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve
+from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve, with_real_places
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
@@ -75,6 +75,25 @@ def test_open_fields_are_resolved_once() -> None:
     assert (done.lanes, done.steps, done.micro_batch, done.threads_per_rank) == (48, 20, 8, 3)
     again = resolve(done, world_size=2, samples=480, threads=3)
     assert again == done
+
+
+@pytest.mark.field
+def test_paths_of_sets_are_those_of_the_folders_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set/frames").mkdir(parents=True)
+    (tmp_path / "a,b/frames").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "set/frames")
+    (tmp_path / "comma").symlink_to(tmp_path / "a,b")
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(train="link, s3://bucket/set,comma/frames", validation="set/../link")
+    done = with_real_places(PretrainConfig(data=data, initial_weights="set/../weights.pt"))
+    assert done.data.train_folders == [
+        *(str(tmp_path / "set/frames"), "s3://bucket/set", "comma/frames")
+    ]
+    assert done.data.validation == str(tmp_path / "set/frames")
+    assert done.initial_weights == str(tmp_path / "weights.pt")
+    assert with_real_places(PretrainConfig()) == PretrainConfig()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from cavmae import cli
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
 from cavmae.trainer.evaluation.inference import embed
-from cavmae.trainer.evaluation.leakage import check_not_trained_on
 from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
 from cavmae.trainer.evaluation.trained_run import open_trained_classifier, open_trained_run
 
@@ -106,24 +105,71 @@ def test_a_set_that_was_trained_on_is_refused_unless_that_is_wanted(
     assert retrieve(run_dir, packed_synthetic, "--allow-leakage")["leakage"] == "not checked"
 
 
-def test_a_clip_under_another_name_is_known_by_its_content(
-    val_shards: Path, tmp_path: Path
+@pytest.mark.field
+def test_a_set_that_was_trained_on_is_known_from_anywhere_and_when_it_is_gone(
+    packed_synthetic: Path,
+    val_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(val_shards, copy)
-    (report,) = (copy / "finished").glob("*.json")
-    document = json.loads(report.read_text())
-    for number, clip in enumerate(document["packed"]):
-        clip["source"] = f"/elsewhere/renamed-{number}.mp4"
-    report.write_text(json.dumps(document))
-    with pytest.raises(ValueError, match=r"8 clips of .* were trained on, by name or by content"):
-        check_not_trained_on(str(copy / "frames"), [str(val_shards / "frames")])
+    train, test = tmp_path / "A/train", tmp_path / "B/test"
+    shutil.copytree(val_shards, train)
+    shutil.copytree(val_shards, test)
+    shutil.copytree(packed_synthetic, tmp_path / "B/train")
+    (tmp_path / "link").symlink_to(test / "frames")
+    shutil.copytree(test / "frames", tmp_path / "alone")  # without the reports of packing
+    run_dir = tmp_path / "A/run"
+    save_untrained(train, run_dir)
+
+    def refused(folder: Path, shards: str) -> str:
+        monkeypatch.chdir(folder)
+        assert cli.main(["evaluate", "retrieve", str(run_dir), shards]) == 1
+        error = capsys.readouterr().err
+        assert f"8 clips of {shards} were trained on" in error and error.count("\n") == 1
+        return error
+
+    refused(tmp_path / "B", "test/frames")
+    refused(test / "frames", ".")
+    refused(tmp_path, "link")
+    refused(tmp_path, "alone")
+    shutil.rmtree(train)
+    refused(tmp_path / "B", "test/frames")
+    assert retrieve(run_dir, packed_synthetic)["train_sets_now"] == {
+        str(train / "frames"): "not there, or not readable"
+    }
+    shutil.copytree(packed_synthetic, train)  # packed anew in its place
+    note = f"(the set at data.train, {train / 'frames'}, is not the one that was trained on)"
+    assert note in refused(tmp_path / "B", "test/frames")
+    result = retrieve(run_dir, packed_synthetic)
+    assert result["leakage"] == "none"
+    assert result["train_sets_now"] == {str(train / "frames"): "not the one that was trained on"}
+    of_run = ShardSet(str(val_shards / "frames"))
+    assert result["trained_on"] == [
+        {"name": "train/frames", "clips": 8, "fingerprint": of_run.fingerprint}
+    ]
 
 
-def test_sets_of_which_it_can_not_be_known_are_refused(val_shards: Path, tmp_path: Path) -> None:
-    shutil.copytree(val_shards / "frames", tmp_path / "frames")
-    with pytest.raises(ValueError, match="packing's reports of its clips"):
-        check_not_trained_on(str(val_shards / "frames"), [str(tmp_path / "frames")])
+@pytest.mark.field
+def test_a_training_that_is_not_known_is_told_and_never_none(
+    packed_synthetic: Path, val_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_untrained(packed_synthetic, tmp_path / "run")
+    (tmp_path / "run/trained_on.npz").unlink()
+    result = retrieve(tmp_path / "run", val_shards)
+    assert result["leakage"].startswith("unknown of ") and result["trained_on"] == []
+    assert list(result["train_sets_now"].values()) == ["unknown"]
+    shutil.copytree(val_shards, tmp_path / "set")
+    (tmp_path / "set/frames/content.npy").unlink()
+    words = ["evaluate", "retrieve", str(tmp_path / "run"), str(tmp_path / "set/frames")]
+    assert cli.main(words) == 1
+    assert "has no content.npy, so it is unknown whether" in capsys.readouterr().err
+    save_untrained(tmp_path / "set", tmp_path / "run2")
+    assert retrieve(tmp_path / "run2", packed_synthetic)["leakage"] == (
+        "unknown of set/frames; none in trained_on"
+    )
+    words[2] = str(tmp_path / "run2")
+    assert cli.main(words) == 1, "its shards are those that were trained on"
 
 
 def test_a_run_that_has_not_finished_is_refused(run_dir: Path, tmp_path: Path) -> None:

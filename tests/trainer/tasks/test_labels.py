@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny_run import tiny_finetuning
 
 from cavmae.trainer.config.configs import ClassifierConfig, FinetuneConfig
-from cavmae.trainer.tasks.labels import LabelSet, open_labels, read_labels
+from cavmae.trainer.tasks.labels import LabelSet, label_counts, open_labels, read_labels
 
 LABELS = LabelSet(("/m/1", "/m/2", "/m/3"), ("Dog", "Bell, ringing", "Speech"))
 
@@ -99,7 +100,7 @@ def test_clips_without_a_label_are_told_before_the_first_step(
 ) -> None:
     statistics = json.loads((packed_synthetic / "statistics.json").read_text())
     copy = tmp_path / "unlabelled"
-    copy.mkdir()
+    shutil.copytree(packed_synthetic / "frames", copy / "frames")
     (copy / "statistics.json").write_text(json.dumps(statistics | {"clips_without_label": 2}))
     data = dataclasses.replace(run.data, validation=str(copy / "frames"))
     with pytest.raises(ValueError, match=r"2 clips of data.validation have no label"):
@@ -114,3 +115,21 @@ def test_a_run_goes_on_with_the_classes_that_it_began_with(run: FinetuneConfig) 
     turned = LabelSet(own.labels[::-1], own.names[::-1]).as_csv()
     with pytest.raises(ValueError, match="was started with other classes"):
         open_labels(with_labels(run, turned), folder, begun=True)
+
+
+@pytest.mark.field
+def test_counts_are_of_the_tier_and_not_of_the_folder_that_it_lies_in(
+    run: FinetuneConfig, packed_synthetic: Path, val_shards: Path, tmp_path: Path
+) -> None:
+    expected = label_counts([str(packed_synthetic / "frames")])
+    assert expected
+    shutil.copytree(val_shards, tmp_path / "other")
+    (tmp_path / "other/link").symlink_to(packed_synthetic / "frames")
+    shutil.copytree(packed_synthetic / "frames", tmp_path / "other/copy")
+    assert label_counts([str(tmp_path / "other/link")]) == expected
+    assert label_counts([str(tmp_path / "other/copy")]) is None, "its set's are not beside it"
+    own = open_labels(run, Path(run.run_dir), begun=False)
+    data = dataclasses.replace(run.data, train=str(tmp_path / "other/link"))
+    linked = with_labels(dataclasses.replace(run, data=data), f"{own.as_csv()}15,yodel,Yodel\n")
+    with pytest.raises(ValueError, match=r"1 classes of which data.train has no clip.*'yodel'"):
+        open_labels(linked, tmp_path, begun=False)
