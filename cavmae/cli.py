@@ -2,6 +2,8 @@
 `cavmae --help` is fast and a missing optional package matters only to the commands that need it."""
 
 import importlib
+import io
+import os
 import sys
 
 from cavmae import __version__
@@ -80,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         Exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     # The deepspeed launcher puts this first; LOCAL_RANK in the environment has the same value.
     words = [word for word in words if not word.startswith("--local_rank=")]
     if not words or words[0] in ("-h", "--help"):
@@ -105,9 +109,17 @@ def _dispatch(program: str, commands: dict[str, tuple[str, str]], words: list[st
         )
         return 2
     module, _, function = commands[words[0]][0].partition(":")
-    return exit_code(
-        getattr(importlib.import_module(f"cavmae.{module}"), function or "main"), words[1:]
-    )
+    command = getattr(importlib.import_module(f"cavmae.{module}"), function or "main")
+    try:
+        return exit_code(command, words[1:])
+    except SystemExit:
+        for word in words[1:]:
+            if word.startswith("-") and os.path.lexists(word):
+                print(
+                    f"error: {word} was read as an option; the file of that name is ./{word}",
+                    file=sys.stderr,
+                )
+        raise
 
 
 def _usage(program: str, commands: dict[str, tuple[str, str]], more: dict[str, str]) -> str:

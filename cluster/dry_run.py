@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
-from rich.console import Console
 from rich.table import Table
 
 from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
+from cavmae.console import plain_console
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.resolve import native_dtype, resolve
 from cavmae.trainer.cost_model.comm_volume import (
@@ -74,7 +74,7 @@ def dry_run(config: RayRunConfig) -> int:
         lines.append(_how_fast(config, sizes.tensors, where))
     else:
         lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed is not predicted")
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(
         f"{sizes.trainable / 1e6:.1f} M trainable parameters, ZeRO {config.engine.zero_stage}; a "

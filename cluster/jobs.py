@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from cavmae.cluster.connection import passed_on, source_tree
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
+from cavmae.console import plain_console
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import git_commit
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _FOLLOW_SECONDS = 1.0
-_TABLE_WIDTH = 160
-"""Nothing is cut off when the output goes to a file."""
 
 
 # ------------------------------------------------------------------------------------ submit
@@ -137,7 +135,7 @@ def status(arguments: list[str]) -> int:
             log = client.get_job_logs(job.submission_id)
             state, step = job_state(str(job.status.value), log)
             table.add_row(job.submission_id, state, step, job.metadata["run_dir"])
-    Console(width=_TABLE_WIDTH, highlight=False).print(table)
+    plain_console(highlight=False).print(table)
     return 0
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import plain_console
 from cavmae.field_checks import CheckedFields, PositiveInt
 
 FILES = ("ray-cluster.yaml", "ray-job.yaml", "ray-aws.yaml", "slurm.sh")
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
             temporary.write_text(render(name, config))
             if path.suffix == ".sh":
                 temporary.chmod(0o755)
-        Console().print(str(path), soft_wrap=True, highlight=False)
+        plain_console().print(str(path), soft_wrap=True, highlight=False)
     return 0
 
 

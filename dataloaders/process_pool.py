@@ -59,11 +59,16 @@ class TaskLimits:
     memory_bytes: int | None = None
 
 
+FailureReason = Literal[
+    "timeout", "cpu_limit", "memory_limit", "worker_crashed", "unexpected_error"
+]
+
+
 @dataclass(frozen=True)
 class Failure:
     """Stands in for the result of a task that exceeded a limit or killed its process."""
 
-    reason: Literal["timeout", "cpu_limit", "memory_limit", "worker_crashed", "unexpected_error"]
+    reason: FailureReason
     detail: str
 
 

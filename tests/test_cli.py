@@ -1,5 +1,6 @@
 """The `cavmae` command: what it lists, how it fails, and that it loads nothing heavy to do so."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,25 @@ def test_the_word_that_the_deepspeed_launcher_adds_is_left_out(
 def test_python_m_cavmae_runs_the_command() -> None:
     assert run("--version").stdout == f"cavmae {__version__}\n"
     assert run("nonsense").returncode == 2
+
+
+@pytest.mark.field
+def test_a_name_that_begins_with_a_dash_is_answered_with_how_to_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "-clips").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["pack", "-clips", "out"])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: -clips was read as an option; the file of that name is ./-clips"
+
+
+@pytest.mark.field
+def test_a_name_that_is_no_utf_8_can_be_printed(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    words = [b"cluster-files", folder, b"--run=demo --data.train=/s --run-dir=/r", b"--image=i"]
+    found = subprocess.run([sys.executable, "-m", "cavmae", *words], capture_output=True)
+    assert found.returncode == 0 and b"caf\\udce9" in found.stdout

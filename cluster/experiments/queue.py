@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
 from cavmae.cluster.experiments.comparison import compare
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Experiment, Need, State, read_experiments
+from cavmae.console import plain_console
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
 _POLL_SECONDS = 1.0
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
                 driver.request_stop()
             for driver in drivers:
                 driver.wait()
-    compare(folder, {one.name: one.state for one in experiments}, Console())
+    compare(folder, {one.name: one.state for one in experiments}, plain_console())
     return 0 if all(one.state == "finished" for one in experiments) else 1
 
 

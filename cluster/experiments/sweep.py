@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import psutil
 import tyro
-from rich.console import Console
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import connected
@@ -26,6 +25,7 @@ from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.cluster.experiments.yaml_file import words_of
+from cavmae.console import plain_console
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 from cavmae.trainer.tracking.metrics_file import read_metrics
 
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         value = (result.metrics or {}).get(sweep.metric)
         if value is not None:
             measured.append((value, name))
-    compare(folder, states, Console())
+    compare(folder, states, plain_console())
     if measured:
         value, name = (max if sweep.mode == "max" else min)(measured, key=lambda pair: pair[0])
         words = words_of(results[name].config or {})

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import check_run
+from cavmae.text_table import read_text
 from cavmae.trainer.config.parse import parse
 
 T = TypeVar("T")
@@ -15,12 +16,25 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML.
+        ValueError: it is not YAML, or not text.
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is there twice, of which YAML's own keeps the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names: set[str] = set()
+            for key, _ in node.value:
+                name = str(key.value)
+                if name in names:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{path}, line {line}: key {name} is there twice")
+                names.add(name)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(read_text(path), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
 

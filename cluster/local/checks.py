@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.cuda.nccl
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 import cavmae
 from cavmae.trainer.config.resolve import native_dtype
@@ -59,10 +59,12 @@ def show(findings: list[Finding], console: Console) -> None:
     """Print a line for each finding, and one below it with the advice."""
     width = max(len(one.name) for one in findings)
     for one in findings:
-        state = f"[{STATES[one.state]}]{one.state:>7}[/]"
-        console.print(f"{state}  {escape(f'{one.name:<{width}}  {one.found}')}", soft_wrap=True)
+        line = Text.assemble(
+            (f"{one.state:>7}", STATES[one.state]), f"  {one.name:<{width}}  {one.found}"
+        )
+        console.print(line, soft_wrap=True)
         if one.advice:
-            console.print(f"{'':>{width + 11}}{escape(one.advice)}", soft_wrap=True)
+            console.print(Text(f"{'':>{width + 11}}{one.advice}"), soft_wrap=True)
 
 
 def gpu() -> Finding:

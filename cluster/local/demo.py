@@ -21,10 +21,12 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import train_on_ray
+from cavmae.console import plain_console
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
@@ -111,7 +113,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns 0 if the scores are as good as they must be, else 1."""
     config = tyro.cli(DemoConfig, prog="cavmae demo", args=arguments)
     folder = config.folder or ("runs/demo" + "-shuffled-pairs" * config.shuffled_pairs)
-    demo = Demo(config, Path(folder), Console())
+    demo = Demo(config, Path(folder), plain_console())
     make_shards(demo)
     scores = train(demo)
     with demo.phase("compare", "with the model before its first step"):
@@ -255,7 +257,7 @@ def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: i
     for column in ("trained", "95% CI", "chance", "x chance", "p", "untrained"):
         table.add_column(column, justify="right", no_wrap=True)
     for direction in DIRECTIONS:
-        table.add_row(f"[bold]{direction.replace('_', ' ')}")
+        table.add_row(Text(direction.replace("_", " "), style="bold"))
         for k in (1, 5, 10):
             key = f"val_{direction}_r{k}"
             value, chance, p = (scores[key + part] for part in ("", "_chance", "_p_value"))

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
+from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SEARCHES = 8
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> int:
     from cavmae.trainer.tasks.labels import read_labels  # `--help` does without torch
 
     folder = Path(config.folder)
-    demo = Demo(folder, Console(soft_wrap=True, highlight=False))
+    demo = Demo(folder, plain_console(soft_wrap=True, highlight=False))
     run, classifier = folder / "run", folder / "classifier"
     train, unseen = (str(folder / "shards" / part / "video") for part in ("train", "unseen"))
     pretrained = run / "weights.pt"

@@ -18,11 +18,11 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from rich.console import Console
 
 import cavmae
 from cavmae.cluster.local import checks
 from cavmae.cluster.local.checks import STATES, Finding, judge, show
+from cavmae.console import plain_console
 from cavmae.dataloaders.config import ClipShape, DataConfig
 
 _RUN_BYTES = 20e9
@@ -185,7 +185,7 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
 def main(arguments: list[str]) -> int:
     """Run the command; returns 1 if there is a problem."""
     findings = examine(tyro.cli(DoctorConfig, prog="cavmae doctor", args=arguments))
-    show(findings, Console(highlight=False))
+    show(findings, plain_console(highlight=False))
     counts = {state: sum(one.state == state for one in findings) for state in STATES}
     print(", ".join(f"{state}: {count}" for state, count in counts.items()))
     return 1 if counts["problem"] else 0

@@ -21,6 +21,7 @@ Reason = Literal[
     "silent_audio",
     "decode_error",
     "short_read",
+    "frame_sizes",
 ]
 
 

@@ -4,16 +4,17 @@ The order of this list is the order of the shards, and a clip's position in it i
 list depends only on names: folders are sorted by path, CSV files keep their order.
 """
 
-import csv
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cavmae.dataloaders.packing.tar_source import list_tar
+from cavmae.dataloaders.packing.tar_source import VIDEOS, list_tar
+from cavmae.text_table import TextTable, read_table
 
 TEXT = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".rst", ".xml", ".yaml", ".yml", ".log")
 SUBTITLES_AND_SUMS = (".srt", ".vtt", ".ass", ".md5", ".sha256")
@@ -31,7 +32,8 @@ class ListedClip:
     path: str
     """Path of the file."""
     source: str
-    """Name of the file in the list: relative to the folder, or as in the CSV."""
+    """Name of the file in the list: relative to the folder, or as in the CSV. Bytes that are no
+    UTF-8 are written as backslash escapes."""
     start_seconds: float = 0.0
     end_seconds: float | None = None
     """None: not given."""
@@ -42,66 +44,106 @@ class ListedClip:
     """Folder of the ten JPEGs that belong to the audio at `path`; None: `path` is a video."""
 
 
-def list_clips(videos: Path, out: Path) -> list[ListedClip]:
-    """List the clips of a folder (all its files, sorted; the videos of tars), a tar, a CSV file, or
+@dataclass
+class ClipList:
+    """The clips to pack, and what was found beside them."""
+
+    clips: list[ListedClip] = field(default_factory=list)
+    not_used: dict[str, list[str]] = field(default_factory=dict)
+    """Names of what gives no clip or no label, by what it is."""
+
+    def leave_out(self, what: str, name: str) -> None:
+        """Count something that is not used."""
+        self.not_used.setdefault(what, []).append(_in_utf8(name))
+
+    def remarks(self) -> list[str]:
+        """Lines that tell what was found and is not used, and which labels look like lists."""
+        lines = [
+            f"not used: {len(names)} {what}, such as {names[0]}"
+            for what, names in self.not_used.items()
+        ]
+        commas = {label for clip in self.clips for label in clip.labels if "," in label}
+        if commas:
+            lines.append(
+                f"{len(commas)} labels hold a comma, such as {min(commas)!r}: each is one label, "
+                f"as `;` separates labels"
+            )
+        return lines
+
+
+def list_clips(videos: Path, out: Path) -> ClipList:
+    """List the clips of a folder (all its files, sorted; the videos of tars), a tar, a table, or
     a JSON file in the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`).
 
     Raises:
         FileNotFoundError: the folder or file does not exist, or has nothing to pack.
         ValueError: a line or an entry cannot be used (named), or a tar is refused.
     """
+    found = ClipList()
     if videos.is_dir():
-        return _list_folder(videos, out)
-    if videos.suffix.lower() == ".tar" and videos.is_file():
-        return _found(_list_tar(videos, videos.name), videos)
-    if videos.suffix.lower() == ".json" and videos.is_file():
-        return _found(_list_json(videos), videos)
-    if videos.is_file():
-        return _list_csv(videos)
-    raise FileNotFoundError(
-        f"{videos} does not exist; give a folder of videos or tars, a tar, a CSV or a JSON file"
-    )
+        _list_folder(videos, out, found)
+    elif videos.suffix.lower() == ".tar" and videos.is_file():
+        _list_tar(videos, videos.name, found)
+    elif videos.suffix.lower() == ".json" and videos.is_file():
+        _list_json(videos, found)
+    elif videos.suffix.lower() in VIDEOS and videos.is_file():
+        raise ValueError(f"{videos} is one video; give its folder, or a CSV file that lists it")
+    elif videos.is_file():
+        _list_table(videos, found)
+    else:
+        raise FileNotFoundError(
+            f"{videos} does not exist; give a folder of videos or tars, a tar, a CSV or a JSON file"
+        )
+    if not found.clips:
+        raise FileNotFoundError("; ".join([f"no videos in {videos}", *found.remarks()]))
+    return found
 
 
-def _found(clips: list[ListedClip], path: Path) -> list[ListedClip]:
-    if not clips:
-        raise FileNotFoundError(f"no videos in {path}")
-    return clips
+def clip_labels(value: object, location: str) -> tuple[str, ...]:
+    """Labels of a clip, each once: of a list, or of a text in which `;` separates them, and `,`
+    only those that begin with `/`, as AudioSet's do; None is no label.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, str):
+        labels = re.split("[,;]", value)
+        if not all(label.strip().startswith("/") for label in labels if label.strip()):
+            labels = value.split(";")
+    else:
+        labels = [] if value is None else value
+    if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+        raise ValueError(f"{location}: labels is {value!r}; use a text, a list of texts or null")
+    return tuple(dict.fromkeys(_in_utf8(one.strip()) for one in labels if one.strip()))
 
 
-def _split_labels(text: str, separator: str) -> tuple[str, ...]:
-    return tuple(label.strip() for label in text.split(separator) if label.strip())
+def _in_utf8(text: str) -> str:
+    """The text with backslash escapes of what UTF-8 does not have: bytes of names, surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
-def _list_tar(path: Path, source: str) -> list[ListedClip]:
-    clips = []
-    for video, description in list_tar(path):
+def _list_tar(path: Path, source: str, found: ClipList) -> None:
+    for video, description in list_tar(path, found.not_used):
         location = f"{video.name} in {path}"
-        labels = description.get("labels", ())
-        if isinstance(labels, str):
-            labels = labels.split(",")
-        if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
-            raise ValueError(f"{location}: labels is {labels!r}; use strings")
         window = {
             name: str(value)
             for name in ("start", "end")
             if (value := description.get(name)) is not None
         }
         start, end = _window(f"{location}, key", window)
-        clips.append(
+        found.clips.append(
             ListedClip(
                 path=str(path),
-                source=f"{source}/{video.name}",
+                source=_in_utf8(f"{source}/{video.name}"),
                 start_seconds=start,
                 end_seconds=end,
-                labels=tuple(label.strip() for label in labels if label.strip()),
+                labels=clip_labels(description.get("labels"), location),
                 part=(video.offset_data, video.size),
             )
         )
-    return clips
 
 
-def _list_json(path: Path) -> list[ListedClip]:
+def _list_json(path: Path, found: ClipList) -> None:
     """List the clips of a published JSON; relative paths are resolved against its folder."""
     try:
         entries = json.loads(path.read_bytes())["data"]
@@ -111,99 +153,96 @@ def _list_json(path: Path) -> list[ListedClip]:
             f"{path} is not a list in the published format, "
             f'{{"data": [{{"wav", "video_id", "video_path", "labels"}}]}} ({error})'
         ) from error
-    clips = []
     for number, entry in enumerate(entries):
-        fields = ("wav", "video_id", "video_path", "labels")
+        fields = ("wav", "video_id", "video_path")
+        place = f"{path}, entry {number}"
         if not isinstance(entry, dict) or not all(
             isinstance(entry.get(name), str) for name in fields
         ):
-            raise ValueError(f"{path}, entry {number}: {', '.join(fields)} have to be strings")
-        wav, video_id, frames, labels = (entry[name] for name in fields)
-        clips.append(
+            raise ValueError(f"{place}: {', '.join(fields)} have to be strings")
+        wav, video_id, frames = (entry[name] for name in fields)
+        if video_id != _in_utf8(video_id):
+            raise ValueError(f"{place}: video_id {video_id!r} is no UTF-8; rename its files")
+        labels = entry.get("labels")
+        found.clips.append(
             ListedClip(
                 path=str(path.parent / wav),
                 source=video_id,
-                labels=_split_labels(labels, ","),
+                # The format separates labels by commas.
+                labels=clip_labels(labels.split(",") if isinstance(labels, str) else labels, place),
                 frames=str(path.parent / frames),
             )
         )
-    return clips
 
 
-def _list_folder(folder: Path, out: Path) -> list[ListedClip]:
+def _list_folder(folder: Path, out: Path, found: ClipList) -> None:
     skipped_folder = out.resolve()
-    found = []
+    sources = []
     for parent, folders, names in os.walk(folder, onerror=_raise):
+        for name in sorted(folders):
+            path = Path(parent, name)
+            if name.startswith("."):
+                found.leave_out("hidden files and folders", str(path))
+            elif path.is_symlink():
+                found.leave_out("links to folders, which are not followed", str(path))
         folders[:] = [
             name
             for name in folders
             if not name.startswith(".") and Path(parent, name).resolve() != skipped_folder
         ]
-        for name in names:
+        for name in sorted(names):
             path = Path(parent, name)
-            if name.startswith(".") or path.suffix.lower() in SIDECAR_SUFFIXES:
-                continue
-            if path.is_file() or path.is_symlink():  # Never a pipe or a device.
-                found.append(path.relative_to(folder).as_posix())
-    if not found:
-        raise FileNotFoundError(f"no videos in {folder}: it has no files that could be one")
-    clips = []
-    for source in sorted(found):
+            if name.startswith("."):
+                found.leave_out("hidden files and folders", str(path))
+            elif path.suffix.lower() == ".json":
+                found.leave_out("JSON files (labels of a folder come from a CSV file)", str(path))
+            elif path.suffix.lower() in SIDECAR_SUFFIXES:
+                found.leave_out("files of text, subtitles or pictures", str(path))
+            elif path.is_file() or path.is_symlink():
+                sources.append(path.relative_to(folder).as_posix())
+            else:
+                found.leave_out("pipes, sockets and devices", str(path))
+    for source in sorted(sources):
         if source.lower().endswith(".tar"):
-            clips += _list_tar(folder / source, source)
+            _list_tar(folder / source, source, found)
         else:
-            clips.append(ListedClip(path=str(folder / source), source=source))
-    return clips
+            found.clips.append(ListedClip(path=str(folder / source), source=_in_utf8(source)))
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _list_csv(path: Path) -> list[ListedClip]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = csv.reader(file, strict=True)
-            header = next(rows, None)
-            if header is None:
-                raise ValueError(f"{path} is empty; its first line must be {','.join(COLUMNS)}")
-            _check_header(path, header)
-            clips = []
-            for row in rows:
-                if row:
-                    line = f"{path}, line {rows.line_num}"
-                    if len(row) != len(header):
-                        raise ValueError(
-                            f"{line}: {len(row)} columns, the header has {len(header)}"
-                        )
-                    clips.append(_row(line, path.parent, dict(zip(header, row, strict=True))))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is not a CSV file in UTF-8 ({error}); give a folder or a CSV file"
-            ) from error
-    if not clips:
-        raise FileNotFoundError(f"no videos in {path}: it has a header and no lines")
-    return clips
+def _list_table(path: Path, found: ClipList) -> None:
+    table = read_table(path)
+    _check_header(table)
+    for place in table.empty_rows:
+        found.leave_out("empty rows", place)
+    for place, row in table.rows:
+        if not row["path"]:
+            raise ValueError(f"{place}, column path: it is empty")
+        start, end = _window(f"{place}, column", row)
+        labels = clip_labels(row.get("labels"), place)
+        found.clips.append(
+            ListedClip(str(path.parent / row["path"]), row["path"], start, end, labels)
+        )
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    for column in header:
+def _check_header(table: TextTable) -> None:
+    first, *others = table.columns
+    if re.fullmatch(r"[\w-]{11}", first) and others and others[0].replace(".", "").isdigit():
+        raise ValueError(
+            f"{table.place}: {first!r} is no column, but like an id of YouTube in the lists of "
+            f"AudioSet and VGGSound, which name no files; write a list with the columns "
+            f"{','.join(COLUMNS)} of the files that you have (docs/training/data.md shows how)"
+        )
+    for column in table.columns:
         if column not in COLUMNS:
             raise ValueError(
-                f"{path}, line 1: unknown column {column!r}; the columns are {','.join(COLUMNS)}"
+                f"{table.place}: unknown column {column!r}; the columns are {','.join(COLUMNS)}"
             )
-        if header.count(column) > 1:
-            raise ValueError(f"{path}, line 1: column {column!r} is duplicated")
-    if "path" not in header:
-        raise ValueError(f"{path}, line 1: the column 'path' is missing")
-
-
-def _row(line: str, folder: Path, row: dict[str, str]) -> ListedClip:
-    if not row["path"]:
-        raise ValueError(f"{line}, column path: it is empty")
-    start, end = _window(f"{line}, column", row)
-    labels = _split_labels(row.get("labels", ""), ";")
-    return ListedClip(str(folder / row["path"]), row["path"], start, end, labels)
+    if "path" not in table.columns:
+        raise ValueError(f"{table.place}: the column 'path' is missing")
 
 
 def _window(location: str, fields: Mapping[str, str]) -> tuple[float, float | None]:

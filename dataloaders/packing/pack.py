@@ -9,21 +9,22 @@ was killed resumes at the first unfinished shard, and produces the same bytes as
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from rich.console import Console
 
 from cavmae.atomic_write import write_text
+from cavmae.console import plain_console
 from cavmae.dataloaders.constants import TIERS
 from cavmae.dataloaders.media.audio_codec import AudioCodec
 from cavmae.dataloaders.media.encode_video import VideoCodec
-from cavmae.dataloaders.media.errors import DecodeSettings
+from cavmae.dataloaders.media.errors import DecodeSettings, Reason
 from cavmae.dataloaders.packing.clip_list import ListedClip, list_clips, list_digest
 from cavmae.dataloaders.packing.duplicates import KnownContent, OtherSets
 from cavmae.dataloaders.packing.output_folder import (
@@ -41,10 +42,14 @@ from cavmae.dataloaders.packing.pack_clip import (
 )
 from cavmae.dataloaders.packing.progress import PackProgress, PackSummary, summary_table
 from cavmae.dataloaders.packing.statistics import write_statistics
-from cavmae.dataloaders.process_pool import Failure, TaskLimits, run_in_order
+from cavmae.dataloaders.process_pool import Failure, FailureReason, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.format import ShardEntry
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 from cavmae.field_checks import CheckedFields, Limit, NonNegativeInt, PositiveInt, Seconds
+
+MAY_PASS = frozenset({"missing_file", *get_args(FailureReason)})
+"""Reasons for which a rerun tries skipped clips again: they may be gone without a change of file or
+option, or by another limit."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class PackConfig(CheckedFields):
 
     A clip is the first `clip_seconds` of a file, or the window that a CSV file gives. Clips that
     cannot be used are skipped and listed in OUT/report.jsonl with the reason. Rerun the same
-    command to resume after an interruption.
+    command to resume after an interruption, and to try again the clips that were missing, or
+    exceeded a limit.
 
     Raises:
         ValueError: a field is out of range.
@@ -61,8 +67,9 @@ class PackConfig(CheckedFields):
 
     videos: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")]
     """Folder, searched recursively: every file is tried, whatever its name, except hidden files,
-    text, subtitles and images. Or a CSV file with the columns path,start,end,labels
-    (only path is required; start and end in seconds; labels separated by `;`). Or a tar of
+    text, subtitles and images. Or a table (CSV, also with `;` or tabs) with the columns
+    path,start,end,labels (only path is required; start and end in seconds; labels separated by
+    `;`). Or a tar of
     KEY.mp4 with KEY.json (labels, start, end), or a folder of such tars. Or a JSON file in the
     published format (wav, video_id, video_path, labels)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
@@ -102,6 +109,11 @@ class PackConfig(CheckedFields):
     """Count the clips whose sound and frames are also in `not_in` instead of refusing them."""
     allow_same_ids: bool = False
     """Count the clips whose YouTube id and start are also in `not_in` instead of refusing them."""
+    retry: Annotated[
+        tuple[Reason | FailureReason, ...], tyro.conf.arg(metavar="[REASON [REASON ...]]")
+    ] = ()
+    """Reasons of skipped clips for which a rerun tries them again too, such as `decode_error` where
+    files were repaired."""
     clips_per_shard: PositiveInt = 1000
     """Clips of the list in each shard, skipped ones included."""
     max_seconds_per_clip: Seconds = 300.0
@@ -164,6 +176,7 @@ class PackConfig(CheckedFields):
             "not_in",
             "allow_leakage",
             "allow_same_ids",
+            "retry",
         )
         return {name: value for name, value in asdict(self).items() if name not in others}
 
@@ -186,7 +199,7 @@ def pack(
         ValueError: the list, the options, or all clips are unusable.
         OSError: a file cannot be read or written.
     """
-    return _Packer(config, console or Console(stderr=True), executor).run()
+    return _Packer(config, console or plain_console(stderr=True), executor).run()
 
 
 class _Packer:
@@ -196,7 +209,10 @@ class _Packer:
         self.out = Path(config.out)
         self.workers = config.workers or len(os.sched_getaffinity(0))
         self.execute = partial(executor, workers=self.workers, limits=config.limits())
-        self.clips = list_clips(Path(config.videos), self.out)
+        listed = list_clips(Path(config.videos), self.out)
+        for line in listed.remarks():
+            console.print(line)
+        self.clips = listed.clips
         self._check_tiers()
         if config.segment:
             self.clips = self._segments()
@@ -214,9 +230,13 @@ class _Packer:
         with claimed(out, config.content_options(), tiers, len(clips), list_digest(clips)):
             shards = range(-(-len(clips) // config.clips_per_shard))
             reports = {shard: finished_report(out, shard) for shard in shards}
+            self._try_again(reports)
             pending = [shard for shard in shards if reports[shard] is None]
+            if pending and config.deduplicate:  # which of equal clips is kept may change after it
+                pending = list(shards[pending[0] :])
             remove_unfinished(out, tiers, pending)
-            for report in filter(None, reports.values()) if config.deduplicate else ():
+            kept = [report for shard, report in reports.items() if shard not in pending]
+            for report in filter(None, kept) if config.deduplicate else ():
                 for clip in report["packed"]:
                     self.known.add(clip["content"], int(clip["key"]))
             if pending:
@@ -232,6 +252,33 @@ class _Packer:
                     for shard in pending:
                         reports[shard] = self._pack_shard(shard, results, progress)
             return self._complete([reports[shard] or {} for shard in shards], len(pending))
+
+    def _try_again(self, reports: dict[int, dict[str, Any] | None]) -> None:
+        """Decode skipped clips of finished shards again, and drop the reports of shards where that
+        ends in anything else than what is reported."""
+        reasons = MAY_PASS | set(self.config.retry)
+        skipped = [
+            (shard, line)
+            for shard, report in reports.items()
+            for line in (report or {"skipped": []})["skipped"]
+            if line["reason"] in reasons
+        ]
+        if not skipped:
+            return
+        counts = Counter(line["reason"] for _, line in skipped)
+        self.console.print(f"Trying {len(skipped)} skipped clips again: {_counted(counts)}")
+        tasks = [self._task(int(line["key"])) for _, line in skipped]
+        changed = 0
+        with closing(self.execute(pack_clip, tasks)) as results:
+            for (shard, line), result in zip(skipped, results, strict=True):
+                if isinstance(result, PackedClip) or result.reason != line["reason"]:
+                    reports[shard] = None
+                    changed += 1
+        self.console.print(
+            f"{changed} of them end otherwise now; their shards are packed anew"
+            if changed
+            else "They end as before; nothing is packed anew"
+        )
 
     def _check_tiers(self) -> None:
         tiers = self.config.tiers
@@ -354,9 +401,8 @@ class _Packer:
             shards = [report["tiers"][tier] for report in reports]
             entries = [ShardEntry(**entry) for entry in shards if entry]
             if not entries:
-                counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
                 raise ValueError(
-                    f"none of the {len(skipped)} clips can be packed: {counts}; "
+                    f"none of the {len(skipped)} clips can be packed: {_counted(reasons)}; "
                     f"see {out / 'report.jsonl'}"
                 )
             write_index(
@@ -383,6 +429,10 @@ class _Packer:
         )
 
 
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+
+
 def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None = None) -> int:
     """Run the command line; returns the exit code.
 
@@ -390,7 +440,7 @@ def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None
         argv: arguments after `cavmae pack`.
         on_ray: returns the executor for `--ray` at an address; None: `--ray` is not supported.
     """
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    errors = plain_console(stderr=True, soft_wrap=True, highlight=False)
     try:
         config = tyro.cli(PackConfig, prog="cavmae pack", args=argv)
         if config.ray and on_ray is None:
@@ -400,7 +450,7 @@ def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None
     except KeyboardInterrupt:
         errors.print("stopped; rerun the same command to resume")
         return 130
-    Console().print(summary_table(summary, config.out))
+    plain_console().print(summary_table(summary, config.out))
     if summary.skipped:
-        Console().print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")
+        plain_console().print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")
     return 0

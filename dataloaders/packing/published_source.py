@@ -55,7 +55,9 @@ def read_published(
         jpegs.append(data)
         sizes.add(size)
     if len(sizes) > 1:
-        raise ClipError("decode_error", f"frames of different sizes: {sorted(sizes)}")
+        raise ClipError(
+            "frame_sizes", f"its ten JPEGs have the sizes {sorted(sizes)}; scale them to one"
+        )
     width, height = sizes.pop()
     length = len(audio) / AUDIO_HZ
     clip = DecodedClip(

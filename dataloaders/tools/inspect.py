@@ -15,10 +15,10 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import plain_console
 from cavmae.dataloaders.constants import MIDDLE_FRAME
 from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.dataloaders.sampling.philox import random_permutation
@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(InspectConfig, prog="cavmae inspect", args=argv)
     shards = ShardSet(config.shards)
     for table in survey(shards, config.seed):
-        Console().print(table)
+        plain_console().print(table)
     cards = draw(shards, config.clips, config.seed)
     write_sheet(Path(config.out), config.shards, cards)
-    Console().print(f"{len(cards)} clips: {config.out}")
+    plain_console().print(f"{len(cards)} clips: {config.out}")
     return 0
 
 
@@ -269,9 +269,13 @@ def _write_image(path: Path, title: str, cards: list[Card]) -> None:
         row, column = divmod(number, columns)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
         above.imshow(card.frame)
-        above.set_title(f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}", fontsize=8)
+        above.set_title(
+            f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}",
+            fontsize=8,
+            parse_math=False,
+        )
         below.imshow(card.log_mel.T, origin="lower", aspect="auto")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, format="png", dpi=80)
 
 

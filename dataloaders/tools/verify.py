@@ -21,9 +21,10 @@ from typing import Annotated, Any
 import av
 import tyro
 from av.error import FFmpegError
-from rich.console import Console
+from PIL import Image
 from rich.table import Table
 
+from cavmae.console import plain_console
 from cavmae.dataloaders.constants import AUDIO_CODECS, AUDIO_HZ, FRAMES_PER_CLIP, TIERS
 from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
@@ -250,7 +251,8 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
             and all(isinstance(label, str) for label in description["labels"]),
             f"audio.hz is {AUDIO_HZ}": audio["hz"] == AUDIO_HZ,
             "audio.samples is above 0": audio["samples"] > 0,
-            "video.width and height are even": video["width"] % 2 == video["height"] % 2 == 0,
+            "video.width and height are even, where they are no JPEGs'": "0.jpg" in members
+            or video["width"] % 2 == video["height"] % 2 == 0,
             "video.frames is the number of times": video["frames"] == len(times) > 0,
             "times_seconds ascend from 0": times[0] >= 0
             and all(before < after for before, after in pairwise(times)),
@@ -293,11 +295,15 @@ def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> lis
             elif extension == "source":  # The last frame needs most of the file.
                 last = max(frame["seconds"] for frame in description["ten_frames"])
                 found, expected = decode_original(content, last, *size).shape[1::-1], size
-            else:
-                expected = [size] * (video["frames"] if extension == "mp4" else 1)
+            elif extension == "mp4":
+                expected = [size] * video["frames"]
                 with av.open(io.BytesIO(content), "r") as container:
                     found = [(frame.width, frame.height) for frame in container.decode(video=0)]
-        except (FFmpegError, FrameError) as error:
+            else:  # By libjpeg, as in the loader; libavformat finds two pictures in one of a phone.
+                with Image.open(io.BytesIO(content)) as image:
+                    image.load()
+                    found, expected = image.size, size
+        except (FFmpegError, FrameError, OSError) as error:
             problems.append(f"{extension} does not decode: {error}")
             continue
         if found != expected:
@@ -312,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     for result in results:
         row = (result.tier, result.name, str(result.samples), f"{result.bytes / 1e6:.1f}")
         table.add_row(*row, str(len(result.problems)) if result.problems else "none")
-    Console().print(table)
+    plain_console().print(table)
     problems = [
         f"{result.tier}/{result.name}: {problem}"
         for result in results

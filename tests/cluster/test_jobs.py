@@ -97,6 +97,15 @@ def test_a_driver_in_a_job_repeats_each_state_as_a_line(
     assert not capsys.readouterr().out, "the output of a driver at a terminal is for people"
 
 
+@pytest.mark.field
+def test_an_error_with_brackets_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_status(tmp_path, state="failed", steps=20, last_error="no [id] in [/data/x.mp4]")
+    assert status([str(tmp_path)]) == 0
+    assert "no [id] in [/data/x.mp4]" in capsys.readouterr().out
+
+
 def test_a_run_that_trains_outside_of_the_cluster_is_not_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

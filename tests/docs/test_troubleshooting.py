@@ -21,8 +21,8 @@ SHORTEST = 12
 def messages() -> list[re.Pattern[str]]:
     """What the texts of the code can become: anything, or nothing, where a value is put in."""
     patterns = []
-    for folder in ("cluster", "dataloaders", "trainer"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for files in ("cavmae/*.py", "cluster/**/*.py", "dataloaders/**/*.py", "trainer/**/*.py"):
+        for path in sorted(ROOT.glob(files)):
             for node in ast.walk(ast.parse(path.read_text())):
                 parts = constants(node)
                 if sum(map(len, parts)) >= SHORTEST:

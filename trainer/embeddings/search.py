@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from cavmae.atomic_write import write_json
+from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(SearchConfig, prog="cavmae search", args=arguments)
     found = search(config)
     for kind, clips in found.items():
-        Console().print(_table(kind, clips))
+        plain_console().print(_table(kind, clips))
     if config.out:
         write_result(config, found)
         print(f"result: {config.out}")

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Column, Table
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import plain_console
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
@@ -215,7 +215,7 @@ def classify(config: ClassifyConfig) -> None:
         clips_of_class,
         first.average_precision,
     )
-    Console().print(_table(scores))
+    plain_console().print(_table(scores))
     skipped = first.classes_without_average_precision
     if skipped:
         print(f"skipped in the means: {len(skipped)} of {len(labels)} classes, without a clip")

@@ -1,17 +1,18 @@
 """`cavmae curve RUN_DIR PUBLISHED`: a run's metrics over those of a published training log.
 
-The log is a CSV file with a row an epoch, under the names that the published code prints. Its
-pretraining losses are sums over four GPUs, which `loss.scale` of the published recipes stands for,
-and its contrastive losses have their weight.
+The log is what the published code prints (the `.txt` files of its repository), or a table with a
+row an epoch under the same names. Its pretraining losses are sums over four GPUs, which
+`loss.scale` of the published recipes stands for, and its contrastive losses have their weight.
 """
 
-import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from cavmae.text_table import read_table, read_text
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
 from cavmae.trainer.tracking.metrics_file import read_metrics
@@ -32,6 +33,7 @@ _COLUMNS = {
     "Eval Contrastive Loss": "val_loss_contrastive",
     "Eval Contrastive Accuracy": "val_contrastive_accuracy",
 }
+_END_OF_EPOCH = re.compile(r"Epoch-(\d+) lr: ")
 _PANELS_A_ROW = 3
 
 
@@ -42,8 +44,8 @@ class CurveConfig:
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Folder of the run."""
     published: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PUBLISHED")]
-    """CSV file: `epoch`, then columns such as mAP, acc, AUC, d_prime, train_loss, valid_loss,
-    Train Audio MAE Loss, Eval Contrastive Accuracy."""
+    """Log of the published code (.txt), or a CSV file: `epoch`, then columns such as mAP, acc, AUC,
+    d_prime, train_loss, valid_loss, Train Audio MAE Loss, Eval Contrastive Accuracy."""
     out: str = ""
     """PNG file; empty: in `figures` of the run folder."""
 
@@ -69,16 +71,16 @@ def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> lis
         ValueError: a log without epochs, or with no metric of the run.
         FileNotFoundError: no such log.
     """
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "epoch" not in rows[0]:
-        raise ValueError(f"{log} has no rows with a column epoch; give a published log as CSV")
+    rows = _epochs(log)
     found = []
     for column, metric in _COLUMNS.items():
         of_run = [(one["epoch"], one[metric]) for one in records if {metric, "epoch"} <= one.keys()]
         of_log = [
-            (float(row["epoch"]), float(row[column]) / _units(config, metric))
-            for row in rows
+            (
+                _number(place, "epoch", row["epoch"]),
+                _number(place, column, row[column]) / _units(config, metric),
+            )
+            for place, row in rows
             if row.get(column)
         ]
         if of_run and of_log:
@@ -86,9 +88,37 @@ def curves(config: RunConfig, records: list[dict[str, float]], log: Path) -> lis
     if not found:
         raise ValueError(
             f"{log} has no metric that the run in {config.run_dir} has logged; its columns are "
-            f"{', '.join(rows[0])}"
+            f"{', '.join(rows[0][1])}"
         )
     return found
+
+
+def _epochs(log: Path) -> list[tuple[str, dict[str, str]]]:
+    """Place and metrics of each epoch of a log."""
+    rows: list[tuple[str, dict[str, str]]] = []
+    printed: dict[str, str] = {}
+    for number, line in enumerate(read_text(log).split("\n"), start=1):
+        name, _, value = line.partition(": ")
+        if name in _COLUMNS:
+            printed[name] = value
+        elif end := _END_OF_EPOCH.match(line):
+            rows.append((f"{log}, epoch that ends in line {number}", {"epoch": end[1], **printed}))
+            printed = {}
+    if rows:
+        return rows
+    table = read_table(log)
+    if not table.rows or "epoch" not in table.columns:
+        raise ValueError(
+            f"{log} has no rows with a column epoch; give a log of the published code, or a table"
+        )
+    return table.rows
+
+
+def _number(place: str, column: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{place}: {column} is {text!r}, which is not a number") from None
 
 
 def _units(config: RunConfig, metric: str) -> float:

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.inference import ClipOutputs, embed
@@ -164,7 +164,7 @@ def probe(config: ProbeConfig) -> None:
         },
     }
     out = write_evaluation(run, config, "probe", test_set, result)
-    Console().print(_table(scores))
+    plain_console().print(_table(scores))
     print(f"result: {out}")
 
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.inference import embed
@@ -91,7 +91,7 @@ def retrieve(config: RetrieveConfig) -> None:
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
     out = write_evaluation(run, config, "retrieve", shards, result)
-    Console().print(_table(scores))
+    plain_console().print(_table(scores))
     print(f"result: {out}")
 
 

@@ -16,6 +16,7 @@ import torch
 
 from cavmae.atomic_write import write_text
 from cavmae.dataloaders.packing.statistics import read_statistics
+from cavmae.text_table import read_table
 from cavmae.trainer.config.configs import FinetuneConfig
 
 _COLUMNS = ["index", "mid", "display_name"]
@@ -87,32 +88,29 @@ def read_labels(path: str | Path) -> LabelSet:
         FileNotFoundError: no such file.
         ValueError: other columns, an index out of order, a label twice, or none at all.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = [name for name in _COLUMNS if name not in (reader.fieldnames or [])]
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read as CSV in UTF-8: {error}") from error
-    if columns:
+    table = read_table(path)
+    missing = [name for name in _COLUMNS if name not in table.columns]
+    if missing:
         raise ValueError(
-            f"{path}: the column {columns[0]} is missing; a label file has {', '.join(_COLUMNS)}"
+            f"{table.place}: the column {missing[0]} is missing; a label file has "
+            f"{', '.join(_COLUMNS)}"
         )
-    labels = tuple(row["mid"] for row in rows)
-    if not rows:
+    if not table.rows:
         raise ValueError(f"{path} has no classes")
-    for number, row in enumerate(rows):
-        if row["index"] != str(number):
+    names: dict[str, str] = {}
+    for number, (place, row) in enumerate(table.rows):
+        if row["index"].strip() != str(number):
             raise ValueError(
-                f"{path}: class {number} has the index {row['index']!r}; number them from 0"
+                f"{place}: class {number} has the index {row['index']!r}; number them from 0"
             )
-        empty = [name for name in _COLUMNS if not row[name]]
+        label, name = row["mid"].strip(), row["display_name"].strip()
+        empty = [column for column in _COLUMNS if not row[column].strip()]
         if empty:
-            raise ValueError(f"{path}: class {number} has no {empty[0]}; fill it in")
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path}: the label {twice!r} is there twice")
-    return LabelSet(labels, tuple(row["display_name"] for row in rows))
+            raise ValueError(f"{place}: class {number} has no {empty[0]}; fill it in")
+        if label in names:
+            raise ValueError(f"{place}: the label {label!r} is there twice")
+        names[label] = name
+    return LabelSet(tuple(names), tuple(names.values()))
 
 
 def open_labels(config: FinetuneConfig, run_dir: Path, *, begun: bool) -> LabelSet:

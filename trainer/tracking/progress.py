@@ -4,10 +4,11 @@ import sys
 import time
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
+
+from cavmae.console import plain_console
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._start_seconds = time.monotonic()
         self._bar: Bar | None = None
-        console = Console(file=self._stream)
+        console = plain_console(file=self._stream)
         if console.is_terminal:
             self._bar = Bar(
                 BarColumn(bar_width=None),

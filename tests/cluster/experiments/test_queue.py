@@ -137,6 +137,18 @@ def test_an_invalid_file_is_reported_with_the_run(
         read_experiments(tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)])
 
 
+@pytest.mark.field
+def test_a_file_of_an_editor_on_windows_is_read_and_a_run_named_twice_is_not_lost(
+    tmp_path: Path,
+) -> None:
+    lines = ["recipe: demo", "runs:", "  a: {fields: {data.train: /s}}"]
+    (tmp_path / "file.yaml").write_text("\r\n".join(lines), encoding="utf-16")
+    assert [one.name for one in read_experiments(tmp_path / "file.yaml", tmp_path, [])] == ["a"]
+    (tmp_path / "file.yaml").write_text("\n".join([*lines, lines[-1]]))
+    with pytest.raises(ValueError, match=r"file\.yaml, line 4: key a is there twice"):
+        read_experiments(tmp_path / "file.yaml", tmp_path, [])
+
+
 def watch(
     queue: "subprocess.Popen[bytes]", path: Path, document: dict[str, Any], folder: Path, log: Path
 ) -> None:

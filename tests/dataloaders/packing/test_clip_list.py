@@ -6,15 +6,19 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from cavmae.benchmarks.data.published_loader import write_published
+from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.packing.clip_list import list_clips
+from cavmae.dataloaders.packing.clip_list import clip_labels, list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.verify import VerifyConfig, verify
@@ -102,7 +106,7 @@ def test_the_video_tier_of_pictures_is_refused(published: Path, tmp_path: Path) 
         ("[]", "not a list in the published format"),
         ('{"data": 3}', "not a list in the published format"),
         ("{", "not a list in the published format"),
-        ('{"data": [{"wav": "a.wav"}]}', "entry 0: wav, video_id, video_path, labels have to be"),
+        ('{"data": [{"wav": "a.wav"}]}', "entry 0: wav, video_id, video_path have to be"),
     ],
 )
 def test_a_json_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -193,7 +197,7 @@ def test_links_and_devices_are_no_videos(tmp_path: Path) -> None:
         (b"[1]", "not a JSON object"),
         (b"{", "is not JSON"),
         (b" " * (1 << 21), "has more than"),
-        (b'{"labels": [3]}', r"labels is \[3\]; use strings"),
+        (b'{"labels": [3]}', r"labels is \[3\]; use a text, a list"),
         (b'{"start": "soon"}', "key start: 'soon' is not a number of seconds"),
         (b'{"start": 5, "end": 2}', "key end: 2 must be after start 5"),
     ],
@@ -210,3 +214,115 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"something else" * 100)
     with pytest.raises(ValueError, match=r"no\.tar is not a tar of videos"):
         list_clips(tmp_path / "no.tar", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------ all of them
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    ("value", "labels"),
+    [
+        (None, ()),
+        ("", ()),
+        ([], ()),
+        ("race car, auto racing", ("race car, auto racing",)),
+        (["race car, auto racing"], ("race car, auto racing",)),
+        ("a; b;a", ("a", "b")),
+        (["x", "x", " y "], ("x", "y")),
+        ("/m/09x0r,/m/05zppz", ("/m/09x0r", "/m/05zppz")),
+        ("/m/09x0r;/m/05zppz", ("/m/09x0r", "/m/05zppz")),
+        ("caf\udce9", ("caf\\udce9",)),
+    ],
+)
+def test_labels_have_one_meaning_wherever_they_are_listed(
+    value: object, labels: tuple[str, ...]
+) -> None:
+    assert clip_labels(value, "here") == labels
+
+
+@pytest.mark.field
+def test_what_a_tar_has_beside_its_videos_is_used_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("0.mp4", "1.mp4", "2.MP4", "3.flv", "4.mp4"):
+            add(tar, name, b"x")
+        add(tar, "0.JSON", b'{"labels": "a;b"}')
+        add(tar, "1.info.json", b'{"labels": ["c"]}')
+        add(tar, "1.mp4.json", b'{"labels": ["c"]}')
+        add(tar, "2.json", b'{"label": "d"}')
+        add(tar, "3.json", b'{"labels": null}')
+        add(tar, "4.cls", b"7")
+        add(tar, "4.mp4", b"again")
+    listed = list_clips(path, tmp_path / "out")
+    assert [clip.labels for clip in listed.clips] == [("a", "b"), (), (), (), ()]
+    assert [line.replace(f" in {path}", "") for line in listed.remarks()] == [
+        "not used: 1 files in tars that are neither videos nor JSON, such as 4.cls",
+        "not used: 1 videos in tars with a later one of the same name, such as 4.mp4",
+        "not used: 2 JSON files in tars that belong to no video, as KEY.json does, such as "
+        "1.info.json",
+        "not used: 1 JSON files in tars without labels, such as 2.json",
+    ]
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    "data",
+    [
+        "path,labels\n-x.mp4,a;b\n".encode("utf-8-sig"),
+        "path;labels\r\n-x.mp4;'a, b'\r\n;\r\n".encode("utf-16"),
+        "# made by hand\n\npath\tlabels\n-x.mp4\té\n".encode(),
+    ],
+)
+def test_lists_of_any_program_are_read(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_bytes(data)
+    listed = list_clips(tmp_path / "clips.csv", tmp_path / "out")
+    assert [clip.source for clip in listed.clips] == ["-x.mp4"] and listed.clips[0].labels
+    assert ("empty rows" in listed.not_used) == (b";\0\r" in data)
+
+
+@pytest.mark.field
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Segments csv created Sun Mar  5 10:54:31 2017\n"
+        "# YTID, start_seconds, end_seconds, positive_labels\n"
+        '--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"\n',
+        '---g-f_I2yQ,1,"people marching, far away",test\n',
+    ],
+)
+def test_audiosets_and_vggsounds_own_lists_name_no_files(text: str, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text(text)
+    line = text.count("\n")
+    with pytest.raises(ValueError, match=rf"own\.csv, line {line}: .* which name no files; write"):
+        list_clips(tmp_path / "own.csv", tmp_path / "out")
+
+
+@pytest.mark.field
+def test_jpegs_of_any_size_and_kind_pack_decode_and_verify(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kinds = {"odd": "JPEG", "phone": "MPO", "print": "JPEG", "gray": "JPEG", "mixed": "JPEG"}
+    for name, kind in kinds.items():
+        frames = [
+            Image.fromarray(np.full((93, 121 + (n if name == "mixed" else 0), 3), 9 * n, np.uint8))
+            for n in range(10)
+        ]
+        sound = rng.normal(0, 3000, 16000).astype(np.int16)
+        write_published(tmp_path, name, encode_audio(sound, "wav"), frames)
+        for number, frame in enumerate(frames):
+            more = {"save_all": True, "append_images": [frame]} if kind == "MPO" else {}
+            mode = {"print": "CMYK", "gray": "L"}.get(name, "RGB")
+            frame.convert(mode).save(tmp_path / f"frame_{number}/{name}.jpg", kind, **more)
+    entries = [
+        {"wav": f"{name}.wav", "video_id": name, "video_path": ".", "labels": None}
+        for name in kinds
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
+    out = tmp_path / "set"
+    pack(PackConfig(str(tmp_path / "list.json"), str(out), tiers="frames"), Console(quiet=True))
+    assert skipped(out) == [("mixed", "frame_sizes")]
+    assert not [one for one in verify(VerifyConfig(str(out), decode=True)) if one.problems]
+    tier, shape = str(out / "frames"), ClipShape(audio_frames=98, mel_bins=128, image_size=32)
+    one_rank: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    loader = ValidationLoader(DataConfig(), shape, folder=tier, batch=4, limit=0, **one_rank)
+    assert [len(batch.sample_ids) for batch in loader] == [4] and not loader.quarantine

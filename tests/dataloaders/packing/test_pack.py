@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import re
 import resource
 import signal
@@ -21,9 +22,10 @@ import pytest
 
 import cavmae.dataloaders.packing.pack as pack_module
 from cavmae.command import exit_code
-from cavmae.dataloaders.packing.clip_list import list_clips
+from cavmae.dataloaders.packing.clip_list import ClipList, list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.tools import inspect
 from cavmae.dataloaders.tools.verify import VerifyConfig, verify
 
 WriteVideo = Callable[..., Path]
@@ -67,7 +69,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_a_folder_is_searched_in_the_order_of_names(videos: Path, tmp_path: Path) -> None:
-    sources = [clip.source for clip in list_clips(videos, tmp_path / "out")]
+    sources = [clip.source for clip in list_clips(videos, tmp_path / "out").clips]
     assert sources == [
         "a.mkv",
         "b.mkv",
@@ -110,7 +112,7 @@ def test_a_csv_gives_windows_and_labels(tmp_path: Path, write_video: WriteVideo)
     ("text", "message"),
     [
         ("", "is empty"),
-        ("path,start,end,labels\n", "has a header and no lines"),
+        ("path,start,end,labels\n", "no videos in"),
         ("file,start\na.mkv,0\n", "line 1: unknown column 'file'"),
         ("start,end\n0,1\n", "line 1: the column 'path' is missing"),
         ("path,path\na,b\n", "line 1: column 'path' is duplicated"),
@@ -420,7 +422,8 @@ def test_what_cannot_be_packed_at_all_is_one_line(
     assert "does not exist" in fails(capsys, tmp_path / "absent", out)
     assert "does not exist" in fails(capsys, tmp_path / "absent.csv", out)
     assert "no videos in" in fails(capsys, tmp_path / "nothing", out)
-    assert "is not a CSV file" in fails(capsys, videos / "a.mkv", out)
+    assert "a.mkv is one video; give its folder" in fails(capsys, videos / "a.mkv", out)
+    assert "file, line 1: unknown column 'x'" in fails(capsys, tmp_path / "file", out)
     assert "was not written by this command" in fails(capsys, videos, tmp_path / "other")
     assert "is a file" in fails(capsys, videos, tmp_path / "file")
     assert "Not a directory" in fails(capsys, videos, tmp_path / "file" / "out")
@@ -484,7 +487,9 @@ def test_clips_that_vanish_with_their_folder_stop_the_run(
     monkeypatch.setattr(
         pack_module,
         "list_clips",
-        lambda *_: [replace(clip, path=str(tmp_path / clip.source)) for clip in listed],
+        lambda *_: ClipList(
+            [replace(clip, path=str(tmp_path / clip.source)) for clip in listed.clips]
+        ),
     )
     message = fails(capsys, tmp_path / "gone", tmp_path / "out", "--workers", "1")
     assert "gone has disappeared; restore it" in message
@@ -495,6 +500,113 @@ def test_a_clip_that_is_missing_is_skipped(tmp_path: Path, write_video: WriteVid
     (tmp_path / "clips.csv").write_text("path\na.mkv\nabsent.mkv\n")
     summary = pack(PackConfig(str(tmp_path / "clips.csv"), str(tmp_path / "out"), workers=1))
     assert (summary.clips, summary.skipped) == (1, {"missing_file": 1})
+
+
+# ----------------------------------------------------------------------------------------- reruns
+
+
+@pytest.mark.field
+def test_a_clip_that_was_missing_is_packed_by_the_same_command(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(tmp_path / "a.mkv")
+    (tmp_path / "clips.csv").write_text("path\na.mkv\nlate.mkv\n")
+    command = [str(tmp_path / "clips.csv"), str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    before = packed_bytes(tmp_path / "out")
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "Trying 1 skipped clips again: missing_file 1\nThey end as before" in said
+    assert packed_bytes(tmp_path / "out") == before
+
+    sound = np.random.default_rng(0).integers(-9000, 9000, 16000).astype(np.int16)
+    write_video(tmp_path / "late.mkv", sound=sound)
+    assert main(command) == 0
+    assert "1 of them end otherwise now" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.jsonl").read_text()
+    assert main([command[0], str(tmp_path / "fresh"), "--workers", "1"]) == 0
+    assert packed_bytes(tmp_path / "out") == packed_bytes(tmp_path / "fresh")
+
+
+@pytest.mark.field
+def test_a_clip_over_a_limit_is_tried_again_with_another_limit(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mkv")
+    command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--workers", "1"]
+    assert "timeout 1" in fails(capsys, *command, "--max-seconds-per-clip", "0.001")
+    assert main(command) == 0
+    assert ShardSet(tmp_path / "out" / "video").samples == 1
+
+
+@pytest.mark.field
+def test_other_skipped_clips_are_tried_again_by_their_reason(
+    tmp_path: Path, write_video: WriteVideo
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "a.mkv")
+    (folder / "b.mkv").write_text("no video " * 200)
+    config = PackConfig(str(folder), str(tmp_path / "out"), workers=1)
+    assert pack(config).skipped == {"open_failed": 1}
+    write_video(folder / "b.mkv")
+    assert pack(config).skipped == {"open_failed": 1}
+    assert pack(replace(config, retry=("open_failed",))).skipped == {}
+
+
+def test_of_equal_clips_the_first_is_kept_also_if_it_comes_late(
+    tmp_path: Path, write_video: WriteVideo
+) -> None:
+    write_video(tmp_path / "b.mkv")
+    (tmp_path / "clips.csv").write_text("path\na.mkv\nb.mkv\n")
+    listing, out = str(tmp_path / "clips.csv"), str(tmp_path / "out")
+    config = PackConfig(listing, out, deduplicate=True, clips_per_shard=1, workers=1)
+    assert pack(config).skipped == {"missing_file": 1}
+    write_video(tmp_path / "a.mkv")
+    assert pack(config).skipped == {"duplicate": 1}
+    assert ShardSet(f"{out}/video").description(0, 0)["source"]["path"] == "a.mkv"
+
+
+# -------------------------------------------------------------------------------- names and labels
+
+
+@pytest.mark.field
+def test_a_name_that_is_no_utf_8_is_packed_with_its_bytes_escaped(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mkv")
+    os.rename(tmp_path / "videos" / "a.mkv", os.fsencode(tmp_path) + b"/videos/caf\xe9.mkv")
+    command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--tiers", "frames"]
+    assert main([*command, "--workers", "1"]) == 0
+    tier = tmp_path / "out" / "frames"
+    assert ShardSet(tier).description(0, 0)["source"]["path"] == "caf\\udce9.mkv"
+    assert inspect.main([str(tier), "--out", str(tmp_path / "sheet.html")]) == 0
+    assert "caf\\udce9.mkv" in (tmp_path / "sheet.html").read_text()
+
+
+@pytest.mark.field
+def test_what_is_found_and_not_used_is_named_with_a_count(
+    tmp_path: Path, write_video: WriteVideo
+) -> None:
+    folder = tmp_path / "videos"
+    (folder / ".cache").mkdir(parents=True)
+    write_video(folder / "a.mkv")
+    (folder / "linked").symlink_to(tmp_path)
+    for name in ("a.info.json", "a.JSON", "a.srt", ".DS_Store"):
+        (folder / name).touch()
+    os.mkfifo(folder / "pipe")
+    listed = list_clips(folder, tmp_path / "out")
+    assert [clip.source for clip in listed.clips] == ["a.mkv"]
+    assert [line.replace(f"{folder}/", "") for line in listed.remarks()] == [
+        "not used: 2 hidden files and folders, such as .cache",
+        "not used: 1 links to folders, which are not followed, such as linked",
+        "not used: 2 JSON files (labels of a folder come from a CSV file), such as a.JSON",
+        "not used: 1 files of text, subtitles or pictures, such as a.srt",
+        "not used: 1 pipes, sockets and devices, such as pipe",
+    ]
 
 
 # ------------------------------------------------------------------------------------- real clips

@@ -52,6 +52,31 @@ def test_the_command_draws_what_a_fine_tuning_has_logged(
     assert "no metric that the run" in capsys.readouterr().err
 
 
+@pytest.mark.field
+def test_a_log_of_the_published_code_gives_what_its_table_gives(tmp_path: Path) -> None:
+    printed = (
+        "+ python -W ignore run_cavmae_ft.py: mAP: 1\n"
+        "Epoch: [1][100/519]\tTrain Loss 0.0287\t\nframe 4qh7oY9mN1w 9 does not exist\n"
+        "mAP: {}\nAUC: {}\nvalidation finished\nEpoch-{} lr: 5e-05\nepoch {} training time: 495\n"
+    )
+    text = printed.format(0.25, 0.5, 1, 1) + printed.format(0.5, 0.75, 2, 2) + "mAP: 0.9\n"
+    (tmp_path / "as20k.txt").write_text(text)
+    (tmp_path / "as20k.csv").write_text("epoch;mAP;AUC\n1;0.25;0.5\n2;0.5;0.75\n")
+    run = tiny_finetuning(tmp_path, tmp_path / "run")
+    records = [{"step": 6.0, "epoch": 2.0, "val_mean_average_precision": 0.3, "val_mean_auc": 0.4}]
+    of_text = curves(run, records, tmp_path / "as20k.txt")
+    assert of_text == curves(run, records, tmp_path / "as20k.csv")
+    assert [curve.published for curve in of_text] == [[(1, 0.25), (2, 0.5)], [(1, 0.5), (2, 0.75)]]
+
+
+@pytest.mark.field
+def test_a_log_with_a_value_that_is_no_number_is_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("epoch;mAP\n1;0,5\n")
+    run = tiny_finetuning(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"bad\.csv, line 2: mAP is '0,5', which is not a number"):
+        curves(run, [], tmp_path / "bad.csv")
+
+
 @pytest.mark.parametrize(
     ("recipe", "log", "steps_per_epoch"),
     [

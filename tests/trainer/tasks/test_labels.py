@@ -27,7 +27,8 @@ def test_a_label_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("index,mid,display_name\n", "has no classes"),
         ("index,mid,display_name\n1,/m/1,Dog\n", "class 0 has the index '1'"),
         ("index,mid,display_name\n0,/m/1,Dog\n1,/m/1,Cat\n", "'/m/1' is there twice"),
-        ("index,mid,display_name\n0,/m/1\n", "class 0 has no display_name"),
+        ("index,mid,display_name\n0,/m/1,\n", "line 2: class 0 has no display_name"),
+        ("index,mid,display_name\n0,/m/1,Male speech, man\n", "line 2: 4 columns, the header has"),
     ],
 )
 def test_a_label_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -37,7 +38,11 @@ def test_a_label_file_that_cannot_be_used_is_named(text: str, message: str, tmp_
 
 
 def test_a_label_file_of_a_spreadsheet_begins_with_a_mark(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_text(LABELS.as_csv(), encoding="utf-8-sig")
+    text = LABELS.as_csv()
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.csv") == LABELS
+    semicolons = text.replace(",", ";").replace("Bell; ringing", "Bell, ringing")
+    (tmp_path / "labels.csv").write_text(semicolons, encoding="utf-16")
     assert read_labels(tmp_path / "labels.csv") == LABELS
 
 
