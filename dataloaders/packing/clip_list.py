@@ -158,7 +158,9 @@ def _list_json(path: Path, found: ClipList) -> None:
         wav, video_id, frames = (entry[name] for name in fields)
         if video_id != in_utf8(video_id):
             raise ValueError(f"{place}: video_id {video_id!r} is no UTF-8; rename its files")
-        labels = entry.get("labels")
+        if "labels" not in entry:
+            raise ValueError(f"{place}: labels is missing; give null for a clip without any")
+        labels = entry["labels"]
         found.clips.append(
             ListedClip(
                 path=str(path.parent / wav),
