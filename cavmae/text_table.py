@@ -1,4 +1,4 @@
-"""Text files that people hand us, read in one way whichever program has written them.
+"""Text that people hand us: files of any program, read in one way, and names that are no text.
 
 Spreadsheets save UTF-16, or UTF-8 with a mark, end lines as Windows does and separate columns with
 `;` or tabs where a comma is the decimal point; published lists begin with lines of comments.
@@ -28,6 +28,11 @@ class TextTable:
     columns: tuple[str, ...]
     rows: list[tuple[str, dict[str, str]]]
     empty_rows: list[str]
+
+
+def in_utf8(text: str) -> str:
+    """Write what UTF-8 does not have as backslash escapes: bytes of file names, lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_text(path: str | Path) -> str:

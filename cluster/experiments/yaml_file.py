@@ -36,7 +36,9 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(read_text(path), Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not YAML ({getattr(error, 'problem', error)})") from error
 
 
 def check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cavmae.dataloaders.packing.tar_source import VIDEOS, list_tar
-from cavmae.text_table import TextTable, read_table
+from cavmae.text_table import TextTable, in_utf8, read_table
 
 TEXT = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".rst", ".xml", ".yaml", ".yml", ".log")
 SUBTITLES_AND_SUMS = (".srt", ".vtt", ".ass", ".md5", ".sha256")
@@ -54,7 +54,7 @@ class ClipList:
 
     def leave_out(self, what: str, name: str) -> None:
         """Count something that is not used."""
-        self.not_used.setdefault(what, []).append(_in_utf8(name))
+        self.not_used.setdefault(what, []).append(in_utf8(name))
 
     def remarks(self) -> list[str]:
         """Lines that tell what was found and is not used, and which labels look like lists."""
@@ -114,12 +114,7 @@ def clip_labels(value: object, location: str) -> tuple[str, ...]:
         labels = [] if value is None else value
     if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
         raise ValueError(f"{location}: labels is {value!r}; use a text, a list of texts or null")
-    return tuple(dict.fromkeys(_in_utf8(one.strip()) for one in labels if one.strip()))
-
-
-def _in_utf8(text: str) -> str:
-    """The text with backslash escapes of what UTF-8 does not have: bytes of names, surrogates."""
-    return text.encode(errors="backslashreplace").decode()
+    return tuple(dict.fromkeys(in_utf8(one.strip()) for one in labels if one.strip()))
 
 
 def _list_tar(path: Path, source: str, found: ClipList) -> None:
@@ -134,7 +129,7 @@ def _list_tar(path: Path, source: str, found: ClipList) -> None:
         found.clips.append(
             ListedClip(
                 path=str(path),
-                source=_in_utf8(f"{source}/{video.name}"),
+                source=in_utf8(f"{source}/{video.name}"),
                 start_seconds=start,
                 end_seconds=end,
                 labels=clip_labels(description.get("labels"), location),
@@ -161,9 +156,11 @@ def _list_json(path: Path, found: ClipList) -> None:
         ):
             raise ValueError(f"{place}: {', '.join(fields)} have to be strings")
         wav, video_id, frames = (entry[name] for name in fields)
-        if video_id != _in_utf8(video_id):
+        if video_id != in_utf8(video_id):
             raise ValueError(f"{place}: video_id {video_id!r} is no UTF-8; rename its files")
-        labels = entry.get("labels")
+        if "labels" not in entry:
+            raise ValueError(f"{place}: labels is missing; give null for a clip without any")
+        labels = entry["labels"]
         found.clips.append(
             ListedClip(
                 path=str(path.parent / wav),
@@ -206,7 +203,7 @@ def _list_folder(folder: Path, out: Path, found: ClipList) -> None:
         if source.lower().endswith(".tar"):
             _list_tar(folder / source, source, found)
         else:
-            found.clips.append(ListedClip(path=str(folder / source), source=_in_utf8(source)))
+            found.clips.append(ListedClip(path=str(folder / source), source=in_utf8(source)))
 
 
 def _raise(error: OSError) -> None:

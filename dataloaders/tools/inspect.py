@@ -25,6 +25,7 @@ from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
 from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.text_table import in_utf8
 
 LARGEST_SURVEY = 2000
 """Maximum number of clips for the tables; larger sets are sampled."""
@@ -233,7 +234,7 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
     """
     write = _write_page if path.suffix == ".html" else _write_image
     with atomic_write(path) as temporary:
-        write(temporary, title, cards)
+        write(temporary, in_utf8(title), cards)
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:

@@ -147,6 +147,9 @@ def test_a_file_of_an_editor_on_windows_is_read_and_a_run_named_twice_is_not_los
     (tmp_path / "file.yaml").write_text("\n".join([*lines, lines[-1]]))
     with pytest.raises(ValueError, match=r"file\.yaml, line 4: key a is there twice"):
         read_experiments(tmp_path / "file.yaml", tmp_path, [])
+    (tmp_path / "file.yaml").write_text("recipe: demo\nruns: [a\n")
+    with pytest.raises(ValueError, match=r"file\.yaml, line 3: not YAML \(expected ',' or ']'"):
+        read_experiments(tmp_path / "file.yaml", tmp_path, [])
 
 
 def watch(

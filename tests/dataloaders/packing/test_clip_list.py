@@ -106,6 +106,10 @@ def test_the_video_tier_of_pictures_is_refused(published: Path, tmp_path: Path) 
         ("[]", "not a list in the published format"),
         ('{"data": 3}', "not a list in the published format"),
         ("{", "not a list in the published format"),
+        (
+            '{"data": [{"wav": "a", "video_id": "a", "video_path": "a"}]}',
+            "entry 0: labels is missing",
+        ),
         ('{"data": [{"wav": "a.wav"}]}', "entry 0: wav, video_id, video_path have to be"),
     ],
 )

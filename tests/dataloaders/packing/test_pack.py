@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 import cavmae.dataloaders.packing.pack as pack_module
+from cavmae import cli
 from cavmae.command import exit_code
 from cavmae.dataloaders.packing.clip_list import ClipList, list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.dataloaders.tools import inspect
 from cavmae.dataloaders.tools.verify import VerifyConfig, verify
 
 WriteVideo = Callable[..., Path]
@@ -574,16 +574,17 @@ def test_of_equal_clips_the_first_is_kept_also_if_it_comes_late(
 
 @pytest.mark.field
 def test_a_name_that_is_no_utf_8_is_packed_with_its_bytes_escaped(
-    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, write_video: WriteVideo
 ) -> None:
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mkv")
     os.rename(tmp_path / "videos" / "a.mkv", os.fsencode(tmp_path) + b"/videos/caf\xe9.mkv")
-    command = [str(tmp_path / "videos"), str(tmp_path / "out"), "--tiers", "frames"]
-    assert main([*command, "--workers", "1"]) == 0
-    tier = tmp_path / "out" / "frames"
-    assert ShardSet(tier).description(0, 0)["source"]["path"] == "caf\\udce9.mkv"
-    assert inspect.main([str(tier), "--out", str(tmp_path / "sheet.html")]) == 0
+    out = tmp_path / os.fsdecode(b"set \xe9")
+    arguments = [str(tmp_path / "videos"), str(out), "--tiers", "frames", "--workers", "1"]
+    assert cli.main(["pack", *arguments]) == 0
+    assert ShardSet(out / "frames").description(0, 0)["source"]["path"] == "caf\\udce9.mkv"
+    for sheet in ("sheet.html", "sheet.png"):
+        assert cli.main(["inspect", str(out / "frames"), "--out", str(tmp_path / sheet)]) == 0
     assert "caf\\udce9.mkv" in (tmp_path / "sheet.html").read_text()
 
 
