@@ -176,6 +176,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint of tensors, or holds Python objects that could run code when "
@@ -187,8 +189,6 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         *(RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError),
         *(struct.error, OSError, SafetensorError),
     ) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise  # it can't be opened
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}); copy or download it again"
