@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -35,9 +36,55 @@ _OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory on a cluster started by us: only configurations pass through it."""
 
 
+ANSWER_SECONDS = 10.0
+"""Who does not answer within this time is taken not to be there; Ray itself waits for minutes."""
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\4" + bytes(5)
+"""What a gRPC client says first: the preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
+_SETTINGS = 4
+"""Type of the frame that a gRPC server answers with, in the fourth byte."""
+
+
 def address_of(cluster: ClusterConfig) -> str:
     """Return the address of the cluster to use; empty: start one."""
-    return cluster.address or os.environ.get("RAY_ADDRESS", "")
+    named = os.environ.get("RAY_ADDRESS", "")  # as in Ray, it says which one `auto` is
+    return named or cluster.address if cluster.address in ("", "auto") else cluster.address
+
+
+def check_address(cluster: ClusterConfig) -> None:
+    """Check that the address is one of a cluster, and that a cluster answers there.
+
+    Raises:
+        ValueError: it is of another kind.
+        ConnectionError: nothing answers, or something else than Ray's head.
+    """
+    address = address_of(cluster)
+    if address in ("", "local"):
+        return
+    source = f"{'--address' if address == cluster.address else 'RAY_ADDRESS'} is {address}"
+    if address != "auto" and ("/" in address or not address.rpartition(":")[2].isdecimal()):
+        raise ValueError(
+            f"{source}, and this command joins a cluster: give HOST:6379 or auto "
+            "(http://HOST:8265 is for `cavmae submit`, status, logs and stop)"
+        )
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        head = canonicalize_bootstrap_address(address)  # Ray takes another for `auto` and loopback
+        assert head is not None
+        host, _, port = head.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(4) if os.environ.get("RAY_USE_TLS") != "1" else None
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"{source}, where no Ray cluster answers ({error}); start its head (`ray start "
+            "--head`), correct the address, or omit it to start a cluster here"
+        ) from error
+    if answer is not None and answer[3:] != bytes([_SETTINGS]):
+        raise ConnectionError(
+            f"{source}, where something else than the head of a Ray cluster answers; give the "
+            "port of `ray start --head`, usually 6379"
+        )
 
 
 @contextmanager
@@ -48,6 +95,10 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
     Args:
         cluster: address; workers and their cores size a cluster that is started.
         threads: OMP threads in each of Ray's processes.
+
+    Raises:
+        ValueError: the address is of another kind.
+        ConnectionError: no cluster answers there.
     """
     address, environment = address_of(cluster), _RAY_ENVIRONMENT
     options: dict[str, Any] = {"address": address}
@@ -61,6 +112,7 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
         }
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+    check_address(cluster)
     import ray
 
     ray.init(

@@ -40,9 +40,13 @@ _MEMORY = {
 """How the fields of a footprint are shown; the largest part of a step counts."""
 
 
-def dry_run(config: RayRunConfig) -> int:
+def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
     """Print each rank's memory and node, for pretraining also communication and speed; returns the
     exit code.
+
+    Args:
+        config: the run.
+        ask_cluster: place the ranks on the nodes of the cluster that the configuration names.
 
     Raises:
         ValueError: the ranks do not divide the batch, or a rank's memory is too small, with flags
@@ -65,7 +69,7 @@ def dry_run(config: RayRunConfig) -> int:
     for name, value in dataclasses.asdict(needed).items():
         table.add_row(_MEMORY.get(name, name), f"{value / 1e9:.2f}")
     table.add_row(f"all, at the peak ({needed.peak_part})", f"{needed.total / 1e9:.2f}")
-    where = placement(cluster)
+    where = placement(cluster, ask_cluster=ask_cluster)
     lines = _where(where)
     if isinstance(config, RayPretrainConfig):
         found = collectives(config, sizes.tensors, cluster.workers)

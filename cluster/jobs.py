@@ -9,23 +9,30 @@ drivers that were killed SUCCEEDED.
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import tyro
 from rich.table import Table
 
-from cavmae.cluster.connection import passed_on, source_tree
+from cavmae.cluster.connection import ANSWER_SECONDS, passed_on, source_tree
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
 from cavmae.console import plain_console
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
-from cavmae.trainer.tracking.code_snapshot import git_commit
+from cavmae.trainer.tracking.code_snapshot import code_files, git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -45,7 +52,7 @@ def submit(arguments: list[str]) -> int:
             f"{arguments[0]} is relative to this folder; give a path that the cluster's head has"
         )
     if config.cluster.dry_run:
-        return dry_run(config)
+        return dry_run(config, ask_cluster=False)  # a job server does not tell its nodes
     client = _client(config.cluster.address)
     for job in client.list_jobs():
         if (job.metadata or {}).get("run_dir") == config.run_dir and not job.status.is_terminal():
@@ -60,15 +67,16 @@ def submit(arguments: list[str]) -> int:
             f"`cavmae stop {config.run_dir}` first, or give another --run-dir"
         )
     name = re.sub(r"[^\w-]+", "-", Path(config.run_dir).name)
-    job = client.submit_job(
-        entrypoint=shlex.join(
-            # The address is the job server's: a job finds its own cluster.
-            ["python", "-m", "cavmae.cluster.train", *arguments, "--address="]
-        ),
-        submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
-        runtime_env=_runtime_env(),
-        metadata={"run_dir": config.run_dir, "commit": git_commit() or "unknown"},
-    )
+    with _runtime_env() as runtime_env:
+        job = client.submit_job(
+            entrypoint=shlex.join(
+                # The address is the job server's: a job finds its own cluster.
+                ["python", "-m", "cavmae.cluster.train", *arguments, "--address="]
+            ),
+            submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            runtime_env=runtime_env,
+            metadata={"run_dir": config.run_dir, "commit": git_commit() or "unknown"},
+        )
     print(job)
     print(
         f"`cavmae status {job}`, `cavmae logs {job} --follow`, `cavmae stop {job}`; the ranks' "
@@ -78,22 +86,40 @@ def submit(arguments: list[str]) -> int:
     return 0
 
 
-def _runtime_env() -> dict[str, Any]:
-    """Return what Ray sends to the job: this tree's code, and variables for driver and ranks. An
-    installed wheel is not sent: the nodes have theirs."""
+@contextmanager
+def _runtime_env() -> Iterator[dict[str, Any]]:
+    """Yield what Ray sends to the job: a copy of the running Python files alone, and variables for
+    driver and ranks. An installed wheel is not sent: the nodes have theirs."""
     environment = passed_on() | {"CAVMAE_COMMIT": git_commit() or "", VARIABLE: "1"}
-    tree = source_tree()
-    return {"env_vars": environment} | ({"working_dir": str(tree)} if tree else {})
+    if source_tree() is None:
+        yield {"env_vars": environment}
+        return
+    with TemporaryDirectory() as folder:
+        # Ray would send all that lies in the checkout, follow links, and end at 100 MiB.
+        for name, path in code_files().items():
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        yield {"env_vars": environment, "working_dir": folder}
 
 
 def _client(address: str, name: str = "") -> "JobSubmissionClient":
     """Connect to a job server, which a name that is no folder is looked up at."""
-    from ray.job_submission import JobSubmissionClient
-
+    source = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS", "") or DEFAULT_ADDRESS
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{source} is {address}, and jobs go to the head's job server: give http://HOST:8265 "
+            "(HOST:6379 and auto are for `cavmae train`)"
+        )
     try:
+        with suppress(HTTPError):  # Ray's client would wait for an answer without end
+            urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS).close()
+        from ray.job_submission import JobSubmissionClient
+
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    # What answers may be no job server, or no HTTP server.
+    except (OSError, RuntimeError, ValueError, LookupError, HTTPException) as error:
         no_folder = f"there is no folder {name}, and at " if name else ""
         raise ValueError(
             f"{no_folder}address {address}: no job server answers ({error})"
@@ -283,10 +309,11 @@ def stop(arguments: list[str]) -> int:
     job = _job(client, config.name)
     if not job.status.is_terminal():
         # The run folder may be on the cluster's storage alone.
-        request = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "cavmae", "stop", str(_run_dir(job))]),
-            runtime_env=_runtime_env(),
-        )
+        with _runtime_env() as runtime_env:
+            request = client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "cavmae", "stop", str(_run_dir(job))]),
+                runtime_env=runtime_env,
+            )
         _wait_for_end(client, config, request)
     state, step = job_state("STOPPED", client.get_job_logs(config.name))
     print(f"{config.name}: {state}, step {step}", file=sys.stderr)

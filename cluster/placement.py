@@ -26,13 +26,17 @@ class Placement:
         return max((len(ranks) for _, ranks in self.shares), default=1)
 
 
-def placement(cluster: ClusterConfig) -> Placement:
+def placement(cluster: ClusterConfig, *, ask_cluster: bool = True) -> Placement:
     """Place the ranks of a run on an otherwise idle cluster.
 
-    Where the named cluster cannot be reached, `rests_on` says so and equal nodes are assumed.
+    Where the named cluster cannot be reached, `rests_on` says so and equal nodes are assumed; they
+    also are where it is not asked.
+
+    Raises:
+        ValueError: the address is not one of a cluster.
     """
     unreachable = ""
-    if address_of(cluster):
+    if ask_cluster and address_of(cluster):
         try:
             slots = _slots_of_cluster(cluster)
         except (ConnectionError, TimeoutError) as error:
@@ -40,7 +44,7 @@ def placement(cluster: ClusterConfig) -> Placement:
             unreachable = f"; {address_of(cluster)} cannot be reached ({reason})"
         else:
             return packed(cluster.workers, slots, f"the nodes of {address_of(cluster)}")
-    elif not cluster.gpus_per_worker or torch.cuda.device_count() >= cluster.workers:
+    elif ask_cluster and cluster.gpus_per_worker * cluster.workers <= torch.cuda.device_count():
         alone = [("this machine", cluster.workers)]
         return packed(cluster.workers, alone, "no address: Ray is started here")
     each = cluster.gpus_per_node if cluster.gpus_per_worker else cluster.workers

@@ -28,12 +28,12 @@ from cavmae.trainer.fault_tolerance.preemption import (
 from cavmae.trainer.run import MakeHooks
 from cavmae.trainer.run_status import LauncherStatus
 from cavmae.trainer.run_summary import RunSummary
+from cavmae.trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
 _PATH_FIELDS = (
     *("run_dir", "initial_weights", "data.validation", "checkpoint.folder", "tracking.uri"),
     *("cluster.storage", "classifier.labels"),
 )
-_SQLITE = "sqlite:///"
 _EXTRA_GRACE_SECONDS = 10.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
 
@@ -171,8 +171,9 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     """
 
     def absolute(name: str, path: str) -> str:
-        prefix = _SQLITE if path.startswith(_SQLITE) else ""
-        return prefix + absolute_path(name, path.removeprefix(prefix), folder)
+        if database := sqlite_file(path):
+            return sqlite_uri(Path(absolute_path(name, str(database), folder)))
+        return absolute_path(name, path, folder)
 
     data = dataclasses.replace(
         config.data,

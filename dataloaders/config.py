@@ -136,7 +136,9 @@ class DataConfig(CheckedFields, section="data"):
 
     @property
     def train_folders(self) -> list[str]:
-        """Folders or URLs of the training sets."""
+        """Folders or URLs of the training sets; a folder's own name may have commas."""
+        if "," in self.train and os.path.isdir(self.train):
+            return [self.train]
         return [folder.strip() for folder in self.train.split(",") if folder.strip()]
 
     @property

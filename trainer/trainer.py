@@ -321,12 +321,24 @@ class Trainer:
             self.skipped_in_a_row,
             ", ".join(sample_ids),
         )
-        if self.skipped_in_a_row >= self.config.engine.max_skipped_updates:
+        if self.skipped_in_a_row < self.config.engine.max_skipped_updates:
+            return
+        what = f"{self.skipped_in_a_row} updates in a row were not finite, up to step {self.step}"
+        weights = self.engine.full_state_dict()
+        wrong = on_first_rank(
+            lambda: [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+        )
+        if wrong:
+            start = self.resumed_from or self.config.initial_weights or "random weights"
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} updates in a row were not finite, up to step "
-                f"{self.step}; lower optimizer.learning_rate, set engine.clip_grad_norm, or raise "
-                "engine.max_skipped_updates"
+                f"{what}, as the weights are not finite themselves: {len(wrong)} tensors, the "
+                f"first {wrong[0]}, after {self.step - self.skipped_in_a_row} steps; this attempt "
+                f"started from {start}: start from finite ones"
             )
+        raise NonFiniteError(
+            f"{what}; lower optimizer.learning_rate, set engine.clip_grad_norm, or raise "
+            "engine.max_skipped_updates"
+        )
 
     def _validate_and_save(self, *, stops: bool, last: bool) -> None:
         """Validate and save after a step, if it is due."""

@@ -7,6 +7,7 @@ from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import check_run
 from cavmae.text_table import read_text
 from cavmae.trainer.config.parse import parse
+from cavmae.trainer.tracking.sqlite_uri import sqlite_uri
 
 T = TypeVar("T")
 
@@ -81,7 +82,7 @@ def common_words(document: dict[str, Any], path: Path, folder: Path) -> list[str
     """Return the words that all runs of a file share: `fields`, and one MLflow experiment."""
     return [
         f"--tracking.experiment={document.get('experiment', path.stem)}",
-        f"--tracking.uri=sqlite:///{(folder / 'mlflow.db').absolute()}",
+        f"--tracking.uri={sqlite_uri((folder / 'mlflow.db').absolute())}",
         *words_of(checked(document, "fields", {}, dict, str(path))),
     ]
 

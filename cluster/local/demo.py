@@ -8,6 +8,7 @@ clips and must score at chance.
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -33,6 +34,7 @@ from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_l
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.serialize import load_config
+from cavmae.trainer.tracking.sqlite_uri import sqlite_uri
 
 UNSEEN_START_INDEX = 1_000_000
 """A clip is a function of seed and index, so these are none of the training clips."""
@@ -217,13 +219,13 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     console.print(_LIMITATIONS, highlight=False)
     # The program's full path: the environment of `make demo` is not on the user's PATH.
     mlflow = Path(sys.executable).parent / "mlflow"
-    database = (demo.folder / "mlflow.db").resolve()
+    store = shlex.quote(sqlite_uri((demo.folder / "mlflow.db").resolve()))
     where = {
         "run folder": demo.run_dir,
         "weights": demo.run_dir / "weights.pt",
         "figures": demo.run_dir / "figures",
         "videos": demo.folder / "videos" / "unseen",
-        "all curves": f"{mlflow} ui --backend-store-uri sqlite:///{database} --host 127.0.0.1",
+        "all curves": f"{mlflow} ui --backend-store-uri {store} --host 127.0.0.1",
     }
     if demo.seconds:
         phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in demo.seconds.items())

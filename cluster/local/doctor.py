@@ -139,12 +139,13 @@ def operators() -> Finding:
 
 def tracking_store(uri: str, run_dir: Path) -> Finding:
     """Check that MLflow's store answers; the first run creates one in a file."""
+    from cavmae.trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
     from cavmae.trainer.tracking.tracker import check_store
 
     name = "tracking store"
-    uri = uri or f"sqlite:///{run_dir.absolute() / 'mlflow.db'}"
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not file.exists():
+    uri = uri or sqlite_uri(run_dir.absolute() / "mlflow.db")
+    file = sqlite_file(uri)
+    if file and not file.exists():
         disk = checks.disk(name, file.parent, 0)
         if disk.state != "ok":
             return disk

@@ -53,7 +53,11 @@ MAXIMUM_SOURCE_PIXELS = 1 << 27
 """Largest frame that is decoded (16k x 8k); a header can claim any size."""
 
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,wtv,gxf,rm"
-AUDIO_CONTAINERS = "wav,flac"
+AUDIO_CONTAINERS = (
+    "aac,ac3,adx,aea,aiff,amr,ape,au,avr,bonk,caf,dsf,dss,dts,dtshd,eac3,epaf,flac,gsm,hcom,"
+    "ircam,lc3,loas,mlp,mp3,mpc,mpc8,nistsphere,oma,osq,pvf,qcp,qoa,rka,sbc,shn,sox,tak,"
+    "truehd,tta,voc,w64,wav,wv,xwma"
+)
 """Formats that are opened. Playlists (HLS, concat) are not: they name other files and hosts."""
 
 

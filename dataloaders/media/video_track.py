@@ -269,6 +269,9 @@ def scale_frame(
     matrix = None
     if frame.colorspace == UNSPECIFIED and (frame.width >= HD_WIDTH or frame.height > HD_HEIGHT):
         matrix = Colorspace.ITU709
+    if any(component.is_alpha for component in frame.format.components):
+        rgba = reformatter.reformat(frame, *unturned, format="rgba", interpolation=interpolation)
+        frame = av.VideoFrame.from_ndarray(_onto_white(rgba.to_ndarray()), "rgb24")
     if is_hdr(frame):
         rgb = reformatter.reformat(
             frame, *unturned, format="rgb48le", interpolation=interpolation, dst_color_range="JPEG"
@@ -290,6 +293,12 @@ def scale_frame(
     chroma = planes[rows:].reshape(2, rows // 2, columns // 2)
     turned = [np.rot90(plane, turns).reshape(-1) for plane in (planes[:rows], *chroma)]
     return np.concatenate(turned).reshape(height * 3 // 2, width)
+
+
+def _onto_white(rgba: np.ndarray) -> np.ndarray:
+    """Lay `(height, width, 4)` uint8 onto white: the colours of what is transparent mean nothing."""
+    alpha = rgba[..., 3:].astype(np.float32) / 255
+    return np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
 def rgb_pixels(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:

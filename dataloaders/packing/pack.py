@@ -424,8 +424,15 @@ class _Packer:
         timing = Counter(
             c for report in reports for clip in report["packed"] for c in clip["timing"]
         )
+        contents = {clip["content"] for report in reports for clip in report["packed"]}
         return PackSummary(
-            samples, reasons, dict(timing.most_common()), seconds, totals, len(reports) - packed_now
+            clips=samples,
+            skipped=reasons,
+            timing=dict(timing.most_common()),
+            duplicates=samples - len(contents),
+            seconds=seconds,
+            bytes=totals,
+            resumed_shards=len(reports) - packed_now,
         )
 
 

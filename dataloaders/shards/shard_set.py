@@ -108,7 +108,12 @@ class ShardSet:
         listed = [folders] if isinstance(folders, str | Path) else list(folders)
         self.folder = ", ".join(map(str, listed))
         self.storages = [open_storage(folder, cache) for folder in listed]
-        indexes = [read_index(storage) for storage in self.storages]
+        try:
+            indexes = [read_index(storage) for storage in self.storages]
+        except FileNotFoundError as error:
+            if len(listed) == 1:
+                raise
+            raise FileNotFoundError(f"{error}; commas separate sets, here {listed}") from error
         if not all(index["shards"] for index in indexes):
             raise ValueError(f"{self.folder}: a set without shards")
         self.tier: str = self._common("tier", indexes)

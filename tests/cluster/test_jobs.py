@@ -2,6 +2,7 @@
 tests/trainer/test_launchers.py)."""
 
 import shlex
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -153,6 +154,46 @@ def test_a_job_uses_its_own_cluster_and_not_the_address_of_the_job_server(
 def test_what_could_not_start_is_not_submitted(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         submit(words)
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_the_address_of_a_cluster_is_not_one_of_a_job_server(
+    monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    words = ["demo", "--data.train", "/s", "--run-dir", "/r"]
+    source = "RAY_ADDRESS" if by_variable else "--address"
+    for address in ("127.0.0.1:6379", "auto", "ray://127.0.0.1:10001"):
+        monkeypatch.setenv("RAY_ADDRESS", address if by_variable else "")
+        with pytest.raises(ValueError, match=f"{source} is {address}.*give http://HOST:8265"):
+            submit(words if by_variable else [*words, "--address", address])
+
+
+@pytest.mark.field
+def test_a_server_that_never_answers_is_no_job_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"address {address}: no job server answers"):
+            status(["--address", address])
+
+
+@pytest.mark.field
+def test_only_the_code_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: dict[str, Path] = {}
+
+    def submit_job(runtime_env: dict[str, str], **_: object) -> str:
+        folder = Path(runtime_env["working_dir"])
+        sent.update({str(path.relative_to(folder)): path for path in folder.rglob("*.*")})
+        assert not [path for path in sent.values() if path.is_symlink()]
+        return "job"
+
+    client = SimpleNamespace(list_jobs=list, submit_job=submit_job)
+    monkeypatch.setattr(jobs, "_client", lambda _: client)
+    submit(["demo", "--data.train", "/s", "--run-dir", str(tmp_path)])
+    assert {"cavmae/cli.py", "cavmae/cluster/train.py", "cavmae/trainer/run.py"} <= sent.keys()
+    assert all(name.endswith(".py") for name in sent)
+    assert not next(iter(sent.values())).exists(), "the copy is removed"
 
 
 @pytest.mark.parametrize("command", [status, logs, stop])

@@ -2,9 +2,11 @@
 
 Exact search reads every vector, a piece at a time, and keeps nothing. An HNSW graph (Malkov and
 Yashunin, 2018) answers from a part of them: it is built once, in memory, and then mapped from its
-file, so that a query reads only the pages it visits.
+file, so that a query reads only the pages it visits. Equal vectors (silence, copies of a clip) are
+one node: they would link to each other alone, and cut the rest off.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,17 @@ from typing import Any
 import faiss
 import numpy as np
 
-from cavmae.atomic_write import atomic_write
+from cavmae.atomic_write import atomic_write, write_json
 
 LINKS = 32
 """Of a vector in each layer of the graph; twice as many in the lowest."""
 BUILD_CANDIDATES, SEARCH_CANDIDATES = 200, 256
 """Smallest candidate lists (efConstruction and efSearch of HNSW)."""
+EQUAL_STEPS = 1 << 12
+"""Vectors are equal if their values are, rounded to one part in this: a clip that is embedded
+twice differs by 1e-7, and the cosines of vectors that are merged by 1e-5 at most."""
+RECALL_TOP, RECALL_QUERIES = 10, 200
+"""Recall is measured among the nearest ten of this many vectors."""
 
 Ranked = list[tuple[int, float]]
 """Row and cosine, best first."""
@@ -44,16 +51,25 @@ def nearest(vectors: Iterable[np.ndarray], query: np.ndarray, top: int) -> Ranke
     return _ranked(best.D, best.I)
 
 
-def build_graph(vectors: Iterable[np.ndarray], width: int, path: Path) -> None:
-    """Build the graph of vectors and write it atomically; it holds them in half precision.
+def build_graph(
+    vectors: Iterable[np.ndarray],
+    width: int,
+    path: Path,
+    queries: Iterable[np.ndarray] | None = None,
+) -> None:
+    """Build the graph of vectors and measure its recall; it holds them in half precision.
+
+    Three files are written atomically: the graph, `.npy` with the node of each row, and, last,
+    `.json` with the number of rows and nodes and the recall.
 
     Args:
         vectors: pieces of (rows, width) float32, of length 1.
         width: of them.
         path: of the graph; its folder is made.
+        queries: pieces like `vectors`, of what will be looked for; None: the vectors themselves.
 
     Raises:
-        OSError: it can't be written.
+        OSError: a file can't be written.
     """
     # Cosines of vectors in half precision are off by 1e-3 at most.
     graph = _faiss.IndexHNSWSQ(
@@ -61,16 +77,46 @@ def build_graph(vectors: Iterable[np.ndarray], width: int, path: Path) -> None:
     )
     graph.hnsw.efConstruction = BUILD_CANDIDATES
     graph.is_trained = True  # half precision has nothing to learn
+    node_of: dict[bytes, int] = {}
+    nodes: list[int] = []
     for some in vectors:
-        graph.add(some)
+        rounded = np.rint(some * EQUAL_STEPS).astype(np.int16)
+        names = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rounded]
+        some_nodes, first = np.unique(
+            [node_of.setdefault(name, len(node_of)) for name in names], return_index=True
+        )
+        graph.add(some[first[some_nodes >= graph.ntotal]])
+        nodes += [node_of[name] for name in names]
+    recall = _recall(graph, queries)
     path.parent.mkdir(exist_ok=True)
+    with atomic_write(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(nodes))
     with atomic_write(path) as temporary:
         temporary.touch()  # Faiss does not say why it cannot open a file
         _faiss.write_index(graph, str(temporary))
+    write_json(
+        path.with_suffix(".json"),
+        {"rows": len(nodes), "nodes": graph.ntotal, "recall_at_10": recall},
+    )
+
+
+def _recall(graph: Any, queries: Iterable[np.ndarray] | None) -> float:
+    """Measure the share of the nearest nodes that the graph finds; ties count as found."""
+    if queries is None:
+        step = max(1, graph.ntotal // RECALL_QUERIES)
+        sample = np.stack([graph.reconstruct(node) for node in range(0, graph.ntotal, step)])
+    else:
+        sample = np.concatenate([some[:: max(1, len(some) // RECALL_QUERIES)] for some in queries])
+        sample = sample[:: max(1, len(sample) // RECALL_QUERIES)]
+    top = min(RECALL_TOP, graph.ntotal)
+    graph.hnsw.efSearch = SEARCH_CANDIDATES
+    exact, _ = graph.storage.search(sample, top)
+    found, _ = graph.search(sample, top)
+    return float(np.mean(found >= exact[:, -1:] - 1e-6))
 
 
 def nearest_by_graph(path: Path, query: np.ndarray, top: int) -> Ranked:
-    """Find rows with large cosines by the graph.
+    """Find rows with large cosines by the graph; rows that are equal have the same cosine.
 
     Args:
         path: of a graph that `build_graph` wrote.
@@ -78,14 +124,21 @@ def nearest_by_graph(path: Path, query: np.ndarray, top: int) -> Ranked:
         top: rows to find.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a file is damaged.
     """
     try:
         graph = _faiss.read_index(str(path), _faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is damaged; remove it, and it is built again") from error
+        nodes = np.load(path.with_suffix(".npy"))
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} or its .npy is damaged; remove {path.parent}, and it is built again"
+        ) from error
     graph.hnsw.efSearch = max(SEARCH_CANDIDATES, 2 * top)
-    return _ranked(*graph.search(query[None], top))
+    ranked: Ranked = []
+    for node, cosine in _ranked(*graph.search(query[None], top)):
+        rows = np.flatnonzero(nodes == node)[: top - len(ranked)]
+        ranked += [(row, cosine) for row in rows.tolist()]
+    return ranked
 
 
 def _ranked(cosines: np.ndarray, rows: np.ndarray) -> Ranked:

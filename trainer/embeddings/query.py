@@ -22,7 +22,11 @@ from cavmae.dataloaders.packing.pack_clip import ten_frames
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Main brands of HEIF files that are not AVIF: pictures whose codec Pillow does not have."""
+BACKGROUND = "white"
+"""What a picture's transparent parts are laid onto."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def read_query(path: str, seconds: float, run: RunConfig) -> MediaQuery:
                 "file with sound"
             ) from error
         raise ValueError(
-            f"query {path} can't be used ({error}); give a sound, a picture, or a video with sound"
+            f"query {path} can't be used ({error}); give a sound, such as WAV, FLAC, MP3, M4A or "
+            "Opus, a picture, such as JPEG, PNG or AVIF, or a video with sound"
         ) from error
     chosen = ten_frames(
         clip.times_seconds, clip.video_seconds, clip.frames_per_second, run.data.frame_choice
@@ -85,11 +90,47 @@ def _picture(path: str) -> np.ndarray | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=PICTURE_FORMATS) as picture:
-                return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+                return np.asarray(_opaque(_eight_bit(ImageOps.exif_transpose(picture))))
     except UnidentifiedImageError:
+        _refuse_heif(path)
         return None
-    except (OSError, ValueError, Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,  # Pillow's for some damage
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(f"query {path} can't be used as a picture: {error}") from error
+
+
+def _refuse_heif(path: str) -> None:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS:
+        raise ValueError(f"query {path} is a HEIC picture, which is not read; save it as JPEG")
+
+
+def _eight_bit(picture: Image.Image) -> Image.Image:
+    """Scale grey pixels of 16 bits, or floats from 0 to 1, which Pillow would cut off at 255."""
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    pixels = np.asarray(picture)
+    white = 1.0 if picture.mode == "F" else 65535
+    if not (pixels.min() >= 0 and pixels.max() <= white):  # NaN too
+        raise ValueError(
+            f"its pixels are from {pixels.min()} to {pixels.max()}, and are read as from 0 (black) "
+            f"to {white} (white); save it with 8 bits"
+        )
+    return Image.fromarray(np.rint(pixels / white * 255).astype(np.uint8))
+
+
+def _opaque(picture: Image.Image) -> Image.Image:
+    """Convert to RGB, transparent parts laid onto the background."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    background = Image.new("RGBA", picture.size, BACKGROUND)
+    return Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from cavmae.atomic_write import write_json
+from cavmae.atomic_write import read_json, write_json
 from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
@@ -28,6 +28,8 @@ FOUND_BY = {"video": "sound", "sound": "picture"}
 """What is found, and the part of the query that it is found by."""
 EXACT_ROWS = 1_000_000
 """Most clips for which `auto` is exact: 3 GB are read for a query at width 768."""
+LEAST_RECALL = 0.98
+"""A graph that finds less of what exact search does is not used."""
 COLUMNS = {"video": "video_embedding", "sound": "audio_embedding", "picture": "video_embedding"}
 
 
@@ -85,7 +87,7 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for kind in kinds:
         vector = query[COLUMNS[FOUND_BY[kind]]]
-        ranked = _ranked(config, embeddings, COLUMNS[kind], vector)
+        ranked = _ranked(config, embeddings, kind, vector)
         clips = embeddings.clips([row for row, _ in ranked])
         found[kind] = [
             {"rank": rank, "score": score, **clip}
@@ -94,23 +96,31 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _ranked(
-    config: SearchConfig, embeddings: EmbeddingSet, column: str, query: np.ndarray
-) -> Ranked:
-    """Rank the rows of the embeddings by the cosine of a column with the query."""
+def _ranked(config: SearchConfig, embeddings: EmbeddingSet, kind: str, query: np.ndarray) -> Ranked:
+    """Rank the rows of the embeddings by the cosine of what is found with the query."""
     length = np.linalg.norm(query)
     if not np.isfinite(length) or length == 0:
         raise ValueError(
             f"the embedding of query {config.query} is not finite, or all zeros; look at the query "
             "or at the weights"
         )
-    unit, top = query / length, min(config.top, embeddings.rows)
+    unit, top, column = query / length, min(config.top, embeddings.rows), COLUMNS[kind]
     if config.index == "exact" or (config.index == "auto" and embeddings.rows <= EXACT_ROWS):
         return nearest(embeddings.unit_vectors(column), unit, top)
     graph = embeddings.beside(f"{column}.hnsw")
-    if not graph.exists():
+    record = graph.with_suffix(".json")
+    if not record.exists():
         print(f"building {graph} of {embeddings.rows} clips, once", file=sys.stderr, flush=True)
-        build_graph(embeddings.unit_vectors(column), embeddings.origin.width, graph)
+        queries = embeddings.unit_vectors(COLUMNS[FOUND_BY[kind]])
+        build_graph(embeddings.unit_vectors(column), embeddings.origin.width, graph, queries)
+    recall = read_json(record)["recall_at_10"]
+    if recall < LEAST_RECALL:
+        print(
+            f"{graph} finds {recall:.1%} of the ten nearest, below {LEAST_RECALL:.0%}: all clips "
+            "are compared instead, as with --index exact",
+            file=sys.stderr,
+        )
+        return nearest(embeddings.unit_vectors(column), unit, top)
     return nearest_by_graph(graph, unit, top)
 
 

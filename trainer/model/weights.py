@@ -5,19 +5,25 @@ Files are read with `weights_only=True`, so that a checkpoint cannot run code. A
 fit is an error, never a silently random layer.
 """
 
+import math
 import pickle
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import VIDEO_ONLY, CAVMAEClassifier
+from cavmae.trainer.model.config import ModelConfig
 
 State = Mapping[str, torch.Tensor]
 
 _LISTED = 8
+_WRAPPERS = {"module", "_orig_mod"}
+"""Parts that DistributedDataParallel and torch.compile add to the names of parameters."""
 PRETRAINING_FIX = (
     "Set model.modality_depth, model.joint_depth and model.decoder_depth to the checkpoint's, or "
     "take a checkpoint with its decoder and without a classifier"
@@ -41,37 +47,40 @@ def load_initial_weights(model: CAVMAE, path: str | Path) -> None:
     """
     state = read_state(path)
     if "patch_embed_a.proj.weight" in state:
-        load_published(model, state)
+        load_published(model, state, str(path))
     elif "patch_embed.proj.weight" in state:
-        model.load_state_dict(adapt_mae(state, model))
+        model.load_state_dict(adapt_mae(state, model, str(path)))
     else:
         raise ValueError(
             f"{path} holds neither CAV-MAE weights (patch_embed_a.proj.weight) nor ImageNet MAE "
-            f"weights (patch_embed.proj.weight); its first keys are {sorted(state)[:_LISTED]}"
+            f"weights (patch_embed.proj.weight); {_first_keys(state)}"
         )
 
 
-def load_published(model: CAVMAE, path_or_state: str | Path | State) -> None:
+def load_published(
+    model: CAVMAE, path_or_state: str | Path | State, source: str = "the checkpoint"
+) -> None:
     """Load a published CAV-MAE pretraining checkpoint into `model`, in place.
 
     Position tables are loaded as they are: the published ones are the fixed sine-cosine tables.
 
     Args:
         path_or_state: file, or state dict with or without `module.` prefixes.
+        source: of a state dict, for messages.
 
     Raises:
         ValueError: a missing, unexpected or wrongly shaped tensor, with its shapes.
         FileNotFoundError: no such file.
     """
-    state, _ = _read(path_or_state)
+    state, source = _read(path_or_state, source)
     expected = model.state_dict()
-    _check_keys(state, expected, PRETRAINING_FIX)
-    _check_shapes({name: (name, state[name]) for name in state}, expected)
+    _check_keys(source, state, expected, PRETRAINING_FIX)
+    _check_shapes(source, {name: (name, state[name]) for name in state}, model)
     model.load_state_dict(dict(state))
 
 
 def load_classifier_weights(
-    model: CAVMAEClassifier, path_or_state: str | Path | State
+    model: CAVMAEClassifier, path_or_state: str | Path | State, source: str = "the checkpoint"
 ) -> list[str]:
     """Load a pretraining or a fine-tuned CAV-MAE checkpoint into `model`, in place.
 
@@ -81,6 +90,7 @@ def load_classifier_weights(
     Args:
         path_or_state: file or state dict, ours (`weights.pt`) or published, with or without
             `module.` prefixes.
+        source: of a state dict, for messages.
 
     Returns:
         The parameters that the checkpoint does not have and that keep their values: those of the
@@ -91,12 +101,12 @@ def load_classifier_weights(
             unexpected or wrongly shaped tensor, with its shapes.
         FileNotFoundError: no such file.
     """
-    state, source = _read(path_or_state)
+    state, source = _read(path_or_state, source)
     if "patch_embed_a.proj.weight" not in state:
         raise ValueError(
-            f"{source} holds no CAV-MAE weights (patch_embed_a.proj.weight); its first keys are "
-            f"{sorted(state)[:_LISTED]}. Fine-tuning starts from a CAV-MAE checkpoint: pretrain "
-            "from this one first, or take the weights.pt of a pretraining run"
+            f"{source} holds no CAV-MAE weights (patch_embed_a.proj.weight); {_first_keys(state)}. "
+            "Fine-tuning starts from a CAV-MAE checkpoint: pretrain from this one first, or take "
+            "the weights.pt of a pretraining run"
         )
     skipped = ["mask_token"] + ([] if model.has_video else [*VIDEO_ONLY])
     state = {
@@ -108,13 +118,15 @@ def load_classifier_weights(
     head = [name for name in expected if name.startswith("mlp_head.")]
     kept = [] if any(name in state for name in head) else head
     _check_classes(source, state, model.classes)
-    _check_keys(state, [name for name in expected if name not in kept], CLASSIFIER_FIX)
-    _check_shapes({name: (name, state[name]) for name in state}, expected)
+    _check_keys(source, state, [name for name in expected if name not in kept], CLASSIFIER_FIX)
+    _check_shapes(source, {name: (name, state[name]) for name in state}, model)
     model.load_state_dict(expected | state)
     return kept
 
 
-def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
+def adapt_mae(
+    source_state: State, model: CAVMAE, file: str = "the checkpoint"
+) -> dict[str, torch.Tensor]:
     """Convert weights of an ImageNet MAE (He et al. 2022) for both modalities, as published.
 
     Both modality encoders start from the first blocks and the joint encoder from the last ones;
@@ -125,6 +137,7 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
     Args:
         source_state: checkpoint with the MAE decoder, with or without `module.` prefixes.
         model: gives sizes and the values that are kept; it is not changed.
+        file: where the checkpoint comes from, for messages.
 
     Returns:
         A whole state dict for `model`.
@@ -132,13 +145,13 @@ def adapt_mae(source_state: State, model: CAVMAE) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a missing, unused or wrongly shaped tensor, with its shapes.
     """
-    source = _without_prefix(source_state)
+    source = _without_prefix(source_state, file)
     state = dict(model.state_dict())
     sources = {name: key for name in state if (key := _mae_key(name, model)) is not None}
     expected = [*dict.fromkeys(sources.values()), "cls_token"]
-    _check_keys(source, expected, PRETRAINING_FIX, optional="cls_token")
+    _check_keys(file, source, expected, PRETRAINING_FIX, optional="cls_token")
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
-    _check_shapes({name: (sources[name], tensor) for name, tensor in adapted.items()}, state)
+    _check_shapes(file, {name: (sources[name], tensor) for name, tensor in adapted.items()}, model)
     return state | adapted
 
 
@@ -148,24 +161,37 @@ def published_state(model: CAVMAE | CAVMAEClassifier) -> dict[str, torch.Tensor]
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint file by name, without `module.` prefixes.
+    """Read the tensors of a checkpoint file by name, without the prefixes of wrapped models.
+
+    Args:
+        path: of a file that torch wrote, or of one that ends in .safetensors.
 
     Raises:
-        ValueError: a file that holds more than tensors and plain containers, or no tensors.
+        ValueError: a file that holds more than tensors and plain containers, no tensors, or one
+            that is no weight: of whole numbers, or with values that are not finite.
         FileNotFoundError: no such file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint of tensors, or holds Python objects that could run code when "
             "read; save the bare state dict (torch.save(model.state_dict(), ...)) where you trust "
             "the file"
         ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, struct.error) as error:
-        # A file that is no zip is read as a pickle stream, which fails in many ways.
+    # A file that is no zip is read as a pickle stream, which fails in many ways.
+    except (
+        *(RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+        *(struct.error, OSError, SafetensorError),
+    ) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: {error}; copy or download it again"
+            f"{path} cannot be read as a checkpoint ({reason}); copy or download it again"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # MAE checkpoints keep the weights beside other things
@@ -173,22 +199,67 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     other = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if other:
+        weights = next(
+            (
+                key
+                for key, value in content.items()
+                if isinstance(value, dict)
+                and any(isinstance(tensor, torch.Tensor) for tensor in value.values())
+            ),
+            None,
+        )
+        part = "" if weights is None else f": torch.save(torch.load(FILE)[{weights!r}], NEW_FILE)"
         raise ValueError(
             f"{path} holds values that are no tensors, such as {', '.join(other[:_LISTED])}; "
-            "save the bare state dict"
+            f"save the bare state dict{part}"
         )
-    return _without_prefix(content)
+    for name, tensor in content.items():
+        _check_is_weight(f"{path}: tensor {name}", tensor)
+    return _without_prefix(content, str(path))
 
 
-def _read(path_or_state: str | Path | State) -> tuple[dict[str, torch.Tensor], str]:
-    """Return tensors without `module.` prefixes, and their source for messages."""
+def _check_is_weight(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} is of {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-"
+            "point numbers; take the checkpoint from before it was quantised or converted"
+        )
+    finite = tensor.float().isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{name} has {int((~finite).sum())} NaN or infinite values of {tensor.numel()}; take a "
+            "checkpoint from before its training diverged"
+        )
+
+
+def _read(path_or_state: str | Path | State, source: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Return tensors without the prefixes of wrapped models, and their source for messages."""
     if isinstance(path_or_state, str | Path):
         return read_state(path_or_state), str(path_or_state)
-    return _without_prefix(path_or_state), "the checkpoint"
+    return _without_prefix(path_or_state, source), source
 
 
-def _without_prefix(state: State) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+def _without_prefix(state: State, source: str) -> dict[str, torch.Tensor]:
+    bare = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): tensor
+        for name, tensor in state.items()
+    }
+    if len(bare) < len(state):
+        raise ValueError(
+            f"{source} holds {len(state) - len(bare)} tensors twice, with and without `module.` or "
+            "`_orig_mod.` in their names; save one set of weights"
+        )
+    return bare
+
+
+def _first_keys(state: State) -> str:
+    """Describe a state that was not recognised, for an error."""
+    text = f"its first keys are {sorted(state)[:_LISTED]}"
+    for name in state:
+        prefix, kernel, _ = name.partition("patch_embed")
+        if prefix and kernel:
+            return f"{text}: take {prefix!r} off the names"
+    return text
 
 
 def _mae_key(name: str, model: CAVMAE) -> str | None:
@@ -232,7 +303,9 @@ def _check_classes(source: str, state: State, classes: int) -> None:
         )
 
 
-def _check_keys(state: State, expected: Iterable[str], fix: str, optional: str = "") -> None:
+def _check_keys(
+    source: str, state: State, expected: Iterable[str], fix: str, optional: str = ""
+) -> None:
     expected = list(expected)
     missing = [name for name in expected if name not in state and name != optional]
     unexpected = [name for name in state if name not in expected]
@@ -244,23 +317,45 @@ def _check_keys(state: State, expected: Iterable[str], fix: str, optional: str =
     if unexpected:
         shapes = [f"{name} {tuple(state[name].shape)}" for name in unexpected]
         lines.append(f"{len(unexpected)} tensors are unexpected: {_some(shapes)}")
-    raise ValueError(f"the checkpoint does not fit the model; {'; '.join(lines)}. {fix}")
+    raise ValueError(f"{source} does not fit the model; {'; '.join(lines)}. {fix}")
 
 
-def _check_shapes(tensors: Mapping[str, tuple[str, torch.Tensor]], expected: State) -> None:
+def _check_shapes(
+    source: str,
+    tensors: Mapping[str, tuple[str, torch.Tensor]],
+    model: CAVMAE | CAVMAEClassifier,
+) -> None:
     """`tensors` holds, by parameter name, the name in the checkpoint and the tensor."""
+    expected = model.state_dict()
     wrong = [
-        f"{source} has shape {tuple(tensor.shape)} and the model's {name} "
+        f"{key} has shape {tuple(tensor.shape)} and the model's {name} "
         f"{tuple(expected[name].shape)}"
-        for name, (source, tensor) in tensors.items()
+        for name, (key, tensor) in tensors.items()
         if tensor.shape != expected[name].shape
     ]
     if wrong:
+        sizes = _sizes({name: tensor for name, (_, tensor) in tensors.items()}, model.config)
         raise ValueError(
-            f"the checkpoint does not fit the model; {len(wrong)} tensors differ in shape: "
-            f"{_some(wrong)}. Set model.width, model.decoder_width, model.audio_frames (16 times "
-            "the columns of pos_embed_a) and model.image_size to the checkpoint's"
+            f"{source} does not fit the model; {len(wrong)} tensors differ in shape: "
+            f"{_some(wrong)}. {sizes}"
         )
+
+
+def _sizes(state: State, sizes: ModelConfig) -> str:
+    """Say which of a model's sizes are to be set, and to what, for the tensors of a checkpoint."""
+    rows = sizes.mel_bins // 16
+    found = {
+        "width": ("norm.weight", lambda shape: shape[0]),
+        "decoder_width": ("decoder_norm.weight", lambda shape: shape[0]),
+        "audio_frames": ("pos_embed_a", lambda shape: 16 * shape[1] // rows),
+        "image_size": ("pos_embed_v", lambda shape: 16 * math.isqrt(shape[1])),
+    }
+    fix = [
+        f"model.{field} to {size}" + (f" (with {rows * 16} mel bins)" * (field == "audio_frames"))
+        for field, (name, size_of) in found.items()
+        if name in state and (size := size_of(state[name].shape)) != getattr(sizes, field)
+    ]
+    return f"Set {', '.join(fix)}" if fix else "It is of another architecture"
 
 
 def _some(names: list[str]) -> str:

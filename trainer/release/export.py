@@ -178,10 +178,10 @@ def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
     head = state.get("mlp_head.1.weight")
     if head is None:
         model = CAVMAE(sizes)
-        load_published(model, state)
+        load_published(model, state, str(path))
     else:
         model = CAVMAEClassifier(sizes, len(head), video="patch_embed_v.proj.weight" in state)
-        load_classifier_weights(model, state)
+        load_classifier_weights(model, state, str(path))
     return model.eval()
 
 

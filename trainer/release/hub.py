@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from cavmae.atomic_write import write_bytes
 from cavmae.trainer.config.serialize import load_config, save_config
@@ -52,15 +51,9 @@ class _HubFolder(ModelHubMixin):
         )
         model = cls(load_config(config, ModelSpec))
         assert isinstance(model, CAVMAE | CAVMAEClassifier)
-        try:
-            state = load_file(weights)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{weights} cannot be read as safetensors: {error}; copy or download it again"
-            ) from error
         if isinstance(model, CAVMAE):
-            load_published(model, state)
-        elif missing := load_classifier_weights(model, state):
+            load_published(model, weights)
+        elif missing := load_classifier_weights(model, weights):
             raise ValueError(f"{weights} lacks {', '.join(missing)}; export the classifier again")
         model.eval()
         return model

@@ -16,15 +16,9 @@ _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 def save_code(run_dir: Path) -> str:
     """Save the running Python files as `code/HASH.tar.gz`, unless an earlier attempt ran the same
     code; returns the hash."""
-    root = Path(__file__).resolve().parents[2]  # of a checkout, or the package of a wheel
-    top = root / "cavmae" if (root / "cavmae").is_dir() else root
-    files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
-    for part in _PARTS:
-        for path in (root / part).rglob("*.py"):
-            files[f"cavmae/{path.relative_to(root)}"] = path
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name, path in sorted(files.items()):
+        for name, path in sorted(code_files().items()):
             content = path.read_bytes()
             entry = tarfile.TarInfo(name)  # no times and owners: the same files, the same bytes
             entry.size = len(content)
@@ -35,6 +29,17 @@ def save_code(run_dir: Path) -> str:
         target.parent.mkdir(exist_ok=True)
         write_bytes(target, gzip.compress(packed.getvalue()))
     return code
+
+
+def code_files() -> dict[str, Path]:
+    """Return the running Python files by the names that they have in an installed package."""
+    root = Path(__file__).resolve().parents[2]  # of a checkout, or the package of a wheel
+    top = root / "cavmae" if (root / "cavmae").is_dir() else root
+    files = {f"cavmae/{path.name}": path for path in top.glob("*.py")}
+    for part in _PARTS:
+        for path in (root / part).rglob("*.py"):
+            files[f"cavmae/{path.relative_to(root)}"] = path
+    return files
 
 
 def git_commit() -> str | None:

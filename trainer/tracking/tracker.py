@@ -24,6 +24,7 @@ from cavmae.atomic_write import TEMPORARY_SUFFIX, atomic_write, read_json, write
 from cavmae.trainer.config.configs import TrackingConfig
 from cavmae.trainer.tracking.code_snapshot import git_commit
 from cavmae.trainer.tracking.metrics_file import drop_metrics_after, read_metrics
+from cavmae.trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._mlflow_errors = (MlflowException, OSError)
-        default_uri = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+        default_uri = sqlite_uri(run_dir.resolve().parent / "mlflow.db")
         self.uri = config.uri or default_uri
         try:
             create_store(self.uri)
@@ -154,10 +155,9 @@ class Tracker:
         """Return the id of the experiment, created where it doesn't exist."""
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            database = self.uri.removeprefix("sqlite:///")
-            artifacts = Path(database).resolve().parent / "mlartifacts"
+            database = sqlite_file(self.uri)
             # A server places artifacts itself; SQLite would put them into the current folder.
-            location = artifacts.as_uri() if database != self.uri else None
+            location = database and (database.resolve().parent / "mlartifacts").as_uri()
             try:
                 return self._client.create_experiment(name, artifact_location=location)
             except self._mlflow_errors:
@@ -345,10 +345,8 @@ def create_store(uri: str) -> None:
     """
     from mlflow import MlflowClient
 
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
-    if path.exists():
+    path = sqlite_file(uri)
+    if path is None or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("w") as lock:
@@ -357,4 +355,4 @@ def create_store(uri: str) -> None:
             for leftover in path.parent.glob(f"{path.name}.*{TEMPORARY_SUFFIX}*"):
                 leftover.unlink()  # of a killed run, with its journal
             with atomic_write(path) as temporary:
-                MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+                MlflowClient(sqlite_uri(temporary)).search_experiments(max_results=1)

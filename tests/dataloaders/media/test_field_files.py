@@ -287,6 +287,19 @@ def test_interlaced_frames_are_deinterlaced(tmp_path: Path) -> None:
     assert len(clip.frames) == 25 and np.diff(clip.times_seconds) == pytest.approx(0.04, abs=0.001)
 
 
+def test_hidden_colours_of_transparent_video_are_not_shown(tmp_path: Path) -> None:
+    rgba = np.zeros((48, 64, 4), np.uint8)
+    rgba[:, :32] = (255, 0, 0, 0)
+    rgba[:, 32:] = (0, 0, 255, 255)
+    frame = av.VideoFrame.from_ndarray(rgba, "rgba")
+    planes = video_track.scale_frame(frame, 64, 48, VideoReformatter())
+    found = video_track.rgb_pixels(
+        av.VideoFrame.from_ndarray(planes, "yuv420p"), VideoReformatter()
+    )
+    assert found[24, 8] == pytest.approx([255, 255, 255], abs=2)
+    assert found[24, 56] == pytest.approx([0, 0, 255], abs=3)
+
+
 def test_pixels_that_are_stated_to_be_absurdly_wide_are_square(
     tmp_path: Path, write_video: WriteVideo
 ) -> None:

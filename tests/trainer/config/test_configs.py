@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cavmae.dataloaders.config import Augmentation, DataConfig
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import (
     ClassifierConfig,
     EngineConfig,
@@ -130,3 +131,13 @@ def test_a_fine_tuning_run_that_resumes_may_name_its_label_file_by_another_path(
         ValueError, match=r"classifier.loss bce and cannot resume with cross_entrop"
     ):
         check_same_run(before, FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy")))
+
+
+@pytest.mark.field
+def test_a_folder_whose_own_name_has_a_comma_is_one_set(tmp_path: Path) -> None:
+    folder = tmp_path / "S, 2024"
+    assert DataConfig(train=str(folder)).train_folders == [f"{tmp_path}/S", "2024"]
+    folder.mkdir()
+    assert DataConfig(train=str(folder)).train_folders == [str(folder)]
+    with pytest.raises(FileNotFoundError, match=r"commas separate sets, here \['a', 'b'\]"):
+        ShardSet(DataConfig(train="a, b").train_folders)

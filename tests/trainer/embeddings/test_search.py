@@ -1,5 +1,6 @@
 """`cavmae search`: what is found is what cosines say, and a file is embedded as packing does it."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -162,9 +163,50 @@ def test_above_some_size_a_graph_is_built_once_and_answers(
         assert capsys.readouterr().err.count("building") == built
     (graph,) = embeddings.glob("index-*/video_embedding.hnsw")
     graph.write_bytes(b"no graph")
-    with pytest.raises(ValueError, match="is damaged; remove it, and it is built again"):
+    with pytest.raises(ValueError, match=r"damaged; remove .*, and it is built again"):
         search(asked)
-    graph.unlink()
+    shutil.rmtree(graph.parent)
+
+
+def with_copies(random: np.random.Generator, noise: float) -> np.ndarray:
+    """300 different vectors and 2,000 of one, which differ by `noise`: (2300, 192), of length 1."""
+    different = random.standard_normal((300, 192))
+    copies = random.standard_normal(192) + noise * random.standard_normal((2000, 192))
+    some = np.concatenate([different, copies]).astype(np.float32)
+    return some / np.linalg.norm(some, axis=1, keepdims=True)
+
+
+@pytest.mark.field
+def test_equal_vectors_do_not_cut_the_others_off(tmp_path: Path) -> None:
+    vectors = with_copies(np.random.default_rng(0), noise=1e-7)
+    build_graph(np.array_split(vectors, 3), 192, tmp_path / "index" / "graph")
+    record = json.loads((tmp_path / "index" / "graph.json").read_text())
+    assert record == {"rows": 2300, "nodes": 301, "recall_at_10": 1.0}
+    for row in range(0, 300, 10):
+        exact = nearest([vectors], vectors[row], 10)
+        found = nearest_by_graph(tmp_path / "index" / "graph", vectors[row], 10)
+        assert found[0][0] == row
+        assert [cosine for _, cosine in found] == pytest.approx([c for _, c in exact], abs=2e-3)
+    copies = nearest_by_graph(tmp_path / "index" / "graph", vectors[700], 15)
+    assert len(copies) == 15 and all(row >= 300 for row, _ in copies)
+
+
+@pytest.mark.field
+def test_a_graph_that_finds_too_little_says_so_and_is_not_used(
+    embeddings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = SearchConfig(str(embeddings), "000000/000000003", wanted="sound", index="hnsw")
+    monkeypatch.setattr(search_module, "LEAST_RECALL", 1.01)
+    found = search(asked)
+    assert "finds 100.0% of the ten nearest, below 101%: all clips" in capsys.readouterr().err
+    assert found == search(dataclasses.replace(asked, index="exact"))
+
+
+def test_the_recall_of_a_graph_is_measured(tmp_path: Path) -> None:
+    vectors = with_copies(np.random.default_rng(0), noise=1e-4)  # they link to each other alone
+    build_graph([vectors], 192, tmp_path / "index" / "graph")
+    recall = json.loads((tmp_path / "index" / "graph.json").read_text())["recall_at_10"]
+    assert 0.5 < recall < search_module.LEAST_RECALL
 
 
 def test_the_result_is_written_as_json_or_as_a_sheet(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from unsafe_pickle import save_malicious
 
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -152,7 +153,7 @@ def test_wrong_shape_is_named_with_both_shapes_and_the_field_to_change() -> None
     assert "pos_embed_a has shape (1, 8, 16) and the model's pos_embed_a (1, 4, 16)" in str(
         error.value
     )
-    assert "model.audio_frames" in str(error.value)
+    assert "Set model.audio_frames to 64 (with 32 mel bins)" in str(error.value)
     assert_equal_states(model, before)
 
 
@@ -281,7 +282,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_classifier_as_it_was(change: 
         "missing": "missing: norm_v.bias",
         "unexpected": r"unexpected: cls_token \(1, 1, 16\)",
         "deeper": r"unexpected: blocks_a\.2.*Set model\.modality_depth",
-        "longer": r"pos_embed_a has shape \(1, 8, 16\).*Set .*model\.audio_frames",
+        "longer": r"pos_embed_a has shape \(1, 8, 16\).*Set model\.audio_frames to 64",
     }[change]
     with pytest.raises(ValueError, match=message):
         load_classifier_weights(model, state)
@@ -299,3 +300,96 @@ def test_a_file_that_is_no_checkpoint_is_an_error_naming_it(tmp_path: Path, cont
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights\.pt (cannot be read as|is no) (a )?checkpoint"):
         read_state(path)
+
+
+def not_finite(value: float) -> dict[str, torch.Tensor]:
+    state = random_model(1).state_dict()
+    state["blocks_a.0.attn.qkv.weight"][1, 2] = value
+    return state
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, value: float) -> None:
+    save = torch.save if name == "w.pt" else save_file
+    save(not_finite(value), tmp_path / name)
+    message = rf"{name}: tensor blocks_a\.0\.attn\.qkv\.weight has 1 NaN or infinite values of 768"
+    for load in (
+        lambda: load_initial_weights(random_model(2), tmp_path / name),
+        lambda: load_classifier_weights(random_classifier(2), tmp_path / name),
+        lambda: load_published(random_model(2), tmp_path / name),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load()
+
+
+@pytest.mark.field
+def test_a_double_that_float32_cannot_hold_is_not_finite(tmp_path: Path) -> None:
+    state = {name: tensor.double() for name, tensor in random_model(1).state_dict().items()}
+    state["norm.bias"][0] = 1e300
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"tensor norm\.bias has 1 NaN or infinite"):
+        read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = random_model(1).state_dict()
+    torch.save(state | {"norm.weight": state["norm.weight"].to(dtype)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt: tensor norm\.weight is of (int|bool)"):
+        read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("part", [0.001, 0.05, 0.1, 0.2, 0.5, 0.9, 0.99])
+def test_a_file_that_was_cut_is_named(tmp_path: Path, part: float) -> None:
+    torch.save(random_model(1).state_dict(), tmp_path / "w.pt")
+    content = (tmp_path / "w.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(ValueError, match=r"cut\.pt cannot be read.*copy or download it again"):
+        read_state(tmp_path / "cut.pt")
+
+
+@pytest.mark.field
+def test_names_of_wrapped_models_are_known(tmp_path: Path) -> None:
+    expected = random_model(1).state_dict()
+    for prefix in ("_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        torch.save({prefix + name: one for name, one in expected.items()}, tmp_path / "w.pt")
+        assert read_state(tmp_path / "w.pt").keys() == expected.keys()
+    blocks = {name.replace("blocks_a.0.", "blocks_a.0._orig_mod."): name for name in expected}
+    torch.save({name: expected[bare] for name, bare in blocks.items()}, tmp_path / "w.pt")
+    assert read_state(tmp_path / "w.pt").keys() == expected.keys()
+    both = expected | {f"module.{name}": tensor for name, tensor in expected.items()}
+    torch.save(both, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w\.pt holds {len(expected)} tensors twice"):
+        read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.field
+def test_the_state_of_a_lightning_module_says_what_to_take_out(tmp_path: Path) -> None:
+    state = {f"model.{name}": tensor for name, tensor in random_model(1).state_dict().items()}
+    torch.save({"optimizer": {"lr": 1}, "state_dict": state, "epoch": 3}, tmp_path / "l.ckpt")
+    with pytest.raises(ValueError, match=r"torch\.save\(torch\.load\(FILE\)\['state_dict'\]"):
+        read_state(tmp_path / "l.ckpt")
+    torch.save(state, tmp_path / "l.pt")
+    for load in (
+        lambda: load_initial_weights(random_model(2), tmp_path / "l.pt"),
+        lambda: load_classifier_weights(random_classifier(2), tmp_path / "l.pt"),
+    ):
+        with pytest.raises(ValueError, match=r"l\.pt holds n.*take 'model\.' off the names"):
+            load()
+
+
+@pytest.mark.field
+def test_the_sizes_that_are_advised_are_those_of_the_file(tmp_path: Path) -> None:
+    sizes = replace(SIZES, audio_frames=96, image_size=48, width=32, decoder_width=16)
+    torch.save(random_model(1, sizes).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError) as error:
+        load_initial_weights(random_model(2), tmp_path / "w.pt")
+    assert str(error.value).startswith(f"{tmp_path / 'w.pt'} does not fit the model")
+    assert str(error.value).endswith(
+        "Set model.width to 32, model.decoder_width to 16, model.audio_frames to 96 (with 32 mel "
+        "bins), model.image_size to 48"
+    )

@@ -94,6 +94,20 @@ def test_the_default_store_and_its_files_lie_beside_the_run_folder(
     assert json.loads((artifacts / "config.json").read_text()) == PARAMETERS
 
 
+@pytest.mark.field
+@pytest.mark.parametrize("name", ["lr=1?wd=0", "My%20Drive", "a #1, b & c"])
+def test_a_store_lies_in_a_folder_of_any_name(runs: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(runs / "mlflow.db", folder)
+    tracker = Tracker(TrackingConfig(experiment="odd"), folder / "run", PARAMETERS)
+    tracker.close()
+    assert stored(tracker).info.status == "FINISHED"
+    (saved,) = folder.glob(f"mlartifacts/{tracker.run_id}/artifacts/config.json")
+    assert json.loads(saved.read_text()) == PARAMETERS
+    assert list(tmp_path.iterdir()) == [folder], "nothing lies elsewhere"
+
+
 def test_parameters_are_dotted_names_and_long_values_are_cut(run_dir: Path) -> None:
     tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
     tracker.close()
