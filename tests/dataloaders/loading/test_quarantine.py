@@ -104,7 +104,8 @@ def damaged_copy(tier: Path, out: Path, damages: dict[tuple[int, int], Damage]) 
         entries.append(writer.finish())
     index = json.loads((tier / "index.json").read_text())
     kept = ("tier", "audio_codec", "video_codec", "short_side", "frame_choice", "skipped")
-    write_index(out, **{field: index[field] for field in kept}, shards=entries)
+    content = ["0" * 64] * sum(entry.samples for entry in entries if entry)
+    write_index(out, **{field: index[field] for field in kept}, content=content, shards=entries)
     return str(out)
 
 
