@@ -296,7 +296,7 @@ def scale_frame(
 
 
 def _onto_white(rgba: np.ndarray) -> np.ndarray:
-    """Lay `(height, width, 4)` uint8 onto white: the colours of what is transparent mean nothing."""
+    """Lay `(height, width, 4)` uint8 onto white: hidden colours mean nothing."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
