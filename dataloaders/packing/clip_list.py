@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cavmae.dataloaders.packing.tar_source import VIDEOS, list_tar
@@ -223,6 +223,29 @@ def _list_table(path: Path, found: ClipList) -> None:
         found.clips.append(
             ListedClip(str(path.parent / row["path"]), row["path"], start, end, labels)
         )
+    _join_labels(found)
+
+
+def _join_labels(found: ClipList) -> None:
+    """Make one clip of rows that give the same clip other labels, as lists of events do; rows that
+    are the same in all are copies, which packing names."""
+
+    def window(clip: ListedClip) -> tuple[str, float, float | None]:
+        return clip.path, clip.start_seconds, clip.end_seconds
+
+    rows: dict[tuple[str, float, float | None], list[ListedClip]] = {}
+    for clip in found.clips:
+        rows.setdefault(window(clip), []).append(clip)
+    clips, found.clips = found.clips, []
+    for clip in clips:
+        same = rows[window(clip)]
+        if len({frozenset(one.labels) for one in same}) == 1:
+            found.clips.append(clip)
+        elif clip is same[0]:
+            labels = dict.fromkeys(label for one in same for label in one.labels)
+            found.clips.append(replace(clip, labels=tuple(labels)))
+        else:
+            found.leave_out("rows of a clip listed before, whose labels were joined", clip.source)
 
 
 def _check_header(table: TextTable) -> None:

@@ -330,3 +330,20 @@ def test_jpegs_of_any_size_and_kind_pack_decode_and_verify(tmp_path: Path) -> No
     one_rank: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
     loader = ValidationLoader(DataConfig(), shape, folder=tier, batch=4, limit=0, **one_rank)
     assert [len(batch.sample_ids) for batch in loader] == [4] and not loader.quarantine
+
+
+@pytest.mark.field
+def test_rows_that_give_a_clip_other_labels_are_one_clip(tmp_path: Path) -> None:
+    """Lists of events, as DCASE's, have a row for each label of a clip."""
+    rows = ["a.mp4,0,1,x", "b.mp4,0,1,x", "a.mp4,0,1,y;x", "b.mp4,0,1,x", "a.mp4,1,2,z"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,start,end,labels", *rows]))
+    listed = list_clips(tmp_path / "list.csv", tmp_path / "out")
+    assert [(clip.source, clip.start_seconds, clip.labels) for clip in listed.clips] == [
+        ("a.mp4", 0, ("x", "y")),
+        ("b.mp4", 0, ("x",)),
+        ("b.mp4", 0, ("x",)),
+        ("a.mp4", 1, ("z",)),
+    ]
+    assert listed.remarks() == [
+        "not used: 1 rows of a clip listed before, whose labels were joined, such as a.mp4"
+    ]
