@@ -20,6 +20,8 @@ FOLLOWING_SECONDS = 0.5
 """Sound after a window that is decoded for the same reason."""
 ANCHORS = 9
 """First stamps whose median says where the sound begins, so that one wrong one does not."""
+MINIMUM_HZ, MAXIMUM_HZ = 1000, 1_000_000
+"""Samples per second that a header can state."""
 OPPOSITE_PHASE = 0.003
 """Below this share of the channels' mean power, a mix has lost what the channels hold."""
 
@@ -115,6 +117,8 @@ class AudioTrack:
     def _take(self, frame: av.AudioFrame) -> None:
         self.frames += 1
         self.hz = self.hz or frame.sample_rate
+        if not MINIMUM_HZ <= self.hz <= MAXIMUM_HZ:
+            raise ClipError("decode_error", f"its header states {self.hz} samples per second")
         if self._mixer is None or not self._mixer.fits(frame):
             self._mixer = Mixer(frame, self.hz, self.settings.audio_channel)
         samples = self._mixer.mix(frame)

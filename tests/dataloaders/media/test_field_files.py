@@ -181,6 +181,12 @@ def test_channels_of_no_known_layout_are_averaged(tmp_path: Path, write_video: W
     assert power(decode(path)) == pytest.approx(9000 / 2**0.5 * 5 / 9, rel=0.02)
 
 
+def test_a_sample_rate_that_no_sound_has_is_named(tmp_path: Path, write_video: WriteVideo) -> None:
+    path = write_video(tmp_path / "v.mkv", sound=tone(1.0, 16000, 1)[:, 0], sound_hz=16)
+    with pytest.raises(ClipError, match="decode_error: its header states 16 samples per second"):
+        decode(path)
+
+
 def test_stereo_in_opposite_phase_is_not_silence(tmp_path: Path, write_video: WriteVideo) -> None:
     sound = tone(1.0, 16000, 2) * np.array([[1, -1]], np.int16)
     clip = decode(write_video(tmp_path / "v.mkv", sound=sound, layout="stereo"))
