@@ -230,9 +230,9 @@ def of_other_labels(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (of_another_architecture, "the checkpoint does not fit the model"),
+        (of_another_architecture, "weights.pt does not fit the model"),
         (without_a_classifier, "has no classifier (mlp_head"),
-        (not_finite, "multimodal: the model's output for 8 clips"),
+        (not_finite, "tensor blocks_u.0.mlp.fc1.weight has 1 NaN or infinite values"),
         (of_other_labels, "which is none of the 20 classes"),
     ],
 )

@@ -224,6 +224,7 @@ def test_a_normalised_prediction_of_zeros_is_the_guess_of_each_patchs_mean() -> 
     ],
 )
 def test_a_folder_without_a_trained_decoder_is_refused_in_a_line(
+    packed_synthetic: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     left_out: str,
@@ -231,7 +232,7 @@ def test_a_folder_without_a_trained_decoder_is_refused_in_a_line(
     message: str,
 ) -> None:
     folder = tmp_path / "run"
-    tiny_run.save_untrained(tmp_path, folder, **changes)
+    tiny_run.save_untrained(packed_synthetic, folder, **changes)
     if left_out:
         (folder / left_out).unlink()
     assert cli.main(["reconstruct", str(folder), "shards", str(tmp_path / "out")]) == 1
@@ -241,8 +242,10 @@ def test_a_folder_without_a_trained_decoder_is_refused_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_not_written_to(tmp_path: Path) -> None:
-    tiny_run.save_untrained(tmp_path, tmp_path / "run")
+def test_a_folder_that_holds_something_is_not_written_to(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    tiny_run.save_untrained(packed_synthetic, tmp_path / "run")
     arguments = ["reconstruct", str(tmp_path / "run"), "shards", str(tmp_path)]
     assert cli.main(arguments) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
