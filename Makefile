@@ -1,4 +1,4 @@
-.PHONY: demo demo-full test check docs docs-serve format clean
+.PHONY: demo demo-full test test-long check docs docs-serve format clean
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,10 @@ demo-full: .venv/installed
 
 test: check
 	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
+
+test-long: .venv/installed
+	$(BIN)/pytest -m long --durations 25
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

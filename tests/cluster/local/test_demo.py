@@ -78,6 +78,7 @@ def full(demo: tuple[Path, str]) -> "subprocess.CompletedProcess[str]":
     return run_demo(demo[0], *FULL)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_finished_demo_is_shown_again_without_training(
     demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
@@ -88,6 +89,7 @@ def test_a_finished_demo_is_shown_again_without_training(
     assert table in full.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_full_demo_runs_all_that_a_model_is_for(
     demo: tuple[Path, str], full: "subprocess.CompletedProcess[str]"
@@ -108,6 +110,7 @@ def test_the_full_demo_runs_all_that_a_model_is_for(
     assert f"cavmae embed {demo[0]}/run" in full.stdout, "a command as a user would type it"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_full_demo_repeats_what_was_made_of_other_weights(
     demo: tuple[Path, str],

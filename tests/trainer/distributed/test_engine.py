@@ -122,6 +122,7 @@ def test_a_non_finite_loss_or_gradient_on_one_rank_changes_nothing_on_any(
 BF16 = [{"zero_stage": stage, "dtype": "bf16"} for stage in STAGES]
 
 
+@pytest.mark.long
 def test_every_stage_trains_in_bf16_within_half_a_percent_of_fp32(one_rank, tmp_path) -> None:
     for result in run_ranks(STEPS, 2, BF16, tmp_path):
         assert largest_relative(losses(result), losses(one_rank[0])) < 5e-3, result["case"]
