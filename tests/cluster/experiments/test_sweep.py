@@ -83,6 +83,7 @@ def test_a_sweep_that_was_started_with_something_else_is_refused(tmp_path: Path)
         keep_or_compare(read(tmp_path, SWEEP | {"space": wider}), kept, started=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_early_and_a_finished_sweep_is_not_run_again(
     packed_synthetic: Path, tmp_path: Path

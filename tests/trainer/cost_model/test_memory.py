@@ -54,7 +54,7 @@ def config_of(stage: int, dtype: str, *, global_batch: int, micro_batch: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_each_part_of_a_step_takes_what_the_allocator_of_real_ranks_says(
     world_size: int, tmp_path: Path
 ) -> None:

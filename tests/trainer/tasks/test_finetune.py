@@ -202,6 +202,7 @@ def test_a_killed_fine_tuning_ends_as_one_that_was_not_whatever_its_ranks(
     assert moved, "the epochs differ"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_linear_probe_on_ray_trains_the_head_alone_and_other_work_is_refused(
     packed_synthetic: Path, pretrained: Path, tmp_path: Path
