@@ -59,18 +59,6 @@ _NOTED = "golden deviations"
 """Among the properties of a test's report, which reach the summary from any process."""
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Share the cores among the workers of the fast tests: more threads than cores spin while they
-    wait for each other. Slow tests start processes, which see to that themselves."""
-    if "PYTEST_XDIST_WORKER_COUNT" in os.environ and not session.config.option.markexpr.startswith(
-        "slow"
-    ):
-        cores = len(os.sched_getaffinity(0))
-        share = max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-        os.environ.setdefault("OMP_NUM_THREADS", str(share))
-        torch.set_num_threads(share)
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden",
