@@ -36,6 +36,7 @@ def test_cpu_time_of_children_is_counted_while_they_run() -> None:
         child.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_short_run_fills_the_record(tmp_path: Path) -> None:
     words = ["--clips", "4", "--rounds", "1", "--batches", "1", "--workers", "1"]

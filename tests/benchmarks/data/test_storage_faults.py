@@ -8,6 +8,7 @@ import pytest
 from cavmae.benchmarks.data import storage_faults
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_short_day_goes_as_planned(tmp_path: Path) -> None:
     words = ["--clips", "960", "--different", "8", "--shards", "12", "--kills", "2"]

@@ -165,6 +165,7 @@ def watch(
     assert queue.wait(timeout=400) == 1, "one of them failed"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_is_preempted_and_resumed_and_all_are_compared(
     packed_synthetic: Path, tmp_path: Path
