@@ -60,22 +60,20 @@ def lay_out(stated: np.ndarray, lengths: np.ndarray, hz: int) -> AudioLayout:
         return AudioLayout(hz, [0], [position], disagree=True)
     actual_hz = round(hz / (1 + drift))
     heard *= hz / actual_hz
-    positions = []
+    unbroken, positions = [], []
     for first, end in zip(starts, [*starts[1:], len(shift)], strict=True):
         offsets = (stated - heard)[first:end][known[first:end]]
         offset = float(np.median(offsets))
         if abs(offsets[0] - offset) < ROUNDING_SECONDS:
             offset = float(offsets[0])
-        positions.append(round((heard[first] + offset) * actual_hz))
-    back = [
-        number
-        for number in range(1, len(starts))
-        if positions[number] - positions[number - 1]
-        < lengths[starts[number - 1] : starts[number]].sum() - MAXIMUM_OVERLAP_SECONDS * actual_hz
-    ]
-    for number in back:
-        del starts[number], positions[number]
-    return AudioLayout(actual_hz, starts, positions, disagree=bool(back))
+        position = round((heard[first] + offset) * actual_hz)
+        if unbroken:
+            reached = positions[-1] + lengths[unbroken[-1] : first].sum()
+            if position < reached - MAXIMUM_OVERLAP_SECONDS * actual_hz:
+                continue  # The sound goes on where it is.
+        unbroken.append(first)
+        positions.append(position)
+    return AudioLayout(actual_hz, unbroken, positions, disagree=len(unbroken) < len(starts))
 
 
 def _shifts(shift: np.ndarray, seconds: np.ndarray) -> list[int]:

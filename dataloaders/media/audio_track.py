@@ -104,7 +104,10 @@ class AudioTrack:
         """The placed audio, `(samples,)` int16 at 16 kHz."""
         mix = self._placed[:, 0]
         if self._placed.shape[1] > 1:
-            mix_power, power = (np.square(self._placed, dtype=np.float64)).mean(axis=0)
+            # Without a copy of all samples as floats, which take four times the memory.
+            mix_power, power = np.einsum(
+                "ij,ij->j", self._placed, self._placed, dtype=np.float64, casting="safe"
+            )
             if mix_power < OPPOSITE_PHASE * power:
                 self.faults["opposite_phase"] = self.samples / self.hz
                 mix = self._placed[:, 1]

@@ -320,3 +320,11 @@ def test_stamps_that_go_back_by_seconds_are_wrong() -> None:
     stated[100:] -= 1.8
     layout = lay_out(stated, lengths, 48000)
     assert layout.starts == [0] and layout.disagree
+
+
+def test_stamps_that_go_back_again_and_again_lose_no_samples() -> None:
+    stated, lengths = blocks(400)
+    for block, by in ((100, -1.8), (200, 0.3), (300, -1.5)):
+        stated[block:] += by
+    layout = lay_out(stated, lengths, 48000)
+    assert (layout.starts, layout.positions, layout.disagree) == ([0], [0], True)
