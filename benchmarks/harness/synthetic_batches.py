@@ -1,4 +1,4 @@
-"""Random clips that are on the device before they are asked for: a loader that costs nothing."""
+"""A loader and a model that cost next to nothing, for benchmarks of what is around them."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,10 +11,24 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.quarantine import QuarantinedSample
 from cavmae.dataloaders.sampling.sample_plan import rank_positions
+from cavmae.trainer.model.config import ModelConfig
+
+TINY_MODEL = ModelConfig(
+    audio_frames=192,
+    mel_bins=32,
+    image_size=32,
+    width=32,
+    modality_depth=1,
+    heads=4,
+    decoder_width=32,
+    decoder_depth=1,
+    decoder_heads=4,
+)
 
 
 class SyntheticBatches:
-    """Stands for `TrainLoader`: the same clips in every batch, at the positions of the plan.
+    """Stands for `TrainLoader`: the same random clips in every batch, on the device before they are
+    asked for, at the positions of the plan.
 
     Args:
         config: not used: nothing is read.

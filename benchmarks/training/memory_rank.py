@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.atomic_write import write_json
-from cavmae.benchmarks.harness.tiny_model import TINY_MODEL
+from cavmae.benchmarks.harness.synthetic_batches import TINY_MODEL
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment

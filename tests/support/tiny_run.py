@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cavmae.benchmarks.harness.synthetic_batches import TINY_MODEL as MODEL
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.tools.synthetic import CLASSES
 from cavmae.trainer.config.configs import (
@@ -22,21 +23,8 @@ from cavmae.trainer.config.configs import (
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.tasks.labels import LabelSet
 from cavmae.trainer.trained_on import training_of
-
-MODEL = ModelConfig(
-    audio_frames=192,
-    mel_bins=32,
-    image_size=32,
-    width=32,
-    modality_depth=1,
-    heads=4,
-    decoder_width=32,
-    decoder_depth=1,
-    decoder_heads=4,
-)
 
 
 def tiny_run(shards: Path, run_dir: Path, **changes: Any) -> PretrainConfig:
