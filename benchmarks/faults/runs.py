@@ -18,8 +18,8 @@ from cavmae.atomic_write import write_json
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import Expected, outcome
 from cavmae.benchmarks.harness.processes import Start, free_port, module_command
-from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.synthetic_batches import TINY_MODEL
+from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
