@@ -19,6 +19,8 @@ NEIGHBOURS = 16
 STAYING_BLOCKS = 3
 STAYING_SECONDS = 0.2
 """A shift stays if so many blocks, or as much sound, have it."""
+ANCHORS = 9
+"""First stamps that say together where a sound begins, so that one wrong one does not."""
 MAXIMUM_DRIFT = 0.02
 """Beyond it, the samples are right and the stamps wrong."""
 MAXIMUM_OVERLAP_SECONDS = 1.0
@@ -56,8 +58,7 @@ def lay_out(stated: np.ndarray, lengths: np.ndarray, hz: int) -> AudioLayout:
     drift = _drift(heard, shift, starts)
     disagree = abs(drift) > MAXIMUM_DRIFT
     if disagree:
-        position = round(float(np.median((shift - drift * heard)[:STAYING_BLOCKS])) * hz)
-        return AudioLayout(hz, [0], [position], disagree=True)
+        return AudioLayout(hz, [0], [round(first_shift(shift) * hz)], disagree=True)
     actual_hz = round(hz / (1 + drift))
     heard *= hz / actual_hz
     unbroken, positions = [], []
@@ -74,6 +75,18 @@ def lay_out(stated: np.ndarray, lengths: np.ndarray, hz: int) -> AudioLayout:
         unbroken.append(first)
         positions.append(position)
     return AudioLayout(actual_hz, unbroken, positions, disagree=len(unbroken) < len(starts))
+
+
+def first_shift(shift: np.ndarray) -> float:
+    """Where a sound begins, by its first stamps.
+
+    Args:
+        shift: `(blocks,)` seconds, each stamp less the sound before it; these grow by as much from
+            block to block where the stamps are wrong by a factor.
+    """
+    shift = shift[:ANCHORS]
+    growth = float(np.median(np.diff(shift))) if len(shift) > 1 else 0.0
+    return float(np.median(shift - growth * np.arange(len(shift))))
 
 
 def _shifts(shift: np.ndarray, seconds: np.ndarray) -> list[int]:

@@ -5,7 +5,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from cavmae.dataloaders.constants import AUDIO_HZ
-from cavmae.dataloaders.media.audio_layout import AudioLayout, lay_out
+from cavmae.dataloaders.media.audio_layout import ANCHORS, AudioLayout, first_shift, lay_out
 from cavmae.dataloaders.media.errors import (
     MAXIMUM_CLIP_BYTES,
     ClipError,
@@ -18,8 +18,6 @@ SURROUNDING_SECONDS = 2.5
 """Sound before a window whose stamps count for the place of the sound in it."""
 FOLLOWING_SECONDS = 0.5
 """Sound after a window that is decoded for the same reason."""
-ANCHORS = 9
-"""First stamps whose median says where the sound begins, so that one wrong one does not."""
 MINIMUM_HZ, MAXIMUM_HZ = 1000, 1_000_000
 """Samples per second that a header can state."""
 OPPOSITE_PHASE = 0.003
@@ -133,7 +131,7 @@ class AudioTrack:
         heard = self._decoded_samples / self.hz
         if len(self._anchors) < ANCHORS and np.isfinite(stated):
             self._anchors.append(stated - heard)
-        heard += float(np.median(self._anchors))
+        heard += first_shift(np.array(self._anchors))
         earliest, latest = np.fmin(heard, stated), np.fmax(heard, stated)
         keep = latest + len(samples) / self.hz > -SURROUNDING_SECONDS
         self._blocks.append(samples if keep else None)

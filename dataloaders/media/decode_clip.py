@@ -35,8 +35,8 @@ from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
 from cavmae.dataloaders.media.timeline import (
     Timeline,
-    decoding_seconds,
     flush_packet,
+    packet_seconds,
     time_starts_anew,
 )
 from cavmae.dataloaders.media.video_track import VideoTrack
@@ -313,12 +313,15 @@ def _read(
         if seek and not _sought(container, video, zero):
             return None
         timeline = Timeline(container, [video, audio])
+        passed = {video.index: 0.0, audio.index: 0.0}
         for packet in timeline.packets():
             track = frames if packet.stream is video else audio_track
             if not track.done:
                 track.decode(packet)
-            elif _far_past(packet, zero + length):
-                break  # The other stream has passed the window, too.
+            else:  # By durations: a stream whose stamps are wrong is done by its samples.
+                passed[packet.stream.index] += packet_seconds(packet, packet.duration)
+                if passed[packet.stream.index] > INTERLEAVING_SECONDS:
+                    break  # The other stream has passed the window, too.
             if seek and frames.begins_late:
                 return None
             if frames.done and audio_track.done:
@@ -368,12 +371,6 @@ def _is_cut_off(
         return False
     stated = float(stream.duration * stream.time_base)
     return start + frames.reached + 0.5 < min(stated, start + length)
-
-
-def _far_past(packet: av.Packet, end: float) -> bool:
-    """Whether a packet is so far after the window that the other stream has passed it too."""
-    seconds = decoding_seconds(packet)
-    return seconds is not None and seconds > end + INTERLEAVING_SECONDS
 
 
 def _checked_clip(

@@ -102,14 +102,14 @@ class Timeline:
                 if self._is_odd(packet, clock.expected):
                     self.odd_stamps.append(clock.expected + clock.offset)
                     packet.pts = packet.dts = None
-                    clock.expected += _seconds(packet, packet.duration)
+                    clock.expected += packet_seconds(packet, packet.duration)
                     return
                 self._follow_jump(packet, clock, step)
         ticks = round(clock.offset / float(packet.time_base or 1))
         packet.pts = None if packet.pts is None else packet.pts + ticks
         packet.dts = None if packet.dts is None else packet.dts + ticks
         if stamp is not None:
-            clock.expected = stamp + _seconds(packet, packet.duration)
+            clock.expected = stamp + packet_seconds(packet, packet.duration)
             clock.end = max(clock.end, _presentation_end(packet))
 
     def _look_ahead(self) -> None:
@@ -129,7 +129,7 @@ class Timeline:
     def _is_odd(self, packet: av.Packet, expected: float) -> bool:
         """Whether one of the next packets continues the time from before this one."""
         stamp = decoding_seconds(packet) or 0.0
-        duration = _seconds(packet, packet.duration)
+        duration = packet_seconds(packet, packet.duration)
         for number, (later, _) in enumerate(self._following(packet.stream.index)[:ODD_PACKETS], 1):
             old = abs(later - expected - number * duration)
             if old < ODD_SECONDS and old < abs(later - stamp - number * duration):
@@ -231,17 +231,18 @@ def time_starts_anew(
     return False
 
 
-def _seconds(packet: av.Packet, ticks: int | None) -> float:
+def packet_seconds(packet: av.Packet, ticks: int | None) -> float:
+    """Ticks of a packet's time base in seconds; unknown ones are 0."""
     return float((ticks or 0) * (packet.time_base or 0))
 
 
 def _decoding_end(packet: av.Packet) -> float:
-    return (decoding_seconds(packet) or 0.0) + _seconds(packet, packet.duration)
+    return (decoding_seconds(packet) or 0.0) + packet_seconds(packet, packet.duration)
 
 
 def _presentation_start(packet: av.Packet) -> float:
-    return _seconds(packet, packet.dts if packet.pts is None else packet.pts)
+    return packet_seconds(packet, packet.dts if packet.pts is None else packet.pts)
 
 
 def _presentation_end(packet: av.Packet) -> float:
-    return _presentation_start(packet) + _seconds(packet, packet.duration)
+    return _presentation_start(packet) + packet_seconds(packet, packet.duration)
