@@ -17,15 +17,17 @@ from cavmae.trainer.cost_model.comm_volume import (
     sent_by_purpose,
 )
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
-from cavmae.trainer.cost_model.memory_advice import advice
+from cavmae.trainer.cost_model.memory_advice import advice, largest_micro_batch
 from cavmae.trainer.cost_model.step_time import (
     ASSUMED_SHARE_OF_MATRIX_SPEED,
     CPU_CORE_FLOPS_PER_SECOND,
     H200_MATRIX_FLOPS_PER_SECOND,
+    H200_MEMORY_BYTES,
     Device,
     Links,
     step_time,
 )
+from cavmae.trainer.fault_tolerance.host_memory import machine_memory
 from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES
 
 _NODES_SHOWN = 8
@@ -63,6 +65,11 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
         threads=config.threads_per_rank or cluster.cpus_per_worker,
     )
     gpu = cluster.gpus_per_worker > 0
+    limit = int(cluster.memory_gb_per_worker * 1e9)
+    if not config.micro_batch:
+        here = H200_MEMORY_BYTES if gpu else machine_memory().available // cluster.workers
+        micro_batch = largest_micro_batch(config, cluster.workers, limit or here, gpu=gpu)
+        config = dataclasses.replace(config, micro_batch=micro_batch)
     sizes = model_sizes(config)
     needed = footprint(config, sizes, cluster.workers, gpu=gpu)
     table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")
@@ -88,7 +95,6 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
     )
     for line in lines:
         console.print(line)
-    limit = int(cluster.memory_gb_per_worker * 1e9)
     if limit and needed.total > limit:
         raise ValueError(
             f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "

@@ -1,6 +1,7 @@
 """Opening a run: its data, its ranks, its store of checkpoints, and its folder, new or resumed."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -8,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from cavmae.atomic_write import read_json, remove_leftovers, write_json
+from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import (
     check_not_left_behind,
@@ -23,15 +25,18 @@ from cavmae.trainer.config.resolve import (
     with_real_places,
 )
 from cavmae.trainer.config.serialize import load_run_config, save_config
-from cavmae.trainer.distributed.collectives import on_first_rank
+from cavmae.trainer.cost_model.memory_advice import largest_micro_batch
+from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.distributed.process_group import start_process_group
+from cavmae.trainer.fault_tolerance.host_memory import free_memory
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.tracking.rank_logging import log_to_file
 from cavmae.trainer.trained_on import training_of
 
 Config = TypeVar("Config", bound=RunConfig)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,11 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     device = start_process_group(ranks)
     run_dir = Path(resolved.run_dir)
 
+    memory = min(on_all_ranks(lambda: free_memory(ranks, device)))
+
     def open_and_note() -> RunConfig:
         begun = bool(list_checkpoints(store))
-        opened = open_run_dir(resolved, run_dir, store, device.type)
+        opened = open_run_dir(resolved, run_dir, store, device.type, ranks.world_size, memory)
         if not begun:  # else its sets are those that it began with, or it is refused
             training_of(opened).save(run_dir)
         return opened
@@ -94,7 +101,9 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     return OpenRun(config, run_dir, ranks, device, store, train_set, status)
 
 
-def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Config:
+def open_run_dir(
+    config: Config, run_dir: Path, store: Store, device: str, world_size: int, memory_bytes: int
+) -> Config:
     """Make the folder, or check that this attempt resumes the run in it; one rank calls it.
 
     Args:
@@ -102,9 +111,11 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
         run_dir: its folder.
         store: its checkpoints.
         device: type of the ranks' devices.
+        world_size: ranks.
+        memory_bytes: that each rank can take.
 
     Returns:
-        The configuration with the dtype of the run.
+        The configuration with the dtype and the micro-batch of the run.
 
     Raises:
         ValueError: the folder or the checkpoints are of another run, or the store is not writable.
@@ -133,6 +144,9 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
     if config.engine.dtype == "auto":
         dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
+    if not config.micro_batch:
+        micro_batch = _micro_batch(config, before, world_size, memory_bytes, gpu=device == "cuda")
+        config = dataclasses.replace(config, micro_batch=micro_batch)
     if before:
         check_same_run(before, config)
     save_config(config, saved)
@@ -143,3 +157,18 @@ def open_run_dir(config: Config, run_dir: Path, store: Store, device: str) -> Co
         record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
     )
     return config
+
+
+def _micro_batch(
+    config: RunConfig, before: RunConfig | None, world_size: int, memory_bytes: int, *, gpu: bool
+) -> int:
+    """Choose the micro-batch: the one of before, or the largest that fits in a rank's memory."""
+    if before:
+        return largest_divisor(config.global_batch // world_size, before.micro_batch)
+    found = largest_micro_batch(config, world_size, memory_bytes, gpu=gpu)
+    log.info(
+        "micro_batch %d: the largest predicted to fit in the %.1f GB that a rank has",
+        found,
+        memory_bytes / 1e9,
+    )
+    return found

@@ -165,9 +165,10 @@ class Search:
             "engine.zero_stage": self._config.engine.zero_stage,
             "engine.compile": False,
         }
+        most = self._config.micro_batch or sys.maxsize
         for micro_batch in reversed(self._divisors):
             fields["micro_batch"] = micro_batch
-            if micro_batch <= self._config.micro_batch and self._fits(fields):
+            if micro_batch <= most and self._fits(fields):
                 return fields
         raise ValueError(
             "no micro_batch fits: with 1 the ranks of this machine need "

@@ -234,8 +234,10 @@ class RunConfig(CheckedFields):
     0: no averaging."""
     global_batch: PositiveInt = 48
     """Samples per optimizer step, over all ranks and accumulation."""
-    micro_batch: PositiveInt = 12
-    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated."""
+    micro_batch: NonNegativeInt = 12
+    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated. 0: the
+    most that are predicted to fit in memory, chosen when the run starts; a run that resumes keeps
+    it."""
     lanes: NonNegativeInt = 0
     """Equal parts of the global batch that are distributed over ranks, fixed for the whole run; the
     rank count must divide it. 0: the largest divisor of the global batch up to 64."""

@@ -19,7 +19,7 @@ _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> Config:
-    """Fill in lanes, steps, micro-batch and threads.
+    """Fill in lanes, steps, micro-batch (unless it is 0) and threads.
 
     Args:
         config: as the user gave it.

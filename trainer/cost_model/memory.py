@@ -189,17 +189,18 @@ def _gradients(config: RunConfig, tensors: TensorSizes, world_size: int) -> Grad
     whole = element * trainable
     bucket = min(trainable, LARGEST_BUCKET_ELEMENTS)
     flat = element * bucket
-    if stage == 0 or (stage == 1 and bf16):
-        masters = 4 * trainable if stage == 0 and bf16 else 0
+    largest = max(tensors.trainable)
+    in_flight = element * largest
+    if stage == 0:
         return Gradients(
             before=whole if accumulated else 0,
             stay_where_made=not accumulated,
             reduction=whole + flat,
-            update=whole + masters,
+            update=whole + (4 * trainable if bf16 else 0),
         )
+    if stage == 1 and bf16:  # added to buffers of the state as they come, reduced in bf16
+        return Gradients(before=in_flight, stay_where_made=False, reduction=whole, update=0)
     own = int(4 * trainable * _optimizer_share(config, world_size))
-    largest = max(tensors.trainable)
-    in_flight = element * largest
     # A model larger than the bucket is reduced while the backward pass still runs.
     early = trainable > LARGEST_BUCKET_ELEMENTS
     if stage == 3:

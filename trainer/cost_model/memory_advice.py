@@ -1,4 +1,4 @@
-"""Advice for a run that does not fit in memory: fields that leave its result unchanged."""
+"""Batches and engine fields that fit in memory, and leave a run's result unchanged."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.cost_model.activations import ActivationTimeline, trace_activations
-from cavmae.trainer.cost_model.memory import Sizes, footprint
+from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
 from cavmae.trainer.model.blocks import Recompute
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -72,6 +72,24 @@ def advice(
     if taken.get("zero_stage") == 3 and config.engine.compile:
         words.append("--engine.no-compile")
     return f"what fits: {' '.join(words)}"
+
+
+def largest_micro_batch(config: RunConfig, world_size: int, limit_bytes: int, *, gpu: bool) -> int:
+    """Return the most samples that a rank can take at once: a divisor of its share of the global
+    batch that is predicted to fit, or 1.
+
+    Args:
+        config: `engine.dtype` is bf16 or fp32; its micro-batch is not looked at.
+        world_size: ranks.
+        limit_bytes: of a rank.
+        gpu: whether the ranks have GPUs.
+    """
+    sizes, per_rank = model_sizes(config), config.global_batch // world_size
+    for count in (n for n in range(per_rank, 1, -1) if per_rank % n == 0):
+        tried = dataclasses.replace(config, micro_batch=count)
+        if footprint(tried, sizes, world_size, gpu=gpu).total <= limit_bytes:
+            return count
+    return 1
 
 
 def _ladder(

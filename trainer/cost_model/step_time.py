@@ -16,6 +16,8 @@ from cavmae.trainer.cost_model.flops import forward_flops, training_flops
 
 H200_MATRIX_FLOPS_PER_SECOND = 788e12
 """bf16 matrix products, measured on one H200."""
+H200_MEMORY_BYTES = 141_000_000_000
+"""HBM3e of one H200, from NVIDIA's datasheet."""
 ASSUMED_SHARE_OF_MATRIX_SPEED = 0.46
 """What a training step is assumed to reach of it; a goal, not a measurement."""
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cavmae.trainer.distributed.process_group import quiet_deepspeed
 # isort: split
 # After process_group.py, which sets the environment that DeepSpeed is imported in.
 import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import (
     CheckpointCommitInfo,
     CheckpointEngine,
@@ -182,6 +184,8 @@ class Engine:
                 model=model.to(device), optimizer=client, config=settings
             )
         self._engine, self._optimizer = initialized[:2]
+        if isinstance(self._optimizer, BF16_Optimizer):
+            _use_flat_gradients(self._optimizer)
         # It would copy scripts into each checkpoint, on whatever disk, between collectives.
         self._engine._copy_recovery_script = lambda save_path: None
         self._client = client
@@ -270,6 +274,27 @@ class Engine:
             if dist.get_rank() == 0:
                 state[name] = full.cpu()
         return state
+
+
+def _use_flat_gradients(optimizer: BF16_Optimizer) -> None:
+    """Spare stage 1 in bf16 two kernels for each parameter and micro-batch, and two in an update.
+
+    Each gradient is added to its fp32 sum, and freed, in the backward pass; norm and clipping take
+    all sums of a parameter group as one tensor.
+    """
+
+    def add(total: torch.Tensor, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad.view(-1))
+        parameter.grad = None
+
+    for parameters, sums in zip(
+        optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True
+    ):
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.register_post_accumulate_grad_hook(partial(add, total))
+    flat = optimizer.fp32_groups_actual_gradients_flat
+    optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
 
 
 def _deepspeed_settings(

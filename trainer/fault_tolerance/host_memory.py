@@ -1,7 +1,11 @@
-"""Memory of this machine, or of the control group that limits this process."""
+"""Memory of this rank's GPU, and of its machine or the control group that limits it."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+from cavmae.trainer.distributed.env import Ranks
 
 _LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -21,6 +25,18 @@ class Memory:
 
     total: int
     available: int
+
+
+def free_memory(ranks: Ranks, device: torch.device) -> int:
+    """Return the bytes that this rank can take: of its GPU, or its share of the machine's.
+
+    Args:
+        ranks: this process's rank; those of a machine share its memory.
+        device: this rank's device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return machine_memory().available // ranks.local_world_size
 
 
 def machine_memory(root: Path = Path("/")) -> Memory:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import run_ranks
+from tiny_run import MODEL
 
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.trainer.checkpoint.format import (
@@ -170,19 +171,34 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
     moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.location()))
     former = Store(checkpoint_folder(first))
-    open_run_dir(moved, run_dir, remote, "cpu")
-    open_run_dir(first, run_dir, former, "cpu")  # there was none yet
+    open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
+    open_run_dir(first, run_dir, former, "cpu", 1, 0)  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
-            open_run_dir(moved, run_dir, remote, "cpu")
+            open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
     remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
-    open_run_dir(moved, run_dir, remote, "cpu")
+    open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
     former.remove_folder(checkpoint_name(10))
     with pytest.raises(ValueError, match=f"were written to {remote.location()}, the newest"):
-        open_run_dir(first, run_dir, former, "cpu")
+        open_run_dir(first, run_dir, former, "cpu", 1, 0)
     with pytest.raises(ValueError, match="they belong to another run; give another folder"):
-        open_run_dir(moved, tmp_path / "other", remote, "cpu")
+        open_run_dir(moved, tmp_path / "other", remote, "cpu", 1, 0)
+
+
+def test_a_resume_keeps_the_micro_batch_that_memory_chose(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    engine = EngineConfig(dtype="fp32")
+    asked = PretrainConfig(str(run_dir), engine=engine, model=MODEL, global_batch=32, micro_batch=0)
+    store = Store(checkpoint_folder(asked))
+    chosen = open_run_dir(asked, run_dir, store, "cpu", 1, 1 << 40).micro_batch
+    assert chosen == 32
+    assert open_run_dir(asked, run_dir, store, "cpu", 1, 1).micro_batch == 1, "no checkpoint yet"
+    open_run_dir(asked, run_dir, store, "cpu", 2, 1 << 40)
+    store.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
+    assert open_run_dir(asked, run_dir, store, "cpu", 2, 1).micro_batch == 16
+    assert open_run_dir(asked, run_dir, store, "cpu", 4, 1 << 40).micro_batch == 8
+    assert open_run_dir(asked, run_dir, store, "cpu", 1, 1 << 40).micro_batch == 8, "of the last"
 
 
 # --------------------------------------------------------------------- writing and going on

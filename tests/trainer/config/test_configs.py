@@ -15,7 +15,7 @@ from cavmae.trainer.config.configs import (
     ValidationConfig,
 )
 from cavmae.trainer.config.parse import parse
-from cavmae.trainer.config.recipes import RECIPES
+from cavmae.trainer.config.recipes import PRETRAIN_RECIPES, RECIPES
 from cavmae.trainer.config.resolve import check_same_run, native_dtype, resolve, with_real_places
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
@@ -49,6 +49,13 @@ def test_every_recipe_builds_and_takes_overrides(name: str) -> None:
     config = parse(words, [PretrainConfig, FinetuneConfig], "cavmae")
     assert (config.seed, config.data.train) == (3, "shards/frames")
     assert config.model == RECIPES[name]().model
+
+
+@pytest.mark.parametrize(("name", "group"), [("paper_audioset", 12), ("paper_vggsound", 30)])
+def test_published_groups_do_not_make_micro_batches_small(name: str, group: int) -> None:
+    config = PRETRAIN_RECIPES[name]()
+    assert config.loss.contrastive_group == group
+    assert config.micro_batch == config.global_batch == 4 * group
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:

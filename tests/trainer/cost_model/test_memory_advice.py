@@ -15,7 +15,7 @@ from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.cost_model import memory_advice
 from cavmae.trainer.cost_model.activations import ActivationTimeline, trace_activations
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes
-from cavmae.trainer.cost_model.memory_advice import advice
+from cavmae.trainer.cost_model.memory_advice import advice, largest_micro_batch
 
 RANKS = 8
 NOTHING_FITS = "no change of its batches or engine fits: use more ranks, or a smaller model"
@@ -64,6 +64,16 @@ def total(
 ) -> int:
     sizes = Sizes(sizes.tensors, traced[config.engine.activation_checkpointing])
     return footprint(config, sizes, RANKS, gpu=gpu).total
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(sizes: Sizes) -> None:
+    sixteen, thirty_two = (
+        footprint(dataclasses.replace(CONFIG, micro_batch=count), sizes, RANKS, gpu=True).total
+        for count in (16, 32)
+    )
+    asked = dataclasses.replace(CONFIG, micro_batch=0)
+    for limit, expected in ((sixteen, 16), (thirty_two - 1, 16), (thirty_two, 32), (1, 1)):
+        assert largest_micro_batch(asked, RANKS, limit, gpu=True) == expected
 
 
 def test_one_change_is_advised_where_it_is_enough(
@@ -146,9 +156,9 @@ def test_what_fits_is_advised_whenever_there_is_such_a_run_and_is_accepted(
 def test_a_change_that_the_others_make_needless_is_not_advised(
     sizes: Sizes, traced: dict[str, ActivationTimeline]
 ) -> None:
-    both = dataclasses.replace(with_engine(zero_stage=2), micro_batch=1)
+    both = dataclasses.replace(with_engine(zero_stage=1), micro_batch=1)
     found = advice(CONFIG, sizes, RANKS, total(both, sizes, traced), gpu=True)
-    assert found == "what fits: --micro-batch 1 --engine.zero-stage 2"
+    assert found == "what fits: --micro-batch 1 --engine.zero-stage 1"
     both = dataclasses.replace(with_engine(zero_stage=2), micro_batch=8)
     found = advice(CONFIG, sizes, RANKS, total(both, sizes, traced), gpu=True)
     smaller = found.removeprefix("what fits: ").split()

@@ -7,18 +7,25 @@ import dataclasses
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from engine_run import Run
 
+from cavmae.trainer.distributed import engine
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 
 
 def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, Any]:
-    run = Run(case, ranks, device)
+    flat = (
+        engine._use_flat_gradients if case.get("flat_gradients", True) else lambda optimizer: None
+    )
+    with mock.patch.object(engine, "_use_flat_gradients", flat):
+        run = Run(case, ranks, device)
     steps = case.get("steps", 20)
     poison = case.get("poison", {})
     history, states = [], []
