@@ -29,7 +29,7 @@ from cavmae.trainer.cost_model.memory_advice import largest_micro_batch
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.distributed.process_group import start_process_group
-from cavmae.trainer.fault_tolerance.host_memory import free_memory
+from cavmae.trainer.fault_tolerance.host_memory import rank_memory
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.tracking.rank_logging import log_to_file
@@ -86,7 +86,7 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     device = start_process_group(ranks)
     run_dir = Path(resolved.run_dir)
 
-    memory = min(on_all_ranks(lambda: free_memory(ranks, device)))
+    memory = min(on_all_ranks(lambda: rank_memory(ranks, device)))
 
     def open_and_note() -> RunConfig:
         begun = bool(list_checkpoints(store))

@@ -27,15 +27,16 @@ class Memory:
     available: int
 
 
-def free_memory(ranks: Ranks, device: torch.device) -> int:
-    """Return the bytes that this rank can take: of its GPU, or its share of the machine's.
+def rank_memory(ranks: Ranks, device: torch.device) -> int:
+    """Return the bytes that this rank can take: its GPU's, or its share of what the machine has
+    free. A GPU counts whole: a rank of the attempt before may not have ended yet.
 
     Args:
         ranks: this process's rank; those of a machine share its memory.
         device: this rank's device.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.get_device_properties(device).total_memory
     return machine_memory().available // ranks.local_world_size
 
 

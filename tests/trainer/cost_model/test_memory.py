@@ -140,6 +140,15 @@ def test_the_largest_recipe_is_counted_without_its_memory(
     assert "1267.4 M trainable parameters, ZeRO 3" in capsys.readouterr().out
 
 
+def test_one_h200_takes_the_batch_of_the_base_recipe_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["audioset_base", "--workers", "1", "--gpus-per-worker", "1", "--dry-run"]
+    assert train.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "takes 1024 samples at once, 1 times a step" in shown.replace("\n", " ")
+
+
 def test_the_command_prints_what_a_rank_takes_refuses_too_much_and_starts_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,17 +7,29 @@ import dataclasses
 import json
 import math
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from engine_run import Run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavmae.trainer.distributed import engine
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 from cavmae.trainer.distributed.process_group import end_rank, start_process_group
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that launch a kernel of a GPU; views launch none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, Any]:
@@ -36,6 +48,8 @@ def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, A
             after = run.snapshot()
             same = [torch.equal(old, new) for old, new in zip(before, after, strict=True)]
             states.append(all(same))
+    with Operations() as last:
+        run.update(steps)
     final = run.engine.full_state_dict()
     norm = math.sqrt(sum(value.double().square().sum().item() for value in final.values()))
     return {
@@ -43,6 +57,8 @@ def train(case: dict[str, Any], ranks: Any, device: torch.device) -> dict[str, A
         "unchanged": states,
         "final_norm": norm,
         "layout": run.task.layout,
+        "operations": last.count,
+        "parameters": len(run.tensors.trainable),
         "case": case,
         "config": dataclasses.asdict(run.config.engine),
     }
