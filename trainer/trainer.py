@@ -252,9 +252,12 @@ class Trainer:
                 if stops:
                     self.stop.start_grace_period()
                     self.status.change("stopping", reason=self.stop.reason)
-                if self.saver.is_open and not writers and not self.saver.commit():
-                    every = config.checkpoint.every_steps
-                    self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
+                if self.saver.is_open and not writers:
+                    with self.watchdog.pause():  # publishing, and deleting older ones
+                        committed = self.saver.commit()
+                    if not committed:
+                        every = config.checkpoint.every_steps
+                        self.retry_save_at = step + max(1, every // RETRIES_PER_INTERVAL)
                 if not update.applied:
                     self._check_skipped(means["loss"], sample_ids)
                 if log_now:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from cavmae.atomic_write import read_json, write_json
+from cavmae.trainer.fault_tolerance.bounded import finishes_within
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +120,20 @@ class StopRequest:
 
     def _set(self, reason: str) -> None:
         if reason:
-            log.warning("stop requested (%s): saving after this step", reason)
             self._reason = reason
-            self.start_grace_period()
+            self.start_grace_period()  # before the log, which may block
+            log.warning("stop requested (%s): saving after this step", reason)
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         self._set("SIGTERM")
 
     def _end(self) -> None:
-        log.error(
-            "ALARM: the checkpoint was not saved within checkpoint.grace_seconds = %g of the stop "
-            "request; this process exits, and the run resumes from the checkpoint before",
-            self._grace_seconds,
+        finishes_within(
+            2.0,
+            lambda: log.error(
+                "ALARM: the checkpoint was not saved within checkpoint.grace_seconds = %g of the "
+                "stop request; this process exits, and the run resumes from the checkpoint before",
+                self._grace_seconds,
+            ),
         )
         os._exit(START_AGAIN_EXIT_CODE)

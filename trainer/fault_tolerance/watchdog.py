@@ -9,14 +9,17 @@ import faulthandler
 import logging
 import os
 import statistics
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from cavmae.trainer.config.configs import WatchdogConfig
+from cavmae.trainer.fault_tolerance.bounded import finishes_within
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,8 @@ class Watchdog:
 
     Args:
         config: the timeouts.
-        folder: gets `rank-N.txt`, the stacks of a rank that hung.
+        folder: gets `rank-N.txt`, the stacks of a rank that hung; they are written to the
+            temporary folder too.
         rank: this rank.
         end: exits the process.
     """
@@ -83,23 +87,44 @@ class Watchdog:
         while not self._closed.wait(min(1.0, self._limit / 4)):
             waited = time.monotonic() - self._began
             if waited > self._limit:
-                self._dump(waited)
+                self._report(waited)
                 self._end(HANG_EXIT_CODE)
                 return
 
-    def _dump(self, waited: float) -> None:
-        log.error(
-            "HANG: no step for %.0f s (the limit is %.0f s); the stacks of all threads are in %s; "
-            "this process exits, so that the run can be resumed",
-            waited,
-            self._limit,
-            self._path,
+    def _report(self, waited: float) -> None:
+        """Write the stacks where writing works, and log where they are; takes 4 s at most.
+
+        What made the run hang may be the file system of its folder, or of its log.
+        """
+        stacks = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: no step for {waited:.0f} s\n{_stacks()}"
+        local = Path(tempfile.gettempdir()) / f"cavmae-hang-{os.getpid()}-{self._path.name}"
+        places = [
+            path
+            for path in (self._path, local)
+            if finishes_within(1.5, partial(_append, path, stacks))
+        ]
+        finishes_within(
+            1.0,
+            lambda: log.error(
+                "HANG: no step for %.0f s (the limit is %.0f s); the stacks of all threads are in "
+                "%s; this process exits, so that the run can be resumed",
+                waited,
+                self._limit,
+                places[0] if places else "no file: neither the run folder nor /tmp is writable",
+            ),
         )
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: no step for {waited:.0f} s\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:
-            log.error("the stacks could not be written: %s", error)
+
+
+def _append(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(text)
+
+
+def _stacks() -> str:
+    """Return the stacks of all threads. They are written to memory first: faulthandler holds the
+    interpreter's lock while it writes, so a file that blocks would stop every thread."""
+    with os.fdopen(os.memfd_create("stacks"), "w+") as memory:
+        faulthandler.dump_traceback(memory, all_threads=True)
+        memory.seek(0)
+        return memory.read()
