@@ -32,11 +32,8 @@ class RunLogger:
         steps_per_epoch: optimizer steps of a pass over the training set.
         device: this rank's device.
 
-    Attributes:
-        tracking_uri, mlflow_run: where MLflow has the run; empty on ranks above 0.
-
     Raises:
-        ValueError: the MLflow store can't be reached.
+        ValueError: the MLflow store refuses a new run.
     """
 
     def __init__(
@@ -55,7 +52,6 @@ class RunLogger:
         self._steps_per_epoch = steps_per_epoch
         self._device = device
         self._tracker: Tracker | None = None
-        self.tracking_uri = self.mlflow_run = ""
         if ranks.rank != 0:
             return
         record = read_json(run_dir / "run.json")
@@ -67,14 +63,24 @@ class RunLogger:
             dataclasses.asdict(config),
             run_id=record.get("mlflow_run"),
             start_step=start_step,
-        )
-        self.tracking_uri, self.mlflow_run = self._tracker.uri, self._tracker.run_id
-        write_json(
-            run_dir / "run.json",
-            record | {"mlflow_run": self.mlflow_run, "tracking_uri": self.tracking_uri},
+            on_run=self._note_run,
         )
         self._tracker.log_file(run_dir / "config.json")
         self._progress = Progress(config.steps, start_step)
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow has the run; empty on ranks above 0."""
+        return self._tracker.uri if self._tracker else ""
+
+    @property
+    def mlflow_run(self) -> str:
+        """The id of the MLflow run; empty on ranks above 0, and while MLflow can't be reached."""
+        return self._tracker.run_id if self._tracker else ""
+
+    def _note_run(self, run_id: str, uri: str) -> None:
+        path = self._run_dir / "run.json"
+        write_json(path, read_json(path) | {"mlflow_run": run_id, "tracking_uri": uri})
 
     def log_start(
         self, task_description: str, train_set: ShardSet, *, resumed_from: str | None

@@ -1,10 +1,10 @@
 """Logging of metrics, figures and parameters, first to the run folder and then to MLflow.
 
 `metrics.jsonl` is the source of truth and is written first. A thread sends to MLflow, because a
-tracking server that hangs must not hold up a training step, and one that is down must not end the
-run: what it missed is kept in memory and, when the process ends, as a note of the last step that it
-has. This is the only file that imports MLflow, and only once a Tracker is built: ranks other than
-the first never pay for it.
+tracking server that hangs must not hold up a training step, and one that is down must end no run
+and keep none from starting: what it missed is kept in memory and, when the process ends, as a note
+of the last step that it has, with the files. This is the only file that imports MLflow, and only
+once a Tracker is built: ranks other than the first never pay for it.
 """
 
 import fcntl
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 PARAMETER_CHARACTERS = 6000  # MLflow cuts longer values
 MAX_QUEUED = 10_000
 FAILURES_PER_MESSAGE = 100
+BEHIND_RECORDS = 100
+"""So many queued records are said to be late."""
 CLOSE_SECONDS = 60
 UNSENT = "mlflow_unsent.json"
 """File of a run folder; present while MLflow lacks records of the run."""
@@ -47,14 +49,16 @@ class Tracker:
         run_id: the MLflow run to resume; None creates one.
         start_step: the step to resume from. Later lines of `metrics.jsonl` are dropped, since those
             steps run again. (MLflow can't delete them; it shows such steps twice.)
+        on_run: called with the MLflow run's id and the URI once it is there, in any thread.
 
     Attributes:
-        run_id: the MLflow run.
+        run_id: the MLflow run; empty until there is one.
         uri: the MLflow tracking URI, for `mlflow ui --backend-store-uri URI`.
         failures: how often MLflow did not take a record.
 
     Raises:
-        ValueError: the store can't be reached, or doesn't have the run or the experiment.
+        ValueError: a new run's store refuses it. One that is down, and any trouble of a run that
+            resumes, is a warning.
     """
 
     def __init__(
@@ -64,63 +68,99 @@ class Tracker:
         parameters: dict[str, object],
         run_id: str | None = None,
         start_step: int = 0,
+        on_run: Callable[[str, str], object] = lambda run_id, uri: None,
     ) -> None:
+        self._config, self._run_dir, self._parameters = config, run_dir, parameters
         self._metrics_path = run_dir / "metrics.jsonl"
         run_dir.mkdir(parents=True, exist_ok=True)
         drop_metrics_after(self._metrics_path, start_step)
-
-        _set_mlflow_defaults()
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._mlflow_errors = (MlflowException, OSError)
-        default_uri = sqlite_uri(run_dir.resolve().parent / "mlflow.db")
-        self.uri = config.uri or default_uri
-        try:
-            create_store(self.uri)
-            self._client = MlflowClient(tracking_uri=self.uri)
-            if run_id is None:
-                experiment_id = self._experiment(config.experiment)
-                run = self._client.create_run(experiment_id, run_name=run_dir.resolve().name)
-            else:
-                run = self._client.get_run(run_id)
-                self._client.update_run(run_id, status="RUNNING")
-            self.run_id: str = run.info.run_id
-            self._log_parameters(parameters, run.data.params, run.data.tags)
-        except MlflowException as error:
-            raise ValueError(
-                f"tracking.uri is {self.uri}: {error}\n"
-                + (f"It should have the MLflow run {run_id}. " if run_id else "")
-                + "Set tracking.uri to a store that can be reached, such as the default "
-                + default_uri
-            ) from error
-
+        self._metrics_file = self._metrics_path.open("ab", buffering=0)
+        self._unwritten = b""
+        self.uri = config.uri or sqlite_uri(run_dir.resolve().parent / "mlflow.db")
+        self.run_id = run_id or ""
         self.failures = 0
-        self._failures_lock = threading.Lock()
+        self._resumes = run_id is not None
+        self._on_run = on_run
+        self._connected = self._late = self._lost = False
+        self._lock = threading.Lock()
         self._unsent_path = run_dir / UNSENT
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._sent_step = start_step
+        self._noted_step: int | None = None
+        self._lost_files: list[list[str | None]] = []
+        self._connect_or_warn()
         self._resend_missed()
         self._sender = threading.Thread(target=self._send_queue, name="mlflow", daemon=True)
         self._sender.start()
-        self._metrics_file = self._metrics_path.open("a")
+
+    def _connect_or_warn(self) -> None:
+        try:
+            self._connect()
+        except Exception as error:
+            if not (self._resumes or _is_transient(error)):
+                raise ValueError(
+                    f"tracking.uri is {self.uri}: {error}\nSet tracking.uri to a store that takes "
+                    "the run; empty: a file beside the run folder"
+                ) from error
+            self._note_unsent()
+            log.warning(
+                "MLflow (%s) can't be reached; training goes on, %s has all metrics, and they are "
+                "sent when it is back: %s",
+                self.uri,
+                self._metrics_path,
+                error,
+            )
+
+    def _connect(self) -> None:
+        """Open the store and this run in it; raises what MLflow raises."""
+        _set_mlflow_defaults()
+        from mlflow import MlflowClient
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        create_store(self.uri)
+        self._client = MlflowClient(tracking_uri=self.uri)
+        if self.run_id:
+            run = self._client.get_run(self.run_id)
+            self._client.update_run(self.run_id, status="RUNNING")
+        else:
+            name = self._run_dir.resolve().name
+            run = self._client.create_run(self._experiment(self._config.experiment), run_name=name)
+            self.run_id = run.info.run_id
+        self._on_run(self.run_id, self.uri)
+        self._log_parameters(self._parameters, run.data.params, run.data.tags)
         self._system_metrics = SystemMetricsMonitor(
-            self.run_id, resume_logging=run_id is not None, tracking_uri=self.uri
+            self.run_id, resume_logging=self._resumes, tracking_uri=self.uri
         )
         self._system_metrics.start()
+        self._connected = True
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Log numbers of one step: to `metrics.jsonl` now, to MLflow a little later."""
+        """Log numbers of one step: to `metrics.jsonl` now, or with a later step where the disk is
+        full, to MLflow a little later."""
         now_seconds = time.time()
         values = {  # JSON has no NaN
             name: value if math.isfinite(value) else str(value) for name, value in metrics.items()
         }
         record = {"step": step, "unix_seconds": round(now_seconds, 3), **values}
-        self._metrics_file.write(json.dumps(record) + "\n")
-        self._metrics_file.flush()
+        self._write(json.dumps(record) + "\n")
         self._send_metrics(metrics, step, now_seconds)
+
+    def _write(self, text: str) -> None:
+        """Append to `metrics.jsonl`; what does not fit on the disk waits in memory."""
+        failed_before = bool(self._unwritten)
+        self._unwritten += text.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics_file.write(self._unwritten) :]
+        except OSError as error:
+            if not failed_before:
+                log.error(
+                    "ALARM: metrics could not be written (%s); training continues, and they are "
+                    "written with the next ones: %s",
+                    self._metrics_path,
+                    error,
+                )
 
     def _send_metrics(self, metrics: dict[str, float], step: int, unix_seconds: float) -> None:
         from mlflow.entities import Metric
@@ -129,17 +169,23 @@ class Tracker:
             Metric(name, float(value), int(unix_seconds * 1000), step)
             for name, value in metrics.items()
         ]
-        self._send(lambda: self._client.log_batch(self.run_id, metrics=entities), step)
+        self._send(
+            _Request(lambda: self._client.log_batch(self.run_id, metrics=entities), step=step)
+        )
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Copy a file, which must not change any more, to the artifacts of the MLflow run."""
-        self._send(lambda: self._client.log_artifact(self.run_id, str(path), folder))
+        self._send(_Request(lambda: self._log_artifact(path, folder), file=[str(path), folder]))
+
+    def _log_artifact(self, path: Path, folder: str | None) -> None:
+        self._client.log_artifact(self.run_id, str(path), folder)
 
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the MLflow run, after waiting up to a minute for records that are still queued."""
+        self._write("")
         self._metrics_file.close()
-        self._send(self._system_metrics.finish)
-        self._send(lambda: self._client.set_terminated(self.run_id, status))
+        self._send(_Request(lambda: self._system_metrics.finish()))
+        self._send(_Request(lambda: self._client.set_terminated(self.run_id, status)))
         self._queue.put(None)
         self._sender.join(CLOSE_SECONDS)
         if self._unsent_path.exists() or self._sender.is_alive():
@@ -160,7 +206,7 @@ class Tracker:
             location = database and (database.resolve().parent / "mlartifacts").as_uri()
             try:
                 return self._client.create_experiment(name, artifact_location=location)
-            except self._mlflow_errors:
+            except Exception:
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:  # no other run has just created it
                     raise
@@ -193,53 +239,84 @@ class Tracker:
         self._client.log_batch(self.run_id, params=new, tags=run_tags)
         self._client.log_dict(self.run_id, parameters, "config.json")
 
-    def _send(self, call: Callable[[], object], step: int | None = None) -> None:
-        if self._queue.qsize() < MAX_QUEUED:
-            self._queue.put(_Request(call, step))
+    def _send(self, request: "_Request") -> None:
+        late = self._queue.qsize()
+        if late > BEHIND_RECORDS and not self._late:
+            log.warning(
+                "MLflow (%s) is slow or away: %d records wait for it, the last one it has is of "
+                "step %d; training goes on",
+                self.uri,
+                late,
+                self._sent_step,
+            )
+        self._late = late > (0 if self._late else BEHIND_RECORDS)
+        if late < MAX_QUEUED:
+            self._queue.put(request)
         else:
-            self._note_unsent()
+            self._lose(request)
             self._count_failure("too many records are queued")
 
     def _resend_missed(self) -> None:
-        """Send the metrics that MLflow did not take from an earlier attempt."""
+        """Send what MLflow did not take from an earlier attempt."""
         if not self._unsent_path.exists():
             return
-        after = read_json(self._unsent_path)["after_step"]
+        note = read_json(self._unsent_path)
+        after = note["after_step"]
         missed = [one for one in read_metrics(self._metrics_path) if after < one["step"]]
-        log.info("sending %d records that MLflow missed after step %d", len(missed), after)
+        if missed:
+            log.info("sending %d records that MLflow missed after step %d", len(missed), after)
         self._sent_step = after
         for record in missed:
             step, unix_seconds = int(record.pop("step")), record.pop("unix_seconds")
             self._send_metrics(record, step, unix_seconds)
+        for path, folder in note["files"]:
+            self.log_file(Path(path), folder)
 
     def _send_queue(self) -> None:
         """Send requests in order, in the thread; one that is not taken holds up the others."""
-        unsent: deque[_Request] = deque()
-        refused = False
+        waiting: deque[_Request] = deque()
         while (request := self._queue.get()) is not None:
-            unsent.append(request)
-            while unsent:
+            waiting.append(request)
+            while waiting:
                 try:
-                    unsent[0].call()
-                except self._mlflow_errors as error:
+                    if not self._connected:
+                        self._connect()
+                    waiting[0].call()
+                except Exception as error:  # of MLflow, its database or its network library
                     self._count_failure(str(error))
                     self._note_unsent()
-                    if _is_transient(error) and len(unsent) < MAX_QUEUED:
+                    if (not self._connected or _is_transient(error)) and len(waiting) < MAX_QUEUED:
                         break
-                    refused = True
+                    self._lose(waiting.popleft())
                 else:
-                    self._sent_step = unsent[0].step or self._sent_step
-                unsent.popleft()
-            if not unsent and not refused:
+                    self._sent_step = waiting.popleft().step or self._sent_step
+            if not waiting and not self._lost:
                 self._unsent_path.unlink(missing_ok=True)
+                self._noted_step = None
+        for request in waiting:
+            self._lose(request)
+
+    def _lose(self, request: "_Request") -> None:
+        """Leave a request to the next attempt: metrics by their step, files by their path."""
+        self._lost = True
+        if request.file:
+            self._lost_files.append(request.file)
+        self._note_unsent()
 
     def _note_unsent(self) -> None:
-        if not self._unsent_path.exists():
-            # A step's scores are a separate record, so its last one may be missing.
-            write_json(self._unsent_path, {"after_step": self._sent_step - 1})
+        """Note what MLflow lacks; a note that can't be written is only logged."""
+        with self._lock:
+            if self._noted_step is None:
+                # A step's scores are a separate record, so its last one may be missing.
+                self._noted_step = self._sent_step - 1
+            note = {"after_step": self._noted_step, "files": self._lost_files}
+            try:
+                write_json(self._unsent_path, note)
+            except OSError as error:
+                log.warning("%s could not be written: %s", self._unsent_path, error)
 
     def _count_failure(self, reason: str) -> None:
-        with self._failures_lock:
+        with self._lock:
             self.failures += 1
             if self.failures % FAILURES_PER_MESSAGE == 1:
                 log.warning(
@@ -253,14 +330,21 @@ class Tracker:
 
 
 class _Request(NamedTuple):
-    """A call of MLflow, with the step whose metrics it sends."""
+    """A call of MLflow, with the step whose metrics it sends, or the file and its folder."""
 
     call: Callable[[], object]
-    step: int | None
+    step: int | None = None
+    file: list[str | None] | None = None
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether the store is down, rather than refusing the request."""
+    """Whether the store is down, rather than refusing the request, or the file being gone."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if not isinstance(error, MlflowException):
+        gone = isinstance(error, FileNotFoundError)
+        return isinstance(error, OSError | SQLAlchemyError) and not gone
     # MLflow turns any error of its database into BAD_REQUEST.
     transient = (
         "INTERNAL_ERROR",

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cavmae.trainer.config.configs import TrackingConfig
+from cavmae.trainer.tracking import tracker as tracker_module
 from cavmae.trainer.tracking.code_snapshot import git_commit
 from cavmae.trainer.tracking.metrics_file import read_metrics
 from cavmae.trainer.tracking.tracker import Tracker, flatten
@@ -25,6 +27,9 @@ PARAMETERS: dict[str, object] = {
     "note": "x" * 7000,
     "data": {"train": "shards"},
 }
+
+
+NO_DATABASE = b"this is no database" * 1000
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +250,7 @@ def test_a_store_that_breaks_during_the_run_is_said_once_and_loses_no_metrics(
     tracker = Tracker(TrackingConfig(experiment="breaks"), run_dir, PARAMETERS)
     tracker.log_metrics({"loss": 3.0}, step=1)
     wait_until(lambda: history(tracker, "loss") == [(1, 3.0)])
-    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 1000)
+    (tmp_path / "mlflow.db").write_bytes(NO_DATABASE)
     for step in range(2, 12):
         tracker.log_metrics({"loss": 3.0}, step)
     tracker.close()
@@ -265,7 +270,7 @@ def test_what_a_store_missed_is_sent_when_it_is_back(runs: Path, tmp_path: Path)
     tracker.log_metrics({"loss": 1.0}, step=1)
     wait_until(lambda: history(tracker, "loss") == [(1, 1.0)])
     whole = store.read_bytes()
-    store.write_bytes(b"this is no database" * 1000)
+    store.write_bytes(NO_DATABASE)
     for step in range(2, 5):
         tracker.log_metrics({"loss": float(step)}, step)
     wait_until(lambda: tracker.failures >= 3)
@@ -286,7 +291,7 @@ def test_what_a_store_missed_to_the_end_is_sent_by_the_next_start(
     tracker.log_metrics({"loss": 1.0}, step=1)
     wait_until(lambda: history(tracker, "loss") == [(1, 1.0)])
     whole = store.read_bytes()
-    store.write_bytes(b"this is no database" * 1000)
+    store.write_bytes(NO_DATABASE)
     for step in range(2, 6):
         tracker.log_metrics({"loss": float(step)}, step)
     tracker.close()
@@ -328,21 +333,110 @@ Tracker(TrackingConfig(experiment="one"), Path(sys.argv[1]), {}).close()
     assert not list(tmp_path.glob("mlflow.db.*.partial*"))
 
 
-@pytest.mark.parametrize("uri", ["nonsense://here", "http://127.0.0.1:9"])
-def test_a_store_that_can_not_be_reached_at_the_start_is_an_error_naming_the_field(
-    run_dir: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_starts_without_its_store_and_sends_all_when_it_is_there(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    with pytest.raises(ValueError, match=f"tracking.uri is {uri}.*\n*.*Set tracking.uri to"):
-        Tracker(TrackingConfig(uri=uri), run_dir, PARAMETERS)
-    assert not list(elsewhere.iterdir()), "no file is named after a server"
+    store, noted = tmp_path / "mlflow.db", []
+    store.write_bytes(NO_DATABASE)
+    tracker = Tracker(
+        TrackingConfig(experiment="late"),
+        tmp_path / "run",
+        PARAMETERS,
+        on_run=lambda *run: noted.append(run),
+    )
+    assert "can't be reached; training goes on" in caplog.text
+    tracker.log_metrics({"loss": 1.0}, step=1)
+    wait_until(lambda: tracker.failures > 0)
+    shutil.copy(runs / "mlflow.db", store)
+    tracker.log_metrics({"loss": 2.0}, step=2)
+    tracker.close()
+    assert history(tracker, "loss") == [(1, 1.0), (2, 2.0)]
+    assert noted == [(tracker.run_id, tracker.uri)] and stored(tracker).data.params["steps"] == "10"
+    assert not (tmp_path / "run/mlflow_unsent.json").exists()
 
 
-def test_a_run_that_the_store_does_not_have_is_an_error_naming_it(run_dir: Path) -> None:
-    with pytest.raises(ValueError, match="It should have the MLflow run 0123"):
-        Tracker(TrackingConfig(), run_dir, PARAMETERS, run_id="0123")
+def test_what_a_run_without_its_store_left_is_sent_by_the_next_attempt(
+    runs: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    store, figure = tmp_path / "mlflow.db", tmp_path / "figure.png"
+    store.write_bytes(NO_DATABASE)
+    figure.write_bytes(b"a figure")
+    first = Tracker(TrackingConfig(experiment="later"), tmp_path / "run", PARAMETERS)
+    first.log_metrics({"loss": 1.0}, step=1)
+    first.log_file(figure, "figures")
+    first.close()
+    shutil.copy(runs / "mlflow.db", store)
+    second = Tracker(TrackingConfig(experiment="later"), tmp_path / "run", PARAMETERS, start_step=1)
+    second.close()
+    assert history(second, "loss") == [(1, 1.0)]
+    (file,) = MlflowClient(second.uri).list_artifacts(second.run_id, "figures")
+    assert file.path == "figures/figure.png"
+    assert not (tmp_path / "run/mlflow_unsent.json").exists()
+
+
+def test_no_exception_ends_the_sending_and_what_is_refused_holds_up_nothing(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
+    tracker.log_file(tmp_path / "gone.png")
+    tracker._send(tracker_module._Request(lambda: {}["of a library that changed"]))
+    tracker.log_metrics({"loss": 2.0}, step=2)
+    tracker.close()
+    assert history(tracker, "loss") == [(2, 2.0)]
+    assert tracker.failures == 2
+
+
+def test_a_store_that_is_slow_is_said_once(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracker_module, "BEHIND_RECORDS", 3)
+    tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
+    answers = threading.Event()
+    tracker._send(tracker_module._Request(answers.wait))
+    for step in range(1, 9):
+        tracker.log_metrics({"loss": 1.0}, step)
+    answers.set()
+    tracker.close()
+    assert caplog.text.count("is slow or away") == 1
+    assert len(history(tracker, "loss")) == 8
+
+
+def test_metrics_that_do_not_fit_on_the_disk_are_written_with_the_next_ones(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
+    file = tracker._metrics_file
+    with open("/dev/full", "ab", buffering=0) as tracker._metrics_file:
+        for step in (1, 2):
+            tracker.log_metrics({"loss": float(step)}, step)
+    tracker._metrics_file = file
+    tracker.log_metrics({"loss": 3.0}, 3)
+    tracker.close()
+    assert [one["step"] for one in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    assert caplog.text.count("ALARM: metrics could not be written") == 1
+
+
+def test_a_store_that_refuses_a_new_run_is_an_error_naming_the_field(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"tracking.uri is nonsense://here.*\n*.*Set tracking.uri to"
+    ):
+        Tracker(TrackingConfig(uri="nonsense://here"), run_dir, PARAMETERS)
+    assert not list(tmp_path.iterdir()), "no file is named after a server"
+
+
+def test_a_resume_whose_run_the_store_lost_is_a_warning(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS, run_id="0123")
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.close()
+    assert "training goes on" in caplog.text and "0123" in caplog.text
+    assert [one["step"] for one in read_metrics(run_dir / "metrics.jsonl")] == [1]
 
 
 def test_a_deleted_experiment_is_an_error_that_says_how_to_restore_it(run_dir: Path) -> None:
