@@ -13,8 +13,14 @@ import numpy as np
 
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP, MIDDLE_FRAME, WINDOW_SAMPLES
-from cavmae.dataloaders.loading.augment import Box, is_flipped, random_crop
+from cavmae.dataloaders.loading.augment import (
+    Box,
+    is_flipped,
+    random_crop,
+    stored_center_crop,
+)
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, decode_original
+from cavmae.dataloaders.media.video_size import nvdec_decodes
 from cavmae.dataloaders.sampling.philox import random_words
 from cavmae.dataloaders.shards.format import ShardError
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -29,8 +35,6 @@ MIXED_IN_DRAWS = 1 << 61
 
 CPU_VIDEO_CODECS = ("vp9", "mjpeg")
 """Codecs that DALI decodes without a GPU."""
-NVDEC_SMALLEST_SIDE = {"vp9": 128, "h264": 48, "mjpeg": 64}
-"""Pixels; NVDEC refuses smaller frames (NVDEC Video Decoder API Programming Guide, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +144,15 @@ class ClipReader:
             width = int(description["video"]["width"])
             window = self._window(task.draw, audio_samples / AUDIO_HZ)
             frames = self._choose_frames(task.draw, description, window)
-            if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
-                raise ValueError(f"a video of {width} x {height} pixels")
+            whole = description["video"].get("cropped_from")
+            _check_sizes(width, height, whole)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return BadSample(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
         encoded, pixels = self._read_frames(task, frames, height, width)
-        augmentation, shape, seed = self.augmentation, self.settings.shape, self.settings.seed
+        augmentation, seed = self.augmentation, self.settings.seed
+        center = stored_center_crop(height, width, self.settings.shape.image_size, whole)
         start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
             task,
@@ -156,10 +161,10 @@ class ClipReader:
             self.shards.member(task.shard, task.sample, self.shards.audio_codec),
             encoded,
             pixels,
-            random_crop(height, width, shape.image_size, augmentation, seed, task.draw),
+            random_crop(height, width, center, augmentation, seed, task.draw),
             is_flipped(augmentation, seed, task.draw),
             tuple(seconds for _, _, seconds in frames),
-            (start, min(length, shape.audio_samples / AUDIO_HZ)),
+            (start, min(length, self.settings.shape.audio_samples / AUDIO_HZ)),
         )
 
     def _read_frames(
@@ -229,8 +234,22 @@ class ClipReader:
     def _dali_decodes(self, height: int, width: int) -> bool:
         codec = str(self.shards.video_codec)
         if self.settings.gpu is not None:
-            return min(height, width) >= NVDEC_SMALLEST_SIDE[codec]
+            return nvdec_decodes(width, height, codec)
         return codec in CPU_VIDEO_CODECS
+
+
+def _check_sizes(width: int, height: int, whole: dict[str, int] | None) -> None:
+    """Refuse sizes that no packed picture has, `whole` being what it was cut from.
+
+    Raises:
+        KeyError, TypeError, ValueError: the sizes are wrong.
+    """
+    parts = [(width, 0, width), (height, 0, height)]
+    if whole is not None:
+        parts = [(width, whole["left"], whole["width"]), (height, whole["top"], whole["height"])]
+    for part, start, side in parts:
+        if not (start >= 0 < part <= side - start and side <= LARGEST_SIDE):
+            raise ValueError(f"a video of {width} x {height} pixels, cropped from {whole}")
 
 
 def check_frame_choice(shards: ShardSet, frame_choice: str) -> None:

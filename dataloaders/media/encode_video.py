@@ -18,6 +18,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from cavmae.dataloaders.media.video_size import crop_middle
 from cavmae.dataloaders.media.video_track import rgb_pixels
 
 VideoCodec = Literal["vp9", "h264", "mjpeg"]
@@ -57,10 +58,16 @@ def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
     return jpegs
 
 
-def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second: float) -> bytes:
-    """Encode frames (in the format of `encode_jpegs`) as an MP4 file of key frames.
+def encode_video(
+    frames: list[np.ndarray], size: tuple[int, int], codec: VideoCodec, frames_per_second: float
+) -> bytes:
+    """Encode the middle of each frame as an MP4 file of key frames.
 
     The rate is kept within 1 to 1000, which all readers know; the sample's JSON has the times.
+
+    Args:
+        frames: in the format of `encode_jpegs`.
+        size: width and height of that middle (`stored_size`).
     """
     name, pixel_format, options = ENCODERS[codec]
     rate = Fraction(min(max(frames_per_second, 1.0), 1000.0)).limit_denominator(1001)
@@ -68,14 +75,13 @@ def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second:
     with av.open(buffer, "w", format="mp4", options=FRAGMENTED) as container:
         stream = container.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
-        stream.height = frames[0].shape[0] * 2 // 3
-        stream.width = frames[0].shape[1]
+        stream.width, stream.height = size
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = 1 / rate
         stream.codec_context.thread_count = 1  # Clips are encoded in parallel already.
         stream.codec_context.gop_size = 1
         for number, planes in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(crop_middle(planes, *size), format="yuv420p")
             frame.pts = number
             frame.time_base = 1 / rate
             container.mux(stream.encode(frame))

@@ -144,7 +144,7 @@ def gray_video(codec: VideoCodec, levels: list[int]) -> bytes:
         planes = np.full((96, 90), 128, dtype=np.uint8)
         planes[:64] = round(16 + level * 219 / 255)
         frames.append(planes)
-    return encode_video(frames, codec, 8.0)
+    return encode_video(frames, (90, 64), codec, 8.0)
 
 
 def frame_of(video: bytes, index: int) -> bytes:
