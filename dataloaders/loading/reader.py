@@ -19,7 +19,12 @@ from cavmae.dataloaders.loading.augment import (
     random_crop,
     stored_center_crop,
 )
-from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, decode_original
+from cavmae.dataloaders.media.decode_frame import (
+    FrameError,
+    decode_frame,
+    decode_original,
+    jpeg_of,
+)
 from cavmae.dataloaders.media.video_size import nvdec_decodes
 from cavmae.dataloaders.sampling.philox import random_words
 from cavmae.dataloaders.shards.format import ShardError
@@ -32,9 +37,6 @@ LARGEST_SIDE = 1 << 14
 
 MIXED_IN_DRAWS = 1 << 61
 """Counters of the draws for mixed-in clips start here, beyond every position that a run reaches."""
-
-CPU_VIDEO_CODECS = ("vp9", "mjpeg")
-"""Codecs that DALI decodes without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,19 @@ class ReaderSettings:
     @property
     def augmentation(self) -> Augmentation:
         return self.config.augmentation if self.training else Augmentation()
+
+    @property
+    def jpegs(self) -> bool:
+        """Whether DALI decodes the frames as images: JPEGs, and MJPEG, whose frames are JPEGs. Its
+        video decoder takes MJPEG on a CPU only, and more time."""
+        return self.shards.tier == "frames" or self.shards.video_codec == "mjpeg"
+
+    def dali_decodes(self, height: int, width: int) -> bool:
+        """Whether DALI has a decoder for frames of the `video` tier; else the readers decode."""
+        codec = str(self.shards.video_codec)
+        if self.jpegs or self.gpu is None:
+            return codec != "h264"
+        return nvdec_decodes(width, height, codec)
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,9 @@ class ClipReader:
                 decode_original(source, seconds, width, height) for _, _, seconds in frames
             )
         videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
-        if self._dali_decodes(height, width):
+        if self.settings.jpegs:
+            return tuple(jpeg_of(video) for video in videos), None
+        if self.settings.dali_decodes(height, width):
             return videos, None
         return placeholder, tuple(decode_frame(video) for video in videos)
 
@@ -230,12 +247,6 @@ class ClipReader:
             ten_seconds = np.array([float(frame["seconds"]) for frame in ten])
             places = [int(np.abs(ten_seconds - moment).argmin()) for moment in moments]
         return [(at, int(ten[at]["index"]), float(ten[at]["seconds"])) for at in places]
-
-    def _dali_decodes(self, height: int, width: int) -> bool:
-        codec = str(self.shards.video_codec)
-        if self.settings.gpu is not None:
-            return nvdec_decodes(width, height, codec)
-        return codec in CPU_VIDEO_CODECS
 
 
 def _check_sizes(width: int, height: int, whole: dict[str, int] | None) -> None:

@@ -1,14 +1,15 @@
 """Encodes the frames of a clip for a shard, as JPEGs or as key-frame-only video.
 
 Every video frame is a key frame in its own fragment, so that it can be read and decoded alone: the
-file's header and one fragment are a complete file. VP9 is the default because DALI decodes it on
-the CPU and on the GPU; H.264 decodes on the GPU only, MJPEG on the CPU only. Encoded video has a
-constant rate (frame i is at i / rate) whatever the source's, since decoders disagree on frame
-numbers at variable rates. The presentation times are in the sample's JSON.
+file's header and one fragment are a complete file. VP9 and MJPEG decode on the CPU and on the GPU,
+MJPEG as the JPEG that its fragment holds; H.264 on the GPU only. Encoded video has a constant rate
+(frame i is at i / rate) whatever the source's, since decoders disagree on frame numbers at variable
+rates. The presentation times are in the sample's JSON.
 """
 
 import io
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -89,6 +90,21 @@ def encode_video(
     return buffer.getvalue()
 
 
+def boxes(video: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and end of each top-level box of an MP4 file.
+
+    Raises:
+        ValueError: the file is not made of boxes.
+    """
+    start = 0
+    while start < len(video):
+        end = start + int.from_bytes(video[start : start + 4], "big")
+        if not start + 8 <= end <= len(video):
+            raise ValueError(f"a box of {end - start} bytes at {start} of {len(video)}")
+        yield video[start + 4 : start + 8], start, end
+        start = end
+
+
 def describe_fragments(video: bytes) -> dict[str, list[int]]:
     """Bytes and CRC-32 of the header and of each frame's fragment in a file of `encode_video`.
 
@@ -97,17 +113,9 @@ def describe_fragments(video: bytes) -> dict[str, list[int]]:
     Raises:
         ValueError: the file has another structure.
     """
-    starts = []
-    offset = 0
-    while offset + 8 <= len(video):
-        size = int.from_bytes(video[offset : offset + 4], "big")
-        if video[offset + 4 : offset + 8] == b"moof":
-            starts.append(offset)
-        if size < 8:
-            raise ValueError(f"a box of {size} bytes at {offset}")
-        offset += size
-    if offset != len(video) or not starts:
-        raise ValueError(f"{len(video)} bytes of boxes with {len(starts)} fragments")
+    starts = [start for name, start, _ in boxes(video) if name == b"moof"]
+    if not starts:
+        raise ValueError(f"{len(video)} bytes of boxes without a fragment")
     parts = [video[start:end] for start, end in pairwise([0, *starts, len(video)])]
     return {
         "bytes": [len(part) for part in parts],

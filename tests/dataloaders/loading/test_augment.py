@@ -88,7 +88,7 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
     clip = EncodedClip(
         task, "", (), sound, (jpeg.getvalue(),), None, box, mirrored, (0.0,), (0.0, 0.1)
     )
-    decoder = ClipDecoder("frames", 96, maximum_batch=1, threads=1, gpu=None)
+    decoder = ClipDecoder(True, 96, maximum_batch=1, threads=1, gpu=None)
     decoder.schedule([clip])
     frame = decoder.collect().frames[0, 0].transpose(1, 2, 0)
     ours = 255 * (frame * np.array(IMAGE_STD) + np.array(IMAGE_MEAN))
