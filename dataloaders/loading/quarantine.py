@@ -186,26 +186,45 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
+        self._failing = False
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, clips: Iterable[EncodedClip]) -> None:
-        """Replace the journal. It survives a crash; a power cut, which no clip causes, need not."""
+        """Replace the journal. It survives a crash; a power cut, which no clip causes, need not.
+
+        Without it a clip that crashes its rank is not found, so one that cannot be written, as on a
+        full disk, is a warning.
+        """
         lines = (
             f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
             f"{clip.sample_id}\n"
             for clip in clips
         )
-        with atomic_write(self.path, durable=False) as temporary:
-            temporary.write_text("".join(lines))
+        try:
+            with atomic_write(self.path, durable=False) as temporary:
+                temporary.write_text("".join(lines))
+        except OSError as error:
+            if not self._failing:
+                log.warning("the journal could not be written; training continues: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def unfinished(self, shards: ShardSet) -> list[ReadTask]:
-        """Tasks that crashed ranks were decoding, whichever ranks: a run may resume with fewer."""
+        """Tasks that crashed ranks were decoding, whichever ranks: a run may resume with fewer.
+
+        Lines that a power cut tore or filled with zeros are left out, with a warning.
+        """
         tasks = []
         for path in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
-            for line in path.read_text().splitlines():
-                draw, epoch, shard, sample, sample_id = line.split(" ", 4)
-                mixed_in, position = divmod(int(draw), MIXED_IN_DRAWS)
-                task = ReadTask(position, int(epoch), int(shard), int(sample), bool(mixed_in))
+            for line in path.read_text(errors="replace").splitlines():
+                try:
+                    draw, epoch, shard, sample, sample_id = line.split(" ", 4)
+                    mixed_in, position = divmod(int(draw), MIXED_IN_DRAWS)
+                    task = ReadTask(position, int(epoch), int(shard), int(sample), bool(mixed_in))
+                except ValueError:
+                    log.warning("%s has a torn line, which is left out: %.80r", path, line)
+                    continue
                 in_set = task.shard < len(shards.sizes) and task.sample < shards.sizes[task.shard]
                 if in_set and shards.sample_id(task.shard, task.sample) == sample_id:
                     tasks.append(task)

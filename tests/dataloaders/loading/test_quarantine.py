@@ -25,6 +25,7 @@ from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import (
     DataFaultError,
     DecoderFaultError,
+    Journal,
     Quarantine,
     find_culprits,
 )
@@ -427,6 +428,28 @@ def test_a_crash_leaves_the_names_of_what_was_being_decoded(
             planned.sample,
         )
         assert sample_id == whole.sample_id(int(shard), int(sample))
+
+
+def test_torn_lines_of_a_journal_are_left_out(
+    packed_synthetic: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = ShardSet([str(packed_synthetic / "video")])
+    whole = f"8 0 1 2 {shards.sample_id(1, 2)}\n".encode()
+    journal = Journal(tmp_path / "rank-0.txt")
+    journal.path.write_bytes(b"\0\0\0\0\n" + whole + b"12 0 1\n\xff\xfe 0 0 0 x\n16 0 0")
+    (task,) = journal.unfinished(shards)
+    assert (task.shard, task.sample) == (1, 2)
+    assert caplog.text.count("has a torn line") == 4
+
+
+def test_a_journal_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "there" / "rank-0.txt")
+    journal.path.parent.rmdir()
+    for _ in range(2):
+        journal.write([])
+    assert caplog.text.count("the journal could not be written") == 1
 
 
 def test_a_proper_end_leaves_no_journal(
