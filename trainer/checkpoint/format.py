@@ -18,6 +18,8 @@ from cavmae.trainer.config.configs import RunConfig
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+SUSPECT_MANIFEST = "manifest.suspect.json"
+"""The manifest of a checkpoint that was found damaged: it is not used, and not yet removed."""
 RUN_STATE = "run_state.json"
 
 _NAME = re.compile(r"step-\d{9,}")
@@ -73,6 +75,16 @@ def list_checkpoints(store: Store) -> list[str]:
 def list_folders(store: Store) -> list[str]:
     """List the folders of checkpoints and of torn ones, oldest first; raises OSError."""
     return sorted(filter(_NAME.fullmatch, store.folders()), key=step_of)
+
+
+def set_aside(store: Store, name: str) -> None:
+    """Leave a damaged checkpoint as it is but for its manifest's name, so that nobody takes it.
+
+    Raises:
+        OSError: the manifest could not be moved.
+    """
+    store.put(f"{name}/{SUSPECT_MANIFEST}", store.read(f"{name}/{MANIFEST}"))
+    store.remove_file(f"{name}/{MANIFEST}")
 
 
 def remove_checkpoint(store: Store, name: str) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,27 +149,52 @@ def _open(store: Store, name: str) -> _Checkpoint:
 def _verify(store: Store, checkpoint: _Checkpoint, node: _Node) -> None:
     """Verify, and copy from a remote store, the files that this node needs, each by one rank.
 
+    A file that one rank finds damaged is read again by the next rank of its node (of the run, where
+    all share a disk), and if that one finds it intact by the first once more.
+
     Raises:
         CorruptCheckpointError: one of them is damaged, on all ranks alike.
+        OSError: a rank reads wrongly what another one reads right: its machine has to be looked at.
     """
     needed = set(checkpoint.files)
     if node.holds_copies and not checkpoint.needs_conversion:
         needed = {name for rank in node.members for name in files_of_rank(checkpoint.files, rank)}
-    mine = sorted(needed)[node.members.index(dist.get_rank()) :: len(node.members)]
+    place, count = node.members.index(dist.get_rank()), len(node.members)
 
-    def verify() -> None:
-        for file in mine:
+    def damaged(share: int, among: set[str]) -> dict[str, str]:
+        """Read a share of these files; returns those that are damaged, with what is wrong."""
+        found = {}
+        for file in (one for one in sorted(needed)[share % count :: count] if one in among):
             name = f"{checkpoint.name}/{file}"
             copy_to = node.folder / name if node.holds_copies else None
-            verify_file(store, name, checkpoint.files[file], copy_to)
+            try:
+                verify_file(store, name, checkpoint.files[file], copy_to)
+            except CorruptCheckpointError as error:
+                found[file] = str(error)
+        return found
 
-    try:
-        on_all_ranks(verify)
-    except CorruptCheckpointError:
+    def all_damaged(share: int, among: set[str]) -> dict[str, str]:
+        return dict(ChainMap(*on_all_ranks(lambda: damaged(share, among))))
+
+    suspect = all_damaged(place, needed)
+    if not suspect:
+        return
+    if confirmed := all_damaged(place + 1, set(suspect)):
         if node.holds_copies and node.is_first:
             # Frees the disk for the previous one.
             shutil.rmtree(node.folder / checkpoint.name, ignore_errors=True)
-        raise
+        raise CorruptCheckpointError("; ".join(sorted(confirmed.values())))
+    if wrong := all_damaged(place, set(suspect)):
+        raise OSError(
+            f"{', '.join(sorted(wrong))} of {store.location(checkpoint.name)} is read wrongly by "
+            f"one rank and rightly by another, twice: look for errors of a disk or of memory"
+        )
+    if dist.get_rank() == 0:
+        log.warning(
+            "%s of %s was read wrongly once, and rightly when read again",
+            ", ".join(sorted(suspect)),
+            store.location(checkpoint.name),
+        )
 
 
 def _load(store: Store, checkpoint: _Checkpoint, node: _Node, engine: Engine) -> None:

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
     RUN_STATE,
+    SUSPECT_MANIFEST,
     RunState,
     checkpoint_name,
     list_checkpoints,
     list_folders,
     manifest_bytes,
     remove_checkpoint,
+    set_aside,
     step_of,
 )
 from cavmae.trainer.checkpoint.store import FileDigest, Store
@@ -60,7 +62,8 @@ class CheckpointSaver:
         config: how many are kept.
         engine: whose state is saved.
         state_at: returns the rest of the state at a step; all ranks call it.
-        start_step: the step this attempt resumed from; later checkpoints are removed as corrupt.
+        start_step: the step this attempt resumed from; later checkpoints were found damaged. They
+            are set aside, and removed once there is an intact one of their step or later.
 
     Attributes:
         failures: checkpoints that could not be written; the same on all ranks.
@@ -88,6 +91,7 @@ class CheckpointSaver:
         # On the first rank: intact checkpoints, oldest first, and those still to be removed.
         self._kept: list[str] = []
         self._obsolete: list[str] = []
+        self._suspect: list[str] = []
         on_first_rank(partial(self._clean_up, start_step))
 
     @property
@@ -171,14 +175,30 @@ class CheckpointSaver:
         return ""
 
     def _clean_up(self, start_step: int) -> None:
-        """Note the intact checkpoints and remove torn or corrupt ones, on the first rank."""
-        self._kept = [name for name in list_checkpoints(self._store) if step_of(name) <= start_step]
-        self._obsolete = [name for name in list_folders(self._store) if name not in self._kept]
+        """Note the intact checkpoints, remove torn ones and set damaged ones aside, on the first
+        rank."""
+        complete = list_checkpoints(self._store)
+        self._kept = [name for name in complete if step_of(name) <= start_step]
+        for name in complete[len(self._kept) :]:
+            set_aside(self._store, name)
+            log.warning(
+                "%s is damaged: it is kept, with its manifest as %s, until there is a newer one",
+                self._store.location(name),
+                SUSPECT_MANIFEST,
+            )
+        others = [name for name in list_folders(self._store) if name not in self._kept]
+        self._suspect = [
+            name
+            for name in others
+            if step_of(name) > start_step
+            and self._store.size(f"{name}/{SUSPECT_MANIFEST}") is not None
+        ]
+        self._obsolete = [name for name in others if name not in self._suspect]
         self._obsolete += [
             name for name in self._store.folders() if name.startswith(".converted-step-")
         ]
         for name in self._obsolete:
-            log.info("removing %s, which is incomplete or corrupt", self._store.location(name))
+            log.info("removing %s, which is incomplete", self._store.location(name))
         self._remove_obsolete()
 
     def _remove_old(self, name: str, *, saved: bool) -> None:
@@ -190,7 +210,10 @@ class CheckpointSaver:
                 self._remove_obsolete()
             return
         self._kept.append(name)
-        # An earlier one of this step that could not be removed has been overwritten.
+        passed = [old for old in self._suspect if step_of(old) <= step_of(name)]
+        self._suspect = [old for old in self._suspect if old not in passed]
+        self._obsolete += passed
+        # An earlier one of this step, damaged or not yet removed, has been overwritten.
         self._obsolete = [old for old in self._obsolete if old != name]
         every = self._config.keep_every
         for old in self._kept[: -self._config.keep_last]:

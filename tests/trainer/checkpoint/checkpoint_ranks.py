@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from cavmae.trainer.checkpoint.format import RunState
+from cavmae.trainer.checkpoint import load
+from cavmae.trainer.checkpoint.format import CorruptCheckpointError, RunState, verify_file
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.store import Store
@@ -57,6 +59,13 @@ def on_rank(rank: int, error: Exception) -> Callable[[], None]:
     return work
 
 
+def wrong_on_the_second(*arguments: Any) -> None:
+    """Verify a file as a machine does that reads everything wrongly, on rank 1."""
+    if dist.get_rank() == 1:
+        raise CorruptCheckpointError("it has changed")
+    verify_file(*arguments)
+
+
 def main() -> None:
     folder, output = Path(json.loads(sys.argv[1])), Path(sys.argv[2])
     dist.init_process_group("gloo")
@@ -85,11 +94,13 @@ def main() -> None:
 
     load_newest(store, cast(Engine, part))
     loaded = part.step
+    with mock.patch.object(load, "verify_file", wrong_on_the_second):
+        misread = error_of(lambda: load_newest(store, cast(Engine, part)))
     on_first_rank(lambda: store.put(f"step-000000030/{part.file}", b"damaged"))
     load_newest(store, cast(Engine, part))
-    found = on_all_ranks(lambda: (errors, saved, loaded, part.step))
+    found = on_all_ranks(lambda: (errors, saved, loaded, misread, part.step))
     if dist.get_rank() == 0:
-        names = ("errors", "saved", "loaded", "without the newest")
+        names = ("errors", "saved", "loaded", "misread", "without the newest")
         output.write_text(json.dumps(dict(zip(names, zip(*found, strict=True), strict=True))))
     dist.destroy_process_group()
 

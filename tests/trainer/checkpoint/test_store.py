@@ -14,14 +14,17 @@ from launch import run_ranks
 from tiny_run import MODEL
 
 from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
+from cavmae.trainer.checkpoint import load as load_module
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
+    CorruptCheckpointError,
     RunState,
     check_not_left_behind,
     checkpoint_folder,
     checkpoint_name,
     list_checkpoints,
     verify_checkpoint,
+    verify_file,
 )
 from cavmae.trainer.checkpoint.load import files_of_rank, load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
@@ -63,6 +66,10 @@ def damage(store: Store, name: str) -> None:
     data = bytearray(store.read(name))
     data[len(data) // 2] ^= 1
     store.put(name, bytes(data))
+
+
+def remove(store: Store, name: str) -> None:
+    store.remove_file(name)
 
 
 # ---------------------------------------------------------------------------------- places
@@ -282,7 +289,7 @@ def test_torn_ones_are_passed_over_and_cleared(alone: None, store: Store) -> Non
     assert store.folders() == ["step-000000010", "step-000000020", "step-000000040-mine"]
 
 
-@pytest.mark.parametrize("spoil", [damage, lambda store, name: store.remove_file(name)])
+@pytest.mark.parametrize("spoil", [damage, remove])
 @pytest.mark.parametrize("file", [WEIGHTS, MOMENTS, "run_state.json", MANIFEST])
 def test_a_damaged_one_is_named_and_the_one_before_is_used(
     alone: None,
@@ -297,8 +304,43 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     if file != MANIFEST:
         assert f"{remote.location('step-000000020')} is corrupt or incomplete" in caplog.text
         assert file in caplog.text
-    assert save(writer_of(remote, start_step=10, keep_last=1), 15) == [True]
-    assert remote.folders() == ["step-000000015"], "the damaged one does not count as newest"
+    writer = writer_of(remote, start_step=10, keep_last=1)
+    assert save(writer, 15) == [True]
+    aside = [checkpoint_name(20)] if remote.folders()[-1] == checkpoint_name(20) else []
+    assert aside or (file, spoil) == (MANIFEST, remove), "only a torn one is gone at once"
+    assert remote.folders() == [checkpoint_name(15), *aside]
+    assert list_checkpoints(remote) == [checkpoint_name(15)], "it does not count as newest"
+    writer = writer_of(remote, start_step=15, keep_last=1)  # the next attempt leaves it as well
+    assert remote.folders() == [checkpoint_name(15), *aside]
+    assert save(writer, 25) == [True]
+    assert remote.folders() == [checkpoint_name(25)], "now there is a newer one"
+
+
+def test_a_damaged_one_may_be_written_anew(alone: None, store: Store) -> None:
+    save(writer_of(store), 10, 20)
+    damage(store, f"{checkpoint_name(20)}/{MOMENTS}")
+    assert loaded(store) == 10
+    assert save(writer_of(store, start_step=10), 20) == [True]
+    assert loaded(store) == 20
+
+
+def test_one_wrong_read_condemns_no_checkpoint(
+    alone: None, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(writer_of(store), 10, 20)
+    wrong = [f"{checkpoint_name(20)}/{MOMENTS}"]
+
+    def verify(store: Store, name: str, *arguments: Any) -> None:
+        if name in wrong:
+            wrong.remove(name)
+            raise CorruptCheckpointError(f"{name} has changed since it was written")
+        verify_file(store, name, *arguments)
+
+    monkeypatch.setattr(load_module, "verify_file", verify)
+    assert loaded(store) == 20
+    assert (
+        f"{MOMENTS} of {store.location(checkpoint_name(20))} was read wrongly once" in caplog.text
+    )
 
 
 def test_none_whole_is_an_error(alone: None, store: Store) -> None:
