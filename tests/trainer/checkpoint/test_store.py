@@ -440,4 +440,6 @@ def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
     told = [["PermissionError", "[Errno 13] of rank 0"], ["ValueError", "of rank 1"]]
     assert ranks["errors"] == [told, told]
     assert ranks["saved"] == [[True, False, True]] * 2, "the second rank's disk is full at step 20"
+    kinds, messages = zip(*ranks["misread"], strict=True)
+    assert kinds == ("OSError", "OSError") and "look for errors of a disk" in messages[1]
     assert ranks["loaded"] == [30, 30] and ranks["without the newest"] == [10, 10]
