@@ -63,7 +63,7 @@ class LaneScalingPolicy(ElasticScalingPolicy):
             self._requested = decision.num_workers
             reason = f"{MORE_FIT}: {decision.num_workers} instead of {now}"
             print(f"{reason}; the ranks save a checkpoint and restart", file=sys.stderr, flush=True)
-            request_stop(self._run_dir, reason)
+            request_stop(self._run_dir, reason, outranked=True)
         return NoopDecision()
 
     def _report_idle(self, workers: list[Any]) -> None:

@@ -3,6 +3,7 @@
 A run folder that has checkpoints is resumed from the newest intact one.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -59,7 +60,9 @@ def run(
 
 def run_as_rank(config: RunConfig, make_hooks: MakeHooks | None = None) -> NoReturn:
     """Run as the rank that the environment names, and exit the process."""
-    withdraw_request(Path(config.run_dir))  # a stop request of an earlier attempt
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if ranks_from_environment().rank == 0 and not restarted:
+        withdraw_request(Path(config.run_dir))  # a stop request of an earlier attempt
     run(config, make_hooks=make_hooks)
     from cavmae.trainer.distributed.process_group import end_rank
 

@@ -24,7 +24,7 @@ from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
-from cavmae.trainer.fault_tolerance.preemption import StopRequest, withdraw_request
+from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
 from cavmae.trainer.lr_schedule import learning_rate
@@ -200,7 +200,7 @@ class Trainer:
             mlflow_run=self.logger.mlflow_run,
         )
         if self.ranks.rank == 0 and stopped:
-            withdraw_request(self.run_dir)
+            self.stop.withdraw()
         elif self.ranks.rank == 0:
             path = self.run_dir / "weights.pt"
             with atomic_write(path) as temporary, temporary.open("wb") as file:

@@ -7,6 +7,7 @@ than one that was never begun.
 
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -25,17 +26,23 @@ _REQUEST = "stop.json"
 _POLL_SECONDS = 1.0
 
 
-def request_stop(run_dir: Path, reason: str) -> None:
+def request_stop(run_dir: Path, reason: str, *, outranked: bool = False) -> None:
     """Ask the ranks that train in a run folder to save and stop.
+
+    Args:
+        run_dir: the run folder.
+        reason: for people.
+        outranked: leave a request that is there already, as a launcher does with a person's.
 
     Raises:
         OSError: the folder can't be written.
     """
-    write_json(run_dir / _REQUEST, {"reason": reason})
+    if not (outranked and requested_stop(run_dir)):
+        write_json(run_dir / _REQUEST, {"reason": reason, "id": secrets.token_hex(8)})
 
 
 def withdraw_request(run_dir: Path) -> None:
-    """Remove a stop request that was followed, or that an earlier attempt left behind."""
+    """Remove a stop request that an earlier attempt left behind."""
     (run_dir / _REQUEST).unlink(missing_ok=True)
 
 
@@ -45,12 +52,19 @@ def requested_stop(run_dir: Path) -> str:
     Raises:
         OSError: the folder can't be read.
     """
+    return _read(run_dir)[0]
+
+
+def _read(run_dir: Path) -> tuple[str, str]:
+    """Return reason and id of the request; a file that is empty, torn or made by hand, as by
+    `touch`, is one without an id."""
     try:
-        return str(read_json(run_dir / _REQUEST)["reason"])
+        request = read_json(run_dir / _REQUEST)
+        return str(request["reason"]), str(request.get("id", ""))
     except FileNotFoundError:
-        return ""
-    except (ValueError, KeyError):
-        return _REQUEST  # made by hand, as `touch` does
+        return "", ""
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _REQUEST, ""
 
 
 class StopRequest:
@@ -72,6 +86,7 @@ class StopRequest:
         self._grace_seconds = grace_seconds
         self._notice = notice
         self._reason = ""
+        self._followed: str | None = None
         self._polled = 0.0
         self._failing = False
         self._timer: threading.Timer | None = None
@@ -100,6 +115,16 @@ class StopRequest:
                 self._poll(self._run_dir)
         return self._reason
 
+    def withdraw(self) -> None:
+        """Remove the request that was followed; a later one stays, for the next attempt."""
+        if self._run_dir is None:
+            return
+        try:
+            if self._followed == _read(self._run_dir)[1]:
+                withdraw_request(self._run_dir)
+        except OSError as error:
+            log.warning("the stop request in %s could not be removed: %s", self._run_dir, error)
+
     def start_grace_period(self) -> None:
         """Exit this process after the grace period; only the first call counts."""
         if self._timer is None and self._grace_seconds:
@@ -110,7 +135,10 @@ class StopRequest:
     def _poll(self, run_dir: Path) -> None:
         """Look for a request; a file system that fails for a while doesn't end the run."""
         try:
-            self._set(requested_stop(run_dir))
+            reason, name = _read(run_dir)
+            if reason:
+                self._followed = name
+            self._set(reason)
         except OSError as error:
             if not self._failing:
                 log.warning("stop requests in %s can't be read, retrying: %s", run_dir, error)

@@ -29,6 +29,21 @@ def test_a_file_made_by_hand_is_a_request(tmp_path: Path, content: bytes) -> Non
     assert StopRequest(tmp_path, 0).reason == "stop.json"
 
 
+def test_a_later_request_stays_when_the_one_before_was_followed(tmp_path: Path) -> None:
+    request_stop(tmp_path, "more ranks fit", outranked=True)
+    stop = StopRequest(tmp_path, 0)
+    assert stop.reason == "more ranks fit"
+    request_stop(tmp_path, "a person's")
+    stop.withdraw()
+    assert requested_stop(tmp_path) == "a person's"
+    request_stop(tmp_path, "more ranks fit", outranked=True)
+    assert requested_stop(tmp_path) == "a person's"
+    later = StopRequest(tmp_path, 0)
+    assert later.reason == "a person's"
+    later.withdraw()
+    assert requested_stop(tmp_path) == ""
+
+
 def test_storage_that_fails_for_a_while_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
