@@ -1,0 +1,400 @@
+"""What a step does on the device: its operations, copies and waits, without computing any of it.
+
+Counts are of eager operations as the host issues them; a compiled block counts by the kernels that
+Inductor makes of it (`lowering.py`).
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch._higher_order_ops.triton_kernel_wrap import (
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
+from torch._ops import HigherOrderOperator
+from torch._prims.rng_prims import graphsafe_run_with_rng_state
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.jit import JITFunction
+
+Kind = Literal["product", "attention", "triton", "fused", "collective", "other"]
+
+_GATHERS = ("gather", "index", "index_select", "embedding")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+_OVERWRITING = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
+_NO_KERNEL = ("detach", "set_", "_reshape_alias", "lift_fresh", "resize_", "record_stream")
+_WAITING = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
+_CHUNK_ELEMENTS, _MOST_BLOCKS, _MOST_TENSORS = 65536, 320, (110, 64, 48, 36, 30)
+"""Of a launch over many tensors: aten/src/ATen/native/cuda/MultiTensorApply.cuh."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Work that the host gives to the device.
+
+    Attributes:
+        name: of the operation (`aten.mm`), or of the Triton kernel.
+        kind: product of matrices, attention, a Triton kernel of ours, a kernel that Inductor fused,
+            or anything else.
+        phase: see `Trace.phase`.
+        shapes: of the tensors it reads and writes in place.
+        dtype: of the first of them.
+        bytes: of all tensors that it reads and writes, each counted once; of a gather, only what
+            it takes.
+        flops: of products and attention.
+        kernels: that it launches: 1, for lists of tensors as many as torch's launcher needs.
+    """
+
+    name: str
+    kind: Kind
+    phase: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    bytes: int
+    flops: int
+    kernels: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy between the host's memory and the device's.
+
+    Attributes:
+        to_device: its direction.
+        phase: see `Trace.phase`.
+        shape: of the tensor.
+        bytes: of the tensor.
+        non_blocking, pinned: how it was asked for, and where the host's side lies. With both, the
+            host goes on at once.
+        where: `file:line` of the code that asked for it.
+    """
+
+    to_device: bool
+    phase: str
+    shape: tuple[int, ...]
+    bytes: int
+    non_blocking: bool
+    pinned: bool
+    where: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A place where the host waits for the device.
+
+    Attributes:
+        what: the operation.
+        phase: see `Trace.phase`.
+        where: `file:line` of the code that asked for it.
+    """
+
+    what: str
+    phase: str
+    where: str
+
+
+@dataclass
+class Trace:
+    """What happened on the device, in order; it can be pickled."""
+
+    operations: list[Operation] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
+    _phase: str = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what is noted inside: a span for the trainer's hooks."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def of(self, *kinds: Kind, phase: str | None = None) -> list[Operation]:
+        """Return the operations of some kinds (none: of all), in a phase (None: in all)."""
+        return [
+            operation
+            for operation in self.operations
+            if (not kinds or operation.kind in kinds) and phase in (None, operation.phase)
+        ]
+
+
+_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+_current: list[Trace] = []
+
+
+@contextmanager
+def traced() -> Iterator[Trace]:
+    """Note what is done with tensors on `cuda`, which have no values; those of the host have.
+
+    A value that the host reads back is the one that it copied there, if nothing was written since;
+    else it is 1.
+    """
+    trace = Trace()
+    with _FAKE, _Recorder(trace):
+        _current.append(trace)
+        try:
+            yield trace
+        finally:
+            _current.remove(trace)
+
+
+def without_values() -> FakeTensorMode:
+    """Context in which tensors of the host have no values either, for models too large for it."""
+    return _FAKE
+
+
+def note_launch(name: str, tensors: Sequence[torch.Tensor]) -> None:
+    """Note the launch of a Triton kernel that gets these tensors."""
+    for trace in _current:
+        trace.operations.append(_operation(name, "triton", trace._phase, tensors, tensors, 0, 1))
+
+
+def note_fused(name: str, size: int) -> None:
+    """Note a kernel that Inductor fused, which reads and writes `size` bytes."""
+    for trace in _current:
+        trace.operations.append(Operation(name, "fused", trace._phase, (), "", size, 0, 1))
+
+
+@contextmanager
+def noting_only(*kinds: Kind) -> Iterator[None]:
+    """Note operations of these kinds alone: what Inductor does not fuse."""
+    before = [len(trace.operations) for trace in _current]
+    yield
+    for trace, count in zip(_current, before, strict=True):
+        new = trace.operations[count:]
+        trace.operations[count:] = [operation for operation in new if operation.kind in kinds]
+
+
+def note_wait(what: str) -> None:
+    """Note that the host waits."""
+    for trace in _current:
+        trace.waits.append(Wait(what, trace._phase, _where()))
+
+
+def _where() -> str:
+    """`file:line` of the innermost code that is neither torch's nor this folder's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "cavmae.benchmarks.fake_cuda", "contextlib")):
+            return f"{module.replace('.', '/')}.py:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _operation(
+    name: str,
+    kind: Kind,
+    phase: str,
+    tensors: Sequence[torch.Tensor],
+    touched: Sequence[torch.Tensor],
+    flops: int,
+    kernels: int,
+) -> Operation:
+    return Operation(
+        name,
+        kind,
+        phase,
+        tuple(tuple(tensor.shape) for tensor in tensors),
+        str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
+        sum(map(_bytes, touched)),
+        flops,
+        kernels,
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's values; those that it repeats count once."""
+    counts = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or n < 2]
+    return math.prod(counts) * tensor.element_size()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+        self._pinned: dict[int, Any] = {}
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            if func is triton_kernel_wrapper_mutation:
+                kernel: Any = kernel_side_table.get_kernel(kwargs["kernel_idx"])
+                while not isinstance(kernel, JITFunction):
+                    kernel = kernel.fn
+                values = kwargs["kwargs"].values()
+                note_launch(kernel.__name__, [x for x in values if isinstance(x, torch.Tensor)])
+            if func is graphsafe_run_with_rng_state:  # around attention that is recomputed
+                kwargs.pop("rng_state")
+                func, *args = args
+            else:
+                return func(*args, **kwargs)
+        short = func._overloadpacket.__name__
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if short == "is_pinned":
+            return self._is_pinned(given[0])
+        if short == "_pin_memory":
+            with _mode_of(given[0]):
+                return self._pin(given[0].clone())
+        if short == "_local_scalar_dense" and isinstance(given[0], FakeTensor):
+            return _read(given[0])
+        pin = kwargs.pop("pin_memory", False)
+        device = torch.device(kwargs.get("device") or (given[0].device if given else "cpu"))
+        if device.type == "cpu" and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+            return self._pin(result) if pin else result
+        args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+        result = func(*args, **kwargs)
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        devices = {tensor.device.type for tensor in given + made}
+        if len(devices) > 1 and short in ("_to_copy", "copy_"):
+            self._note_copy(short, args, kwargs, made[0])
+        elif "cuda" in devices:
+            self._note_operation(func, args, kwargs, result, given, made)
+        return result
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage  # kept, so that no other one gets its address
+        return tensor
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._pinned
+
+    def _note_copy(self, short: str, args: Any, kwargs: Any, made: torch.Tensor) -> None:
+        source = args[1] if short == "copy_" else args[0]
+        position = args[2] if short == "copy_" and len(args) > 2 else False
+        non_blocking = bool(kwargs.get("non_blocking", position))
+        to_device = made.device.type == "cuda"
+        pinned = self._is_pinned(source if to_device else made)
+        if not to_device and non_blocking and short == "_to_copy":
+            pinned = True  # torch allocates pinned memory for it
+        copy = Copy(
+            to_device,
+            self._trace._phase,
+            tuple(made.shape),
+            _bytes(made),
+            non_blocking,
+            pinned,
+            _where(),
+        )
+        self._trace.copies.append(copy)
+        if source.numel() and not (non_blocking and pinned):
+            note_wait(f"copy {'to' if to_device else 'from'} the device")
+
+    def _note_operation(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+    ) -> None:
+        schema, packet = func._schema, func._overloadpacket
+        short = packet.__name__
+        aliases = [value.alias_info for value in schema.returns]
+        if func.namespace == "prim" or short in _NO_KERNEL or "empty" in short:
+            return
+        if aliases and all(alias is not None and not alias.is_write for alias in aliases):
+            return  # a view
+        if short in _WAITING:
+            note_wait(short)
+        written: list[torch.Tensor] = []
+        lists: list[list[torch.Tensor]] = []
+        for position, argument in enumerate(schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+            if isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor):
+                lists.append(list(value))
+        overwritten = {id(tensor) for tensor in written if short in _OVERWRITING}
+        reads = [tensor for tensor in given if id(tensor) not in overwritten]
+        if short in _GATHERS:
+            reads = [*reads[1:], made[0]]
+        touched = [*reads, *(made if not written else [])]
+        touched += [tensor for tensor in written if schema.name.startswith("aten::")]
+        kind: Kind = "other"
+        if func.namespace == "c10d":
+            kind = "collective"
+        elif short in _PRODUCTS:
+            kind = "product"
+        elif "attention" in short:
+            kind = "attention"
+        flops = 0
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+        kernels = 1
+        if short.startswith(("_foreach", "_fused")) and lists:
+            kernels = _multi_tensor_launches(lists[0], len(lists))
+        self._trace.operations.append(
+            _operation(
+                short,
+                kind,
+                self._trace._phase,
+                given or made,
+                [tensor for tensor in touched if tensor.device.type == "cuda"],
+                flops,
+                kernels,
+            )
+        )
+
+
+def _multi_tensor_launches(tensors: Sequence[torch.Tensor], depth: int) -> int:
+    """Launches over lists of tensors: each takes a limited number of tensors and of chunks."""
+    most = _MOST_TENSORS[min(depth, len(_MOST_TENSORS)) - 1]
+    launches = held = blocks = 0
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        held += 1
+        left = math.ceil(tensor.numel() / _CHUNK_ELEMENTS)
+        while left:
+            taken = min(left, _MOST_BLOCKS - blocks)
+            left, blocks = left - taken, blocks + taken
+            if blocks == _MOST_BLOCKS or (not left and held == most):
+                launches += 1
+                blocks, held = 0, 1 if left else 0
+    return launches + (blocks > 0)
+
+
+def _mode_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if isinstance(tensor, FakeTensor) else unset_fake_temporarily()
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else _FAKE.from_tensor(tensor)
+
+
+def _read(tensor: torch.Tensor) -> int | float:
+    if tensor.device.type == "cuda":
+        note_wait("item")
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+
+def read_list(tensor: FakeTensor) -> Any:
+    """Stand for `tolist`, which would read each value by itself."""
+    if tensor.device.type == "cuda":
+        note_wait("tolist")
+    return np.ones(tensor.shape, dtype=float if tensor.is_floating_point() else int).tolist()
