@@ -44,10 +44,12 @@ class Stage:
 
 STAGES = {
     "kernels": Stage("correctness:kernels", 45, "every kernel against its reference"),
+    "attention": Stage("operations:attention", 25, "attention by every backend at hand"),
     "eager": Stage("steps:eager", 40, "a training step at three batches"),
     "compiled": Stage("steps:compiled", 60, "the compiled step at the fastest of them"),
     "golden": Stage("correctness:golden", 30, "the model against reference numbers"),
     "loop": Stage("steps:loop", 60, "the training loop on synthetic batches"),
+    "decoding": Stage("operations:decoding", 60, "pictures decoded here, against the CPU's"),
     "speed": Stage("operations:speed", 60, "kernels against torch and published methods"),
     "baseline": Stage("steps:baseline", 30, "a step against the published one"),
     "limits": Stage("steps:limits", 60, "the largest batch, and 65,536 contrastive pairs"),

@@ -1,7 +1,9 @@
 """What the stages of a GPU check know and what they find."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,6 +11,18 @@ import torch
 from cavmae.benchmarks.harness.records import read_record
 from cavmae.benchmarks.step.training_step import SIZES, Size
 from cavmae.trainer.model.config import ModelConfig
+
+
+def absent(modules: Iterable[str]) -> list[str]:
+    """Return those of some modules that are not installed."""
+
+    def is_there(module: str) -> bool:
+        try:
+            return find_spec(module) is not None
+        except ModuleNotFoundError:  # the package that it would be in
+            return False
+
+    return [module for module in modules if not is_there(module)]
 
 
 class Skip(Exception):

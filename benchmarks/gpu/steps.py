@@ -4,14 +4,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from cavmae.benchmarks.gpu.setting import Check, Found, Skip
+from cavmae.benchmarks.gpu.setting import Check, Found, Skip, absent
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes, no_memory_left
 from cavmae.benchmarks.harness.timing import median_seconds
@@ -114,8 +113,8 @@ def baseline(check: Check) -> Iterator[Found]:
 def loop(check: Check) -> Iterator[Found]:
     """Run `cavmae bench train` on synthetic batches at the fastest batch: the engine, the loop, and
     a step by parts."""
-    if absent := [name for name in _LOOP_NEEDS if find_spec(name) is None]:
-        raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
+    if missing := absent(_LOOP_NEEDS):
+        raise Skip(f"the training loop needs {', '.join(missing)}; install cavmae whole")
     # It takes psutil, which a machine that has only torch and triton lacks.
     from cavmae.benchmarks.harness.processes import Start, module_command
 
