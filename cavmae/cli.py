@@ -51,7 +51,7 @@ BENCHMARKS = {
     "scaling": ("benchmarks.training.scaling", "A step on 1 to 4,096 GPUs, computed."),
     "golden": ("benchmarks.conformance.golden", "Conformance with a folder of reference numbers."),
     "gpu-check": ("benchmarks.gpu.check", "Check kernels and model on this GPU."),
-    "nvdec": ("benchmarks.gpu.nvdec", "Check video decoding on this GPU (NVDEC)."),
+    "video-check": ("benchmarks.gpu.video", "Decode each codec on this GPU, and compare."),
     "memory": ("benchmarks.training.memory", "Predicted and measured peak memory of a step."),
     "autotune": ("benchmarks.training.autotune", "Find the fastest fields for this machine."),
     "all": ("benchmarks.report.suite", "All benchmarks that fit this machine and a time budget."),

@@ -31,6 +31,7 @@ from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES
 _NODES_SHOWN = 8
 _MEMORY = {
     "clips": "clips, prefetched ones included",
+    "decoding": "frames that are being decoded",
     "passes": "then: forward and backward passes",
     "reduction": "  or: reduction of gradients",
     "update": "  or: update of the weights",

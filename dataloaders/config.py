@@ -16,6 +16,10 @@ from cavmae.field_checks import (
     PositiveInt,
 )
 
+CPU_DECODE_THREADS, GPU_DECODE_THREADS = 2, 8
+"""Of a pipeline by default. DALI keeps 100 NVDEC decoders, and each thread may need one of each of
+the 11 sizes of frames (`media/video_size.py`)."""
+
 
 @dataclass(frozen=True)
 class ClipShape:
@@ -114,10 +118,20 @@ class DataConfig(CheckedFields, section="data"):
     """Samples of a lane that are shuffled together (the order of shards is shuffled as well)."""
     reader_workers: PositiveInt = 2
     """Reader processes per rank."""
-    decode_threads: PositiveInt = 2
-    """Decoder threads per rank."""
+    decode_threads: NonNegativeInt = 0
+    """Threads of each decode pipeline; each decodes one frame of a batch at a time, on a GPU too.
+    0: 2 on a CPU, 8 on a GPU."""
     video_pipelines: PositiveInt = 1
-    """DALI pipelines per rank, used in turn; on a GPU each keeps about one NVDEC busy."""
+    """DALI pipelines per rank, used in turn: with 2 the next batch is decoded while one is
+    finished. Each takes its own threads and memory."""
+    jpeg_hardware_load: Fraction = 1.0
+    """Fraction of a batch's JPEGs for the JPEG engine of a GPU that has one. Below 1 the place in a
+    batch decides between two decoders, whose pictures differ a little."""
+    jpeg_width_hint: NonNegativeInt = 0
+    """Pixels; with `jpeg_height_hint` the size of picture for which that engine allocates memory at
+    the start; 0: as pictures come."""
+    jpeg_height_hint: NonNegativeInt = 0
+    """Pixels; see `jpeg_width_hint`."""
     prefetch_batches: PositiveInt = 2
     """Decoded micro-batches to prefetch per rank."""
     max_bad_fraction: Fraction = 0.01
@@ -140,6 +154,10 @@ class DataConfig(CheckedFields, section="data"):
         if "," in self.train and os.path.isdir(self.train):
             return [self.train]
         return [folder.strip() for folder in self.train.split(",") if folder.strip()]
+
+    def threads(self, *, gpu: bool) -> int:
+        """Threads of each decode pipeline."""
+        return self.decode_threads or (GPU_DECODE_THREADS if gpu else CPU_DECODE_THREADS)
 
     @property
     def cache(self) -> CacheSettings:

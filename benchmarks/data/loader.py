@@ -215,10 +215,11 @@ def _of_family(measure: Callable[[psutil.Process], float]) -> float:
 def _parts(folder: Path) -> dict[str, float]:
     """Measure CPU-seconds a clip of decoding alone, and of the log-mel alone."""
     shards = ShardSet(folder)
-    reader = ClipReader(ReaderSettings(shards, DataConfig(), SHAPE, 0, True, None))
+    settings = ReaderSettings(shards, DataConfig(), SHAPE, 0, True, None)
+    reader = ClipReader(settings)
     clips = [reader(ReadTask(number, 0, 0, number % shards.sizes[0])) for number in range(BATCH)]
     sound = [clip for clip in clips if isinstance(clip, EncodedClip)]
-    decoder = ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, None)
+    decoder = ClipDecoder.of(settings, BATCH, threads=2)
     waveforms: list[torch.Tensor] = []
     costs: dict[str, list[float]] = {"decode": [], "log_mel": []}
     for _ in range(12):

@@ -2,15 +2,16 @@
 
 The same videos are packed in every way. Bytes and CPU time are of one clip; decoding is what a
 reader and DALI do for a clip with one frame at a moment drawn for it. PSNR is of the ten frames
-against those that were decoded from the source, in RGB, over the whole clip; the median of the
-clips. On a GPU, decoding is timed there too, with one pipeline for each NVDEC and fewer.
+against those that were decoded from the source, in RGB, over the stored part of the whole clip; the
+median of the clips. On a GPU, decoding is timed there too, by threads and pipelines. MJPEG is
+decoded as JPEGs and, for comparison, by DALI's video decoder on the CPU, in turn.
 """
 
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +26,19 @@ from cavmae.benchmarks.data.clips import make_videos
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.report.console import show
 from cavmae.dataloaders.config import ClipShape, DataConfig
-from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP
+from cavmae.dataloaders.constants import (
+    AUDIO_CODECS,
+    FRAMES_PER_CLIP,
+    IMAGE_STD,
+    MIDDLE_FRAME,
+)
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
 from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
 from cavmae.dataloaders.media.encode_video import ENCODERS, encode_jpegs, encode_video
+from cavmae.dataloaders.media.errors import DecodeSettings
+from cavmae.dataloaders.media.video_size import crop_middle, stored_size
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -40,8 +48,8 @@ from cavmae.field_checks import PositiveInt
 T = TypeVar("T")
 SHAPE = ClipShape(audio_frames=1024, mel_bins=128, image_size=224)
 BATCH = 16
-PIPELINES = (1, 2, 4, 7)
-"""An H100 has 7 NVDEC."""
+ON_GPU = ((1, 8), (1, 16), (2, 8))
+"""Pipelines, and threads of each."""
 SOUND_TURNS = 5
 LOSSLESS_DB = 99.0
 """PSNR recorded if nothing is lost."""
@@ -90,8 +98,10 @@ def main(arguments: list[str]) -> int:
             "decode_cpu_seconds": statistics.median(decoding[name]["cpu_seconds"]),
             "decode_clips_per_second": statistics.median(decoding[name]["clips_per_second"]),
             "psnr_db": _quality(videos, shards),
+            "cropped": _cropped(shards),
             "gpu_clips_per_second": gpu if gpu is None else _on_gpu(shards, gpu, config.rounds),
         }
+    results["mjpeg"] = _mjpeg_both_ways(sets["video, mjpeg"], config.rounds)
     device = torch.device("cpu" if gpu is None else "cuda")
     show(write_record(config.out, "tiers", device, vars(config), results))
     return 0
@@ -125,6 +135,12 @@ def _picture_bytes(shards: ShardSet) -> float:
     return statistics.fmean(sizes)
 
 
+def _cropped(shards: ShardSet) -> float:
+    """Average the fraction of the picture that is cropped away."""
+    pictures = [shards.description(*place)["video"] for place in _places(shards)]
+    return statistics.fmean(one.get("cropped_from", {"lost": 0.0})["lost"] for one in pictures)
+
+
 def _lengths(original: ShardSet) -> dict[str, float]:
     seconds, frames = [], []
     for place in _places(original):
@@ -150,9 +166,10 @@ def _encoding(videos: Path, frames: ShardSet) -> dict[str, float]:
         pictures = [clip.frames[index] for index in sorted(set(ten))]
         spent["frames"].append(_timed(lambda some=pictures: encode_jpegs(some))[0])
         for codec in ENCODERS:
+            size = stored_size(clip.width, clip.height, DecodeSettings.short_side, codec)
             seconds, _ = _timed(
-                lambda clip=clip, codec=codec: encode_video(
-                    clip.frames, codec, clip.frames_per_second
+                lambda clip=clip, size=size, codec=codec: encode_video(
+                    clip.frames, size, codec, clip.frames_per_second
                 )
             )
             spent[f"video, {codec}"].append(seconds)
@@ -194,7 +211,7 @@ def _sound_decoding(stored: list[bytes]) -> float:
         EncodedClip(task, "", (), sound, (b"\0",), pixels, box, False, (0.0,), (0.0, 1.0))
         for sound in stored
     ]
-    decoder = ClipDecoder("original", 8, len(clips), 2, None)
+    decoder = ClipDecoder(False, 8, len(clips), 2, None)
 
     def turn() -> None:
         decoder.schedule(clips)
@@ -211,16 +228,19 @@ def _in_turn(sets: dict[str, ShardSet], rounds: int) -> dict[str, dict[str, list
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in sets}
     for number in range(rounds + 1):
         for name, shards in sets.items():
-            for key, value in _decoding(shards, None, 1).items():
+            for key, value in _decoding(shards, None).items():
                 if number:
                     found[name][key].append(value)
     return found
 
 
-def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, float]:
+def _decoding(
+    shards: ShardSet, gpu: int | None, pipelines: int = 1, threads: int = 2
+) -> dict[str, float]:
     """Measure clips/s, and CPU-seconds a clip, of reading and decoding some batches."""
-    reader = ClipReader(ReaderSettings(shards, DataConfig(), SHAPE, 0, True, gpu))
-    decoders = [ClipDecoder(shards.tier, SHAPE.image_size, BATCH, 2, gpu) for _ in range(pipelines)]
+    settings = ReaderSettings(shards, DataConfig(), SHAPE, 0, True, gpu)
+    reader = ClipReader(settings)
+    decoders = [ClipDecoder.of(settings, BATCH, threads) for _ in range(pipelines)]
     places = list(_places(shards))
     batches = max(2, 4 * pipelines)
     clips = 0
@@ -253,13 +273,39 @@ def _decoding(shards: ShardSet, gpu: int | None, pipelines: int) -> dict[str, fl
 
 
 def _on_gpu(shards: ShardSet, gpu: int, rounds: int) -> dict[str, float]:
-    """Measure clips/s by number of pipelines."""
-    counts = PIPELINES if shards.tier == "video" else (1,)
+    """Measure clips/s by pipelines and threads."""
     return {
-        str(count): statistics.median(
-            _decoding(shards, gpu, count)["clips_per_second"] for _ in range(rounds)
+        f"{pipelines} x {threads} threads": statistics.median(
+            _decoding(shards, gpu, pipelines, threads)["clips_per_second"] for _ in range(rounds)
         )
-        for count in counts
+        for pipelines, threads in ON_GPU
+    }
+
+
+def _mjpeg_both_ways(shards: ShardSet, rounds: int) -> dict[str, float]:
+    """Decode the middle frames of MJPEG as JPEGs and by DALI's video decoder, in turn: CPU-seconds
+    a frame, and the mean difference in levels of 0 to 255."""
+    settings = ReaderSettings(shards, DataConfig(), SHAPE, 0, False, None)
+    reader = ClipReader(settings)
+    images = [reader(ReadTask(0, 0, *place)) for place in _places(shards)]
+    images = [clip for clip in images if isinstance(clip, EncodedClip)]
+    videos = []
+    for clip, place in zip(images, _places(shards), strict=True):
+        middle = shards.description(*place)["ten_frames"][MIDDLE_FRAME]["index"]
+        videos.append(replace(clip, frames=(shards.frame(*place, middle),)))
+    pixels, costs = {}, defaultdict(list)
+    for number in range(rounds + 1):
+        for name, clips in (("image", images), ("video", videos)):
+            decoder = ClipDecoder(name == "image", SHAPE.image_size, len(clips), 2, None)
+            decoder.schedule(clips)
+            decoder.collect()
+            decoder.schedule(clips)
+            seconds, decoded = _timed(decoder.collect)
+            pixels[name] = decoded.frames
+            costs[name] += [seconds / len(clips)] if number else []
+    levels = np.abs(pixels["image"] - pixels["video"]).mean() * 255 * np.mean(IMAGE_STD)
+    return {"levels": float(levels)} | {
+        f"{name}_cpu_seconds": statistics.median(some) for name, some in costs.items()
     }
 
 
@@ -272,10 +318,11 @@ def _quality(videos: Path, shards: ShardSet) -> float:
     values = []
     for place in _places(shards):
         source = _source_clip(videos, shards, place)
-        errors = []
+        errors, described = [], shards.description(*place)
+        size = described["video"]["width"], described["video"]["height"]
         for number in range(FRAMES_PER_CLIP):
-            index = shards.description(*place)["ten_frames"][number]["index"]
-            planes = av.VideoFrame.from_ndarray(source.frames[index], format="yuv420p")
+            whole = source.frames[described["ten_frames"][number]["index"]]
+            planes = av.VideoFrame.from_ndarray(crop_middle(whole, *size), format="yuv420p")
             truth = rgb_pixels(planes, reformatter).astype(np.float64)
             errors.append(((frame_pixels(shards, *place, number) - truth) ** 2).mean())
         error = float(np.mean(errors))

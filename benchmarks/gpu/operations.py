@@ -39,12 +39,12 @@ def attention(check: Check) -> Iterator[Found]:
     found, fastest = Found("", {"ceilings": ceiling, "cases": {}}), []
     for name, (heads, tokens, width) in SHAPES.items():
         batch = 1 if check.small else 512
-        # As the model's, of which all heads of a token lie together.
-        laid_out = torch.randn(3, batch, tokens, heads, width, device=check.device, dtype=dtype)
-        query, key, value = (x.transpose(1, 2).requires_grad_() for x in laid_out.unbind())
+        # Laid out as the model's product leaves them.
+        product = torch.randn(batch, tokens, 3, heads, width, device=check.device, dtype=dtype)
+        query, key, value = (x.transpose(1, 2).requires_grad_() for x in product.unbind(2))
         contenders = _contenders(query, key, value)
-        product = 2 * batch * heads * tokens**2 * width
-        case = Case(name, contenders, forward_flops=2 * product, both_flops=7 * product)
+        flops = 2 * batch * heads * tokens**2 * width
+        case = Case(name, contenders, forward_flops=2 * flops, both_flops=7 * flops)
         result = measured(case, check.device, check.repeats, False, ceiling)
         found.details["cases"][name] = result
         times = {way: one["median_seconds"] for way, one in result["both"].items()}

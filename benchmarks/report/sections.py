@@ -171,6 +171,7 @@ def _tiers(results: dict[str, Any]) -> Section:
         "CPU to decode": cell("decode_cpu_seconds", milliseconds),
         "clips/s": cell("decode_clips_per_second"),
         "PSNR, dB": cell("psnr_db"),
+        "cropped": cell("cropped", share),
     }
     source = results["source"]
     words = [
@@ -180,9 +181,17 @@ def _tiers(results: dict[str, Any]) -> Section:
     ]
     for name, one in results["pictures"].items():
         rates = (one["gpu_clips_per_second"] or {}).items()
-        cells = [f"{rate:,.0f} clips/s with {count} pipelines" for count, rate in rates]
+        cells = [f"{rate:,.0f} clips/s with {count}" for count, rate in rates]
         words += [f"{name} on the GPU: {', '.join(cells)}."] if cells else []
     words += [] if len(words) > 1 else ["Not measured on a GPU."]
+    if "mjpeg" in results:
+        as_image, as_video = (
+            milliseconds(results["mjpeg"][f"{name}_cpu_seconds"]) for name in ("image", "video")
+        )
+        words.append(
+            f"A frame of MJPEG takes {as_image} of CPU as a JPEG and {as_video} by the video "
+            f"decoder; the pictures differ by {results['mjpeg']['levels']:.2f} of 255 levels."
+        )
     rows = named(results["pictures"]) + named(results["sound"])
     return Section(words, [table("Of a clip", columns, rows)])
 

@@ -66,7 +66,7 @@ _FAULTS = ("--only", "a rank is killed (SIGKILL)", "the newest checkpoint is cut
 _STORAGE = ("--clips", "4000", "--different", "50")
 
 SUITE = (
-    Benchmark("nvdec", None, Turn(20)),
+    Benchmark("video-check", None, Turn(100)),
     Benchmark("gpu-check", None, Turn(240, ("--budget", "230s"))),
     Benchmark("step", Turn(210, _STEP), Turn(90, _STEP_BATCHES)),
     Benchmark("ablations", Turn(150, _ABLATIONS), Turn(120, ("--repeats", "3"))),

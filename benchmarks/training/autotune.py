@@ -152,9 +152,9 @@ class Search:
         self._rate = 0.0  # with the loader everything is slower
         self._try(dict(self.best), real_data=True)
         self._each("data.reader_workers", [1, 2, 4], real_data=True)
-        self._each("data.decode_threads", [1, 2, 4], real_data=True)
+        self._each("data.decode_threads", [8, 16] if self._gpu else [1, 2, 4], real_data=True)
         if self._gpu and self._config.data.train.rstrip("/").endswith("video"):
-            self._each("data.video_pipelines", [1, 2, 4, 7], real_data=True)
+            self._each("data.video_pipelines", [1, 2], real_data=True)
 
     def _start(self) -> Fields:
         """Fields of the first trial: the recipe's micro-batch, or the largest below that fits."""

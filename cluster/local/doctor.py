@@ -159,7 +159,7 @@ def tracking_store(uri: str, run_dir: Path) -> Finding:
 
 def shard_access(folder: str, data: DataConfig) -> Finding:
     """Check that the first clip of a set can be read, and decoded by DALI."""
-    from cavmae.dataloaders.loading.quarantine import find_culprits
+    from cavmae.dataloaders.loading.quarantine import DecoderFaultError, find_culprits
     from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
     from cavmae.dataloaders.shards.shard_set import ShardSet
 
@@ -172,6 +172,8 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
     except (OSError, ValueError, ImportError) as error:
         advice = "check path, network and credentials; docs/training/data.md lists the URLs"
         return Finding(name, "problem", " ".join(str(error).split()), advice)
+    except DecoderFaultError as error:
+        return Finding(name, "problem", str(error), "see DALI and NVDEC above")
     if bad:
         found = f"{bad[0].sample_id}: {bad[0].reason}, {bad[0].detail}"
         return Finding(name, "problem", found, f"cavmae verify {folder}; see DALI and NVDEC above")

@@ -6,6 +6,7 @@ is augmented differently in each epoch, and the same after a resume or on anothe
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +47,26 @@ def center_crop(height: int, width: int, size: int) -> Box:
     return top / rows, left / columns, (top + size) / rows, (left + size) / columns
 
 
+def stored_center_crop(height: int, width: int, size: int, whole: Mapping[str, int] | None) -> Box:
+    """The center crop of the picture that a stored one was cut from, relative to the stored one;
+    the stored one's own where it lacks a part of that.
+
+    Args:
+        height, width: of the stored picture.
+        size: pixels of a side after the crop is resized.
+        whole: `cropped_from` of the sample's JSON; None: the stored picture is whole.
+    """
+    if whole is not None:
+        top, left, bottom, right = center_crop(whole["height"], whole["width"], size)
+        vertical = [(y * whole["height"] - whole["top"]) / height for y in (top, bottom)]
+        horizontal = [(x * whole["width"] - whole["left"]) / width for x in (left, right)]
+        if min(*vertical, *horizontal) >= 0 and max(*vertical, *horizontal) <= 1:
+            return vertical[0], horizontal[0], vertical[1], horizontal[1]
+    return center_crop(height, width, size)
+
+
 def random_crop(
-    height: int, width: int, size: int, augmentation: Augmentation, seed: int, position: int
+    height: int, width: int, center: Box, augmentation: Augmentation, seed: int, position: int
 ) -> Box:
     """Draw a crop of random area and aspect ratio, like torchvision's RandomResizedCrop.
 
@@ -55,7 +74,7 @@ def random_crop(
     """
     smallest = augmentation.min_crop_area
     if smallest == 1:
-        return center_crop(height, width, size)
+        return center
     shares = _uniform(seed, "crop", position, 4 * CROP_TRIES).reshape(CROP_TRIES, 4)
     for area_share, ratio_share, top_share, left_share in shares.tolist():
         area = height * width * (smallest + (1 - smallest) * area_share)
@@ -71,7 +90,7 @@ def random_crop(
                 (top + crop_height) / height,
                 (left + crop_width) / width,
             )
-    return center_crop(height, width, size)
+    return center
 
 
 def is_flipped(augmentation: Augmentation, seed: int, position: int) -> bool:

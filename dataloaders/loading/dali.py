@@ -8,6 +8,8 @@ GPU: without it, the processes that try suspicious clips start in a second.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
+from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.reader import EncodedClip, ReaderSettings
 
 _NOTHING = np.zeros(1, dtype=np.uint8)
+_DEFAULTS = DataConfig()
 _NO_PIXELS = np.zeros((1, 1, 1, 3), dtype=np.uint8)
 
 
@@ -38,6 +42,15 @@ class DecodeError(RuntimeError):
             self.reason = "video_undecodable"
 
 
+def error_line(text: str) -> str:
+    """The line of a DALI error that says what happened, without the traceback around it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line, following in pairwise(lines):
+        if line == "encountered:":
+            return following
+    return lines[-1] if lines else ""
+
+
 @dataclass
 class DecodedClips:
     """One decoded batch."""
@@ -50,35 +63,35 @@ class DecodedClips:
 
 
 class ClipDecoder:
-    """Decodes batches of clips of one tier; call `schedule` and `collect` alternately.
+    """Decodes batches of clips; call `schedule` and `collect` alternately.
 
     Args:
-        tier: of the shards.
+        jpegs: whether the frames are JPEGs; otherwise one-frame videos, or pixels.
         image_size: height and width of the decoded frames.
         maximum_batch: maximum number of clips in a batch.
-        threads: CPU threads for decoding.
-        frames_per_clip: frames of every clip.
+        threads: decode that many frames at a time.
+        config: frames of every clip, and how a GPU decodes JPEGs.
         gpu: index of the GPU that decodes the frames and keeps them; None: the CPU does. Audio is
             always decoded on the CPU.
     """
 
     def __init__(
         self,
-        tier: str,
+        jpegs: bool,
         image_size: int,
         maximum_batch: int,
         threads: int,
         gpu: int | None,
-        frames_per_clip: int = 1,
+        config: DataConfig = _DEFAULTS,
     ):
-        self.tier = tier
+        self.jpegs = jpegs
         self.gpu = gpu
-        self._frames_per_clip = frames_per_clip
-        graph: Any = _image_graph if tier == "frames" else _video_graph
+        self._frames_per_clip = config.frames_per_clip
+        graph: Any = partial(_image_graph, config=config) if jpegs else _video_graph
         self._pipeline: Pipeline = graph(
             on_gpu=gpu is not None,
             image_size=image_size,
-            batch_size=maximum_batch * frames_per_clip,
+            batch_size=maximum_batch * config.frames_per_clip,
             num_threads=threads,
             device_id=gpu,
             prefetch_queue_depth=1,
@@ -88,9 +101,8 @@ class ClipDecoder:
     @classmethod
     def of(cls, settings: ReaderSettings, maximum_batch: int, threads: int) -> "ClipDecoder":
         """Make the decoder of a loader's clips."""
-        tier, size = settings.shards.tier, settings.shape.image_size
-        frames = settings.config.frames_per_clip
-        return cls(tier, size, maximum_batch, threads, settings.gpu, frames)
+        size, config = settings.shape.image_size, settings.config
+        return cls(settings.jpegs, size, maximum_batch, threads, settings.gpu, config)
 
     def schedule(self, clips: Sequence[EncodedClip]) -> None:
         """Start decoding a batch without waiting for it."""
@@ -99,7 +111,7 @@ class ClipDecoder:
         # A row of the pipeline is a frame; a clip's audio goes with its first one.
         feed("has_audio", [np.bool_(number == 0) for _, number in frames])
         feed("audio", [_bytes(clip.audio) if number == 0 else _NOTHING for clip, number in frames])
-        if self.tier != "frames":
+        if not self.jpegs:
             pixels = [clip.pixels[number] if clip.pixels else None for clip, number in frames]
             feed("has_pixels", [np.bool_(one is not None) for one in pixels])
             feed("pixels", [_NO_PIXELS if one is None else one[None] for one in pixels])
@@ -198,7 +210,7 @@ def _video_graph(on_gpu: bool, image_size: int):
 
 
 @pipeline_def(enable_conditionals=True)
-def _image_graph(on_gpu: bool, image_size: int):
+def _image_graph(on_gpu: bool, image_size: int, config: DataConfig):
     encoded = _source("encoded", DALIDataType.UINT8, 1)
     image = fn.decoders.image(
         encoded,
@@ -206,5 +218,8 @@ def _image_graph(on_gpu: bool, image_size: int):
         output_type=DALIImageType.RGB,
         jpeg_fancy_upsampling=True,
         adjust_orientation=False,
+        hw_decoder_load=config.jpeg_hardware_load,
+        preallocate_width_hint=config.jpeg_width_hint,
+        preallocate_height_hint=config.jpeg_height_hint,
     )
     return _waveform(), _to_input(image, image_size, "CHW")

@@ -167,7 +167,9 @@ class ClipStream:
         decoder = self._decoders[slot]
         if decoder is None:
             decoder = self._decoders[slot] = ClipDecoder.of(
-                self._settings, self._maximum_batch, self._config.decode_threads
+                self._settings,
+                self._maximum_batch,
+                self._config.threads(gpu=self._settings.gpu is not None),
             )
         decoder.schedule(clips)
 

@@ -2,7 +2,9 @@
 
 A decode error of DALI names no sample, and a crash leaves no error at all. So the clips of the
 batch are decoded again one by one in a separate process: immediately after an error, and when the
-run resumes after a crash, from the journal that the rank wrote before it decoded.
+run resumes after a crash, from the journal that the rank wrote before it decoded. Before one is
+blamed, that process decodes a clip that was made for this: a decoder, a driver or a GPU that fails
+fails on that one too, and no clip is to blame.
 """
 
 import logging
@@ -11,11 +13,15 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
+from typing import cast
+
+import numpy as np
 
 from cavmae.atomic_write import atomic_write
-from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
+from cavmae.dataloaders.constants import WINDOW_SAMPLES
+from cavmae.dataloaders.loading.augment import center_crop
+from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError, error_line
 from cavmae.dataloaders.loading.reader import (
     MIXED_IN_DRAWS,
     BadSample,
@@ -25,6 +31,9 @@ from cavmae.dataloaders.loading.reader import (
     ReadTask,
     StorageError,
 )
+from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
+from cavmae.dataloaders.media.decode_frame import jpeg_of
+from cavmae.dataloaders.media.encode_video import VideoCodec, encode_jpegs, encode_video
 from cavmae.dataloaders.process_pool import Failure, ProcessPool, TaskLimits
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
@@ -32,6 +41,9 @@ ALWAYS_ALLOWED = 10
 """Bad clips that never stop a run, however few clips were seen."""
 TRIAL_SECONDS = 120.0
 """A clip that takes longer than this to decode alone is considered to hang its decoder."""
+
+INTACT_SIZE = (448, 256)
+"""Width and height of the frame that tries a decoder."""
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +63,17 @@ class QuarantinedSample:
 
 class DataFaultError(RuntimeError):
     """More clips cannot be used than `data.max_bad_fraction` allows; lists them by reason."""
+
+
+class DecoderFaultError(RuntimeError):
+    """The decoder fails on a clip that is intact."""
+
+
+@dataclass(frozen=True)
+class DecoderFault:
+    """What a decoder says of a clip that is intact."""
+
+    detail: str
 
 
 class Quarantine:
@@ -195,17 +218,58 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def try_clip(settings: ReaderSettings, task: ReadTask) -> BadSample | StorageError | None:
-    """Read and decode one clip like the rank does; returns what is wrong with it, or None."""
-    clip = ClipReader(settings)(task)
+def intact_clip(settings: ReaderSettings) -> EncodedClip:
+    """Make a clip in the codecs of a set: one gray frame, and a moment of sound."""
+    shards, (width, height) = settings.shards, INTACT_SIZE
+    planes = np.full((height * 3 // 2, width), 128, dtype=np.uint8)
+    frame, pixels = b"\0", None
+    if shards.tier == "frames":
+        (frame,) = encode_jpegs([planes])
+    elif shards.tier == "video" and settings.dali_decodes(height, width):
+        codec = cast(VideoCodec, shards.video_codec)
+        frame = encode_video([planes], INTACT_SIZE, codec, frames_per_second=25.0)
+        frame = jpeg_of(frame) if settings.jpegs else frame
+    else:
+        pixels = (np.full((height, width, 3), 128, dtype=np.uint8),)
+    count = settings.config.frames_per_clip
+    return EncodedClip(
+        task=ReadTask(0, 0, 0, 0),
+        sample_id="intact",
+        labels=(),
+        audio=encode_audio(
+            np.arange(WINDOW_SAMPLES, dtype=np.int16), cast(AudioCodec, shards.audio_codec)
+        ),
+        frames=(frame,) * count,
+        pixels=pixels and pixels * count,
+        crop=center_crop(height, width, settings.shape.image_size),
+        flipped=False,
+        frame_seconds=(0.0,) * count,
+        audio_seconds=(0.0, 0.0),
+    )
+
+
+def try_clip(
+    settings: ReaderSettings, task: ReadTask | None
+) -> BadSample | StorageError | DecoderFault | None:
+    """Read and decode one clip like the rank does; returns what is wrong with it, or None.
+
+    Args:
+        task: the clip; None: an intact one, which only a faulty decoder refuses.
+    """
+    clip = intact_clip(settings) if task is None else ClipReader(settings)(task)
     if not isinstance(clip, EncodedClip):
         return clip
-    decoder = ClipDecoder.of(settings, maximum_batch=1, threads=1)
     try:
+        decoder = ClipDecoder.of(settings, maximum_batch=1, threads=1)
         decoder.schedule([clip])
         decoder.collect()
     except DecodeError as error:
-        return BadSample(task, clip.sample_id, error.reason, _last_line(str(error)))
+        detail = error_line(str(error))
+        if task is None:
+            return DecoderFault(detail)
+        return BadSample(task, clip.sample_id, error.reason, detail)
+    except RuntimeError as error:  # Of a pipeline that cannot be built, as without memory.
+        return DecoderFault(error_line(str(error)))
     return None
 
 
@@ -215,6 +279,7 @@ def find_culprits(settings: ReaderSettings, tasks: list[ReadTask]) -> list[BadSa
     A crash or a hang of the decoder counts as well.
 
     Raises:
+        DecoderFaultError: the decoder fails on an intact clip as well.
         OSError: a shard cannot be read.
     """
     culprits: list[BadSample] = []
@@ -224,21 +289,22 @@ def find_culprits(settings: ReaderSettings, tasks: list[ReadTask]) -> list[BadSa
     with closing(ProcessPool(trial, 1, TaskLimits(TRIAL_SECONDS))) as pool:
         for task in tasks:
             finding = pool.submit(task).result()
+            if finding is None:
+                continue
             if isinstance(finding, StorageError):
                 raise OSError(finding.detail)
+            fault = finding if isinstance(finding, DecoderFault) else pool.submit(None).result()
+            if fault is not None:
+                where = "the CPU" if settings.gpu is None else f"GPU {settings.gpu}"
+                raise DecoderFaultError(
+                    f"DALI fails on {where} with a clip that is intact: {fault.detail}. No clip is "
+                    f"to blame; try `cavmae bench video-check`, free memory, look for errors of "
+                    f"the driver (dmesg), and rerun the same command to resume"
+                )
             if isinstance(finding, Failure):
                 sample_id = settings.shards.sample_id(task.shard, task.sample)
                 reason = "decoder_hang" if finding.reason == "timeout" else "decoder_crash"
                 finding = BadSample(task, sample_id, reason, finding.detail)
-            if finding is not None:
-                culprits.append(finding)
+            assert isinstance(finding, BadSample)
+            culprits.append(finding)
     return culprits
-
-
-def _last_line(text: str) -> str:
-    """The line of a DALI error that says what happened, without the traceback around it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line, following in pairwise(lines):
-        if line == "encountered:":
-            return following
-    return lines[-1] if lines else ""

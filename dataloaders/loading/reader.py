@@ -13,8 +13,19 @@ import numpy as np
 
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP, MIDDLE_FRAME, WINDOW_SAMPLES
-from cavmae.dataloaders.loading.augment import Box, is_flipped, random_crop
-from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, decode_original
+from cavmae.dataloaders.loading.augment import (
+    Box,
+    is_flipped,
+    random_crop,
+    stored_center_crop,
+)
+from cavmae.dataloaders.media.decode_frame import (
+    FrameError,
+    decode_frame,
+    decode_original,
+    jpeg_of,
+)
+from cavmae.dataloaders.media.video_size import nvdec_decodes
 from cavmae.dataloaders.sampling.philox import random_words
 from cavmae.dataloaders.shards.format import ShardError
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -26,11 +37,6 @@ LARGEST_SIDE = 1 << 14
 
 MIXED_IN_DRAWS = 1 << 61
 """Counters of the draws for mixed-in clips start here, beyond every position that a run reaches."""
-
-CPU_VIDEO_CODECS = ("vp9", "mjpeg")
-"""Codecs that DALI decodes without a GPU."""
-NVDEC_SMALLEST_SIDE = {"vp9": 128, "h264": 48, "mjpeg": 64}
-"""Pixels; NVDEC refuses smaller frames (NVDEC Video Decoder API Programming Guide, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,19 @@ class ReaderSettings:
     @property
     def augmentation(self) -> Augmentation:
         return self.config.augmentation if self.training else Augmentation()
+
+    @property
+    def jpegs(self) -> bool:
+        """Whether DALI decodes the frames as images: JPEGs, and MJPEG, whose frames are JPEGs. Its
+        video decoder takes MJPEG on a CPU only, and more time."""
+        return self.shards.tier == "frames" or self.shards.video_codec == "mjpeg"
+
+    def dali_decodes(self, height: int, width: int) -> bool:
+        """Whether DALI has a decoder for frames of the `video` tier; else the readers decode."""
+        codec = str(self.shards.video_codec)
+        if self.jpegs or self.gpu is None:
+            return codec != "h264"
+        return nvdec_decodes(width, height, codec)
 
 
 @dataclass(frozen=True)
@@ -140,14 +159,15 @@ class ClipReader:
             width = int(description["video"]["width"])
             window = self._window(task.draw, audio_samples / AUDIO_HZ)
             frames = self._choose_frames(task.draw, description, window)
-            if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
-                raise ValueError(f"a video of {width} x {height} pixels")
+            whole = description["video"].get("cropped_from")
+            _check_sizes(width, height, whole)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return BadSample(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
         if audio_samples < SHORTEST_AUDIO_SAMPLES:
             return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
         encoded, pixels = self._read_frames(task, frames, height, width)
-        augmentation, shape, seed = self.augmentation, self.settings.shape, self.settings.seed
+        augmentation, seed = self.augmentation, self.settings.seed
+        center = stored_center_crop(height, width, self.settings.shape.image_size, whole)
         start, length = window or (0.0, audio_samples / AUDIO_HZ)
         return EncodedClip(
             task,
@@ -156,10 +176,10 @@ class ClipReader:
             self.shards.member(task.shard, task.sample, self.shards.audio_codec),
             encoded,
             pixels,
-            random_crop(height, width, shape.image_size, augmentation, seed, task.draw),
+            random_crop(height, width, center, augmentation, seed, task.draw),
             is_flipped(augmentation, seed, task.draw),
             tuple(seconds for _, _, seconds in frames),
-            (start, min(length, shape.audio_samples / AUDIO_HZ)),
+            (start, min(length, self.settings.shape.audio_samples / AUDIO_HZ)),
         )
 
     def _read_frames(
@@ -181,7 +201,9 @@ class ClipReader:
                 decode_original(source, seconds, width, height) for _, _, seconds in frames
             )
         videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
-        if self._dali_decodes(height, width):
+        if self.settings.jpegs:
+            return tuple(jpeg_of(video) for video in videos), None
+        if self.settings.dali_decodes(height, width):
             return videos, None
         return placeholder, tuple(decode_frame(video) for video in videos)
 
@@ -226,11 +248,19 @@ class ClipReader:
             places = [int(np.abs(ten_seconds - moment).argmin()) for moment in moments]
         return [(at, int(ten[at]["index"]), float(ten[at]["seconds"])) for at in places]
 
-    def _dali_decodes(self, height: int, width: int) -> bool:
-        codec = str(self.shards.video_codec)
-        if self.settings.gpu is not None:
-            return min(height, width) >= NVDEC_SMALLEST_SIDE[codec]
-        return codec in CPU_VIDEO_CODECS
+
+def _check_sizes(width: int, height: int, whole: dict[str, int] | None) -> None:
+    """Refuse sizes that no packed picture has, `whole` being what it was cut from.
+
+    Raises:
+        KeyError, TypeError, ValueError: the sizes are wrong.
+    """
+    parts = [(width, 0, width), (height, 0, height)]
+    if whole is not None:
+        parts = [(width, whole["left"], whole["width"]), (height, whole["top"], whole["height"])]
+    for part, start, side in parts:
+        if not (start >= 0 < part <= side - start and side <= LARGEST_SIDE):
+            raise ValueError(f"a video of {width} x {height} pixels, cropped from {whole}")
 
 
 def check_frame_choice(shards: ShardSet, frame_choice: str) -> None:

@@ -1,4 +1,4 @@
-"""Decodes one stored frame that DALI has no decoder for; runs in the readers.
+"""Decodes one stored frame that DALI has no decoder for, or unwraps it for one; for the readers.
 
 A frame of the `video` tier is a complete file (see `ShardSet.frame`). The `original` tier keeps the
 source's video, where a frame costs a seek and decoding all frames since the last key frame.
@@ -12,6 +12,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from cavmae.dataloaders.media.decode_clip import decode_shown_frame
+from cavmae.dataloaders.media.encode_video import boxes
 from cavmae.dataloaders.media.errors import ClipError
 from cavmae.dataloaders.media.video_track import rgb_pixels
 
@@ -39,6 +40,18 @@ def decode_frame(video: bytes) -> np.ndarray:
             return rgb_pixels(frame, VideoReformatter())
     except (FFmpegError, IndexError, StopIteration) as error:
         raise FrameError(f"the frame cannot be decoded: {error}") from error
+
+
+def jpeg_of(video: bytes) -> bytes:
+    """The JPEG that a one-frame file of MJPEG holds, for image decoders.
+
+    Raises:
+        FrameError: the file holds no frame.
+    """
+    try:
+        return next(video[start + 8 : end] for name, start, end in boxes(video) if name == b"mdat")
+    except (ValueError, StopIteration) as error:
+        raise FrameError(f"the file holds no frame: {error}") from error
 
 
 def decode_original(video: bytes, seconds: float, width: int, height: int) -> np.ndarray:

@@ -1,14 +1,15 @@
 """Encodes the frames of a clip for a shard, as JPEGs or as key-frame-only video.
 
 Every video frame is a key frame in its own fragment, so that it can be read and decoded alone: the
-file's header and one fragment are a complete file. VP9 is the default because DALI decodes it on
-the CPU and on the GPU; H.264 decodes on the GPU only, MJPEG on the CPU only. Encoded video has a
-constant rate (frame i is at i / rate) whatever the source's, since decoders disagree on frame
-numbers at variable rates. The presentation times are in the sample's JSON.
+file's header and one fragment are a complete file. VP9 and MJPEG decode on the CPU and on the GPU,
+MJPEG as the JPEG that its fragment holds; H.264 on the GPU only. Encoded video has a constant rate
+(frame i is at i / rate) whatever the source's, since decoders disagree on frame numbers at variable
+rates. The presentation times are in the sample's JSON.
 """
 
 import io
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
@@ -18,6 +19,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from cavmae.dataloaders.media.video_size import crop_middle
 from cavmae.dataloaders.media.video_track import rgb_pixels
 
 VideoCodec = Literal["vp9", "h264", "mjpeg"]
@@ -57,10 +59,16 @@ def encode_jpegs(frames: list[np.ndarray]) -> list[bytes]:
     return jpegs
 
 
-def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second: float) -> bytes:
-    """Encode frames (in the format of `encode_jpegs`) as an MP4 file of key frames.
+def encode_video(
+    frames: list[np.ndarray], size: tuple[int, int], codec: VideoCodec, frames_per_second: float
+) -> bytes:
+    """Encode the middle of each frame as an MP4 file of key frames.
 
     The rate is kept within 1 to 1000, which all readers know; the sample's JSON has the times.
+
+    Args:
+        frames: in the format of `encode_jpegs`.
+        size: width and height of that middle (`stored_size`).
     """
     name, pixel_format, options = ENCODERS[codec]
     rate = Fraction(min(max(frames_per_second, 1.0), 1000.0)).limit_denominator(1001)
@@ -68,19 +76,33 @@ def encode_video(frames: list[np.ndarray], codec: VideoCodec, frames_per_second:
     with av.open(buffer, "w", format="mp4", options=FRAGMENTED) as container:
         stream = container.add_stream(name, rate=rate, options=options)
         assert isinstance(stream, av.VideoStream)
-        stream.height = frames[0].shape[0] * 2 // 3
-        stream.width = frames[0].shape[1]
+        stream.width, stream.height = size
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = 1 / rate
         stream.codec_context.thread_count = 1  # Clips are encoded in parallel already.
         stream.codec_context.gop_size = 1
         for number, planes in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(crop_middle(planes, *size), format="yuv420p")
             frame.pts = number
             frame.time_base = 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+def boxes(video: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and end of each top-level box of an MP4 file.
+
+    Raises:
+        ValueError: the file is not made of boxes.
+    """
+    start = 0
+    while start < len(video):
+        end = start + int.from_bytes(video[start : start + 4], "big")
+        if not start + 8 <= end <= len(video):
+            raise ValueError(f"a box of {end - start} bytes at {start} of {len(video)}")
+        yield video[start + 4 : start + 8], start, end
+        start = end
 
 
 def describe_fragments(video: bytes) -> dict[str, list[int]]:
@@ -91,17 +113,9 @@ def describe_fragments(video: bytes) -> dict[str, list[int]]:
     Raises:
         ValueError: the file has another structure.
     """
-    starts = []
-    offset = 0
-    while offset + 8 <= len(video):
-        size = int.from_bytes(video[offset : offset + 4], "big")
-        if video[offset + 4 : offset + 8] == b"moof":
-            starts.append(offset)
-        if size < 8:
-            raise ValueError(f"a box of {size} bytes at {offset}")
-        offset += size
-    if offset != len(video) or not starts:
-        raise ValueError(f"{len(video)} bytes of boxes with {len(starts)} fragments")
+    starts = [start for name, start, _ in boxes(video) if name == b"moof"]
+    if not starts:
+        raise ValueError(f"{len(video)} bytes of boxes without a fragment")
     parts = [video[start:end] for start, end in pairwise([0, *starts, len(video)])]
     return {
         "bytes": [len(part) for part in parts],

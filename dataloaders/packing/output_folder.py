@@ -94,8 +94,8 @@ def write_report(out: Path, shard: int, report: dict[str, Any]) -> None:
 
     Args:
         report: `tiers` (tier to index entry or None), `seconds`, `skipped` (lines of
-            `report.jsonl`) and `packed`: `key`, `source`, `labels`, `codec`, `content` and `timing`
-            of each clip.
+            `report.jsonl`) and `packed`: `key`, `source`, `labels`, `codec`, `content`, `timing`
+            and `cropped` of each clip.
     """
     write_text(out / "finished" / f"{shard:06d}.json", json.dumps(report))
 

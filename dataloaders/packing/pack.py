@@ -41,7 +41,7 @@ from cavmae.dataloaders.packing.pack_clip import (
     pack_clip,
 )
 from cavmae.dataloaders.packing.progress import PackProgress, PackSummary, summary_table
-from cavmae.dataloaders.packing.statistics import write_statistics
+from cavmae.dataloaders.packing.statistics import crop_statistics, write_statistics
 from cavmae.dataloaders.process_pool import Failure, FailureReason, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.format import ShardEntry
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
@@ -84,9 +84,10 @@ class PackConfig(CheckedFields):
     video_fps: Annotated[float, Limit(lambda x: 0 <= x <= 1000, "0 (all) up to 1000")] = 0.0
     """Maximum frames per second; 0: keep all."""
     short_side: Annotated[
-        int, Limit(lambda x: x >= 16 and x % 2 == 0, "an even number from 16")
+        int, Limit(lambda x: x >= 16 and x % 16 == 0, "a multiple of 16 from 16")
     ] = 256
-    """Pixels of the shorter side; smaller videos keep their size."""
+    """Pixels of the shorter side; smaller videos are not enlarged. The video tier is cropped to
+    multiples of 16 and a few lengths of the longer side, which a GPU decodes with few decoders."""
     frame_choice: Literal["by_time", "published"] = "by_time"
     """The ten frames: at the middle of each tenth of the clip, or as the original code chose."""
     audio_channel: Literal["mix", "first"] = "mix"
@@ -348,7 +349,7 @@ class _Packer:
                     seconds += result.seconds
                     line["labels"] = list(clip.labels)
                     line |= {"codec": result.codec, "content": result.content}
-                    packed.append(line | {"timing": result.timing})
+                    packed.append(line | {"timing": result.timing, "cropped": result.cropped})
                     for tier, writer in writers.items():
                         writer.add(result.key, result.members[tier])
                 else:
@@ -425,10 +426,12 @@ class _Packer:
             c for report in reports for clip in report["packed"] for c in clip["timing"]
         )
         contents = {clip["content"] for report in reports for clip in report["packed"]}
+        cropped = [clip["cropped"] for report in reports for clip in report["packed"]]
         return PackSummary(
             clips=samples,
             skipped=reasons,
             timing=dict(timing.most_common()),
+            cropped=crop_statistics(cropped),
             duplicates=samples - len(contents),
             seconds=seconds,
             bytes=totals,

@@ -20,6 +20,7 @@ from cavmae.dataloaders.media.encode_video import (
     encode_video,
 )
 from cavmae.dataloaders.media.errors import MAXIMUM_CLIP_BYTES, ClipError, DecodeSettings
+from cavmae.dataloaders.media.video_size import crop_start, stored_size
 from cavmae.dataloaders.packing.clip_list import ListedClip
 from cavmae.dataloaders.packing.published_source import read_published
 from cavmae.dataloaders.shards.format import SCHEMA, description_bytes
@@ -58,6 +59,8 @@ class PackedClip:
     """SHA-256 of what was decoded; see `DecodedClip.content`."""
     timing: dict[str, float]
     """See `DecodedClip.timing`."""
+    cropped: float
+    """Fraction of the picture that the `video` tier lacks."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,20 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
         chosen = list(range(FRAMES_PER_CLIP))
     audio = {task.audio_codec: encode_audio(decoded.audio, task.audio_codec)}
     description = describe(task, key, decoded, chosen)
-    members = {}
+    members, cropped = {}, 0.0
     for tier in task.tiers:
         described = description
         if tier == "video":
-            media = {"mp4": encode_video(decoded.frames, task.video_codec, rate)}
-            described = {**description, "fragments": describe_fragments(media["mp4"])}
+            whole = decoded.width, decoded.height
+            size = stored_size(*whole, task.decode.short_side, task.video_codec)
+            media = {"mp4": encode_video(decoded.frames, size, task.video_codec, rate)}
+            picture = cropped_picture(whole, size)
+            cropped = picture.get("cropped_from", {}).get("lost", 0.0)
+            described = {
+                **description,
+                "video": description["video"] | picture,
+                "fragments": describe_fragments(media["mp4"]),
+            }
         elif tier == "original":
             media = {"source": source}
         else:
@@ -111,7 +122,9 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
             media = {f"{number}.jpg": data for number, data in enumerate(files)}
         members[tier] = _members(described, {**audio, **media})
     seconds = len(decoded.audio) / AUDIO_HZ
-    return PackedClip(key, members, seconds, decoded.video_codec, decoded.content, decoded.timing)
+    return PackedClip(
+        key, members, seconds, decoded.video_codec, decoded.content, decoded.timing, cropped
+    )
 
 
 def _encoded_once(decoded: DecodedClip, chosen: list[int]) -> list[bytes]:
@@ -181,6 +194,26 @@ def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) 
     if decoded.timing:
         description["timing"] = {cause: round(n, 6) for cause, n in decoded.timing.items()}
     return description
+
+
+def cropped_picture(whole: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """What a sample's JSON says of its stored picture: its size, and where in which picture it was
+    if that was larger, in pixels, with the fraction of it that is lost.
+
+    Args:
+        whole, size: width and height.
+    """
+    width, height = size
+    picture: dict[str, Any] = {"width": width, "height": height}
+    if size != whole:
+        picture["cropped_from"] = {
+            "width": whole[0],
+            "height": whole[1],
+            "left": crop_start(whole[0], width),
+            "top": crop_start(whole[1], height),
+            "lost": round(1 - width * height / (whole[0] * whole[1]), 4),
+        }
+    return picture
 
 
 def ten_frames(

@@ -20,6 +20,8 @@ class PackSummary:
     """Number of clips by reason."""
     timing: dict[str, int]
     """Number of packed clips by cause of `DecodedClip.timing`."""
+    cropped: dict[str, float]
+    """See `crop_statistics`."""
     duplicates: int
     """Number of packed clips with the audio and frames of an earlier one."""
     seconds: float
@@ -80,6 +82,11 @@ def summary_table(summary: PackSummary, out: str) -> Table:
         table.add_row(f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip")
     for cause, count in summary.timing.items():
         table.add_row(f"packed, with {cause}", str(count))
+    if summary.cropped["clips"]:
+        lost = (
+            f"{summary.cropped['mean']:.1%} of the picture on average, {summary.cropped['max']:.1%}"
+        )
+        table.add_row("cropped (video)", f"{summary.cropped['clips']} clips: {lost} at most")
     if summary.duplicates:
         table.add_row("packed, as an earlier clip is", f"{summary.duplicates}: duplicates.jsonl")
     for reason, count in summary.skipped.items():

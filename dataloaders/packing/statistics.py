@@ -1,7 +1,7 @@
 """Writes the statistics, sampling weights and duplicates of a set when all shards are packed.
 
-Everything comes from the reports of finished shards, read one by one; memory grows by one number a
-clip.
+Everything comes from the reports of finished shards, read one by one; memory grows by two numbers
+a clip.
 """
 
 import json
@@ -40,6 +40,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
     timing: Counter[str] = Counter()
     known = KnownContent()
     duplicates: list[dict[str, str]] = []
+    cropped: list[float] = []
     clips = unlabelled = shared = 0
     seconds = 0.0
     for report in finished_reports(out):
@@ -49,6 +50,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
             classes.update(clip["labels"])
             codecs[clip["codec"]] += 1
             timing.update(clip["timing"].keys())
+            cropped.append(clip["cropped"])
             unlabelled += not clip["labels"]
             first = known.add(clip["content"], int(clip["key"]))
             if first is not None:
@@ -63,6 +65,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "seconds": seconds,
         "source_codecs": dict(codecs.most_common()),
         "timing": dict(timing.most_common()),
+        "cropped": crop_statistics(cropped),
         "classes": dict(classes.most_common()),
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),
@@ -80,6 +83,16 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
                 np.save(file, _weights(out, classes, clips), allow_pickle=False)
     write_json(out / "statistics.json", statistics)
     return statistics
+
+
+def crop_statistics(fractions: list[float]) -> dict[str, float]:
+    """Of the fraction of each clip's picture that the `video` tier lacks: the number of clips that
+    lack any, the mean over all clips, and the largest."""
+    return {
+        "clips": sum(fraction > 0 for fraction in fractions),
+        "mean": float(np.mean(fractions)),
+        "max": max(fractions),
+    }
 
 
 def read_statistics(tier: str | Path) -> dict[str, Any] | None:

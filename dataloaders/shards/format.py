@@ -6,6 +6,7 @@ that packing writes, and sets of another schema are refused.
 """
 
 import json
+import shlex
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP, TIERS
 
-SCHEMA = 4
+SCHEMA = 5
 
 CONTENT_FILE = "content.npy"
 """Of each clip of a tier the content hash, `(samples,)` uint64 in packing order."""
@@ -81,6 +82,7 @@ def parse_index(data: bytes, location: str) -> dict[str, Any]:
     Raises:
         ValueError: the index is damaged or has another schema.
     """
+    index: Any = None
     try:
         index = json.loads(data)
         check_schema(index["schema"])
@@ -103,9 +105,23 @@ def parse_index(data: bytes, location: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{location} cannot be used ({type(error).__name__}: {error}); "
-            f"pack the videos again with `cavmae pack`"
+            f"pack the videos again, into a new folder: `{_pack_command(index)}`"
         ) from error
     return index
+
+
+def _pack_command(index: Any) -> str:
+    """The command that packs a set again with the options that its index states."""
+    stated = index if isinstance(index, dict) else {}
+    options = {
+        "--tiers": stated.get("tier"),
+        "--audio-codec": stated.get("audio_codec"),
+        "--video-codec": stated.get("video_codec"),
+        "--short-side": stated.get("short_side"),
+        "--frame-choice": stated.get("frame_choice"),
+    }
+    words = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value]
+    return " ".join(["cavmae pack VIDEOS OUT", *words])
 
 
 def check_schema(schema: object) -> None:

@@ -253,6 +253,7 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
             "audio.samples is above 0": audio["samples"] > 0,
             "video.width and height are even, where they are no JPEGs'": "0.jpg" in members
             or video["width"] % 2 == video["height"] % 2 == 0,
+            "video.cropped_from holds the picture": _holds(video.get("cropped_from"), video),
             "video.frames is the number of times": video["frames"] == len(times) > 0,
             "times_seconds ascend from 0": times[0] >= 0
             and all(before < after for before, after in pairwise(times)),
@@ -266,6 +267,14 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
     except (KeyError, TypeError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return next((f"not true that {rule}" for rule, holds in rules.items() if not holds), None)
+
+
+def _holds(whole: dict[str, int] | None, part: dict[str, int]) -> bool:
+    """Whether a picture is a part of the one that it was cut from, if there is one."""
+    return whole is None or all(
+        0 <= whole[start] <= whole[side] - part[side]
+        for start, side in (("left", "width"), ("top", "height"))
+    )
 
 
 def _fragment_problems(description: dict[str, Any], video: bytes) -> list[str]:

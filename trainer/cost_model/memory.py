@@ -30,13 +30,18 @@ from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
 from cavmae.trainer.tasks.build_model import build_model
 
 GPU_ALLOWANCE_BYTES = 3 << 30
-"""CUDA, NCCL, DALI, and fragmentation of the caching allocator."""
+"""CUDA, NCCL, DALI with its decoders, and fragmentation of the caching allocator."""
 CPU_ALLOWANCE_BYTES = 1 << 30
 """torch, DeepSpeed and DALI with their threads, and the reader processes of a rank."""
 HEAP_BLOCK_BYTES = 32 << 20
 """glibc keeps freed blocks that are smaller (the upper limit of its dynamic `mmap` threshold)."""
 HEAP_FRAGMENTATION = 1 / 8
 """Holes between those blocks, as a share of their peak, measured by `cavmae bench memory`."""
+DECODED_BYTES = 3 * 448 * 256
+"""A decoded frame: RGB of 16:9 at the short side that packing keeps."""
+DECODED_COPIES = 9
+"""On a GPU DALI's video decoder allocates 8 of them for each frame of a batch, beside its output
+(`frame_buffer_` in its `frames_decoder_gpu.h`); for JPEGs this is an upper bound."""
 LIVE_ELEMENTS = 1_000_000_000
 """Stage 3 releases gathered weights beyond this many: DeepSpeed's default."""
 
@@ -80,6 +85,7 @@ class Footprint(State):
 
     Attributes:
         clips: of the micro-batches of a step, and those prefetched.
+        decoding: on a GPU, the batches that are being decoded; on a CPU the allowance has them.
         passes: peak of activations and gradients in forward and backward passes.
         reduction: gradients and their copies while they are reduced over ranks.
         update: gradients in fp32; the fused Adam needs no temporaries.
@@ -88,6 +94,7 @@ class Footprint(State):
     """
 
     clips: int
+    decoding: int
     passes: int
     reduction: int
     update: int
@@ -103,7 +110,7 @@ class Footprint(State):
     @property
     def tensors(self) -> int:
         """All tensors at the peak of a step."""
-        stays = self.weights + self.optimizer + self.buckets + self.clips
+        stays = self.weights + self.optimizer + self.buckets + self.clips + self.decoding
         return stays + getattr(self, self.peak_part)
 
     @property
@@ -245,12 +252,21 @@ def footprint(config: RunConfig, sizes: Sizes, world_size: int, *, gpu: bool) ->
     return Footprint(
         **dataclasses.asdict(state),
         clips=clip * clips,
+        decoding=_decoding(config) if gpu else 0,
         passes=passes,
         reduction=gradients.reduction,
         update=gradients.update,
         heap_slack=0 if gpu else _heap_slack(config, sizes.activations, gradients, passes),
         allowance=GPU_ALLOWANCE_BYTES if gpu else CPU_ALLOWANCE_BYTES,
     )
+
+
+def _decoding(config: RunConfig) -> int:
+    """Return bytes of the frames that a rank's pipelines decode on a GPU: decoded, resized and
+    normalised."""
+    data, pixels = config.data, 3 * config.model.image_size**2
+    frames = config.micro_batch * (2 if data.augmentation.mixup_prob else 1)
+    return data.video_pipelines * frames * (DECODED_COPIES * DECODED_BYTES + pixels + 4 * pixels)
 
 
 def _heap_slack(

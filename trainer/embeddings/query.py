@@ -160,7 +160,7 @@ def embed_query(
 def _as_input(frame: np.ndarray, image_size: int) -> np.ndarray:
     """Compute (1, 3, size, size) float32 by the loader's graph, which needs a sound as well."""
     height, width, _ = frame.shape
-    decoder = ClipDecoder("original", image_size, maximum_batch=1, threads=1, gpu=None)
+    decoder = ClipDecoder(False, image_size, maximum_batch=1, threads=1, gpu=None)
     clip = EncodedClip(
         task=ReadTask(0, 0, 0, 0),
         sample_id="query",

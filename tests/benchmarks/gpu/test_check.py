@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from launch import ROOT
 
-from cavmae.benchmarks.gpu import check, stage
-from cavmae.benchmarks.gpu.setting import Check, Found, Skip
-from cavmae.benchmarks.gpu.steps import loop
+from cavmae.benchmarks.gpu import check
+from cavmae.benchmarks.gpu.setting import Check
 
 EXCERPT = ROOT / "tests" / "golden" / "data"
 BARE = str(ROOT / "tests" / "support" / "bare")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from batches import assert_equal, take
 from PIL import Image
+from pytest import approx
 
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
@@ -20,6 +21,7 @@ from cavmae.dataloaders.loading.augment import (
     random_crop,
     resize_and_crop,
     spec_augment,
+    stored_center_crop,
 )
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
@@ -44,10 +46,12 @@ def start(train_loader: Callable[..., TrainLoader], packed_synthetic: Path) -> C
 
 # ------------------------------------------------------------------------------------ frames
 
+CENTER = (0.0, 0.1, 1.0, 0.9)
+
 
 def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
     augmentation = Augmentation(min_crop_area=0.2)
-    boxes = np.array([random_crop(240, 320, 224, augmentation, 3, p) for p in range(2000)])
+    boxes = np.array([random_crop(240, 320, CENTER, augmentation, 3, p) for p in range(2000)])
     height, width = 240 * (boxes[:, 2] - boxes[:, 0]), 320 * (boxes[:, 3] - boxes[:, 1])
     assert (boxes >= 0).all() and (boxes <= 1 + 1e-12).all()
     areas, ratios = height * width / (240 * 320), width / height
@@ -55,13 +59,13 @@ def test_random_crops_have_torchvision_s_areas_and_ratios() -> None:
     assert 0.7 < ratios.min() < 0.77 and 1.3 < ratios.max() < 1.4
     assert abs(boxes[:, 0].mean() - (1 - boxes[:, 2]).mean()) < 0.02, "as often up as down"
     assert len({tuple(box) for box in boxes}) > 1900
-    assert random_crop(240, 320, 224, augmentation, 3, 7) == tuple(boxes[7])
+    assert random_crop(240, 320, CENTER, augmentation, 3, 7) == tuple(boxes[7])
 
 
 def test_a_picture_that_no_crop_fits_shows_its_middle() -> None:
     augmentation = Augmentation(min_crop_area=0.99)
     for position in range(20):
-        assert random_crop(16, 1600, 8, augmentation, 0, position) == center_crop(16, 1600, 8)
+        assert random_crop(16, 1600, CENTER, augmentation, 0, position) == CENTER
 
 
 def test_half_of_the_clips_are_flipped() -> None:
@@ -84,7 +88,7 @@ def test_a_box_comes_out_as_pil_crops_and_resizes_it(mirrored: bool) -> None:
     clip = EncodedClip(
         task, "", (), sound, (jpeg.getvalue(),), None, box, mirrored, (0.0,), (0.0, 0.1)
     )
-    decoder = ClipDecoder("frames", 96, maximum_batch=1, threads=1, gpu=None)
+    decoder = ClipDecoder(True, 96, maximum_batch=1, threads=1, gpu=None)
     decoder.schedule([clip])
     frame = decoder.collect().frames[0, 0].transpose(1, 2, 0)
     ours = 255 * (frame * np.array(IMAGE_STD) + np.array(IMAGE_MEAN))
@@ -101,6 +105,21 @@ def test_the_middle_box_is_the_resize_and_crop() -> None:
     assert (top * resized[0], bottom * resized[0]) == (0, 224)
     assert round(left * resized[1], 9) == crop[1] * (resized[1] - 224) == 87
     assert round((right - left) * resized[1], 9) == 224
+
+
+def test_a_cropped_picture_shows_the_center_crop_of_the_whole_one() -> None:
+    """Also where the pixel at which it was cut is not the middle one."""
+    whole = {"width": 454, "height": 256, "left": 2, "top": 0}
+    expected = center_crop(256, 454, 224)
+    top, left, bottom, right = stored_center_crop(256, 448, 224, whole)
+    assert (top, bottom) == (expected[0], expected[2])
+    assert 2 + 448 * np.array([left, right]) == approx(454 * np.array([expected[1], expected[3]]))
+    assert (left, right) != center_crop(256, 448, 224)[1::2]
+
+
+def test_a_picture_that_lacks_a_part_of_the_center_crop_shows_its_own() -> None:
+    whole = {"width": 180, "height": 320, "left": 2, "top": 0}
+    assert stored_center_crop(320, 176, 224, whole) == center_crop(320, 176, 224)
 
 
 # ------------------------------------------------------------------------------------- sound

@@ -1,12 +1,18 @@
 """Decoding: all tiers and codecs give the same clip, alone or in a batch, with any threads."""
 
+import io
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.dataloaders.constants import MIDDLE_FRAME
 from cavmae.dataloaders.loading.dali import (
     ClipDecoder,
     DecodedClips,
@@ -70,14 +76,11 @@ def read(folder: Path, positions: list[int], training: bool = True) -> list[Enco
     return clips
 
 
-def decode(tier: str, clips: list[EncodedClip], threads: int = 1) -> DecodedClips:
-    decoder = ClipDecoder(tier, IMAGE_SIZE, maximum_batch=8, threads=threads, gpu=None)
+def decode(source: str, clips: list[EncodedClip], threads: int = 1) -> DecodedClips:
+    jpegs = source in ("jpeg", "jpeg_wav", "mjpeg")
+    decoder = ClipDecoder(jpegs, IMAGE_SIZE, maximum_batch=8, threads=threads, gpu=None)
     decoder.schedule(clips)
     return decoder.collect()
-
-
-def tier_of(source: str) -> str:
-    return {"jpeg": "frames", "jpeg_wav": "frames", "original": "original"}.get(source, "video")
 
 
 def levels(decoded: DecodedClips) -> np.ndarray:
@@ -91,8 +94,8 @@ def test_every_tier_and_codec_shows_nearly_the_same_frame(
 ) -> None:
     """The middle frame, which does not depend on the tier."""
     positions = list(range(CLIPS))
-    vp9 = decode("video", read(packed_by_codec["vp9"], positions, training=False))
-    other = decode(tier_of(source), read(packed_by_codec[source], positions, training=False))
+    vp9 = decode("vp9", read(packed_by_codec["vp9"], positions, training=False))
+    other = decode(source, read(packed_by_codec[source], positions, training=False))
     assert np.abs(levels(vp9) - levels(other)).mean() < 4
     another_clip = np.roll(levels(other), 1, axis=0)
     assert np.abs(levels(vp9) - another_clip).mean() > 12
@@ -104,7 +107,7 @@ def test_sound_is_the_packed_sound_sample_for_sample(
 ) -> None:
     clips = read(packed_by_codec[source], [0, 1])
     shards = ShardSet(packed_by_codec[source])
-    for number, waveform in enumerate(decode(tier_of(source), clips).waveforms):
+    for number, waveform in enumerate(decode(source, clips).waveforms):
         assert waveform.dtype == np.int16
         assert len(waveform) == shards.description(0, number)["audio"]["samples"]
         assert np.abs(waveform.astype(np.int32)).max() > 1000
@@ -131,36 +134,36 @@ def test_any_moment_of_the_original_is_what_the_video_tier_shows(
     assert [one.frame_seconds for one in ours] == [one.frame_seconds for one in theirs]
     difference = np.concatenate(
         [
-            levels(decode("original", ours[:8])) - levels(decode("video", theirs[:8])),
-            levels(decode("original", ours[8:])) - levels(decode("video", theirs[8:])),
+            levels(decode("original", ours[:8])) - levels(decode("vp9", theirs[:8])),
+            levels(decode("original", ours[8:])) - levels(decode("vp9", theirs[8:])),
         ]
     )
     assert np.abs(difference).mean(axis=(1, 2, 3, 4)).max() < 4
 
 
-@pytest.mark.parametrize("source", ["vp9", "h264", "jpeg"])
+@pytest.mark.parametrize("source", ["vp9", "h264", "mjpeg", "jpeg"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_clip_decodes_to_the_same_bits_in_any_company(
     packed_by_codec: dict[str, Path], source: str, threads: int
 ) -> None:
     clips = read(packed_by_codec[source], list(range(8)))
-    together = decode(tier_of(source), clips, threads)
+    together = decode(source, clips, threads)
     for number in (0, 5):
-        alone = decode(tier_of(source), clips[number : number + 1])
+        alone = decode(source, clips[number : number + 1])
         assert np.array_equal(alone.frames[0], together.frames[number])
         assert np.array_equal(alone.waveforms[0], together.waveforms[number])
 
 
 def test_frames_of_two_batches_do_not_mix(packed_by_codec: dict[str, Path]) -> None:
     clips = read(packed_by_codec["vp9"], list(range(6)))
-    decoder = ClipDecoder("video", IMAGE_SIZE, maximum_batch=8, threads=1, gpu=None)
+    decoder = ClipDecoder(False, IMAGE_SIZE, maximum_batch=8, threads=1, gpu=None)
     decoder.schedule(clips[:4])
     first = decoder.collect()
     decoder.schedule(clips[4:])
     kept = first.frames.copy()
     second = decoder.collect()
     assert np.array_equal(first.frames, kept)
-    assert np.array_equal(second.frames, decode("video", clips[4:]).frames)
+    assert np.array_equal(second.frames, decode("vp9", clips[4:]).frames)
 
 
 @pytest.mark.parametrize("source", ["vp9", "jpeg", "original"])
@@ -202,7 +205,7 @@ def test_a_drawn_frame_shows_what_the_video_shows_at_that_time(
         )
         for clip in clips
     ]
-    difference = levels(decode("video", clips)) - levels(decode("frames", as_jpeg))
+    difference = levels(decode("vp9", clips)) - levels(decode("jpeg", as_jpeg))
     assert np.abs(difference).mean(axis=(1, 2, 3, 4)).max() < 4
 
 
@@ -221,22 +224,70 @@ def test_a_set_packed_for_another_choice_of_frames_is_refused(
         check_frame_choice(shards, frame_choice)
 
 
+def read_for_a_gpu(folder: Path) -> EncodedClip:
+    """The first clip, as for decoding on a GPU."""
+    settings = ReaderSettings(ShardSet(folder), DataConfig(), ClipShape(198, 32, 48), 0, True, 0)
+    clip = ClipReader(settings)(ReadTask(0, 0, 0, 0))
+    assert isinstance(clip, EncodedClip)
+    return clip
+
+
 def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
     packed_by_codec: dict[str, Path],
 ) -> None:
-    """NVDEC takes VP9 from 128 pixels; the clips here have 64."""
-    shards = ShardSet(packed_by_codec["vp9"])
-    settings = ReaderSettings(shards, DataConfig(), ClipShape(198, 32, 48), 0, True, gpu=0)
-    clip = ClipReader(settings)(ReadTask(0, 0, 0, 0))
-    assert isinstance(clip, EncodedClip)
-    assert clip.pixels is not None
-    assert clip.pixels[0].shape == (64, 64, 3)
+    """NVDEC takes VP9 from 128 x 128 pixels and H.264 from 48 x 16; the clips here have 64."""
+    pixels = read_for_a_gpu(packed_by_codec["vp9"]).pixels
+    assert pixels is not None and pixels[0].shape == (64, 64, 3)
+    assert read_for_a_gpu(packed_by_codec["h264"]).pixels is None
 
 
-@pytest.mark.parametrize("graph", [_video_graph, _image_graph])
+def test_a_frame_of_mjpeg_is_the_jpeg_that_it_holds(packed_by_codec: dict[str, Path]) -> None:
+    """NVDEC does not decode MJPEG; nvJPEG does, in any size."""
+    clip = read_for_a_gpu(packed_by_codec["mjpeg"])
+    assert clip.pixels is None
+    with Image.open(io.BytesIO(clip.frames[0])) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
+
+
+def test_mjpeg_looks_the_same_as_jpegs_and_as_video(packed_by_codec: dict[str, Path]) -> None:
+    shards = ShardSet(packed_by_codec["mjpeg"])
+    as_jpegs = read(packed_by_codec["mjpeg"], list(range(CLIPS)), training=False)
+    middle = [shards.description(0, n)["ten_frames"][MIDDLE_FRAME]["index"] for n in range(CLIPS)]
+    as_video = [
+        replace(clip, frames=(shards.frame(0, sample, index),))
+        for sample, (clip, index) in enumerate(zip(as_jpegs, middle, strict=True))
+    ]
+    difference = levels(decode("mjpeg", as_jpegs)) - levels(decode("video", as_video))
+    assert np.abs(difference).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "graph", [_video_graph, partial(_image_graph, config=DataConfig())], ids=["video", "image"]
+)
 def test_the_graph_for_a_gpu_can_be_defined(graph: Callable[..., object]) -> None:
     """It cannot be built or run here."""
     graph(on_gpu=True, image_size=224, batch_size=2, num_threads=1, device_id=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_jpeg_has_the_same_bits_at_any_place_of_a_batch(
+    packed_by_codec: dict[str, Path],
+) -> None:
+    """nvJPEG has two decoders, and below a load of 1 the place decides which one it is."""
+    random = np.random.default_rng(0)
+    (base,) = read(packed_by_codec["jpeg"], [0])
+    clips = []
+    for width in (448, 454, 340, 256) * 8:
+        pixels = random.integers(0, 255, (16, width // 16 + 1, 3), dtype=np.uint8)
+        picture = np.kron(pixels, np.ones((16, 16, 1), np.uint8))[:, :width]
+        jpeg = io.BytesIO()
+        Image.fromarray(picture).save(jpeg, "JPEG", quality=95)
+        clips.append(replace(base, frames=(jpeg.getvalue(),)))
+    decoder = ClipDecoder(True, 224, maximum_batch=32, threads=8, gpu=0)
+    decoder.schedule(clips)
+    forwards = decoder.collect().frames
+    decoder.schedule(clips[::-1])
+    assert torch.equal(forwards, decoder.collect().frames.flip(0))
 
 
 Spoil = Callable[[EncodedClip], dict[str, object]]
@@ -260,5 +311,5 @@ def test_one_bad_clip_is_an_error_of_the_batch_with_a_reason(
     clips = read(packed_by_codec["vp9"], [0, 1, 2])
     fields: dict = {**vars(clips[1]), **spoil(clips[1])}
     with pytest.raises(DecodeError) as refused:
-        decode("video", [clips[0], EncodedClip(**fields), clips[2]])
+        decode("vp9", [clips[0], EncodedClip(**fields), clips[2]])
     assert refused.value.reason == reason

@@ -124,7 +124,7 @@ def test_sound_and_frames_are_sums_of_those_of_two_clips(
     shards = ShardSet(packed_synthetic / "video")
     plan = SamplePlan(shards.sizes, SEED, LANES, WINDOW)
     read = reader(shards, augmentation=augmentation)
-    decoder = ClipDecoder("video", 48, maximum_batch=2, threads=1, gpu=None)
+    decoder = ClipDecoder(False, 48, maximum_batch=2, threads=1, gpu=None)
     config = DataConfig()
     mixed = rows(augmentation, 1)
     for position, row in mixed.items():

@@ -1,6 +1,7 @@
 """Clips that cannot be decoded are left out by name and reason; nothing else of the run changes."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -19,8 +20,14 @@ from batches import take
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
 from cavmae.dataloaders.loading import quarantine, reader
+from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
-from cavmae.dataloaders.loading.quarantine import DataFaultError, Quarantine, find_culprits
+from cavmae.dataloaders.loading.quarantine import (
+    DataFaultError,
+    DecoderFaultError,
+    Quarantine,
+    find_culprits,
+)
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
@@ -463,6 +470,8 @@ def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
 TRIAL = """
 import os, time
 def trial(settings, task):
+    if task is None:
+        return None  # the decoder is sound
     if task.sample == 1:
         os.abort()
     if task.sample == 3:
@@ -488,6 +497,59 @@ def test_decoders_that_crash_or_hang_are_found_out_apart_from_the_rank(
         (3, "decoder_hang"),
     ]
     assert [one.sample_id for one in culprits] == [shards.sample_id(0, 1), shards.sample_id(0, 3)]
+
+
+FAULTY_DECODER = """
+import os
+from cavmae.dataloaders.loading import quarantine
+from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
+try_clip = quarantine.try_clip
+def refuse(decoder):
+    if os.environ["DECODER"] == "crashes" and os.environ["RANK_PROCESS"] != str(os.getpid()):
+        os.abort()
+    raise DecodeError("Error in decoders.video: CUDA_ERROR_ILLEGAL_ADDRESS")
+def trial(settings, task):
+    return try_clip(settings, task)
+ClipDecoder.collect = refuse
+"""
+
+
+@pytest.mark.parametrize(("tier", "decoder"), [("video", "refuses"), ("frames", "crashes")])
+def test_a_decoder_that_refuses_everything_blames_no_clip(
+    packed_synthetic: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: Callable[..., TrainLoader],
+    tier: str,
+    decoder: str,
+) -> None:
+    (tmp_path / "faulty_decoder.py").write_text(FAULTY_DECODER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DECODER", decoder)
+    monkeypatch.setenv("RANK_PROCESS", str(os.getpid()))
+    monkeypatch.setattr(ClipDecoder, "collect", ClipDecoder.collect)  # so that it is undone
+    faulty_decoder = importlib.import_module("faulty_decoder")
+    monkeypatch.setattr(ClipDecoder, "collect", faulty_decoder.refuse)
+    monkeypatch.setattr(quarantine, "try_clip", faulty_decoder.trial)
+    loader = start(packed_synthetic / tier)
+    with pytest.raises(DecoderFaultError, match=r"fails on the CPU with a clip that is intact: .*"):
+        take(loader, 1)
+    assert loader._quarantine.samples == []
+
+
+@pytest.mark.parametrize("audio_codec", ["flac", "wav"])
+@pytest.mark.parametrize(
+    ("tier", "codec"),
+    [("frames", None), ("video", "vp9"), ("video", "h264"), ("video", "mjpeg"), ("original", None)],
+)
+def test_the_clip_that_tries_a_decoder_is_intact(
+    packed_synthetic: Path, tier: str, codec: str | None, audio_codec: str
+) -> None:
+    shards = ShardSet(packed_synthetic / "frames")
+    shards.tier, shards.video_codec, shards.audio_codec = tier, codec, audio_codec
+    config = DataConfig(frames_per_clip=2)
+    settings = ReaderSettings(shards, config, ClipShape(64, 32, 32), 0, True, None)
+    assert quarantine.try_clip(settings, None) is None
 
 
 def reader_processes() -> list[int]:

@@ -333,7 +333,7 @@ def test_frames_are_scaled_down_to_the_short_side_and_to_even_sizes(
     clip = decode(write_video(tmp_path / "v.mkv", frames=pictures))
     assert (clip.width, clip.height) == expected
     assert Image.open(io.BytesIO(encode_jpegs([clip.frames[0]])[0])).size == expected
-    with av.open(io.BytesIO(encode_video(clip.frames, "vp9", 10)), "r") as container:
+    with av.open(io.BytesIO(encode_video(clip.frames, expected, "vp9", 10)), "r") as container:
         assert [(one.width, one.height) for one in container.decode(video=0)] == [expected] * 2
 
 
@@ -405,7 +405,7 @@ def test_every_frame_of_encoded_video_is_a_key_frame(
     tmp_path: Path, write_video: WriteVideo, codec: str
 ) -> None:
     clip = decode(write_video(tmp_path / "v.mkv"))
-    video = encode_video(clip.frames, codec, clip.frames_per_second)  # type: ignore[arg-type]
+    video = encode_video(clip.frames, (64, 48), codec, 10)  # type: ignore[arg-type]
     with av.open(io.BytesIO(video), "r") as container:
         shown = list(container.decode(video=0))
     assert all(frame.key_frame for frame in shown)

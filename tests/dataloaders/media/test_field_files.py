@@ -136,7 +136,10 @@ def test_a_picture_shown_for_long_is_a_video_of_one_frame(
         clip = decode(path, start, start + 10)
         assert (len(clip.frames), len(clip.audio)) == (1, 160000)
         assert clip.decode_errors == 0 and clip.video_seconds == pytest.approx(10, abs=0.01)
-    assert len(encode_video(clip.frames, "mjpeg", clip.frames_per_second)) > 1000
+    assert (
+        len(encode_video(clip.frames, (clip.width, clip.height), "mjpeg", clip.frames_per_second))
+        > 1000
+    )
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
@@ -162,7 +165,7 @@ def test_a_rate_that_no_video_has_is_not_believed(tmp_path: Path, write_video: W
     frames = [np.full((48, 64, 3), 90, np.uint8)] * 3
     clip = decode(write_video(tmp_path / "v.mkv", frames=frames, times=[0.0, 0.4, 0.8]))
     for rate in (0.0, 1 / 3000, 1e9, clip.frames_per_second):
-        assert len(encode_video(clip.frames, "mjpeg", rate)) > 1000
+        assert len(encode_video(clip.frames, (clip.width, clip.height), "mjpeg", rate)) > 1000
 
 
 def test_ten_frames_of_a_long_clip_are_found_without_keeping_all(

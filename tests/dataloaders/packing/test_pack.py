@@ -19,10 +19,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
+from pytest import approx
 
 import cavmae.dataloaders.packing.pack as pack_module
 from cavmae import cli
 from cavmae.command import exit_code
+from cavmae.dataloaders.media.decode_frame import decode_frame
 from cavmae.dataloaders.packing.clip_list import ClipList, list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -172,7 +175,7 @@ def test_skipped_clips_are_named_with_their_reason(packed: Path) -> None:
 def test_the_index_counts_what_is_there(packed: Path) -> None:
     index = json.loads((packed / "video" / "index.json").read_text())
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
-        "schema": 4,
+        "schema": 5,
         "tier": "video",
         "video_codec": "vp9",
         "audio_hz": 16000,
@@ -221,6 +224,33 @@ def test_other_codecs_and_single_tiers(
     assert shards.video_codec == (codec if tiers == "video" else None)
     assert shards.description(0, 0)["video"]["codec"] == shards.video_codec
     assert not [one for one in verify(VerifyConfig(str(out), decode=True)) if one.problems]
+
+
+def test_the_video_tier_is_cropped_and_says_what_is_lost(
+    tmp_path: Path, write_video: WriteVideo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The middle of the picture that the `frames` tier keeps whole."""
+    (tmp_path / "videos").mkdir()
+    picture = np.random.default_rng(0).integers(60, 200, (17, 31, 3)).astype(np.uint8)
+    picture = np.kron(picture, np.ones((16, 16, 1), np.uint8))[:256, :484]
+    write_video(tmp_path / "videos" / "a.mkv", frames=[picture] * 3)
+    write_video(tmp_path / "videos" / "b.mkv", frames=[picture[:, :384]] * 3)
+    assert main([str(tmp_path / "videos"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    video, frames = ShardSet(tmp_path / "out" / "video"), ShardSet(tmp_path / "out" / "frames")
+    stored, whole = video.description(0, 0)["video"], frames.description(0, 0)["video"]
+    cut = {"width": 484, "height": 256, "left": 18, "top": 0, "lost": 0.0744}
+    assert (stored["width"], stored["height"], stored["cropped_from"]) == (448, 256, cut)
+    assert (whole["width"], whole["height"], "cropped_from" in whole) == (484, 256, False)
+    assert "cropped_from" not in video.description(0, 1)["video"]
+    shown = decode_frame(video.frame(0, 0, 0)).astype(float)
+    with Image.open(io.BytesIO(frames.member(0, 0, "0.jpg"))) as image:
+        expected = np.asarray(image)[:, 18 : 18 + 448]
+    assert np.abs(shown - expected).mean() < 6 < np.abs(shown[:, 2:] - expected[:, :-2]).mean()
+    statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert statistics["cropped"] == {"clips": 1, "mean": approx(0.0372), "max": 0.0744}
+    assert "1 clips: 3.7% of the picture on average, 7.4% at most" in capsys.readouterr().out
+    results = verify(VerifyConfig(str(tmp_path / "out"), decode=True))
+    assert not [one.problems for one in results if one.problems]
 
 
 def test_segment_cuts_a_long_file_into_consecutive_clips(
@@ -395,7 +425,7 @@ def test_a_folder_that_was_started_with_another_schema_is_refused(
     note = json.loads((packed / "pack.json").read_text())
     (tmp_path / "pack.json").write_text(json.dumps({**note, "schema": 2}))
     message = fails(capsys, videos, tmp_path, "--clips-per-shard", "3")
-    assert "packed with schema 2" in message and "reads schema 4" in message
+    assert "packed with schema 2" in message and "reads schema 5" in message
     assert f"remove {tmp_path} and pack it again" in message
 
 

@@ -37,7 +37,7 @@ def make_set(
     for number in range(samples):
         media = {"flac": b"sound %d" % number, "mp4": b"video %d" % number}
         crc32 = {name: zlib.crc32(data) + damage_crc for name, data in media.items()}
-        description: dict[str, Any] = {"schema": 4, "key": f"{number:09d}", "crc32": crc32}
+        description: dict[str, Any] = {"schema": 5, "key": f"{number:09d}", "crc32": crc32}
         description["fragments"] = fragments
         writer.add(f"{number:09d}", {"json": json.dumps(description).encode(), **media})
     entry = writer.finish()
@@ -221,7 +221,12 @@ def test_a_folder_without_an_index_is_refused_with_advice(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, r"packed with schema 2, .* reads schema 4\); pack .* with `cavmae pack`"),
+        (
+            {"schema": 4},
+            r"packed with schema 4, .* reads schema 5\); pack .* new folder: `cavmae pack "
+            r"VIDEOS OUT --tiers video --audio-codec flac --video-codec vp9 --short-side 256 "
+            r"--frame-choice by_time`$",
+        ),
         ({"tier": "sound"}, "tier is 'sound'"),
         (
             {"shards": [{**ENTRY, "name": "../x.tar"}]},
@@ -248,7 +253,7 @@ def test_damaged_bytes_are_found_by_their_checksum(tmp_path: Path) -> None:
 def test_a_damaged_description_is_a_fault_of_the_sample(tmp_path: Path) -> None:
     path = make_set(tmp_path) / "000000.tar"
     data = path.read_bytes()
-    begin = b'{"schema": 4, "key": "000000001"'
+    begin = b'{"schema": 5, "key": "000000001"'
     path.write_bytes(data.replace(begin, b"[" + begin[1:]))
     shards = ShardSet(tmp_path)
     with pytest.raises(ShardError) as caught:
@@ -260,7 +265,7 @@ def test_a_damaged_description_is_a_fault_of_the_sample(tmp_path: Path) -> None:
 
 def test_another_schema_is_a_fault_of_the_sample(tmp_path: Path) -> None:
     path = make_set(tmp_path) / "000000.tar"
-    path.write_bytes(path.read_bytes().replace(b'"schema": 4', b'"schema": 7'))
+    path.write_bytes(path.read_bytes().replace(b'"schema": 5', b'"schema": 7'))
     with pytest.raises(ShardError) as caught:
         ShardSet(tmp_path).member(0, 0, "mp4")
     assert caught.value.reason == "bad_schema"

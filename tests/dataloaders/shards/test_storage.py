@@ -47,7 +47,7 @@ def make_set(folder: Path, seed: int) -> Path:
             key = f"{shard * SAMPLES + number:09d}"
             flac, mp4 = rng.bytes(int(rng.integers(500, 3000))), rng.bytes(3000)
             crc32 = {"flac": zlib.crc32(flac), "mp4": zlib.crc32(mp4)}
-            description = description_bytes({"schema": 4, "key": key}, crc32)
+            description = description_bytes({"schema": 5, "key": key}, crc32)
             writer.add(key, {"json": description, "flac": flac, "mp4": mp4})
         entries.append(writer.finish())
     write_index(

@@ -159,7 +159,7 @@ def test_fragments_that_are_not_those_of_the_video_are_found(
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"schema": 2}, "schema is 4"),
+        ({"schema": 2}, "schema is 5"),
         ({"key": "000000099"}, "key is 000000000"),
         ({"labels": "dog"}, "labels are strings"),
         ({"audio": {"hz": 44100, "samples": 1}}, "audio.hz is 16000"),

@@ -13,6 +13,7 @@ from tiny_run import MODEL
 
 from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
 from cavmae.cluster import train
+from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import demo, demo_finetune
 from cavmae.trainer.cost_model.activations import ActivationTimeline
@@ -85,8 +86,20 @@ def test_a_peak_is_that_of_the_largest_part_of_a_step() -> None:
     many = footprint(config_of(1, "fp32", global_batch=512, micro_batch=64), SIZES, 8, gpu=True)
     assert few.peak_part == "reduction"
     assert many.peak_part == "passes" and many.passes >= 64 * 150_000_000
-    stays = many.weights + many.optimizer + many.buckets + many.clips
+    stays = many.weights + many.optimizer + many.buckets + many.clips + many.decoding
     assert many.total == stays + many.passes + many.allowance
+
+
+def test_pipelines_and_mixed_in_clips_multiply_what_is_decoded_on_a_gpu() -> None:
+    def decoding(gpu: bool = True, **data: Any) -> int:
+        config = config_of(1, "bf16", global_batch=64, micro_batch=8)
+        config = dataclasses.replace(config, data=DataConfig(**data))
+        return footprint(config, SIZES, 1, gpu=gpu).decoding
+
+    each = 9 * 448 * 256 * 3 + MODEL.image_size**2 * 3 * (1 + 4)
+    assert decoding() == 8 * each and decoding(gpu=False) == 0
+    mixing = Augmentation(mixup_prob=0.5)
+    assert decoding(video_pipelines=2, augmentation=mixing) == 4 * 8 * each
 
 
 def test_a_cpu_keeps_small_blocks_that_are_freed_and_a_gpu_none() -> None:
