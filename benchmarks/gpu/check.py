@@ -43,7 +43,7 @@ class Stage:
 
 
 STAGES = {
-    "kernels": Stage("correctness:kernels", 45, "every kernel against its reference"),
+    "kernels": Stage("correctness:kernels", 30, "every kernel against its reference"),
     "attention": Stage("operations:attention", 25, "attention by every backend at hand"),
     "eager": Stage("steps:eager", 40, "a training step at three batches"),
     "compiled": Stage("steps:compiled", 60, "the compiled step at the fastest of them"),

@@ -67,10 +67,10 @@ def test_a_bare_checkout_runs_where_only_torch_triton_and_numpy_are_installed(
         assert line.split()[1] == one["status"]
 
 
-def run_words(tmp_path: Path, body: str, within_seconds: float = 60) -> dict[str, Any]:
+def run_body(tmp_path: Path, body: str, within_seconds: float = 60) -> dict[str, Any]:
     """Run a stage that a test has written."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys, types, time, os\n"
+        "import sys, types\n"
         "module = types.ModuleType('cavmae.benchmarks.gpu.made_up')\n"
         f"sys.modules[module.__name__] = module\n"
         f"exec({body!r}, vars(module))\n"
@@ -83,8 +83,9 @@ HANGS = """
 def made_up(check):
     from cavmae.benchmarks.gpu.setting import Found
     import subprocess
-    yield Found("half", {"half": 1, "child": subprocess.Popen(["sleep", "100"]).pid})
-    time.sleep(100)
+    child = subprocess.Popen(["sleep", "100"])
+    yield Found("half", {"half": 1, "child": child.pid})
+    child.wait()
 """
 
 
@@ -92,7 +93,7 @@ def test_a_stage_that_hangs_is_ended_with_what_it_started_and_keeps_what_it_had_
     tmp_path: Path,
 ) -> None:
     began = time.monotonic()
-    found = run_words(tmp_path, HANGS, within_seconds=30)
+    found = run_body(tmp_path, HANGS, within_seconds=30)
     assert time.monotonic() - began < 60
     assert (found["status"], found["key"], found["details"]["half"]) == ("ended", "half", 1)
     assert "ended after 30 s" in found["reason"]
@@ -103,12 +104,38 @@ def test_a_stage_that_hangs_is_ended_with_what_it_started_and_keeps_what_it_had_
 DIES = """
 def made_up(check):
     from cavmae.benchmarks.gpu.setting import Found
+    import os
     yield Found("half", {"half": 1})
     os.abort()
 """
 
 
 def test_a_stage_whose_process_dies_says_how_and_keeps_what_it_had_found(tmp_path: Path) -> None:
-    found = run_words(tmp_path, DIES)
+    found = run_body(tmp_path, DIES)
     assert (found["status"], found["details"]) == ("ended", {"half": 1})
     assert found["reason"] == "ended with exit code -6"
+
+
+def test_a_stage_that_no_longer_fits_into_the_budget_is_skipped_with_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main(["--device", "cpu", "--budget", "9s", "--out", str(tmp_path)]) == 0
+    results = results_in(tmp_path)
+    assert list(results) == list(check.STAGES)
+    for name, one in results.items():
+        assert one["status"] == "skipped"
+        assert one["reason"] == f"takes about {check.STAGES[name].seconds:.0f} s: 9 s are left"
+    assert "compiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--golden", "absent"], r"--golden is absent, which is no folder"),
+        (["--stages", "kernels,speeed"], r"--stages names speeed; use some of kernels, attention"),
+        (["--budget", "8"], r"budget is 8; use a time such as 90s, 10m or 2h"),
+    ],
+)
+def test_bad_options_are_named(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check.main(words)

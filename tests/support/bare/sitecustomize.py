@@ -21,9 +21,9 @@ _THERE = {
 
 class _Bare(PathFinder):
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        spec = super().find_spec(name, path, target)
-        if spec is None or path is not None or name in _THERE:
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = super().find_spec(fullname, path, target)
+        if spec is None or path is not None or fullname in _THERE:
             return spec
         place = spec.origin or str(spec.submodule_search_locations)
         vendored = "setuptools" in place
