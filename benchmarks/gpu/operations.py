@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +52,17 @@ def attention(check: Check) -> Iterator[Found]:
         if times:
             best = min(times, key=lambda way: times[way])
             fastest.append(f"{name} {best} {times[best] * 1e3:.3g} ms")
-        found.beyond += [
-            f"{name} by {way}: differs by {one['difference_from_ours']:.1e}"
+        differences = {
+            way: one["difference_from_ours"]
             for way, one in result["forward"].items()
-            if not one["difference_from_ours"] <= LIMITS[dtype]
-        ]
+            if one["difference_from_ours"] is not None
+        }
         found.beyond += [
-            f"{name} {what}: {why}"
-            for what, why in result["failed"].items()
-            if what.startswith("ours ")
+            f"{name} by {way}: differs by {difference:.1e}"
+            for way, difference in differences.items()
+            if not difference <= LIMITS[dtype]
         ]
+        found.beyond += [f"{name} {message}" for message in _failures_of_ours(result)]
         found.key = ", ".join(fastest)
         yield found
 
@@ -114,16 +116,21 @@ def speed(check: Check) -> Iterator[Found]:
         repeats=min(3, check.repeats),
         compile=not check.small,
     )
-    results = measure(config, check.deadline)
-    passes = [case["both"] for case in results["cases"].values() if "ours" in case.get("both", {})]
-    fastest = sum(
-        all(one["times_ours"]["median"] >= 1 for one in contenders.values())
-        for contenders in passes
-    )
-    beyond = [
-        f"{case} {what}: {why}"
-        for case, result in results["cases"].items()
-        for what, why in result.get("failed", {}).items()
-        if what.startswith("ours ")
-    ]
-    yield Found(f"fastest in {fastest} of {len(passes)} operations", results, beyond)
+    for results in measure(config, check.deadline):
+        cases = results["cases"]
+        passes = [case["both"] for case in cases.values() if "ours" in case.get("both", {})]
+        fastest = sum(
+            all(one["times_ours"]["median"] >= 1 for one in contenders.values())
+            for contenders in passes
+        )
+        beyond = [
+            f"{name} {message}"
+            for name, case in cases.items()
+            for message in _failures_of_ours(case)
+        ]
+        yield Found(f"fastest in {fastest} of {len(passes)} operations", results, beyond)
+
+
+def _failures_of_ours(result: dict[str, Any]) -> list[str]:
+    failed = result.get("failed", {})
+    return [f"{what}: {why}" for what, why in failed.items() if what.startswith("ours ")]
