@@ -71,7 +71,8 @@ def _gather_kernel(
         column = first + tl.arange(0, COLUMNS)
         wanted = inside[:, None] & (column < width)[None, :]
         value = tl.load(source[:, None] + column[None, :], mask=wanted & there[:, None], other=0.0)
-        value = tl.where(there[:, None], value, missing)
+        # In float32, because the interpreter of Triton 3.6 has no constants of bf16.
+        value = tl.where(there[:, None], value.to(tl.float32), missing)
         tl.store(out + row[:, None] * width + column[None, :], value, mask=wanted)
 
 

@@ -2,6 +2,9 @@
 
 Golden tests are made from the index files of the folder that `--golden` names, so they run on any
 folder of that format; a part that a folder lacks is skipped by name.
+
+Functions import what needs more than torch, triton and numpy: the tests of the kernels run on a GPU
+machine that has nothing else.
 """
 
 import os
@@ -16,10 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cavmae.benchmarks.conformance.parts import PARTS, not_compared
 from cavmae.benchmarks.conformance.tolerances import Deviation, worst
-from cavmae.dataloaders.packing.pack import PackConfig, pack
-from cavmae.dataloaders.tools.synthetic import generate
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -79,6 +79,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = metafunc.config.option.golden
+    if not {"tiny_run", "finetune_run", "comparison"} & set(metafunc.fixturenames):
+        return
+    from cavmae.benchmarks.conformance.parts import PARTS
+
     for argument, part in (("tiny_run", "tiny_train"), ("finetune_run", "finetune_training")):
         if argument in metafunc.fixturenames:
             paths = sorted(folder.glob(PARTS[part].source))
@@ -143,6 +147,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 noted += [(case, *value) for name, value in properties if name == _NOTED]
     if not noted:
         return
+    from cavmae.benchmarks.conformance.parts import not_compared
+
     terminalreporter.section("golden deviations")
     terminalreporter.line(f"folder {config.option.golden}; nearest to its limit in each case:")
     for case, nearest, value, count in noted:
@@ -158,6 +164,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 synthetic clips (64 px, 2 s, 8 fps) in both tiers, 3 shards of 8: the OUT folder. VP9, so
     that DALI's video decoder takes the frames."""
+    from cavmae.dataloaders.packing.pack import PackConfig, pack
+    from cavmae.dataloaders.tools.synthetic import generate
+
     folder = tmp_path_factory.mktemp("packed_synthetic")
     listing = generate(folder / "videos", 24, seed=1, workers=1)
     out = folder / "shards"
@@ -168,6 +177,9 @@ def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def val_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 other synthetic clips in the tier of frames: the OUT folder."""
+    from cavmae.dataloaders.packing.pack import PackConfig, pack
+    from cavmae.dataloaders.tools.synthetic import generate
+
     folder = tmp_path_factory.mktemp("held_out")
     listing = generate(folder / "others", 8, seed=2, start_index=100, seconds=2.0, workers=1)
     pack(PackConfig(str(listing), str(folder / "shards"), tiers="frames", workers=1))

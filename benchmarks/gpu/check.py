@@ -1,351 +1,209 @@
-"""`cavmae bench gpu-check`: correctness and speed of model and kernels on the device at hand.
+"""`cavmae bench gpu-check`: the first ten minutes on a GPU; on a CPU, a rehearsal of them.
 
-It writes one JSON record in under eight minutes, so that a GPU that is lent for minutes is used
-well. Parts that cannot run have the reason. It runs where only torch, triton and numpy are
-installed, so its options are those of argparse, not tyro.
+Stages run one after the other, the most telling first, each in a process of its own that is ended
+from outside: neither an error that a CUDA context does not survive nor a hang ends the others. The
+record is written anew after each, so that whoever ends this command loses one stage at most. It
+runs where only torch, triton and numpy are installed, so its options are those of argparse, not
+tyro.
 """
 
 import argparse
-import dataclasses
-import math
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from importlib.util import find_spec
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from cavmae.benchmarks.conformance.forward import ForwardCase, SharedModel
-from cavmae.benchmarks.conformance.tiny_train import TinyTrain
-from cavmae.benchmarks.conformance.tolerances import Deviation, worst
-from cavmae.benchmarks.gpu import training
-from cavmae.benchmarks.harness.records import write_record
-from cavmae.benchmarks.kernels.agreement import disagreements
-from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
-from cavmae.benchmarks.step.step import MODELS, compare
-from cavmae.benchmarks.step.training_step import (
-    SIZES,
-    Precision,
-    StepSetting,
-    TrainingStep,
-)
-from cavmae.kernels.backend import INTERPRETED
-from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.config import ModelConfig
-
-# Other kernels and libraries than those the limits were observed with.
-CUDA_FACTOR = 10.0
-BF16_LOSS_LIMIT = 1e-2
-_LOOP_NEEDS = ("deepspeed", "nvidia.dali", "mlflow", "psutil", "rich", "av")
-_LOOP_SECONDS, _GRACE_SECONDS = 180.0, 60.0
-"""Expected time of the training loop, and how long it may continue after the time in which parts
-start."""
+import cavmae
+from cavmae.atomic_write import read_json
+from cavmae.benchmarks.gpu import stage
+from cavmae.benchmarks.gpu.setting import Check
+from cavmae.benchmarks.gpu.stage import ENDED
+from cavmae.benchmarks.harness.durations import budget_seconds
+from cavmae.benchmarks.harness.records import RESULTS, write_record
+from cavmae.benchmarks.harness.timing import default_device
 
 
-class Skip(Exception):
-    """A part cannot run here, for the reason in the message."""
+@dataclass(frozen=True)
+class Stage:
+    """Attributes: function, as module:function of this folder; seconds that it is expected to take
+    on a GPU (estimated); what it does."""
+
+    function: str
+    seconds: float
+    what: str
 
 
-@dataclasses.dataclass
-class Check:
-    """Options and clock that all parts share."""
-
-    device: torch.device
-    golden: Path | None
-    config: ModelConfig
-    batches: list[int]
-    repeats: int
-    deadline: float
-    model: str
-    best: tuple[int, bool] | None = None
-    """Batch, and whether it is compiled, of the fastest step; None: not measured."""
-
-    @property
-    def factor(self) -> float:
-        return CUDA_FACTOR if self.device.type == "cuda" else 1.0
-
-    def require_time(self) -> None:
-        """Raise Skip once the time of this run is spent."""
-        if time.monotonic() > self.deadline:
-            raise Skip("the time given by --seconds was spent before")
-
-    def require_gpu(self, what: str) -> None:
-        """Raise Skip on a CPU."""
-        if self.device.type != "cuda":
-            raise Skip(f"{what} is measured on a GPU; this is {self.device}")
-
-    def require_best(self, what: str) -> tuple[int, bool]:
-        """Return the fastest batch; raise Skip on a CPU, or where no throughput was measured."""
-        self.require_gpu(what)
-        if self.best is None:
-            raise Skip("no throughput was measured before, so the fastest batch is not known")
-        return self.best
-
-    def golden_folder(self) -> Path:
-        """Return the folder of reference numbers; raise Skip without one."""
-        if self.golden is None:
-            raise Skip("no folder of reference numbers was given (--golden DIR)")
-        return self.golden
+STAGES = {
+    "kernels": Stage("correctness:kernels", 30, "every kernel against its reference"),
+    "attention": Stage("operations:attention", 25, "attention by every backend at hand"),
+    "eager": Stage("steps:eager", 40, "a training step at three batches"),
+    "compiled": Stage("steps:compiled", 60, "the compiled step at the fastest of them"),
+    "golden": Stage("correctness:golden", 30, "the model against reference numbers"),
+    "loop": Stage("steps:loop", 60, "the training loop on synthetic batches"),
+    "decoding": Stage("operations:decoding", 60, "pictures decoded here, against the CPU's"),
+    "speed": Stage("operations:speed", 60, "kernels against torch and published methods"),
+    "baseline": Stage("steps:baseline", 30, "a step against the published one"),
+    "limits": Stage("steps:limits", 60, "the largest batch, and 65,536 contrastive pairs"),
+}
+"""The most telling first."""
+STAGE_SECONDS = 90.0
+"""A stage is ended after this."""
+_SPARE_SECONDS = 5.0
+"""It starts nothing more this long before."""
+_TREE = Path(cavmae.__file__).parents[1]
+_EXCERPT = _TREE / "tests" / "golden" / "data"
+_ENDING_SECONDS = 10.0
+"""A process that the driver holds may never end: nobody waits longer for it."""
+_SHOWN_LETTERS = 200
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    lines = [f"  {name:<11} {stage.what}" for name, stage in STAGES.items()]
     arguments = argparse.ArgumentParser(
-        prog="cavmae bench gpu-check", description="Check kernels and model on this device."
+        prog="cavmae bench gpu-check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="\n".join(["Check kernels, model and speed on this GPU, in stages:", *lines]),
     )
-    arguments.add_argument("--out", default="benchmarks/results", help="folder of the record")
-    arguments.add_argument("--golden", type=Path, help="folder of reference numbers")
+    arguments.add_argument(
+        "--stages", default=",".join(STAGES), help="some of them, as kernels,eager; all by default"
+    )
+    arguments.add_argument(
+        "--budget", default="8m", help="time for all, as 90s or 8m; what no longer fits is skipped"
+    )
+    arguments.add_argument("--out", default=RESULTS, help="folder of the record")
+    arguments.add_argument(
+        "--golden",
+        type=Path,
+        default=_EXCERPT,
+        help="folder of reference numbers; the excerpt of this repository by default",
+    )
     arguments.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="`cuda` or `cpu`; a GPU where there is one",
+        choices=("cpu", "cuda"),
+        default=default_device(),
+        help="a GPU where there is one",
     )
     arguments.add_argument(
-        "--model", choices=list(SIZES), default="base", help="sizes of the training steps"
+        "--small", action="store_true", help="a tiny model and small sizes, as always on a CPU"
     )
     arguments.add_argument(
-        "--batches",
-        type=int,
-        nargs="+",
-        default=[32, 64, 128, 256, 512],
-        help="batch sizes of the throughput sweep (GPU only)",
+        "--cache",
+        type=Path,
+        default=Path(".cache/gpu-check"),
+        help="folder of compiled code, which makes a second run quick",
     )
-    arguments.add_argument("--repeats", type=int, default=5, help="timed steps at each batch size")
-    arguments.add_argument("--seconds", type=float, default=420, help="no part starts after this")
     return arguments
 
 
 def main(argv: list[str]) -> int:
-    """Run every part, write the record; returns 0 where none failed, else 1."""
+    """Run the stages and print a table; returns 1 where one failed or had to be ended, else 0.
+
+    Raises:
+        ValueError: a stage, a budget or a folder that does not exist.
+    """
     flags = parser().parse_args(argv)
-    if flags.golden is not None and not flags.golden.is_dir():
+    names = flags.stages.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        raise ValueError(f"--stages names {', '.join(unknown)}; use some of {', '.join(STAGES)}")
+    if flags.golden != _EXCERPT and not flags.golden.is_dir():
         raise ValueError(f"--golden is {flags.golden}, which is no folder")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    check = Check(
-        device=torch.device(flags.device),
-        golden=flags.golden,
-        config=SIZES[flags.model],
-        batches=flags.batches,
-        repeats=flags.repeats,
-        deadline=time.monotonic() + flags.seconds,
-        model=flags.model,
+    deadline = time.monotonic() + budget_seconds(flags.budget)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    small, device = flags.small or flags.device == "cpu", torch.device(flags.device)
+    configuration = {key: str(value) for key, value in vars(flags).items()} | {"small": small}
+    results: dict[str, dict[str, Any]] = {}
+    record: Path | None = None
+    for name in (name for name in STAGES if name in names):
+        stage, left = STAGES[name], deadline - time.monotonic()
+        if left < stage.seconds:
+            reason = f"takes about {stage.seconds:.0f} s: {max(0.0, left):.0f} s are left"
+            results[name] = _blank("skipped", reason)
+        else:
+            seconds = min(STAGE_SECONDS, left)
+            check = Check(
+                flags.device,
+                small,
+                str(flags.golden.resolve()),
+                time.monotonic() + seconds - _SPARE_SECONDS,
+                str(record.resolve()) if record else "",
+            )
+            print(f"{name}: {stage.what} ...", flush=True)
+            words = stage.function, json.dumps(asdict(check))
+            results[name] = run_stage(words, seconds, _environment(flags.cache, flags.device))
+        record = write_record(
+            flags.out, "gpu-check", device, configuration, results, replaces=record
+        )
+    print(_table(results))
+    print(f"record: {record}")
+    return 1 if any(one["status"] in ("failed", ENDED) for one in results.values()) else 0
+
+
+def run_stage(
+    words: tuple[str, ...], within_seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Run one stage in a process of its own, and end it and all that it has started.
+
+    Args:
+        words: for `cavmae.benchmarks.gpu.stage`, without the file that it writes.
+        within_seconds: it is ended after this.
+        environment: variables of the process, beside those of this one.
+
+    Returns:
+        Its entry of the record, as far as it got: status, reason, key, details, seconds.
+    """
+    began = time.monotonic()
+    with TemporaryDirectory(prefix="cavmae-gpu-check-") as folder:
+        found = Path(folder) / "found.json"
+        process = subprocess.Popen(
+            [sys.executable, "-m", stage.__name__, *words, str(found)],
+            cwd=_TREE,
+            env=os.environ | environment,
+            process_group=0,
+        )
+        try:
+            code = process.wait(within_seconds)
+            ending = f"ended with exit code {code}"
+        except subprocess.TimeoutExpired:
+            ending = f"ended after {within_seconds:.0f} s, with what it had found by then"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING_SECONDS)
+        entry = read_json(found) if found.exists() else _blank(ENDED, "")
+    if entry["status"] == ENDED:
+        entry["reason"] = ending
+    return entry | {"seconds": time.monotonic() - began}
+
+
+def _blank(status: str, reason: str) -> dict[str, Any]:
+    return {"status": status, "reason": reason, "key": "", "details": {}, "seconds": 0.0}
+
+
+def _environment(cache: Path, device: str) -> dict[str, str]:
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    found = {name: str(cache.resolve() / folder) for name, folder in folders.items()}
+    # Without a GPU the interpreter runs the kernels where they are asked for.
+    return found if device == "cuda" else found | {"TRITON_INTERPRET": "1"}
+
+
+def _table(results: dict[str, dict[str, Any]]) -> str:
+    rows = [("stage", "outcome", "seconds", "key number, or why not")]
+    for name, one in results.items():
+        said = "; ".join(text for text in (one["key"], one["reason"]) if text)
+        rows.append((name, one["status"], f"{one['seconds']:.0f}", said[:_SHOWN_LETTERS]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )
-    parts: dict[str, Callable[[Check], dict[str, Any]]] = {
-        "training": training_goes_down,
-        "kernels_agree": kernels_agree,
-        "tiny_train": tiny_train_repeats,
-        "golden_forward": golden_forward,
-        "golden_gradients": golden_gradients,
-        "throughput": throughput,
-        "train": training_loop,
-        "step": step_against_baseline,
-        "limits": limits,
-        "kernels": kernels_against_others,
-    }
-    results = {name: _run(name, part, check) for name, part in parts.items()}
-    configuration = {key: str(value) for key, value in vars(flags).items()}
-    configuration |= {"sizes": asdict(check.config)}
-    path = write_record(flags.out, "gpu-check", check.device, configuration, results)
-    print(f"record: {path}")
-    return 1 if any(result["status"] == "failed" for result in results.values()) else 0
-
-
-def _run(name: str, part: Callable[[Check], dict[str, Any]], check: Check) -> dict[str, Any]:
-    """Run one part: its status, reason, seconds and details; an error fails that part alone."""
-    start = time.monotonic()
-    reason, details = "", {}
-    try:
-        check.require_time()
-        details = part(check)
-        beyond = details.get("beyond", [])
-        status, reason = ("failed", "; ".join(beyond[:5])) if beyond else ("passed", "")
-    except Skip as skip:
-        status, reason = "skipped", str(skip)
-    except Exception as error:
-        # An error on an unknown device is a result, and the other parts continue.
-        traceback.print_exc()
-        status, reason = "failed", f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - start
-    print(f"{name}: {status} in {seconds:.1f} s{': ' + reason if reason else ''}", flush=True)
-    return {"status": status, "reason": reason, "seconds": seconds, "details": details}
-
-
-def _summary(deviations: list[Deviation], factor: float) -> dict[str, Any]:
-    """Return the deviation nearest to its limit, and all beyond `factor` times theirs."""
-    nearest = worst(deviations)
-    return {
-        "compared": len(deviations),
-        "nearest_to_limit": nearest.quantity,
-        "deviation": nearest.value,
-        "limit": nearest.limit * factor,
-        "beyond": [str(d) for d in deviations if not d.value <= d.limit * factor],
-    }
-
-
-def _merged(cases: dict[str, dict[str, Any]], asked: int) -> dict[str, Any]:
-    beyond = [f"{name} {line}" for name, case in cases.items() for line in case["beyond"]]
-    return {"cases": cases, "cases_without_time": asked - len(cases), "beyond": beyond}
-
-
-def _models(check: Check, cases: Sequence[ForwardCase]) -> Iterator[tuple[ForwardCase, CAVMAE]]:
-    """Yield each case with its model on the device, while time is left; equal weights share one."""
-    shared = SharedModel()
-    for case in cases:
-        if time.monotonic() > check.deadline:
-            return
-        yield case, shared(case).to(check.device)
-
-
-def golden_forward(check: Check) -> dict[str, Any]:
-    """Compare forward passes of the published model, in fp32 and (losses only) in bf16."""
-    cases = ForwardCase.all(check.golden_folder())
-    if not cases:
-        raise Skip(f"{check.golden} has no pretrain_forward/index.json")
-    results = {}
-    for case, model in _models(check, cases):
-        deviations = case.deviations(case.run(model, check.device))
-        results[f"{case.name} fp32"] = _summary(deviations, check.factor)
-    bf16 = [case for case in cases if case.weights == cases[-1].weights]
-    for case, model in _models(check, bf16):
-        numbers = case.run(model.to(torch.bfloat16), check.device)
-        losses = [
-            dataclasses.replace(deviation, limit=BF16_LOSS_LIMIT)
-            for deviation in case.deviations(numbers)
-            if deviation.quantity in ("loss", "loss_mae_a", "loss_mae_v")
-        ]
-        results[f"{case.name} bf16"] = _summary(losses, 1.0)
-    return _merged(results, len(cases) + len(bf16))
-
-
-def golden_gradients(check: Check) -> dict[str, Any]:
-    """Compare gradients of the published model in fp32."""
-    cases = [case for case in ForwardCase.all(check.golden_folder()) if case.has_gradients]
-    if not cases:
-        raise Skip(f"{check.golden} has no pretrain_forward/*_grad.json")
-    results = {}
-    for case, model in _models(check, cases):
-        case.backward(model, check.device)
-        results[case.name] = _summary(case.gradient_deviations(model), check.factor)
-        model.zero_grad(set_to_none=True)
-    return _merged(results, len(cases))
-
-
-def tiny_train_repeats(check: Check) -> dict[str, Any]:
-    """Compare training of the published model at a small size in fp32."""
-    folder = check.golden_folder()
-    runs = TinyTrain.all(folder)
-    if not runs:
-        raise Skip(f"{folder} has no tiny_train/*.json")
-    results = {run.name: _summary(run.train_deviations(check.device), check.factor) for run in runs}
-    return _merged(results, len(runs))
-
-
-def training_goes_down(check: Check) -> dict[str, Any]:
-    """Train ten steps on one batch at a small size: losses must be finite and fall."""
-    losses: dict[str, list[float]] = {}
-    beyond = []
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    for precision in precisions:
-        step = TrainingStep(StepSetting("cavmae", SIZES["tiny"], 8, precision, check.device))
-        losses[precision] = [float(step()) for _ in range(10)]
-        finite = all(map(math.isfinite, losses[precision]))
-        if not finite or losses[precision][-1] >= losses[precision][0]:
-            beyond.append(f"{precision} losses {losses[precision]}")
-    difference = abs(losses["bf16"][0] - losses["fp32"][0]) / losses["fp32"][0]
-    if not difference <= BF16_LOSS_LIMIT:
-        beyond.append(f"first loss in bf16 differs from fp32 by {difference:.1%}")
-    return {"losses": losses, "beyond": beyond}
-
-
-def kernels_agree(check: Check) -> dict[str, Any]:
-    """Compare every Triton kernel with its torch reference, and two runs of it bit by bit."""
-    if check.device.type != "cuda" and not INTERPRETED:
-        raise Skip("the kernels run on a GPU, or on a CPU under TRITON_INTERPRET=1")
-    found, beyond = disagreements(check.device, 64 if check.device.type == "cuda" else 3)
-    return {"differences": found, "beyond": beyond}
-
-
-def kernels_against_others(check: Check) -> dict[str, Any]:
-    """Run `cavmae bench kernels` with fewer repeats; a kernel of ours that fails is a failure."""
-    gpu = check.device.type == "cuda"
-    config = KernelsConfig(
-        "cuda" if gpu else "cpu",
-        batch=None if gpu else 1,
-        contrastive=() if gpu else (64,),
-        repeats=min(3, check.repeats),
-        compile=gpu,
-    )
-    results = measure(config, check.deadline)
-    beyond = [
-        f"{case} {what}: {why}"
-        for case, result in results["cases"].items()
-        for what, why in result.get("failed", {}).items()
-        if what.startswith("ours ")
-    ]
-    return results | {"beyond": beyond}
-
-
-def step_against_baseline(check: Check) -> dict[str, Any]:
-    """Time a training step of ours and of the published operations, in turn."""
-    batch = check.batches[0] if check.device.type == "cuda" else 2
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    results = {}
-    for precision in precisions:
-        check.require_time()
-        settings = {
-            name: StepSetting(name, check.config, batch, precision, check.device) for name in MODELS
-        }
-        results[precision] = compare(settings, check.repeats, warm_up=2)
-    return {"batch": batch, "precisions": results}
-
-
-def throughput(check: Check) -> dict[str, Any]:
-    """Measure speed and memory of our bf16 step over batch sizes, eager and compiled."""
-    check.require_gpu("throughput over batch sizes")
-    results = training.throughput(
-        check.config, check.batches, check.device, repeats=check.repeats, deadline=check.deadline
-    )
-    check.best = training.best(results["rows"])
-    return results
-
-
-def training_loop(check: Check) -> dict[str, Any]:
-    """Run the real loop at the fastest batch: synthetic batches, and shards through DALI."""
-    batch, compile = check.require_best("the training loop at the fastest batch")
-    absent = [name for name in _LOOP_NEEDS if _absent(name)]
-    if absent:
-        raise Skip(f"the training loop needs {', '.join(absent)}; install cavmae whole")
-    left = check.deadline + _GRACE_SECONDS - time.monotonic()
-    if left < _LOOP_SECONDS:
-        raise Skip(f"the training loop takes about {_LOOP_SECONDS:.0f} s: {left:.0f} s are left")
-    return training.training_loop(check.model, batch, compile, left)
-
-
-def _absent(module: str) -> bool:
-    try:
-        return find_spec(module) is None
-    except ModuleNotFoundError:  # the package that it would be in
-        return True
-
-
-def limits(check: Check) -> dict[str, Any]:
-    """Find the largest batch in memory, and time a contrastive batch whose matrix would not fit."""
-    batch, compile = check.require_best("the largest batch")
-
-    in_time = True
-
-    def fits(candidate: int) -> bool:
-        nonlocal in_time
-        in_time = in_time and time.monotonic() <= check.deadline
-        setting = training.our_step(check.config, candidate, check.device, compile)
-        return in_time and training.step_fits(setting)
-
-    contrast = training.large_contrast(
-        training.CONTRASTIVE_BATCH, check.config.width, check.device, check.repeats
-    )
-    largest = training.largest_batch(fits, batch)
-    return contrast | {"largest_batch": largest, "search_ended_early": not in_time}

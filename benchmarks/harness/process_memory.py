@@ -44,6 +44,12 @@ def gpu_peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def no_memory_left(error: RuntimeError) -> bool:
+    """Return whether a GPU had no memory left, for torch's allocator or for a library's own."""
+    failed = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in failed)
+
+
 def _status(name: str) -> int:
     line = next(one for one in _STATUS.read_text().splitlines() if one.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])

@@ -133,6 +133,8 @@ def write_record(
     device: torch.device,
     configuration: dict[str, Any],
     results: dict[str, Any],
+    *,
+    replaces: Path | None = None,
 ) -> Path:
     """Write `<suite>-<date>-<commit>.json` and return its path.
 
@@ -143,6 +145,7 @@ def write_record(
         suite: name of the benchmark.
         configuration: every flag and size that the results depend on.
         results: JSON values.
+        replaces: the record of this run with the results so far, whose place it takes.
     """
     now = datetime.datetime.now(datetime.UTC)
     code = re.sub(r"\b[0-9a-f]{40}\b", lambda full: full[0][:10], git_commit() or "unknown")
@@ -156,7 +159,7 @@ def write_record(
         "configuration": {name: _portable(value) for name, value in configuration.items()},
         "results": results,
     }
-    path = Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"
+    path = replaces or Path(folder) / f"{suite}-{now:%Y%m%dT%H%M%S}-{code}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=2) + "\n")
     return path

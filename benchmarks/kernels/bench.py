@@ -8,6 +8,7 @@ Triton kernels, on a CPU the torch references, which is what runs there.
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     from cavmae.benchmarks.report.console import show
 
     config = tyro.cli(KernelsConfig, prog="cavmae bench kernels", args=arguments)
-    results = measure(config)
+    *_, results = measure(config)
     configuration = asdict(config) | results.pop("sizes")
     path = write_record(config.out, "kernels", torch.device(config.device), configuration, results)
     show(path)
@@ -63,8 +64,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(config: KernelsConfig, deadline: float = math.inf) -> dict[str, Any]:
-    """Measure the ceilings and all cases, and judge the bars.
+def measure(config: KernelsConfig, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Measure the ceilings and all cases, and judge the bars; yields the results after each case.
 
     Args:
         config: what to measure.
@@ -77,21 +78,20 @@ def measure(config: KernelsConfig, deadline: float = math.inf) -> dict[str, Any]
     contrastive = config.contrastive or ((512, 4096, 32768) if gpu else (512,))
     ceiling = ceilings(device, DTYPES[dtype])
     found: dict[str, Any] = {}
+    sizes = {"batch": batch, "dtype": dtype, "contrastive": contrastive, "compile": compile}
     for case in cases(device, batch, DTYPES[dtype], contrastive):
         if time.monotonic() > deadline:
             found[case.name] = {"skipped": "out of time"}
-            continue
-        print(f"{case.name} ...", file=sys.stderr, flush=True)
-        found[case.name] = measured(case, device, config.repeats, compile, ceiling)
-    return {
-        "sizes": {
-            "batch": batch, "dtype": dtype, "contrastive": contrastive, "compile": compile,
-        },
-        "backend": default_backend(device),
-        "ceilings": ceiling,
-        "cases": found,
-        "bars": bars(found, device),
-    }  # fmt: skip
+        else:
+            print(f"{case.name} ...", file=sys.stderr, flush=True)
+            found[case.name] = measured(case, device, config.repeats, compile, ceiling)
+        yield {
+            "sizes": sizes,
+            "backend": default_backend(device),
+            "ceilings": ceiling,
+            "cases": found,
+            "bars": bars(found, device),
+        }
 
 
 def bars(found: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:

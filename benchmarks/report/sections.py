@@ -56,21 +56,25 @@ def section(record: Record, others: list[Record]) -> Section:
 
 def _gpu_check(record: Record, others: list[Record]) -> Section:
     columns = {
-        "part": cell("name"),
-        "status": cell("status"),
+        "stage": cell("name"),
+        "outcome": cell("status"),
         "time": cell("seconds", "{:.0f} s".format),
+        "key number": cell("key"),
         "reason": cell("reason"),
     }
-    found = Section(grids=[table("Parts", columns, named(record.results))])
+    found = Section(grids=[table("Stages", columns, named(record.results))])
     rates = matrix_rates(others, record.hardware)
-    if step := details(record, "step"):
+    if step := details(record, "baseline"):
         found += steps(step["precisions"], rates)
-    if kernels := details(record, "kernels"):
+    if kernels := details(record, "speed"):
         found += _kernels(kernels)
-    rows = [row for row in details(record, "throughput").get("rows", []) if "tflops" in row]
+    measured = [
+        row for name in ("eager", "compiled") for row in details(record, name).get("rows", [])
+    ]
+    rows = [row for row in measured if "tflops" in row]
     if rows:
         found += throughput(rows, rates.get("bf16"))
-    if loop := details(record, "train"):
+    if loop := details(record, "loop"):
         found += train(loop)
     if limits := details(record, "limits"):
         found += Section(grids=[Grid("Limits", ("what", "value"), list(numbers(limits)))])

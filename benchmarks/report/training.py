@@ -31,7 +31,7 @@ def matrix_rates(records: list[Record], hardware: dict[str, Any]) -> dict[str, f
         results, settings = record.results, record.configuration
         if record.suite == "kernels":
             found[settings["dtype"]] = results["ceilings"]["flops_per_second"]
-        if record.suite == "gpu-check" and (measured := details(record, "kernels")):
+        if record.suite == "gpu-check" and (measured := details(record, "speed")):
             found[measured["sizes"]["dtype"]] = measured["ceilings"]["flops_per_second"]
         if record.suite == "train":
             found[settings["precision"]] = results["machine"]["flops_per_second"]
@@ -41,9 +41,9 @@ def matrix_rates(records: list[Record], hardware: dict[str, Any]) -> dict[str, f
     return found
 
 
-def details(record: Record, part: str) -> dict[str, Any]:
-    """Return the details of a part of a GPU check; empty where it was skipped or failed early."""
-    return record.results.get(part, {}).get("details", {})
+def details(record: Record, stage: str) -> dict[str, Any]:
+    """Return the details of a stage of a GPU check; empty where it found none."""
+    return record.results.get(stage, {}).get("details", {})
 
 
 # --------------------------------------------------------------------------------------- step

@@ -14,7 +14,7 @@ import torch
 
 from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
-from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes
+from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes, no_memory_left
 from cavmae.benchmarks.harness.records import RecordedConfig, spread, timing, write_record
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.harness.timing import Device, default_device
@@ -153,7 +153,10 @@ def compare(
                 peaks[name] = gpu_peak_bytes(lambda name=name: prepare(name), device)
             else:
                 prepare(name)
-        except torch.cuda.OutOfMemoryError as error:  # a result, and the other one continues
+        except RuntimeError as error:
+            if not no_memory_left(error):
+                raise
+            # A result, and the other one continues.
             results[name] = {"skipped": str(error)}
             steps.pop(name, None)
             torch.cuda.empty_cache()

@@ -1,6 +1,5 @@
 """Every kernel compiles for GPUs that are not here, within what their multiprocessors have."""
 
-import ast
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kernel_names import kernels_in_the_tree
 from launch import ROOT
 
 pytestmark = pytest.mark.slow
@@ -32,17 +32,6 @@ def compiled() -> dict[str, dict[str, dict[str, Any]]]:
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)
-
-
-def kernels_in_the_tree() -> set[str]:
-    return {
-        node.name
-        for path in (ROOT / "kernels").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-        and node.name.endswith("_kernel")
-        and any(isinstance(d, ast.Name) and d.id == "jit" for d in node.decorator_list)
-    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

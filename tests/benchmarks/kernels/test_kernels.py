@@ -1,6 +1,7 @@
 """`cavmae bench kernels`: contenders compute the same thing, and what fails is on record."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch.nn.functional as F
 from three_way import DEVICE, normal
 
 from cavmae.benchmarks.baselines.tiled_contrastive import tiled_contrastive_loss
-from cavmae.benchmarks.kernels import bench
-from cavmae.benchmarks.kernels.agreement import disagreements
+from cavmae.benchmarks.kernels import agreement, bench
 from cavmae.benchmarks.kernels.cases import Case, Contender, cases
 from cavmae.benchmarks.kernels.timing import measured
 from cavmae.kernels import Backend
@@ -150,7 +150,7 @@ def test_bars_are_judged_by_what_was_measured_and_on_a_gpu_only() -> None:
 
 
 def test_cases_after_the_deadline_are_named_and_not_measured() -> None:
-    results = bench.measure(
+    *_, results = bench.measure(
         bench.KernelsConfig("cpu", batch=1, contrastive=(16,), repeats=1), deadline=0.0
     )
     assert all("skipped" in case for case in results["cases"].values())
@@ -163,7 +163,37 @@ def test_counts_below_one_are_refused(field: dict[str, Any]) -> None:
 
 
 def test_kernels_agree_with_their_references_and_themselves() -> None:
-    found, beyond = disagreements(DEVICE, batch=2)
-    assert beyond == []
-    assert found["random_mask tf bfloat16"] == 0
-    assert 0 < found["contrastive_loss bfloat16"] < 2e-2
+    found: dict[str, float] = {}
+    for name in agreement.comparisons(small=True):
+        differences, beyond = agreement.compared(DEVICE, name)
+        assert beyond == []
+        found |= differences
+    assert found["random_mask tf odd float32"] == 0
+    assert 0 < found["contrastive_loss both ways odd bfloat16"] < 2e-2
+    assert {name.rpartition(" ")[2] for name in found} == {"float32", "bfloat16", "float16"}
+
+
+def test_a_kernel_that_is_wrong_or_differs_between_two_runs_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = iter((1.0, 1.0, 1.2) * 2 + (1.0, 1.1, 1.0))
+    monkeypatch.setattr(
+        agreement, "gather_patches", lambda *_, **__: torch.full((2,), next(values))
+    )
+    _, beyond = agreement.compared(DEVICE, "gather_patches odd")
+    assert beyond == [
+        "gather_patches odd float32: 1.67e-01 (limit 2e-05)",
+        "gather_patches odd bfloat16: 1.67e-01 (limit 2e-02)",
+        "gather_patches odd float16: two runs differ",
+    ]
+
+
+def test_comparisons_whose_process_dies_are_beyond_their_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    *_, (found, beyond) = agreement.compared_in_parallel(DEVICE, ["a", "b"])
+    assert found == {}
+    assert sorted(beyond) == [
+        f"{name}: not compared, its process ended with exit code 1" for name in "ab"
+    ]

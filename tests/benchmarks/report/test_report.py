@@ -120,17 +120,19 @@ def test_a_gpu_check_shows_throughput_and_memory_over_batch_sizes(tmp_path: Path
         "cases": {},
         "bars": {},
     }
-    passed = {"status": "passed", "reason": "", "seconds": 1.0}
-    skipped = {"status": "skipped", "reason": "no folder", "seconds": 0.0, "details": {}}
+    passed = {"status": "passed", "reason": "", "key": "2 of 3", "seconds": 1.0}
+    skipped = {"status": "skipped", "reason": "no folder", "key": "", "seconds": 0.0, "details": {}}
     results = {
-        "golden_forward": skipped,
-        "step": skipped,
-        "kernels": passed | {"details": kernels},
-        "throughput": passed | {"details": {"rows": rows}},
+        "golden": skipped,
+        "baseline": skipped,
+        "speed": passed | {"details": kernels},
+        "eager": passed | {"details": {"rows": rows[:2]}},
+        "compiled": passed | {"details": {"rows": rows[2:]}},
     }
     record(tmp_path, "gpu-check", results)
     text = page(tmp_path)
-    assert "| golden\\_forward | skipped | 0 s | no folder |" in text
+    assert "| golden | skipped | 0 s |  | no folder |" in text
+    assert "| speed | passed | 1 s | 2 of 3 |  |" in text
     assert "| 2, compiled | 20 | 0.4 | 40.0% | - | 2.00 GB |" in text
     assert "throughput-and-memory-over-batch-size-bf16.png" in text
 
