@@ -16,6 +16,7 @@ import tempfile
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -82,6 +83,20 @@ def start_program(
         )
 
 
+class ForkingSubprocess:
+    """Stands for `subprocess` in `cavmae.benchmarks.harness.processes`: modules start as forks."""
+
+    STDOUT, TimeoutExpired = subprocess.STDOUT, subprocess.TimeoutExpired
+
+    @staticmethod
+    def Popen(
+        command: list[str], *, stdout: TextIO, stderr: int, env: dict[str, str]
+    ) -> "Fork | subprocess.Popen[bytes]":
+        python, dash_m, module, *words = command
+        assert (python, dash_m, stderr) == (sys.executable, "-m", subprocess.STDOUT)
+        return start_program(module, words, Path.cwd(), env, Path(stdout.name))
+
+
 def _ensure_server() -> None:
     """The server of this process, which ends with it."""
     multiprocessing.set_forkserver_preload([PRELOADED])
@@ -109,6 +124,9 @@ def _become(
     os.environ.update(environment | sys.modules[PRELOADED].SET)
     tempfile.tempdir = None
     os.chdir(folder)
+    for place in environment.get("PYTHONPATH", "").split(os.pathsep):
+        if (custom := Path(place, "sitecustomize.py")).is_file():  # as an interpreter does
+            runpy.run_path(str(custom))
     sys.argv = [program, *arguments]
     try:
         if program.endswith(".py"):

@@ -93,11 +93,10 @@ def graph_of(model: Model, part: Part) -> ExportedProgram:
     # Copies of the modules, which can lose parameters, with the tensors of the model.
     own = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors.values()})
     whole = PartOfModel(own, part)
+    for name in _unused_parameters(whole, inputs):
+        owner, _, parameter = name.rpartition(".")
+        delattr(whole.get_submodule(owner), parameter)
     with torch.no_grad():
-        graph = torch.export.export(whole, (), inputs, dynamic_shapes=shapes)
-        for name in _unused_parameters(graph):
-            owner, _, parameter = name.rpartition(".")
-            delattr(whole.get_submodule(owner), parameter)
         return torch.export.export(whole, (), inputs, dynamic_shapes=shapes)
 
 
@@ -172,10 +171,9 @@ def _inputs_of(part: Part) -> list[str]:
     return [name for name, of in (("log_mel", "audio"), ("frame", "video")) if of in read]
 
 
-def _unused_parameters(graph: ExportedProgram) -> list[str]:
-    parameters = graph.graph_signature.inputs_to_parameters
-    return [
-        parameters[node.name]
-        for node in graph.graph.nodes
-        if node.op == "placeholder" and not node.users and node.name in parameters
-    ]
+def _unused_parameters(whole: PartOfModel, inputs: Inputs) -> list[str]:
+    """Names of those that the output has no gradient of."""
+    leaves = {name: p.detach().requires_grad_() for name, p in whole.named_parameters()}
+    output = torch.func.functional_call(whole, leaves, (), dict(inputs)).sum()
+    gradients = torch.autograd.grad(output, list(leaves.values()), allow_unused=True)
+    return [name for name, one in zip(leaves, gradients, strict=True) if one is None]

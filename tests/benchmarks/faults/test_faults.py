@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from forks import ForkingSubprocess
 from launch import MUTED
+from starts import place_store
 
 from cavmae.benchmarks.faults import faults
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
@@ -39,10 +42,16 @@ GOOD = Row(
 
 @pytest.mark.slow
 def test_rows_are_measured_and_recorded_whatever_the_words_of_messages(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    packed_synthetic: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Faults that the product's own tests leave out, and one that ends an attempt."""
     monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
+    monkeypatch.setattr(processes, "subprocess", ForkingSubprocess)
+    place_store(tmp_path / "work")
+    shutil.copytree(packed_synthetic, tmp_path / "work/shards")
     names = [
         *("a gradient is NaN: update skipped", "a shard is damaged"),
         "all ranks are preempted (SIGTERM)",

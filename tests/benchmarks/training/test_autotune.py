@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import ForkingSubprocess
 from launch import MUTED
+from starts import place_store
 from tiny_run import tiny_run
 
 from cavmae.benchmarks.harness import processes
@@ -86,6 +88,8 @@ def test_a_trial_is_read_from_what_its_run_writes_whatever_the_words_of_messages
     packed_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "tree_environment", lambda: {"PYTHONPATH": MUTED})
+    monkeypatch.setattr(processes, "subprocess", ForkingSubprocess)
+    place_store(tmp_path)
     run = tiny_run(packed_synthetic, tmp_path / "run")
     options = {"ranks": 1, "real_data": False, "within_seconds": 300}
     good = run_trial(run, {"micro_batch": 2}, tmp_path / "good", **options)

@@ -43,7 +43,13 @@ CONTAINERS = {
 """Those that store the time of each packet, with a codec for video and sound and its rate."""
 
 
-def write(path: Path, container: str, edit: Edit | None = None, background: int = 30) -> None:
+def write(
+    path: Path,
+    container: str,
+    edit: Edit | None = None,
+    background: int = 30,
+    keyframe_every: int = SECONDS * FPS,
+) -> None:
     video_codec, sound_codec, hz = CONTAINERS[container]
     sound = 600 * np.sin(2 * np.pi * 200 * np.arange(SECONDS * hz) / hz)
     burst = np.arange(int(0.04 * hz))
@@ -54,6 +60,7 @@ def write(path: Path, container: str, edit: Edit | None = None, background: int 
         video = output.add_stream(video_codec, rate=FPS)
         assert isinstance(video, av.VideoStream)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.gop_size = keyframe_every
         audio = output.add_stream(sound_codec, rate=hz)
         assert isinstance(audio, av.AudioStream)
         audio.layout = "mono"
@@ -210,12 +217,22 @@ def test_joined_files_lie_end_to_end(container: str, folder: Path) -> None:
         assert distances_ms(path, start, end) - base == pytest.approx(0, abs=LIMIT_MS)
 
 
+def test_what_is_joined_begins_where_the_longer_stream_ends(folder: Path) -> None:
+    first, second, path = (folder / f"{name}.mkv" for name in ("short", "whole", "longer"))
+    write(first, "matroska", lambda packet, sound: packet if sound or seconds(packet) < 3 else None)
+    write(second, "matroska")
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    clip = decode_clip(str(path), 0.0, 10.0, DecodeSettings())
+    assert clip.times_seconds[3 * FPS] == pytest.approx(SECONDS, abs=0.05)
+    assert len(clip.audio) / 16000 == pytest.approx(2 * SECONDS, abs=0.1)
+
+
 @pytest.mark.parametrize("times", [0.5, 1.5, 90.0])
 def test_sound_whose_stamps_are_wrong_by_a_factor_is_as_long_as_its_samples(
     times: float, folder: Path
 ) -> None:
     path = folder / f"factor{times}.mkv"
-    write(path, "matroska", factor(times))
+    write(path, "matroska", factor(times), keyframe_every=10)  # so that the window is sought
     clip = decode_clip(str(path), 0.0, 10.0, DecodeSettings())
     assert len(clip.audio) / 16000 == pytest.approx(SECONDS, abs=0.05)
     assert "stamps_disagree" in clip.timing
