@@ -15,10 +15,11 @@ LONG_SIDES = (16, 21, 24, 28, 32, 37)
 """Sixteenths of the short side: 256, 336 (4:3), 384 (3:2), 448 (16:9), 512 (2:1) and 592 (21:9)
 pixels at 256. Upright and lying these are 11 sizes, of which 8 threads need 88 decoders at most."""
 
-SMALLEST = {"vp9": (128, 128), "h264": (48, 16), "mjpeg": (BLOCK, BLOCK)}
+SMALLEST = {"vp9": (128, 128), "h264": (48, 16), "mjpeg": (128, 128)}
 """Width and height from which frames are cropped: for VP9 and H.264 what NVDEC decodes at least
-(`cuvidGetDecoderCaps` of an RTX 3050, as printed in philipl/nv-video-info pull request 7), for
-MJPEG, which NVDEC does not decode here, one block of a JPEG. Smaller frames keep their size."""
+(`cuvidGetDecoderCaps`, as printed in philipl/nv-video-info pull request 7 and Xpra issue 3703); for
+MJPEG, which NVDEC does not decode here, as for VP9, so that both show the same. Smaller frames keep
+their size."""
 NVDEC_LARGEST_SIDE = {"vp9": 8192, "h264": 4096}
 """Pixels, from the same table and the NVDEC Video Decoder API Programming Guide, table 1."""
 
