@@ -97,11 +97,13 @@ class Wait:
         what: the operation.
         phase: see `Trace.phase`.
         where: `file:line` of the code that asked for it.
+        function: its name.
     """
 
     what: str
     phase: str
     where: str
+    function: str
 
 
 @dataclass
@@ -164,7 +166,10 @@ def without_values() -> FakeTensorMode:
 
 
 def note_launch(name: str, tensors: Sequence[torch.Tensor]) -> None:
-    """Note the launch of a Triton kernel that gets these tensors."""
+    """Note the launch of a Triton kernel that gets these tensors, and may write to them."""
+    tensor: Any
+    for tensor in tensors:
+        tensor.known = None
     for trace in _current:
         trace.operations.append(_operation(name, "triton", trace._phase, tensors, tensors, 0, 1))
 
@@ -188,18 +193,18 @@ def noting_only(*kinds: Kind) -> Iterator[None]:
 def note_wait(what: str) -> None:
     """Note that the host waits."""
     for trace in _current:
-        trace.waits.append(Wait(what, trace._phase, _where()))
+        trace.waits.append(Wait(what, trace._phase, *_caller()))
 
 
-def _where() -> str:
-    """`file:line` of the innermost code that is neither torch's nor this folder's."""
+def _caller() -> tuple[str, str]:
+    """`file:line` and function of the innermost code that is neither torch's nor this folder's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "cavmae.benchmarks.fake_cuda", "contextlib")):
-            return f"{module.replace('.', '/')}.py:{frame.f_lineno}"
+            return f"{module.replace('.', '/')}.py:{frame.f_lineno}", frame.f_code.co_name
         frame = frame.f_back
-    return ""
+    return "", ""
 
 
 def _operation(
@@ -312,7 +317,7 @@ class _Recorder(TorchDispatchMode):
                 _bytes(source),
                 non_blocking,
                 pinned,
-                _where(),
+                _caller()[0],
             )
         )
         if source.numel() and not (non_blocking and pinned):
@@ -419,7 +424,8 @@ def _on_the_host(
     everything = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
     known = all(getattr(x, "known", None) is not None for x in given)
-    if not known or not given or func.namespace != "aten":
+    computed = func.namespace == "aten" and "empty" not in func._overloadpacket.__name__
+    if not known or not given or not computed:
         if writes and func.namespace != "c10d":
             for tensor in everything:
                 tensor.known = None  # pyright: ignore[reportAttributeAccessIssue]
