@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -278,10 +279,16 @@ class _Recorder(TorchDispatchMode):
         devices = {tensor.device.type for tensor in given} | {device.type}
         if short in ("_to_copy", "copy_") and len(devices) > 1:
             return self._copy(func, args, kwargs, device)
+        if short in _WAITING and device.type == "cuda":  # the size of the result is a value
+            note_wait(short)
+            args, kwargs = tree_map_only(torch.Tensor, _value, (args, kwargs))
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+            return tree_map_only(torch.Tensor, lambda x: _without_values(x).to(device), result)
         known = _on_the_host(func, args, kwargs, given)
         args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
         result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        made: list[Any] = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for tensor, value in zip(made, known, strict=False):
             tensor.known = value
         if short == "allgather_":
@@ -351,8 +358,6 @@ class _Recorder(TorchDispatchMode):
             return
         if aliases and all(alias is not None and not alias.is_write for alias in aliases):
             return  # a view
-        if short in _WAITING:
-            note_wait(short)
         written: list[torch.Tensor] = []
         lists: list[list[torch.Tensor]] = []
         for position, argument in enumerate(schema.arguments):
@@ -421,17 +426,17 @@ def _on_the_host(
     func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """Compute an operation on the host if it is small and its inputs' values are known."""
-    everything = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    everything: list[Any] = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
     known = all(getattr(x, "known", None) is not None for x in given)
     computed = func.namespace == "aten" and "empty" not in func._overloadpacket.__name__
     if not known or not given or not computed:
         if writes and func.namespace != "c10d":
             for tensor in everything:
-                tensor.known = None  # pyright: ignore[reportAttributeAccessIssue]
+                tensor.known = None
         return []
     options = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-    inputs, options = tree_map_only(torch.Tensor, lambda x: x.known, (args, options))
+    inputs, options = tree_map_only(torch.Tensor, attrgetter("known"), (args, options))
     with unset_fake_temporarily():
         result = func(*inputs, **options)
     return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]

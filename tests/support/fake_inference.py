@@ -34,6 +34,7 @@ def validation(config: RunConfig) -> dict[str, float]:
         if isinstance(config, FinetuneConfig):
             task: Any = FinetuneTask(config, LABELS, DEVICE)
         else:
+            assert isinstance(config, PretrainConfig)
             task = PretrainTask(config, RANKS, DEVICE)
         model, _ = task.build_model()
         batches = [batch.to(DEVICE) for batch in _batches(config, config.micro_batch, 2)]
