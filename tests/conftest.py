@@ -38,6 +38,8 @@ LONG_FILES = (
     "cluster/test_train.py",
     "cluster/experiments/test_queue.py",
     "cluster/experiments/test_sweep.py",
+    "benchmarks/fake_cuda/test_training.py",
+    "benchmarks/fake_cuda/test_blocks.py",
     "benchmarks/gpu/test_check.py",
     "benchmarks/faults/test_faults.py",
     "benchmarks/training/test_train.py",

@@ -157,8 +157,11 @@ def test_a_wheel_holds_every_module_and_nothing_under_a_bare_name(
     assert {file.parts[0] for file in files if ".dist-info" not in file.parts[0]} == {"cavmae"}
 
 
-def test_a_wheel_holds_the_templates_and_the_ablations(wheel: Path, unpacked_tree: Path) -> None:
+def test_a_wheel_holds_the_templates_the_ablations_and_the_guard_of_the_fake_device(
+    wheel: Path, unpacked_tree: Path
+) -> None:
     data = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
+    assert Path("cavmae/benchmarks/fake_cuda/guard.cpp") in data
     expected = {
         Path("cavmae") / path.relative_to(unpacked_tree)
         for path in (unpacked_tree / "cluster").rglob("*")

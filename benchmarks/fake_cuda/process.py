@@ -64,11 +64,12 @@ class FakeCuda:
         try:
             pickle.dump((function, args, kwargs), requests)
             requests.flush()
-            result, error = pickle.load(results)
+            result, error, note = pickle.load(results)
         except (BrokenPipeError, EOFError) as ended:
             code = self._process.wait()
             raise RuntimeError(f"the process of the fake device ended with code {code}") from ended
         if error is not None:
+            error.add_note(note)
             raise error
         return result
 
@@ -136,7 +137,7 @@ def _serve(requests: BinaryIO, results: BinaryIO) -> None:
     while True:
         try:
             function, args, kwargs = pickle.load(requests)
-            answer = pickle.dumps((function(*args, **kwargs), None))
+            answer = pickle.dumps((function(*args, **kwargs), None, ""))
         except EOFError:
             return
         except Exception as error:
@@ -146,11 +147,11 @@ def _serve(requests: BinaryIO, results: BinaryIO) -> None:
 
 
 def _failure(error: Exception) -> bytes:
-    error.add_note(traceback.format_exc())
+    note = traceback.format_exc()
     try:
-        return pickle.dumps((None, error))
+        return pickle.dumps((None, error, note))
     except Exception:  # some errors hold what can't be pickled
-        return pickle.dumps((None, RuntimeError(traceback.format_exc())))
+        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), note))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -97,11 +98,13 @@ class Wait:
         what: the operation.
         phase: see `Trace.phase`.
         where: `file:line` of the code that asked for it.
+        function: its name.
     """
 
     what: str
     phase: str
     where: str
+    function: str
 
 
 @dataclass
@@ -164,7 +167,10 @@ def without_values() -> FakeTensorMode:
 
 
 def note_launch(name: str, tensors: Sequence[torch.Tensor]) -> None:
-    """Note the launch of a Triton kernel that gets these tensors."""
+    """Note the launch of a Triton kernel that gets these tensors, and may write to them."""
+    tensor: Any
+    for tensor in tensors:
+        tensor.known = None
     for trace in _current:
         trace.operations.append(_operation(name, "triton", trace._phase, tensors, tensors, 0, 1))
 
@@ -188,18 +194,18 @@ def noting_only(*kinds: Kind) -> Iterator[None]:
 def note_wait(what: str) -> None:
     """Note that the host waits."""
     for trace in _current:
-        trace.waits.append(Wait(what, trace._phase, _where()))
+        trace.waits.append(Wait(what, trace._phase, *_caller()))
 
 
-def _where() -> str:
-    """`file:line` of the innermost code that is neither torch's nor this folder's."""
+def _caller() -> tuple[str, str]:
+    """`file:line` and function of the innermost code that is neither torch's nor this folder's."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "cavmae.benchmarks.fake_cuda", "contextlib")):
-            return f"{module.replace('.', '/')}.py:{frame.f_lineno}"
+            return f"{module.replace('.', '/')}.py:{frame.f_lineno}", frame.f_code.co_name
         frame = frame.f_back
-    return ""
+    return "", ""
 
 
 def _operation(
@@ -273,10 +279,16 @@ class _Recorder(TorchDispatchMode):
         devices = {tensor.device.type for tensor in given} | {device.type}
         if short in ("_to_copy", "copy_") and len(devices) > 1:
             return self._copy(func, args, kwargs, device)
+        if short in _WAITING and device.type == "cuda":  # the size of the result is a value
+            note_wait(short)
+            args, kwargs = tree_map_only(torch.Tensor, _value, (args, kwargs))
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+            return tree_map_only(torch.Tensor, lambda x: _without_values(x).to(device), result)
         known = _on_the_host(func, args, kwargs, given)
         args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
         result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        made: list[Any] = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         for tensor, value in zip(made, known, strict=False):
             tensor.known = value
         if short == "allgather_":
@@ -312,7 +324,7 @@ class _Recorder(TorchDispatchMode):
                 _bytes(source),
                 non_blocking,
                 pinned,
-                _where(),
+                _caller()[0],
             )
         )
         if source.numel() and not (non_blocking and pinned):
@@ -346,8 +358,6 @@ class _Recorder(TorchDispatchMode):
             return
         if aliases and all(alias is not None and not alias.is_write for alias in aliases):
             return  # a view
-        if short in _WAITING:
-            note_wait(short)
         written: list[torch.Tensor] = []
         lists: list[list[torch.Tensor]] = []
         for position, argument in enumerate(schema.arguments):
@@ -416,16 +426,17 @@ def _on_the_host(
     func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """Compute an operation on the host if it is small and its inputs' values are known."""
-    everything = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    everything: list[Any] = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
     known = all(getattr(x, "known", None) is not None for x in given)
-    if not known or not given or func.namespace != "aten":
+    computed = func.namespace == "aten" and "empty" not in func._overloadpacket.__name__
+    if not known or not given or not computed:
         if writes and func.namespace != "c10d":
             for tensor in everything:
-                tensor.known = None  # pyright: ignore[reportAttributeAccessIssue]
+                tensor.known = None
         return []
     options = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-    inputs, options = tree_map_only(torch.Tensor, lambda x: x.known, (args, options))
+    inputs, options = tree_map_only(torch.Tensor, attrgetter("known"), (args, options))
     with unset_fake_temporarily():
         result = func(*inputs, **options)
     return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]

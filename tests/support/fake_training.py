@@ -52,7 +52,7 @@ class _AllTraced(Exception):
     """The steps are done; the rest of the run is skipped."""
 
 
-class _Batches(SyntheticBatches):
+class Batches(SyntheticBatches):
     """Clips with labels, one of them mixed with another clip."""
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
@@ -68,7 +68,7 @@ class _Batches(SyntheticBatches):
             )
 
 
-def train(config: RunConfig, world_size: int = 1) -> FakeTraining:
+def train(config: RunConfig, world_size: int) -> FakeTraining:
     """Train the tiny model for some steps, with DeepSpeed, as the first of some ranks."""
     from cavmae.trainer.trainer import Hooks, Trainer
 
@@ -79,7 +79,7 @@ def train(config: RunConfig, world_size: int = 1) -> FakeTraining:
     names = ("log_start", "log_step", "close")
     logger = SimpleNamespace(**dict.fromkeys(names, lambda *args, **kwargs: None))
     logger.log_step = logged.__setitem__
-    hooks = Hooks(make_loader=_Batches, span=steps.span)
+    hooks = Hooks(make_loader=Batches, span=steps.span)
     with (
         tempfile.TemporaryDirectory() as folder,
         patch("cavmae.trainer.trainer.RunLogger", lambda *args, **kwargs: logger),
