@@ -4,62 +4,17 @@ A share of these shows how far a step is from the limit of its machine, a share 
 far the machine is from its specification.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 
 from cavmae.benchmarks.harness.timing import ceilings, median_seconds
+from cavmae.trainer.cost_model.gpus import find_gpu
 from cavmae.trainer.model.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Datasheet:
-    """Specified peak rates of a GPU, without sparsity.
-
-    Attributes:
-        name: driver's name of the GPU, or the beginning of it.
-        fp32, bf16: matrix operations a second; fp32 without TF32.
-        bytes_per_second: memory bandwidth.
-        source: the document.
-    """
-
-    name: str
-    fp32: float
-    bf16: float
-    bytes_per_second: float
-    source: str
-
-
-_A100 = "NVIDIA A100 Tensor Core GPU datasheet"
-_H100 = "NVIDIA H100 Tensor Core GPU datasheet"
-_H200 = "NVIDIA H200 Tensor Core GPU datasheet"
-_B200 = "NVIDIA Blackwell architecture and HGX B200 datasheets"
-DATASHEETS = (
-    Datasheet("NVIDIA A100 80GB PCIe", 19.5e12, 312e12, 1.935e12, _A100),
-    Datasheet("NVIDIA A100-PCIE-40GB", 19.5e12, 312e12, 1.555e12, _A100),
-    Datasheet("NVIDIA A100-SXM4-40GB", 19.5e12, 312e12, 1.555e12, _A100),
-    Datasheet("NVIDIA A100-SXM4-80GB", 19.5e12, 312e12, 2.039e12, _A100),
-    Datasheet("NVIDIA H100 80GB HBM3", 67e12, 989.5e12, 3.35e12, _H100),
-    Datasheet("NVIDIA H100 PCIe", 51e12, 756.5e12, 2.0e12, _H100),
-    Datasheet("NVIDIA H100 NVL", 60e12, 835.5e12, 3.9e12, _H100),
-    Datasheet("NVIDIA H200 NVL", 60e12, 835.5e12, 4.8e12, _H200),
-    Datasheet("NVIDIA H200", 67e12, 989.5e12, 4.8e12, _H200),
-    Datasheet("NVIDIA B200", 75e12, 2250e12, 8.0e12, _B200),
-)
-"""A prefix of another name comes after it. Where only rates with sparsity are specified, half of
-them."""
-
-
-def datasheet(gpu: str) -> Datasheet | None:
-    """Return the datasheet of a GPU by its driver's name; None where it is unknown.
-
-    CPUs have none: the number of multiply units of a core can't be read.
-    """
-    return next((one for one in DATASHEETS if gpu.startswith(one.name)), None)
 
 
 def measure_rates(
@@ -93,7 +48,7 @@ def measure_rates(
         )
         products[f"{name} mlp"] = 2 * rows * width * 4 * width / seconds
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    stated = datasheet(gpu)
+    stated = find_gpu(gpu)
     return {
         "bytes_per_second": ceiling["bytes_per_second"],
         "flops_per_second": max(products.values()),

@@ -20,8 +20,8 @@ from cavmae.benchmarks.report.sections import section
 from cavmae.trainer.tracking.tracker import flatten
 
 ORDER = (
-    *("step", "ablations", "train", "gpu-check", "kernels", "data", "tiers", "scaling"),
-    *("overhead", "faults", "soak"),
+    *("step", "ablations", "train", "gpu-check", "kernels", "data", "tiers", "predict"),
+    *("scaling", "overhead", "faults", "soak"),
 )
 """The order of the sections; other kinds come after them."""
 _PAGE = """<!doctype html>

@@ -204,6 +204,8 @@ def _scaling(results: dict[str, Any]) -> Section:
         "GPUs": cell("gpus", _WHOLE),
         "clips a step": cell("global_batch", _WHOLE),
         "step": cell("step_seconds", milliseconds),
+        "from": cell("low_step_seconds", milliseconds),
+        "to": cell("high_step_seconds", milliseconds),
         "sent, GB": cell("sent_gbytes", "{:.2f}".format),
         "samples/s": cell("samples_per_second", _WHOLE),
         "efficiency": cell("efficiency", share),
@@ -236,6 +238,58 @@ def _scaling(results: dict[str, Any]) -> Section:
         grids,
         [drawn("Samples a second and goodput over GPUs, computed", figure)],
     )
+
+
+def _predict(results: dict[str, Any]) -> Section:
+    bounds = {
+        "from": cell("low_seconds", milliseconds),
+        "to": cell("high_seconds", milliseconds),
+    }
+    if "against" in results:
+        columns = {
+            "machine": cell("of"),
+            "ceilings": cell("ceilings"),
+            "setting": cell("setting"),
+            "part": cell("part"),
+            "measured": cell("measured_seconds", milliseconds),
+            "predicted from": bounds["from"],
+            "to": bounds["to"],
+            "middle / measured": cell("ratio", "{:.2f}".format),
+        }
+        rows = [
+            row | part | {"part": name, "setting": _setting(row)}
+            for row in results["against"]
+            for name, part in (*row["parts"].items(), ("step", row["step"]))
+        ]
+        return Section(
+            ["Predicted from counted kernels, beside what was measured."],
+            [table("Predicted and measured", columns, rows)],
+        )
+    work = {
+        "bound by": cell("bound_by"),
+        "kernels": cell("kernels", _WHOLE),
+        "TFLOP": cell("tflop", "{:.3g}".format),
+        "GB": cell("gbytes", "{:.1f}".format),
+    }
+    step, gpu = results["step"], results["ceilings"]["name"]
+    words = (
+        f"Predicted for an {gpu}, not measured: a step takes {milliseconds(step['low_seconds'])} "
+        f"to {milliseconds(step['high_seconds'])}."
+    )
+    choices = {"with": cell("name"), **bounds, "middle": cell("ratio", "{:.3f} of it".format)}
+    return Section(
+        [words],
+        [
+            table("Passes", {"pass": cell("name"), **bounds, **work}, named(results["passes"])),
+            table("Parts", {"part": cell("name"), **bounds, **work}, named(results["parts"])),
+            table("Other choices", choices, named(results["choices"])),
+        ],
+    )
+
+
+def _setting(row: dict[str, Any]) -> str:
+    compiled = ", compiled" if row["compile"] else ""
+    return f"{row['precision']}, batch {row['batch']}, recompute {row['recompute']}{compiled}"
 
 
 def _overhead(results: dict[str, Any]) -> Section:
@@ -328,6 +382,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], Section]] = {
     "data": _data,
     "tiers": _tiers,
     "scaling": _scaling,
+    "predict": _predict,
     "overhead": _overhead,
     "memory": _memory,
     "faults": _faults,

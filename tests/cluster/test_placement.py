@@ -85,10 +85,9 @@ def test_the_command_says_where_and_how_fast_and_what_that_rests_on(
     assert train.main(words) == 0
     shown = capsys.readouterr().out
     assert "nodes 2" in shown and "node 2: rank 8 to 15" in shown
-    assert "samples/s" in shown and "assumed: 46% of an H200" in shown
-    assert train.main([*words, "--teraflops-per-worker", "0.5"]) == 0
-    slower = capsys.readouterr().out
-    assert "0.5 TFLOP/s a rank (teraflops_per_worker)" in slower
+    assert "predicted: " in shown and "what NVIDIA H200 is expected to reach" in shown
+    assert train.main([*words, "--gpu", "H900"]) == 1
+    assert "gpu is 'H900', whose speed is not known here; use one of" in capsys.readouterr().err
 
 
 def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
@@ -98,6 +97,6 @@ def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
         train.main([*SHALLOW_DEMO, "--cpus-per-worker", cores, "--engine.dtype", "fp32"])
         shown = capsys.readouterr().out
         assert "measured: demo on an AMD EPYC" in shown
-        return float(shown.split("expected: ")[1].split(" samples/s")[0].replace(",", ""))
+        return float(shown.split("predicted: ")[1].split(" samples/s")[0].replace(",", ""))
 
     assert expected("4") == pytest.approx(4 * expected("1"), rel=0.05)

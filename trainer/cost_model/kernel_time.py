@@ -8,6 +8,7 @@ device works, the pass takes the host's time.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
@@ -103,10 +104,6 @@ class Times:
         named = {name: getattr(self, name) for name in ("product", "attention", "other", "gap")}
         return named | {"host": waiting}
 
-    def times(self, factor: float) -> "Times":
-        """Return the times of so many equal passes."""
-        return Times(**{one.name: getattr(self, one.name).times(factor) for one in fields(self)})
-
     def __add__(self, other: "Times") -> "Times":
         """Return the times of one pass after another, for which the host does not wait."""
         sums = {
@@ -122,12 +119,17 @@ def kernel_times(kernels: Iterable[Kernel], ceilings: Ceilings) -> Times:
         kernels: in any order.
         ceilings: of the machine.
     """
-    sums = Times()
+    low, high, calls = defaultdict(float), defaultdict(float), 0
     for one in kernels:
-        gap, launch = ceilings.gap_seconds, ceilings.launch_seconds
-        alone = Times(**{one.kind: _seconds(one, ceilings)}, gap=gap, launch=launch)
-        sums += alone.times(one.calls)
-    return sums
+        seconds = _seconds(one, ceilings)
+        low[one.kind] += one.calls * seconds.low
+        high[one.kind] += one.calls * seconds.high
+        calls += one.calls
+    return Times(
+        **{kind: Range(low[kind], high[kind]) for kind in low},
+        gap=ceilings.gap_seconds.times(calls),
+        launch=ceilings.launch_seconds.times(calls),
+    )
 
 
 def _seconds(one: Kernel, ceilings: Ceilings) -> Range:

@@ -1,6 +1,7 @@
 """The time that one rank computes in a step, alone: passes of its micro-batches, and the update."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
@@ -63,7 +64,7 @@ def _accumulation(config: RunConfig, tensors: TensorSizes) -> list[Kernel]:
     """Count DeepSpeed's kernels for the gradients of a micro-batch: each is added, by itself, to a
     buffer, in float32 where weights are bf16."""
     element = element_bytes(config)
-    return [_memory("accumulate", (element + 8) * size) for size in tensors.trainable]
+    return _each("accumulate", element + 8, tensors.trainable)
 
 
 def _engine_update(config: RunConfig, tensors: TensorSizes, world_size: int) -> list[Kernel]:
@@ -73,15 +74,18 @@ def _engine_update(config: RunConfig, tensors: TensorSizes, world_size: int) -> 
     Source: `deepspeed/runtime/bf16_optimizer.py` and `runtime/utils.py` of DeepSpeed 0.19.
     """
     share = world_size if config.engine.zero_stage else 1
-    work = [_memory("norm", 4 * size) for size in tensors.trainable]
+    work = _each("norm", 4, tensors.trainable)
     if config.engine.clip_grad_norm:
-        work += [_memory("clip", 8 * size) for size in tensors.trainable]
-    elements = sum(tensors.trainable) // share
-    work.append(_memory("adam", ADAM_BYTES * elements))
+        work += _each("clip", 8, tensors.trainable)
+    work += _each("adam", ADAM_BYTES, (sum(tensors.trainable) // share,))
     if element_bytes(config) == 2:
-        work += [_memory("copy", 6 * size // share) for size in tensors.trainable]
+        work += _each("copy", 6, [size // share for size in tensors.trainable])
     return work
 
 
-def _memory(name: str, moved: int) -> Kernel:
-    return Kernel("update", "", "other", name, (), "", 0, moved)
+def _each(name: str, bytes_each: int, sizes: Iterable[int]) -> list[Kernel]:
+    """Return a kernel for each tensor of the update, equal ones as one entry."""
+    return [
+        Kernel("update", "", "other", name, (), "", 0, bytes_each * size, calls)
+        for size, calls in Counter(sizes).items()
+    ]

@@ -19,9 +19,11 @@ from cavmae.benchmarks.training.scaling import (
     rows,
 )
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
+from cavmae.trainer.cost_model.gpus import gpu_ceilings, known_gpu
 
 DAY = 86_400.0
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
+GPU = gpu_ceilings(known_gpu("H200"), "bf16")
 VALUES = {name: value for name, (value, _) in INPUTS.items()}
 
 
@@ -32,7 +34,7 @@ def of(found: list[Row], gpus: int, stage: int = 1) -> Row:
 
 @pytest.fixture(scope="module")
 def weak() -> list[Row]:
-    return rows(VALUES, TENSORS, clips_per_gpu=128)
+    return rows(VALUES, GPU, TENSORS, clips_per_gpu=128)
 
 
 def test_every_stage_goes_from_1_to_4096_gpus(weak: list[Row]) -> None:
@@ -44,6 +46,7 @@ def test_every_stage_goes_from_1_to_4096_gpus(weak: list[Row]) -> None:
 def test_the_parts_of_a_step_add_up(weak: list[Row]) -> None:
     for row in weak:
         assert sum(row.seconds.values()) == pytest.approx(row.step_seconds)
+        assert row.low_step_seconds < row.step_seconds < row.high_step_seconds
         assert row.samples_per_second * row.step_seconds == pytest.approx(row.global_batch)
 
 
@@ -61,29 +64,30 @@ def test_more_gpus_fail_more_often_and_want_checkpoints_sooner(weak: list[Row]) 
 
 
 def test_a_batch_is_shared_out_only_to_gpus_that_divide_it() -> None:
-    found = rows(VALUES, TENSORS, clips_per_gpu=128, global_batch=1024)
+    found = rows(VALUES, GPU, TENSORS, clips_per_gpu=128, global_batch=1024)
     assert max(row.gpus for row in found) == 1024
     assert {row.global_batch for row in found} == {1024}
 
 
 def test_a_loader_that_is_too_slow_sets_the_pace() -> None:
-    found = rows(VALUES | {"cores_per_gpu": 1}, TENSORS, clips_per_gpu=128)
-    assert of(found, 8).samples_per_second == pytest.approx(8 / VALUES["loader_core_seconds"])
+    found = rows(VALUES | {"cores_per_gpu": 0.5}, GPU, TENSORS, clips_per_gpu=128)
+    assert of(found, 8).samples_per_second == pytest.approx(4 / VALUES["loader_core_seconds"])
 
 
 def test_the_record_names_the_source_of_every_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--out", str(tmp_path), "--share-of-matrix-speed", "0.5"]
+    words = ["--out", str(tmp_path), "--share-of-links", "0.5", "--gpu", "H100"]
     assert scaling.main(words) == 0
     (path,) = tmp_path.glob("scaling-*.json")
     assert path.with_suffix(".png").exists()
     results = json.loads(path.read_text())["results"]
     assert set(results["inputs"]) == set(INPUTS)
-    assert results["inputs"]["share_of_matrix_speed"] == {"value": 0.5, "source": "given"}
-    assert "ASSUMED" in results["inputs"]["share_of_links"]["source"]
+    assert results["inputs"]["share_of_links"] == {"value": 0.5, "source": "given"}
+    assert "ASSUMED" in results["inputs"]["copy_gbytes"]["source"]
+    assert results["ceilings"]["name"] == "NVIDIA H100 80GB HBM3"
     assert len(results["weak"]) == 52
-    assert re.search(r"share_of_links +│ +0\.8 +│ +ASSUMED", capsys.readouterr().out)
+    assert re.search(r"copy_gbytes +│ +10 +│ +ASSUMED", capsys.readouterr().out)
 
 
 def test_measured_inputs_are_those_of_the_records_that_they_name() -> None:
