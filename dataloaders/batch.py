@@ -16,7 +16,7 @@ class AudioVideoBatch:
     """`(batch, frames_per_clip, 3, image_size, image_size)` float32 RGB, normalised with
     ImageNet's mean and std."""
     positions: torch.Tensor
-    """`(batch,)` int64 in CPU memory: position in the sample plan."""
+    """`(batch,)` int64: position in the sample plan; in CPU memory as the loaders yield it."""
     epochs: torch.Tensor
     """`(batch,)` int64 in CPU memory."""
     sample_ids: tuple[str, ...]
@@ -34,9 +34,18 @@ class AudioVideoBatch:
     """Labels of the clip mixed into each; empty without mixup."""
 
     def to(self, device: torch.device) -> "AudioVideoBatch":
-        """Copy log-mel and frames to `device`; everything else stays in CPU memory."""
+        """Copy log-mel, frames and positions to `device`; everything else stays in CPU memory."""
         return replace(
             self,
-            log_mel=self.log_mel.to(device, non_blocking=True),
-            frames=self.frames.to(device, non_blocking=True),
+            log_mel=to_device(self.log_mel, device),
+            frames=to_device(self.frames, device),
+            positions=to_device(self.positions, device),
         )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to `device`. To a GPU it goes through pinned memory: from any other, the host
+    would wait until the copy is done."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

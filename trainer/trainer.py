@@ -243,8 +243,11 @@ class Trainer:
                 update, sample_ids = self._train_step(batches, rate)
                 step, last = self.step, self.step == config.steps
                 log_now = step % config.tracking.every_steps == 0 or last
+                metrics = self.task.metrics() if log_now or not update.applied else {}
+                if log_now:
+                    metrics = metrics | {"gradient_norm": update.gradient_norm}
                 means, (stops, writers), busy_seconds = reduce_step(
-                    self.task.metrics() if log_now or not update.applied else {},
+                    metrics,
                     (bool(self.stop.reason), self.saver.is_writing),
                     self.timer.pop_mean() if log_now else None,
                     self.device,
@@ -264,7 +267,6 @@ class Trainer:
                         step,
                         means
                         | {
-                            "gradient_norm": update.gradient_norm,
                             "learning_rate": rate,
                             "skipped_updates": float(self.skipped),
                             "samples_per_second": steps * config.global_batch / seconds,

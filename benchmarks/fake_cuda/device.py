@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torch.utils._triton
 import triton
 from torch._dynamo.device_interface import CudaInterface
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -131,7 +131,9 @@ def _install_torch(gpu: FakeGpu) -> None:
     module: Any = torch.nn.Module
     module.to = _move
     fake: Any = FakeTensor
-    fake.tolist = read_list
+    fake.tolist = lambda tensor: read_list(tensor, "tolist")
+    mode: Any = FakeTensorMode
+    mode.avoid_device_init = True  # values of the host reach the device as tensors without any
     tensor: Any = torch.Tensor
     tensor.record_stream = lambda tensor, stream: None
 

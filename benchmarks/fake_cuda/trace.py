@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -114,9 +113,13 @@ class Trace:
     waits: list[Wait] = field(default_factory=list)
     _phase: str = ""
 
+    def begin_phase(self, name: str) -> None:
+        """Name what is noted from now on."""
+        self._phase = name
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what is noted inside: a span for the trainer's hooks."""
+        """Name what is noted inside; the name before it is then that of what follows."""
         before, self._phase = self._phase, name
         try:
             yield
@@ -132,6 +135,9 @@ class Trace:
         ]
 
 
+_KNOWN_ELEMENTS = 4096
+"""Whole numbers of tensors of this size are followed through operations on the device."""
+
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 _current: list[Trace] = []
 
@@ -140,8 +146,8 @@ _current: list[Trace] = []
 def traced() -> Iterator[Trace]:
     """Note what is done with tensors on `cuda`, which have no values; those of the host have.
 
-    A value that the host reads back is the one that it copied there, if nothing was written since;
-    else it is 1.
+    The host can read back what follows from the whole numbers of small tensors that it copied
+    there. All other values are read as 0; a collective leaves each rank its own values.
     """
     trace = Trace()
     with _FAKE, _Recorder(trace):
@@ -257,20 +263,27 @@ class _Recorder(TorchDispatchMode):
             with _mode_of(given[0]):
                 return self._pin(given[0].clone())
         if short == "_local_scalar_dense" and isinstance(given[0], FakeTensor):
-            return _read(given[0])
+            return read_list(given[0], "item")
         pin = kwargs.pop("pin_memory", False)
         device = torch.device(kwargs.get("device") or (given[0].device if given else "cpu"))
         if device.type == "cpu" and not any(isinstance(tensor, FakeTensor) for tensor in given):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
             return self._pin(result) if pin else result
+        devices = {tensor.device.type for tensor in given} | {device.type}
+        if short in ("_to_copy", "copy_") and len(devices) > 1:
+            return self._copy(func, args, kwargs, device)
+        known = _on_the_host(func, args, kwargs, given)
         args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        devices = {tensor.device.type for tensor in given + made}
-        if len(devices) > 1 and short in ("_to_copy", "copy_"):
-            self._note_copy(short, args, kwargs, made[0])
-        elif "cuda" in devices:
+        for tensor, value in zip(made, known, strict=False):
+            tensor.known = value
+        if short == "allgather_":
+            for outputs, own in zip(args[0], args[1], strict=True):
+                for output in outputs:
+                    output.known = getattr(own, "known", None)
+        if "cuda" in {tensor.device.type for tensor in given + made}:
             self._note_operation(func, args, kwargs, result, given, made)
         return result
 
@@ -282,26 +295,40 @@ class _Recorder(TorchDispatchMode):
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._pinned
 
-    def _note_copy(self, short: str, args: Any, kwargs: Any, made: torch.Tensor) -> None:
-        source = args[1] if short == "copy_" else args[0]
-        position = args[2] if short == "copy_" and len(args) > 2 else False
-        non_blocking = bool(kwargs.get("non_blocking", position))
-        to_device = made.device.type == "cuda"
-        pinned = self._is_pinned(source if to_device else made)
-        if not to_device and non_blocking and short == "_to_copy":
-            pinned = True  # torch allocates pinned memory for it
-        copy = Copy(
-            to_device,
-            self._trace._phase,
-            tuple(made.shape),
-            _bytes(made),
-            non_blocking,
-            pinned,
-            _where(),
+    def _copy(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> torch.Tensor:
+        """Copy between host and device; what comes back are the values that are known, else 0."""
+        in_place = func._overloadpacket.__name__ == "copy_"
+        source: torch.Tensor = args[1] if in_place else args[0]
+        to_device = device.type == "cuda"
+        non_blocking = bool(kwargs.get("non_blocking", len(args) > 2 and args[2]))
+        # torch allocates pinned memory for a copy that need not be waited for.
+        host = source if to_device else args[0] if in_place else None
+        pinned = non_blocking if host is None else self._is_pinned(host)
+        self._trace.copies.append(
+            Copy(
+                to_device,
+                self._trace._phase,
+                tuple(source.shape),
+                _bytes(source),
+                non_blocking,
+                pinned,
+                _where(),
+            )
         )
-        self._trace.copies.append(copy)
         if source.numel() and not (non_blocking and pinned):
             note_wait(f"copy {'to' if to_device else 'from'} the device")
+        if not to_device:
+            value = _value(source)
+            with unset_fake_temporarily():
+                return func(args[0], value) if in_place else func(value, **kwargs)
+        value = source
+        args, kwargs = tree_map_only(torch.Tensor, _without_values, (args, kwargs))
+        result = func(*args, **kwargs)
+        small = value.numel() <= _KNOWN_ELEMENTS and not result.dtype.is_floating_point
+        if small and not isinstance(value, FakeTensor):
+            with unset_fake_temporarily():
+                result.known = value.to(result.dtype, copy=True)
+        return result
 
     def _note_operation(
         self,
@@ -336,15 +363,13 @@ class _Recorder(TorchDispatchMode):
         touched = [*reads, *(made if not written else [])]
         touched += [tensor for tensor in written if schema.name.startswith("aten::")]
         kind: Kind = "other"
+        flops = 0
         if func.namespace == "c10d":
             kind = "collective"
         elif short in _PRODUCTS:
-            kind = "product"
-        elif "attention" in short:
-            kind = "attention"
-        flops = 0
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+            kind, flops = "product", 2 * made[0].numel() * given[-1].shape[-2]
+        elif packet in flop_registry:
+            kind, flops = "attention", flop_registry[packet](*args, **kwargs, out_val=result)
         kernels = 1
         if short.startswith(("_foreach", "_fused")) and lists:
             kernels = _multi_tensor_launches(lists[0], len(lists))
@@ -387,14 +412,38 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if isinstance(tensor, FakeTensor) else _FAKE.from_tensor(tensor)
 
 
-def _read(tensor: torch.Tensor) -> int | float:
-    if tensor.device.type == "cuda":
-        note_wait("item")
-    return 1.0 if tensor.dtype.is_floating_point else 1
+def _on_the_host(
+    func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Compute an operation on the host if it is small and its inputs' values are known."""
+    everything = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+    known = all(getattr(x, "known", None) is not None for x in given)
+    if not known or not given or func.namespace != "aten":
+        if writes and func.namespace != "c10d":
+            for tensor in everything:
+                tensor.known = None  # pyright: ignore[reportAttributeAccessIssue]
+        return []
+    options = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
+    inputs, options = tree_map_only(torch.Tensor, lambda x: x.known, (args, options))
+    with unset_fake_temporarily():
+        result = func(*inputs, **options)
+    return [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
-def read_list(tensor: FakeTensor) -> Any:
-    """Stand for `tolist`, which would read each value by itself."""
+def _value(tensor: torch.Tensor) -> torch.Tensor:
+    """What the host reads of a tensor: the values that it knows, else 0."""
+    known = getattr(tensor, "known", None)
+    if known is not None:
+        return known
+    with unset_fake_temporarily():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def read_list(tensor: torch.Tensor, what: str) -> Any:
+    """Read a tensor as `tolist` does, in one piece; `what` is noted if it is on the device."""
     if tensor.device.type == "cuda":
-        note_wait("tolist")
-    return np.ones(tensor.shape, dtype=float if tensor.is_floating_point() else int).tolist()
+        note_wait(what)
+    value = _value(tensor)
+    with unset_fake_temporarily():
+        return value.tolist()

@@ -67,7 +67,7 @@ def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -
     for step in range(run.steps):
         loss, row = forward(step)
         engine.backward(loss)
-        history.append([*row, engine.update(run.record["lr"]).gradient_norm])
+        history.append([*row, float(engine.update(run.record["lr"]).gradient_norm)])
     with torch.no_grad():
         history.append([*forward(run.steps)[1], None])
     state = engine.full_state_dict()

@@ -97,7 +97,7 @@ class Run:
         total = torch.stack(list(values)).double()
         dist.all_reduce(total)
         metrics = dict(zip(names, (total / self.ranks.world_size).tolist(), strict=True))
-        return metrics | {"applied": update.applied, "gradient_norm": update.gradient_norm}
+        return metrics | {"applied": update.applied, "gradient_norm": float(update.gradient_norm)}
 
     def update(self, step: int, poison: str | None = None) -> Update:
         """One optimizer step; `poison` spoils the loss or the gradient of the last rank."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.batch import AudioVideoBatch, to_device
 
 T = TypeVar("T")
 
@@ -44,7 +44,8 @@ def reduce_step(
     busy_seconds: float | None,
     device: torch.device,
 ) -> tuple[dict[str, float], list[int], list[float]]:
-    """Exchange what ranks have to know of each other after a step, in one small reduction.
+    """Exchange what ranks have to know of each other after a step, in one small reduction. A step
+    waits for the device here, once, and nowhere else.
 
     Args:
         metrics: scalars of this rank, of the same names on all ranks.
@@ -58,12 +59,12 @@ def reduce_step(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     names = sorted(metrics)
-    seconds = torch.zeros(0 if busy_seconds is None else world_size, dtype=torch.float64)
+    seconds = [0.0] * (0 if busy_seconds is None else world_size)
     if busy_seconds is not None:
         seconds[rank] = busy_seconds
     values = [metrics[name].double().reshape(1) for name in names]
-    counts = torch.tensor(flags, dtype=torch.float64)
-    total = torch.cat([*values, counts.to(device), seconds.to(device)])
+    of_host = torch.tensor([*flags, *seconds], dtype=torch.float64)
+    total = torch.cat([*values, to_device(of_host, device)])
     dist.all_reduce(total)
     sums = total.tolist()
     means = {name: value / world_size for name, value in zip(names, sums, strict=False)}

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ class Update:
 
     Attributes:
         applied: False if a loss or gradient was not finite; then no weight has changed.
-        gradient_norm: over all parameters and ranks, before clipping; inf or nan if not applied.
+        gradient_norm: over all parameters and ranks, before clipping; inf or nan if not applied. A
+            scalar on the device, so that reading it can wait.
     """
 
     applied: bool
-    gradient_norm: float
+    gradient_norm: torch.Tensor
 
 
 class _CheckedAdam(torch.optim.Adam):
@@ -166,7 +168,8 @@ class Engine:
         self._lr_mults = [group.lr_mult for group in groups]
         settings = _deepspeed_settings(engine, micro_batch, accumulation, elements)
         plain = engine.zero_stage == 0 and engine.dtype == "fp32"
-        client = _CheckedAdam(
+        adam = partial(_CheckedAdam, clip_norm=engine.clip_grad_norm) if plain else torch.optim.Adam
+        client = adam(
             [{"params": group.parameters} for group in groups],
             # Some wrappers step on zero gradients to create the state: a rate of 0 changes nothing.
             lr=0.0,
@@ -175,7 +178,6 @@ class Engine:
             weight_decay=optimizer.weight_decay,
             decoupled_weight_decay=optimizer.name == "adamw",
             fused=True,  # one pass over weights, gradients and moments
-            clip_norm=engine.clip_grad_norm if plain else 0.0,
         )
         with quiet_deepspeed():
             initialized: tuple[Any, ...] = deepspeed.initialize(
@@ -205,10 +207,7 @@ class Engine:
         A loss that is not finite makes every gradient nan, so that all ranks skip the update even
         if the gradients themselves would have been finite.
         """
-        nan = loss.new_tensor(float("nan"))
-        self._engine.backward(
-            loss * torch.where(loss.detach().isfinite(), torch.ones_like(nan), nan)
-        )
+        self._engine.backward(loss * (loss.detach() * 0 + 1))  # times 1, or nan
 
     def accumulate(self) -> None:
         """Tell DeepSpeed that a micro-batch is done and more follow before the update."""
@@ -219,7 +218,10 @@ class Engine:
         for group, lr_mult in zip(self._client.param_groups, self._lr_mults, strict=True):
             group["lr"] = learning_rate * lr_mult
         self._engine.step()
-        norm = float(self._optimizer._global_grad_norm)
+        norm = self._optimizer._global_grad_norm
+        device = self._engine.device
+        of_device = torch.is_tensor(norm)
+        norm = norm.to(device) if of_device else torch.full((), norm, device=device)
         return Update(applied=not self._optimizer.overflow, gradient_norm=norm)
 
     def snapshot(self) -> dict[str, Any]:
@@ -293,4 +295,5 @@ def _deepspeed_settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at each micro-batch
     }

@@ -236,7 +236,7 @@ def _reconstruct_clip(
     out, sample_id = Path(config.out), batch.sample_ids[0]
     name = f"clip-{sample_id.replace('/', '-')}"
     frame = batch.frames[:, 0]
-    masks = removal_masks(run, batch.positions.to(frame.device), ratios, config.seed)
+    masks = removal_masks(run, batch.positions, ratios, config.seed)
     predicted = [values.cpu() for values in model.predict_patches(batch.log_mel, frame, *masks)]
     log_mel, frame = batch.log_mel.cpu(), frame.cpu()
     audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)

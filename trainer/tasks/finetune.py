@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.batch import AudioVideoBatch, to_device
 from cavmae.trainer.config.configs import FinetuneConfig
 from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
@@ -112,4 +112,4 @@ class FinetuneTask:
             other_labels = self._labels.targets(others, names)
             shares = batch.mixup_lambda[mixed]
             targets[mixed] = mixed_targets(labels[mixed], other_labels, shares, smoothing)
-        return targets.to(self._device)
+        return to_device(targets, self._device)

@@ -105,8 +105,7 @@ class PretrainTask:
         self, engine: Engine, batch: AudioVideoBatch, *, reconstruct: bool
     ) -> PretrainOutput:
         config = self._config
-        positions = batch.positions.to(self._device)
-        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
+        masks = random_masks(config.model, config.mask, batch.positions, seed=config.seed)
         return engine(
             batch.log_mel,
             batch.frames[:, 0],
@@ -122,7 +121,7 @@ class PretrainTask:
         return Pairs(
             output.audio_embedding.to(dtype),
             output.video_embedding.to(dtype),
-            positions.to(self._device),
+            positions,
         )
 
     def _contrastive(self, own: Pairs) -> torch.Tensor:

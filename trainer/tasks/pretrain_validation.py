@@ -62,8 +62,7 @@ def score(
     reconstruction: list[torch.Tensor] = []
     plot_clips: Callable[[Path], None] | None = None
     for batch, counts in in_lockstep(batches, device):
-        positions = batch.positions.to(device)
-        log_mel, frame = batch.log_mel, batch.frames[:, 0]
+        positions, log_mel, frame = batch.positions, batch.log_mel, batch.frames[:, 0]
         keep_all = full_masks(config.model, len(positions), device)
         output = model(log_mel, frame, *keep_all, reconstruct=False)
         if counts:

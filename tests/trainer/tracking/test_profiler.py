@@ -128,7 +128,7 @@ def watched_while_written(
         module=None,
         zero_stage=0,
         backward=lambda _: None,
-        update=lambda _: Update(True, gradient_norm=1.0),
+        update=lambda _: Update(True, gradient_norm=torch.tensor(1.0)),
     )
     nothing: Any = SimpleNamespace(
         **dict.fromkeys(
