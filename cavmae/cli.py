@@ -36,6 +36,7 @@ COMMANDS = {
 BENCHMARKS = {
     "step": ("benchmarks.step.step", "Time of a training step, with memory and FLOP/s."),
     "ablations": ("benchmarks.step.ablations", "What each choice about a step is worth here."),
+    "predict": ("benchmarks.step.predict", "A step on a GPU that is not here, by parts."),
     "train": ("benchmarks.training.train", "The training loop, and a step's time by parts."),
     "kernels": ("benchmarks.kernels.bench", "Kernels against torch and published methods."),
     "data": ("benchmarks.data.loader", "The loader against the published one and raw video."),

@@ -49,9 +49,9 @@ class ClusterConfig(CheckedFields):
 
     gpus_per_node: PositiveInt = 8
     """GPUs per node, for a `dry_run` without a cluster."""
-    teraflops_per_worker: NonNegativeFloat = 0.0
-    """Achieved speed of a training step per rank in TFLOP/s, as `cavmae bench step` prints it, for
-    the time that `dry_run` predicts; 0: an assumed speed, which it prints."""
+    gpu: str = "H200"
+    """GPU for the time that `dry_run` predicts, by the driver's name or a part of it, such as
+    `A100`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,14 +16,15 @@ from cavmae.trainer.cost_model.comm_volume import (
     micro_batches,
     sent_by_purpose,
 )
+from cavmae.trainer.cost_model.gpus import gpu_ceilings, known_gpu
 from cavmae.trainer.cost_model.memory import footprint, model_sizes
 from cavmae.trainer.cost_model.memory_advice import advice
+from cavmae.trainer.cost_model.rank_time import rank_times, rank_work, step_seconds
 from cavmae.trainer.cost_model.step_time import (
-    ASSUMED_SHARE_OF_MATRIX_SPEED,
     CPU_CORE_FLOPS_PER_SECOND,
-    H200_MATRIX_FLOPS_PER_SECOND,
     Device,
     Links,
+    sample_flops,
     step_time,
 )
 from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES
@@ -78,7 +79,7 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
             table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
         lines.append(_how_fast(config, sizes.tensors, where))
     else:
-        lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed is not predicted")
+        lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed: cavmae bench predict")
     console = plain_console(soft_wrap=True, highlight=False)
     console.print(table)
     console.print(
@@ -115,27 +116,36 @@ def _where(found: Placement) -> list[str]:
 def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement) -> str:
     """Say how many samples a second are expected, and what that rests on."""
     cluster = config.cluster
-    given = cluster.teraflops_per_worker * 1e12
+    rows = config.global_batch // cluster.workers
     if cluster.gpus_per_worker:
-        share = ASSUMED_SHARE_OF_MATRIX_SPEED
-        flops, source = share * H200_MATRIX_FLOPS_PER_SECOND, f"assumed: {share:.0%} of an H200"
+        gpu = known_gpu(cluster.gpu)
+        ceilings = gpu_ceilings(gpu, str(config.engine.dtype))
+        alone = step_seconds(rank_times(rank_work(config, tensors, cluster.workers), ceilings))
+        products = ceilings.flops_per_second
+        devices = [Device(alone.low, products.high), Device(alone.high, products.low)]
         links = Links(ranks_per_node=where.most_on_a_node)
-        network = "NVLink 4 and 400 Gb/s a GPU assumed, no waiting for data"
+        source = (
+            f"counted kernels at what {gpu.name} is expected to reach, NVLink 4 and 400 Gb/s a "
+        )
+        source += "GPU assumed, no waiting for data"
     else:
-        flops = cluster.cpus_per_worker * CPU_CORE_FLOPS_PER_SECOND[str(config.engine.dtype)]
-        source = "measured: demo on an AMD EPYC"
+        rate = cluster.cpus_per_worker * CPU_CORE_FLOPS_PER_SECOND[str(config.engine.dtype)]
+        devices = [Device(rows * sample_flops(config, cluster.workers) / rate, rate)]
         links = Links(within_node=math.inf, between_nodes=math.inf)
-        network = "exchange and data of demo included"
-    if given:
-        flops, source = given, "teraflops_per_worker"
-    seconds = step_time(config, tensors, cluster.workers, Device(flops), links)
+        source = (
+            f"{rate / 1e12:.3g} TFLOP/s a rank (measured: demo on an AMD EPYC), exchange and data "
+            "of demo included"
+        )
+    times = [step_time(config, tensors, cluster.workers, one, links) for one in devices]
+    longest = times[-1]
     parts = ", ".join(
-        f"{name} {value / seconds.total:.1%}"
-        for name, value in dataclasses.asdict(seconds).items()
-        if value >= 0.001 * seconds.total
+        f"{name} {value / longest.total:.1%}"
+        for name, value in dataclasses.asdict(longest).items()
+        if value >= 0.001 * longest.total
     )
+    rates = " to ".join(f"{config.global_batch / one.total:,.4g}" for one in reversed(times))
+    steps = " to ".join(f"{one.total:.3g}" for one in times)
     return (
-        f"expected: {config.global_batch / seconds.total:,.4g} samples/s, {seconds.total:.3g} s a "
-        f"step ({parts}). Computed, not measured: {flops / 1e12:.3g} TFLOP/s a rank ({source}); "
-        f"{network}; docs/performance/scaling.md"
+        f"predicted: {rates} samples/s, {steps} s a step (the longest: {parts}). Not measured: "
+        f"{source}; docs/performance/scaling.md"
     )

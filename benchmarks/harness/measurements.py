@@ -24,7 +24,7 @@ _NO_COSTS = {"unix_seconds", "best_interval_seconds"}
 """Seconds of which fewer are not better."""
 _TIMES_BY_POSITION = "first_batch"
 """A result of `cavmae bench data` whose keys are positions, so they have no unit."""
-_COMPUTED = {"scaling"}
+_COMPUTED = {"scaling", "predict"}
 """Suites whose numbers are the same in each run."""
 
 

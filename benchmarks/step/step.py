@@ -16,7 +16,9 @@ from cavmae.benchmarks.harness.machine_peaks import measure_rates, utilization
 from cavmae.benchmarks.harness.power import power_meter
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes, no_memory_left
 from cavmae.benchmarks.harness.records import RecordedConfig, spread, timing, write_record
+from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.harness.timing import Device, default_device
+from cavmae.benchmarks.step.ceilings import measure_ceilings
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import (
     SIZES,
@@ -26,11 +28,13 @@ from cavmae.benchmarks.step.training_step import (
     Size,
     StepSetting,
     TrainingStep,
+    part_seconds,
     timed,
     timed_in_turn,
 )
 from cavmae.field_checks import PositiveInt
 from cavmae.trainer.cost_model.flops import training_flops
+from cavmae.trainer.model.blocks import Recompute
 
 MODELS: tuple[ModelName, ...] = ("published", "cavmae")
 MEMORY_BAR = 0.7
@@ -61,6 +65,8 @@ class StepConfig(RecordedConfig):
     """One model, which has the memory alone."""
     compile: bool = False
     """Compile the blocks of our model."""
+    recompute: Recompute = "selective"
+    """Activations of our model that the backward pass recomputes."""
     memory: bool = True
     """Measure peak memory on a CPU, in a process for each model."""
 
@@ -82,7 +88,7 @@ def main(arguments: list[str]) -> int:
     sizes = replace(SIZES[config.model], **{k: v for k, v in depths.items() if v is not None})
     device = torch.device(config.device)
     models = (config.only,) if config.only else MODELS
-    choices = Choices(compile=config.compile)
+    choices = Choices(compile=config.compile, recompute=config.recompute)
     results: dict[str, Any] = {"machine": {}}
     for precision in config.precision:
         rates = measure_rates(device, precision, sizes, max(config.batch))
@@ -99,6 +105,8 @@ def main(arguments: list[str]) -> int:
             # A single batch size has the key of older records, so that they can be compared.
             key = precision if len(config.batch) == 1 else f"{precision} batch {batch}"
             results[key] = {"precision": precision, "batch": batch, **result}
+            if "cavmae" in models:
+                results[key]["ceilings"] = measure_ceilings(settings["cavmae"])
     batch = config.batch[0] if len(config.batch) == 1 else config.batch
     configuration = asdict(config) | {"batch": batch, "sizes": asdict(sizes)}
     show(write_record(config.out, "step", device, configuration, results))
@@ -124,8 +132,9 @@ def compare(
 
     Returns:
         Per name its timing, samples per second, TFLOP/s of the arithmetic that the losses need
-        and its `utilization`, peak memory, energy and last loss, or why it was skipped; of two
-        steps, `speedup`: how many times as long the first one takes, with its spread.
+        and its `utilization`, peak memory, energy, last loss and `parts` (timings of forward pass,
+        backward pass and update), or why it was skipped; of two steps, `speedup`: how many times
+        as long the first one takes, with its spread.
     """
     device = next(iter(settings.values())).device
     steps: dict[str, TrainingStep] = {}
@@ -151,7 +160,11 @@ def compare(
             results[name] = {"skipped": str(error)}
             steps.pop(name, None)
             torch.cuda.empty_cache()
+    timelines = {name: Timeline(device, Label("before")) for name in steps}
+    for name, step in steps.items():
+        step.timeline = timelines[name]
     seconds, losses = timed_in_turn(steps, repeats, device)
+    parts = {name: part_seconds(timelines[name], repeats) for name in steps}
     energies = {name: _energy(step, repeats, device) for name, step in steps.items()}
     steps.clear()  # so that there is room for those of other processes
     if device.type == "cpu" and cpu_memory:
@@ -165,6 +178,7 @@ def compare(
             "peak_memory_bytes": peaks[name],
             "energy": energies[name],
             "last_loss": losses[name],
+            "parts": {part: timing(spent) for part, spent in parts[name].items()},
         }
         if rates:
             results[name] |= utilization(flops_per_second, rates, setting.precision)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cavmae.benchmarks.baselines.published import PublishedCAVMAE
+from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.kernels import AttentionBackend, contrastive_loss
 from cavmae.trainer.config.recipes import audioset_huge, audioset_large
 from cavmae.trainer.model.blocks import Recompute
@@ -42,6 +43,8 @@ SIZES: dict[Size, ModelConfig] = {
 LEARNING_RATE = 1e-4
 CONTRASTIVE_WEIGHT = 0.01
 TEMPERATURE = 0.05
+PARTS = ("forward", "backward", "update")
+"""Of a step, in their order."""
 SLICE_ELEMENTS = 16_000_000
 """Parameters whose float32 gradients exist at the same time."""
 
@@ -138,6 +141,8 @@ class StepSetting:
 class TrainingStep:
     """A model with its optimizer and a fixed batch; calling it trains one step.
 
+    Its `timeline`, where one is given, has the `PARTS` of each step.
+
     In bf16 our model holds bf16 parameters beside float32 masters, as it does under the engine; the
     baseline runs under autocast, as the published code does.
     """
@@ -147,6 +152,7 @@ class TrainingStep:
         config, batch, device = setting.config, setting.batch, setting.device
         self.config, self.batch, self.device = config, batch, device
         self.position, self.choices = 0, setting.choices
+        self.timeline: Timeline | None = None
         self.log_mel = torch.randn(batch, config.audio_frames, config.mel_bins, device=device)
         self.frame = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
         bf16, ours = setting.precision == "bf16", setting.name == "cavmae"
@@ -170,13 +176,22 @@ class TrainingStep:
 
     def __call__(self) -> torch.Tensor:
         """Train one step and return its loss, a detached scalar on the device."""
+        self._now("forward")
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self._loss()
+        self._now("backward")
         loss.backward()
+        self._now("update")
         self.optimizer.step()
+        self._now("between steps")
         self.position += self.batch
         return loss.detach()
+
+    def _now(self, part: str) -> None:
+        if self.timeline:
+            begin = self.timeline.begin_step if part == PARTS[0] else self.timeline.switch
+            begin(Label(part))
 
     def _loss(self) -> torch.Tensor:
         if isinstance(self.model, PublishedCAVMAE):
@@ -189,6 +204,13 @@ class TrainingStep:
         )
         reconstruction = output.reconstruction_audio + output.reconstruction_video
         return reconstruction + CONTRASTIVE_WEIGHT * contrast.loss
+
+
+def part_seconds(timeline: Timeline, steps: int) -> dict[str, list[float]]:
+    """Return the seconds of each of the last steps of a timeline, by part."""
+    timeline.begin_step(Label("end"))  # a step has ended where another one begins
+    last = timeline.seconds()[-steps:]
+    return {part: [seconds[Label(part)] for seconds in last] for part in PARTS}
 
 
 def timed(step: TrainingStep, device: torch.device) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """`cavmae bench scaling`: what a step would take on 1 to 4,096 GPUs. A model, not a measurement.
 
-Bytes on the wire are those that the tests count in real runs of 2, 4 and 8 ranks; the speed of one
-GPU, of links and of loaders, and how often GPUs fail, are the inputs, each printed with where it
-comes from. Two series: `weak`, in which each GPU has 128 clips a step however many there are, and
-`strong`, in which a global batch is shared out.
+Bytes on the wire are those that the tests count in real runs of 2, 4 and 8 ranks. The time of one
+GPU is predicted, as `cavmae bench predict` does, so every step is a range; all else is that of its
+middle. The speed of links and of loaders, and how often GPUs fail, are the inputs, each printed
+with where it comes from. Two series: `weak`, in which each GPU has 128 clips a step however many
+there are, and `strong`, in which a global batch is shared out.
 """
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,30 +29,23 @@ from cavmae.trainer.cost_model.comm_volume import (
     sent_by_purpose,
     tensor_sizes,
 )
+from cavmae.trainer.cost_model.gpus import gpu_ceilings, known_gpu
+from cavmae.trainer.cost_model.kernel import Kernel
+from cavmae.trainer.cost_model.kernel_time import Ceilings
 from cavmae.trainer.cost_model.memory import state_bytes
-from cavmae.trainer.cost_model.step_time import (
-    ASSUMED_SHARE_OF_MATRIX_SPEED,
-    H200_MATRIX_FLOPS_PER_SECOND,
-    Device,
-    Links,
-    step_time,
-)
+from cavmae.trainer.cost_model.rank_time import rank_times, rank_work, step_seconds
+from cavmae.trainer.cost_model.step_time import Device, Links, step_time
+from cavmae.trainer.cost_model.step_work import micro_batch_work, scaled_work
 from cavmae.trainer.model.cavmae import CAVMAE
 
 STAGES = (0, 1, 2, 3)
+_DTYPE = "bf16"
+_COUNTED_SAMPLES = (2, 3)
 LLAMA_3_GPU_SECONDS_PER_FAILURE = 16_384 * 54 * 86_400 / 419
 """Grattafiori et al., The Llama 3 Herd of Models, 2024, section 3.3.4: 419 unexpected interruptions
 in 54 days on 16,384 H100, one every half a million GPU hours."""
 # What an input is where no flag says otherwise, and where that comes from.
 INPUTS: dict[str, tuple[float, str]] = {
-    "matrix_tflops": (
-        H200_MATRIX_FLOPS_PER_SECOND / 1e12,
-        "bf16 matrix products measured on an H200",
-    ),
-    "share_of_matrix_speed": (
-        ASSUMED_SHARE_OF_MATRIX_SPEED,
-        "ASSUMED: the goal of one H200; no step of this system has been timed on a GPU",
-    ),
     "gpus_per_node": (8, "an HGX node"),
     "within_node_gbytes": (Links.within_node / 1e9, "NVLink 4, data sheet, one direction"),
     "between_nodes_gbytes": (Links.between_nodes / 1e9, "a 400 Gb/s card for each GPU, data sheet"),
@@ -84,6 +79,7 @@ ScalingConfig = dataclasses.make_dataclass(
             (name, Annotated[PositiveFloat, _about(source)], value)
             for name, (value, source) in INPUTS.items()
         ),
+        ("gpu", Annotated[str, _about("GPU, as in `cavmae bench predict`.")], "H200"),
         ("clips_per_gpu", Annotated[PositiveInt, _about("Clips of each GPU, weak series.")], 128),
         ("global_batch", Annotated[PositiveInt, _about("Global batch, strong series.")], 16_384),
     ],
@@ -147,6 +143,8 @@ class Row:
     Attributes:
         gpus, zero_stage, global_batch: of the run.
         seconds: of the parts of a step, by name; they add up to `step_seconds`.
+        step_seconds, low_step_seconds, high_step_seconds: the middle of the predicted range of a
+            GPU's time, and its ends.
         sent_gbytes: that each GPU sends in a step.
         samples_per_second: without failures and checkpoints.
         efficiency: samples a second of a GPU, relative to one GPU alone in the same series.
@@ -161,6 +159,8 @@ class Row:
     global_batch: int
     seconds: dict[str, float]
     step_seconds: float
+    low_step_seconds: float
+    high_step_seconds: float
     sent_gbytes: float
     samples_per_second: float
     efficiency: float
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
     """Compute both series, print, write a record and a plot; returns the exit code.
 
     Raises:
-        ValueError: an input that is not above 0.
+        ValueError: an input that is not above 0, or a GPU that is not known.
     """
     config = tyro.cli(
         ScalingConfig,
@@ -181,6 +181,7 @@ def main(arguments: list[str]) -> int:
         args=arguments,
         description="Compute a step on 1 to 4,096 GPUs.",
     )
+    gpu = gpu_ceilings(known_gpu(config.gpu), _DTYPE)
     values = {name: getattr(config, name) for name in INPUTS}
     inputs = {
         name: {"value": values[name], "source": source if values[name] == default else "given"}
@@ -190,11 +191,12 @@ def main(arguments: list[str]) -> int:
     model.freeze_unused(reconstruct=True, contrast=True)
     tensors = tensor_sizes(model)
     series = {
-        "weak": rows(values, tensors, config.clips_per_gpu),
-        "strong": rows(values, tensors, config.clips_per_gpu, config.global_batch),
+        "weak": rows(values, gpu, tensors, config.clips_per_gpu),
+        "strong": rows(values, gpu, tensors, config.clips_per_gpu, config.global_batch),
     }
     results: dict[str, Any] = {
         "inputs": inputs,
+        "ceilings": dataclasses.asdict(gpu),
         **{name: [dataclasses.asdict(row) for row in found] for name, found in series.items()},
     }
     path = write_record(config.out, "scaling", torch.device("cpu"), vars(config), results)
@@ -204,12 +206,17 @@ def main(arguments: list[str]) -> int:
 
 
 def rows(
-    values: dict[str, float], tensors: TensorSizes, clips_per_gpu: int, global_batch: int = 0
+    values: dict[str, float],
+    gpu: Ceilings,
+    tensors: TensorSizes,
+    clips_per_gpu: int,
+    global_batch: int = 0,
 ) -> list[Row]:
     """Compute a series: every stage on 1, 2, 4, ... GPUs, as long as they divide the batch.
 
     Args:
         values: of `INPUTS`.
+        gpu: what one reaches.
         tensors: of the model of `audioset_base`.
         clips_per_gpu: that a GPU takes at once, at most.
         global_batch: clips of a step; 0: `clips_per_gpu` for each GPU.
@@ -221,7 +228,7 @@ def rows(
             batch = global_batch or gpus * clips_per_gpu
             if batch % gpus == 0:
                 config = _config(stage, batch, gpus, clips_per_gpu)
-                row = _row(values, tensors, config, gpus, alone)
+                row = _row(values, gpu, tensors, config, gpus, alone)
                 alone = alone or row.samples_per_second
                 found.append(row)
     return found
@@ -229,7 +236,7 @@ def rows(
 
 def _config(stage: int, global_batch: int, gpus: int, clips_per_gpu: int) -> PretrainConfig:
     recipe = audioset_base()
-    settings: dict[str, Any] = {"zero_stage": stage, "dtype": "bf16", "compile": False}
+    settings: dict[str, Any] = {"zero_stage": stage, "dtype": _DTYPE, "compile": False}
     return dataclasses.replace(
         recipe,
         global_batch=global_batch,
@@ -239,24 +246,51 @@ def _config(stage: int, global_batch: int, gpus: int, clips_per_gpu: int) -> Pre
     )
 
 
+def _count(config: PretrainConfig, *, gpu: bool, embeddings_alone: bool = False) -> list[Kernel]:
+    """Count as `micro_batch_work` does, which takes seconds for each size."""
+    return scaled_work(_counts(gpu, embeddings_alone), config.micro_batch)
+
+
+@functools.cache
+def _counts(gpu: bool, embeddings_alone: bool) -> dict[int, list[Kernel]]:
+    return {
+        samples: micro_batch_work(
+            _config(1, samples, 1, samples), gpu=gpu, embeddings_alone=embeddings_alone
+        )
+        for samples in _COUNTED_SAMPLES
+    }
+
+
 def _row(
     values: dict[str, float],
+    gpu: Ceilings,
     tensors: TensorSizes,
     config: PretrainConfig,
     gpus: int,
     alone_samples_per_second: float,
 ) -> Row:
-    device = Device(
-        flops_per_second=values["matrix_tflops"] * 1e12 * values["share_of_matrix_speed"],
-        clips_per_second=values["cores_per_gpu"] / values["loader_core_seconds"],
-    )
+    compute = step_seconds(rank_times(rank_work(config, tensors, gpus, _count), gpu))
+    products = gpu.flops_per_second
     links = Links(
         ranks_per_node=int(values["gpus_per_node"]),
         within_node=values["within_node_gbytes"] * 1e9,
         between_nodes=values["between_nodes_gbytes"] * 1e9,
         share=values["share_of_links"],
     )
-    step = step_time(config, tensors, gpus, device, links)
+    low, step, high = (
+        step_time(
+            config,
+            tensors,
+            gpus,
+            Device(seconds, rate, values["cores_per_gpu"] / values["loader_core_seconds"]),
+            links,
+        )
+        for seconds, rate in (
+            (compute.low, products.high),
+            (compute.middle, products.middle),
+            (compute.high, products.low),
+        )
+    )
     state = state_bytes(config, tensors, gpus, gpu=True)
     failures = Failures(
         seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
@@ -271,6 +305,8 @@ def _row(
         global_batch=config.global_batch,
         seconds=dataclasses.asdict(step),
         step_seconds=step.total,
+        low_step_seconds=low.total,
+        high_step_seconds=high.total,
         sent_gbytes=sum(sent.values()) / 1e9,
         samples_per_second=samples_per_second,
         efficiency=samples_per_second / gpus / (alone_samples_per_second or samples_per_second),

@@ -1,10 +1,8 @@
 """The memory of a forward and a backward pass, traced on tensors without values.
 
-torch's fake tensors go through the model as real ones on a CPU do, in seconds and without the
-memory, whatever the size of the model; as on a GPU, attention stores no scores. Every storage is
-followed from the operation that allocates it to its last reference, so the trace equals the
-allocator's but for buffers inside operations. Each storage grows linearly with the batch, so two
-traces with different batches give all others.
+Every storage is followed from the operation that allocates it to its last reference, so the trace
+equals the allocator's but for buffers inside operations. Each storage grows linearly with the
+batch, so two traces with different batches give all others.
 """
 
 import sys
@@ -14,15 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
-from cavmae.trainer.losses.classification import classification_loss
-from cavmae.trainer.model.masking import random_masks
-from cavmae.trainer.tasks.build_model import build_model
+from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.cost_model.fake_batch import fake_batch
 
 _SAMPLES = (2, 3)
 """Of the two traces; a batch of one is a special case to some operations."""
@@ -170,50 +164,14 @@ class _Trace(TorchDispatchMode):
 
 
 def _trace(config: RunConfig, samples: int) -> _Trace:
-    shape, trace = config.model, _Trace()
-    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    with torch.device("meta"):
-        model = build_model(config)
-    model.recompute_blocks(config.engine.activation_checkpointing)
-    with FakeTensorMode():
-        for name, one in list(model.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
-            setattr(model.get_submodule(owner), leaf, weight)
+    trace = _Trace()
+    with fake_batch(config, samples) as batch:
+        for weight in batch.model.parameters():
             trace.ignore(weight)
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(trace.add_gradient)
-        log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
-        frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
-        for tensor in (log_mel, frame):
+        for tensor in (batch.log_mel, batch.frame):
             trace.ignore(tensor)
         with trace:
-            _loss(config, model, log_mel, frame).backward()
+            batch.loss().backward()
     return trace
-
-
-def _loss(
-    config: RunConfig, model: nn.Module, log_mel: torch.Tensor, frame: torch.Tensor
-) -> torch.Tensor:
-    """Compute a loss that keeps what the run's own loss keeps."""
-    if isinstance(config, FinetuneConfig):
-        logits = model(log_mel, frame, mode=config.classifier.mode).logits
-        return classification_loss(logits, torch.empty_like(logits), config.classifier.loss)
-    assert isinstance(config, PretrainConfig)
-    masks = random_masks(config.model, config.mask, torch.arange(len(log_mel)), seed=0)
-    reconstruct = config.loss.reconstruction_weight > 0
-    contrast = config.loss.contrastive_weight > 0
-    output = model(
-        log_mel,
-        frame,
-        *masks,
-        reconstruct=reconstruct,
-        contrast=contrast,
-        norm_pix=config.loss.norm_pix,
-    )
-    loss = torch.zeros(())
-    if reconstruct:
-        loss = loss + output.reconstruction_audio + output.reconstruction_video
-    if contrast:
-        loss = loss + (output.audio_embedding * output.video_embedding).sum()
-    return loss

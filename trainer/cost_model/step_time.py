@@ -1,10 +1,10 @@
-"""The time of a step on N GPUs, computed from one GPU's speed and the speed of links.
+"""The time of a step on N GPUs, computed from the time of one and the speed of links.
 
 Nothing here was measured on more than one GPU. Overlap follows from DeepSpeed's settings in
 `distributed/engine.py`: `overlap_comm` is off in stages 0 to 2, and the bucket of gradients holds
 the whole model, so their reduction begins after the backward pass; stages 1 and 2 gather weights
-after the update. Stage 3 prefetches weights. One GPU's speed is assumed to include the update and
-the logging of metrics.
+after the update. Stage 3 prefetches weights. The
+logging of metrics is not counted.
 """
 
 import math
@@ -13,11 +13,6 @@ from dataclasses import dataclass, fields
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.cost_model.comm_volume import Collective, TensorSizes, collectives, embeds_first
 from cavmae.trainer.cost_model.flops import forward_flops, training_flops
-
-H200_MATRIX_FLOPS_PER_SECOND = 788e12
-"""bf16 matrix products, measured on one H200."""
-ASSUMED_SHARE_OF_MATRIX_SPEED = 0.46
-"""What a training step is assumed to reach of it; a goal, not a measurement."""
 
 CPU_CORE_FLOPS_PER_SECOND = {"fp32": 19.5e9, "bf16": 33e9}
 """The recipe `demo` on a core of an AMD EPYC, with data and communication, measured on two ranks:
@@ -48,10 +43,12 @@ class Device:
     """The speed of one rank.
 
     Attributes:
-        flops_per_second: of a training step, not of matrix products.
+        compute_seconds: of its passes and update in a step, without the contrastive loss.
+        flops_per_second: of the products of that loss.
         clips_per_second: that its loader delivers.
     """
 
+    compute_seconds: float
     flops_per_second: float
     clips_per_second: float = math.inf
 
@@ -61,7 +58,7 @@ class StepTime:
     """Seconds of a step's parts, on every rank; of an overlapped part, what is waited for.
 
     Attributes:
-        compute: forward and backward passes.
+        compute: forward and backward passes and the update.
         contrast: similarities of a rank's clips with their groups.
         gradients, weights, embeddings, scalars: waiting for collectives.
         data: waiting for the loader, which runs beside all of these.
@@ -153,7 +150,7 @@ def step_time(
         links: between ranks.
     """
     rows = config.global_batch // world_size
-    compute = rows * sample_flops(config, world_size) / device.flops_per_second
+    compute = device.compute_seconds
     contrast = _contrast_flops(config, rows) / device.flops_per_second
     waits = dict.fromkeys(("gradients", "weights", "embeddings", "scalars"), 0.0)
     for one in collectives(config, tensors, world_size):

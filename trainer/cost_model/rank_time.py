@@ -1,0 +1,87 @@
+"""The time that one rank computes in a step, alone: passes of its micro-batches, and the update."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.cost_model.comm_volume import (
+    TensorSizes,
+    element_bytes,
+    embeds_first,
+    micro_batches,
+)
+from cavmae.trainer.cost_model.kernel import Kernel
+from cavmae.trainer.cost_model.kernel_time import Ceilings, Range, Times, kernel_times
+from cavmae.trainer.cost_model.step_work import micro_batch_work
+
+ADAM_BYTES = 28
+"""Of a weight: gradient, weight and two moments read, the last three written, in float32."""
+
+
+def rank_work(
+    config: RunConfig,
+    tensors: TensorSizes,
+    world_size: int,
+    count: Callable[..., list[Kernel]] = micro_batch_work,
+) -> dict[str, list[Kernel]]:
+    """Count the kernels of a step of a rank with a GPU: `embedding` (the first pass of groups that
+    span micro-batches), `forward`, `backward`, `gradients` (their accumulation) and `update`.
+
+    Args:
+        config: resolved; `engine.dtype` is bf16 or fp32.
+        tensors: of its model.
+        world_size: ranks.
+        count: counts a micro-batch.
+    """
+    passes = count(config, gpu=True)
+    each = {
+        during: [one for one in passes if one.during == during]
+        for during in ("forward", "backward")
+    }
+    if isinstance(config, PretrainConfig) and embeds_first(config, world_size):
+        each = {"embedding": count(config, gpu=True, embeddings_alone=True)} | each
+    each["gradients"] = _accumulation(config, tensors)
+    times = micro_batches(config, world_size)
+    found = {
+        name: [replace(one, calls=times * one.calls) for one in kernels]
+        for name, kernels in each.items()
+    }
+    return found | {"update": _engine_update(config, tensors, world_size)}
+
+
+def rank_times(work: dict[str, list[Kernel]], ceilings: Ceilings) -> dict[str, Times]:
+    """Return the time of each part of `rank_work` on a machine."""
+    return {name: kernel_times(kernels, ceilings) for name, kernels in work.items()}
+
+
+def step_seconds(times: dict[str, Times]) -> Range:
+    """Return the time of a step: the host does not wait between its parts."""
+    return sum(times.values(), Times()).total
+
+
+def _accumulation(config: RunConfig, tensors: TensorSizes) -> list[Kernel]:
+    """Count DeepSpeed's kernels for the gradients of a micro-batch: each is added, by itself, to a
+    buffer, in float32 where weights are bf16."""
+    element = element_bytes(config)
+    return [_memory("accumulate", (element + 8) * size) for size in tensors.trainable]
+
+
+def _engine_update(config: RunConfig, tensors: TensorSizes, world_size: int) -> list[Kernel]:
+    """Count DeepSpeed's kernels for an update: the norm of each gradient, its clipping, Adam in one
+    pass over a rank's share, and bf16 weights from it.
+
+    Source: `deepspeed/runtime/bf16_optimizer.py` and `runtime/utils.py` of DeepSpeed 0.19.
+    """
+    share = world_size if config.engine.zero_stage else 1
+    work = [_memory("norm", 4 * size) for size in tensors.trainable]
+    if config.engine.clip_grad_norm:
+        work += [_memory("clip", 8 * size) for size in tensors.trainable]
+    elements = sum(tensors.trainable) // share
+    work.append(_memory("adam", ADAM_BYTES * elements))
+    if element_bytes(config) == 2:
+        work += [_memory("copy", 6 * size // share) for size in tensors.trainable]
+    return work
+
+
+def _memory(name: str, moved: int) -> Kernel:
+    return Kernel("update", "", "other", name, (), "", 0, moved)
