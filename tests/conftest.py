@@ -162,14 +162,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session")
 def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 synthetic clips (64 px, 2 s, 8 fps) in both tiers, 3 shards of 8: the OUT folder."""
+    """24 synthetic clips (64 px, 2 s, 8 fps) in both tiers, 3 shards of 8: the OUT folder. VP9, so
+    that DALI's video decoder takes the frames."""
     from cavmae.dataloaders.packing.pack import PackConfig, pack
     from cavmae.dataloaders.tools.synthetic import generate
 
     folder = tmp_path_factory.mktemp("packed_synthetic")
     listing = generate(folder / "videos", 24, seed=1, workers=1)
     out = folder / "shards"
-    pack(PackConfig(str(listing), str(out), clips_per_shard=8, workers=1))
+    pack(PackConfig(str(listing), str(out), video_codec="vp9", clips_per_shard=8, workers=1))
     return out
 
 

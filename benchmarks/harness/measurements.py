@@ -16,7 +16,10 @@ Unit = Literal["seconds", "per second"]
 
 PASSES = {"forward": "forward", "both": "with backward"}
 """Passes of an operation in records of kernels, and their titles."""
-_LABELS = ("fault", "gpus", "zero_stage", "global_batch", "batch", "compile")
+_LABELS = (
+    *("fault", "gpus", "zero_stage", "global_batch", "batch", "compile"),
+    *("codec", "size", "threads"),
+)
 """Fields that identify an entry of a list; entries that have them all in common are one."""
 _NOT_MEASURED = {"inputs", "bars", "criteria", "flat_means", "processes", "kinds"}
 """Parts of results: inputs, judgements, and what was watched."""

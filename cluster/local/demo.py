@@ -151,7 +151,8 @@ def make_shards(demo: Demo) -> None:
     with demo.phase("pack", "into WebDataset shards of key-frame VP9 and FLAC"):
         for part in sets:
             listing, out = str(videos / part / "clips.csv"), str(demo.folder / "shards" / part)
-            summary = pack(PackConfig(listing, out, tiers="video"), demo.console)
+            as_video = PackConfig(listing, out, tiers="video", video_codec="vp9")
+            summary = pack(as_video, demo.console)
             if summary.skipped:
                 raise ValueError(f"generated videos cannot be packed: {summary.skipped}")
     write_json(noted, note)

@@ -82,3 +82,12 @@ def test_without_a_gpu_it_says_what_is_absent(
     shown = capsys.readouterr().out
     assert "libnvcuvid.so.1" in shown and "DALI" in shown
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_every_codec_decodes_on_the_gpu() -> None:
+    if absent := [one.name for one in video.findings() if one.state != "ok"]:
+        pytest.skip(f"without {', '.join(absent)}")
+    rows = video.check_video(torch.device("cuda"), 60.0)
+    assert [row for row in rows if "failed" in row] == []
+    assert min(video.mixed_over_single(rows).values()) > 0.5

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cavmae.dataloaders.loading.dali import (
     _video_graph,
 )
 from cavmae.dataloaders.loading.reader import (
+    BadSample,
     ClipReader,
     EncodedClip,
     ReaderSettings,
@@ -239,6 +241,37 @@ def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
     pixels = read_for_a_gpu(packed_by_codec["vp9"]).pixels
     assert pixels is not None and pixels[0].shape == (64, 64, 3)
     assert read_for_a_gpu(packed_by_codec["h264"]).pixels is None
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"width": 80, "height": 64, "left": 18, "top": 0},
+        {"width": 80, "height": 64, "left": -2, "top": 0},
+        {"width": 1 << 20, "height": 64, "left": 8, "top": 0},
+        {"width": 0, "height": 0, "left": 0, "top": 0},
+        {"width": "80", "height": 64, "left": 8, "top": 0},
+        {"width": 80},
+        7,
+    ],
+    ids=str,
+)
+def test_a_wrong_place_in_the_whole_picture_is_a_fault_of_the_clip(
+    packed_by_codec: dict[str, Path], monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
+    """Of 80 x 64 pixels the middle 64 x 64 are stored."""
+    shards = ShardSet(packed_by_codec["vp9"])
+    described = shards.description(0, 0)
+    settings = ReaderSettings(shards, DataConfig(), ClipShape(198, 32, 48), 0, True, None)
+
+    def read_from(whole: Any) -> Any:
+        changed = {**described, "video": {**described["video"], "cropped_from": whole}}
+        monkeypatch.setattr(shards, "description", lambda *place: changed)
+        return ClipReader(settings)(ReadTask(0, 0, 0, 0))
+
+    assert read_from({"width": 80, "height": 64, "left": 8, "top": 0}).crop == (0, 0, 1, 1)
+    found = read_from(whole)
+    assert isinstance(found, BadSample) and found.reason == "bad_schema"
 
 
 def test_a_frame_of_mjpeg_is_the_jpeg_that_it_holds(packed_by_codec: dict[str, Path]) -> None:

@@ -177,7 +177,7 @@ def test_the_index_counts_what_is_there(packed: Path) -> None:
     assert {name: index[name] for name in ("schema", "tier", "video_codec", "audio_hz")} == {
         "schema": 5,
         "tier": "video",
-        "video_codec": "vp9",
+        "video_codec": "mjpeg",
         "audio_hz": 16000,
     }
     assert (index["samples"], index["skipped"]) == (5, 2)
@@ -193,7 +193,7 @@ def test_a_sample_holds_what_its_description_says(packed: Path) -> None:
     assert set(description) == {*frames.description(0, 0), "fragments"}
     assert description["audio"] == {"hz": 16000, "samples": 16000}
     with av.open(io.BytesIO(video.member(0, 0, "mp4")), "r") as container:
-        assert container.streams.video[0].codec_context.name == "vp9"
+        assert container.streams.video[0].codec_context.name == "mjpeg"
         shown = [frame.to_ndarray(format="gray").mean() for frame in container.decode(video=0)]
     assert len(shown) == description["video"]["frames"] == 10
     for place, one in enumerate(description["ten_frames"]):
@@ -209,7 +209,7 @@ def test_packed_shards_pass_verification(packed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "tiers"), [("h264", "video"), ("mjpeg", "video"), ("vp9", "frames")]
+    ("codec", "tiers"), [("h264", "video"), ("vp9", "video"), ("mjpeg", "frames")]
 )
 def test_other_codecs_and_single_tiers(
     tmp_path: Path, write_video: WriteVideo, codec: str, tiers: str

@@ -177,6 +177,18 @@ def test_a_description_that_breaks_the_schema_is_found(
     assert rule in str(description_problem({**description, **change}, "000000000", members))
 
 
+def test_a_picture_outside_of_the_one_that_it_was_cut_from_is_found(
+    packed_synthetic: Path,
+) -> None:
+    description = ShardSet(packed_synthetic / "video").description(0, 0)
+    whole = {"width": 70, "height": 64, "left": 2, "top": 0}
+    members = member_names("video", "flac")
+    for change, problem in (({}, None), ({"left": 8}, "cropped_from holds the picture")):
+        video = description["video"] | {"cropped_from": whole | change}
+        found = description_problem({**description, "video": video}, "000000000", members)
+        assert (problem is None and found is None) or str(problem) in str(found)
+
+
 def test_a_folder_that_was_not_packed_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
