@@ -50,6 +50,7 @@ STAGES = {
     "golden": Stage("correctness:golden", 30, "the model against reference numbers"),
     "loop": Stage("steps:loop", 60, "the training loop on synthetic batches"),
     "decoding": Stage("operations:decoding", 60, "pictures decoded here, against the CPU's"),
+    "prediction": Stage("steps:prediction", 30, "the predicted steps beside the measured ones"),
     "speed": Stage("operations:speed", 60, "kernels against torch and published methods"),
     "baseline": Stage("steps:baseline", 30, "a step against the published one"),
     "limits": Stage("steps:limits", 60, "the largest batch, and 65,536 contrastive pairs"),

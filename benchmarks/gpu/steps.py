@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from cavmae.benchmarks.gpu.setting import Check, Found, Skip, absent
 from cavmae.benchmarks.harness.machine_peaks import measure_rates
 from cavmae.benchmarks.harness.process_memory import gpu_peak_bytes, no_memory_left
+from cavmae.benchmarks.harness.records import read_record
 from cavmae.benchmarks.harness.timing import median_seconds
 from cavmae.benchmarks.step.step import MODELS, compare
 from cavmae.benchmarks.step.training_step import (
@@ -27,6 +29,7 @@ from cavmae.kernels import contrastive_loss
 MEASURED_BATCHES = 3
 SEARCH_SHARE = 1 / 16
 """The largest batch is searched to within this share of it."""
+_PREDICTION_NEEDS = ("deepspeed", "mlflow", "rich", "tyro")
 _LOOP_NEEDS = ("deepspeed", "mlflow", "psutil", "rich", "tyro", "webdataset", "av")
 
 
@@ -92,6 +95,49 @@ def known_batch(check: Check) -> int:
     """Return the fastest batch of the stages before; without any, one that most GPUs hold."""
     fastest = best(check.earlier.get("eager", {}).get("rows", []))
     return fastest["batch"] if fastest else check.batches[2]
+
+
+def prediction(check: Check) -> Iterator[Found]:
+    """Measure what this machine reaches in the kernels of the steps before, and compare what
+    `cavmae bench predict` makes of it with the steps. Where that command cannot run, it has all it
+    needs in the record: `--against`."""
+    fastest = [best(check.earlier.get(name, {}).get("rows", [])) for name in ("eager", "compiled")]
+    if not any(fastest):
+        raise Skip("no step was measured before")
+    # It counts the kernels of a step, and times them one by one.
+    from cavmae.benchmarks.step.ceilings import measure_ceilings
+
+    found = Found("", {"steps": [], "against": []})
+    for row in filter(None, fastest):
+        setting = our_step(check, row["batch"], row["compile"])
+        result = {
+            "precision": setting.precision,
+            "batch": setting.batch,
+            "cavmae": row,
+            "ceilings": measure_ceilings(setting),
+        }
+        configuration = {
+            "sizes": asdict(setting.config),
+            "compile": setting.choices.compile,
+            "recompute": setting.choices.recompute,
+        }
+        found.details["steps"].append(
+            {"configuration": configuration, "results": {setting.precision: result}}
+        )
+        yield found
+    if missing := absent(_PREDICTION_NEEDS):
+        raise Skip(f"the ceilings are measured; the prediction needs {', '.join(missing)}")
+    from cavmae.benchmarks.step.predict import compare as compare_prediction
+
+    record = read_record(check.record)
+    for one in found.details["steps"]:
+        found.details["against"] += compare_prediction(replace(record, **one))
+    found.key = ", ".join(
+        f"{'compiled' if row['compile'] else 'eager'} {row['step']['ratio']:.2f} of measured "
+        f"({row['ceilings']})"
+        for row in found.details["against"]
+    )
+    yield found
 
 
 def baseline(check: Check) -> Iterator[Found]:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,14 +26,20 @@ from cavmae.kernels import (
     contrastive_loss,
     gather_patches,
     gather_tokens,
+    gelu_backward,
+    layer_norm,
+    layer_norm_backward,
     masked_reconstruction_loss,
+    pack_rows,
     random_mask,
     restore_tokens,
 )
+from cavmae.kernels.backend import INTERPRETED
 
 # Twice the spacing of values near 1, or more; of 16-bit inputs, the weights of the contrastive
 # gradient are bf16.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+NORM_EPSILON = 1e-5
 _LOOK_EVERY_SECONDS = 0.5
 
 Operation = Callable[[Backend], list[torch.Tensor]]
@@ -83,8 +90,10 @@ def compared(device: torch.device, name: str) -> tuple[dict[str, float], list[st
         or differs between two runs, as messages.
     """
     operation, _, sizes = name.rpartition(" ")
-    # A mask is of numbers, whatever the dtype of the model, and exact.
-    limits = {torch.float32: 0.0} if operation.startswith("random_mask") else LIMITS
+    # The interpreter takes seconds for each.
+    limits = {torch.bfloat16: LIMITS[torch.bfloat16]} if INTERPRETED else LIMITS
+    if operation.startswith("random_mask"):
+        limits = {torch.float32: 0.0}  # whatever the dtype of the model, and exact
     found: dict[str, float] = {}
     beyond = []
     for dtype, limit in limits.items():
@@ -171,6 +180,44 @@ def _with_gradients(run: Callable[..., torch.Tensor], leaves: list[torch.Tensor]
     return operation
 
 
+def _passes(run: Callable[..., list[torch.Tensor]], inputs: list[torch.Tensor]) -> Operation:
+    """Of a kernel that is a backward pass itself."""
+
+    def operation(backend: Backend) -> list[torch.Tensor]:
+        return run(backend, *(one.double() if backend == "torch" else one for one in inputs))
+
+    return operation
+
+
+def _norm_gradients(
+    backend: Backend, x: torch.Tensor, *tensors: torch.Tensor, lengths: list[int]
+) -> list[torch.Tensor]:
+    grad, residual, *affine = tensors
+    weights, biases = affine[: len(lengths)], affine[len(lengths) :]
+    _, mean, inverse_deviation = layer_norm(x, weights, biases, lengths, NORM_EPSILON)
+    found = layer_norm_backward(
+        x,
+        mean,
+        inverse_deviation,
+        weights,
+        biases,
+        lengths,
+        grad,
+        residual,
+        give_tokens=True,
+        epsilon=NORM_EPSILON,
+        backend=backend,
+    )
+    assert found.tokens is not None
+    return [found.x, *found.weights, *found.biases, found.residual_sum, found.tokens]
+
+
+def _gelu_gradients(backend: Backend, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    of_x, of_bias, activation = gelu_backward(*tensors, give_activation=True, backend=backend)
+    assert activation is not None
+    return [of_x, of_bias, activation]
+
+
 def _operations(device: torch.device, sizes: Sizes, dtype: torch.dtype) -> dict[str, Operation]:
     batch, width, tokens = sizes.batch, sizes.width, sizes.grid[0] * sizes.grid[1]
 
@@ -215,6 +262,20 @@ def _operations(device: torch.device, sizes: Sizes, dtype: torch.dtype) -> dict[
             gather_patches(grey, kept, mean=mean, std=std, dtype=dtype, backend=backend)
         ],
     }
+    for segments in (1, 2):
+        lengths = [tokens] if segments == 1 else [sizes.kept, tokens - sizes.kept]
+        vectors = [normal(width) for _ in range(2 * segments)]
+        operations[f"layer_norm_backward of {segments}"] = _passes(
+            partial(_norm_gradients, lengths=lengths),
+            [*(normal(batch, tokens, width) for _ in range(3)), *vectors],
+        )
+    operations["gelu_backward"] = _passes(
+        _gelu_gradients, [normal(batch * tokens, 4 * width) for _ in range(2)]
+    )
+    operations["pack_rows"] = _passes(
+        lambda backend, *parts: list(pack_rows(*parts, backend=backend)),
+        [normal(batch, tokens, width) for _ in range(3)],
+    )
     for way, bidirectional in (("both ways", True), ("one way", False)):
         operations[f"contrastive_loss {way}"] = _with_gradients(
             lambda backend, a, v, t, both=bidirectional: (

@@ -17,9 +17,8 @@ from cavmae.benchmarks.step.training_step import StepSetting
 from cavmae.kernels import attention
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.config.recipes import audioset_base
-from cavmae.trainer.cost_model.kernel import Kernel
+from cavmae.trainer.cost_model.kernel import ADAM_BYTES, Kernel
 from cavmae.trainer.cost_model.kernel_time import Ceilings, Range
-from cavmae.trainer.cost_model.rank_time import ADAM_BYTES
 from cavmae.trainer.cost_model.step_work import micro_batch_work
 
 _SHAPES, _REPEATS = 4, 5

@@ -24,9 +24,9 @@ from cavmae.trainer.config.recipes import RECIPES
 from cavmae.trainer.config.resolve import resolve
 from cavmae.trainer.cost_model.comm_volume import TensorSizes, tensor_sizes
 from cavmae.trainer.cost_model.gpus import find_gpu, gpu_ceilings, known_gpu
-from cavmae.trainer.cost_model.kernel import Kernel
+from cavmae.trainer.cost_model.kernel import ADAM_BYTES, Kernel
 from cavmae.trainer.cost_model.kernel_time import Ceilings, Range, kernel_times
-from cavmae.trainer.cost_model.rank_time import ADAM_BYTES, rank_times, rank_work, step_seconds
+from cavmae.trainer.cost_model.rank_time import rank_times, rank_work, step_seconds
 from cavmae.trainer.cost_model.step_work import micro_batch_work
 from cavmae.trainer.model.blocks import Recompute
 from cavmae.trainer.model.config import ModelConfig
@@ -60,8 +60,8 @@ class PredictConfig(RecordedConfig):
     compile: bool | None = None
     """Compile the blocks; None: as the recipe has it."""
     against: tuple[str, ...] = ()
-    """Records of `cavmae bench step` to compare with instead: of a GPU with what its data sheet
-    promises, of any machine with the ceilings in the record."""
+    """Records of `cavmae bench step` or `gpu-check` to compare with instead: of a GPU with what its
+    data sheet promises, of any machine with the ceilings in the record."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,8 +79,8 @@ def main(arguments: list[str]) -> int:
     """
     config = tyro.cli(PredictConfig, prog="cavmae bench predict", args=arguments)
     if config.against:
-        rows = [row for path in config.against for row in compare(read_record(path))]
-        results: dict[str, Any] = {"against": rows}
+        records = [one for path in config.against for one in step_records(read_record(path))]
+        results: dict[str, Any] = {"against": [row for one in records for row in compare(one)]}
     else:
         results = predict(run_config(config), config.workers, config.gpu)
     show(write_record(config.out, "predict", torch.device("cpu"), vars(config), results))
@@ -183,6 +183,14 @@ def compare(record: Record) -> list[dict[str, Any]]:
             "`cavmae bench step`"
         )
     return rows
+
+
+def step_records(record: Record) -> list[Record]:
+    """Return the record as records of `cavmae bench step`: a GPU check holds several."""
+    if record.suite != "gpu-check":
+        return [record]
+    steps = record.results.get("prediction", {}).get("details", {}).get("steps", [])
+    return [replace(record, **one) for one in steps] or [record]
 
 
 def step_work(setting: StepSetting) -> dict[str, list[Kernel]]:

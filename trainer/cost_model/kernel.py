@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+ADAM_BYTES = 28
+"""Of a weight: gradient, weight and two moments read, the last three written, in float32."""
+
 Pass = Literal["forward", "backward", "update"]
 Kind = Literal["product", "attention", "other"]
 

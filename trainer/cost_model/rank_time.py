@@ -11,12 +11,9 @@ from cavmae.trainer.cost_model.comm_volume import (
     embeds_first,
     micro_batches,
 )
-from cavmae.trainer.cost_model.kernel import Kernel
+from cavmae.trainer.cost_model.kernel import ADAM_BYTES, Kernel
 from cavmae.trainer.cost_model.kernel_time import Ceilings, Range, Times, kernel_times
 from cavmae.trainer.cost_model.step_work import micro_batch_work
-
-ADAM_BYTES = 28
-"""Of a weight: gradient, weight and two moments read, the last three written, in float32."""
 
 
 def rank_work(

@@ -170,12 +170,12 @@ def test_kernels_agree_with_their_references_and_themselves() -> None:
         found |= differences
     assert found["random_mask tf odd float32"] == 0
     assert 0 < found["contrastive_loss both ways odd bfloat16"] < 2e-2
-    assert {name.rpartition(" ")[2] for name in found} == {"float32", "bfloat16", "float16"}
 
 
-def test_a_kernel_that_is_wrong_or_differs_between_two_runs_is_named(
+def test_a_kernel_that_is_wrong_or_differs_between_two_runs_is_named_in_each_dtype(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(agreement, "INTERPRETED", False)
     values = iter((1.0, 1.0, 1.2) * 2 + (1.0, 1.1, 1.0))
     monkeypatch.setattr(
         agreement, "gather_patches", lambda *_, **__: torch.full((2,), next(values))
