@@ -67,15 +67,16 @@ def test_less_memory_than_the_published_step_is_a_ratio_below_1() -> None:
     assert memory_ratio(half) == {"memory": {"ratio": 0.5, "bar": 0.7, "met": True}}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("known_rates")
-def test_memory_of_ours_is_compared_with_the_published_step(tmp_path: Path) -> None:
+def test_memory_of_ours_is_compared_with_the_published_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_memory.py` measures what a step takes."""
+    taken = {"cavmae": 60, "published": 100}
+    monkeypatch.setattr(step, "step_peak_bytes", lambda setting: taken[setting.name])
     words = ["--batch", "2", "--repeats", "1", "--precision", "fp32", "--out", str(tmp_path)]
     assert main([*SMALL, *words]) == 0
-    result = results_in(tmp_path)["fp32"]
-    peaks = [result[name]["peak_memory_bytes"] for name in ("cavmae", "published")]
-    ratio = peaks[0] / peaks[1]
-    assert result["memory"] == {"ratio": ratio, "bar": 0.7, "met": ratio <= 0.7}
+    assert results_in(tmp_path)["fp32"]["memory"] == {"ratio": 0.6, "bar": 0.7, "met": True}
 
 
 @pytest.mark.usefixtures("known_rates")
