@@ -179,8 +179,7 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         config,
         run_dir=str(tmp_path / "straight/run"),
         steps=len(found),
-        micro_batch=8,  # in one forward, and hardly a checkpoint, to be done with it sooner
-        checkpoint=CheckpointConfig(),
+        checkpoint=CheckpointConfig(),  # hardly any: they take longer than the steps between them
     )
     Start(straight, 1, tmp_path).finish()
     assert found == pytest.approx(losses(tmp_path / "straight/run"), rel=1e-5)
