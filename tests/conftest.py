@@ -28,24 +28,22 @@ EXCERPT = REPOSITORY / "tests" / "golden" / "data"
 # The files that take longest: begun first, they don't keep one process at work when the other has
 # nothing left.
 LONG_FILES = (
-    "cluster/local/test_demo.py",
     "cluster/test_elastic.py",
+    "cluster/local/test_demo.py",
     "trainer/distributed/test_engine.py",
     "trainer/test_resume.py",
     "trainer/test_launchers.py",
+    "golden/test_engine_training.py",
     "golden/test_pretraining.py",
-    "golden/test_finetuning.py",
     "cluster/test_train.py",
-    "cluster/experiments/test_queue.py",
-    "cluster/experiments/test_sweep.py",
     "benchmarks/fake_cuda/test_training.py",
     "benchmarks/fake_cuda/test_blocks.py",
     "benchmarks/gpu/test_check.py",
     "benchmarks/faults/test_faults.py",
     "benchmarks/training/test_train.py",
     "kernels/test_compile_ahead.py",
-    "benchmarks/data/test_storage_faults.py",
     "trainer/cost_model/test_comm_volume.py",
+    "trainer/model/test_cavmae.py",
     "trainer/tasks/test_finetune.py",
     "dataloaders/media/test_timing.py",
     "dataloaders/loading/test_quarantine.py",
@@ -54,7 +52,7 @@ LONG_FILES = (
     "trainer/cost_model/test_memory.py",
     "trainer/cost_model/test_activations.py",
     "trainer/fault_tolerance/test_oom.py",
-    "benchmarks/step/test_step.py",
+    "dataloaders/packing/test_pack.py",
 )
 
 _NOTED = "golden deviations"

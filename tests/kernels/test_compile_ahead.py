@@ -20,11 +20,11 @@ SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10}  # a block's
 REGISTERS_OF_A_THREAD, REGISTERS = 255, 64 << 10  # the same on all three
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, dict[str, Any]]]:
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.long)])
+def compiled(request: pytest.FixtureRequest) -> dict[str, dict[str, dict[str, Any]]]:
     """By architecture and kernel: registers, spilled and shared bytes, whether wgmma is used."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))],
+        [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), request.param],
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from cavmae.command import exit_code
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Folder and output of a demo of a sixth of the clips and an eighth of the steps."""
+    """Folder and output of a demo of a ninth of the clips and an eighth of the steps."""
     folder = tmp_path_factory.mktemp("demo")
     done = run_demo(folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -25,7 +25,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def words_of(folder: Path) -> list[str]:
-    return ["--folder", str(folder), "--clips", "500", "--unseen-clips", "100", "--steps", "80"]
+    return ["--folder", str(folder), "--clips", "320", "--unseen-clips", "100", "--steps", "80"]
 
 
 def run_demo(folder: Path, command: str = "demo", *more: str) -> "subprocess.CompletedProcess[str]":

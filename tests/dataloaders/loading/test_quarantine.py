@@ -362,9 +362,9 @@ def test_what_is_under_way_when_a_clip_is_found_leaves_it_out_as_well(
     found = []
     for count in (1, 4):
         loader = start(copy, config={"video_pipelines": count, "max_bad_fraction": 1.0})
-        batches = take(loader, 18)
+        batches = take(loader, 12)
         left_out = {one.sample_id: one.position for one in loader.quarantine}
-        assert len(left_out) > 3
+        assert len(left_out) >= 2
         for batch in batches:
             for position, sample_id in zip(batch.positions.tolist(), batch.sample_ids, strict=True):
                 assert position < left_out.get(sample_id, 10**9)
