@@ -19,12 +19,12 @@ BUDGET: dict[tuple[str, Recompute], tuple[float, float]] = {
     ("modality", "none"): (1.75, 4.0),
     ("modality", "selective"): (1.75, 4.7),
     ("modality", "full"): (1.75, 4.9),
-    ("joint", "none"): (6.2, 14.0),
+    ("joint", "none"): (8.4, 11.8),
     ("joint", "selective"): (6.2, 16.0),
-    ("joint", "full"): (6.2, 17.0),
-    ("last", "none"): (5.0, 12.5),
-    ("last", "selective"): (5.0, 13.8),
-    ("last", "full"): (5.0, 14.5),
+    ("joint", "full"): (6.2, 16.9),
+    ("last", "none"): (5.0, 11.1),
+    ("last", "selective"): (5.0, 13.9),
+    ("last", "full"): (5.0, 14.3),
 }
 """Gigabytes that fused kernels of a block may read and write at batch 512, forward and backward."""
 ATTENTION = {"modality": 1, "joint": 3, "last": 1}

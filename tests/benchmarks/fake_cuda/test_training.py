@@ -25,13 +25,17 @@ PRETRAINING = PretrainConfig(global_batch=16, micro_batch=8, engine=ENGINE)
 FINETUNING = FinetuneConfig(global_batch=16, micro_batch=8, engine=ENGINE)
 IN_DEEPSPEED = {
     1: {
-        ("copy to the device", "mask_nan_or_inf_with_val_inplace"),
-        ("item", "is_invalid_grad_norm"),
-        ("item", "clip_tensors_by_global_norm"),
+        ("copy to the device", "mask_nan_or_inf_with_val_inplace"): 1,
+        ("item", "is_invalid_grad_norm"): 1,
+        ("item", "clip_tensors_by_global_norm"): 1,
     },
-    2: {("item", "has_overflow"), ("item", "is_invalid_grad_norm")},
+    2: {
+        ("copy to the device", "mask_nan_or_inf_with_val_inplace"): 1,
+        ("item", "has_overflow"): 1,
+        ("item", "is_invalid_grad_norm"): 2,
+    },
 }
-"""Host waits of a step by ZeRO stage that no setting avoids; each happens once a step."""
+"""Host waits of a step by ZeRO stage that no setting avoids, and how often they happen."""
 KERNELS = 640
 """Most kernels that a step of the tiny model launches, of one micro-batch, eager, in stage 1."""
 
@@ -89,7 +93,7 @@ def test_a_step_of_ours_waits_for_the_device_once(run: FakeTraining) -> None:
 def test_deepspeed_waits_where_no_setting_avoids_it(run: FakeTraining, layout: str) -> None:
     known = IN_DEEPSPEED[2 if layout == "stage 2" else 1]
     for step in range(2, STEPS + 1):
-        assert waits(run.trace, step, in_deepspeed=True) == Counter(known)
+        assert waits(run.trace, step, in_deepspeed=True) == known
 
 
 def test_what_a_step_brings_to_the_device_goes_once_through_pinned_memory(
@@ -112,9 +116,8 @@ def test_metrics_and_gradient_norm_are_logged_every_few_steps(run: FakeTraining)
         assert {"loss", "gradient_norm"} <= metrics.keys()
 
 
-def test_a_step_launches_no_more_kernels_than_stated(run: FakeTraining, layout: str) -> None:
-    if layout != "gathered":
-        pytest.skip("counted for one layout")
+@pytest.mark.parametrize("layout", ["gathered"], indirect=True)
+def test_a_step_launches_no_more_kernels_than_stated(run: FakeTraining) -> None:
     kernels = sum(operation.kernels for operation in run.trace.of(phase="3"))
     assert 0.9 * KERNELS < kernels <= KERNELS
 
