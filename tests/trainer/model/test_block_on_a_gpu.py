@@ -36,7 +36,9 @@ def test_a_block_multiplies_nothing_twice_and_moves_no_more_than_its_budget(
     segments, queries = FORMS[form]
     trace = gpu.run(compiled_block, how, segments, queries)
     again = 3 if how == "full" else 0  # what is recomputed of 4: the last product's output is not
-    for phase, products, passes in zip(("forward", "backward"), (4, 8 + again), BUDGETS[how, form]):
+    for phase, products, passes in zip(
+        ("forward", "backward"), (4, 8 + again), BUDGETS[how, form], strict=True
+    ):
         assert len(trace.of("product", phase=phase)) == products
         moved = sum(each.bytes for each in trace.of("fused", "triton", "other", phase=phase))
         tokens = BATCH * (sum(segments.values()) if segments else 128)
