@@ -4,6 +4,8 @@ from cavmae.kernels.attention import AttentionBackend, attention
 from cavmae.kernels.backend import Backend, default_backend
 from cavmae.kernels.contrastive import ContrastiveResult, contrastive_loss
 from cavmae.kernels.gather import gather_tokens
+from cavmae.kernels.gelu import gelu_backward
+from cavmae.kernels.layer_norm import layer_norm, layer_norm_backward
 from cavmae.kernels.masking import (
     MaskIds,
     MaskMode,
@@ -11,6 +13,7 @@ from cavmae.kernels.masking import (
     mask_ids_from_shuffle,
     random_mask,
 )
+from cavmae.kernels.packing import pack_rows
 from cavmae.kernels.patches import gather_patches
 from cavmae.kernels.philox import STREAMS, philox4x32, random_words
 from cavmae.kernels.reconstruction import masked_reconstruction_loss
@@ -28,9 +31,13 @@ __all__ = [
     "default_backend",
     "gather_patches",
     "gather_tokens",
+    "gelu_backward",
     "kept_count",
+    "layer_norm",
+    "layer_norm_backward",
     "mask_ids_from_shuffle",
     "masked_reconstruction_loss",
+    "pack_rows",
     "philox4x32",
     "random_mask",
     "random_words",

@@ -126,30 +126,34 @@ def _patch_kernel(
     ids_batch_stride,
     CHANNELS: tl.constexpr,
     PATCH: tl.constexpr,
-    PIXELS: tl.constexpr,
+    SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    """ROWS patches of one channel after the other; PIXELS is a power of two from PATCH ** 2 on."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    """ROWS patches of one channel after the other; SIDE is a power of two from PATCH on.
+
+    Rows and columns of a patch are dimensions of their own, so that pixels are loaded along the one
+    whose pixels lie side by side in memory (an image's columns, a spectrogram's rows) and stored
+    along columns.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None, None]
     inside = row < rows
     batch = row // kept
     token = tl.load(ids + batch * ids_batch_stride + row % kept, mask=inside, other=-1)
     there = (token >= 0) & (token < patches)
     corner = pixels + batch * batch_stride
     corner += (token // columns) * PATCH * height_stride + (token % columns) * PATCH * width_stride
-    pixel = tl.arange(0, PIXELS)
-    offset = (pixel // PATCH) * height_stride + (pixel % PATCH) * width_stride
-    wanted = inside[:, None] & (pixel < PATCH * PATCH)[None, :]
+    down, across = tl.arange(0, SIDE)[None, :, None], tl.arange(0, SIDE)[None, None, :]
+    offset = down * height_stride + across * width_stride
+    wanted = inside & (down < PATCH) & (across < PATCH)
     for channel in tl.static_range(CHANNELS):  # pyright: ignore[reportGeneralTypeIssues]
         source = corner + channel * channel_stride
-        value = tl.load(source[:, None] + offset[None, :], mask=wanted & there[:, None], other=0)
-        value = value.to(tl.float32)
+        value = tl.load(source + offset, mask=wanted & there, other=0).to(tl.float32)
         if NORMALISE:
             value = (value - tl.load(mean + channel)) / tl.load(std + channel)
-        value = tl.where(there[:, None], value, float("nan"))
+        value = tl.where(there, value, float("nan"))
         target = row * (CHANNELS * PATCH * PATCH) + channel * (PATCH * PATCH)
-        tl.store(out + target[:, None] + pixel[None, :], value, mask=wanted)
+        tl.store(out + target + down * PATCH + across, value, mask=wanted)
 
 
 def _launch(
@@ -164,10 +168,10 @@ def _launch(
     batch, channels, height, width = pixels.shape
     kept = ids.shape[1]
     out = pixels.new_empty(batch, kept, channels * patch * patch, dtype=dtype)
-    rows, size = batch * kept, triton.next_power_of_2(patch * patch)
+    rows, side = batch * kept, triton.next_power_of_2(patch)
     if rows == 0:
         return out
-    rows_each = max(1, 2048 // size)
+    rows_each = max(1, 2048 // side**2)
     _patch_kernel[(triton.cdiv(rows, rows_each),)](
         pixels,
         ids,
@@ -182,7 +186,7 @@ def _launch(
         ids.stride(0),
         CHANNELS=channels,
         PATCH=patch,
-        PIXELS=size,
+        SIDE=side,
         ROWS=rows_each,
         NORMALISE=mean is not None,
         num_warps=4,

@@ -102,22 +102,25 @@ def _reconstruction_kernel(
     NORM_PIX: tl.constexpr,
     EPSILON_: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ROWS_LIE_TOGETHER: tl.constexpr,
 ):
     """Prediction minus target of ROWS patches: the sum of its squares, or `scale` times itself.
 
-    VALUES is a power of two from the values of a patch on.
+    VALUES is a power of two from the values of a patch on. Pixels are loaded in the order in which
+    they lie in memory: channel by channel, and in each along columns, or along rows where those lie
+    side by side. They are put into the order of the prediction afterwards.
     """
     count: tl.constexpr = PATCH * PATCH * CHANNELS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     inside = row < rows
-    batch, place = row // removed, row % removed
+    batch = row // removed
     token = tl.load(ids + row, mask=inside, other=-1)
     there = (token >= 0) & (token < patches)
-    value = tl.arange(0, VALUES)  # row, column, channel of the patch, as the prediction has it
+    value = tl.arange(0, VALUES)
     wanted = inside[:, None] & (value < count)[None, :]
-    pixel = value // CHANNELS
-    offset = (value % CHANNELS) * channel_stride
-    offset += (pixel // PATCH) * height_stride + (pixel % PATCH) * width_stride
+    channel, slow, fast = value // (PATCH * PATCH), value // PATCH % PATCH, value % PATCH
+    down, across = (fast, slow) if ROWS_LIE_TOGETHER else (slow, fast)
+    offset = channel * channel_stride + down * height_stride + across * width_stride
     corner = pixels + batch * batch_stride
     corner += (token // columns) * PATCH * height_stride + (token % columns) * PATCH * width_stride
     target = tl.load(corner[:, None] + offset[None, :], mask=wanted & there[:, None], other=0.0)
@@ -127,8 +130,13 @@ def _reconstruction_kernel(
         centred = tl.where(wanted, target - mean[:, None], 0.0)
         variance = tl.sum(centred * centred, 1) / (count - 1)
         target = centred / tl.sqrt(variance + EPSILON_)[:, None]
+    pixel = value // CHANNELS  # the prediction's order is row, column, channel
+    if ROWS_LIE_TOGETHER:
+        pixel = pixel % PATCH * PATCH + pixel // PATCH
+    place = tl.minimum(value % CHANNELS * (PATCH * PATCH) + pixel, VALUES - 1)
+    target = tl.gather(target, tl.broadcast_to(place[None, :], (ROWS, VALUES)), 1)
     target = tl.where(there[:, None], target, float("nan"))
-    source = predicted + batch * predicted_batch_stride + place * predicted_row_stride
+    source = predicted + batch * predicted_batch_stride + row % removed * predicted_row_stride
     guess = tl.load(source[:, None] + value[None, :], mask=wanted, other=0.0).to(tl.float32)
     difference = tl.where(wanted, guess - target, 0.0)
     if GRADIENT:
@@ -175,6 +183,7 @@ def _launch(
         NORM_PIX=norm_pix,
         EPSILON_=EPSILON,
         GRADIENT=scale is not None,
+        ROWS_LIE_TOGETHER=pixels.stride(2) == 1,
         num_warps=4,
     )
     return out

@@ -26,7 +26,10 @@ from cavmae.kernels import (
     contrastive_loss,
     gather_patches,
     gather_tokens,
+    gelu_backward,
+    layer_norm_backward,
     masked_reconstruction_loss,
+    pack_rows,
     random_mask,
     restore_tokens,
 )
@@ -87,6 +90,30 @@ def reconstruction() -> None:
         masked_reconstruction_loss(
             predicted, pixels, ids(removed), norm_pix=True, backend="triton"
         ).backward()
+
+
+def branches() -> None:
+    """Of the decoder and of the encoders, which keep what they could compute again or do not."""
+    for width, dtype in ((512, torch.bfloat16), (768, torch.bfloat16), (768, torch.float32)):
+        x = tensor(BATCH, 128, width, dtype=dtype)
+        statistics = [tensor(BATCH, 128, 1, dtype=torch.float32) for _ in range(2)]
+        affine = [tensor(width, dtype=dtype)]
+        pack_rows(x, x, x, backend="triton")
+        for again in (True, False):
+            gelu_backward(x.flatten(0, 1), x.flatten(0, 1), give_activation=again, backend="triton")
+            layer_norm_backward(
+                x,
+                statistics[0],
+                statistics[1],
+                affine,
+                affine,
+                [128],
+                x,
+                x,
+                give_tokens=again,
+                epsilon=1e-5,
+                backend="triton",
+            )
 
 
 def contrast() -> None:
@@ -206,6 +233,8 @@ def resources(source: ASTSource, architecture: int) -> dict[str, Any]:
         "registers": int(registers[1]),
         "spilled_bytes": sum(map(int, spills)),
         "shared_bytes": compiled.metadata.shared,
+        "wide_accesses": len(re.findall(r"(?:ld|st)\.global\S*\.v[248]\.", ptx)),
+        "accesses": len(re.findall(r"(?:ld|st)\.global", ptx)),
         "wgmma": "wgmma.mma_async" in ptx,
         "warps": compiled.metadata.num_warps,
     }
@@ -217,7 +246,7 @@ def main() -> None:
     for architecture in ARCHITECTURES:
         found: dict[str, ASTSource] = {}
         tiles.major_capability = lambda _, major=architecture // 10: major
-        for operation in (masks, tokens, patches, reconstruction, contrast):
+        for operation in (masks, tokens, patches, reconstruction, branches, contrast):
             found |= launches(operation)
         if architecture == 90:
             found |= launches(ones)

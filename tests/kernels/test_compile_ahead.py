@@ -84,3 +84,15 @@ def test_products_of_16_bits_are_wgmma_on_sm_90(compiled) -> None:
         "_weights_kernel",
     }
     assert all(products.values()), products
+
+
+def test_pixels_and_activations_are_read_and_written_in_wide_accesses(compiled) -> None:
+    """Of 8 bytes a thread or more; what remains is ids and statistics."""
+    names = r"_(patch|reconstruction|pack|gelu_backward|layer_norm_backward)_kernel"
+    found = {
+        name: (kernel["wide_accesses"], kernel["accesses"])
+        for name, kernel in compiled["100"].items()
+        if re.match(names, name)
+    }
+    assert len({name.partition("[")[0] for name in found}) == 5
+    assert {name: counts for name, counts in found.items() if 2 * counts[0] <= counts[1]} == {}

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cavmae.kernels import AttentionBackend, attention, gather_tokens
+from cavmae.trainer.model.branches import mlp_branch, projections
 
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
@@ -27,21 +28,6 @@ _NORM_STREAM: dict[str, Stream] = {
 }
 
 
-class RecomputedLinear(nn.Linear):
-    """A linear layer after a norm or an activation, which is cheap to recompute."""
-
-    recompute = False
-    """Keep the input of `before`, and recompute its output in the backward pass."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: torch.Tensor, before: TensorFunction
-    ) -> torch.Tensor:
-        """Apply the layer to `before(x)`: (..., in features) to (..., out features)."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            return super().forward(before(x))
-        return recomputed(lambda x: F.linear(before(x), self.weight, self.bias), x)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; tokens attend within their own segment of a packed sequence."""
 
@@ -49,27 +35,37 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend | None = None
-        self.qkv = RecomputedLinear(width, 3 * width)
+        self.keep = True
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(
         self,
         x: torch.Tensor,
-        norm: TensorFunction,
+        norms: list[nn.LayerNorm],
         lengths: list[int],
         query_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map (batch, tokens, width) to the same, or to (batch, queries, width); `lengths` are the
-        tokens of each segment."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x, norm).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.unbind(2)  # (batch, tokens, heads, head width)
+        """Add attention over the normalised tokens to them.
+
+        Args:
+            x: (batch, tokens, width).
+            norms, lengths: norm and tokens of each segment.
+            query_ids: see `Block.forward`.
+
+        Returns:
+            (batch, tokens, width), or (batch, queries, width).
+        """
+        bias = self.proj.bias
+        query, key, value, x = projections(x, norms, lengths, self.qkv, bias, keep=self.keep)
         if query_ids is not None:
-            query = gather_tokens(query.flatten(2), query_ids).unflatten(2, (self.heads, -1))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        # (batch, heads, tokens or queries, head width)
+            query, x = (gather_tokens(tokens, query_ids) for tokens in (query, x))
+        query, key, value = (
+            tokens.unflatten(2, (self.heads, -1)).transpose(1, 2) for tokens in (query, key, value)
+        )  # (batch, heads, tokens or queries, head width)
         mixed = attention(query, key, value, lengths, backend=self.backend)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        # The gradient of this bias comes from `projections`.
+        return F.linear(mixed.transpose(1, 2).flatten(2), self.proj.weight, bias.detach()) + x
 
 
 class Mlp(nn.Module):
@@ -77,12 +73,15 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = RecomputedLinear(width, hidden)
-        self.fc2 = RecomputedLinear(hidden, width)
+        self.keep = True
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: torch.Tensor, norm: TensorFunction) -> torch.Tensor:
-        """Map (batch, tokens, width) to the same."""
-        return self.fc2(self.fc1(x, norm), F.gelu)
+    def forward(
+        self, x: torch.Tensor, norms: list[nn.LayerNorm], lengths: list[int]
+    ) -> torch.Tensor:
+        """Add the layers' output for the normalised tokens to (batch, tokens, width)."""
+        return mlp_branch(x, norms, lengths, self.fc1, self.fc2, keep=self.keep)
 
 
 class Block(nn.Module):
@@ -101,9 +100,7 @@ class Block(nn.Module):
         """Choose what the backward pass recomputes: nothing; the norms and the activation before
         each linear layer; or everything but the block's input."""
         self._recompute_all = how == "full"
-        for module in self.modules():
-            if isinstance(module, RecomputedLinear):
-                module.recompute = how == "selective"
+        self.attn.keep = self.mlp.keep = how != "selective"
 
     def forward(
         self,
@@ -131,27 +128,13 @@ class Block(nn.Module):
     def _forward(
         self, x: torch.Tensor, segments: dict[Stream, int], query_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        norm1, norm2 = (partial(self._segment_norm, name, segments) for name in ("norm1", "norm2"))
-        mixed = self.attn(x, norm1, list(segments.values()), query_ids)
-        x = mixed + (x if query_ids is None else gather_tokens(x, query_ids))
-        return x + self.mlp(x, norm2)
-
-    def _segment_norm(
-        self, name: str, segments: dict[Stream, int], x: torch.Tensor
-    ) -> torch.Tensor:
-        """Normalise the packed sequence once, then apply each segment's own affine."""
-        norms = [getattr(self, name + _SUFFIX[stream]) for stream in segments]
-        if len(norms) == 1:
-            return norms[0](x)
-        normalized = F.layer_norm(x, x.shape[-1:], eps=norms[0].eps)
-        parts = normalized.split(list(segments.values()), dim=1)
-        return torch.cat(
-            [
-                torch.addcmul(norm.bias, part, norm.weight)
-                for norm, part in zip(norms, parts, strict=True)
-            ],
-            dim=1,
+        lengths = list(segments.values())
+        norm1, norm2 = (
+            [getattr(self, name + _SUFFIX[stream]) for stream in segments]
+            for name in ("norm1", "norm2")
         )
+        x = self.attn(x, norm1, lengths, query_ids)
+        return self.mlp(x, norm2, lengths if query_ids is None else [x.shape[1]])
 
 
 def recomputed(function: TensorFunction, x: torch.Tensor) -> torch.Tensor:
