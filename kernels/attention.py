@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -121,18 +122,25 @@ def _flash_attn(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (batch, tokens, heads, head width)
     if len(lengths) == 1:
         return flash_attn_func(q, k, v).transpose(1, 2)
-    ends = segment_ends(query.shape[0], lengths, query.device)
+    ends = segment_ends(query.shape[0], tuple(lengths), query.device)
     longest = max(lengths)
     packed = (x.flatten(0, 1) for x in (q, k, v))  # (batch * tokens, heads, head width)
     mixed = flash_attn_varlen_func(*packed, ends, ends, longest, longest)
     return mixed.unflatten(0, q.shape[:2]).transpose(1, 2)
 
 
-def segment_ends(batch: int, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+@torch.compiler.assume_constant_result
+def segment_ends(batch: int, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return the bounds of each segment of each sample in the concatenated tokens of a batch:
-    (batch * segments + 1,) int32, from 0 on."""
-    every = torch.tensor([0, *list(lengths) * batch], dtype=torch.int32)
-    return every.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    (batch * segments + 1,) int32, from 0 on. A run has few shapes, and each is copied to the device
+    once."""
+    return _segment_ends(batch, lengths, device)
+
+
+@lru_cache(maxsize=16)
+def _segment_ends(batch: int, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    every = torch.tensor([0, *lengths * batch], dtype=torch.int32)
+    return every.cumsum(0, dtype=torch.int32).to(device)
 
 
 # An operator of its own, so that torch.compile sees one call and not the loop in it.

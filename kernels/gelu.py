@@ -56,7 +56,7 @@ def gelu_backward(
         x,
         grad,
         of_x,
-        of_x if activation is None else activation,
+        sums if activation is None else activation,
         sums,
         rows,
         width,

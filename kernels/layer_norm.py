@@ -120,33 +120,26 @@ def layer_norm_backward(
     tokens = torch.empty_like(x) if give_tokens else None
     sums = x.new_empty(len(lengths), ROW_PARTS, 3, width, dtype=torch.float32)
     columns = triton.next_power_of_2(width)
-    first = 0
-    for segment, length in enumerate(lengths):
-        rows = batch * length
-        _layer_norm_backward_kernel[(ROW_PARTS,)](
-            x,
-            mean,
-            inverse_deviation,
-            weights[segment],
-            biases[segment],
-            grad,
-            residual,
-            of_x,
-            of_x if tokens is None else tokens,
-            sums,
-            rows,
-            length,
-            count,
-            first,
-            segment,
-            width,
-            triton.cdiv(rows, ROW_PARTS),
-            ROWS=max(1, 2048 // columns),
-            COLUMNS=columns,
-            GIVE_TOKENS=give_tokens,
-            num_warps=4,
-        )
-        first += length
+    _layer_norm_backward_kernel[(ROW_PARTS, len(lengths))](
+        x,
+        mean,
+        inverse_deviation,
+        weights[0] if len(lengths) == 1 else torch.stack([*weights]),
+        biases[0] if len(lengths) == 1 else torch.stack([*biases]),
+        grad,
+        residual,
+        of_x,
+        sums if tokens is None else tokens,
+        sums,
+        batch,
+        count,
+        width,
+        LENGTHS=tuple(lengths),
+        ROWS=max(1, 2048 // columns),
+        COLUMNS=columns,
+        GIVE_TOKENS=give_tokens,
+        num_warps=4,
+    )
     by_segment = sums.sum(1).to(weights[0].dtype)  # (segments, 3, width)
     of_weights, of_biases, of_residual = (list(each.unbind()) for each in by_segment.unbind(1))
     return NormGradients(of_x, of_weights, of_biases, sum(of_residual[1:], of_residual[0]), tokens)
@@ -181,31 +174,35 @@ def _layer_norm_backward_kernel(
     x,
     mean,
     inverse_deviation,
-    weight,
-    bias,
+    weights,
+    biases,
     grad,
     residual,
     of_x,
     tokens,
     sums,
-    rows,
-    length,
+    batch,
     count,
-    first,
-    segment,
     width,
-    rows_each,
+    LENGTHS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     GIVE_TOKENS: tl.constexpr,
 ):
     """The rows of one segment and one part, ROWS at a time; COLUMNS is a power of two from the
     width on."""
-    part = tl.program_id(0).to(tl.int64)
+    part, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first, length = 0, LENGTHS[0]
+    for number in tl.static_range(1, len(LENGTHS)):  # pyright: ignore
+        first = tl.where(segment >= number, first + LENGTHS[number - 1], first)
+        length = tl.where(segment == number, LENGTHS[number], length)
+    rows = batch * length
+    rows_each = tl.cdiv(rows, tl.num_programs(0))
     column = tl.arange(0, COLUMNS)
     there = column < width
-    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+    own = segment * width + column
+    scale = tl.expand_dims(tl.load(weights + own, mask=there, other=0.0).to(tl.float32), 0)
+    shift = tl.expand_dims(tl.load(biases + own, mask=there, other=0.0).to(tl.float32), 0)
     to_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
     to_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     to_residual = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -216,8 +213,9 @@ def _layer_norm_backward_kernel(
         wanted = inside[:, None] & there[None, :]
         token = (row // length) * count + first + row % length
         place = token[:, None] * width + column[None, :]
-        middle = tl.load(mean + token, mask=inside, other=0.0).to(tl.float32)[:, None]
-        steep = tl.load(inverse_deviation + token, mask=inside, other=0.0).to(tl.float32)[:, None]
+        middle = tl.expand_dims(tl.load(mean + token, mask=inside, other=0.0).to(tl.float32), 1)
+        steep = tl.load(inverse_deviation + token, mask=inside, other=0.0).to(tl.float32)
+        steep = tl.expand_dims(steep, 1)
         value = tl.load(x + place, mask=wanted, other=0.0).to(tl.float32)
         slope = tl.load(grad + place, mask=wanted, other=0.0).to(tl.float32)
         along = tl.load(residual + place, mask=wanted, other=0.0).to(tl.float32)
@@ -228,8 +226,8 @@ def _layer_norm_backward_kernel(
         to_bias += slope
         to_residual += along
         slope *= scale
-        share = tl.sum(slope * value, 1)[:, None] / width
-        branch = (slope - tl.sum(slope, 1)[:, None] / width - value * share) * steep
+        share = tl.sum(slope * value, 1, keep_dims=True) / width
+        branch = (slope - tl.sum(slope, 1, keep_dims=True) / width - value * share) * steep
         tl.store(of_x + place, along + branch, mask=wanted)
     target = sums + ((segment * tl.num_programs(0) + part) * 3) * width + column
     tl.store(target, tl.sum(to_weight, 0), mask=there)

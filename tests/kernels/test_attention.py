@@ -82,9 +82,22 @@ def test_segments_do_not_see_each_other(backend) -> None:
 
 
 def test_the_ends_of_packed_segments_are_those_of_every_sample() -> None:
-    ends = segment_ends(2, [4, 1, 3], torch.device("cpu"))
+    ends = segment_ends(2, (4, 1, 3), torch.device("cpu"))
     assert ends.dtype == torch.int32
     assert ends.tolist() == [0, 4, 5, 8, 12, 13, 16]
+    assert segment_ends(2, (4, 1, 3), torch.device("cpu")) is ends, "made once"
+
+
+def test_the_ends_are_a_constant_of_a_compiled_graph() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: x + segment_ends(2, (3, 1), x.device), backend=keep)
+    assert compiled(torch.zeros(5)).tolist() == [0, 3, 4, 7, 8]
+    assert [node.op for node in graphs[0].graph.nodes].count("call_function") == 1
 
 
 @pytest.mark.parametrize("lengths", [None, [4, 2, 3]], ids=["one segment", "three segments"])

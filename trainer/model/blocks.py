@@ -35,7 +35,6 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: AttentionBackend | None = None
-        self.keep = True
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -57,7 +56,7 @@ class Attention(nn.Module):
             (batch, tokens, width), or (batch, queries, width).
         """
         bias = self.proj.bias
-        query, key, value, x = projections(x, norms, lengths, self.qkv, bias, keep=self.keep)
+        query, key, value, x = projections(x, norms, lengths, self.qkv, bias)
         if query_ids is not None:
             query, x = (gather_tokens(tokens, query_ids) for tokens in (query, x))
         query, key, value = (
@@ -97,10 +96,10 @@ class Block(nn.Module):
         self._recompute_all = False
 
     def set_recomputed(self, how: Recompute) -> None:
-        """Choose what the backward pass recomputes: nothing; the norms and the activation before
-        each linear layer; or everything but the block's input."""
+        """Choose what the backward pass recomputes: nothing; the norm and the activation before the
+        MLP's linear layers; or everything but the block's input."""
         self._recompute_all = how == "full"
-        self.attn.keep = self.mlp.keep = how != "selective"
+        self.mlp.keep = how != "selective"
 
     def forward(
         self,

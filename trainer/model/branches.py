@@ -22,8 +22,6 @@ def projections(
     lengths: Sequence[int],
     linear: nn.Linear,
     residual_bias: torch.Tensor,
-    *,
-    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value of attention, and the residual that goes past it.
 
@@ -34,14 +32,12 @@ def projections(
         linear: from width to three times the width.
         residual_bias: (width,) a bias that the caller adds to the residual, detached; its gradient
             is that of the residual, added up, and comes from here.
-        keep: the normalised tokens for the backward pass, which would compute them again.
-
     Returns:
         Query, key, value and `x`, each (batch, tokens, width).
     """
     affine = _affine(norms)
     return _Projections.apply(
-        x, linear.weight, linear.bias, residual_bias, lengths, keep, norms[0].eps, *affine
+        x, linear.weight, linear.bias, residual_bias, lengths, norms[0].eps, *affine
     )
 
 
@@ -86,14 +82,13 @@ class _Projections(torch.autograd.Function):
         bias: torch.Tensor,
         residual_bias: torch.Tensor,
         lengths: Sequence[int],
-        keep: bool,
         epsilon: float,
         *affine: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         half = len(affine) // 2
         tokens, *statistics = layer_norm(x, affine[:half], affine[half:], lengths, epsilon)
         query, key, value = F.linear(tokens, weight, bias).chunk(3, dim=2)
-        ctx.save_for_backward(x, *statistics, weight, tokens if keep else None, *affine)
+        ctx.save_for_backward(x, *statistics, weight, tokens, *affine)
         ctx.lengths, ctx.epsilon = lengths, epsilon
         return query, key, value, x.view_as(x)
 
@@ -118,13 +113,12 @@ class _Projections(torch.autograd.Function):
             ctx.lengths,
             packed @ weight,
             residual,
-            give_tokens=tokens is None,
+            give_tokens=False,
             epsilon=ctx.epsilon,
         )
-        of_weight = _weight_gradient(packed, of_norm.tokens if tokens is None else tokens)
-        nothing = (None, None, None)
+        of_weight = _weight_gradient(packed, tokens)
         affine = (*of_norm.weights, *of_norm.biases)
-        return of_norm.x, of_weight, of_bias, of_norm.residual_sum, *nothing, *affine
+        return of_norm.x, of_weight, of_bias, of_norm.residual_sum, None, None, *affine
 
 
 class _MlpBranch(torch.autograd.Function):

@@ -138,8 +138,8 @@ class CAVMAE(AudioVideoEncoder):
             output = output._replace(
                 audio_tokens=audio_tokens,
                 video_tokens=video_tokens,
-                audio_embedding=audio_tokens.float().mean(dim=1),
-                video_embedding=video_tokens.float().mean(dim=1),
+                audio_embedding=audio_tokens.mean(dim=1, dtype=torch.float32),
+                video_embedding=video_tokens.mean(dim=1, dtype=torch.float32),
             )
         if reconstruct:
             latent = self.norm(streams["joint"])
@@ -229,5 +229,5 @@ class CAVMAE(AudioVideoEncoder):
 
     def _predict(self, tokens: torch.Tensor, audio: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict pixels of the first `audio` tokens (audio patches) and of the others (video)."""
-        tokens = self.decoder_norm(tokens)
-        return self.decoder_pred_a(tokens[:, :audio]), self.decoder_pred_v(tokens[:, audio:])
+        parts = self.decoder_norm(tokens).split([audio, tokens.shape[1] - audio], dim=1)
+        return self.decoder_pred_a(parts[0]), self.decoder_pred_v(parts[1])

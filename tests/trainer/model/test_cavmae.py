@@ -145,11 +145,11 @@ def test_the_fields_of_the_engine_reach_every_block() -> None:
     configure_blocks(model, EngineConfig(attention="sdpa", activation_checkpointing="none"))
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     assert blocks and all(block.attn.backend == "sdpa" for block in blocks)
-    assert all(block.attn.keep and block.mlp.keep for block in blocks)
+    assert all(block.mlp.keep for block in blocks)
     configure_blocks(untouched := small_model(), EngineConfig())
     blocks = [module for module in untouched.modules() if isinstance(module, Block)]
     assert all(block.attn.backend is None for block in blocks)
-    assert not any(block.attn.keep or block.mlp.keep for block in blocks)
+    assert not any(block.mlp.keep for block in blocks)
 
 
 def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
@@ -182,7 +182,7 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients(how: Recompute) ->
             assert ours.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
-@pytest.mark.parametrize(("how", "share"), [("selective", 0.75), ("full", 0.7)])
+@pytest.mark.parametrize(("how", "share"), [("selective", 0.85), ("full", 0.7)])
 def test_recomputed_blocks_keep_a_fraction_of_the_activations(how: Recompute, share: float) -> None:
     kept, recomputed = small_model(), small_model()
     recomputed.recompute_blocks(how)
