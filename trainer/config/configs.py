@@ -106,9 +106,9 @@ class EngineConfig(CheckedFields, section="engine"):
     `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
     installed."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What the backward pass recomputes. `selective`: the norms and GELUs before each matrix
-    product, which saves a third of the activations at almost no cost; `full`: all but the input of
-    each transformer block, which saves most of them for a third more compute."""
+    """What the backward pass recomputes. `selective`: the norm and the GELU of each MLP, and no
+    product, which saves more than a quarter of the activations at almost no cost; `full`: all but
+    the input of each transformer block, which saves most of them for a third more compute."""
     max_skipped_updates: PositiveInt = 20
     """Consecutive updates that may be skipped for a non-finite loss or gradient before the run
     stops."""
