@@ -100,8 +100,11 @@ class EngineConfig(CheckedFields, section="engine"):
     """Keep the optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
-    attention: Literal["auto", "blocks", "sdpa", "flash-attn"] = "auto"
-    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention;
+    attention: Literal[
+        "auto", "blocks", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn"
+    ] = "auto"
+    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention,
+    whose kernels `sdpa-flash`, `sdpa-cudnn` and `sdpa-efficient` name one by one (GPUs);
     `flash-attn`: that package, in one call for the joint encoder's three streams (GPUs, bf16).
     `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
     installed."""
