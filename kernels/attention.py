@@ -3,20 +3,29 @@
 - `blocks`: on a CPU. The scores of a few heads at a time fill one buffer that stays in the cache,
   and are computed again in the backward pass. torch's fused attention for CPUs multiplies bf16
   slowly there.
-- `sdpa`: torch's fused attention, one call for each segment of a packed sequence.
+- `sdpa`: torch's fused attention, one call for each segment of a packed sequence; `sdpa-flash`,
+  `sdpa-cudnn` and `sdpa-efficient` are its kernels one by one, on a GPU.
 - `flash-attn`: that package, one call for all segments; bf16 and fp16 on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-AttentionBackend = Literal["blocks", "sdpa", "flash-attn"]
+AttentionBackend = Literal[
+    "blocks", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn"
+]
+_SDPA_KERNELS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 BLOCK_BYTES = 4 << 20
 """Scores of a CPU's block: with their gradients they fit a second-level cache, or nearly so."""
@@ -59,7 +68,24 @@ def attention(
         raise ValueError(f"backend is {chosen!r}; use {', '.join(get_args(AttentionBackend))}")
     if chosen == "blocks" and query.device.type != "cpu":
         raise ValueError(f"backend is 'blocks' and query is on {query.device}; it is a CPU's way")
+    if chosen in _SDPA_KERNELS and query.device.type == "cpu":
+        raise ValueError(
+            f"backend is {chosen!r} and query is on cpu; it is a GPU's way: use 'sdpa'"
+        )
+    if chosen in _SDPA_KERNELS:
+        with sdpa_kernel(_SDPA_KERNELS[chosen]):
+            return _by_segment(F.scaled_dot_product_attention, query, key, value, lengths)
     attend = F.scaled_dot_product_attention if chosen == "sdpa" else _block_attention
+    return _by_segment(attend, query, key, value, lengths)
+
+
+def _by_segment(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+) -> torch.Tensor:
     if len(lengths) == 1:
         return attend(query, key, value)
     segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from cavmae.benchmarks.baselines.tiled_contrastive import tiled_contrastive_loss
 from cavmae.kernels import (
+    AttentionBackend,
+    attention,
     contrastive_loss,
     gather_patches,
     gather_tokens,
@@ -19,11 +21,14 @@ from cavmae.kernels import (
     random_mask,
     restore_tokens,
 )
+from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 
 TEMPERATURE = 0.05
 # Token counts of the published base model.
 AUDIO, VIDEO, KEPT_AUDIO, KEPT_VIDEO = 512, 196, 128, 49
 WIDTH, DECODER_WIDTH = 768, 512
+ATTENTION = {"decoder": (16, 32, 708), "audio": (12, 64, 128), "video": (12, 64, 49)}
+"""Heads, head width and tokens."""
 
 
 @dataclass
@@ -78,6 +83,8 @@ def cases(
     """
     torch.manual_seed(0)
     options = {"device": device, "dtype": dtype}
+    for name, (heads, head_width, tokens) in ATTENTION.items():
+        yield _attention(f"attention_{name}", (batch, heads, tokens, head_width), options)
     yield _gather(batch, options)
     yield _restore(batch, options)
     for sound in (True, False):
@@ -87,6 +94,37 @@ def cases(
         yield _mask(batch, device, sound)
     for size in contrastive:
         yield _contrastive(size, options)
+
+
+def _attention(name: str, shape: tuple[int, int, int, int], options: dict) -> Case:
+    batch, heads, tokens, head_width = shape
+    query, key, value = leaves = [
+        _leaf(batch, tokens, heads, head_width, options=options) for _ in range(3)
+    ]
+
+    def contender(backend: AttentionBackend | None) -> Contender:
+        def run() -> torch.Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return attention(q, k, v, backend=backend)
+
+        return Contender(run, leaves)
+
+    others: list[AttentionBackend] = []
+    if query.device.type == "cuda":
+        others = ["sdpa-flash", "sdpa-cudnn", "sdpa-efficient"]
+        if FLASH_ATTN_IS_INSTALLED:
+            others.append("flash-attn")
+    products = 4 * batch * heads * tokens * tokens * head_width
+    return Case(
+        name,
+        {
+            "ours": contender(None),
+            "eager": contender("sdpa"),
+            **{name: contender(name) for name in others},
+        },
+        forward_flops=products,
+        both_flops=3 * products,
+    )
 
 
 def _shuffle(batch: int, tokens: int, device: torch.device) -> torch.Tensor:

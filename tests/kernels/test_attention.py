@@ -167,8 +167,10 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
 
 def test_a_backend_that_cannot_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs((2, 3, 5, 5, 8), torch.float32)
-    with pytest.raises(ValueError, match="backend is 'cudnn'; use blocks, sdpa, flash-attn"):
+    with pytest.raises(ValueError, match="backend is 'cudnn'; use blocks, sdpa, sdpa-flash"):
         attend(*tensors, backend="cudnn")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="'sdpa-cudnn' and query is on cpu"):
+        attend(*tensors, backend="sdpa-cudnn")
     module = sys.modules[attention.__module__]
     monkeypatch.setattr(module, "FLASH_ATTN_IS_INSTALLED", False)
     with pytest.raises(ValueError, match="'flash-attn', which is not installed"):

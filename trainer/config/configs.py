@@ -100,15 +100,18 @@ class EngineConfig(CheckedFields, section="engine"):
     """Keep the optimizer state in CPU memory (ZeRO 1 to 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile (ZeRO 0 to 2)."""
-    attention: Literal["auto", "blocks", "sdpa", "flash-attn"] = "auto"
-    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention;
+    attention: Literal[
+        "auto", "blocks", "sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash-attn"
+    ] = "auto"
+    """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention,
+    whose kernels `sdpa-flash`, `sdpa-cudnn` and `sdpa-efficient` name one by one (GPUs);
     `flash-attn`: that package, in one call for the joint encoder's three streams (GPUs, bf16).
     `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
     installed."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What the backward pass recomputes. `selective`: the norms and GELUs before each matrix
-    product, which saves a third of the activations at almost no cost; `full`: all but the input of
-    each transformer block, which saves most of them for a third more compute."""
+    """What the backward pass recomputes. `selective`: the norm and the GELU of each MLP, and no
+    product, which saves more than a quarter of the activations at almost no cost; `full`: all but
+    the input of each transformer block, which saves most of them for a third more compute."""
     max_skipped_updates: PositiveInt = 20
     """Consecutive updates that may be skipped for a non-finite loss or gradient before the run
     stops."""
