@@ -58,7 +58,8 @@ def micro_batch_work(
 
 
 def scaled_work(counts: dict[int, list[Kernel]], samples: int) -> list[Kernel]:
-    """Return the kernels of a micro-batch of another size: all counts are linear in it.
+    """Return the kernels of a micro-batch of another size: all counts are linear in it, but for
+    tables of which a small one takes only some rows.
 
     Args:
         counts: of `micro_batch_work`, for two sizes.
