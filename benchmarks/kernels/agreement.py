@@ -62,8 +62,8 @@ SIZES = {
     "odd": Sizes(2, (3, 5), 4, 40, 21),
     "uneven": Sizes(3, (5, 7), 9, 100, 77),
     # The published base model, and the larger tiles in several row blocks, not a whole number.
-    "sound": Sizes(64, (8, 64), 128, 768, 512, sound=True),
-    "picture": Sizes(64, (14, 14), 49, 768, 5000),
+    "sound": Sizes(16, (8, 64), 128, 768, 512, sound=True),
+    "picture": Sizes(32, (14, 14), 49, 768, 5000),
 }
 SMALL = ("odd",)
 """For the interpreter, which takes seconds for each program."""

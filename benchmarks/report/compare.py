@@ -23,10 +23,10 @@ MIN_VALUES = 3
 RESAMPLES = 2000
 INTERVAL_PERCENT = (2.5, 97.5)
 _ABSENT = "not recorded"
-_PLACES = {"out", "work_dir", "run_dir"}
+_PLACES = {"out", "work_dir", "run_dir", "cache"}
 _WAYS = {
     "repeats", "rounds", "warm_up", "seconds", "minutes", "memory_samples", "look_every_seconds",
-    "workers", "windows", "precision", "only", "compile", "device", "golden",
+    "workers", "windows", "precision", "only", "compile", "device", "golden", "stages", "budget",
 }  # fmt: skip
 """Settings of how and how often something is measured, not of what."""
 _WAYS_OF_SUITE = {"data": {"batches"}, "step": {"memory"}, "train": {"steps", "part_steps"}}

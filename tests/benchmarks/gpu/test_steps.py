@@ -9,6 +9,7 @@ import torch
 from cavmae.benchmarks.gpu import steps
 from cavmae.benchmarks.gpu.setting import Check
 from cavmae.benchmarks.gpu.steps import SEARCH_SHARE, best, large_contrast, largest_batch
+from cavmae.benchmarks.harness.process_memory import no_memory_left
 from cavmae.benchmarks.harness.records import write_record
 
 
@@ -88,3 +89,18 @@ def test_a_gpu_on_which_no_batch_fits_fails_the_stage(
     monkeypatch.setattr(steps, "compare", Gpu(most=0))
     *_, found = steps.eager(on_cpu)
     assert found.beyond == ["no batch fits, down to 1"]
+
+
+@pytest.mark.parametrize(
+    ("message", "none_left"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_a_library_that_gets_no_memory_has_run_out_of_it_as_torch_has(
+    message: str, none_left: bool
+) -> None:
+    assert no_memory_left(RuntimeError(message)) == none_left
