@@ -48,7 +48,7 @@ def write(
     container: str,
     edit: Edit | None = None,
     background: int = 30,
-    keyframe_every: int = SECONDS * FPS,
+    keyframe_every: int = 0,
 ) -> None:
     video_codec, sound_codec, hz = CONTAINERS[container]
     sound = 600 * np.sin(2 * np.pi * 200 * np.arange(SECONDS * hz) / hz)
@@ -60,7 +60,7 @@ def write(
         video = output.add_stream(video_codec, rate=FPS)
         assert isinstance(video, av.VideoStream)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        video.gop_size = keyframe_every
+        video.gop_size = keyframe_every or video.gop_size
         audio = output.add_stream(sound_codec, rate=hz)
         assert isinstance(audio, av.AudioStream)
         audio.layout = "mono"

@@ -240,6 +240,7 @@ def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == versions
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_code")
 def test_scoring_between_steps_does_not_send_blocks_back_to_running_uncompiled() -> None:
     model = small_model()
