@@ -26,6 +26,7 @@ from cavmae.trainer.cost_model.comm_volume import TensorSizes, tensor_sizes
 from cavmae.trainer.cost_model.gpus import find_gpu, gpu_ceilings, known_gpu
 from cavmae.trainer.cost_model.kernel import ADAM_BYTES, Kernel
 from cavmae.trainer.cost_model.kernel_time import Ceilings, Range, kernel_times
+from cavmae.trainer.cost_model.memory_advice import largest_micro_batch
 from cavmae.trainer.cost_model.rank_time import rank_times, rank_work, step_seconds
 from cavmae.trainer.cost_model.step_work import micro_batch_work
 from cavmae.trainer.model.blocks import Recompute
@@ -105,7 +106,11 @@ def run_config(config: PredictConfig) -> RunConfig:
         micro_batch=config.micro_batch or recipe.micro_batch,
         engine=engine,
     )
-    return resolve(run, world_size=config.workers, samples=run.global_batch, threads=1)
+    run = resolve(run, world_size=config.workers, samples=run.global_batch, threads=1)
+    if run.micro_batch:
+        return run
+    memory = int(known_gpu(config.gpu).memory_bytes)
+    return replace(run, micro_batch=largest_micro_batch(run, config.workers, memory, gpu=True))
 
 
 def predict(run: RunConfig, workers: int, gpu: str) -> dict[str, Any]:

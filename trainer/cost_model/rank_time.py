@@ -65,18 +65,20 @@ def _accumulation(config: RunConfig, tensors: TensorSizes) -> list[Kernel]:
 
 
 def _engine_update(config: RunConfig, tensors: TensorSizes, world_size: int) -> list[Kernel]:
-    """Count DeepSpeed's kernels for an update: the norm of each gradient, its clipping, Adam in one
-    pass over a rank's share, and bf16 weights from it.
+    """Count the kernels of an update: the norm of each gradient, its clipping, Adam in one pass
+    over a rank's share, and bf16 weights from it. Stage 1 in bf16 has all gradients in one tensor.
 
     Source: `deepspeed/runtime/bf16_optimizer.py` and `runtime/utils.py` of DeepSpeed 0.19.
     """
     share = world_size if config.engine.zero_stage else 1
-    work = _each("norm", 4, tensors.trainable)
+    flat = config.engine.zero_stage == 1 and config.engine.dtype == "bf16"
+    gradients = (sum(tensors.trainable),) if flat else tensors.trainable
+    work = _each("norm", 4, gradients)
     if config.engine.clip_grad_norm:
-        work += _each("clip", 8, tensors.trainable)
+        work += _each("clip", 8, gradients)
     work += _each("adam", ADAM_BYTES, (sum(tensors.trainable) // share,))
     if element_bytes(config) == 2:
-        work += _each("copy", 6, [size // share for size in tensors.trainable])
+        work += _each("copy", 6, [size // share for size in gradients])
     return work
 
 

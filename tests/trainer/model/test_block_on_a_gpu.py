@@ -40,7 +40,10 @@ def test_a_block_multiplies_nothing_twice_and_moves_no_more_than_its_budget(
         ("forward", "backward"), (4, 8 + again), BUDGETS[how, form], strict=True
     ):
         assert len(trace.of("product", phase=phase)) == products
+        calls = (len(segments) if segments else 1) * (1 + (again > 0 and phase == "backward"))
+        assert len(trace.of("attention", phase=phase)) == calls
         moved = sum(each.bytes for each in trace.of("fused", "triton", "other", phase=phase))
         tokens = BATCH * (sum(segments.values()) if segments else 128)
         # Statistics, ids and the parts of sums, which are larger beside a batch this small.
         assert moved < 1.15 * passes * tokens * WIDTH * 2, phase
+    assert not trace.waits and not trace.copies
