@@ -10,7 +10,8 @@ from cavmae.benchmarks.gpu import steps
 from cavmae.benchmarks.gpu.setting import Check
 from cavmae.benchmarks.gpu.steps import SEARCH_SHARE, best, large_contrast, largest_batch
 from cavmae.benchmarks.harness.process_memory import no_memory_left
-from cavmae.benchmarks.harness.records import write_record
+from cavmae.benchmarks.harness.records import read_record, write_record
+from cavmae.benchmarks.step.predict import step_records
 
 
 @pytest.mark.parametrize("limit", [8, 9, 15, 16, 100, 1000, 1023, 5000])
@@ -104,3 +105,16 @@ def test_a_library_that_gets_no_memory_has_run_out_of_it_as_torch_has(
     message: str, none_left: bool
 ) -> None:
     assert no_memory_left(RuntimeError(message)) == none_left
+
+
+def test_the_steps_of_a_check_are_read_as_records_that_a_prediction_is_compared_with(
+    tmp_path: Any,
+) -> None:
+    step = {"configuration": {"compile": True}, "results": {"bf16": {"batch": 8}}}
+    entry = {"status": "skipped", "details": {"steps": [step]}}
+    path = write_record(tmp_path, "gpu-check", torch.device("cpu"), {}, {"prediction": entry})
+    (found,) = step_records(read_record(path))
+    assert (found.configuration, found.results) == (step["configuration"], step["results"])
+    assert found.hardware == read_record(path).hardware
+    bare = write_record(tmp_path, "step", torch.device("cpu"), {}, {})
+    assert step_records(read_record(bare)) == [read_record(bare)]
