@@ -86,8 +86,8 @@ def test_the_command_says_where_and_how_fast_and_what_that_rests_on(
     shown = capsys.readouterr().out
     assert "nodes 2" in shown and "node 2: rank 8 to 15" in shown
     assert "predicted: " in shown and "what NVIDIA H200 is expected to reach" in shown
-    assert train.main([*words, "--gpu", "H900"]) == 1
-    assert "gpu is 'H900', whose speed is not known here; use one of" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="gpu is 'H900', whose speed is not known here; use one"):
+        train.main([*words, "--gpu", "H900"])
 
 
 def test_cpu_ranks_are_expected_to_be_as_fast_as_their_cores(
