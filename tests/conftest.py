@@ -37,6 +37,7 @@ LONG_FILES = (
     "golden/test_pretraining.py",
     "cluster/test_train.py",
     "benchmarks/fake_cuda/test_training.py",
+    "benchmarks/fake_cuda/test_blocks.py",
     "benchmarks/gpu/test_check.py",
     "benchmarks/faults/test_faults.py",
     "benchmarks/training/test_train.py",
