@@ -32,10 +32,16 @@ def projections(
         linear: from width to three times the width.
         residual_bias: (width,) a bias that the caller adds to the residual, detached; its gradient
             is that of the residual, added up, and comes from here.
+
     Returns:
         Query, key, value and `x`, each (batch, tokens, width).
     """
     affine = _affine(norms)
+    if not _needs_gradients(x, linear.weight, linear.bias, residual_bias, *affine):
+        half = len(norms)
+        tokens = layer_norm(x, affine[:half], affine[half:], lengths, norms[0].eps).tokens
+        query, key, value = linear(tokens).chunk(3, dim=2)
+        return query, key, value, x
     return _Projections.apply(
         x, linear.weight, linear.bias, residual_bias, lengths, norms[0].eps, *affine
     )
@@ -60,7 +66,19 @@ def mlp_branch(
         keep: the inputs of both layers for the backward pass, which would compute them again.
     """
     weights = (first.weight, first.bias, second.weight, second.bias)
-    return _MlpBranch.apply(x, *weights, lengths, keep, norms[0].eps, *_affine(norms))
+    affine = _affine(norms)
+    if not _needs_gradients(x, *weights, *affine):
+        half = len(norms)
+        tokens = layer_norm(x, affine[:half], affine[half:], lengths, norms[0].eps).tokens
+        return x + second(F.gelu(first(tokens)))
+    return _MlpBranch.apply(x, *weights, lengths, keep, norms[0].eps, *affine)
+
+
+def _needs_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether there will be a backward pass. Without one the functions below are not for use:
+    torch.compile then mistakes the context for an argument of those with variable arguments
+    (torch 2.13, `AutogradFunctionVariable.call_apply`)."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _affine(norms: Sequence[nn.LayerNorm]) -> list[nn.Parameter]:

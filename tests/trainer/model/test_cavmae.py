@@ -287,3 +287,14 @@ def test_a_modality_that_is_removed_whole_does_not_change_a_prediction(absent: s
     (frame if absent == "sound" else log_mel).normal_()
     changed = model.predict_patches(log_mel, frame, *masks)
     assert not any(torch.equal(*pair) for pair in zip(before, changed, strict=True))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_block_compiles_whole_where_nothing_needs_gradients(trained: bool) -> None:
+    """Dynamo passes arguments of autograd functions by their number there."""
+    block = Block(32, 4).requires_grad_(trained)
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)
+    x = torch.randn(2, 6, 32)
+    with torch.set_grad_enabled(not trained):
+        for segments in (None, {"audio": 2, "video": 1, "joint": 3}):
+            assert torch.equal(compiled(x, segments), block(x, segments))
