@@ -11,6 +11,7 @@ import torch
 from cavmae.atomic_write import read_json, remove_leftovers, write_json
 from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.attention_choice import fixed_attention
 from cavmae.trainer.checkpoint.format import (
     check_not_left_behind,
     checkpoint_folder,
@@ -90,7 +91,7 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
 
     def open_and_note() -> RunConfig:
         begun = bool(list_checkpoints(store))
-        opened = open_run_dir(resolved, run_dir, store, device.type, ranks.world_size, memory)
+        opened = open_run_dir(resolved, run_dir, store, device, ranks.world_size, memory)
         if not begun:  # else its sets are those that it began with, or it is refused
             training_of(opened).save(run_dir)
         return opened
@@ -102,7 +103,12 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
 
 
 def open_run_dir(
-    config: Config, run_dir: Path, store: Store, device: str, world_size: int, memory_bytes: int
+    config: Config,
+    run_dir: Path,
+    store: Store,
+    device: torch.device,
+    world_size: int,
+    memory_bytes: int,
 ) -> Config:
     """Make the folder, or check that this attempt resumes the run in it; one rank calls it.
 
@@ -110,12 +116,12 @@ def open_run_dir(
         config: resolved.
         run_dir: its folder.
         store: its checkpoints.
-        device: type of the ranks' devices.
+        device: of this rank.
         world_size: ranks.
         memory_bytes: that each rank can take.
 
     Returns:
-        The configuration with the dtype and the micro-batch of the run.
+        The configuration with the dtype, the micro-batch and, on a GPU, the attention of the run.
 
     Raises:
         ValueError: the folder or the checkpoints are of another run, or the store is not writable.
@@ -133,7 +139,7 @@ def open_run_dir(
     folder_before = record.get("checkpoint_folder", "")
     if record and folder_before != folder:
         check_not_left_behind(store, folder_before or str(run_dir / "checkpoints"), run_dir)
-    before = None
+    before, gpu = None, device.type == "cuda"
     if list_checkpoints(store):
         if not saved.exists():
             raise ValueError(
@@ -142,10 +148,14 @@ def open_run_dir(
             )
         before = load_run_config(saved)
     if config.engine.dtype == "auto":
-        dtype = before.engine.dtype if before else native_dtype(gpu=device == "cuda")
+        dtype = before.engine.dtype if before else native_dtype(gpu=gpu)
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, dtype=dtype))
+    if config.engine.attention == "auto" and gpu:
+        attention = before.engine.attention if before else fixed_attention(config, device)
+        engine = dataclasses.replace(config.engine, attention=attention)
+        config = dataclasses.replace(config, engine=engine)
     if not config.micro_batch:
-        micro_batch = _micro_batch(config, before, world_size, memory_bytes, gpu=device == "cuda")
+        micro_batch = _micro_batch(config, before, world_size, memory_bytes, gpu=gpu)
         config = dataclasses.replace(config, micro_batch=micro_batch)
     if before:
         check_same_run(before, config)

@@ -106,8 +106,8 @@ class EngineConfig(CheckedFields, section="engine"):
     """`blocks`: one cache-sized block of heads at a time (CPUs); `sdpa`: torch's fused attention,
     whose kernels `sdpa-flash`, `sdpa-cudnn` and `sdpa-efficient` name one by one (GPUs);
     `flash-attn`: that package, in one call for the joint encoder's three streams (GPUs, bf16).
-    `auto`: `blocks` on a CPU; `sdpa` on a GPU, with `flash-attn` for the joint encoder where it is
-    installed."""
+    `auto`: `blocks` on a CPU; on a GPU the fastest for this model, timed when the run starts and
+    kept by its resumes, or one that is deterministic where `deterministic` asks."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
     """What the backward pass recomputes. `selective`: the norm and the GELU of each MLP, and no
     product, which saves more than a quarter of the activations at almost no cost; `full`: all but

@@ -61,6 +61,9 @@ def local(tmp_path: Path) -> Store:
     return Store(tmp_path / "checkpoints")
 
 
+CPU = torch.device("cpu")
+
+
 def damage(store: Store, name: str) -> None:
     """Change a byte of a file."""
     data = bytearray(store.read(name))
@@ -178,19 +181,19 @@ def test_a_start_with_another_folder_is_refused_until_the_checkpoints_are_there(
     first = PretrainConfig(run_dir=str(run_dir), engine=engine)
     moved = dataclasses.replace(first, checkpoint=CheckpointConfig(folder=remote.location()))
     former = Store(checkpoint_folder(first))
-    open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
-    open_run_dir(first, run_dir, former, "cpu", 1, 0)  # there was none yet
+    open_run_dir(moved, run_dir, remote, CPU, 1, 0)
+    open_run_dir(first, run_dir, former, CPU, 1, 0)  # there was none yet
     former.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
     for _ in range(2):
         with pytest.raises(ValueError, match=f"were written to {run_dir}/checkpoints, the newest"):
-            open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
+            open_run_dir(moved, run_dir, remote, CPU, 1, 0)
     remote.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
-    open_run_dir(moved, run_dir, remote, "cpu", 1, 0)
+    open_run_dir(moved, run_dir, remote, CPU, 1, 0)
     former.remove_folder(checkpoint_name(10))
     with pytest.raises(ValueError, match=f"were written to {remote.location()}, the newest"):
-        open_run_dir(first, run_dir, former, "cpu", 1, 0)
+        open_run_dir(first, run_dir, former, CPU, 1, 0)
     with pytest.raises(ValueError, match="they belong to another run; give another folder"):
-        open_run_dir(moved, tmp_path / "other", remote, "cpu", 1, 0)
+        open_run_dir(moved, tmp_path / "other", remote, CPU, 1, 0)
 
 
 def test_a_resume_keeps_the_micro_batch_that_memory_chose(tmp_path: Path) -> None:
@@ -198,14 +201,14 @@ def test_a_resume_keeps_the_micro_batch_that_memory_chose(tmp_path: Path) -> Non
     engine = EngineConfig(dtype="fp32")
     asked = PretrainConfig(str(run_dir), engine=engine, model=MODEL, global_batch=32, micro_batch=0)
     store = Store(checkpoint_folder(asked))
-    chosen = open_run_dir(asked, run_dir, store, "cpu", 1, 1 << 40).micro_batch
+    chosen = open_run_dir(asked, run_dir, store, CPU, 1, 1 << 40).micro_batch
     assert chosen == 32
-    assert open_run_dir(asked, run_dir, store, "cpu", 1, 1).micro_batch == 1, "no checkpoint yet"
-    open_run_dir(asked, run_dir, store, "cpu", 2, 1 << 40)
+    assert open_run_dir(asked, run_dir, store, CPU, 1, 1).micro_batch == 1, "no checkpoint yet"
+    open_run_dir(asked, run_dir, store, CPU, 2, 1 << 40)
     store.put(f"{checkpoint_name(10)}/{MANIFEST}", b"{}")
-    assert open_run_dir(asked, run_dir, store, "cpu", 2, 1).micro_batch == 16
-    assert open_run_dir(asked, run_dir, store, "cpu", 4, 1 << 40).micro_batch == 8
-    assert open_run_dir(asked, run_dir, store, "cpu", 1, 1 << 40).micro_batch == 8, "of the last"
+    assert open_run_dir(asked, run_dir, store, CPU, 2, 1).micro_batch == 16
+    assert open_run_dir(asked, run_dir, store, CPU, 4, 1 << 40).micro_batch == 8
+    assert open_run_dir(asked, run_dir, store, CPU, 1, 1 << 40).micro_batch == 8, "of the last"
 
 
 # --------------------------------------------------------------------- writing and going on
