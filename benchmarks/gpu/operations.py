@@ -1,35 +1,18 @@
 """Stages of a GPU check that time single operations: attention, kernels, decoding."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cavmae.benchmarks.gpu.setting import Check, Found, Skip, absent
 from cavmae.benchmarks.harness.timing import ceilings
 from cavmae.benchmarks.kernels.agreement import LIMITS
 from cavmae.benchmarks.kernels.bench import KernelsConfig, measure
-from cavmae.benchmarks.kernels.cases import Case, Contender
+from cavmae.benchmarks.kernels.cases import attention_cases
 from cavmae.benchmarks.kernels.timing import measured
-from cavmae.kernels import attention as model_attention
-from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 
-SHAPES = {
-    "decoder": (16, 708, 32),
-    "encoder of sound": (12, 128, 64),
-    "encoder of pictures": (12, 49, 64),
-    "joint": (12, 177, 64),
-}
-"""Heads, tokens and width of a head in the published base model."""
-SDPA = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-"""torch's fused kernels for GPUs."""
 _DECODING_NEEDS = ("nvidia.dali", "av", "PIL", "psutil", "rich", "tyro")
 
 
@@ -38,14 +21,8 @@ def attention(check: Check) -> Iterator[Found]:
     dtype = torch.bfloat16 if check.device.type == "cuda" else torch.float32
     ceiling = ceilings(check.device, dtype)
     found, fastest = Found("", {"ceilings": ceiling, "cases": {}}), []
-    for name, (heads, tokens, width) in SHAPES.items():
-        batch = 1 if check.small else 512
-        # Laid out as the model's product leaves them.
-        product = torch.randn(batch, tokens, 3, heads, width, device=check.device, dtype=dtype)
-        query, key, value = (x.transpose(1, 2).requires_grad_() for x in product.unbind(2))
-        contenders = _contenders(query, key, value)
-        flops = 2 * batch * heads * tokens**2 * width
-        case = Case(name, contenders, forward_flops=2 * flops, both_flops=7 * flops)
+    for case in attention_cases(1 if check.small else 512, check.device, dtype):
+        name = case.name
         result = measured(case, check.device, check.repeats, False, ceiling)
         found.details["cases"][name] = result
         times = {way: one["median_seconds"] for way, one in result["both"].items()}
@@ -65,29 +42,6 @@ def attention(check: Check) -> Iterator[Found]:
         found.beyond += [f"{name} {message}" for message in _failures_of_ours(result)]
         found.key = ", ".join(fastest)
         yield found
-
-
-def _contenders(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> dict[str, Contender]:
-    leaves = [query, key, value]
-
-    def by(backend: SDPBackend) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value)
-
-        return run
-
-    found = {"ours": Contender(lambda: model_attention(query, key, value), leaves)}
-    if query.device.type != "cuda":
-        return found | {"math": Contender(by(SDPBackend.MATH), leaves)}
-    found |= {name: Contender(by(backend), leaves) for name, backend in SDPA.items()}
-    if FLASH_ATTN_IS_INSTALLED:
-        found["flash-attn"] = Contender(
-            lambda: model_attention(query, key, value, backend="flash-attn"), leaves
-        )
-    return found
 
 
 def decoding(check: Check) -> Iterator[Found]:

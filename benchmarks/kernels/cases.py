@@ -27,7 +27,12 @@ TEMPERATURE = 0.05
 # Token counts of the published base model.
 AUDIO, VIDEO, KEPT_AUDIO, KEPT_VIDEO = 512, 196, 128, 49
 WIDTH, DECODER_WIDTH = 768, 512
-ATTENTION = {"decoder": (16, 32, 708), "audio": (12, 64, 128), "video": (12, 64, 49)}
+ATTENTION = {
+    "decoder": (16, 32, 708),
+    "audio": (12, 64, 128),
+    "video": (12, 64, 49),
+    "joint": (12, 64, 177),
+}
 """Heads, head width and tokens."""
 
 
@@ -83,8 +88,7 @@ def cases(
     """
     torch.manual_seed(0)
     options = {"device": device, "dtype": dtype}
-    for name, (heads, head_width, tokens) in ATTENTION.items():
-        yield _attention(f"attention_{name}", (batch, heads, tokens, head_width), options)
+    yield from attention_cases(batch, device, dtype)
     yield _gather(batch, options)
     yield _restore(batch, options)
     for sound in (True, False):
@@ -94,6 +98,18 @@ def cases(
         yield _mask(batch, device, sound)
     for size in contrastive:
         yield _contrastive(size, options)
+
+
+def attention_cases(batch: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield attention at the shapes of the published base model, by each backend at hand.
+
+    Args:
+        batch: samples.
+        device, dtype: of the tensors.
+    """
+    options = {"device": device, "dtype": dtype}
+    for name, (heads, head_width, tokens) in ATTENTION.items():
+        yield _attention(f"attention_{name}", (batch, heads, tokens, head_width), options)
 
 
 def _attention(name: str, shape: tuple[int, int, int, int], options: dict) -> Case:
@@ -123,7 +139,7 @@ def _attention(name: str, shape: tuple[int, int, int, int], options: dict) -> Ca
             **{name: contender(name) for name in others},
         },
         forward_flops=products,
-        both_flops=3 * products,
+        both_flops=7 * products // 2,  # the backward pass computes the scores again
     )
 
 

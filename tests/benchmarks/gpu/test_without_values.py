@@ -7,7 +7,7 @@ import stages_without_values
 from kernel_names import kernels_in_the_tree
 
 from cavmae.benchmarks.fake_cuda.process import FakeCuda, fake_cuda
-from cavmae.benchmarks.gpu.operations import SHAPES
+from cavmae.benchmarks.kernels.cases import ATTENTION
 
 pytestmark = pytest.mark.slow
 
@@ -28,5 +28,5 @@ def test_comparisons_launch_every_kernel_in_every_size_and_end_where_values_are_
 
 def test_attention_of_every_shape_is_timed_with_every_backend_of_a_gpu(device: FakeCuda) -> None:
     timed = device.run(stages_without_values.attention_timed)
-    backends = ["cudnn", "flash", "memory-efficient", "ours"]
-    assert timed == {name: backends for name in SHAPES}
+    backends = ["eager", "ours", "sdpa-cudnn", "sdpa-efficient", "sdpa-flash"]
+    assert timed == {f"attention_{name}": backends for name in ATTENTION}
