@@ -59,10 +59,13 @@ class TensorSizes:
     Attributes:
         trainable: of trained parameters.
         frozen: of the others.
+        together: parameters that stage 3 gathers in one call with others of their block, beyond the
+            first of each block.
     """
 
     trainable: tuple[int, ...]
     frozen: tuple[int, ...]
+    together: int = 0
 
     @property
     def persistent(self) -> list[int]:
@@ -78,9 +81,12 @@ class TensorSizes:
 def tensor_sizes(model: nn.Module) -> TensorSizes:
     """Return the sizes of a model that DeepSpeed has not partitioned."""
     parameters = list(model.parameters())
+    blocks = [module for module in model.modules() if getattr(module, "is_whole", False)]
+    large = [sum(p.numel() > PERSISTENT_ELEMENTS for p in block.parameters()) for block in blocks]
     return TensorSizes(
         trainable=tuple(one.numel() for one in parameters if one.requires_grad),
         frozen=tuple(one.numel() for one in parameters if not one.requires_grad),
+        together=sum(count - 1 for count in large if count),
     )
 
 
@@ -208,11 +214,10 @@ def _sharded(
     ]
     if cached:
         # After a pass without gradients DeepSpeed does not expect a backward pass: it releases the
-        # weights after the forward pass, and gathers each again when needed. (Not the decoder's,
-        # which that pass does not use; a large decoder is counted here all the same.)
-        found.append(
-            Collective("weights", "all_gather", times * gathered, times * len(partitioned))
-        )
+        # weights after the forward pass, and gathers those of a block again when it is called. (Not
+        # the decoder's, which that pass does not use; a large decoder is counted all the same.)
+        calls = times * (len(partitioned) - tensors.together)
+        found.append(Collective("weights", "all_gather", times * gathered, calls))
     return tuple(one for one in found if one.calls)
 
 

@@ -87,6 +87,9 @@ class Block(nn.Module):
     """Pre-norm transformer block. Every block owns all six norms, as the published weights do;
     only the joint encoder uses those of `audio` and `video`."""
 
+    is_whole = True
+    """Its weights are read without calling their modules, so ZeRO 3 has to gather all of them."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm1_a, self.norm1_v = (nn.LayerNorm(width) for _ in range(3))
