@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from cavmae.atomic_write import atomic_write
 from cavmae.benchmarks.fake_cuda.gpu import H200, FakeGpu
 
 P = ParamSpec("P")
@@ -116,14 +117,13 @@ def compiled_guard() -> Path:
             "g++, or name a compiler in CXX"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
     command = [compiler, "-shared", "-fPIC", "-O0", "-std=c++20", str(_SOURCE)]
     command += [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
     command += [f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"]
-    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{compiler} can't compile {_SOURCE}:\n{done.stderr}")
-    unfinished.rename(library)
+    with atomic_write(library) as unfinished:
+        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} can't compile {_SOURCE}:\n{done.stderr}")
     return library
 
 

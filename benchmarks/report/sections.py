@@ -288,8 +288,7 @@ def _predict(results: dict[str, Any]) -> Section:
 
 
 def _setting(row: dict[str, Any]) -> str:
-    compiled = ", compiled" if row["compile"] else ""
-    return f"{row['precision']}, batch {row['batch']}, recompute {row['recompute']}{compiled}"
+    return f"{row['precision']}, batch {row['batch']}, recompute {row['recompute']}"
 
 
 def _overhead(results: dict[str, Any]) -> Section:

@@ -79,6 +79,7 @@ SUITE = (
     Benchmark("storage-faults", Turn(60, _STORAGE), Turn(60, _STORAGE), needs="moto"),
     Benchmark("memory", Turn(150, ("--recipes", "demo")), None),
     Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
+    Benchmark("predict", Turn(120), Turn(120)),
     Benchmark("scaling", Turn(15), Turn(15)),
     Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),

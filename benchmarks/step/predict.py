@@ -58,8 +58,6 @@ class PredictConfig(RecordedConfig):
     `cavmae train RECIPE --dry-run` and `cavmae bench scaling`."""
     recompute: Recompute | None = None
     """Activations that the backward pass recomputes; None: as the recipe has it."""
-    compile: bool | None = None
-    """Compile the blocks; None: as the recipe has it."""
     against: tuple[str, ...] = ()
     """Records of `cavmae bench step` or `gpu-check` to compare with instead: of a GPU with what its
     data sheet promises, of any machine with the ceilings in the record."""
@@ -98,8 +96,6 @@ def run_config(config: PredictConfig) -> RunConfig:
     engine = replace(recipe.engine, dtype="bf16")
     if config.recompute:
         engine = replace(engine, activation_checkpointing=config.recompute)
-    if config.compile is not None:
-        engine = replace(engine, compile=config.compile)
     run = replace(
         recipe,
         global_batch=config.global_batch or recipe.global_batch,
@@ -172,10 +168,7 @@ def compare(record: Record) -> list[dict[str, Any]]:
             found["batch"],
             found["precision"],
             torch.device(record.hardware["device"]),
-            Choices(
-                compile=record.configuration["compile"],
-                recompute=record.configuration["recompute"],
-            ),
+            Choices(recompute=record.configuration["recompute"]),
         )
         machine = record.hardware.get("gpu") or record.hardware["processor"]
         sources = [recorded_ceilings(found["ceilings"], machine)]
@@ -236,7 +229,6 @@ def _compared(
         "precision": setting.precision,
         "batch": setting.batch,
         "recompute": setting.choices.recompute,
-        "compile": setting.choices.compile,
         "parts": rows,
         "step": {"measured_seconds": seconds} | _seconds(whole) | {"ratio": whole.middle / seconds},
     }
@@ -277,9 +269,6 @@ def _choices(run: RunConfig, workers: int) -> dict[str, RunConfig]:
         f"recompute {how}": {"activation_checkpointing": how}
         for how in get_args(Recompute)
         if how != engine.activation_checkpointing
-    }
-    others["blocks not compiled" if engine.compile else "blocks compiled"] = {
-        "compile": not engine.compile
     }
     found = {name: replace(run, engine=replace(engine, **one)) for name, one in others.items()}
     rows, batch = run.global_batch // workers, run.micro_batch

@@ -2,13 +2,12 @@
 
 Every operation of a forward and a backward pass is seen as torch dispatches it: matrix products
 with their shapes, attention, and of everything else the bytes. On a GPU, a function of `kernels/`
-is one kernel, which reads what it is given and writes what it returns, and a compiled block has the
-kernels of `compiled_block.py`.
+is one kernel, which reads what it is given and writes what it returns. Compiled blocks have the
+same products and kernels of ours; what the compiler fuses beside them is 2% of the bytes.
 """
 
 import sys
 import weakref
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import cavmae.kernels
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
-from cavmae.trainer.cost_model.compiled_block import BlockCall, compiled_block
 from cavmae.trainer.cost_model.fake_batch import fake_batch
 from cavmae.trainer.cost_model.kernel import Kernel, Pass, kernel, operation, touched_bytes
-from cavmae.trainer.model.blocks import Block
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 _KERNELS = str(Path(cavmae.kernels.__file__).parent)
@@ -40,7 +37,7 @@ def micro_batch_work(
 
     Args:
         config: `engine.dtype` is bf16 or fp32, `micro_batch` what a rank takes at once.
-        gpu: whether the kernels are those of a GPU; blocks are not compiled on a CPU.
+        gpu: whether the kernels are those of a GPU.
         embeddings_alone: count a forward pass without gradients that ends at the embeddings, which
             a pretraining run has first where groups span micro-batches.
     """
@@ -48,7 +45,7 @@ def micro_batch_work(
         assert isinstance(config, PretrainConfig)
         config = replace(config, loss=replace(config.loss, reconstruction_weight=0.0))
     with fake_batch(config, config.micro_batch) as batch:
-        count = _Count(batch.model, gpu=gpu, compiled=gpu and config.engine.compile)
+        count = _Count(batch.model, gpu=gpu)
         with count, torch.set_grad_enabled(not embeddings_alone):
             loss = batch.loss()
             if not embeddings_alone:
@@ -87,12 +84,10 @@ class _Owner(NamedTuple):
     Attributes:
         part: see `Kernel`.
         function: of `kernels/`, as its name and two numbers that tell one call from the next.
-        in_block: whether it is of a compiled block.
     """
 
     part: str = ""
     function: tuple[str, int, int] | None = None
-    in_block: bool = False
 
 
 @dataclass
@@ -134,15 +129,13 @@ class _Count(TorchDispatchMode):
     Args:
         model: its children are the parts.
         gpu: whether a function of `kernels/` is one kernel.
-        compiled: whether blocks are compiled.
     """
 
-    def __init__(self, model: AudioVideoEncoder, *, gpu: bool, compiled: bool) -> None:
+    def __init__(self, model: AudioVideoEncoder, *, gpu: bool) -> None:
         super().__init__()
         self.during: Pass = "forward"
         self._kernels: list[Kernel] = []
-        self._gpu, self._compiled = gpu, compiled
-        self._calls: Counter[tuple[str, BlockCall]] = Counter()
+        self._gpu = gpu
         self._now = _Owner()
         self._owners: dict[int, _Owner] = {}
         self._function: _Function | None = None
@@ -150,24 +143,16 @@ class _Count(TorchDispatchMode):
             model.use_attention("sdpa")
         for name, child in model.named_children():
             for module in child if isinstance(child, nn.ModuleList) else [child]:
-                module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                module.register_forward_pre_hook(partial(self._enter, name))
                 module.register_forward_hook(self._leave)
 
     def all_kernels(self) -> list[Kernel]:
-        """Return the kernels so far, with those of compiled blocks."""
+        """Return the kernels so far."""
         self._end_function()
-        blocks = [
-            replace(one, part=part, calls=one.calls * times)
-            for (part, call), times in self._calls.items()
-            for one in compiled_block(call)
-        ]
-        return self._kernels + blocks
+        return self._kernels
 
-    def _enter(self, part: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, part: str, *_: Any) -> None:
         self._now = _Owner(part)
-        if self._compiled and isinstance(module, Block):
-            self._calls[part, BlockCall.of(module, *args, **kwargs)] += 1
-            self._now = _Owner(part, in_block=True)
 
     def _leave(self, *_: Any) -> None:
         self._now = _Owner()
@@ -175,13 +160,15 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         owner = self._owner()
-        if torch.is_grad_enabled():  # the newest node is that of this operation
-            self._owners[_private.autograd._get_sequence_nr() - 1] = owner
+        if self.during == "forward":
+            # The newest node is that of this operation, or of the autograd function that it is in.
+            inside = owner if torch.is_grad_enabled() else owner._replace(function=None)
+            self._owners.setdefault(_private.autograd._get_sequence_nr() - 1, inside)
         inputs, outputs = (
             [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
             for tree in ((args, kwargs), result)
         )
-        if owner.in_block or not _launches(func, inputs, outputs):
+        if not _launches(func, inputs, outputs):
             return result
         one = kernel(self.during, owner.part, operation(func), inputs, outputs)
         if self._gpu and owner.function and one.kind == "other":

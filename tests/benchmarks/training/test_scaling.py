@@ -24,7 +24,7 @@ from cavmae.trainer.cost_model.gpus import gpu_ceilings, known_gpu
 DAY = 86_400.0
 TENSORS = TensorSizes(trainable=(768 * 3072,) * 80 + (768,) * 300, frozen=(768,) * 240)
 GPU = gpu_ceilings(known_gpu("H200"), "bf16")
-VALUES = {name: value for name, (value, _) in INPUTS.items()}
+VALUES = {name: value for name, (value, _) in INPUTS.items()} | {"cores_per_gpu": 64}
 
 
 def of(found: list[Row], gpus: int, stage: int = 1) -> Row:

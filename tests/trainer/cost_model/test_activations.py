@@ -148,7 +148,7 @@ def test_what_is_recomputed_is_not_kept() -> None:
         traced(config_of(dtype="fp32", activation_checkpointing=how)).peak(64, gradients_stay=False)
         for how in ("none", "selective", "full")
     )
-    assert selective < 0.75 * none
+    assert selective < 0.8 * none
     assert full < 0.6 * none
 
 

@@ -91,8 +91,8 @@ def test_recomputing_blocks_repeats_products_and_norms_and_activations_do_not(
     )
     products = [calls(one, "backward", "product") for one in (eager, selective, full)]
     assert products[0] == products[1] < products[2]
-    others = [calls(one, "backward", "other") for one in (eager, selective, full)]
-    assert others[0] < others[1]
+    moved = [sum(k.calls * k.bytes for k in one if k.kind == "other") for one in (eager, selective)]
+    assert moved[0] < moved[1]
 
 
 def test_on_a_gpu_a_function_of_our_kernels_is_one_kernel(eager: list[Kernel]) -> None:
@@ -103,20 +103,6 @@ def test_on_a_gpu_a_function_of_our_kernels_is_one_kernel(eager: list[Kernel]) -
     tokens = MODEL.audio_tokens + MODEL.video_tokens
     written = 2 * SAMPLES * tokens * MODEL.decoder_width
     assert written < restored.bytes < 2.5 * written
-
-
-def test_a_compiled_block_moves_fewer_bytes_in_fewer_kernels(eager: list[Kernel]) -> None:
-    compiled = micro_batch_work(run(compile=True), gpu=True)
-    for during in ("forward", "backward"):
-        assert calls(compiled, during, "product") == calls(eager, during, "product")
-        assert flops(compiled, during) == flops(eager, during)
-        others = [
-            [one for one in kernels if (one.during, one.kind) == (during, "other")]
-            for kernels in (compiled, eager)
-        ]
-        moved = [sum(one.calls * one.bytes for one in kernels) for kernels in others]
-        assert moved[0] < moved[1]
-    assert calls(compiled, "forward", "other") < calls(eager, "forward", "other")
 
 
 def test_groups_that_span_micro_batches_have_a_forward_pass_to_the_embeddings_first() -> None:
