@@ -12,7 +12,7 @@ demo-full: .venv/installed
 # The slow ones wait for Ray, for watchdogs and for nodes, so three share two cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest -m "slow and not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 25
+	$(BIN)/pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-long: .venv/installed
 	$(BIN)/pytest -m long --durations 25
