@@ -9,7 +9,6 @@ demo-full: .venv/installed
 	$(BIN)/cavmae demo-full
 
 # Each process of the fast tests has a core: more threads would spin while they wait for each other.
-# The slow ones wait for Ray, for watchdogs and for nodes, so three share two cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
