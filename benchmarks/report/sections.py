@@ -269,7 +269,7 @@ def _predict(results: dict[str, Any]) -> Section:
         "bound by": cell("bound_by"),
         "kernels": cell("kernels", _WHOLE),
         "TFLOP": cell("tflop", "{:.3g}".format),
-        "GB": cell("gbytes", "{:.1f}".format),
+        "GB, others": cell("gbytes", "{:.1f}".format),
     }
     step, gpu = results["step"], results["ceilings"]["name"]
     words = (

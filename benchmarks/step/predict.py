@@ -52,7 +52,7 @@ class PredictConfig(RecordedConfig):
     global_batch: NonNegativeInt = 0
     """Samples of a step; 0: as the recipe has it."""
     micro_batch: NonNegativeInt = 0
-    """Samples that a GPU takes at once; 0: as the recipe has it."""
+    """Samples that a GPU takes at once; 0: as the recipe has it, or the most that fit."""
     workers: PositiveInt = 1
     """GPUs that share the step. The time they wait for each other is left out: see
     `cavmae train RECIPE --dry-run` and `cavmae bench scaling`."""
@@ -251,7 +251,7 @@ def _row(kernels: list[Kernel], ceilings: Ceilings) -> dict[str, Any]:
         "kinds": {name: _seconds(one) for name, one in kinds.items()},
         "kernels": sum(one.calls for one in kernels),
         "tflop": sum(one.calls * one.flops for one in kernels) / 1e12,
-        "gbytes": sum(one.calls * one.bytes for one in kernels) / 1e9,
+        "gbytes": sum(one.calls * one.bytes for one in kernels if one.kind == "other") / 1e9,
     }
 
 

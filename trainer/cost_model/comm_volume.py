@@ -81,7 +81,7 @@ class TensorSizes:
 def tensor_sizes(model: nn.Module) -> TensorSizes:
     """Return the sizes of a model that DeepSpeed has not partitioned."""
     parameters = list(model.parameters())
-    blocks = [module for module in model.modules() if getattr(module, "is_whole", False)]
+    blocks = [module for module in model.modules() if getattr(module, "is_zero3_leaf", False)]
     large = [sum(p.numel() > PERSISTENT_ELEMENTS for p in block.parameters()) for block in blocks]
     return TensorSizes(
         trainable=tuple(one.numel() for one in parameters if one.requires_grad),

@@ -180,9 +180,9 @@ class Engine:
             decoupled_weight_decay=optimizer.name == "adamw",
             fused=True,  # one pass over weights, gradients and moments
         )
-        whole = {type(module) for module in model.modules() if getattr(module, "is_whole", False)}
-        if engine.zero_stage == 3 and whole:
-            deepspeed.utils.set_z3_leaf_modules(model, list(whole))
+        leaves = {type(one) for one in model.modules() if getattr(one, "is_zero3_leaf", False)}
+        if engine.zero_stage == 3 and leaves:
+            deepspeed.utils.set_z3_leaf_modules(model, list(leaves))
         with quiet_deepspeed():
             initialized: tuple[Any, ...] = deepspeed.initialize(
                 model=model.to(device), optimizer=client, config=settings

@@ -87,8 +87,8 @@ class Block(nn.Module):
     """Pre-norm transformer block. Every block owns all six norms, as the published weights do;
     only the joint encoder uses those of `audio` and `video`."""
 
-    is_whole = True
-    """Its weights are read without calling their modules, so ZeRO 3 has to gather all of them."""
+    is_zero3_leaf = True
+    """Its weights are read without calling their modules, so ZeRO 3 has to gather them together."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -199,6 +199,8 @@ class Tracker:
 
     def _experiment(self, name: str) -> str:
         """Return the id of the experiment, created where it doesn't exist."""
+        from mlflow.exceptions import MlflowException
+
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             database = sqlite_file(self.uri)
@@ -206,7 +208,7 @@ class Tracker:
             location = database and (database.resolve().parent / "mlartifacts").as_uri()
             try:
                 return self._client.create_experiment(name, artifact_location=location)
-            except Exception:
+            except MlflowException:
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:  # no other run has just created it
                     raise

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 import pytest
-from fake_blocks import FORMS, compiled_block
+from fake_gpu.blocks import FORMS, compiled_block
 
 from cavmae.benchmarks.fake_cuda.process import FakeCuda, fake_cuda
 from cavmae.trainer.model.blocks import Recompute

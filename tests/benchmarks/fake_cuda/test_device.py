@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from fake_operations import (
+from fake_gpu.operations import (
     device_facts,
     end,
     launch,
@@ -40,7 +40,7 @@ def test_reads_and_pageable_copies_are_waits_and_pinned_copies_are_not(gpu: Fake
         ("blocking", "copy to the device"),
         ("synchronize", "torch.cuda.synchronize"),
     ]
-    assert {wait.where.partition(":")[0] for wait in trace.waits} == {"fake_operations.py"}
+    assert {wait.where.partition(":")[0] for wait in trace.waits} == {"operations.py"}
     assert [copy.phase for copy in trace.copies if copy.pinned and copy.non_blocking] == ["pinned"]
 
 
@@ -80,7 +80,7 @@ def test_launches_that_a_driver_refuses_are_errors(
 def test_tensors_of_two_devices_are_an_error_that_says_where(gpu: FakeCuda) -> None:
     with pytest.raises(RuntimeError, match="two devices") as error:
         gpu.run(mixed_devices)
-    assert "fake_operations.py" in error.value.__notes__[0]
+    assert "operations.py" in error.value.__notes__[0]
 
 
 def test_a_process_that_ends_is_an_error_with_its_code() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_inference import classified, embedded, reconstructed, validation
-from fake_training import LOGGED_EVERY, STEPS, FakeTraining, train
+from fake_gpu.inference import classified, embedded, reconstructed, validation
+from fake_gpu.training import LOGGED_EVERY, STEPS, FakeTraining, train
 
 from cavmae.benchmarks.fake_cuda.process import FakeCuda, fake_cuda
 from cavmae.benchmarks.fake_cuda.trace import Trace

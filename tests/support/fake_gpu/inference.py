@@ -1,4 +1,4 @@
-"""Uses of trained models on the device that computes nothing; see `fake_training.py`."""
+"""Uses of trained models on the device that computes nothing; see `training.py`."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_training import LABELS, Batches, join_ranks, tiny
 
 from cavmae.benchmarks.fake_cuda.device import DEVICE
 from cavmae.benchmarks.fake_cuda.trace import Trace, traced
@@ -22,6 +21,7 @@ from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.pretrain import PretrainTask
+from fake_gpu.training import LABELS, Batches, join_ranks, tiny
 
 RANKS = Ranks(0, 2, 0, 2)
 

@@ -1,0 +1,1 @@
+"""What tests run on the CUDA device that computes nothing; see `cavmae.benchmarks.fake_cuda`."""
