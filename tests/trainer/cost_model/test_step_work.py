@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from fake_gpu.autoencoder import both_passes
 from tiny_run import MODEL
 
+from cavmae.benchmarks.fake_cuda.process import in_fake_cuda
 from cavmae.trainer.config.configs import (
     ClassifierConfig,
     EngineConfig,
@@ -20,10 +22,12 @@ from cavmae.trainer.cost_model.flops import backward_flops, forward_flops
 from cavmae.trainer.cost_model.kernel import Kernel
 from cavmae.trainer.cost_model.rank_time import rank_work
 from cavmae.trainer.cost_model.step_work import micro_batch_work, scaled_work
+from cavmae.trainer.model.blocks import Recompute
 from cavmae.trainer.model.config import ModelConfig
 
 SAMPLES = 8
 TENSORS = TensorSizes(trainable=(1000, 24), frozen=())
+KINDS = ("product", "other")
 
 
 def run(model: ModelConfig = MODEL, **engine: Any) -> PretrainConfig:
@@ -68,6 +72,21 @@ def test_a_block_is_four_products_forward_and_eight_backward(eager: list[Kernel]
         assert calls(own, "forward", "product") == 4 * depth
         assert calls(own, "backward", "product") == 8 * depth
         assert calls(own, "forward", "attention") == calls(own, "backward", "attention") == depth
+
+
+@pytest.mark.parametrize("how", get_args(Recompute))
+def test_the_count_is_that_of_a_traced_gpu(how: Recompute) -> None:
+    base = ModelConfig(modality_depth=1, decoder_depth=2)
+    config = dataclasses.replace(run(base, activation_checkpointing=how), micro_batch=64)
+    counted, trace = micro_batch_work(config, gpu=True), in_fake_cuda(both_passes, config)
+    for during in ("forward", "backward"):
+        products = trace.of("product", phase=during)
+        assert calls(counted, during, "product") == len(products)
+        own = {kind: [k for k in counted if (k.during, k.kind) == (during, kind)] for kind in KINDS}
+        assert sum(k.calls * k.flops for k in own["product"]) == sum(one.flops for one in products)
+        moved = sum(k.calls * k.bytes for k in own["other"])
+        traced = sum(one.bytes for one in trace.of("triton", "other", phase=during))
+        assert moved == pytest.approx(traced, rel=0.1), (during, moved / traced)
 
 
 def test_bytes_and_operations_are_linear_in_the_batch(eager: list[Kernel]) -> None:
