@@ -34,7 +34,15 @@ Kind = Literal["product", "attention", "triton", "fused", "collective", "other"]
 _GATHERS = ("gather", "index", "index_select", "embedding")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
 _OVERWRITING = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
-_NO_KERNEL = "detach set_ _reshape_alias _unsafe_view lift_fresh resize_ record_stream".split()
+_NO_KERNEL = [
+    "detach",
+    "set_",
+    "_reshape_alias",
+    "_unsafe_view",
+    "lift_fresh",
+    "resize_",
+    "record_stream",
+]
 _WAITING = ("nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
 _CHUNK_ELEMENTS, _MOST_BLOCKS, _MOST_TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 """Of a launch over many tensors: aten/src/ATen/native/cuda/MultiTensorApply.cuh."""

@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -83,11 +84,11 @@ class _Owner(NamedTuple):
 
     Attributes:
         part: see `Kernel`.
-        function: of `kernels/`, as its name and two numbers that tell one call from the next.
+        function: of `kernels/`, as its name and the number of the call.
     """
 
     part: str = ""
-    function: tuple[str, int, int] | None = None
+    function: tuple[str, int] | None = None
 
 
 @dataclass
@@ -139,6 +140,8 @@ class _Count(TorchDispatchMode):
         self._now = _Owner()
         self._owners: dict[int, _Owner] = {}
         self._function: _Function | None = None
+        self._frame: FrameType | None = None
+        self._calls = 0
         if gpu:
             model.use_attention("sdpa")
         for name, child in model.named_children():
@@ -191,19 +194,25 @@ class _Count(TorchDispatchMode):
         if self.during == "backward":
             node = _private._C._current_autograd_node()
             owner = self._owners.get(node._sequence_nr(), _Owner()) if node else _Owner()
-        function = _call_of_ours()
-        return (
-            owner._replace(part=owner.part or function[0], function=function) if function else owner
-        )
+        frame = _frame_of_ours()
+        if frame is not self._frame:  # held, so that no later call has the same address
+            if self._frame:
+                self._frame.clear()  # of the tensors of a call that is over
+            self._frame = frame
+            self._calls += 1
+        if frame is None:
+            return owner
+        name = frame.f_code.co_name
+        return owner._replace(part=owner.part or name, function=(name, self._calls))
 
 
-def _call_of_ours() -> tuple[str, int, int] | None:
+def _frame_of_ours() -> FrameType | None:
     """Return the call of a function of `kernels/` that the caller is in, but for attention."""
     found, frame = None, sys._getframe(1)
-    while frame.f_back:
+    while frame:
         file = frame.f_code.co_filename
         if file.startswith(_KERNELS) and not file.endswith("attention.py"):
-            found = (frame.f_code.co_name, id(frame), frame.f_back.f_lasti)
+            found = frame
         frame = frame.f_back
     return found
 
