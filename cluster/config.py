@@ -20,9 +20,8 @@ class ClusterConfig(CheckedFields):
     workers: PositiveInt = 2
     """Number of ranks, one Ray worker each."""
     min_workers: int = 0
-    """Elastic training: minimum number of ranks while nodes are missing. Any number from this to
-    `workers` that divides the lanes is used; nodes that return are used again. 0: always
-    `workers`."""
+    """Elastic training: minimum number of ranks while nodes are missing. As many from this to
+    `workers` are used as fit; nodes that return are used again. 0: always `workers`."""
     resize_every_seconds: Seconds = 60.0
     """Interval between checks for new nodes, where `min_workers` is set."""
     gpus_per_worker: int = 0

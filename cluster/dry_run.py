@@ -8,12 +8,11 @@ from rich.table import Table
 from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
 from cavmae.console import plain_console
-from cavmae.dataloaders.sampling.sample_plan import default_lanes
-from cavmae.trainer.config.resolve import native_dtype, resolve
+from cavmae.dataloaders.sampling.step_shares import StepShares
+from cavmae.trainer.config.resolve import native_dtype, resolve, step_shares
 from cavmae.trainer.cost_model.comm_volume import (
     TensorSizes,
     collectives,
-    micro_batches,
     sent_by_purpose,
 )
 from cavmae.trainer.cost_model.gpus import gpu_ceilings, known_gpu
@@ -62,7 +61,7 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
     config = resolve(
         config,
         world_size=cluster.workers,
-        samples=config.lanes or default_lanes(config.global_batch),  # the set is not opened
+        samples=config.global_batch,  # the set is not opened
         threads=config.threads_per_rank or cluster.cpus_per_worker,
     )
     gpu = cluster.gpus_per_worker > 0
@@ -72,7 +71,7 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
         here = int(known_gpu(cluster.gpu).memory_bytes) if gpu else shared
         micro_batch = largest_micro_batch(config, cluster.workers, limit or here, gpu=gpu)
         config = dataclasses.replace(config, micro_batch=micro_batch)
-    sizes = model_sizes(config)
+    sizes, shares = model_sizes(config), step_shares(config, cluster.workers)
     needed = footprint(config, sizes, cluster.workers, gpu=gpu)
     table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")
     for name, value in dataclasses.asdict(needed).items():
@@ -92,8 +91,7 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
     console.print(
         f"{sizes.trainable / 1e6:.1f} M trainable parameters, ZeRO {config.engine.zero_stage}; a "
         f"rank takes {config.micro_batch} samples at once, "
-        f"{micro_batches(config, cluster.workers)} times a step; "
-        f"{config.lanes} lanes"
+        f"{shares.accumulation} times a step; {config.lanes} lanes{_idle(shares)}"
     )
     for line in lines:
         console.print(line)
@@ -104,6 +102,18 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
             + advice(config, sizes, cluster.workers, limit, gpu=gpu)
         )
     return 0
+
+
+def _idle(shares: StepShares) -> str:
+    """Say what is lost where the ranks do not divide the batch."""
+    share = shares.global_batch / shares.world_size
+    if shares.largest == share:
+        return ""
+    return (
+        f"; {shares.world_size} ranks do not divide global_batch {shares.global_batch}: those "
+        f"with {shares.largest - 1} samples wait for those with {shares.largest}, "
+        f"{1 - share / shares.largest:.1%} of the time of all"
+    )
 
 
 def _where(found: Placement) -> list[str]:
@@ -122,7 +132,7 @@ def _where(found: Placement) -> list[str]:
 def _how_fast(config: RayPretrainConfig, tensors: TensorSizes, where: Placement) -> str:
     """Say how many samples a second are expected, and what that rests on."""
     cluster = config.cluster
-    rows = config.global_batch // cluster.workers
+    rows = step_shares(config, cluster.workers).largest
     if cluster.gpus_per_worker:
         gpu = known_gpu(cluster.gpu)
         ceilings = gpu_ceilings(gpu, str(config.engine.dtype))

@@ -1,8 +1,8 @@
-"""Elastic training: Ray Train's scaling policy, with two rules of ours.
+"""Elastic training: Ray Train's scaling policy, with a rule of ours.
 
-The rank count divides the lanes, so that the global batch, the order of samples and the contrastive
-groups stay the same. And running ranks are not killed to add more: they are asked to save a
-checkpoint and stop first, so that no step is done twice.
+Running ranks are not killed to add more: they are asked to save a checkpoint and stop first, so
+that no step is done twice. Any number of ranks trains the same global batches, in the same order
+and with the same contrastive groups (`step_shares.py`).
 """
 
 import sys
@@ -19,32 +19,25 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.trainer.fault_tolerance.preemption import request_stop
 
 MORE_FIT = "more ranks fit"
 """Prefix of the reason for which ranks stop and more of them resume."""
 
 
-class LaneScalingPolicy(ElasticScalingPolicy):
-    """Scales to a rank count that divides the lanes; runs in Ray Train's controller.
+class StoppingScalingPolicy(ElasticScalingPolicy):
+    """Scales to as many ranks as fit; runs in Ray Train's controller.
 
     Args:
         scaling_config: gives the minimum and the maximum of workers.
-        lanes: number that the rank count has to divide.
         run_dir: where the ranks look for a stop request.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, lanes: int, run_dir: Path) -> None:
+    def __init__(self, scaling_config: ScalingConfig, run_dir: Path) -> None:
         super().__init__(scaling_config)
-        self._lanes = lanes
         self._run_dir = run_dir
         self._reported_group = 0.0
         self._requested = 0
-
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        """Return the largest rank count that fits and divides the lanes."""
-        return largest_divisor(self._lanes, super()._count_possible_workers(reserved_resources))
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -91,20 +84,19 @@ class LaneScalingPolicy(ElasticScalingPolicy):
 
 
 class ElasticTorchTrainer(TorchTrainer):
-    """A TorchTrainer that scales by `LaneScalingPolicy`.
+    """A TorchTrainer that scales by `StoppingScalingPolicy`.
 
     Args:
-        lanes, run_dir: passed to the policy.
+        run_dir: passed to the policy.
         options: passed to TorchTrainer.
     """
 
-    def __init__(self, *arguments: Any, lanes: int, run_dir: Path, **options: Any) -> None:
+    def __init__(self, *arguments: Any, run_dir: Path, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._lanes = lanes
         self._run_dir = run_dir
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            policy = LaneScalingPolicy(self.scaling_config, self._lanes, self._run_dir)
+            policy = StoppingScalingPolicy(self.scaling_config, self._run_dir)
             options["scaling_policy"] = policy
         return super()._initialize_and_run_controller(**options)

@@ -17,7 +17,7 @@ from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
 from cavmae.cluster.connection import absolute_path, address_of, connected, report_shortage
 from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
-from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
+from cavmae.dataloaders.sampling.step_shares import check_ranks
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.fault_tolerance.preemption import (
@@ -96,9 +96,9 @@ def check_run(config: RayRunConfig) -> None:
     """Refuse now what the ranks would refuse later.
 
     Raises:
-        ValueError: there are no data, or the ranks cannot share the batch.
+        ValueError: there are no data, or more ranks than samples in a step.
     """
-    check_ranks(config.lanes or default_lanes(config.global_batch), config.cluster.workers)
+    check_ranks(config.global_batch, config.cluster.workers)
     if not config.data.train_folders:
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
 
@@ -209,7 +209,6 @@ def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
     minimum = cluster.min_workers
     trainer = ElasticTorchTrainer(
         train_rank,
-        lanes=config.lanes or default_lanes(config.global_batch),
         run_dir=Path(config.run_dir),
         train_loop_config={"config": without_cluster(config), "make_hooks": make_hooks},
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),

@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 
 from cavmae.atomic_write import read_json, remove_leftovers, write_json
-from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.attention_choice import fixed_attention
 from cavmae.trainer.checkpoint.format import (
@@ -23,6 +22,7 @@ from cavmae.trainer.config.resolve import (
     check_same_run,
     native_dtype,
     resolve,
+    step_shares,
     with_real_places,
 )
 from cavmae.trainer.config.serialize import load_run_config, save_config
@@ -81,10 +81,13 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
     config = with_real_places(config)
     train_set = ShardSet(config.data.train_folders, config.data.cache)
     store = Store(checkpoint_folder(config))
-    resolved = resolve(
-        config, world_size=ranks.world_size, samples=train_set.samples, threads=threads
-    )
     device = start_process_group(ranks)
+    resolved = resolve(
+        on_first_rank(lambda: _with_lanes_of_run(config, store)),
+        world_size=ranks.world_size,
+        samples=train_set.samples,
+        threads=threads,
+    )
     run_dir = Path(resolved.run_dir)
 
     memory = min(on_all_ranks(lambda: rank_memory(ranks, device)))
@@ -169,12 +172,24 @@ def open_run_dir(
     return config
 
 
+def _with_lanes_of_run(config: RunConfig, store: Store) -> RunConfig:
+    """Keep the lanes of a run that resumes: their default follows from its first rank count."""
+    saved = Path(config.run_dir) / "config.json"
+    if config.lanes or not saved.exists() or not list_checkpoints(store):
+        return config
+    before = load_run_config(saved)
+    if before.global_batch != config.global_batch:
+        return config  # refused when the two are compared
+    return dataclasses.replace(config, lanes=before.lanes)
+
+
 def _micro_batch(
     config: RunConfig, before: RunConfig | None, world_size: int, memory_bytes: int, *, gpu: bool
 ) -> int:
     """Choose the micro-batch: the one of before, or the largest that fits in a rank's memory."""
     if before:
-        return largest_divisor(config.global_batch // world_size, before.micro_batch)
+        kept = dataclasses.replace(config, micro_batch=before.micro_batch)
+        return step_shares(kept, world_size).largest_micro_batch
     found = largest_micro_batch(config, world_size, memory_bytes, gpu=gpu)
     log.info(
         "micro_batch %d: the largest predicted to fit in the %.1f GB that a rank has",

@@ -22,6 +22,7 @@ from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.weight_average import EpochWeights
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
@@ -96,13 +97,13 @@ class Trainer:
         self.task = hooks.wrap_task(build_task(opened, self.timer.before_sync))
         model, groups = self.task.build_model()
         configure_blocks(model, config.engine)
-        self.accumulation = config.global_batch // ranks.world_size // config.micro_batch
+        self.shares = step_shares(config, ranks.world_size)
         self.engine = Engine(
             model,
             config.engine,
             config.optimizer,
             micro_batch=config.micro_batch,
-            accumulation=self.accumulation,
+            accumulation=self.shares.accumulation,
             device=device,
             groups=groups,
         )
@@ -127,11 +128,8 @@ class Trainer:
             config.data,
             ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size),
             seed=config.seed,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
+            shares=self.shares,
             rank=ranks.rank,
-            world_size=ranks.world_size,
             device=device,
             start_position=state.position if state else 0,
             quarantine=state.quarantine if state else (),
@@ -294,7 +292,7 @@ class Trainer:
         self.watchdog.step()
         self.timer.begin_step()
         with self.span("data wait"):
-            parts = [next(batches).to(self.device) for _ in range(self.accumulation)]
+            parts = [next(batches).to(self.device) for _ in range(self.shares.accumulation)]
         self.timer.batch_ready()
         if self.engine.zero_stage == 3:  # gathers weights in the forward pass
             self.timer.before_sync()
@@ -420,6 +418,6 @@ def build_task(opened: OpenRun, before_sync: Callable[[], None]) -> Task:
         labels = on_first_rank(
             lambda: open_labels(config, opened.run_dir, begun=bool(list_checkpoints(opened.store)))
         )
-        return FinetuneTask(config, labels, opened.device)
+        return FinetuneTask(config, labels, opened.ranks, opened.device)
     assert isinstance(config, PretrainConfig)
     return PretrainTask(config, opened.ranks, opened.device, before_sync)

@@ -36,6 +36,7 @@ from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.loading.reader import ClipReader, EncodedClip, ReaderSettings, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import PositiveInt
 
@@ -47,7 +48,8 @@ POSITIONS = (0, 10**4, 10**7, 10**12)
 _PLAN = """
 import json, time
 import numpy as np
-from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
+from cavmae.dataloaders.sampling.sample_plan import SamplePlan
+from cavmae.dataloaders.sampling.step_shares import StepShares
 
 def peak_bytes():
     return 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
@@ -55,10 +57,12 @@ def peak_bytes():
 began = time.perf_counter()
 plan = SamplePlan([1000] * 100_000, seed=0, lanes=4096, window=4096)
 made = time.perf_counter() - began
+shares = StepShares(global_batch=4096 * 512, lanes=4096, world_size=4096, micro_batch=512)
+offsets = shares.offsets(17)
 times = []
 for step in range(10**6, 10**6 + 50):
     began = time.perf_counter()
-    plan.at(rank_positions(step, rank=17, world_size=4096, global_batch=4096 * 512, lanes=4096))
+    plan.at(step * shares.global_batch + offsets)
     times.append(time.perf_counter() - began)
 print(json.dumps({"make_seconds": made, "first_seconds": times[0],
                   "warm_seconds": float(np.median(times[1:])), "peak_bytes": peak_bytes()}))
@@ -127,11 +131,8 @@ def _loader(
         DataConfig(train=str(folder), reader_workers=workers, decode_threads=threads or workers),
         shape,
         seed=0,
-        global_batch=batch,
-        micro_batch=batch,
-        lanes=LANES,
+        shares=StepShares(batch, LANES, world_size=1, micro_batch=batch),
         rank=0,
-        world_size=1,
         device=CPU,
         start_position=start_position,
     )

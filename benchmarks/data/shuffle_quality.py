@@ -73,7 +73,7 @@ def measure(shards: int, samples: int, batch: int, window: int) -> dict[str, flo
         batch: global batch.
         window: of the plan.
     """
-    plan = SamplePlan([samples] * shards, seed=0, lanes=default_lanes(batch), window=window)
+    plan = SamplePlan([samples] * shards, seed=0, lanes=default_lanes(batch, 1), window=window)
     epochs = [
         np.array([one.shard * samples + one.sample for one in plan.samples(start, plan.count)])
         for start in (0, plan.count)

@@ -28,12 +28,14 @@ from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
-from cavmae.dataloaders.sampling.sample_plan import SamplePlan, rank_positions
+from cavmae.dataloaders.sampling.sample_plan import SamplePlan
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.format import description_bytes
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 
 RANKS, LANES, GLOBAL_BATCH, WINDOW = 2, 8, 64, 256
+SHARES = StepShares(GLOBAL_BATCH, LANES, RANKS, micro_batch=GLOBAL_BATCH // RANKS)
 SHAPE = ClipShape(audio_frames=96, mel_bins=128, image_size=32)
 SEED = 3
 
@@ -180,7 +182,7 @@ def _planned(folder: Path, steps: int) -> list[list[list[str]]]:
         [
             [
                 shards.sample_id(planned.shard, planned.sample)
-                for planned in plan.at(rank_positions(step, rank, RANKS, GLOBAL_BATCH, LANES))
+                for planned in plan.at(step * GLOBAL_BATCH + SHARES.offsets(rank))
             ]
             for step in range(steps)
         ]
@@ -193,7 +195,7 @@ def _in_order(logs: list[list[list[str]]], steps: int) -> list[str]:
     found = np.empty(steps * GLOBAL_BATCH, dtype=object)
     for rank, log in enumerate(logs):
         for step, ids in enumerate(log):
-            found[rank_positions(step, rank, RANKS, GLOBAL_BATCH, LANES)] = ids
+            found[step * GLOBAL_BATCH + SHARES.offsets(rank)] = ids
     return found.tolist()
 
 
@@ -233,11 +235,8 @@ def _rank(words: dict[str, Any]) -> None:
         ),
         SHAPE,
         seed=SEED,
-        global_batch=GLOBAL_BATCH,
-        micro_batch=GLOBAL_BATCH // RANKS,
-        lanes=LANES,
+        shares=SHARES,
         rank=words["rank"],
-        world_size=RANKS,
         device=torch.device("cpu"),
         start_position=words["step"] * GLOBAL_BATCH,
     )

@@ -4,13 +4,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.quarantine import QuarantinedSample
-from cavmae.dataloaders.sampling.sample_plan import rank_positions
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.model.config import ModelConfig
 
 TINY_MODEL = ModelConfig(
@@ -32,7 +31,7 @@ class SyntheticBatches:
 
     Args:
         config: not used: nothing is read.
-        shape, global_batch, micro_batch, lanes, rank, world_size, device: as the loader takes them.
+        shape, shares, rank, device: as the loader takes them.
         unused: what else the loader takes.
     """
 
@@ -41,31 +40,27 @@ class SyntheticBatches:
         config: DataConfig,
         shape: ClipShape,
         *,
-        global_batch: int,
-        micro_batch: int,
-        lanes: int,
+        shares: StepShares,
         rank: int,
-        world_size: int,
         device: torch.device,
         **unused: Any,
     ) -> None:
         self.wait_seconds = 0.0
         self.quarantine: tuple[QuarantinedSample, ...] = ()
-        self._micro_batch, self._global_batch = micro_batch, global_batch
-        self._offsets = rank_positions(0, rank, world_size, global_batch, lanes)
+        self._global_batch, self._parts = shares.global_batch, shares.micro_batches(rank)
         side = shape.image_size
-        self._log_mel = torch.randn(micro_batch, shape.audio_frames, shape.mel_bins, device=device)
-        self._frames = torch.randn(micro_batch, 1, 3, side, side, device=device)
+        most = shares.largest_micro_batch
+        self._log_mel = torch.randn(most, shape.audio_frames, shape.mel_bins, device=device)
+        self._frames = torch.randn(most, 1, 3, side, side, device=device)
 
     def __iter__(self) -> Iterator[AudioVideoBatch]:
-        batch = self._micro_batch
         for step in itertools.count():
-            own = step * self._global_batch + self._offsets
-            for positions in np.split(own, len(own) // batch):
+            for offsets in self._parts:
+                batch = len(offsets)
                 yield AudioVideoBatch(
-                    log_mel=self._log_mel,
-                    frames=self._frames,
-                    positions=torch.from_numpy(positions),
+                    log_mel=self._log_mel[:batch],
+                    frames=self._frames[:batch],
+                    positions=torch.from_numpy(step * self._global_batch + offsets),
                     epochs=torch.zeros(batch, dtype=torch.int64),
                     sample_ids=("synthetic",) * batch,
                     labels=((),) * batch,

@@ -222,6 +222,14 @@ def _scaling(results: dict[str, Any]) -> Section:
         rows = [row | {"others": others[row["gpus"]]} for row in lines[name]]
         title = f"{name.capitalize()} scaling, ZeRO 1 with the efficiency of the other stages"
         grids.append(table(title, columns, rows))
+    month = {
+        "GPUs": cell("gpus", _WHOLE),
+        "failures": cell("failures", "{:.1f}".format),
+        "goodput": cell("goodput", "{:.2%}".format),
+        "of 95% of the months": cell("worst_goodput", "{:.2%}".format),
+        "lost by a failure, s": cell("seconds_per_failure", _WHOLE),
+    }
+    grids.append(table("30 days, simulated failure by failure", month, results["month"]))
     inputs = {"input": cell("name"), "value": cell("value"), "source": cell("source")}
     grids.append(table("Inputs", inputs, named(results["inputs"])))
     figure = Figure(figsize=(11, 4), layout="constrained")

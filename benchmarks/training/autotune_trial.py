@@ -15,6 +15,7 @@ from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.benchmarks.training.timed_run import timed_run
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, ValidationConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.fault_tolerance.oom import OutOfMemory
 from cavmae.trainer.run_status import RunStatus, read_status
 
@@ -77,13 +78,13 @@ def _word(name: str, value: Any) -> str:
 
 def short_run(config: PretrainConfig, ranks: int) -> PretrainConfig:
     """Make a trial of a run: two micro-batches a step at most, as a step with more repeats them."""
-    times = config.global_batch // ranks // config.micro_batch
+    times = step_shares(config, ranks).accumulation
     global_batch = ranks * config.micro_batch * min(times, 2)
     group = config.loss.contrastive_group
     return dataclasses.replace(
         config,
         global_batch=global_batch,
-        lanes=default_lanes(global_batch),
+        lanes=default_lanes(global_batch, ranks),
         loss=dataclasses.replace(
             config.loss, contrastive_group=group if group and global_batch % group == 0 else 0
         ),
@@ -144,7 +145,7 @@ def expected_rate(config: PretrainConfig, ranks: int, steps: list[Step]) -> floa
         ranks: of both.
         steps: of the trial.
     """
-    times = config.global_batch // ranks // config.micro_batch
+    times = step_shares(config, ranks).accumulation
     update = statistics.median(sum(step.get(OPTIMIZER.part, {}).values()) for step in steps)
     whole = statistics.median(map(step_total, steps))
     micro_batch = (whole - update) / min(times, 2)

@@ -70,7 +70,7 @@ def config_of(case: Case) -> PretrainConfig:
         PRETRAIN_RECIPES[recipe](),
         global_batch=global_batch,
         micro_batch=micro_batch,
-        lanes=default_lanes(global_batch),
+        lanes=default_lanes(global_batch, ranks),
         threads_per_rank=1,
         data=DataConfig(prefetch_batches=1),
         engine=EngineConfig(zero_stage=stage, dtype=dtype),  # pyright: ignore[reportArgumentType]

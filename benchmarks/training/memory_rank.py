@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cavmae.atomic_write import write_json
 from cavmae.benchmarks.harness.synthetic_batches import TINY_MODEL
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
 
@@ -44,21 +45,18 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     from cavmae.trainer.tasks.pretrain import PretrainTask
 
     device = start_process_group(ranks)
-    times = config.global_batch // ranks.world_size // config.micro_batch
+    shares = step_shares(config, ranks.world_size)
 
     def clips(config: PretrainConfig) -> "list[AudioVideoBatch]":
         shape = config.model
         batches = SyntheticBatches(
             config.data,
             ClipShape(shape.audio_frames, shape.mel_bins, shape.image_size),
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            lanes=config.lanes,
+            shares=shares,
             rank=ranks.rank,
-            world_size=ranks.world_size,
             device=device,
         )
-        return list(itertools.islice(batches, times))
+        return list(itertools.islice(batches, shares.accumulation))
 
     def peaks(config: PretrainConfig, parts: "list[AudioVideoBatch]") -> list[int]:
         task = PretrainTask(config, ranks, device)
@@ -69,7 +67,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             config.engine,
             config.optimizer,
             micro_batch=config.micro_batch,
-            accumulation=times,
+            accumulation=shares.accumulation,
             device=device,
             groups=groups,
         )
@@ -80,7 +78,7 @@ def measure(config: PretrainConfig) -> dict[str, object]:
             task.begin_step(engine, parts)
             for number, part in enumerate(parts):
                 engine.backward(task.loss(engine, part))
-                if number + 1 < times:
+                if number + 1 < len(parts):
                     engine.accumulate()
             engine.update(1e-5)
             found.append(peak_bytes(device))

@@ -20,8 +20,9 @@ import tyro
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.report.console import show
+from cavmae.benchmarks.training.failure_simulation import Month, Run, simulated_month
 from cavmae.field_checks import PositiveFloat, PositiveInt
-from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.configs import PretrainConfig, WatchdogConfig
 from cavmae.trainer.config.recipes import audioset_base
 from cavmae.trainer.cost_model.comm_volume import (
     TensorSizes,
@@ -39,6 +40,8 @@ from cavmae.trainer.cost_model.step_work import micro_batch_work, scaled_work
 from cavmae.trainer.model.cavmae import CAVMAE
 
 STAGES = (0, 1, 2, 3)
+MONTH_GPUS = (1_000, 16_384)
+MONTH_SECONDS = 30 * 86_400.0
 _DTYPE = "bf16"
 _COUNTED_SAMPLES = (2, 3)
 LLAMA_3_GPU_SECONDS_PER_FAILURE = 16_384 * 54 * 86_400 / 419
@@ -65,6 +68,16 @@ INPUTS: dict[str, tuple[float, str]] = {
         "measured, 2 CPU ranks killed: faults-20261125T153805-060cf2cb92.json",
     ),
     "node_seconds": (300, "ASSUMED: until another node has taken the place of a broken one"),
+    "start_seconds": (
+        120,
+        "ASSUMED, beyond restart_seconds: processes, imports and groups of thousands of ranks",
+    ),
+    "hang_share": (0.1, "ASSUMED share of failures that only the watchdog notices"),
+    "hang_seconds": (WatchdogConfig.min_seconds, "default of watchdog.min_seconds"),
+    "write_gbytes": (
+        1,
+        "ASSUMED: a rank's part of a checkpoint to shared storage, beside the steps",
+    ),
 }
 
 
@@ -198,6 +211,9 @@ def main(arguments: list[str]) -> int:
         "inputs": inputs,
         "ceilings": dataclasses.asdict(gpu),
         **{name: [dataclasses.asdict(row) for row in found] for name, found in series.items()},
+        "month": [
+            dataclasses.asdict(one) for one in months(values, gpu, tensors, config.clips_per_gpu)
+        ],
     }
     path = write_record(config.out, "scaling", torch.device("cpu"), vars(config), results)
     show(path)
@@ -232,6 +248,47 @@ def rows(
                 alone = alone or row.samples_per_second
                 found.append(row)
     return found
+
+
+def months(
+    values: dict[str, float], gpu: Ceilings, tensors: TensorSizes, clips_per_gpu: int
+) -> list[Month]:
+    """Simulate 30 days of the weak series on `MONTH_GPUS`, in stage 1 with the recipe's
+    checkpoints.
+
+    Args:
+        values: of `INPUTS`.
+        gpu: what one reaches.
+        tensors: of the model of `audioset_base`.
+        clips_per_gpu: of a step.
+    """
+    found = []
+    for gpus in MONTH_GPUS:
+        config = _config(1, gpus * clips_per_gpu, gpus, clips_per_gpu)
+        row = _row(values, gpu, tensors, config, gpus, 0.0)
+        failures = _failures(values, config, tensors, gpus)
+        run = Run(
+            between_failures=failures.seconds_between,
+            hang_share=values["hang_share"],
+            hang=values["hang_seconds"],
+            recovery=failures.recovery_seconds,
+            interval=config.checkpoint.every_steps * row.step_seconds,
+            stall=failures.checkpoint_seconds,
+            write=failures.checkpoint_seconds * values["copy_gbytes"] / values["write_gbytes"],
+        )
+        found.append(simulated_month(run, gpus, MONTH_SECONDS))
+    return found
+
+
+def _failures(
+    values: dict[str, float], config: PretrainConfig, tensors: TensorSizes, gpus: int
+) -> Failures:
+    state = state_bytes(config, tensors, gpus, gpu=True)
+    return Failures(
+        seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
+        recovery_seconds=sum(values[f"{name}_seconds"] for name in ("restart", "start", "node")),
+        checkpoint_seconds=(state.weights + state.optimizer) / (values["copy_gbytes"] * 1e9),
+    )
 
 
 def _config(stage: int, global_batch: int, gpus: int, clips_per_gpu: int) -> PretrainConfig:
@@ -291,12 +348,7 @@ def _row(
             (compute.high, products.low),
         )
     )
-    state = state_bytes(config, tensors, gpus, gpu=True)
-    failures = Failures(
-        seconds_between=values["gpu_hours_per_failure"] * 3600 / gpus,
-        recovery_seconds=values["restart_seconds"] + values["node_seconds"],
-        checkpoint_seconds=(state.weights + state.optimizer) / (values["copy_gbytes"] * 1e9),
-    )
+    failures = _failures(values, config, tensors, gpus)
     samples_per_second = config.global_batch / step.total
     sent = sent_by_purpose(collectives(config, tensors, gpus), gpus)
     return Row(

@@ -11,6 +11,7 @@ the loader, the interpreter or the process, however they end.
 
 import itertools
 import logging
+import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,9 +39,8 @@ from cavmae.dataloaders.sampling.sample_plan import (
     PlannedSample,
     SamplePlan,
     any_sample,
-    largest_divisor,
-    rank_positions,
 )
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import RemoteFolder
 
@@ -56,13 +56,10 @@ class TrainLoader:
         config: the set and how to read it.
         shape: of the clips in the batches.
         seed: of the run; decides the order of samples and the choice of frames.
-        global_batch: clips of one optimizer step over all ranks and micro-batches.
-        micro_batch: clips of one batch.
-        lanes: of the plan; fixed for the run (`sample_plan.default_lanes`).
-        rank: this process among `world_size`.
-        world_size: ranks that share the global batch.
+        shares: how ranks and micro-batches share the clips of a step.
+        rank: this process.
         device: of the batches; a GPU also decodes the frames.
-        start_position: first position of the first step, a multiple of `lanes`.
+        start_position: first position of the first step, a multiple of the lanes.
         quarantine: ids, or ids with reasons, of clips that the run found damaged before.
         journal: this rank's file for the clips being decoded, beside those of the other ranks; if
             crashed ranks left theirs, those clips are tried first.
@@ -72,7 +69,7 @@ class TrainLoader:
 
     Raises:
         FileNotFoundError: `config.train` has no packed shards.
-        ValueError: numbers do not divide each other, the set is too small, or it was packed with
+        ValueError: the position starts no step, the set is too small, or it was packed with
             another frame choice.
     """
 
@@ -82,51 +79,47 @@ class TrainLoader:
         shape: ClipShape,
         *,
         seed: int,
-        global_batch: int,
-        micro_batch: int,
-        lanes: int,
+        shares: StepShares,
         rank: int,
-        world_size: int,
         device: torch.device,
         start_position: int = 0,
         quarantine: Iterable[str | tuple[str, str]] = (),
         journal: Path | None = None,
     ):
-        offsets = rank_positions(0, rank, world_size, global_batch, lanes)
-        _check_micro_batch(micro_batch, world_size, len(offsets))
-        if start_position % lanes:
+        if start_position % shares.lanes:
             raise ValueError(
                 f"start_position is {start_position}, which is not the start of a step; use a "
-                f"multiple of lanes = {lanes}"
+                f"multiple of lanes = {shares.lanes}"
             )
         settings = _settings(config, config.train_folders, shape, seed, device, training=True)
         shards = settings.shards
-        plan = training_plan(config, shards, seed, lanes)
-        _check_cache(config, shards, lanes // world_size)
+        plan = training_plan(config, shards, seed, shares.lanes)
+        _check_cache(config, shards, math.ceil(shares.lanes / shares.world_size))
         self._quarantine = Quarantine(shards, quarantine, config.max_bad_fraction)
         self._last_position = -1
         self.wait_seconds = 0.0
         notes = None if journal is None else Journal(journal)
         if notes is not None:
+            own = set(shares.offsets(rank).tolist())
             suspects = [
                 task
                 for task in notes.unfinished(shards)
                 if task.position >= start_position
-                and task.position % lanes * world_size // lanes == rank
+                and (task.position - start_position) % shares.global_batch in own
             ]
             for bad in find_culprits(settings, suspects):
                 self._quarantine.add(bad)
         stream = ClipStream(
             settings,
-            2 * micro_batch if config.augmentation.mixup_prob else micro_batch,
+            shares.largest_micro_batch * (2 if config.augmentation.mixup_prob else 1),
             self._quarantine,
             partial(_planned, plan, config.augmentation, self._quarantine),
             notes,
         )
         positions = (
-            start_position + step * global_batch + some
+            start_position + step * shares.global_batch + some
             for step in itertools.count()
-            for some in np.split(offsets, len(offsets) // micro_batch)
+            for some in shares.micro_batches(rank)
         )
         self._prefetcher = Prefetcher(stream.batches(positions), config.prefetch_batches)
         self._end = weakref.finalize(self, _end, self._prefetcher, stream)
@@ -293,15 +286,6 @@ def _in_packing_order(
     """Tasks of validation: the samples at the positions, without excluded ones."""
     tasks = [ReadTask(position, 0, *shards.at(position)) for position in positions.tolist()]
     return [task for task in tasks if not quarantine.excludes(task)]
-
-
-def _check_micro_batch(micro_batch: int, world_size: int, rank_batch: int) -> None:
-    if micro_batch < 1 or rank_batch % micro_batch:
-        fitting = largest_divisor(rank_batch, micro_batch) or 1
-        raise ValueError(
-            f"micro_batch is {micro_batch}, but {world_size} ranks x {micro_batch} does not divide "
-            f"global_batch = {world_size * rank_batch}; use micro_batch = {fitting}"
-        )
 
 
 def _check_cache(config: DataConfig, shards: ShardSet, lanes: int) -> None:

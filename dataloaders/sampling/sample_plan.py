@@ -5,7 +5,8 @@ epoch the shards are permuted and concatenated; the result is cut into one run p
 run is shuffled within windows of `window` samples. So
 
 - every sample occurs exactly once an epoch, without padding; batches may span two epochs;
-- a rank owns whole lanes, hence reads a contiguous part of the permuted shards once an epoch;
+- a rank that owns whole lanes (`step_shares.py`) reads a contiguous part of the permuted shards
+  once an epoch;
 - the order does not depend on ranks, workers or machines, and any position can be computed alone:
   a resume needs a position, not a loader's state.
 
@@ -24,7 +25,8 @@ import numpy as np
 
 from cavmae.dataloaders.sampling.philox import random_permutation, random_words
 
-MAXIMUM_LANES = 64
+MINIMUM_LANES = 64
+"""A run has no fewer lanes where its batch allows it, so that later rank counts find whole ones."""
 _SHARD_ORDER = 1 << 62
 _WEIGHT_OFFSET = 1 << 63
 """Counters of the shard permutations and of the epochs' offsets among the weights start at these,
@@ -220,51 +222,12 @@ def any_sample(
     return shard, index - (int(ends[shard - 1]) if shard else 0)
 
 
-def default_lanes(global_batch: int) -> int:
-    """Return the largest divisor of the global batch up to 64."""
-    return largest_divisor(global_batch, MAXIMUM_LANES)
-
-
-def check_ranks(lanes: int, world_size: int) -> None:
-    """Refuse a number of ranks that does not divide the lanes.
-
-    Raises:
-        ValueError: names the next number of ranks that divides them.
-    """
-    if world_size < 1 or lanes % world_size:
-        next_count = next(
-            (count for count in range(max(world_size, 1), lanes + 1) if lanes % count == 0), lanes
-        )
-        raise ValueError(
-            f"world_size is {world_size}, which does not divide the run's {lanes} lanes; "
-            f"use {next_count} ranks"
-        )
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of a number up to `most`; 0 if `most` is 0."""
-    return next((count for count in range(min(most, number), 0, -1) if number % count == 0), 0)
-
-
-def rank_positions(
-    step: int, rank: int, world_size: int, global_batch: int, lanes: int
-) -> np.ndarray:
-    """Return the positions of one rank in one optimizer step, ascending.
-
-    Returns:
-        `(global_batch // world_size,)` int64: all `p` of the step with `p % lanes` in the rank's
-        lanes.
-
-    Raises:
-        ValueError: lanes do not divide the global batch, or ranks do not divide the lanes.
-    """
-    check_ranks(lanes, world_size)
-    if global_batch % lanes:
-        raise ValueError(
-            f"lanes is {lanes}, which does not divide global_batch = {global_batch}; "
-            f"use {default_lanes(global_batch)}"
-        )
-    owned = lanes // world_size
-    rows = np.arange(0, global_batch, lanes, dtype=np.int64)
-    of_rank = np.arange(rank * owned, (rank + 1) * owned, dtype=np.int64)
-    return step * global_batch + (rows[:, None] + of_rank).reshape(-1)
+def default_lanes(global_batch: int, world_size: int) -> int:
+    """Return the lanes of a new run: the largest divisor of the global batch up to 64, or up to the
+    number of ranks where those are more, of those which the ranks share evenly if there are any."""
+    divisors = [
+        lanes
+        for lanes in range(1, min(global_batch, max(MINIMUM_LANES, world_size)) + 1)
+        if global_batch % lanes == 0
+    ]
+    return max([lanes for lanes in divisors if lanes % world_size == 0] or divisors)

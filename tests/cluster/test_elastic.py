@@ -19,7 +19,6 @@ from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.dataloaders.sampling.sample_plan import largest_divisor
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
@@ -30,13 +29,6 @@ LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-@pytest.mark.parametrize(
-    ("lanes", "most", "expected"), [(64, 8, 8), (64, 7, 4), (48, 5, 4), (3, 2, 1), (8, 0, 0)]
-)
-def test_the_largest_divisor_divides_the_lanes(lanes: int, most: int, expected: int) -> None:
-    assert largest_divisor(lanes, most) == expected
 
 
 def test_more_ranks_at_least_than_at_most_are_refused() -> None:

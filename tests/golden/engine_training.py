@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from cavmae.benchmarks.conformance.tiny_train import TinyTrain
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.kernels import MaskIds
 from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerConfig
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import Ranks, limit_threads, ranks_from_environment
 from cavmae.trainer.distributed.process_group import end_rank, start_process_group
 from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss
-from cavmae.trainer.losses.contrastive_groups import own_groups
+from cavmae.trainer.losses.contrastive_groups import step_exchange
 
 
 def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -> dict[str, Any]:
@@ -41,20 +42,14 @@ def train(run: TinyTrain, zero_stage: Any, ranks: Ranks, device: torch.device) -
     own = torch.arange(run.batch).chunk(ranks.world_size)[ranks.rank]
     log_mel, image = (tensor[own] for tensor in run.inputs())
     weight = run.record["contrast_loss_weight"]
-    groups = own_groups(
-        group_size=run.batch,
-        global_batch=run.batch,
-        lanes=ranks.world_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device,
-    )
+    shares = StepShares(run.batch, ranks.world_size, ranks.world_size, micro_batch=run.batch)
+    exchange = step_exchange(shares, run.batch, ranks.rank, device)
 
     def forward(step: int) -> tuple[torch.Tensor, list[float]]:
         masks = [MaskIds(*(ids[own] for ids in mask)) for mask in run.masks(step)]
         output = engine(log_mel, image, *masks, norm_pix=run.norm_pix)
         pairs = Pairs(output.audio_embedding, output.video_embedding, own)
-        contrast = exchanged_loss(pairs, LossConfig(), groups)
+        contrast = exchanged_loss(pairs, LossConfig(), exchange)
         parts = [output.reconstruction_audio, output.reconstruction_video]
         reconstruction = run.record["mae_loss_weight"] * (parts[0] + parts[1])
         row = torch.stack([*parts, weight * contrast.loss, contrast.accuracy]).detach()

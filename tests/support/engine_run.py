@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from cavmae.dataloaders.batch import AudioVideoBatch
-from cavmae.dataloaders.sampling.sample_plan import default_lanes, rank_positions
+from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.trainer.config.configs import EngineConfig, LossConfig, OptimizerConfig, PretrainConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.cost_model.comm_volume import tensor_sizes
 from cavmae.trainer.distributed.engine import Engine, Update
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -59,8 +60,8 @@ class Run:
         batch = case.get("global_batch", 16)
         self.config = PretrainConfig(
             global_batch=batch,
-            micro_batch=case.get("micro_batch", batch // ranks.world_size),
-            lanes=default_lanes(batch),
+            micro_batch=case.get("micro_batch", batch),
+            lanes=case.get("lanes", default_lanes(batch, ranks.world_size)),
             model=dataclasses.replace(MODEL, **case.get("model", {})),
             loss=LossConfig(
                 contrastive_weight=case.get("contrastive_weight", 1.0),
@@ -80,13 +81,13 @@ class Run:
         model.recompute_blocks(case.get("recompute", "selective"))
         self.tensors = tensor_sizes(model)
         self.task = PretrainTask(self.config, ranks, device)
-        self.accumulation = batch // ranks.world_size // self.config.micro_batch
+        self.shares = step_shares(self.config, ranks.world_size)
         self.engine = Engine(
             model,
             self.config.engine,
             self.config.optimizer,
             micro_batch=self.config.micro_batch,
-            accumulation=self.accumulation,
+            accumulation=self.shares.accumulation,
             device=device,
         )
 
@@ -101,14 +102,10 @@ class Run:
 
     def update(self, step: int, poison: str | None = None) -> Update:
         """One optimizer step; `poison` spoils the loss or the gradient of the last rank."""
-        positions = rank_positions(
-            step,
-            self.ranks.rank,
-            self.ranks.world_size,
-            self.config.global_batch,
-            self.config.lanes,
-        )
-        batches = [batch_of(part) for part in np.split(positions, self.accumulation)]
+        batches = [
+            batch_of(step * self.config.global_batch + offsets)
+            for offsets in self.shares.micro_batches(self.ranks.rank)
+        ]
         self.task.begin_step(self.engine, batches)
         poisoned = self.ranks.rank == self.ranks.world_size - 1
         for index, batch in enumerate(batches):

@@ -179,6 +179,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     [
         (2, [(2, 10), (1, 20)]),
         (3, [(1, 10), (2, 20)]),
+        (1, [(4, 5), (3, 15), (4, 20)]),  # three ranks have 2, 3 and 3 of 8 clips
     ],
 )
 def test_other_rank_counts_go_on_with_the_same_losses_and_some_checkpoints_are_kept_for_good(

@@ -238,12 +238,14 @@ class RunConfig(CheckedFields):
     global_batch: PositiveInt = 48
     """Samples per optimizer step, over all ranks and accumulation."""
     micro_batch: NonNegativeInt = 12
-    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated. 0: the
-    most that are predicted to fit in memory, chosen when the run starts; a run that resumes keeps
-    it."""
+    """Maximum samples per rank in one forward pass; gradients of the rest are accumulated. A rank's
+    share is cut into micro-batches of equal size, or one sample less. 0: the most that are
+    predicted to fit in memory, chosen when the run starts; a run that resumes keeps it."""
     lanes: NonNegativeInt = 0
-    """Equal parts of the global batch that are distributed over ranks, fixed for the whole run; the
-    rank count must divide it. 0: the largest divisor of the global batch up to 64."""
+    """Contiguous parts into which each epoch is cut, fixed for the whole run; they divide the
+    global batch, and ranks own whole ones where their number allows it. 0: the largest divisor of
+    the global batch up to 64 or the first rank count, one that the ranks share evenly if there
+    is."""
     seed: int = 0
     """Seed of initialization, order, masks and frames."""
     deterministic: bool = False

@@ -6,7 +6,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes, largest_divisor
+from cavmae.dataloaders.sampling.sample_plan import default_lanes
+from cavmae.dataloaders.sampling.step_shares import StepShares, check_ranks
 from cavmae.dataloaders.shards.storage import real_place
 from cavmae.trainer.config.configs import RunConfig
 
@@ -28,24 +29,26 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
         threads: CPU threads per rank, as set.
 
     Raises:
-        ValueError: the rank count does not divide the lanes, or the training set is too small.
+        ValueError: there are more ranks than samples in a step, or the training set is too small.
     """
-    lanes = config.lanes or default_lanes(config.global_batch)
-    check_ranks(lanes, world_size)
+    check_ranks(config.global_batch, world_size)
+    lanes = config.lanes or default_lanes(config.global_batch, world_size)
     if samples < lanes:
         raise ValueError(
             f"data.train {config.data.train} has {samples} clips, fewer than the {lanes} lanes; "
             f"set lanes to {samples} or less (a divisor of global_batch {config.global_batch})"
         )
-    per_rank = config.global_batch // world_size
     steps = config.steps or max(1, round(config.epochs * samples / config.global_batch))
-    return dataclasses.replace(
-        config,
-        lanes=lanes,
-        steps=steps,
-        micro_batch=largest_divisor(per_rank, config.micro_batch),
-        threads_per_rank=threads,
-    )
+    config = dataclasses.replace(config, lanes=lanes, steps=steps, threads_per_rank=threads)
+    if config.micro_batch:
+        micro_batch = step_shares(config, world_size).largest_micro_batch
+        config = dataclasses.replace(config, micro_batch=micro_batch)
+    return config
+
+
+def step_shares(config: RunConfig, world_size: int) -> StepShares:
+    """Return how a resolved run's ranks share its steps."""
+    return StepShares(config.global_batch, config.lanes, world_size, config.micro_batch)
 
 
 def with_real_places(config: Config) -> Config:

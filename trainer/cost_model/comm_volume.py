@@ -14,8 +14,13 @@ from typing import Literal
 from torch import nn
 
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.engine import LARGEST_BUCKET_ELEMENTS
-from cavmae.trainer.losses.contrastive_groups import step_layout
+from cavmae.trainer.losses.contrastive_groups import (
+    contrastive_layout,
+    group_size,
+    groups_span_ranks,
+)
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 Purpose = Literal["gradients", "weights", "embeddings", "scalars"]
@@ -97,7 +102,7 @@ def element_bytes(config: RunConfig) -> int:
 
 def micro_batches(config: RunConfig, world_size: int) -> int:
     """Return how many micro-batches each rank accumulates in a step."""
-    return config.global_batch // world_size // config.micro_batch
+    return step_shares(config, world_size).accumulation
 
 
 def sent_bytes(collective: Collective, world_size: int) -> int:
@@ -137,7 +142,8 @@ def collectives(
 def embeds_first(config: PretrainConfig, world_size: int) -> bool:
     """Return whether a step has forward passes without gradients before those with them."""
     contrasts = config.loss.contrastive_weight > 0
-    return contrasts and step_layout(config, world_size, config.micro_batch) == "cached"
+    layout = contrastive_layout(step_shares(config, world_size), group_size(config))
+    return contrasts and layout == "cached"
 
 
 def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purpose, int]:
@@ -150,14 +156,18 @@ def sent_by_purpose(found: tuple[Collective, ...], world_size: int) -> dict[Purp
 
 def _embeddings(config: PretrainConfig, world_size: int, *, cached: bool) -> tuple[Collective, ...]:
     """Return the gathers of the contrastive loss over ranks, and of its gradient."""
-    if step_layout(config, world_size, micro_batch=config.global_batch) == "local":
-        return ()  # no group spans ranks
-    times = 1 if cached else micro_batches(config, world_size)
+    shares = step_shares(config, world_size)
+    if not groups_span_ranks(shares, group_size(config)):
+        return ()
+    times = 1 if cached else shares.accumulation
     directions = 2 if config.loss.bidirectional else 1
     # Both embeddings of each clip, and the float32 log of its sum in each direction.
     clip_bytes = 2 * config.model.width * element_bytes(config) + 4 * directions
     gathers = Collective(
-        "embeddings", "all_gather", config.global_batch // times * clip_bytes, 2 + directions
+        "embeddings",
+        "all_gather",
+        world_size * shares.largest // times * clip_bytes,
+        2 + directions,
     )
     return times * (gathers,)
 

@@ -75,8 +75,8 @@ def advice(
 
 
 def largest_micro_batch(config: RunConfig, world_size: int, limit_bytes: int, *, gpu: bool) -> int:
-    """Return the most samples that a rank can take at once: a divisor of its share of the global
-    batch that is predicted to fit, or 1.
+    """Return the most samples that a rank can take at once: the largest part of its share of the
+    global batch, cut evenly, that is predicted to fit, or 1.
 
     Args:
         config: `engine.dtype` is bf16 or fp32; its micro-batch is not looked at.
@@ -84,22 +84,30 @@ def largest_micro_batch(config: RunConfig, world_size: int, limit_bytes: int, *,
         limit_bytes: of a rank.
         gpu: whether the ranks have GPUs.
     """
-    sizes, per_rank = model_sizes(config), config.global_batch // world_size
-    for count in (n for n in range(per_rank, 1, -1) if per_rank % n == 0):
+    sizes = model_sizes(config)
+    for count in _micro_batches(config, world_size):
         tried = dataclasses.replace(config, micro_batch=count)
         if footprint(tried, sizes, world_size, gpu=gpu).total <= limit_bytes:
             return count
     return 1
 
 
+def _micro_batches(config: RunConfig, world_size: int) -> list[int]:
+    """Return the sizes of a rank's largest micro-batch, cut into ever more of them."""
+    largest, smallest = -(-config.global_batch // world_size), config.global_batch // world_size
+    return sorted({-(-largest // times) for times in range(1, smallest + 1)}, reverse=True)
+
+
 def _ladder(
     config: RunConfig, world_size: int, *, gpu: bool, begun: bool
 ) -> dict[str, Sequence[Any]]:
     """Return the values that each field may take, the cheapest first."""
-    per_rank, engine = config.global_batch // world_size, config.engine
+    engine = config.engine
     further = _RECOMPUTE[_RECOMPUTE.index(engine.activation_checkpointing) + 1 :]
     return {
-        "micro_batch": [n for n in range(config.micro_batch - 1, 0, -1) if per_rank % n == 0],
+        "micro_batch": [
+            count for count in _micro_batches(config, world_size) if count < config.micro_batch
+        ],
         "zero_stage": () if begun else range(engine.zero_stage + 1, 4),
         "activation_checkpointing": further,
         "offload_optimizer": (True,) if gpu and not engine.offload_optimizer else (),

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.cost_model.comm_volume import Collective, TensorSizes, collectives, embeds_first
 from cavmae.trainer.cost_model.flops import forward_flops, training_flops
 
@@ -149,7 +150,7 @@ def step_time(
         device: of each rank.
         links: between ranks.
     """
-    rows = config.global_batch // world_size
+    rows = step_shares(config, world_size).largest
     compute = device.compute_seconds
     contrast = _contrast_flops(config, rows) / device.flops_per_second
     waits = dict.fromkeys(("gradients", "weights", "embeddings", "scalars"), 0.0)

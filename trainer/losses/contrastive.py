@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from cavmae.kernels import Backend, ContrastiveResult, contrastive_loss, default_backend
 from cavmae.kernels.similarity import Similarity, inverse_norms, query_gradients, statistics
 from cavmae.trainer.config.configs import LossConfig
-from cavmae.trainer.losses.contrastive_groups import OwnGroup
+from cavmae.trainer.losses.contrastive_groups import Exchange, OwnGroup
 
 
 class Pairs(NamedTuple):
@@ -41,17 +41,18 @@ def local_loss(pairs: Pairs, config: LossConfig, group_size: int) -> Contrastive
 
 
 def exchanged_loss(
-    own: Pairs, config: LossConfig, groups: list[OwnGroup], backend: Backend | None = None
+    own: Pairs, config: LossConfig, exchange: Exchange, backend: Backend | None = None
 ) -> ContrastiveResult:
-    """Mean loss of this rank's clips, whose mean over ranks is the step's; all ranks call it.
+    """Mean loss of this rank's clips; all ranks call it.
 
-    The gradient is that of the sum of all ranks' losses with respect to this rank's embeddings,
-    which is what an engine expects that averages parameters' gradients over ranks.
+    The gradient is that of the sum of all ranks' losses, each weighted by its number of clips over
+    this rank's, with respect to this rank's embeddings: a caller multiplies the loss by the clips
+    of this rank, or by what is proportional to them.
 
     Args:
-        own: this rank's clips of the step, in the order of `rank_positions`.
+        own: this rank's clips of the exchange, in the order of positions.
         config: temperature and directions.
-        groups: from `own_groups`.
+        exchange: of a step, or of a micro-batch.
         backend: see `cavmae.kernels.backend`.
     """
     loss, accuracy = _ExchangedContrastive.apply(
@@ -59,14 +60,17 @@ def exchanged_loss(
         own.audio,
         config.temperature,
         config.bidirectional,
-        groups,
+        exchange,
         backend or default_backend(own.video.device),
     )
     return ContrastiveResult(loss, accuracy)
 
 
-def gather_ranks(own: torch.Tensor) -> torch.Tensor:
-    """Gather (rows, ...), equally many on every rank, to (world_size * rows, ...), by rank."""
+def gather_ranks(own: torch.Tensor, rows: int) -> torch.Tensor:
+    """Gather up to `rows` rows of each rank to (world_size * rows, ...), by rank; what a rank has
+    less is filled up."""
+    if len(own) < rows:
+        own = torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
     everyone = own.new_empty(dist.get_world_size(), *own.shape)
     dist.all_gather(list(everyone.unbind(0)), own.contiguous())
     return everyone.flatten(0, 1)
@@ -82,19 +86,19 @@ class _ExchangedContrastive(torch.autograd.Function):
         audio: torch.Tensor,
         temperature: float,
         bidirectional: bool,
-        groups: list[OwnGroup],
+        exchange: Exchange,
         backend: Backend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.sides = (video.contiguous(), audio.contiguous())
-        ctx.gathered = tuple(gather_ranks(side) for side in ctx.sides)
+        ctx.gathered = tuple(gather_ranks(side, exchange.rows) for side in ctx.sides)
         ctx.inverses = tuple(inverse_norms(side[None], backend)[0] for side in ctx.sides)
         ctx.inverse_temperature = ctx.inverses[0].new_full((), 1 / temperature)
-        ctx.groups, ctx.backend = groups, backend
+        ctx.exchange, ctx.backend = exchange, backend
         ctx.directions = (0, 1) if bidirectional else (0,)
         ctx.log_sums = tuple(torch.empty_like(ctx.inverses[0]) for _ in ctx.directions)
         terms = []
         for direction in ctx.directions:
-            for group in groups:
+            for group in exchange.groups:
                 found = statistics(_similarity(ctx, group, direction), reverse=False)
                 ctx.log_sums[direction][group.own] = found.query_log_sum[0]
                 terms.append(found.terms[0])
@@ -107,12 +111,12 @@ class _ExchangedContrastive(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx, grad_loss: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        log_sums = tuple(gather_ranks(own) for own in ctx.log_sums)
+        log_sums = tuple(gather_ranks(own, ctx.exchange.rows) for own in ctx.log_sums)
         factor = grad_loss * ctx.inverse_temperature / (len(ctx.directions) * len(ctx.sides[0]))
         gradients = []
         for side, embeddings in enumerate(ctx.sides):
             gradient = torch.empty_like(embeddings)
-            for group in ctx.groups:
+            for group in ctx.exchange.groups:
                 own_log_sum = others_log_sum = None
                 if side in ctx.directions:
                     own_log_sum = ctx.log_sums[side][group.own][None]

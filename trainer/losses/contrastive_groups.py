@@ -14,44 +14,55 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cavmae.dataloaders.sampling.sample_plan import rank_positions
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.config.configs import PretrainConfig
 
 Layout = Literal["local", "gathered", "cached"]
 
 
-def contrastive_layout(
-    *, group_size: int, global_batch: int, micro_batch: int, lanes: int, world_size: int
-) -> Layout:
-    """Return where the groups of a step lie, which depends on the batch sizes alone."""
-    rank_of, row_of = _places(global_batch, lanes, world_size)
-    places = np.stack([rank_of, row_of // micro_batch]).reshape(2, -1, group_size)
-    span_ranks, span_micro_batches = (places != places[..., :1]).any((1, 2))
-    if span_micro_batches:
+def group_size(config: PretrainConfig) -> int:
+    """Return the clips of a contrastive group."""
+    return config.loss.contrastive_group or config.global_batch
+
+
+def contrastive_layout(shares: StepShares, group_size: int) -> Layout:
+    """Return where the groups of a step lie."""
+    places = _places(shares)
+    if _span(places.micro_batch, group_size):
         return "cached"
-    return "gathered" if span_ranks else "local"
+    return "gathered" if _span(places.rank, group_size) else "local"
 
 
-def step_layout(config: PretrainConfig, world_size: int, micro_batch: int) -> Layout:
-    """Return where the groups of a run's steps lie, of which a rank takes `micro_batch` at once."""
-    return contrastive_layout(
-        group_size=config.loss.contrastive_group or config.global_batch,
-        global_batch=config.global_batch,
-        micro_batch=micro_batch,
-        lanes=config.lanes,
-        world_size=world_size,
-    )
+def groups_span_ranks(shares: StepShares, group_size: int) -> bool:
+    """Return whether the clips of any group of a step lie on several ranks."""
+    return _span(_places(shares).rank, group_size)
 
 
-def _places(global_batch: int, lanes: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return each position's rank and its row on that rank; both (global_batch,)."""
-    rank_of = np.empty(global_batch, dtype=np.int64)
-    row_of = np.empty(global_batch, dtype=np.int64)
-    for rank in range(world_size):
-        positions = rank_positions(0, rank, world_size, global_batch, lanes)
-        rank_of[positions] = rank
-        row_of[positions] = np.arange(len(positions))
-    return rank_of, row_of
+@dataclass(frozen=True)
+class _Places:
+    """Where each position of a step is: rank, micro-batch and row on that rank, all
+    (global_batch,) int64."""
+
+    rank: np.ndarray
+    micro_batch: np.ndarray
+    row: np.ndarray
+
+
+def _places(shares: StepShares) -> _Places:
+    found = _Places(*(np.empty(shares.global_batch, dtype=np.int64) for _ in range(3)))
+    for rank in range(shares.world_size):
+        parts = shares.micro_batches(rank)
+        own = np.concatenate(parts)
+        found.rank[own] = rank
+        found.micro_batch[own] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        found.row[own] = np.arange(len(own))
+    return found
+
+
+def _span(places: np.ndarray, group_size: int) -> bool:
+    """Whether any group of consecutive positions has more than one of these places."""
+    groups = places.reshape(-1, group_size)
+    return bool((groups != groups[:, :1]).any())
 
 
 @dataclass(frozen=True)
@@ -75,29 +86,55 @@ class OwnGroup:
         return gathered[self.members]
 
 
-def own_groups(
-    *,
-    group_size: int,
-    global_batch: int,
-    lanes: int,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> list[OwnGroup]:
-    """Return the groups of a step that have clips of this rank, in the order of positions."""
-    rank_of, row_of = _places(global_batch, lanes, world_size)
-    rows_per_rank = global_batch // world_size
+@dataclass(frozen=True)
+class Exchange:
+    """Clips whose embeddings the ranks gather at once: those of a step, or of a micro-batch.
+
+    Attributes:
+        rows: clips of the rank that has most; the others fill up to it.
+        groups: those with clips of this rank, in the order of positions.
+    """
+
+    rows: int
+    groups: list[OwnGroup]
+
+
+def step_exchange(shares: StepShares, group_size: int, rank: int, device: torch.device) -> Exchange:
+    """Return the exchange of all clips of a step."""
+    return _exchange(_places(shares), np.arange(shares.global_batch), group_size, rank, device)
+
+
+def micro_batch_exchanges(
+    shares: StepShares, group_size: int, rank: int, device: torch.device
+) -> list[Exchange]:
+    """Return the exchanges of a step's micro-batches, none of which a group may span."""
+    places = _places(shares)
+    return [
+        _exchange(places, np.flatnonzero(places.micro_batch == number), group_size, rank, device)
+        for number in range(shares.accumulation)
+    ]
+
+
+def _exchange(
+    places: _Places, positions: np.ndarray, group_size: int, rank: int, device: torch.device
+) -> Exchange:
+    """Build the exchange of whole groups, whose positions are ascending."""
+    ranks, rows = places.rank[positions], places.row[positions]
+    first_rows = np.full(places.rank.max() + 1, len(places.row))
+    np.minimum.at(first_rows, ranks, rows)  # of each rank's part
+    rows = rows - first_rows[ranks]
+    longest = int(rows.max()) + 1
     groups = []
-    for ranks, rows in zip(
-        rank_of.reshape(-1, group_size), row_of.reshape(-1, group_size), strict=True
+    for of_group, within in zip(
+        ranks.reshape(-1, group_size), rows.reshape(-1, group_size), strict=True
     ):
-        own = np.sort(rows[ranks == rank])
+        own = np.sort(within[of_group == rank])
         if len(own):
             groups.append(
                 OwnGroup(
                     own=torch.from_numpy(own).to(device),
-                    members=torch.from_numpy(np.sort(ranks * rows_per_rank + rows)).to(device),
-                    first_own=int((ranks < rank).sum()),
+                    members=torch.from_numpy(np.sort(of_group * longest + within)).to(device),
+                    first_own=int((of_group < rank).sum()),
                 )
             )
-    return groups
+    return Exchange(longest, groups)

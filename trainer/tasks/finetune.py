@@ -8,8 +8,10 @@ from torch import nn
 
 from cavmae.dataloaders.batch import AudioVideoBatch, to_device
 from cavmae.trainer.config.configs import FinetuneConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.collectives import gather_uneven, in_lockstep
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
+from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.losses.classification import (
     classification_loss,
     mixed_targets,
@@ -31,11 +33,15 @@ class FinetuneTask:
     Args:
         config: resolved run.
         labels: its classes.
+        ranks: this process's rank.
         device: this rank's device.
     """
 
-    def __init__(self, config: FinetuneConfig, labels: LabelSet, device: torch.device) -> None:
+    def __init__(
+        self, config: FinetuneConfig, labels: LabelSet, ranks: Ranks, device: torch.device
+    ) -> None:
         self._config, self._labels, self._device = config, labels, device
+        self._shares = step_shares(config, ranks.world_size)
         self._losses: list[torch.Tensor] = []
 
     @property
@@ -65,6 +71,7 @@ class FinetuneTask:
         settings = self._config.classifier
         output = engine(batch.log_mel, batch.frames[:, 0], mode=settings.mode)
         loss = classification_loss(output.logits, self._targets(batch), settings.loss)
+        loss = loss * self._shares.weight(len(batch.positions))
         self._losses.append(loss.detach())
         return loss
 

@@ -8,10 +8,18 @@ from torch import nn
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.kernels import ContrastiveResult
 from cavmae.trainer.config.configs import PretrainConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.engine import Engine, ParamGroup
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.losses.contrastive import Pairs, concatenate, exchanged_loss, local_loss
-from cavmae.trainer.losses.contrastive_groups import own_groups, step_layout
+from cavmae.trainer.losses.contrastive_groups import (
+    Exchange,
+    contrastive_layout,
+    group_size,
+    groups_span_ranks,
+    micro_batch_exchanges,
+    step_exchange,
+)
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.model.weights import load_initial_weights
@@ -43,19 +51,20 @@ class PretrainTask:
         self._config = config
         self._device = device
         self._before_sync = before_sync
+        self._zero = torch.zeros((), device=device)
         self._reconstruct = config.loss.reconstruction_weight > 0
         self._contrast = config.loss.contrastive_weight > 0
-        self.group_size = config.loss.contrastive_group or config.global_batch
-        self.layout = step_layout(config, ranks.world_size, config.micro_batch)
-        self._groups = own_groups(
-            group_size=self.group_size,
-            global_batch=config.global_batch,
-            lanes=config.lanes,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device=device,
-        )
-        self._alone = all(len(group.own) == self.group_size for group in self._groups)
+        self._shares = shares = step_shares(config, ranks.world_size)
+        self.group_size = group_size(config)
+        self.layout = contrastive_layout(shares, self.group_size)
+        # One for each exchange of a step; none where the ranks do not meet.
+        self._exchanges: list[Exchange] = []
+        if self._contrast and groups_span_ranks(shares, self.group_size):
+            place = self.group_size, ranks.rank, device
+            if self.layout == "cached":
+                self._exchanges = [step_exchange(shares, *place)]
+            else:
+                self._exchanges = micro_batch_exchanges(shares, *place)
 
     @property
     def description(self) -> str:
@@ -69,29 +78,31 @@ class PretrainTask:
 
     def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._micro_batches = len(batches)
+        self._next_exchange = iter(self._exchanges)
         if self._contrast and self.layout == "cached":
             self._cache_gradients(engine, batches)
 
     def loss(self, engine: Engine, batch: AudioVideoBatch) -> torch.Tensor:
-        weights = self._config.loss
+        weights, weight = self._config.loss, self._shares.weight(len(batch.positions))
         output = self._forward(engine, batch, reconstruct=self._reconstruct)
-        loss = torch.zeros((), device=self._device)
+        loss = self._zero
         if self._reconstruct:
             assert output.reconstruction_audio is not None
             assert output.reconstruction_video is not None
             reconstruction = output.reconstruction_audio + output.reconstruction_video
-            loss = loss + weights.reconstruction_weight * reconstruction
-            self._add("loss_reconstruction_audio", output.reconstruction_audio)
-            self._add("loss_reconstruction_video", output.reconstruction_video)
+            loss = loss + weights.reconstruction_weight * weight * reconstruction
+            self._add("loss_reconstruction_audio", output.reconstruction_audio, weight)
+            self._add("loss_reconstruction_video", output.reconstruction_video, weight)
         if self._contrast:
-            pairs = self._pairs(output, batch.positions)
-            loss = loss + weights.contrastive_weight * self._contrastive(pairs)
+            result = self._contrastive(self._pairs(output, batch.positions))
+            loss = loss + weights.contrastive_weight * weight * result.loss
+            self._add("loss_contrastive", result.loss, weight)
+            self._add("contrastive_accuracy", result.accuracy, weight)
         self._add("loss", loss)
         return loss * weights.scale
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        return {name: total / self._micro_batches for name, total in self._sums.items()}
+        return {name: total / self._shares.accumulation for name, total in self._sums.items()}
 
     def validate(self, model: nn.Module, batches: Iterable[AudioVideoBatch]) -> Validation:
         """Compute both losses and retrieval, with figures of reconstructions and similarities.
@@ -124,25 +135,25 @@ class PretrainTask:
             positions,
         )
 
-    def _contrastive(self, own: Pairs) -> torch.Tensor:
+    def _contrastive(self, own: Pairs) -> ContrastiveResult:
+        """Compute the mean over the clips of a micro-batch."""
         if self.layout != "cached":
-            result = self._group_loss(own)
-            loss = result.loss
-        else:  # the step's loss as value, with this micro-batch's part of its gradient
-            result = self._step_result
-            audio_gradient, video_gradient = next(self._cached)
-            surrogate = (own.audio * audio_gradient).sum() + (own.video * video_gradient).sum()
-            loss = result.loss + (surrogate - surrogate.detach())
-        self._add("loss_contrastive", result.loss)
-        self._add("contrastive_accuracy", result.accuracy)
-        return loss
+            return self._group_loss(own)
+        # The rank's mean over the step as value, with this micro-batch's part of its gradient.
+        audio_gradient, video_gradient = next(self._cached)
+        surrogate = (own.audio * audio_gradient).sum() + (own.video * video_gradient).sum()
+        result = self._step_result
+        loss = result.loss + (surrogate - surrogate.detach())
+        return ContrastiveResult(loss, result.accuracy)
 
     def _group_loss(self, own: Pairs) -> ContrastiveResult:
-        """Compute the loss of whole groups: those of a micro-batch, or of the step."""
-        if self._alone:
+        """Compute the mean over this rank's clips of whole groups: those of a micro-batch, or of
+        the step."""
+        exchange = next(self._next_exchange, None)
+        if exchange is None:
             return local_loss(own, self._config.loss, self.group_size)
         self._before_sync()
-        return exchanged_loss(own, self._config.loss, self._groups)
+        return exchanged_loss(own, self._config.loss, exchange)
 
     def _cache_gradients(self, engine: Engine, batches: list[AudioVideoBatch]) -> None:
         """Compute the step's contrastive loss and its gradient by embedding, for `loss` to use."""
@@ -157,10 +168,17 @@ class PretrainTask:
         result = self._group_loss(own)
         audio, video = torch.autograd.grad(result.loss, [own.audio, own.video])
         self._step_result = ContrastiveResult(result.loss.detach(), result.accuracy)
-        # The engine takes the mean over micro-batches; each sample is in one of them.
-        audio, video = audio * len(batches), video * len(batches)
         lengths = [len(batch.positions) for batch in batches]
-        self._cached = iter(list(zip(audio.split(lengths), video.split(lengths), strict=True)))
+        # A clip's part in the mean of its micro-batch is larger than in that of all.
+        self._cached = iter(
+            [
+                (of_audio * (len(own.positions) / count), of_video * (len(own.positions) / count))
+                for of_audio, of_video, count in zip(
+                    audio.split(lengths), video.split(lengths), lengths, strict=True
+                )
+            ]
+        )
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
+    def _add(self, name: str, value: torch.Tensor, weight: float = 1.0) -> None:
+        before = self._sums.get(name, self._zero)
+        self._sums[name] = torch.add(before, value.detach(), alpha=weight)

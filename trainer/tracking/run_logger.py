@@ -14,6 +14,7 @@ from cavmae.atomic_write import read_json, write_json
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.kernels import default_backend
 from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tracking.progress import Progress
 from cavmae.trainer.tracking.tracker import Tracker
@@ -97,7 +98,7 @@ class RunLogger:
             config.global_batch,
             self._ranks.world_size,
             config.micro_batch,
-            config.global_batch // self._ranks.world_size // config.micro_batch,
+            step_shares(config, self._ranks.world_size).accumulation,
             config.lanes,
             task_description,
             config.engine.zero_stage,

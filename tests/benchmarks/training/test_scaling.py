@@ -1,14 +1,15 @@
 """The series of the scaling benchmark, its goodput model, and its record."""
 
+import dataclasses
 import json
 import math
-import random
 import re
 from pathlib import Path
 
 import pytest
 
 from cavmae.benchmarks.training import scaling
+from cavmae.benchmarks.training.failure_simulation import Run, simulated_month
 from cavmae.benchmarks.training.scaling import (
     INPUTS,
     LLAMA_3_GPU_SECONDS_PER_FAILURE,
@@ -16,6 +17,7 @@ from cavmae.benchmarks.training.scaling import (
     Row,
     best_interval,
     goodput,
+    months,
     rows,
 )
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
@@ -132,20 +134,37 @@ def test_no_interval_beats_the_best_one(between: float, cost: float) -> None:
     assert all(best > other for other in others)
 
 
-def test_goodput_is_that_of_a_run_with_failures_drawn() -> None:
-    failures, interval = Failures(3600.0, 120.0, 10.0), 900.0
-    draw = random.Random(0)
-    elapsed, done, next_failure = 0.0, 0, draw.expovariate(1 / 3600)
-    while done < 20_000:
-        end = elapsed + interval + 10.0
-        if end <= next_failure:
-            elapsed, done = end, done + 1
-            continue
-        while next_failure < end:  # and again while it starts
-            elapsed = next_failure + 120.0
-            next_failure += draw.expovariate(1 / 3600)
-            end = elapsed
-    assert done * interval / elapsed == pytest.approx(goodput(failures, interval), rel=0.01)
+SIMULATED = Run(
+    between_failures=3600.0, hang_share=0.0, hang=0.0, recovery=120.0, interval=900.0, stall=10.0,
+    write=0.0,
+)  # fmt: skip
+
+
+def test_a_simulated_month_has_the_goodput_of_the_formula() -> None:
+    month = simulated_month(SIMULATED, gpus=8, seconds=30 * DAY)
+    assert month.goodput == pytest.approx(goodput(Failures(3600.0, 120.0, 10.0), 900.0), rel=0.01)
+    assert month.failures == pytest.approx(720, rel=0.02)
+    assert month.worst_goodput < month.goodput
+
+
+def test_hangs_and_slow_writes_cost_what_they_take() -> None:
+    """Where failures are rare: the watchdog's limit, and the steps since the last commit."""
+    rare = dataclasses.replace(SIMULATED, between_failures=2 * DAY, stall=0.0)
+    plain = simulated_month(rare, gpus=8, seconds=3000 * DAY)
+    assert plain.seconds_per_failure == pytest.approx(120 + 450, rel=0.02)
+    hanging = dataclasses.replace(rare, hang_share=0.5, hang=600.0)
+    found = simulated_month(hanging, gpus=8, seconds=3000 * DAY)
+    assert found.seconds_per_failure == pytest.approx(120 + 450 + 300, rel=0.02)
+    slow = simulated_month(dataclasses.replace(rare, write=200.0), gpus=8, seconds=3000 * DAY)
+    assert slow.seconds_per_failure == pytest.approx(120 + 450 + 200, rel=0.02)
+
+
+def test_a_month_at_published_failure_rates_keeps_what_was_promised() -> None:
+    """419 failures in 54 days on 16,384 GPUs, with every loss that the inputs name."""
+    few, many = months(VALUES, GPU, TENSORS, clips_per_gpu=128)
+    assert (few.gpus, many.gpus) == (1_000, 16_384)
+    assert many.failures == pytest.approx(419 / 54 * 30, rel=0.03)
+    assert few.goodput >= 0.99 and many.goodput >= 0.94
 
 
 def test_llama_3_failed_every_three_hours() -> None:

@@ -8,8 +8,9 @@ import torch
 
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
+from cavmae.dataloaders.sampling.step_shares import StepShares
 
-ONE_RANK: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+ON_CPU: dict[str, Any] = {"rank": 0, "device": torch.device("cpu")}
 
 
 @pytest.fixture
@@ -18,8 +19,11 @@ def train_loader() -> Iterator[Callable[..., TrainLoader]]:
     loaders = []
 
     def start(config: DataConfig, shape: ClipShape, **fields: Any) -> TrainLoader:
-        plan: dict[str, Any] = {"seed": 11, "global_batch": 8, "micro_batch": 8, "lanes": 4}
-        loaders.append(TrainLoader(config, shape, **(ONE_RANK | plan | fields)))
+        plan = {"global_batch": 8, "lanes": 4, "world_size": 1, "micro_batch": 8}
+        shares = StepShares(**{name: fields.pop(name, value) for name, value in plan.items()})
+        loaders.append(
+            TrainLoader(config, shape, shares=shares, **{"seed": 11, **ON_CPU, **fields})
+        )
         return loaders[-1]
 
     yield start
@@ -32,6 +36,8 @@ def validation_loader() -> Callable[..., ValidationLoader]:
     """Build a `ValidationLoader`: its config, shape, and what differs from 5 clips at a time."""
 
     def build(config: DataConfig, shape: ClipShape, **fields: Any) -> ValidationLoader:
-        return ValidationLoader(config, shape, **{**ONE_RANK, "batch": 5, "limit": 0, **fields})
+        return ValidationLoader(
+            config, shape, **{**ON_CPU, "world_size": 1, "batch": 5, "limit": 0, **fields}
+        )
 
     return build

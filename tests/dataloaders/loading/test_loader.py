@@ -18,6 +18,7 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SHAPE = ClipShape(audio_frames=208, mel_bins=32, image_size=48)
@@ -96,11 +97,15 @@ def test_a_loader_started_in_the_middle_goes_on_bit_for_bit(
     assert [sorted(set(batch.epochs.tolist())) for batch in whole] == [[0]] * 3 + [[1]] * 3 + [[2]]
 
 
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [(4, [[1, 1]] * 4), (3, [[1, 1], [2, 1], [2, 1]])],
+    ids=["evenly", "unevenly"],
+)
 def test_ranks_and_accumulation_together_see_the_same_clips(
-    start: Callable[..., TrainLoader],
+    start: Callable[..., TrainLoader], world_size: int, sizes: list[list[int]]
 ) -> None:
-    """Two steps of 8 clips on 4 ranks, in micro-batches of one clip each."""
-    world_size = 4
+    """Two steps of 8 clips on several ranks, in two micro-batches each."""
 
     def rows(batches: list[AudioVideoBatch]) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
         return {
@@ -111,10 +116,9 @@ def test_ranks_and_accumulation_together_see_the_same_clips(
 
     whole = rows(take(start(), 2))
     shared = {}
-    micro_batch = BATCH // world_size // 2
     for rank in range(world_size):
-        batches = take(start(rank=rank, world_size=world_size, micro_batch=micro_batch), 4)
-        assert {len(batch.sample_ids) for batch in batches} == {micro_batch}
+        batches = take(start(rank=rank, world_size=world_size, micro_batch=max(sizes[-1])), 4)
+        assert [len(batch.sample_ids) for batch in batches] == 2 * sizes[rank]
         positions = [p for batch in batches for p in batch.positions.tolist()]
         assert positions == sorted(positions)
         shared |= rows(batches)
@@ -244,9 +248,9 @@ def test_an_unfinished_validation_can_be_begun_again(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"micro_batch": 3}, r"micro_batch is 3, .* global_batch = 8; use micro_batch = 2"),
+        ({"micro_batch": 0}, r"micro_batch is 0; use 1 or more"),
         ({"lanes": 3}, r"lanes is 3.* does not divide global_batch = 8; use 8"),
-        ({"world_size": 3}, r"world_size is 3, .* 4 lanes; use 4 ranks"),
+        ({"world_size": 9}, r"there are 9 ranks and global_batch is 8; use 1 to 8 ranks"),
         ({"lanes": 64, "global_batch": 64, "micro_batch": 64}, r"24 samples, fewer than lanes"),
         ({"start_position": 3}, r"start_position is 3, .* a multiple of lanes = 4"),
         ({"config": {"frame_choice": "published"}}, r"data.frame_choice is published, but"),
@@ -277,11 +281,8 @@ def test_a_loader_that_is_closed_or_forgotten_leaves_no_process_and_no_thread(
         config,
         SHAPE,
         seed=SEED,
-        global_batch=8,
-        micro_batch=8,
-        lanes=4,
+        shares=StepShares(global_batch=8, lanes=4, world_size=1, micro_batch=8),
         rank=0,
-        world_size=1,
         device=torch.device("cpu"),
     )
     take(forgotten, 1)
@@ -309,14 +310,15 @@ from pathlib import Path
 import torch
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.sampling.step_shares import StepShares
 def say(line):
     # One write: `print` of an unbuffered process makes two, and two processes mix theirs.
     os.write(1, (line + "\\n").encode())
 say("the script's body runs")
 config = DataConfig(train=sys.argv[1], reader_workers=2, decode_threads=1)
 loader = TrainLoader(
-    config, ClipShape(64, 32, 32), seed=0, global_batch=4, micro_batch=2, lanes=4,
-    rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    config, ClipShape(64, 32, 32), seed=0, rank=int(os.environ.get("RANK", 0)),
+    shares=StepShares(4, 4, world_size=int(os.environ.get("WORLD_SIZE", 1)), micro_batch=2),
     device=torch.device("cpu"), journal=Path(sys.argv[2]) / f"{os.environ.get('RANK', 0)}.txt",
 )
 for batch in itertools.islice(loader, 3):

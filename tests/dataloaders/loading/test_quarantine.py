@@ -32,6 +32,7 @@ from cavmae.dataloaders.loading.quarantine import (
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
 
@@ -151,11 +152,8 @@ def sound(packed_synthetic: Path) -> dict[int, tuple[str, torch.Tensor, torch.Te
         config,
         SHAPE,
         seed=SEED,
-        global_batch=BATCH,
-        micro_batch=BATCH,
-        lanes=LANES,
+        shares=StepShares(BATCH, LANES, world_size=1, micro_batch=BATCH),
         rank=0,
-        world_size=1,
         device=torch.device("cpu"),
     )
     batches = take(loader, 5)
@@ -399,10 +397,12 @@ from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.sampling.step_shares import StepShares
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
 loader = TrainLoader(
-    config, ClipShape(64, 32, 32), seed=5, global_batch=4, micro_batch=4, lanes=2, rank=0,
-    world_size=1, device=torch.device("cpu"), journal=Path(sys.argv[2]),
+    config, ClipShape(64, 32, 32), seed=5, rank=0,
+    shares=StepShares(4, 2, world_size=1, micro_batch=4),
+    device=torch.device("cpu"), journal=Path(sys.argv[2]),
 )
 for batch in itertools.islice(loader, 3):
     pass

@@ -21,6 +21,7 @@ from cavmae.benchmarks.harness.object_store import FAULTS, ObjectStore, object_s
 from cavmae.dataloaders.config import Augmentation, CacheSettings, ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.cache import ChunkCache
 from cavmae.dataloaders.shards.format import ShardError, description_bytes, member_names
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -318,11 +319,8 @@ def test_a_loader_gives_the_same_batches_from_a_url(
             DataConfig(train=train, reader_workers=2, cache_folder=str(tmp_path)),
             ClipShape(audio_frames=208, mel_bins=32, image_size=48),
             seed=1,
-            global_batch=8,
-            micro_batch=8,
-            lanes=4,
+            shares=StepShares(global_batch=8, lanes=4, world_size=1, micro_batch=8),
             rank=0,
-            world_size=1,
             device=torch.device("cpu"),
         )
         found[name] = list(itertools.islice(loader, 3))
@@ -356,11 +354,8 @@ def test_a_cache_smaller_than_what_is_drawn_from_is_said(
             config,
             ClipShape(audio_frames=208, mel_bins=32, image_size=48),
             seed=1,
-            global_batch=8,
-            micro_batch=8,
-            lanes=4,
+            shares=StepShares(global_batch=8, lanes=4, world_size=1, micro_batch=8),
             rank=0,
-            world_size=1,
             device=torch.device("cpu"),
         ).close()
         assert ("data.cache_gigabytes is" in caplog.text) == (told is not None)

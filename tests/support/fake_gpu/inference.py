@@ -12,6 +12,7 @@ from cavmae.benchmarks.fake_cuda.device import DEVICE
 from cavmae.benchmarks.fake_cuda.trace import Trace, traced
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.evaluation.classify import _logits
@@ -32,7 +33,7 @@ def validation(config: RunConfig) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, traced():
         config = tiny(config, Path(folder), RANKS.world_size)
         if isinstance(config, FinetuneConfig):
-            task: Any = FinetuneTask(config, LABELS, DEVICE)
+            task: Any = FinetuneTask(config, LABELS, RANKS, DEVICE)
         else:
             assert isinstance(config, PretrainConfig)
             task = PretrainTask(config, RANKS, DEVICE)
@@ -90,11 +91,8 @@ def _batches(config: RunConfig, clips: int, count: int) -> list[AudioVideoBatch]
     loader = Batches(
         config.data,
         ClipShape(model.audio_frames, model.mel_bins, model.image_size),
-        global_batch=clips,
-        micro_batch=clips,
-        lanes=clips,
+        shares=StepShares(clips, clips, world_size=1, micro_batch=clips),
         rank=0,
-        world_size=1,
         device=DEVICE,
     )
     return list(itertools.islice(loader, count))

@@ -81,6 +81,7 @@ def test_open_fields_are_resolved_once() -> None:
     config = PretrainConfig(epochs=2, global_batch=48, micro_batch=10)
     done = resolve(config, world_size=2, samples=480, threads=3)
     assert (done.lanes, done.steps, done.micro_batch, done.threads_per_rank) == (48, 20, 8, 3)
+    assert resolve(config, world_size=5, samples=480, threads=3).micro_batch == 10
     again = resolve(done, world_size=2, samples=480, threads=3)
     assert again == done
 
@@ -116,9 +117,9 @@ def test_bf16_is_chosen_where_the_processor_multiplies_it(
     assert native_dtype(gpu=True, cpuinfo=tmp_path / "cpuinfo") == "bf16"
 
 
-def test_a_rank_count_that_does_not_divide_the_lanes_is_answered_with_one_that_does() -> None:
-    with pytest.raises(ValueError, match="6"):
-        resolve(PretrainConfig(), world_size=5, samples=1000, threads=1)
+def test_more_ranks_than_samples_in_a_step_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"49 ranks and global_batch is 48; use 1 to 48 ranks"):
+        resolve(PretrainConfig(), world_size=49, samples=1000, threads=1)
 
 
 def test_a_run_that_resumes_may_change_its_length_but_not_what_it_computes() -> None:

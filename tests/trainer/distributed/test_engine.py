@@ -25,10 +25,11 @@ def largest_relative(ours: list[float], theirs: list[float]) -> float:
 
 WIDE = {"width": 384, "decoder_width": 384}
 """Above the size from which ZeRO 3 shares a tensor out, of this model's 32 none is."""
+GROUPS_OF_8 = {"group": 8, "bidirectional": True, "clip": 1.0}
 ONE_RANK = [
     {"zero_stage": 0},
     {"zero_stage": 0, "group": 4},
-    {"zero_stage": 0, "group": 8, "bidirectional": True, "clip": 1.0},
+    {**GROUPS_OF_8, "zero_stage": 0},
     *({"zero_stage": stage, "micro_batch": 4} for stage in STAGES),
     {"zero_stage": 1, "dtype": "bf16", "clip": 1.0, "micro_batch": 4},
     {"zero_stage": 1, "dtype": "bf16", "clip": 1.0, "micro_batch": 4, "flat_gradients": False},
@@ -40,12 +41,16 @@ TWO_RANKS = [
     {"zero_stage": 1, "group": 4},
     {"zero_stage": 1, "recompute": "full"},
     {"zero_stage": 3, "recompute": "full"},
-    {"zero_stage": 2, "group": 8, "bidirectional": True, "clip": 1.0},
-    *(
-        {"zero_stage": stage, "group": 8, "bidirectional": True, "clip": 1.0, "micro_batch": 4}
-        for stage in STAGES
-    ),
+    {**GROUPS_OF_8, "zero_stage": 2},
+    *({**GROUPS_OF_8, "zero_stage": stage, "micro_batch": 4} for stage in STAGES),
     {"zero_stage": 3, "model": WIDE, "steps": 4, "micro_batch": 4},
+    # Every other position of each rank: a group is in one micro-batch of both.
+    {**GROUPS_OF_8, "zero_stage": 1, "micro_batch": 4, "lanes": 2},
+]
+THREE_RANKS = [  # of 5, 5 and 6 samples
+    *({"zero_stage": stage} for stage in STAGES),
+    {"zero_stage": 1, "group": 4},
+    *({**GROUPS_OF_8, "zero_stage": stage, "micro_batch": 2} for stage in (1, 3)),
 ]
 
 
@@ -57,6 +62,11 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(STEPS, 2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(STEPS, 3, THREE_RANKS, tmp_path_factory.mktemp("three"))
 
 
 def baseline_of(case: dict[str, Any], one_rank: list[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +104,17 @@ def test_flat_gradients_sum_measure_and_clip_as_deepspeed_does(one_rank) -> None
 
 @pytest.mark.parametrize("index", range(len(TWO_RANKS)), ids=lambda i: case_name(TWO_RANKS[i]))
 def test_two_ranks_equal_one_process_over_20_steps(one_rank, two_ranks, index: int) -> None:
-    result = two_ranks[index]
+    assert_equal_to_one_process(two_ranks[index], one_rank)
+
+
+@pytest.mark.parametrize("index", range(len(THREE_RANKS)), ids=lambda i: case_name(THREE_RANKS[i]))
+def test_ranks_with_unequal_shares_equal_one_process_over_20_steps(
+    one_rank, three_ranks, index: int
+) -> None:
+    assert_equal_to_one_process(three_ranks[index], one_rank)
+
+
+def assert_equal_to_one_process(result: dict[str, Any], one_rank: list[dict[str, Any]]) -> None:
     baseline = baseline_of(result["case"], one_rank)
     for name in ("loss", "loss_contrastive", "contrastive_accuracy", "gradient_norm"):
         # An accuracy of 0 on both sides is equality, so compare absolutely below 1e-12.
@@ -113,11 +133,13 @@ def test_groups_change_the_loss(one_rank) -> None:
     assert abs(losses(one_rank[0])[0] - losses(one_rank[1])[0]) > 0.1
 
 
-def test_groups_lie_where_the_layout_says(one_rank, two_ranks) -> None:
+def test_groups_lie_where_the_layout_says(one_rank, two_ranks, three_ranks) -> None:
     assert [result["layout"] for result in one_rank[:3]] == ["local", "local", "local"]
     assert {result["layout"] for result in two_ranks[:4]} == {"gathered"}
     assert two_ranks[4]["layout"] == "local"
-    assert {result["layout"] for result in two_ranks[9:]} == {"cached"}
+    assert {result["layout"] for result in two_ranks[9:-1]} == {"cached"}
+    assert two_ranks[-1]["layout"] == "gathered"
+    assert [one["layout"] for one in three_ranks] == [*["gathered"] * 5, "cached", "cached"]
 
 
 POISONED = [

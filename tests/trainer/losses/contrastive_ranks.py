@@ -12,12 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cavmae.dataloaders.sampling.sample_plan import rank_positions
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.kernels import contrastive_loss
 from cavmae.trainer.config.configs import LossConfig
 from cavmae.trainer.distributed.env import ranks_from_environment
 from cavmae.trainer.losses.contrastive import Pairs, exchanged_loss
-from cavmae.trainer.losses.contrastive_groups import own_groups
+from cavmae.trainer.losses.contrastive_groups import step_exchange
 
 WIDTH = 16
 
@@ -51,20 +51,17 @@ def embeddings(positions: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     batch, lanes, group = case["global_batch"], case["lanes"], case["group"]
     config = LossConfig(bidirectional=case["bidirectional"])
-    positions = rank_positions(0, rank, world_size, batch, lanes)
+    shares = StepShares(batch, lanes, world_size, micro_batch=batch)
+    positions = shares.offsets(rank)
     audio, video = (x.requires_grad_() for x in embeddings(positions))
-    groups = own_groups(
-        group_size=group,
-        global_batch=batch,
-        lanes=lanes,
-        rank=rank,
-        world_size=world_size,
-        device=torch.device("cpu"),
-    )
+    exchange = step_exchange(shares, group, rank, torch.device("cpu"))
     with ReceivedBytes() as received:
-        result = exchanged_loss(Pairs(audio, video, torch.from_numpy(positions)), config, groups)
-        gradients = torch.autograd.grad(result.loss, [audio, video])
-    own = [result.loss.item(), result.accuracy.item(), *(g.numpy() for g in gradients), positions]
+        result = exchanged_loss(Pairs(audio, video, torch.from_numpy(positions)), config, exchange)
+        loss, accuracy = (
+            part * shares.weight(len(positions)) for part in (result.loss, result.accuracy)
+        )
+        gradients = torch.autograd.grad(loss, [audio, video])
+    own = [loss.item(), accuracy.item(), *(g.numpy() for g in gradients), positions]
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, own)
     if rank:

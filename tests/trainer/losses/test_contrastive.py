@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from launch import run_ranks
 
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.config.configs import EngineConfig, LossConfig, PretrainConfig
 from cavmae.trainer.cost_model.comm_volume import TensorSizes, collectives, sent_by_purpose
 from cavmae.trainer.losses.contrastive_groups import contrastive_layout
@@ -20,11 +21,17 @@ CASES = [
     {"global_batch": 24, "lanes": 12, "group": group, "bidirectional": both}
     for group, both in product((24, 12, 6, 4), (False, True))
 ]
+# Unequal numbers of clips: 6, 7 and 7.
+CASES += [
+    {"global_batch": 20, "lanes": 20, "group": group, "bidirectional": both}
+    for group, both in product((20, 5), (False, True))
+]
 
 
 def case_name(index: int) -> str:
     case = CASES[index]
-    return f"group{case['group']}-{'both' if case['bidirectional'] else 'one'}"
+    directions = "both" if case["bidirectional"] else "one"
+    return f"batch{case['global_batch']}-group{case['group']}-{directions}"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: in
     case = CASES[index]
     config = PretrainConfig(
         global_batch=case["global_batch"],
-        micro_batch=case["global_batch"] // WORLD_SIZE,
+        micro_batch=case["global_batch"],
         lanes=case["lanes"],
         model=ModelConfig(width=16, heads=2),
         loss=LossConfig(bidirectional=case["bidirectional"]),
@@ -64,14 +71,15 @@ def test_a_rank_receives_as_many_bytes_as_are_said_to_be_sent(results, index: in
         (24, 12, 1, "cached"),
         (24, 8, 3, "gathered"),
         (24, 4, 3, "cached"),
+        (12, 4, 3, "gathered"),
         (6, 8, 3, "gathered"),
         (4, 8, 3, "local"),
+        (4, 8, 5, "gathered"),
+        (4, 4, 5, "cached"),
     ],
 )
 def test_the_layout_follows_from_where_the_groups_lie(
     group: int, micro_batch: int, world_size: int, layout: str
 ) -> None:
-    found = contrastive_layout(
-        group_size=group, global_batch=24, micro_batch=micro_batch, lanes=12, world_size=world_size
-    )
-    assert found == layout
+    shares = StepShares(24, 12, world_size, micro_batch)
+    assert contrastive_layout(shares, group) == layout

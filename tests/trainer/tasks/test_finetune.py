@@ -27,10 +27,14 @@ from cavmae.trainer.config.configs import (
     ValidationConfig,
 )
 from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
 from cavmae.trainer.tracking.metrics_file import read_metrics
 
+CONFIG = FinetuneConfig(
+    global_batch=2, micro_batch=2, lanes=2, classifier=ClassifierConfig(loss="cross_entropy")
+)
 LABELS = LabelSet(("dog", "bell", "rain", "car"), ("Dog", "Bell", "Rain", "Car"))
 
 
@@ -64,8 +68,7 @@ def test_a_mixed_clip_is_taught_both_of_its_labels_by_their_shares() -> None:
         mixup_lambda=torch.tensor([1.0, 0.7]),
         mixed_labels=((), ("rain", "car")),
     )
-    config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
-    task = FinetuneTask(config, LABELS, torch.device("cpu"))
+    task = FinetuneTask(CONFIG, LABELS, Ranks(0, 1, 0, 1), torch.device("cpu"))
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]])
     targets = torch.tensor([[0.9, 0.025, 0.025, 0.025], [0.025, 0.655, 0.295, 0.295]])
     expected = -(targets * logits.log_softmax(1)).sum(1).mean()
@@ -107,8 +110,7 @@ def test_weights_of_an_epoch_that_a_power_cut_took_are_named(tmp_path: Path, alo
 
 def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:
     """As where a set is sorted by class and only its first clips are scored."""
-    config = FinetuneConfig(classifier=ClassifierConfig(loss="cross_entropy"))
-    task = FinetuneTask(config, LABELS, torch.device("cpu"))
+    task = FinetuneTask(CONFIG, LABELS, Ranks(0, 1, 0, 1), torch.device("cpu"))
     same = batch(labels=(("dog",), ("dog",)), mixup_lambda=torch.ones(2), mixed_labels=((), ()))
     model = FixedLogits(torch.tensor([[2.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]]))
     scored = task.validate(model, [same])  # pyright: ignore[reportArgumentType]

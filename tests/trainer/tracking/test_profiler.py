@@ -15,6 +15,7 @@ from starts import Start
 from tiny_run import losses, tiny_finetuning, tiny_run
 from torch.profiler import record_function
 
+from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer import trainer
 from cavmae.trainer.config.configs import (
     CheckpointConfig,
@@ -146,7 +147,8 @@ def watched_while_written(
         checkpoint=CheckpointConfig(every_steps=10),
     )
     vars(loop).update(
-        {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "retry_save_at": -1, "accumulation": 1},
+        {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "retry_save_at": -1},
+        shares=StepShares(1, 1, 1, 1),
         **{"device": CPU, "steps_per_epoch": 1.0, "span": record_function, "engine": engine},
         **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
         loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
