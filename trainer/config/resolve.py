@@ -47,8 +47,9 @@ def resolve(config: Config, *, world_size: int, samples: int, threads: int) -> C
 
 
 def step_shares(config: RunConfig, world_size: int) -> StepShares:
-    """Return how a resolved run's ranks share its steps."""
-    return StepShares(config.global_batch, config.lanes, world_size, config.micro_batch)
+    """Return how a run's ranks share its steps; those of a new run, where `lanes` is open."""
+    lanes = config.lanes or default_lanes(config.global_batch, world_size)
+    return StepShares(config.global_batch, lanes, world_size, config.micro_batch)
 
 
 def with_real_places(config: Config) -> Config:
