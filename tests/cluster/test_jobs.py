@@ -142,8 +142,8 @@ def test_a_job_uses_its_own_cluster_and_not_the_address_of_the_job_server(
         (["demo"], "data.train is empty"),
         (["demo", "--data.train", "shards"], "relative to the copy of the code"),
         (
-            ["demo", "--data.train", "/s", "--run-dir", "/r", "--workers", "3"],
-            "world_size is 3, which does not divide",
+            ["demo", "--data.train", "/s", "--run-dir", "/r", "--workers", "129"],
+            "there are 129 ranks and global_batch is 128",
         ),
         (
             ["demo", "--data.train", "/s", "--run-dir", "/r", "--address", "http://127.0.0.1:1"],

@@ -161,7 +161,7 @@ def test_the_command_writes_all_of_them(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("audioset_base", "data.train is empty"),
         ("audioset_base --data.train s3://c/frames", "run_dir is 'runs/.*relative"),
-        (f"{RUN} --global-batch 100", "world_size is 16"),
+        (f"{RUN} --global-batch 8", "there are 16 ranks and global_batch is 8"),
         ("no_recipe", "'no_recipe' is no recipe"),
     ],
 )

@@ -59,9 +59,9 @@ def test_a_cluster_field_out_of_range_is_named(field: str, value: int) -> None:
         ClusterConfig(**{field: value})  # pyright: ignore[reportArgumentType]
 
 
-def test_a_rank_count_that_does_not_fit_is_refused_before_ray_starts() -> None:
-    config = RayPretrainConfig(global_batch=8, cluster=ClusterConfig(workers=3))
-    with pytest.raises(ValueError, match="world_size is 3"):
+def test_more_ranks_than_samples_in_a_step_are_refused_before_ray_starts() -> None:
+    config = RayPretrainConfig(global_batch=8, cluster=ClusterConfig(workers=9))
+    with pytest.raises(ValueError, match="there are 9 ranks"):
         train_on_ray(config)
 
 

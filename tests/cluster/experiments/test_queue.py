@@ -124,8 +124,8 @@ def test_a_queue_that_is_rerun_skips_finished_runs(tmp_path: Path) -> None:
             "run a has an invalid field",
         ),
         (
-            {"recipe": "demo", "runs": {"a": {"fields": {"workers": 3}}}},
-            "run a: world_size is 3, which does not divide",
+            {"recipe": "demo", "runs": {"a": {"fields": {"workers": 129}}}},
+            "run a: there are 129 ranks and global_batch is 128",
         ),
     ],
 )
