@@ -175,6 +175,24 @@ def report_shortage(cluster: ClusterConfig) -> str:
     return shortage
 
 
+def node_slots(cluster: ClusterConfig) -> list[tuple[str, int]]:
+    """Return the name of each live node of the connected cluster, and how many ranks it could hold
+    if it were idle."""
+    import ray
+
+    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return [
+        (
+            node["NodeName"],
+            min(
+                int(node["Resources"].get(kind, 0) // each) for kind, each in needed.items() if each
+            ),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
 def passed_on() -> dict[str, str]:
     """Return the variables that are forwarded to the ranks: networks and timeouts, no secrets."""
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}

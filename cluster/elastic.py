@@ -33,18 +33,23 @@ class LaneScalingPolicy(ElasticScalingPolicy):
         scaling_config: gives the minimum and the maximum of workers.
         lanes: number that the rank count has to divide.
         run_dir: where the ranks look for a stop request.
+        left_out: ids of nodes that are not used.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, lanes: int, run_dir: Path) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, lanes: int, run_dir: Path, left_out: list[str]
+    ) -> None:
         super().__init__(scaling_config)
         self._lanes = lanes
         self._run_dir = run_dir
+        self._left_out = left_out
         self._reported_group = 0.0
         self._requested = 0
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Return the largest rank count that fits and divides the lanes."""
-        return largest_divisor(self._lanes, super()._count_possible_workers(reserved_resources))
+        used = {node: has for node, has in reserved_resources.items() if node not in self._left_out}
+        return largest_divisor(self._lanes, super()._count_possible_workers(used))
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -94,17 +99,21 @@ class ElasticTorchTrainer(TorchTrainer):
     """A TorchTrainer that scales by `LaneScalingPolicy`.
 
     Args:
-        lanes, run_dir: passed to the policy.
+        lanes, run_dir, left_out: passed to the policy.
         options: passed to TorchTrainer.
     """
 
-    def __init__(self, *arguments: Any, lanes: int, run_dir: Path, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, lanes: int, run_dir: Path, left_out: list[str], **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        self._lanes = lanes
-        self._run_dir = run_dir
+        self._rules = (lanes, run_dir, left_out)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            policy = LaneScalingPolicy(self.scaling_config, self._lanes, self._run_dir)
-            options["scaling_policy"] = policy
+            options["scaling_policy"] = LaneScalingPolicy(self.scaling_config, *self._rules)
         return super()._initialize_and_run_controller(**options)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave Ctrl-C to Python: Ray's handler ends this process as done, or the controller
+        alone."""

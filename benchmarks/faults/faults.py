@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from cavmae.benchmarks.faults import injection as inject
+from cavmae.benchmarks.faults import outages
 from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
@@ -42,6 +43,11 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a shard is damaged": inject.shard_damaged,
     "the tracking server dies": inject.tracking_server_stopped,
     "2, then 1, then 2 ranks": inject.other_rank_counts,
+    "the data are not mounted at a restart, for 60 s": outages.data_missing,
+    "the tracking server is away at a restart": outages.tracking_server_missing,
+    "the store answers 403, then 503, for two minutes": outages.store_refuses,
+    "five failures, with a new checkpoint between them": outages.failures_with_progress,
+    "SIGTERM with 30 s to live, and nothing can be written": outages.terminated,
 }
 
 
