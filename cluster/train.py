@@ -22,6 +22,7 @@ from cavmae.cluster.connection import (
     address_of,
     connected,
     node_slots,
+    release_reservations,
     report_shortage,
 )
 from cavmae.cluster.restarts import End, Failure, RestartPolicy, check_run_folder
@@ -54,7 +55,6 @@ IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the drivers of its jobs."""
 RETRIED = "CAVMAE_RETRIED"
 """Set to 1 by a launcher that runs a failed command again by itself."""
-_CONTROLLER_GONE = "ControllerGone"
 
 
 class TrainingError(RuntimeError):
@@ -97,15 +97,12 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
         withdraw_request(run_dir)  # of an earlier attempt
         threads = config.threads_per_rank or cluster.cpus_per_worker
         policy = RestartPolicy(cluster.max_failures, cluster.outage_hours * 3600, has_trained=again)
-        while True:
-            with connected(cluster, threads) as working_folder:
-                resolved = with_absolute_paths(config, working_folder)
-                resolved = dataclasses.replace(resolved, threads_per_rank=threads)
-                budget = config.checkpoint.grace_seconds
-                with _sigterm_requests_stop(Path(resolved.run_dir), budget) as signals:
-                    driver = _Driver(resolved, make_hooks, policy, status, signals)
-                    if summary := driver.train():
-                        return summary
+        with connected(cluster, threads) as working_folder:
+            resolved = with_absolute_paths(config, working_folder)
+            resolved = dataclasses.replace(resolved, threads_per_rank=threads)
+            budget = config.checkpoint.grace_seconds
+            with _sigterm_requests_stop(Path(resolved.run_dir), budget) as signals:
+                return _Driver(resolved, make_hooks, policy, status, signals).train()
 
 
 def started_again(run_dir: Path) -> bool:
@@ -209,7 +206,7 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
 
 
 class _Driver:
-    """Starts the ranks of a run as often as it takes, on one connection to Ray.
+    """Starts the ranks of a run as often as it takes.
 
     Args:
         config: its paths are absolute.
@@ -234,9 +231,8 @@ class _Driver:
         self._signals = signals
         self._run_dir = Path(config.run_dir)
 
-    def train(self) -> RunSummary | None:
-        """Train to the end or a stop; returns None where Ray has to be connected to again, which
-        frees what a dead controller has reserved.
+    def train(self) -> RunSummary:
+        """Train to the end or a stop.
 
         Raises:
             ValueError, TrainingError: the run ends here.
@@ -263,8 +259,6 @@ class _Driver:
             seconds = self._seconds_after(outcome, attempt) if outcome else 0.0
             if stopped := self._stopped_within(seconds):
                 return stopped
-            if outcome and outcome.error_type == _CONTROLLER_GONE:
-                return None
 
     def _attempt(self) -> RunSummary | Failure | None:
         """Run the ranks once; None: there were too few nodes for too long."""
@@ -344,8 +338,9 @@ class _Driver:
         except TrainingFailedError as error:
             return Failure("crash", type(error).__name__, str(error).strip())
         except (RayActorError, OutOfMemoryError) as error:
+            release_reservations()
             text = str(error).strip().partition("\n")[0]
-            return Failure("crash", _CONTROLLER_GONE, f"Ray Train's controller is gone: {text}")
+            return Failure("crash", "ControllerGone", f"Ray Train's controller is gone: {text}")
         assert isinstance(summary, RunSummary)
         return summary
 

@@ -19,7 +19,7 @@ import tyro
 
 from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults import outages
-from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
+from cavmae.benchmarks.faults.node_faults import node_cut, node_drained, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
@@ -33,6 +33,7 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "head, driver and ranks are killed": inject.head_killed,
     "a node is killed": node_killed,
     "a node's network is cut": node_cut,
+    "a node's pod is ended (preStop)": node_drained,
     "all ranks are preempted (SIGTERM)": inject.preempted,
     "killed while a checkpoint is written": inject.killed_while_writing,
     "the newest checkpoint is cut short": partial(inject.checkpoint_damaged, inject.cut_short),

@@ -173,11 +173,6 @@ def test_a_failure_that_a_restart_cannot_mend_ends_the_driver(tmp_path: Path) ->
         driver.train()
 
 
-def test_ray_is_connected_to_again_after_a_dead_controller(tmp_path: Path) -> None:
-    gone = Failure("crash", train._CONTROLLER_GONE, "Ray Train's controller is gone")
-    assert Driver(tmp_path, [gone]).train() is None
-
-
 def test_a_run_folder_that_is_gone_is_waited_for_and_not_made_anew(tmp_path: Path) -> None:
     driver = Driver(tmp_path / "run", [DEAD])
     request_stop_later = iter([False, False, True])
