@@ -46,6 +46,14 @@ class LaneScalingPolicy(ElasticScalingPolicy):
         self._reported_group = 0.0
         self._requested = 0
 
+    def _get_num_workers_for_resource_request(self) -> int:
+        """Request the room of the nodes that are left out as well: what Ray reserves has them."""
+        unused = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+        unused = {node: has for node, has in unused.items() if node in self._left_out}
+        return super()._get_num_workers_for_resource_request() + super()._count_possible_workers(
+            unused
+        )
+
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         """Return the largest rank count that fits and divides the lanes."""
         used = {node: has for node, has in reserved_resources.items() if node not in self._left_out}

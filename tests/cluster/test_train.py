@@ -141,7 +141,7 @@ class Driver(train._Driver):
         super().__init__(config, None, policy, LauncherStatus(run_dir), [])
         self.outcomes, self.attempts = outcomes, 0
 
-    def train(self) -> RunSummary | None:
+    def train(self) -> RunSummary:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "report_shortage", lambda cluster: "")
             return super().train()
@@ -184,7 +184,7 @@ def test_a_run_folder_that_is_gone_is_waited_for_and_not_made_anew(tmp_path: Pat
 
     driver._policy = RestartPolicy(10, 3600, has_trained=True, jitter=jitter)
     stopped = driver.train()
-    assert stopped and stopped.stopped == "SIGTERM" and driver.attempts == 0
+    assert stopped.stopped == "SIGTERM" and driver.attempts == 0
     status = read_status(tmp_path / "run")
     assert status and "is its file system mounted?" in status.last_error
 
@@ -202,7 +202,7 @@ def test_a_run_stops_while_it_waits_to_be_started_again(tmp_path: Path, reason: 
 
     driver._policy = RestartPolicy(10, 3600, jitter=jitter)
     stopped = driver.train()
-    assert stopped and (stopped.stopped, stopped.step) == (reason, 1)
+    assert (stopped.stopped, stopped.step) == (reason, 1)
     status = read_status(tmp_path)
     assert status and status.describe() == f"stopped: {reason}"
 
