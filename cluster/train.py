@@ -385,16 +385,7 @@ class _Driver:
             time.sleep(min(1.0, left))
         self._status.change("stopped", reason=reason)
         known = self._known()
-        return RunSummary(
-            run_dir=str(self._run_dir),
-            step=known.step,
-            steps=known.steps,
-            stopped=reason,
-            skipped_updates=0,
-            quarantined=0,
-            seconds=0.0,
-            samples_per_second=0.0,
-        )
+        return RunSummary(str(self._run_dir), known.step, known.steps, reason, 0, 0, 0.0, 0.0)
 
     def _request(self) -> str:
         """Return why a person wants the run to stop, if one does; a resize is not needed now."""

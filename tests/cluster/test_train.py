@@ -1,12 +1,15 @@
 """Training on Ray: what the command takes, what it says when it fails, and what it survives."""
 
 import dataclasses
+import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +19,25 @@ import pytest
 from launch import ROOT
 from starts import Start, place_store
 from tiny_run import losses, tiny_run
+from torch.distributed import DistNetworkError
 
 from cavmae.cluster import train, worker
 from cavmae.cluster.config import RAY_KINDS, ClusterConfig, RayFinetuneConfig, RayPretrainConfig
 from cavmae.cluster.restarts import Failure, RestartPolicy
 from cavmae.cluster.train import TrainingError, started_again, train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, RankError, RanksFailed, failure_of, reports
+from cavmae.dataloaders.loading.quarantine import DataFaultError
+from cavmae.dataloaders.sampling.sample_plan import check_ranks
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.recipes import demo
+from cavmae.trainer.config.resolve import check_same_run
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE, request_stop
 from cavmae.trainer.run_status import LauncherStatus, read_status, write_status
 from cavmae.trainer.run_summary import RunSummary
+from cavmae.trainer.trainer import NonFiniteError
 
 
 def test_cluster_fields_are_given_beside_those_of_the_run() -> None:
@@ -251,6 +259,69 @@ def test_a_launcher_s_restart_of_a_run_that_trained_is_known(
     if step is not None:
         write_status(tmp_path, state="failed", step=step)
     assert started_again(tmp_path) == again
+
+
+def of_a_library() -> None:
+    int("x")
+
+
+def contradicting() -> None:
+    check_same_run(PretrainConfig(seed=1), PretrainConfig(seed=2))
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "kind"),
+    [
+        (lambda: Path("/nowhere/at all").read_text(), "missing"),
+        (raises(PermissionError(13, "403")), "missing"),
+        (raises(ConnectionError("503")), "unreachable"),
+        (raises(OSError(116, "stale file handle")), "unreachable"),
+        (lambda: check_ranks(8, 16), "refused"),
+        (contradicting, "lasting"),
+        (raises(DataFaultError("5% of the clips")), "lasting"),
+        (raises(NonFiniteError("up to step 7")), "not finite"),
+        (raises(DistNetworkError("timed out")), "peer"),
+        (lambda: json.loads("{"), "crash"),
+        (raises(RuntimeError("CUDA error")), "crash"),
+    ],
+)
+def test_what_a_rank_failed_of_is_told_by_its_error(work: Callable[[], Any], kind: str) -> None:
+    with pytest.raises(Exception) as raised:
+        work()
+    assert worker.kind_of(raised.value) == kind
+
+
+def test_a_rank_s_error_reaches_the_driver_whatever_its_class() -> None:
+    error = RankError("crash", "SomeLibrarysError", "it takes\nthree arguments")
+    again = pickle.loads(pickle.dumps(RanksFailed(failure_of({1: error}, ["a", "b"]))))
+    assert again.failure == failure_of({1: error}, ["a", "b"])
+    assert again.failure.line == "rank 1: it takes"
+
+
+@pytest.mark.parametrize("missing", ["config.json", "checkpoints/step-000000010/manifest.json"])
+def test_a_rank_does_not_begin_anew_where_nothing_is_mounted(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(worker, "run", lambda *arguments: DONE)
+    files = [tmp_path / "config.json", tmp_path / "checkpoints/step-000000010/manifest.json"]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    config = PretrainConfig(run_dir=str(tmp_path))
+    settings = {"config": config, "make_hooks": None, "has_trained": True, "has_checkpoint": True}
+    assert worker.train_rank(settings) == DONE
+    (tmp_path / missing).unlink()
+    with pytest.raises(RankError, match="is its file system mounted") as raised:
+        worker.train_rank(settings)
+    assert raised.value.kind == "missing"
 
 
 def test_the_rank_that_names_no_other_one_is_at_fault_and_its_node_with_it() -> None:
