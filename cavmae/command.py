@@ -6,6 +6,10 @@ import traceback
 from collections.abc import Callable
 
 
+class UserMistake(ValueError):
+    """What no restart can mend, such as fields that contradict the run that they would resume."""
+
+
 def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command; with CAVMAE_DEBUG=1 every error has its traceback.
 

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import tyro
 
-from cavmae.field_checks import CheckedFields, NonNegativeFloat, PositiveInt, Seconds, at_least
+from cavmae.field_checks import (
+    CheckedFields,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    at_least,
+)
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 
 
@@ -31,9 +38,13 @@ class ClusterConfig(CheckedFields):
     address: str = ""
     """Ray cluster to use, such as `auto` (the one on this machine) or HOST:6379; empty:
     RAY_ADDRESS, else a local cluster that is started for this run and stopped at its end."""
-    max_failures: Annotated[int, at_least(0, "never start again")] = 3
-    """Maximum restarts after dead or failed ranks, each from the newest checkpoint. Errors that a
-    restart cannot fix end the run at once."""
+    max_failures: Annotated[int, at_least(0, "never start again")] = 10
+    """Maximum failures of training ranks in a row without a new checkpoint; after each, the ranks
+    restart from the newest one. Three alike at one step end the run earlier, and errors that a
+    restart cannot fix at once."""
+    outage_hours: PositiveFloat = 48.0
+    """How long a run that has trained before tries again while data, a store, the network or nodes
+    are away, at least every five minutes."""
     collective_timeout_seconds: PositiveInt = 1800
     """Timeout of collectives: a rank that waits longer fails, and all ranks restart."""
     storage: str = ""

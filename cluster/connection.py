@@ -175,6 +175,40 @@ def report_shortage(cluster: ClusterConfig) -> str:
     return shortage
 
 
+def node_slots(cluster: ClusterConfig) -> list[tuple[str, int]]:
+    """Return the name of each live node of the connected cluster, and how many ranks it could hold
+    if it were idle."""
+    import ray
+
+    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return [
+        (
+            node["NodeName"],
+            min(
+                int(node["Resources"].get(kind, 0) // each) for kind, each in needed.items() if each
+            ),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def release_reservations() -> None:
+    """Remove the placement groups of this driver, which a dead controller of Ray Train leaves: its
+    cleaner needs a dashboard. Their ids end with that of the job."""
+    import ray
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
 def passed_on() -> dict[str, str]:
     """Return the variables that are forwarded to the ranks: networks and timeouts, no secrets."""
     return {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}

@@ -31,13 +31,30 @@ class StoppingScalingPolicy(ElasticScalingPolicy):
     Args:
         scaling_config: gives the minimum and the maximum of workers.
         run_dir: where the ranks look for a stop request.
+        left_out: ids of nodes that are not used.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, run_dir: Path) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, run_dir: Path, left_out: list[str]
+    ) -> None:
         super().__init__(scaling_config)
         self._run_dir = run_dir
+        self._left_out = left_out
         self._reported_group = 0.0
         self._requested = 0
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        """Request the room of the nodes that are left out as well: what Ray reserves has them."""
+        unused = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+        unused = {node: has for node, has in unused.items() if node in self._left_out}
+        return super()._get_num_workers_for_resource_request() + super()._count_possible_workers(
+            unused
+        )
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        """Return the largest rank count that fits on the nodes that are used."""
+        used = {node: has for node, has in reserved_resources.items() if node not in self._left_out}
+        return super()._count_possible_workers(used)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -87,16 +104,21 @@ class ElasticTorchTrainer(TorchTrainer):
     """A TorchTrainer that scales by `StoppingScalingPolicy`.
 
     Args:
-        run_dir: passed to the policy.
+        run_dir, left_out: passed to the policy.
         options: passed to TorchTrainer.
     """
 
-    def __init__(self, *arguments: Any, run_dir: Path, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, run_dir: Path, left_out: list[str], **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        self._run_dir = run_dir
+        self._rules = (run_dir, left_out)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            policy = StoppingScalingPolicy(self.scaling_config, self._run_dir)
-            options["scaling_policy"] = policy
+            options["scaling_policy"] = StoppingScalingPolicy(self.scaling_config, *self._rules)
         return super()._initialize_and_run_controller(**options)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave Ctrl-C to Python: Ray's handler ends this process as done, or the controller
+        alone."""

@@ -15,6 +15,7 @@ import tyro
 
 from cavmae.cluster.config import ClusterConfig
 from cavmae.cluster.connection import absolute_path, connected, report_shortage
+from cavmae.cluster.restarts import BY_USER
 from cavmae.trainer.embeddings.embed import (
     EmbedConfig,
     embed_set,
@@ -81,16 +82,17 @@ class Embedder:
         """Write the files of some shards; return their numbers.
 
         Raises:
-            PermanentError: an error that the user has to fix.
+            RankError: an error that the user has to fix.
         """
-        from cavmae.cluster.worker import PermanentError, is_permanent
+        from cavmae.cluster.worker import RankError, kind_of
 
         try:
             for _ in write_files(*self._opened, self._config, self._origin, numbers):
                 pass
         except Exception as error:
-            if is_permanent(error):
-                raise PermanentError(str(error)) from error
+            kind = kind_of(error)
+            if kind in BY_USER:
+                raise RankError(kind, type(error).__name__, str(error)) from error
             raise
         return numbers
 
@@ -110,7 +112,7 @@ def _on_ray(
         from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
 
-        from cavmae.cluster.worker import PermanentError
+        from cavmae.cluster.worker import RankError
 
         report_shortage(cluster)
         names = ("run_dir", "shards", "out")
@@ -136,9 +138,9 @@ def _on_ray(
             for done in pool.map_unordered(lambda one, part: one.embed.remote(part), parts):
                 yield from done
         except RayTaskError as error:
-            if not isinstance(error.cause, PermanentError):
+            if not isinstance(error.cause, RankError):
                 raise
-            raise ValueError(str(error.cause)) from None
+            raise ValueError(error.cause.text) from None
         except RayActorError as error:
             raise RuntimeError(
                 f"a process died more often than max_failures = {cluster.max_failures} "

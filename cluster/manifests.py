@@ -18,11 +18,15 @@ from typing import Annotated, Any
 import tyro
 
 from cavmae.atomic_write import atomic_write
+from cavmae.cluster.config import RAY_KINDS
 from cavmae.console import plain_console
 from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.trainer.config.parse import parse
 
 FILES = ("ray-cluster.yaml", "ray-job.yaml", "ray-aws.yaml", "slurm.sh")
 _TEMPLATES = Path(__file__).with_name("templates")
+_GRACE_SECONDS = 100
+"""All of them give a run two minutes to save."""
 
 
 class _Template(string.Template):
@@ -82,6 +86,11 @@ class ClusterFilesConfig(CheckedFields):
             raise ValueError("run is empty; give a recipe and its fields, as after `cavmae train`")
 
     @property
+    def run_dir(self) -> str:
+        """The run folder."""
+        return parse(self.words[2:], RAY_KINDS, "--run").run_dir
+
+    @property
     def words(self) -> list[str]:
         """The command that trains on a running cluster."""
         cluster = {
@@ -91,7 +100,10 @@ class ClusterFilesConfig(CheckedFields):
             "address": "auto",
         }
         fields = [f"--{name}={value}" for name, value in cluster.items()]
-        return ["cavmae", "train", *shlex.split(self.run), *fields]
+        run = shlex.split(self.run)
+        if not any(re.match(r"--checkpoint\.grace[-_]seconds", word) for word in run):
+            fields.append(f"--checkpoint.grace-seconds={_GRACE_SECONDS}")
+        return ["cavmae", "train", *run, *fields]
 
 
 def main(arguments: list[str]) -> int:
@@ -116,6 +128,7 @@ def render(name: str, config: ClusterFilesConfig) -> str:
     """Fill in a template. Lines marked `# volume_claim` are dropped where there is no claim."""
     values: dict[str, Any] = vars(config) | {
         "command": shlex.join(config.words),
+        "run_dir": shlex.quote(config.run_dir),
         "shm_gb": config.memory_gb_per_node // 4,
     }
     if not name.endswith(".sh"):  # a JSON string is a YAML string, whatever is in it

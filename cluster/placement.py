@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cavmae.cluster.config import ClusterConfig
-from cavmae.cluster.connection import address_of, connected
+from cavmae.cluster.connection import address_of, connected, node_slots
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,6 @@ def packed(workers: int, slots: list[tuple[str, int]], rests_on: str) -> Placeme
 
 
 def _slots_of_cluster(cluster: ClusterConfig) -> list[tuple[str, int]]:
-    """Return how many ranks each live node of the cluster could hold if it were idle."""
-    import ray
-
-    needed = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    """Return `node_slots` of the cluster that the configuration names."""
     with connected(cluster, threads=1):
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [
-        (
-            node["NodeManagerAddress"],
-            min(
-                int(node["Resources"].get(kind, 0) // each) for kind, each in needed.items() if each
-            ),
-        )
-        for node in nodes
-    ]
+        return node_slots(cluster)

@@ -1,32 +1,47 @@
 """Training on a Ray cluster: `cavmae train RECIPE [--workers 8] [--field value ...]`.
 
-Ray places the ranks and restarts them when one dies. A rank runs `cavmae.trainer.run` and resumes
-from the checkpoints of the run folder, never from Ray's last report.
+Ray places the ranks and reports when one fails; this driver then decides whether and when they are
+started again (`restarts.py`). A rank runs `cavmae.trainer.run` and resumes from the checkpoints of
+the run folder, never from Ray's last report.
 """
 
 import dataclasses
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig, without_cluster
-from cavmae.cluster.connection import absolute_path, address_of, connected, report_shortage
+from cavmae.cluster.connection import (
+    absolute_path,
+    address_of,
+    connected,
+    node_slots,
+    release_reservations,
+    report_shortage,
+)
+from cavmae.cluster.restarts import End, Failure, RestartPolicy, check_run_folder
 from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.step_shares import check_ranks
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.trainer.checkpoint.format import checkpoint_folder, list_checkpoints, step_of
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.fault_tolerance.preemption import (
+    SIGTERM,
     START_AGAIN_EXIT_CODE,
     request_stop,
+    requested_stop,
     withdraw_request,
 )
 from cavmae.trainer.run import MakeHooks
-from cavmae.trainer.run_status import LauncherStatus
+from cavmae.trainer.run_status import LauncherStatus, RunStatus, read_status
 from cavmae.trainer.run_summary import RunSummary
 from cavmae.trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
@@ -34,12 +49,16 @@ _PATH_FIELDS = (
     *("run_dir", "initial_weights", "data.validation", "checkpoint.folder", "tracking.uri"),
     *("cluster.storage", "classifier.labels"),
 )
-_EXTRA_GRACE_SECONDS = 10.0
+_EXTRA_GRACE_SECONDS = 4.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
+IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the drivers of its jobs."""
+RETRIED = "CAVMAE_RETRIED"
+"""Set to 1 by a launcher that runs a failed command again by itself."""
 
 
 class TrainingError(RuntimeError):
-    """The ranks failed more often than allowed, or in a way that Ray does not retry."""
+    """The ranks failed more often than allowed."""
 
 
 def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
@@ -57,7 +76,9 @@ def main(arguments: list[str], make_hooks: MakeHooks | None = None) -> int:
     with StatusRelay(Path(config.run_dir)):
         summary = train_on_ray(config, make_hooks)
     print(f"{summary.run_dir}: step {summary.step} of {summary.steps}", file=sys.stderr)
-    return START_AGAIN_EXIT_CODE if summary.stopped else 0
+    # KubeRay starts a job again that ends with an error: one that a person has stopped must not.
+    is_done = not summary.stopped or (IN_RAY_JOB in os.environ and summary.stopped != SIGTERM)
+    return 0 if is_done else START_AGAIN_EXIT_CODE
 
 
 def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> RunSummary:
@@ -67,29 +88,31 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
         ValueError, OSError: an error that the user has to fix, of the driver or of any rank.
         TrainingError: the ranks failed for good.
     """
-    cluster = config.cluster
-    with LauncherStatus(Path(config.run_dir)) as status:
+    cluster, run_dir = config.cluster, Path(config.run_dir)
+    with LauncherStatus(run_dir) as status:
         check_run(config)
-        if not address_of(cluster):
+        again = started_again(run_dir)
+        if not address_of(cluster) and not again:
             ShardSet(config.data.train_folders)  # fail on a wrong path before Ray is started
+        withdraw_request(run_dir)  # of an earlier attempt
         threads = config.threads_per_rank or cluster.cpus_per_worker
+        policy = RestartPolicy(cluster.max_failures, cluster.outage_hours * 3600, has_trained=again)
         with connected(cluster, threads) as working_folder:
-            if shortage := report_shortage(cluster):
-                status.change("waiting", reason=shortage)
             resolved = with_absolute_paths(config, working_folder)
             resolved = dataclasses.replace(resolved, threads_per_rank=threads)
-            run_dir = Path(resolved.run_dir)
-            withdraw_request(run_dir)  # of an earlier attempt
-            with _sigterm_requests_stop(run_dir, config.checkpoint.grace_seconds) as signals:
-                while _should_restart(summary := _fit(resolved, make_hooks)) and not signals:
-                    status.change("restarting", reason=summary.stopped)
-                    print(
-                        f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
-                        "Restarting the ranks.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                return summary
+            budget = config.checkpoint.grace_seconds
+            with _sigterm_requests_stop(Path(resolved.run_dir), budget) as signals:
+                return _Driver(resolved, make_hooks, policy, status, signals).train()
+
+
+def started_again(run_dir: Path) -> bool:
+    """Return whether a launcher, not a person, has run this command again after it had trained."""
+    status = None
+    with suppress(OSError, ValueError):
+        status = read_status(run_dir)
+    if int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return status is None or status.step > 0  # None: the file system is away
+    return os.environ.get(RETRIED) == "1" and status is not None and status.step > 0
 
 
 def check_run(config: RayRunConfig) -> None:
@@ -115,14 +138,6 @@ def checked_job(words: list[str], program: str) -> RayRunConfig:
     return config
 
 
-def _should_restart(summary: RunSummary) -> bool:
-    """Return whether the ranks stopped to be restarted elsewhere, or with more of them."""
-    from cavmae.cluster.elastic import MORE_FIT
-    from cavmae.cluster.worker import NODE_PREEMPTED
-
-    return summary.stopped.startswith((MORE_FIT, NODE_PREEMPTED))
-
-
 @contextmanager
 def _sigterm_requests_stop(run_dir: Path, budget_seconds: float) -> Iterator[list[int]]:
     """On SIGTERM, request that the ranks save and stop, and end the driver if they exceed the
@@ -136,7 +151,7 @@ def _sigterm_requests_stop(run_dir: Path, budget_seconds: float) -> Iterator[lis
         signals.append(number)
         print("SIGTERM: stop requested; the ranks save and stop", file=sys.stderr, flush=True)
         if run_dir.is_dir():
-            request_stop(run_dir, "SIGTERM")
+            request_stop(run_dir, SIGTERM)
         if budget_seconds:
             signal.setitimer(signal.ITIMER_REAL, budget_seconds + _EXTRA_GRACE_SECONDS)
 
@@ -190,63 +205,226 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     return config
 
 
-def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
-    from ray.exceptions import OutOfMemoryError, RayActorError
-    from ray.train import (
-        ControllerError,
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
-    from ray.train.torch import TorchConfig
+class _Driver:
+    """Starts the ranks of a run as often as it takes.
 
-    from cavmae.cluster.elastic import ElasticTorchTrainer
-    from cavmae.cluster.worker import FailureReport, PermanentError, train_rank
+    Args:
+        config: its paths are absolute.
+        make_hooks: see `main`.
+        policy: decides after each failure.
+        status: of the run.
+        signals: those that this process has received.
+    """
 
-    cluster = config.cluster
-    minimum = cluster.min_workers
-    trainer = ElasticTorchTrainer(
-        train_rank,
-        run_dir=Path(config.run_dir),
-        train_loop_config={"config": without_cluster(config), "make_hooks": make_hooks},
-        torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
-        scaling_config=ScalingConfig(
-            num_workers=(minimum, cluster.workers) if minimum else cluster.workers,
-            elastic_resize_monitor_interval_s=cluster.resize_every_seconds,
-            placement_strategy="PACK",  # GPUs of one node first
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker},
-        ),
-        run_config=RunConfig(
-            storage_path=cluster.storage or str(Path(config.run_dir) / "ray"),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=[FailureReport(cluster.max_failures, Path(config.run_dir))],
-            # FailureReport and the exception of `fit` report every failure once, and shorter.
-            logging_config=LoggingConfig(log_level="CRITICAL"),
-        ),
-    )
-    try:
-        summary = trainer.fit().return_value
-    except ControllerError as error:
-        if isinstance(error.controller_failure, PermanentError):
-            raise ValueError(str(error.controller_failure)) from None
-        raise TrainingError(str(error)) from error
-    except TrainingFailedError as error:
-        raise TrainingError(
-            f"the ranks failed more often than max_failures = "
-            f"{cluster.max_failures} allows (rerun the same command to resume from the newest "
-            f"checkpoint); the last failure: {error}"
-        ) from error
-    except (RayActorError, OutOfMemoryError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TrainingError(
-            "Ray Train's controller, the process that starts the ranks, is gone (rerun the same "
-            f"command to resume from the newest checkpoint): {reason}"
-        ) from error
-    assert isinstance(summary, RunSummary)
-    return summary
+    def __init__(
+        self,
+        config: RayRunConfig,
+        make_hooks: MakeHooks | None,
+        policy: RestartPolicy,
+        status: LauncherStatus,
+        signals: list[int],
+    ) -> None:
+        self._config = config
+        self._make_hooks = make_hooks
+        self._policy = policy
+        self._status = status
+        self._signals = signals
+        self._run_dir = Path(config.run_dir)
+
+    def train(self) -> RunSummary:
+        """Train to the end or a stop.
+
+        Raises:
+            ValueError, TrainingError: the run ends here.
+        """
+        from cavmae.cluster.elastic import MORE_FIT
+        from cavmae.cluster.worker import NODE_PREEMPTED
+
+        while True:
+            if shortage := report_shortage(self._config.cluster):
+                self._status.change("waiting", reason=shortage)
+            attempt = self._known().attempt
+            outcome = self._attempt()
+            if isinstance(outcome, RunSummary):
+                moves = outcome.stopped.startswith((MORE_FIT, NODE_PREEMPTED))
+                if not moves or self._signals:
+                    return outcome
+                self._policy.progressed(outcome.step)
+                self._status.change("restarting", reason=outcome.stopped)
+                _say(
+                    f"Stopped at step {outcome.step}/{outcome.steps} ({outcome.stopped}). "
+                    "Restarting the ranks."
+                )
+                continue
+            seconds = self._seconds_after(outcome, attempt) if outcome else 0.0
+            if stopped := self._stopped_within(seconds):
+                return stopped
+
+    def _attempt(self) -> RunSummary | Failure | None:
+        """Run the ranks once; None: there were too few nodes for too long."""
+        try:
+            if self._policy.has_trained:
+                check_run_folder(self._run_dir)
+            return self._fit()
+        except OSError as error:  # of the run folder, which Ray Train writes too
+            return Failure("missing", type(error).__name__, str(error))
+
+    def _fit(self) -> RunSummary | Failure | None:
+        """Have Ray Train start the ranks, and wait for their end."""
+        from ray.exceptions import OutOfMemoryError, RayActorError
+        from ray.train import (
+            ControllerError,
+            FailureConfig,
+            LoggingConfig,
+            RunConfig,
+            ScalingConfig,
+            TrainingFailedError,
+        )
+        from ray.train.torch import TorchConfig
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+        from cavmae.cluster.elastic import ElasticTorchTrainer
+        from cavmae.cluster.worker import FailureReport, RanksFailed, train_rank
+
+        config, cluster = self._config, self._config.cluster
+        minimum = cluster.min_workers
+        left_out = self._ids_of_left_out()
+        callbacks: list[Any] = [FailureReport(self._run_dir)]  # Ray's own kind: it has the nodes
+        trainer = ElasticTorchTrainer(
+            train_rank,
+            run_dir=self._run_dir,
+            left_out=left_out,
+            train_loop_config={
+                "config": without_cluster(config),
+                "make_hooks": self._make_hooks,
+                "has_trained": self._policy.has_trained,
+                "has_checkpoint": self._policy.checkpoint >= 0,
+            },
+            torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
+            scaling_config=ScalingConfig(
+                num_workers=(minimum, cluster.workers) if minimum else cluster.workers,
+                elastic_resize_monitor_interval_s=cluster.resize_every_seconds,
+                placement_strategy="PACK",  # GPUs of one node first
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker={"CPU": cluster.cpus_per_worker},
+                label_selector={"ray.io/node-id": f"!in({','.join(left_out)})"}
+                if left_out
+                else None,
+            ),
+            run_config=RunConfig(
+                storage_path=cluster.storage or str(self._run_dir / "ray"),
+                failure_config=FailureConfig(  # one failure ends it: this class starts it again
+                    max_failures=0,
+                    controller_failure_limit=0,
+                    max_preemption_failures=0,
+                    # Ray would end ranks that still save at the deadline of a notice.
+                    preemption_grace_s=config.checkpoint.grace_seconds,
+                ),
+                callbacks=callbacks,
+                # FailureReport and this class report every failure once, and shorter.
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        try:
+            summary = trainer.fit().return_value
+        except ControllerError as error:
+            cause = error.controller_failure
+            if isinstance(cause, RanksFailed):
+                return cause.failure
+            if isinstance(cause, WorkerGroupStartupTimeoutError):
+                return None
+            return Failure("crash", type(cause).__name__, str(cause).strip())
+        except TrainingFailedError as error:
+            return Failure("crash", type(error).__name__, str(error).strip())
+        except (RayActorError, OutOfMemoryError) as error:
+            release_reservations()
+            text = str(error).strip().partition("\n")[0]
+            return Failure("crash", "ControllerGone", f"Ray Train's controller is gone: {text}")
+        assert isinstance(summary, RunSummary)
+        return summary
+
+    def _seconds_after(self, failure: Failure, attempt: int) -> float:
+        """Return how long to wait after a failure.
+
+        Args:
+            failure: what Ray knows of it.
+            attempt: number of the attempt before the one that failed.
+
+        Raises:
+            ValueError, TrainingError: the run ends here.
+        """
+        if self._signals:
+            return 0.0
+        known = self._known()
+        loaded = bool(known.resumed_from or known.last_step_at)
+        failure = dataclasses.replace(
+            failure,
+            began=loaded and known.attempt > attempt,
+            step=known.step,
+            checkpoint=self._newest_checkpoint(),
+        )
+        answer = self._policy.after(failure, time.monotonic(), self._can_do_without)
+        if isinstance(answer, End):
+            raise (ValueError if answer.by_user else TrainingError)(answer.message)
+        error = {"last_error": failure.line, "error_type": failure.error_type}
+        self._status.change("restarting", reason=answer.reason, **error)
+        _say(
+            f"restarting all ranks from the newest checkpoint in {answer.wait_seconds:.0f} s "
+            f"({answer.reason}): {failure.line}"
+        )
+        return answer.wait_seconds
+
+    def _stopped_within(self, seconds: float) -> RunSummary | None:
+        """Wait without ranks; returns a summary if the run is to stop meanwhile."""
+        end = time.monotonic() + seconds
+        while not (reason := SIGTERM if self._signals else self._request()):
+            left = end - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(1.0, left))
+        self._status.change("stopped", reason=reason)
+        known = self._known()
+        return RunSummary(str(self._run_dir), known.step, known.steps, reason, 0, 0, 0.0, 0.0)
+
+    def _request(self) -> str:
+        """Return why a person wants the run to stop, if one does; a resize is not needed now."""
+        from cavmae.cluster.elastic import MORE_FIT
+
+        with suppress(OSError):
+            reason = requested_stop(self._run_dir)
+            if not reason.startswith(MORE_FIT):
+                return reason
+            withdraw_request(self._run_dir)
+        return ""
+
+    def _known(self) -> RunStatus:
+        """Return what the ranks have written last; nothing where it can't be read."""
+        with suppress(OSError, ValueError):
+            return read_status(self._run_dir) or RunStatus("waiting")
+        return RunStatus("waiting")
+
+    def _newest_checkpoint(self) -> int:
+        """Return the step of the newest checkpoint; -1 where there is none or it can't be seen."""
+        with suppress(OSError, ValueError):
+            names = list_checkpoints(Store(checkpoint_folder(self._config)))
+            return step_of(names[-1]) if names else -1
+        return -1
+
+    def _can_do_without(self, names: set[str]) -> bool:
+        """Return whether the other nodes have room for the ranks."""
+        cluster = self._config.cluster
+        room = sum(room for name, room in node_slots(cluster) if name not in names)
+        return room >= (cluster.min_workers or cluster.workers)
+
+    def _ids_of_left_out(self) -> list[str]:
+        """Return Ray's ids of the nodes that are left out; one that was restarted has another."""
+        import ray
+
+        return [node["NodeID"] for node in ray.nodes() if node["NodeName"] in self._policy.left_out]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

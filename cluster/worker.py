@@ -1,18 +1,24 @@
-"""Code that runs in Ray's processes: one rank's training, and the reaction to a failed rank.
+"""Code that runs in Ray's processes: one rank's training, and the report of a failed rank.
 
 It is apart from the driver, which is often a `__main__` that other processes cannot import. Ray's
 torch backend sets the rank variables and the process group before it calls `train_rank`.
 """
 
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from ray.train import UserCallback
+import ray
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
-from cavmae.command import raised_by_us
+from cavmae.cluster.restarts import BY_USER, Failure, Kind, check_run_folder
+from cavmae.command import UserMistake, raised_by_us
+from cavmae.trainer.checkpoint.format import checkpoint_folder, list_checkpoints
+from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.run import run
 from cavmae.trainer.run_status import write_status
@@ -20,36 +26,75 @@ from cavmae.trainer.run_summary import RunSummary
 
 log = logging.getLogger(__name__)
 
-_PERMANENT_OS_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_GATHER_SECONDS = 2.0
+"""What is away fails on all nodes within this time, what is missing on one node on that one."""
+_SHOWN_RANKS = 8
 
 NODE_PREEMPTED = "node preemption notice"
 """Prefix of the reason for which ranks stop and are restarted on other nodes."""
 
 
-class PermanentError(Exception):
-    """An error that restarting the ranks cannot fix; its text is for the user."""
+class RankError(Exception):
+    """A rank's error in a form that reaches the driver; those of libraries may not be picklable.
+
+    Attributes:
+        kind, error_type, text: see `Failure`.
+    """
+
+    def __init__(self, kind: Kind, error_type: str, text: str) -> None:
+        super().__init__(kind, error_type, text)
+        self.kind: Kind = kind
+        self.error_type = error_type
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.error_type}: {self.text.partition(chr(10))[0]}"
+
+
+class RanksFailed(Exception):
+    """Ends an attempt. Attributes: failure, what the controller knows of it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
 
 def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the run with absolute paths, and `make_hooks` (see `run`).
+        settings: `config`, the run with absolute paths, `make_hooks` (see `run`), `has_trained`,
+            whether the run has a folder, and `has_checkpoint`.
 
     Raises:
-        PermanentError: an error that the user has to fix.
-        Exception: anything else; Ray then restarts all ranks.
+        RankError: training failed.
     """
     config: RunConfig = settings["config"]
     try:
+        if os.environ["RANK"] == "0":
+            _check_mounts(config, settings)
         return run(config, preemption_notice, settings["make_hooks"])
     except Exception as error:
-        if is_permanent(error):
-            raise PermanentError(str(error)) from error
-        if not _is_of_another_rank(error):
+        kind = kind_of(error)
+        if kind in ("crash", "unreachable"):
             log.exception("this rank failed")
-        raise
+        raise RankError(kind, type(error).__name__, str(error).strip() or repr(error)) from None
+
+
+def _check_mounts(config: RunConfig, settings: dict[str, Any]) -> None:
+    """Refuse to begin anew in an empty folder because a file system is not mounted.
+
+    Raises:
+        FileNotFoundError: what the run has had is not there.
+    """
+    if settings["has_trained"]:
+        check_run_folder(Path(config.run_dir))
+    store = Store(checkpoint_folder(config))
+    if settings["has_checkpoint"] and not list_checkpoints(store):
+        raise FileNotFoundError(
+            f"{store.location()} has no checkpoint any more; is its file system mounted?"
+        )
 
 
 def preemption_notice() -> str:
@@ -66,74 +111,110 @@ def preemption_notice() -> str:
     return f"{NODE_PREEMPTED} (rank {ranks})"
 
 
-def is_permanent(error: Exception) -> bool:
-    """Return whether a retry would fail alike and the message alone tells the user what to fix."""
+def kind_of(error: Exception) -> Kind:
+    """Return what is known of the cause of an error."""
     # They need torch, which the ranks have imported by now and `cavmae train --help` has not.
-    from cavmae.dataloaders.loading.quarantine import DataFaultError
-
-    if isinstance(error, (*_PERMANENT_OS_ERRORS, DataFaultError)):
-        return True
-    return isinstance(error, ValueError) and raised_by_us(error)
-
-
-def _is_of_another_rank(error: Exception) -> bool:
-    """Return whether the error only says that another rank is gone."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    from cavmae.dataloaders.loading.quarantine import DataFaultError
+    from cavmae.trainer.trainer import NonFiniteError
+
+    if isinstance(error, DataFaultError | UserMistake):
+        return "lasting"
+    if isinstance(error, NonFiniteError):
+        return "not finite"
+    if isinstance(error, _MISSING):
+        return "missing"
+    if isinstance(error, OSError):
+        return "unreachable"
+    if isinstance(error, ValueError) and raised_by_us(error):
+        return "refused"
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        return "peer"
+    return "crash"
 
 
-class FailureReport(UserCallback):
-    """Reports failures, also in the run's status, and ends the run where a restart would be in
-    vain.
+class FailureReport(WorkerGroupCallback):
+    """Ends an attempt when a rank fails, with what the driver needs to decide what comes next.
 
     It runs in Ray Train's controller, which stops when a callback raises.
+
+    Args:
+        run_dir: the run folder, whose status gets the error at once.
     """
 
-    def __init__(self, max_failures: int, run_dir: Path) -> None:
-        self._max_failures = max_failures
+    def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._failures = 0
-        self._not_finite = ""
+        self._gathering = False
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        from cavmae.trainer.trainer import NonFiniteError
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Note the ranks, whose nodes have names."""
+        self._group = worker_group
 
-        for error in worker_exceptions.values():
-            if isinstance(error, PermanentError):
-                raise error
-            # A hardware fault does not repeat; an error that does is in the run itself.
-            if isinstance(error, NonFiniteError) and str(error) == self._not_finite:
-                raise PermanentError(f"repeated after resuming from a checkpoint: {error}")
-        for error in worker_exceptions.values():
-            if isinstance(error, NonFiniteError):
-                self._not_finite = str(error)
-        self._failures += 1
-        causes = {
-            rank: getattr(error, "health_check_failure", error)  # a dead process
-            for rank, error in sorted(worker_exceptions.items())
-        }
-        for rank, cause in causes.items():
-            print(
-                f"rank {rank} failed: {type(cause).__name__}: {_last_line(cause)}", file=sys.stderr
-            )
-        restarts = self._failures <= self._max_failures
-        count = f"{self._failures} of {self._max_failures}"
-        rank = next((one for one in causes if not _is_of_another_rank(causes[one])), min(causes))
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Raise RanksFailed if a rank has failed."""
+        if self._gathering or not worker_group_status.errors:
+            return
+        errors = reports(worker_group_status.errors)
+        names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+        workers = self._group.get_workers()
+        nodes = [names[worker.metadata.node_id] for worker in workers]
+        failure = failure_of(errors, nodes)
         write_status(
             self._run_dir,
-            state="restarting" if restarts else "failed",
-            reason=f"failure {count}",
-            last_error=f"rank {rank}: {_last_line(causes[rank])}",
-            error_type=type(causes[rank]).__name__,
+            state="restarting",
+            reason="a rank failed",
+            last_error=failure.line,
+            error_type=failure.error_type,
         )
-        if restarts:
-            print(
-                f"restarting all ranks from the newest checkpoint ({count})",
-                file=sys.stderr,
-                flush=True,
-            )
+        if failure.kind in ("missing", "unreachable"):
+            errors |= self._others_soon()
+            failure = failure_of(errors, nodes)
+        if failure.kind not in BY_USER:  # the driver has a line for those
+            for rank in list(errors)[:_SHOWN_RANKS]:
+                print(f"rank {rank} failed: {errors[rank]}", file=sys.stderr)
+            if len(errors) > _SHOWN_RANKS:
+                print(f"{len(errors) - _SHOWN_RANKS} more ranks failed", file=sys.stderr)
+            sys.stderr.flush()
+        raise RanksFailed(failure)
+
+    def _others_soon(self) -> dict[int, RankError]:
+        """Return the errors of ranks a moment later."""
+        time.sleep(_GATHER_SECONDS)
+        self._gathering = True  # the poll calls this object again
+        return reports(self._group.poll_status(_GATHER_SECONDS).errors)
 
 
-def _last_line(error: Exception) -> str:
-    return str(error).strip().rpartition("\n")[2].strip()
+def reports(errors: dict[int, Exception]) -> dict[int, RankError]:
+    """Describe what Ray Train reports of ranks, by rank."""
+    causes = {
+        rank: getattr(error, "health_check_failure", error)  # a dead process
+        for rank, error in sorted(errors.items())
+    }
+    return {
+        rank: cause
+        if isinstance(cause, RankError)
+        else RankError(
+            "crash", type(cause).__name__, str(cause).strip().rpartition("\n")[2].strip()
+        )
+        for rank, cause in causes.items()
+    }
+
+
+def failure_of(errors: dict[int, RankError], nodes: list[str]) -> Failure:
+    """Describe an attempt that ended with these errors.
+
+    Args:
+        errors: by rank.
+        nodes: name of each rank's node.
+    """
+    at_fault = {rank for rank, error in errors.items() if error.kind != "peer"}
+    decisive = {rank for rank in at_fault if errors[rank].kind in ("lasting", "not finite")}
+    first = min(decisive or at_fault or errors)
+    return Failure(
+        kind=errors[first].kind,
+        error_type=errors[first].error_type,
+        text=errors[first].text,
+        rank=first,
+        nodes=frozenset(nodes[rank] for rank in at_fault) if len(set(nodes)) > 1 else frozenset(),
+    )

@@ -18,7 +18,8 @@ import torch
 import tyro
 
 from cavmae.benchmarks.faults import injection as inject
-from cavmae.benchmarks.faults.node_faults import node_cut, node_killed
+from cavmae.benchmarks.faults import outages
+from cavmae.benchmarks.faults.node_faults import node_cut, node_drained, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
@@ -32,6 +33,7 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "head, driver and ranks are killed": inject.head_killed,
     "a node is killed": node_killed,
     "a node's network is cut": node_cut,
+    "a node's pod is ended (preStop)": node_drained,
     "all ranks are preempted (SIGTERM)": inject.preempted,
     "killed while a checkpoint is written": inject.killed_while_writing,
     "the newest checkpoint is cut short": partial(inject.checkpoint_damaged, inject.cut_short),
@@ -42,6 +44,11 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a shard is damaged": inject.shard_damaged,
     "the tracking server dies": inject.tracking_server_stopped,
     "2, then 1, then 2 ranks": inject.other_rank_counts,
+    "the data are not mounted at a restart, for 60 s": outages.data_missing,
+    "the tracking server is away at a restart": outages.tracking_server_missing,
+    "the store answers 403, then 503, for two minutes": outages.store_refuses,
+    "five failures, with a new checkpoint between them": outages.failures_with_progress,
+    "SIGTERM with 30 s to live, and nothing can be written": outages.terminated,
 }
 
 

@@ -220,14 +220,7 @@ def flip_bits_of_sounds(folder: Path, clips: int) -> tuple[str, ...]:
 def tracking_server_stopped(bench: Bench, name: str) -> Row:
     """Kill the tracking server while the run sends it metrics."""
     port = free_port()
-    store = bench.work / "mlflow-server"
-    store.mkdir()
-    command = module_command(
-        *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{store}/m.db"),
-        *("--artifacts-destination", str(store)),
-    )
-    with Start([(command, {})], store / "server.log") as server:
+    with tracking_server(bench.work / "mlflow-server", port) as server:
         server.wait_for(lambda: answers(port), "the tracking server's start")
         tracking = TrackingConfig(uri=f"http://127.0.0.1:{port}", every_steps=1)
         run = FaultedRun(bench, bench.config(name, tracking=tracking), bench.plain)
@@ -236,6 +229,17 @@ def tracking_server_stopped(bench: Bench, name: str) -> Row:
         server.kill()
         run.wait_until_noticed(lambda: unsent(run.run_dir))
         return run.row(resumes=False)
+
+
+def tracking_server(folder: Path, port: int) -> Start:
+    """Start a tracking server on loopback that keeps everything in a folder."""
+    folder.mkdir(exist_ok=True)
+    command = module_command(
+        *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/m.db"),
+        *("--artifacts-destination", str(folder)),
+    )
+    return Start([(command, {})], folder / "server.log")
 
 
 def other_rank_counts(bench: Bench, name: str) -> Row:

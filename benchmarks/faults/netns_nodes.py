@@ -122,9 +122,17 @@ class Nodes:
 
     def on_head(self, command: list[str]) -> list[str]:
         """Wrap a command so that it runs on the head."""
-        first = self._first_process(self._nodes[0])
-        namespaces = ("--net", "--mount", "--uts", "--pid")
-        return ["nsenter", f"--target={first}", *namespaces, "--", *command]
+        return self._on(self._nodes[0], command)
+
+    def on_worker(self, worker: int, command: list[str]) -> list[str]:
+        """Wrap a command so that it runs on a worker's node."""
+        return self._on(self._nodes[worker + 1], ["env", f"RAY_ADDRESS={self.address}", *command])
+
+    def has_rank(self, worker: int) -> bool:
+        """Return whether a rank runs on a worker's node."""
+        pids = _ip("netns", "pids", self._nodes[worker + 1].namespace).split()
+        titles = [Path(f"/proc/{pid}/cmdline") for pid in pids]
+        return any("RayTrainWorker" in one.read_text() for one in titles if one.exists())
 
     def kill(self, worker: int) -> None:
         """Kill all processes of a worker's node at once: the kernel sends each SIGKILL."""
@@ -151,6 +159,10 @@ class Nodes:
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"Ray of {node.namespace} did not end") from error
         self._start(node)
+
+    def _on(self, node: _Node, command: list[str]) -> list[str]:
+        namespaces = ("--net", "--mount", "--uts", "--pid")
+        return ["nsenter", f"--target={self._first_process(node)}", *namespaces, "--", *command]
 
     def _connect(self, node: _Node) -> None:
         inside = f"{node.cable}i"

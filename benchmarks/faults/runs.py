@@ -127,10 +127,10 @@ class Bench:
         ]
         return self._launch(commands, config)
 
-    def on_ray(self, config: PretrainConfig, *words: str) -> Start:
+    def on_ray(self, config: PretrainConfig, *words: str, **variables: str) -> Start:
         """Launch a driver, which places the ranks on a Ray cluster of its own."""
         command = observed_command("train", config, *words)
-        return self._launch([(command, _WITHOUT_MEMORY_MONITOR)], config)
+        return self._launch([(command, _WITHOUT_MEMORY_MONITOR | variables)], config)
 
     def end_all(self) -> None:
         """Kill what still runs of all attempts, as after a row that failed."""

@@ -38,9 +38,7 @@ class SoakedRun(FaultedRun):
     """
 
     def __init__(self, bench: Bench, config: PretrainConfig) -> None:
-        super().__init__(
-            bench, config, lambda config: bench.on_ray(config, "--max-failures=100000")
-        )
+        super().__init__(bench, config, bench.on_ray)
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Return the processes that live as long as the run does, by kind."""

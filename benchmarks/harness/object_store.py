@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -61,9 +62,17 @@ class ObjectStore:
         """Make each `every`-th download fail, by the kinds in turn; 0: none."""
         self._call("POST", "/_faults", json.dumps([every, list(kinds)]).encode())
 
-    def down(self, is_down: bool) -> None:
-        """Answer everything with an error 503, or stop doing so."""
-        self._call("POST", "/_down", json.dumps(is_down).encode())
+    def down(self, is_down: bool, status: str = "503 Service Unavailable") -> None:
+        """Answer everything with an error of this status, or stop doing so."""
+        self._call("POST", "/_down", json.dumps(status if is_down else "").encode())
+
+    def has(self, bucket: str, name: str) -> bool:
+        """Return whether an object exists."""
+        try:
+            self._call("HEAD", f"/{bucket}/{name}")
+        except urllib.error.HTTPError:
+            return False
+        return True
 
     def counts(self) -> dict[str, int]:
         """Return `bytes` of objects sent, `requests` for them, and the count of each fault."""
@@ -116,7 +125,7 @@ class _Spoiler:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._every = 0
-        self._down = False
+        self._down = ""
         self._kinds = itertools.cycle(FAULTS)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -136,7 +145,7 @@ class _Spoiler:
         if path == "/_counts":
             return answer("200 OK", json.dumps(self._counts).encode())
         if self._down:
-            return answer("503 Service Unavailable")
+            return answer(self._down)
         if method != "GET" or path.count("/") < 2:
             return self._application(environ, start)
         fault = self._fault()

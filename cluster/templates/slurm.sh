@@ -28,12 +28,25 @@ export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=600
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 
-# Two minutes before the time limit the job is requeued; the run then resumes from its newest
-# checkpoint, as it does after a lost node.
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+# Two minutes before the time limit the run saves and stops, and the job is requeued; the run then
+# resumes there, as it resumes from its newest checkpoint after a lost node.
+again=
+save_and_stop() {
+    again=1
+    cavmae stop %{run_dir} || scontrol requeue "$SLURM_JOB_ID"  # there is nothing to save yet
+}
+trap save_and_stop USR1
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
     ray symmetric-run --address "$address:6379" --min-nodes "$SLURM_NNODES" \
     --num-cpus=%{cpus_per_node} --num-gpus=%{gpus_per_node} \
     -- %{command} &
 step=$!
-wait $step
+while true; do
+    before=$again code=0
+    wait $step || code=$?
+    if [ "$again" = "$before" ]; then break; fi  # else the signal ended the wait, not the run
+done
+if [ -n "$again" -a $code -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code

@@ -15,13 +15,16 @@ from typing import Any
 import psutil
 import pytest
 from launch import ROOT
+from ray.train import ScalingConfig
 from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
+from cavmae.cluster import elastic
 from cavmae.cluster.config import ClusterConfig
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
+from cavmae.trainer.run_status import read_status
 
 LOOPBACK = {
     "RAY_AUTH_MODE": "token",
@@ -29,6 +32,20 @@ LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def test_nodes_that_are_left_out_are_asked_for_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's reservation does not know that they are left out."""
+    nodes: dict[str, Any] = {name: {"CPU": 2.0} for name in ("a", "b", "c")}
+    listed = [{"NodeID": name, "Resources": has} for name, has in nodes.items()]
+    monkeypatch.setattr(elastic.ray, "nodes", lambda: listed)
+    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 1})
+    policy = elastic.StoppingScalingPolicy(scaling, tmp_path, ["b"])
+    assert policy._get_num_workers_for_resource_request() == 4 + 2
+    assert policy._count_possible_workers(nodes) == 4
+    assert policy._count_possible_workers({"a": nodes["a"], "b": nodes["b"]}) == 2
 
 
 def test_more_ranks_at_least_than_at_most_are_refused() -> None:
@@ -175,6 +192,47 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
     )
     Start(straight, 1, tmp_path).finish()
     assert found == pytest.approx(losses(tmp_path / "straight/run"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_node_that_fails_three_times_in_a_row_is_left_out(
+    packed_synthetic: Path, tmp_path: Path, nodes: Nodes
+) -> None:
+    config = tiny_run(
+        packed_synthetic,
+        tmp_path / "run",
+        steps=100_000,
+        micro_batch=1,
+        checkpoint=CheckpointConfig(every_steps=10),
+    )
+    bad, good = nodes.order("add"), nodes.order("add")
+    text, run_dir = (tmp_path / "log").read_text, tmp_path / "run"
+    start = start_on(nodes, config, tmp_path)
+
+    def wait_for_training(attempt: int) -> None:
+        def trains() -> bool:
+            assert start.poll() is None, text()[-5000:]
+            status = read_status(run_dir)
+            return status is not None and status.attempt == attempt and status.last_step_at > 0
+
+        wait_until(trains, text)
+
+    try:
+        for attempt in (1, 2):
+            wait_for_training(attempt)
+            nodes.order(f"strike {bad}")
+        wait_for_training(3)
+        spare = nodes.order("add")
+        nodes.order(f"strike {bad}")
+        wait_for_training(4)
+        assert f"node node-{bad} failed 3 times in a row and is left out" in text()
+        nodes.order(f"strike {spare}")  # waits for a rank there
+        nodes.order(f"strike {good}")
+        start.send_signal(signal.SIGTERM)
+        assert start.wait(timeout=120) == START_AGAIN_EXIT_CODE, text()[-5000:]
+    finally:
+        start.kill()
+        start.wait()
 
 
 @pytest.mark.slow

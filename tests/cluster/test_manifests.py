@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import ray.autoscaler
 import yaml
 
 from cavmae.cluster.config import RAY_KINDS
+from cavmae.cluster.local import drain
 from cavmae.cluster.manifests import FILES, ClusterFilesConfig, main, render
+from cavmae.cluster.train import RETRIED
 from cavmae.trainer.config.parse import parse
 
 SCHEMAS = Path(__file__).parents[3] / "shared" / "schemas"
@@ -82,6 +87,98 @@ def test_the_batch_script_is_one_that_bash_takes() -> None:
     assert "#SBATCH --nodes=4\n" in made("slurm.sh")
     assert "#SBATCH --gpus-per-node=4\n" in made("slurm.sh")
     assert "RAY_AUTH_MODE=token" in made("slurm.sh")
+
+
+STUBS = {
+    "ray": "",
+    "scontrol": 'echo "$@" >> scontrol; if [ "$1" = show ]; then echo node1; fi',
+    "cavmae": 'echo "$@" >> cavmae; exit $(cat refused)',
+    "srun": """
+if [ "${@: -1}" = --ip-address ]; then echo 10.0.0.1; exit; fi
+echo > running
+while [ ! -e cavmae ]; do sleep 0.02; done
+sleep 0.2
+exit $(cat code)
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("signalled", "refused", "code", "requeued"),
+    [
+        (True, 0, 75, True),  # it has saved and stopped
+        (True, 0, 1, True),  # it could not save in time
+        (True, 0, 0, False),  # it has finished
+        (True, 1, 1, True),  # it has not begun yet
+        (False, 0, 0, False),
+        (False, 0, 75, False),  # `cavmae stop` by a person
+    ],
+)
+def test_before_the_time_limit_a_slurm_job_saves_and_is_requeued(
+    signalled: bool, refused: int, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """Slurm's and Ray's programs are stand-ins: a machine with Slurm was not to be had."""
+    for name, text in STUBS.items():
+        (tmp_path / name.upper()).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name.upper()).chmod(0o755)
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).symlink_to(tmp_path / name.upper())
+    (tmp_path / "refused").write_text(str(refused))
+    (tmp_path / "code").write_text(str(code))
+    job = subprocess.Popen(
+        ["bash", "-c", made("slurm.sh")],
+        cwd=tmp_path,
+        env=os.environ
+        | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        | {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "running").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    if signalled:
+        job.send_signal(signal.SIGUSR1)
+    else:
+        (tmp_path / "cavmae").write_text("")
+    assert job.wait(60) == code
+    if signalled:
+        assert (tmp_path / "cavmae").read_text() == "stop /shared/runs/my base\n"
+    assert ("requeue 42" in (tmp_path / "scontrol").read_text()) == requeued
+
+
+def test_pods_drain_before_they_are_ended() -> None:
+    spec = yaml.safe_load(made("ray-cluster.yaml"))["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:3] == ["python", "-m", drain.__name__]
+        assert 100 < float(command[3]) < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["/usr/bin/python3", "/opt/bin/cavmae", "train", "demo"], True),
+        (["python", "-m", "cavmae.cluster.train", "demo"], True),
+        (["python", "-m", "cavmae", "train", "demo"], True),
+        (["/bin/sh", "-c", "cavmae train demo"], False),
+        (["python", "/opt/bin/cavmae", "status"], False),
+        (["grep", "cavmae", "train"], False),
+    ],
+)
+def test_only_a_driver_itself_is_told_to_stop(words: list[str], expected: bool) -> None:
+    assert drain.is_driver(words) == expected
+
+
+def test_a_job_knows_that_kuberay_starts_it_again() -> None:
+    job = yaml.safe_load(made("ray-job.yaml"))["spec"]
+    assert yaml.safe_load(job["runtimeEnvYAML"]) == {"env_vars": {RETRIED: "1"}}
+
+
+def test_all_give_a_run_the_time_to_save_that_they_have() -> None:
+    assert "--checkpoint.grace-seconds=100" in CONFIG.words
+    own = dataclasses.replace(CONFIG, run=f"{RUN} --checkpoint.grace-seconds 60")
+    assert parse(own.words[2:], RAY_KINDS, "cavmae train").checkpoint.grace_seconds == 60
 
 
 def test_all_start_the_same_run_with_a_rank_for_each_gpu() -> None:

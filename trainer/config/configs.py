@@ -140,9 +140,9 @@ class CheckpointConfig(CheckedFields, section="checkpoint"):
     """Number of newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
     """Also keep the checkpoints at multiples of this many steps; 0: none."""
-    grace_seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds, or 0 for no limit")] = 100.0
+    grace_seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds, or 0 for no limit")] = 25.0
     """Time after which a preempted rank (SIGTERM, a spot notice) exits, saved or not; 0: no limit.
-    Clouds reclaim a spot machine after 120 s."""
+    torchrun and DeepSpeed kill 30 s after SIGTERM, as do some clouds; others give 120 s."""
     folder: str = ""
     """Shared folder, or URL of an object store (s3://, gs://), for this run alone; empty:
     `checkpoints` in the run folder."""

@@ -6,6 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from cavmae.command import UserMistake
 from cavmae.dataloaders.sampling.sample_plan import default_lanes
 from cavmae.dataloaders.sampling.step_shares import StepShares, check_ranks
 from cavmae.dataloaders.shards.storage import real_place
@@ -92,10 +93,10 @@ def check_same_run(before: RunConfig, now: RunConfig) -> None:
     """Check that a run resumes with the fields that decide what it computes unchanged.
 
     Raises:
-        ValueError: one of them differs; the message has both values.
+        UserMistake: one of them differs; the message has both values.
     """
     if type(before) is not type(now):
-        raise ValueError(
+        raise UserMistake(
             f"the run in {now.run_dir} was started with a {type(before).__name__} and cannot "
             f"resume with a {type(now).__name__}; use another --run-dir"
         )
@@ -103,7 +104,7 @@ def check_same_run(before: RunConfig, now: RunConfig) -> None:
         values = (_leaves(name, attrgetter(name)(config)) for config in (before, now))
         for (field, was), (_, wanted) in zip(*values, strict=True):
             if was != wanted and field not in _MAY_CHANGE:
-                raise ValueError(
+                raise UserMistake(
                     f"the run in {now.run_dir} was started with {field} {was} and cannot resume "
                     f"with {wanted}; use the former value, or start a new run with another "
                     "--run-dir"

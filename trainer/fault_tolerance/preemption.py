@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 START_AGAIN_EXIT_CODE = 75
 """Exit code of a process that stops before the run is finished: EX_TEMPFAIL of sysexits.h."""
+SIGTERM = "SIGTERM"
+"""Reason of a stop that a launcher asks for, to start the run again later."""
 _REQUEST = "stop.json"
 _POLL_SECONDS = 1.0
 
@@ -153,7 +155,7 @@ class StopRequest:
             log.warning("stop requested (%s): saving after this step", reason)
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
-        self._set("SIGTERM")
+        self._set(SIGTERM)
 
     def _end(self) -> None:
         finishes_within(

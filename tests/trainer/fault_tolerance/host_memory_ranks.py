@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cavmae.cluster.worker import is_permanent
+from cavmae.cluster.worker import kind_of
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.distributed.process_group import end_rank
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         run(load_config(config_path, PretrainConfig))
     except (OutOfMemory, KeyError) as error:
-        error_of = str(error), is_permanent(error)
+        error_of = str(error), kind_of(error) == "refused"
     of_all = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, error_of)
     if rank == 0:
