@@ -183,6 +183,9 @@ class Tracker:
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the MLflow run, after waiting up to a minute for records that are still queued."""
         self._write("")
+        if self._unwritten:
+            lines = self._unwritten.count(b"\n")
+            log.error("ALARM: the last %d lines of %s are lost", lines, self._metrics_path)
         self._metrics_file.close()
         self._send(_Request(lambda: self._system_metrics.finish()))
         self._send(_Request(lambda: self._client.set_terminated(self.run_id, status)))
