@@ -5,6 +5,8 @@ from the checkpoints of the run folder, never from Ray's last report.
 """
 
 import dataclasses
+import os
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.sampling.sample_plan import check_ranks, default_lanes
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.parse import parse
+from cavmae.trainer.fault_tolerance.lease import OWNER_VARIABLE
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
     request_stop,
@@ -36,6 +39,10 @@ _PATH_FIELDS = (
 )
 _EXTRA_GRACE_SECONDS = 10.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
+
+
+_OWNER = secrets.token_hex(8)
+"""Of this driver: an attempt that it starts takes over at once from one that it started before."""
 
 
 class TrainingError(RuntimeError):
@@ -211,7 +218,11 @@ def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
         train_rank,
         lanes=config.lanes or default_lanes(config.global_batch),
         run_dir=Path(config.run_dir),
-        train_loop_config={"config": without_cluster(config), "make_hooks": make_hooks},
+        train_loop_config={
+            "config": without_cluster(config),
+            "make_hooks": make_hooks,
+            "owner": os.environ.get(OWNER_VARIABLE) or _OWNER,
+        },
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
             num_workers=(minimum, cluster.workers) if minimum else cluster.workers,

@@ -5,6 +5,7 @@ torch backend sets the rank variables and the process group before it calls `tra
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from cavmae.command import raised_by_us
 from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.fault_tolerance.lease import OWNER_VARIABLE
 from cavmae.trainer.run import run
 from cavmae.trainer.run_status import write_status
 from cavmae.trainer.run_summary import RunSummary
@@ -35,13 +37,15 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the run with absolute paths, and `make_hooks` (see `run`).
+        settings: `config`, the run with absolute paths; `make_hooks` (see `run`); and `owner`,
+            which all attempts of a driver share.
 
     Raises:
         PermanentError: an error that the user has to fix.
         Exception: anything else; Ray then restarts all ranks.
     """
     config: RunConfig = settings["config"]
+    os.environ[OWNER_VARIABLE] = settings["owner"]
     try:
         return run(config, preemption_notice, settings["make_hooks"])
     except Exception as error:
