@@ -155,8 +155,8 @@ def _misread_once(order: Path) -> None:
 
     read_blocks = Store.read_blocks
 
-    def misread(store: Store, name: str, size: int) -> Iterator[bytes]:
-        for block in read_blocks(store, name, size):
+    def misread(self: Store, name: str, size: int) -> Iterator[bytes]:
+        for block in read_blocks(self, name, size):
             if order.exists():
                 order.unlink()
                 block = bytes([block[0] ^ 1]) + block[1:]

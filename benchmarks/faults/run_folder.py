@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
-from cavmae.benchmarks.faults.observed_rank import order_misread, trained_samples
+from cavmae.benchmarks.faults.observed_rank import (
+    Orders,
+    give_orders,
+    order_misread,
+    trained_samples,
+)
 from cavmae.benchmarks.faults.outcome import Row, Skipped
 from cavmae.benchmarks.faults.runs import CLIPS, GLOBAL_BATCH, INTERVAL, Bench, resumed_step
 from cavmae.benchmarks.harness.processes import Start
@@ -17,12 +22,18 @@ from cavmae.trainer.config.configs import TrackingConfig
 
 DISK_BYTES = 24 << 20
 """Of the small disk: room for the checkpoints and weights of a tiny run, and not for much more."""
-STEPS_ON_A_FULL_DISK = 2 * INTERVAL
+STEPS_ON_A_FULL_DISK = INTERVAL
+_PAUSE_SECONDS = 0.2
+"""In each step: a tiny run would end before the full disk is noticed."""
+_PAUSE_FOR_A_START_SECONDS = 1.0
+"""In each step: the run has to outlive the start of another one."""
 
 
 def two_starts(bench: Bench, name: str) -> Row:
     """Start the same command again while a run trains: the second start is refused."""
-    run = FaultedRun(bench, bench.config(name), bench.plain)
+    config = bench.config(name)
+    give_orders(Path(config.run_dir), Orders(pause_seconds=_PAUSE_FOR_A_START_SECONDS))
+    run = FaultedRun(bench, config, bench.plain)
     run.wait_for_checkpoint(INTERVAL)
     run.fault_is_now()
     second = bench.plain(run.config)
@@ -49,6 +60,7 @@ def whole_disk_full(bench: Bench, name: str) -> Row | Skipped:
         (run_dir / "samples").symlink_to(samples)
         tracking = TrackingConfig(uri=f"sqlite:///{run_dir}/mlflow.db", every_steps=1)
         config = dataclasses.replace(config, tracking=tracking, average_from_epoch=1)
+        give_orders(run_dir, Orders(pause_seconds=_PAUSE_SECONDS))
         run = FaultedRun(bench, config, bench.plain)
         run.wait_for_checkpoint(INTERVAL)
         run.fault_is_now()

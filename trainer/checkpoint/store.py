@@ -167,6 +167,16 @@ class Store:
         write_bytes(path, data)
         self._sync_folders(name)
 
+    def rewrite(self, name: str, data: bytes) -> None:
+        """Write a small file over the bytes that it has, which needs no room on a full disk. A
+        crash, or a reader at the same time, may meet some of either."""
+        if self.folder is None:
+            self.put(name, data)
+            return
+        with open(self.folder / name, "r+b") as file:
+            file.write(data)
+        sync(self.folder / name)
+
     def put_new(self, name: str, data: bytes) -> bool:
         """Write a small file atomically and durably where there is none.
 

@@ -36,6 +36,8 @@ RENEW_SECONDS = 10.0
 TAKE_OVER_SECONDS = 60.0
 POLL_SECONDS = 1.0
 _RELEASE_SECONDS = 5.0
+_RECORD_BYTES = 1024
+"""A record has always the same length, so that it can be written over another one."""
 _FOLDER = "lease"
 _NAME = re.compile(r"attempt-(\d+)\.json")
 
@@ -173,7 +175,10 @@ class Lease:
         # overwrite a file.
         self.check()
         for store in self._places.values():
-            store.put(_file(self._attempt), self._record())
+            try:
+                store.put(_file(self._attempt), self._record())
+            except OSError:  # as on a full disk, where there is no room for a new file
+                store.rewrite(_file(self._attempt), self._record())
         self.check()
 
     def check(self) -> None:
@@ -231,7 +236,7 @@ class Lease:
         )
 
     def _record(self) -> bytes:
-        return json.dumps(asdict(self._holder)).encode()
+        return json.dumps(asdict(self._holder)).ljust(_RECORD_BYTES).encode()
 
     def _keep(self) -> None:
         """Renew, in the thread, and give the lease back at the end."""

@@ -185,6 +185,20 @@ def test_a_file_that_is_no_lease_is_watched_like_one(
         assert lease.take(places) == 8 and clock.now == TAKE_OVER_SECONDS
 
 
+def test_the_owner_of_a_full_disk_still_gives_signs_of_life(
+    places: dict[str, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    clock = Clock(lambda: clock.now % RENEW_SECONDS == 0 and first.renew())
+    with clock.lease() as first, clock.lease() as second:
+        first.take(places)
+        monkeypatch.setattr("cavmae.trainer.checkpoint.store.write_bytes", full)
+        with pytest.raises(OwnedError, match="is in use by process"):
+            second.take(places)
+
+
 def test_a_run_folder_that_fails_for_a_while_ends_no_run(
     tmp_path: Path,
     places: dict[str, Store],
