@@ -108,6 +108,31 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def write_new(path: str | Path, data: bytes) -> None:
+    """Write a file atomically where there is none; of several processes, one succeeds.
+
+    Raises:
+        FileExistsError: there is one.
+        OSError: it could not be written.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        with named_errors(path):
+            temporary.write_bytes(data)
+            sync(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise
+            except OSError:  # SMB, FUSE and the like have no hard links
+                path.touch(exist_ok=False)
+                os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())

@@ -7,6 +7,7 @@ the run folder, never from Ray's last report.
 
 import dataclasses
 import os
+import secrets
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import checkpoint_folder, list_checkpoints, step_of
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.parse import parse
+from cavmae.trainer.fault_tolerance.lease import OWNER_VARIABLE
 from cavmae.trainer.fault_tolerance.preemption import (
     SIGTERM,
     START_AGAIN_EXIT_CODE,
@@ -55,6 +57,10 @@ IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the drivers of its jobs."""
 RETRIED = "CAVMAE_RETRIED"
 """Set to 1 by a launcher that runs a failed command again by itself."""
+
+
+_OWNER = secrets.token_hex(8)
+"""Of this driver: an attempt that it starts takes over at once from one that it started before."""
 
 
 class TrainingError(RuntimeError):
@@ -299,6 +305,7 @@ class _Driver:
                 "make_hooks": self._make_hooks,
                 "has_trained": self._policy.has_trained,
                 "has_checkpoint": self._policy.checkpoint >= 0,
+                "owner": os.environ.get(OWNER_VARIABLE) or _OWNER,
             },
             torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
             scaling_config=ScalingConfig(

@@ -20,6 +20,7 @@ from cavmae.command import UserMistake, raised_by_us
 from cavmae.trainer.checkpoint.format import checkpoint_folder, list_checkpoints
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import RunConfig
+from cavmae.trainer.fault_tolerance.lease import OWNER_VARIABLE
 from cavmae.trainer.run import run
 from cavmae.trainer.run_status import write_status
 from cavmae.trainer.run_summary import RunSummary
@@ -64,13 +65,15 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
     """Train as the rank that the environment names.
 
     Args:
-        settings: `config`, the run with absolute paths, `make_hooks` (see `run`), `has_trained`,
-            whether the run has a folder, and `has_checkpoint`.
+        settings: `config`, the run with absolute paths; `make_hooks` (see `run`); `owner`, which
+            all attempts of a driver share; `has_trained`, whether the run has a folder; and
+            `has_checkpoint`.
 
     Raises:
         RankError: training failed.
     """
     config: RunConfig = settings["config"]
+    os.environ[OWNER_VARIABLE] = settings["owner"]
     try:
         if os.environ["RANK"] == "0":
             _check_mounts(config, settings)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import limit_threads, ranks_from_environment
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.fault_tolerance.preemption import withdraw_request
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.run_summary import RunSummary
@@ -35,6 +36,7 @@ def run(
         make_hooks: makes the hooks of benchmarks and tests; called on each rank.
 
     Raises:
+        OwnedError: another start of the run lives, or has taken it over.
         ValueError: the data, the rank count, the run folder or the memory does not fit the
             configuration.
         OSError: data can't be read or the run folder can't be written.
@@ -42,14 +44,14 @@ def run(
     """
     ranks = ranks_from_environment()
     log_to_stderr(ranks.rank)
-    with StatusWriter(Path(config.run_dir), ranks.rank) as status:
+    with StatusWriter(Path(config.run_dir), ranks.rank) as status, Lease() as lease:
         threads = limit_threads(config.threads_per_rank, ranks)
         # These import torch, so they come after the threads are set.
         from cavmae.trainer.fault_tolerance.oom import check_machines, oom_guard
         from cavmae.trainer.run_dir import open_run
         from cavmae.trainer.trainer import Hooks, Trainer
 
-        opened = open_run(config, ranks, threads, status)
+        opened = open_run(config, ranks, threads, status, lease)
         config, store, device = opened.config, opened.store, opened.device
         if device.type == "cpu":
             check_machines(config, ranks, store)

@@ -31,6 +31,7 @@ from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.distributed.process_group import start_process_group
 from cavmae.trainer.fault_tolerance.host_memory import rank_memory
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.tracking.rank_logging import log_to_file
@@ -52,6 +53,8 @@ class OpenRun:
         store: its checkpoints.
         train_set: what it trains on.
         status: what watchers see of it.
+        lease: this attempt's right to write to it; the first rank holds it.
+        attempt: the number of this attempt.
     """
 
     config: RunConfig
@@ -61,9 +64,13 @@ class OpenRun:
     store: Store
     train_set: ShardSet
     status: StatusWriter
+    lease: Lease
+    attempt: int
 
 
-def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter) -> OpenRun:
+def open_run(
+    config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter, lease: Lease
+) -> OpenRun:
     """Open the data, join the other ranks, and open the run folder; all ranks call it.
 
     Args:
@@ -71,8 +78,10 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
         ranks: this process's rank.
         threads: CPU threads of this rank, as set.
         status: learns when the run folder is open.
+        lease: taken by the first rank before it touches anything.
 
     Raises:
+        OwnedError: another start of the run lives.
         ValueError: the data, the rank count or the run folder does not fit the configuration.
         OSError: data can't be read or the run folder can't be written.
     """
@@ -92,17 +101,21 @@ def open_run(config: RunConfig, ranks: Ranks, threads: int, status: StatusWriter
 
     memory = min(on_all_ranks(lambda: rank_memory(ranks, device)))
 
-    def open_and_note() -> RunConfig:
+    def open_and_note() -> tuple[RunConfig, int, int]:
+        places = {"run_dir": Store(run_dir)}
+        if config.checkpoint.folder:
+            places["checkpoint.folder"] = store
+        attempt = lease.take(places)
         begun = bool(list_checkpoints(store))
         opened = open_run_dir(resolved, run_dir, store, device, ranks.world_size, memory)
         if not begun:  # else its sets are those that it began with, or it is refused
             training_of(opened).save(run_dir)
-        return opened
+        return opened, attempt, status.attempt
 
-    config = on_first_rank(open_and_note)
-    status.opened(config.steps)
+    config, attempt, start = on_first_rank(open_and_note)
+    status.opened(config.steps, start)
     log_to_file(run_dir / "logs" / f"rank-{ranks.rank}.log")
-    return OpenRun(config, run_dir, ranks, device, store, train_set, status)
+    return OpenRun(config, run_dir, ranks, device, store, train_set, status, lease, attempt)
 
 
 def open_run_dir(
@@ -131,7 +144,7 @@ def open_run_dir(
         OSError: the folder or the store can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (run_dir, run_dir / "epoch-weights", run_dir / "journal"):
+    for folder in (run_dir, *(run_dir / name for name in ("epoch-weights", "journal", "lease"))):
         remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}

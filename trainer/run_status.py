@@ -229,10 +229,20 @@ class StatusWriter:
         if self._rank == 0:
             self._thread.join(_FLUSH_SECONDS)
 
-    def opened(self, steps: int) -> None:
-        """Note that the run folder is this attempt's, and how many steps the run has."""
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt in the status, on rank 0."""
+        return self._status.attempt
+
+    def opened(self, steps: int, attempt: int) -> None:
+        """Note that the run folder is this attempt's.
+
+        Args:
+            steps: of the run.
+            attempt: rank 0's.
+        """
         self._owns, self._written = True, None
-        self.change("starting", steps=steps)
+        self.change("starting", steps=steps, attempt=attempt)
 
     def running(self, step: int, resumed_from: str) -> None:
         """Note that the training loop begins.
@@ -258,6 +268,8 @@ class StatusWriter:
             self.change("failed", **error_fields(error))
             return
         now = _known(self._run_dir)
+        if now and now.attempt > self.attempt:  # it is the run's by now
+            return
         if now is None or now.state != "failed" or now.updated_at < self._began:
             prefix = f"rank {self._rank}: "
             write_status(self._run_dir, state="failed", **error_fields(error, prefix))

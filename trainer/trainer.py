@@ -13,18 +13,19 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from cavmae.atomic_write import atomic_write, write_json
+from cavmae.atomic_write import write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.loading.loader import TrainLoader
 from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
-from cavmae.trainer.checkpoint.weight_average import EpochWeights
+from cavmae.trainer.checkpoint.weight_average import EpochWeights, save_weights
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.resolve import step_shares
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
+from cavmae.trainer.fault_tolerance.lease import TakenOverError
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
@@ -87,7 +88,7 @@ class Trainer:
         config, ranks, device = opened.config, opened.ranks, opened.device
         run_dir, train_set = opened.run_dir, opened.train_set
         self.config, self.ranks, self.device, self.run_dir = config, ranks, device, run_dir
-        self.span, self.status = hooks.span, opened.status
+        self.span, self.status, self.lease = hooks.span, opened.status, opened.lease
         torch.manual_seed(config.seed)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -146,7 +147,13 @@ class Trainer:
         self.logger.log_start(self.task.description, train_set, resumed_from=checkpoint)
         self.validator = Validator(config, ranks, device, self.task.validate, self.logger)
         self.saver = CheckpointSaver(
-            opened.store, config.checkpoint, self.engine, self._state_at, self.start_step
+            opened.store,
+            config.checkpoint,
+            self.engine,
+            self._state_at,
+            self.start_step,
+            opened.attempt,
+            self._before_commit,
         )
         self.retry_save_at = -1
         self.stop = StopRequest(
@@ -168,7 +175,9 @@ class Trainer:
         """Train to the last step, or until a stop is requested.
 
         Raises:
-            OSError: the last checkpoint could not be written; the earlier ones stay.
+            OSError: the last checkpoint, or the final weights, could not be written; the
+                checkpoints of before stay.
+            TakenOverError: another start has taken the run over.
             NonFiniteError: `engine.max_skipped_updates` updates in a row were skipped; the
                 checkpoints of before stay.
         """
@@ -177,6 +186,8 @@ class Trainer:
         try:
             stopped = self._loop()
             weights = {} if stopped else self._final_weights()
+        except TakenOverError:  # MLflow's run is the other start's as well
+            raise
         except BaseException:
             self.logger.close("FAILED")
             raise
@@ -197,13 +208,10 @@ class Trainer:
             tracking_uri=self.logger.tracking_uri,
             mlflow_run=self.logger.mlflow_run,
         )
-        if self.ranks.rank == 0 and stopped:
-            self.stop.withdraw()
+        if not stopped:
+            on_first_rank(lambda: self._write_results(weights, summary))
         elif self.ranks.rank == 0:
-            path = self.run_dir / "weights.pt"
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                torch.save(weights, file)  # torch writes the name of a path into the file
-            write_json(self.run_dir / "summary.json", dataclasses.asdict(summary))
+            self.stop.withdraw()
         self.logger.close("KILLED" if stopped else "FINISHED")
         if stopped:
             log.info(
@@ -215,6 +223,16 @@ class Trainer:
         self.status.change("stopped" if stopped else "finished", reason=stopped)
         dist.barrier()
         return summary
+
+    def _write_results(self, weights: dict[str, torch.Tensor], summary: RunSummary) -> None:
+        try:
+            save_weights(self.run_dir / "weights.pt", weights)
+            write_json(self.run_dir / "summary.json", dataclasses.asdict(summary))
+        except OSError as error:
+            raise OSError(
+                f"{error}: the last step is done and its checkpoint saved; free some space and "
+                "rerun the same command, which writes the weights"
+            ) from error
 
     def _loop(self) -> str:
         """Train until the last step or a stop request; returns the reason for the stop, if any.
@@ -244,12 +262,14 @@ class Trainer:
                 metrics = self.task.metrics() if log_now or not update.applied else {}
                 if log_now:
                     metrics = metrics | {"gradient_norm": update.gradient_norm}
-                means, (stops, writers), busy_seconds = reduce_step(
+                means, (stops, writers, lost), busy_seconds = reduce_step(
                     metrics,
-                    (bool(self.stop.reason), self.saver.is_writing),
+                    (bool(self.stop.reason), self.saver.is_writing, bool(self.lease.lost)),
                     self.timer.pop_mean() if log_now else None,
                     self.device,
                 )
+                if lost:
+                    raise TakenOverError(on_first_rank(lambda: self.lease.lost))
                 if stops:
                     self.stop.start_grace_period()
                     self.status.change("stopping", reason=self.stop.reason)
@@ -374,6 +394,12 @@ class Trainer:
         with self.watchdog.pause():  # the trace is written
             self.profiler.step()
             dist.barrier()  # or the next step waits for the rank that writes longest
+
+    def _before_commit(self) -> None:
+        """Make sure, on the first rank, that the run is still this attempt's, and that the epochs
+        before a checkpoint are on the disk."""
+        self.lease.check()
+        self.epoch_weights.write_waiting()
 
     def _state_at(self, step: int) -> RunState:
         """Collect what a checkpoint holds beside weights and optimizer; all ranks call it."""

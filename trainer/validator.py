@@ -1,5 +1,6 @@
 """Validation during a run: scores and figures on clips that are never trained on."""
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tasks.task import Validation
 from cavmae.trainer.tracking.run_logger import RunLogger
+
+log = logging.getLogger(__name__)
 
 
 class Validator:
@@ -76,5 +79,8 @@ class Validator:
         logged = {prefix + name.removeprefix("val"): x for name, x in self.scores.items()}
         self._logger.log_scores(logged, step)
         if self._ranks.rank == 0:
-            for path in validation.draw(Path(config.run_dir) / "figures", step):
-                self._logger.log_figure(path)
+            try:
+                for path in validation.draw(Path(config.run_dir) / "figures", step):
+                    self._logger.log_figure(path)
+            except OSError as error:
+                log.warning("figures of step %d could not be written: %s", step, error)

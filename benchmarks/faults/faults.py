@@ -21,6 +21,7 @@ from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults import outages
 from cavmae.benchmarks.faults.node_faults import node_cut, node_drained, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
+from cavmae.benchmarks.faults.run_folder import misread, two_starts, whole_disk_full
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
@@ -38,7 +39,10 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "killed while a checkpoint is written": inject.killed_while_writing,
     "the newest checkpoint is cut short": partial(inject.checkpoint_damaged, inject.cut_short),
     "a bit of the newest checkpoint flips": partial(inject.checkpoint_damaged, inject.flip_a_bit),
+    "one rank reads a checkpoint wrongly": misread,
     "the disk is full": inject.disk_full,
+    "the whole disk is full": whole_disk_full,
+    "the run is started twice": two_starts,
     "a gradient is NaN: rolled back": inject.nan_rolled_back,
     "a gradient is NaN: update skipped": inject.nan_skipped,
     "a shard is damaged": inject.shard_damaged,

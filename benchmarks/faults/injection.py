@@ -19,6 +19,7 @@ from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_st
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import (
+    attempt_folder,
     checkpoint_name,
     list_checkpoints,
     list_folders,
@@ -27,6 +28,7 @@ from cavmae.trainer.checkpoint.format import (
 )
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import PretrainConfig, TrackingConfig
+from cavmae.trainer.fault_tolerance.lease import newest_attempt
 from cavmae.trainer.tracking.tracker import UNSENT
 
 DAMAGED_CLIPS = 4
@@ -87,7 +89,7 @@ def damage_newest(config: PretrainConfig, damage: Callable[[Path], None]) -> int
     """Damage a file of the newest checkpoint; returns its step."""
     folder = Path(config.run_dir) / "checkpoints"
     newest = list_checkpoints(Store(folder))[-1]
-    damage(next((folder / newest).glob("state/*optim_states.pt")))
+    damage(next((folder / newest).glob("attempt-*/state/*optim_states.pt")))
     return step_of(newest)
 
 
@@ -122,8 +124,11 @@ def killed_while_writing(bench: Bench, name: str) -> Row:
 
 
 def file_of_second_rank(config: PretrainConfig, step: int) -> Path:
-    """Path of the second rank's file of a checkpoint to come; its folder is created."""
-    folder = Path(config.run_dir) / "checkpoints" / checkpoint_name(step) / "state"
+    """Path of the second rank's file of a checkpoint that this attempt will write; its folder is
+    created."""
+    attempt = newest_attempt(Store(config.run_dir))
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    folder = checkpoints / attempt_folder(checkpoint_name(step), attempt) / "state"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 

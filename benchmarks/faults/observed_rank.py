@@ -2,8 +2,8 @@
 
 The run is the product's own: `cavmae pretrain` or `cavmae train`, started through this module.
 Through the trainer's hooks each rank notes the sample ids of every step before it computes on them,
-and follows the orders in a file beside the run folder: one gradient that isn't finite, clips in
-quarantine from the start, a pause in each step.
+and follows the orders in files beside the run folder: one gradient that isn't finite, one file of a
+checkpoint that is read wrongly, clips in quarantine from the start, a pause in each step.
 
     python -m cavmae.benchmarks.faults.observed_rank pretrain CONFIG [--field value ...]
 """
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,6 +66,17 @@ def order_nan(run_dir: Path, rank: int, step: int) -> Path:
     return path
 
 
+def order_misread(run_dir: Path, rank: int) -> Path:
+    """Have one rank of a run read a file of a checkpoint wrongly, once.
+
+    Returns:
+        A file that is gone as soon as the order is carried out.
+    """
+    path = _misread_file(run_dir, rank)
+    path.touch()
+    return path
+
+
 def trained_samples(run_dir: Path) -> dict[int, str]:
     """Sample id by position of the plan, of all ranks; of steps that were run again, the last time.
 
@@ -94,6 +105,8 @@ def make_hooks(config: RunConfig) -> "Hooks":
     from cavmae.trainer.trainer import Hooks
 
     run_dir = Path(config.run_dir)
+    if (order := _misread_file(run_dir, int(os.environ["RANK"]))).exists():
+        _misread_once(order)
 
     def make_loader(*arguments: Any, quarantine: Sequence[Any] = (), **options: Any) -> TrainLoader:
         ordered = _orders(run_dir).quarantine
@@ -136,6 +149,22 @@ class _ObservedTask:
         self._task.begin_step(engine, batches)
 
 
+def _misread_once(order: Path) -> None:
+    """Flip a bit of the first block that this process reads of a checkpoint."""
+    from cavmae.trainer.checkpoint.store import Store
+
+    read_blocks = Store.read_blocks
+
+    def misread(self: Store, name: str, size: int) -> Iterator[bytes]:
+        for block in read_blocks(self, name, size):
+            if order.exists():
+                order.unlink()
+                block = bytes([block[0] ^ 1]) + block[1:]
+            yield block
+
+    Store.read_blocks = misread
+
+
 def _make_next_gradient_nan(engine: Any) -> None:
     """Of the first parameter that is trained, in this rank's next backward pass."""
     parameter = next(one for one in engine.module.parameters() if one.requires_grad)
@@ -149,6 +178,10 @@ def _make_next_gradient_nan(engine: Any) -> None:
 
 def _samples_folder(run_dir: Path) -> Path:
     return run_dir / "samples"
+
+
+def _misread_file(run_dir: Path, rank: int) -> Path:
+    return run_dir.with_name(f"{run_dir.name}.rank-{rank}.misread")
 
 
 def _orders_file(run_dir: Path) -> Path:

@@ -24,6 +24,7 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
     RUN_STATE,
+    attempt_folder,
     checkpoint_name,
     manifest_bytes,
     read_manifest,
@@ -216,9 +217,9 @@ def resumed_step(run_dir: Path) -> int:
 def _set_step(folder: Path, step: int) -> None:
     """Change the step of a copied checkpoint."""
     store, name = Store(folder), checkpoint_name(step)
-    files = read_manifest(store, name)
-    path = folder / name / RUN_STATE
+    manifest = read_manifest(store, name)
+    path = folder / attempt_folder(name, manifest.attempt) / RUN_STATE
     write_json(path, json.loads(path.read_text()) | {"step": step, "position": step * GLOBAL_BATCH})
     data = path.read_bytes()
-    files[RUN_STATE] = FileDigest(len(data), zlib.crc32(data))
-    store.put(f"{name}/{MANIFEST}", manifest_bytes(files))
+    manifest.files[RUN_STATE] = FileDigest(len(data), zlib.crc32(data))
+    store.put(f"{name}/{MANIFEST}", manifest_bytes(manifest))

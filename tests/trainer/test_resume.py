@@ -17,12 +17,14 @@ from tiny_run import losses, tiny_run
 from cavmae.benchmarks.harness.object_store import object_store
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
+    checkpoint_name,
     list_checkpoints,
     step_of,
     verify_checkpoint,
 )
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, WatchdogConfig
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.fault_tolerance.preemption import (
     START_AGAIN_EXIT_CODE,
     request_stop,
@@ -80,7 +82,8 @@ def test_a_killed_run_goes_on_from_an_object_store(
         store.put("step-000000099/state/mp_rank_00_model_states.pt", b"half of it")
         text = Start(dataclasses.replace(config, steps=15), 2, tmp_path).finish()
         assert f"resuming from s3://bucket/run/{newest}" in text
-        assert list_checkpoints(store) == ["step-000000010", "step-000000015"] == store.folders()
+        kept = ["step-000000010", "step-000000015"]
+        assert list_checkpoints(store) == kept and store.folders() == ["lease", *kept]
         assert losses(tmp_path / "run")[:15] == losses(straight)[:15]
         text = Start(config, 1, tmp_path).finish()
         assert "resuming from s3://bucket/run/step-000000015" in text
@@ -94,7 +97,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     shutil.copytree(straight, tmp_path / "run")
     newest = tmp_path / "run/checkpoints/step-000000020"
-    torn = next(newest.glob("state/*optim_states.pt"))
+    torn = next(newest.glob("attempt-1/state/*optim_states.pt"))
     torn.write_bytes(torn.read_bytes()[:-100])
     text = Start(tiny_run(packed_synthetic, tmp_path / "run"), 2, tmp_path).finish()
     assert "step-000000020 is corrupt or incomplete" in text and torn.name in text
@@ -110,7 +113,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     start = Start(config, 2, tmp_path)
     folder = tmp_path / "run/checkpoints"
     start.wait_for(folder / "step-000000004" / MANIFEST)
-    blocked = folder / "step-000000012/state"
+    blocked = folder / "step-000000012/attempt-1/state"
     blocked.mkdir(parents=True)
     (blocked / "zero_pp_rank_1_mp_rank_00_optim_states.pt").symlink_to("/dev/full")
     text = start.finish()
@@ -126,7 +129,7 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=CheckpointConfig(10))
-    blocked = tmp_path / "run/checkpoints/step-000000020/state"
+    blocked = tmp_path / "run/checkpoints/step-000000020/attempt-1/state"
     start = Start(config, 1, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     blocked.mkdir(parents=True)
@@ -213,6 +216,37 @@ def test_a_run_that_goes_on_refuses_another_seed(
     assert "was started with seed 0 and cannot resume with 5" in start.log.read_text()
 
 
+def test_a_run_has_one_owner(
+    packed_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start is refused while another one lives, and ends when another one has taken over."""
+    config = tiny_run(packed_synthetic, tmp_path / "run", steps=2000)
+    monkeypatch.setattr("cavmae.trainer.fault_tolerance.lease.RENEW_SECONDS", 0.3)
+    torn = tmp_path / "run/checkpoints/step-000000001/attempt-1/state"
+    torn.mkdir(parents=True)  # in flight
+    with Lease() as living:
+        living.take({"run_dir": Store(tmp_path / "run")})
+        start = Start(config, 1, tmp_path)
+        assert start.processes[0].wait(timeout=120) == 1
+        assert f"error: run_dir {tmp_path / 'run'} is in use by process {os.getpid()} on" in (
+            start.log.read_text()
+        )
+        assert torn.exists()
+    start = Start(config, 1, tmp_path)
+    start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
+    holder = json.loads((tmp_path / "run/lease/attempt-2.json").read_text())
+    (tmp_path / "run/lease/attempt-3.json").write_text(json.dumps(holder | {"start": "another"}))
+    newest = list_checkpoints(Store(tmp_path / "run/checkpoints"))[-1]
+    assert start.processes[0].wait(timeout=120) == 1
+    text = start.log.read_text()
+    assert "error: run_dir" in text and "was taken over by process" in text
+    assert list_checkpoints(Store(tmp_path / "run/checkpoints"))[-1] <= step_after(newest)
+
+
+def step_after(name: str) -> str:
+    return checkpoint_name(step_of(name) + 10)
+
+
 def test_a_finished_run_that_is_started_again_keeps_its_scores(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
@@ -255,7 +289,7 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     start = Start(config, 1, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
     for step in range(11, 20):
-        blocked = tmp_path / f"run/checkpoints/step-{step:09d}/state"
+        blocked = tmp_path / f"run/checkpoints/step-{step:09d}/attempt-1/state"
         blocked.mkdir(parents=True)
         os.mkfifo(blocked / "mp_rank_00_model_states.pt")
     start.processes[0].send_signal(signal.SIGTERM)

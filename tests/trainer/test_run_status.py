@@ -46,7 +46,7 @@ def test_an_attempt_is_written_from_its_start_to_its_end(tmp_path: Path) -> None
     assert read_status(tmp_path) is None
     with StatusWriter(run_dir, rank=0) as writer:
         wait_for(has(run_dir, "starting"))
-        writer.opened(40)
+        writer.opened(40, 1)
         writer.running(10, "checkpoints/step-000000010")
         wait_for(has(run_dir, "running"))
         status = status_of(run_dir)
@@ -140,7 +140,7 @@ def test_the_error_of_a_rank_is_not_replaced_by_what_its_launcher_makes_of_it(
 
 def test_a_refused_command_leaves_the_status_of_a_run_that_is_alive(tmp_path: Path) -> None:
     with StatusWriter(tmp_path, rank=0) as alive:
-        alive.opened(40)
+        alive.opened(40, 1)
         alive.running(0, "")
         wait_for(has(tmp_path, "running"))
         with pytest.raises(ValueError), LauncherStatus(tmp_path):
@@ -150,7 +150,7 @@ def test_a_refused_command_leaves_the_status_of_a_run_that_is_alive(tmp_path: Pa
         alive.step = 7
         wait_for(lambda: status_of(tmp_path).step == 7)
         with StatusWriter(tmp_path, rank=0) as second:
-            second.opened(40)
+            second.opened(40, 2)
             second.running(3, "")
             wait_for(lambda: (status_of(tmp_path).attempt, status_of(tmp_path).step) == (2, 3))
             time.sleep(0.2)
@@ -161,16 +161,26 @@ def test_the_failure_of_another_rank_is_written_over_the_first_ranks_signs_of_li
     tmp_path: Path,
 ) -> None:
     with StatusWriter(tmp_path, rank=0) as first:
-        first.opened(40)
+        first.opened(40, 1)
         first.running(0, "")
         wait_for(has(tmp_path, "running"))
         with pytest.raises(OSError), StatusWriter(tmp_path, rank=3) as other:
-            other.opened(40)
+            other.opened(40, 1)
             other.running(0, "")
             raise OSError("disk full")
         time.sleep(0.2)
         status = status_of(tmp_path)
         assert (status.state, status.last_error) == ("failed", "rank 3: disk full")
+
+
+def test_a_rank_that_was_cut_off_and_fails_late_leaves_the_status_of_the_attempt_after_it(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OSError), StatusWriter(tmp_path, rank=3) as late:
+        late.opened(40, 1)
+        write_status(tmp_path, state="running", attempt=2)
+        raise OSError("the other ranks are gone")
+    assert status_of(tmp_path).state == "running"
 
 
 def test_a_status_is_a_line_of_output(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """The format of a run's checkpoints, and how to tell an intact one from a torn one.
 
-A checkpoint is a folder `step-N` with the files of all ranks and a manifest of their sizes and
-checksums. The manifest is written last and removed first, in one piece: a checkpoint exists exactly
-when its manifest does. Renaming a finished folder would give the same on a disk, but object stores
-cannot rename; this way works on both.
+A checkpoint is a folder `step-N` with a manifest, and below it a folder `attempt-N` with the files
+of all ranks, of which the manifest has sizes and checksums. The manifest is written last and
+removed first, in one piece: a checkpoint exists exactly when its manifest does. Renaming a finished
+folder would give the same on a disk, but object stores cannot rename; this way works on both. As no
+two attempts share a folder, a rank that was cut off and goes on writing harms no other attempt.
 """
 
 import json
@@ -12,11 +13,12 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import RunConfig
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 SUSPECT_MANIFEST = "manifest.suspect.json"
 """The manifest of a checkpoint that was found damaged: it is not used, and not yet removed."""
@@ -39,7 +41,6 @@ class RunState:
         quarantine: sample id and reason of each unreadable sample found so far.
         train_set: fingerprint of the training set.
         world_size, zero_stage, dtype: the layout that wrote the tensors.
-        schema: version of this record.
     """
 
     step: int
@@ -49,7 +50,19 @@ class RunState:
     world_size: int
     zero_stage: int
     dtype: str
-    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        attempt: number of the attempt that wrote it.
+        files: by name in that attempt's folder.
+    """
+
+    attempt: int
+    files: dict[str, FileDigest]
 
 
 def checkpoint_folder(config: RunConfig) -> str:
@@ -60,6 +73,11 @@ def checkpoint_folder(config: RunConfig) -> str:
 def checkpoint_name(step: int) -> str:
     """Return the name of the checkpoint of a step."""
     return f"step-{step:09d}"
+
+
+def attempt_folder(name: str, attempt: int) -> str:
+    """Return the folder of a checkpoint's files that an attempt writes."""
+    return f"{name}/attempt-{attempt}"
 
 
 def step_of(name: str) -> int:
@@ -97,34 +115,45 @@ def remove_checkpoint(store: Store, name: str) -> None:
     store.remove_folder(name)
 
 
-def manifest_bytes(files: dict[str, FileDigest]) -> bytes:
-    """Serialize the manifest of a checkpoint's files."""
-    entries = {name: asdict(digest) for name, digest in files.items()}
-    return json.dumps({"schema": SCHEMA, "files": entries}, indent=1).encode()
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Serialize a manifest."""
+    return json.dumps({"schema": SCHEMA} | asdict(manifest), indent=1).encode()
 
 
-def read_manifest(store: Store, name: str) -> dict[str, FileDigest]:
+def read_manifest(store: Store, name: str) -> Manifest:
     """Read the manifest of a checkpoint and compare the sizes of its files.
 
     Raises:
         CorruptCheckpointError: the manifest is damaged, or a file is missing or cut short.
+        ValueError: it has another schema.
         OSError: the store could not be read.
     """
     try:
         document = json.loads(store.read(f"{name}/{MANIFEST}"))
-        files = {
-            file: FileDigest(int(entry["bytes"]), int(entry["crc32"]))
-            for file, entry in document["files"].items()
-        }
+        schema = int(document["schema"])
+        manifest = _manifest_in(document) if schema == SCHEMA else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
-    found = store.files(name)
-    for file, expected in files.items():
+    if manifest is None:
+        raise ValueError(
+            f"checkpoint {store.location(name)} has schema {schema}, this version reads {SCHEMA}; "
+            "use the version of cavmae that wrote it"
+        )
+    found = store.files(attempt_folder(name, manifest.attempt))
+    for file, expected in manifest.files.items():
         if file not in found:
             raise CorruptCheckpointError(f"{file} is missing")
         if found[file] != expected.bytes:
             raise CorruptCheckpointError(f"{file} has {found[file]} bytes of {expected.bytes}")
-    return files
+    return manifest
+
+
+def _manifest_in(document: dict[str, Any]) -> Manifest:
+    files = {
+        file: FileDigest(int(entry["bytes"]), int(entry["crc32"]))
+        for file, entry in document["files"].items()
+    }
+    return Manifest(int(document["attempt"]), files)
 
 
 def verify_file(store: Store, name: str, expected: FileDigest, copy_to: Path | None = None) -> None:
@@ -154,23 +183,20 @@ def verify_file(store: Store, name: str, expected: FileDigest, copy_to: Path | N
 
 def verify_checkpoint(store: Store, name: str) -> None:
     """Read all files of a checkpoint; raises as `read_manifest` and `verify_file` do."""
-    for file, expected in read_manifest(store, name).items():
-        verify_file(store, f"{name}/{file}", expected)
+    manifest = read_manifest(store, name)
+    for file, expected in manifest.files.items():
+        verify_file(store, f"{attempt_folder(name, manifest.attempt)}/{file}", expected)
 
 
 def read_run_state(store: Store, name: str) -> RunState:
     """Read the run state of an intact checkpoint.
 
     Raises:
-        ValueError: it has another schema.
         OSError: it could not be read.
+        ValueError: it is damaged, or of another schema.
     """
-    fields = json.loads(store.read(f"{name}/{RUN_STATE}"))
-    if fields["schema"] != SCHEMA:
-        raise ValueError(
-            f"checkpoint {store.location(name)} has schema {fields['schema']}, this version reads "
-            f"{SCHEMA}; use the version of cavmae that wrote it"
-        )
+    folder = attempt_folder(name, read_manifest(store, name).attempt)
+    fields = json.loads(store.read(f"{folder}/{RUN_STATE}"))
     fields["quarantine"] = tuple((sample, reason) for sample, reason in fields["quarantine"])
     return RunState(**fields)
 

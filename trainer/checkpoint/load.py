@@ -3,7 +3,7 @@
 All ranks verify files in parallel. Files of an object store are copied to a folder of the node on
 the way, which DeepSpeed can read: each node copies what its own ranks need, once, or everything
 where another rank count wrote it. A corrupt checkpoint (a deleted file, a damaged disk) is
-reported, and the previous one is used.
+reported, and the previous one is used. What one rank finds corrupt is read again by another first.
 """
 
 import logging
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 
@@ -26,9 +27,11 @@ from cavmae.trainer.checkpoint.format import (
     RUN_STATE,
     CorruptCheckpointError,
     RunState,
+    attempt_folder,
     list_checkpoints,
     read_manifest,
     read_run_state,
+    step_of,
     verify_file,
 )
 from cavmae.trainer.checkpoint.store import FileDigest, Store
@@ -43,9 +46,11 @@ _FILE_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_(?:model|optim)_stat
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A complete checkpoint: its name, its files without the run state, and the run state."""
+    """A complete checkpoint: its name, the folder of its files, these without the run state, and
+    the run state."""
 
     name: str
+    folder: str
     files: dict[str, FileDigest]
     state: RunState
 
@@ -86,13 +91,13 @@ def load_newest(store: Store, engine: Engine) -> tuple[str, RunState] | None:
         OSError: the store could not be read, or the node's copy could not be written.
         RuntimeError: a checkpoint could not be converted.
     """
-    names = on_first_rank(lambda: list_checkpoints(store))
+    names = list_on_two_ranks(store)
     if not names:
         return None
     with _node_folder(store) as node:
         for name in reversed(names):
             try:
-                checkpoint = on_first_rank(partial(_open, store, name))
+                checkpoint = _open(store, name)
                 _verify(store, checkpoint, node)
             except CorruptCheckpointError as error:
                 if dist.get_rank() == 0:
@@ -108,6 +113,18 @@ def load_newest(store: Store, engine: Engine) -> tuple[str, RunState] | None:
         f"none of the {len(names)} checkpoints in {store.location()} is intact; restore one from a "
         "backup, or start a new run with another run_dir"
     )
+
+
+def list_on_two_ranks(store: Store) -> list[str]:
+    """List the names of the checkpoints that the first or the last rank sees, oldest first; all
+    ranks call it. A network file system may show one machine a folder as it was a minute ago.
+
+    Raises:
+        OSError: one of them could not read the store.
+    """
+    two = (0, dist.get_world_size() - 1)
+    seen = on_all_ranks(lambda: list_checkpoints(store) if dist.get_rank() in two else [])
+    return sorted({name for names in seen for name in names}, key=step_of)
 
 
 @contextmanager
@@ -138,12 +155,36 @@ def _node_folder(store: Store) -> Iterator[_Node]:
 
 
 def _open(store: Store, name: str) -> _Checkpoint:
-    """Read manifest and run state, on the first rank."""
-    files = read_manifest(store, name)
+    """Read manifest and run state, on the first rank; the last one reads again what is corrupt.
+
+    Raises:
+        CorruptCheckpointError: both found it so.
+    """
+    try:
+        return on_first_rank(partial(_read, store, name))
+    except CorruptCheckpointError as error:
+        last = dist.get_world_size() - 1
+        checkpoint = on_all_ranks(lambda: _read(store, name) if dist.get_rank() == last else None)
+        _warn_of_wrong_read(store, name, str(error))
+        return cast(_Checkpoint, checkpoint[last])
+
+
+def _read(store: Store, name: str) -> _Checkpoint:
+    manifest = read_manifest(store, name)
+    folder, files = attempt_folder(name, manifest.attempt), dict(manifest.files)
     if RUN_STATE not in files:
         raise CorruptCheckpointError(f"{RUN_STATE} is not in the manifest")
-    verify_file(store, f"{name}/{RUN_STATE}", files.pop(RUN_STATE))
-    return _Checkpoint(name, files, read_run_state(store, name))
+    verify_file(store, f"{folder}/{RUN_STATE}", files.pop(RUN_STATE))
+    return _Checkpoint(name, folder, files, read_run_state(store, name))
+
+
+def _warn_of_wrong_read(store: Store, name: str, what: str) -> None:
+    if dist.get_rank() == 0:
+        log.warning(
+            "%s of %s was read wrongly once, and rightly when read again",
+            what,
+            store.location(name),
+        )
 
 
 def _verify(store: Store, checkpoint: _Checkpoint, node: _Node) -> None:
@@ -165,7 +206,7 @@ def _verify(store: Store, checkpoint: _Checkpoint, node: _Node) -> None:
         """Read a share of these files; returns those that are damaged, with what is wrong."""
         found = {}
         for file in (one for one in sorted(needed)[share % count :: count] if one in among):
-            name = f"{checkpoint.name}/{file}"
+            name = f"{checkpoint.folder}/{file}"
             copy_to = node.folder / name if node.holds_copies else None
             try:
                 verify_file(store, name, checkpoint.files[file], copy_to)
@@ -189,16 +230,11 @@ def _verify(store: Store, checkpoint: _Checkpoint, node: _Node) -> None:
             f"{', '.join(sorted(wrong))} of {store.location(checkpoint.name)} is read wrongly by "
             f"one rank and rightly by another, twice: look for errors of a disk or of memory"
         )
-    if dist.get_rank() == 0:
-        log.warning(
-            "%s of %s was read wrongly once, and rightly when read again",
-            ", ".join(sorted(suspect)),
-            store.location(checkpoint.name),
-        )
+    _warn_of_wrong_read(store, checkpoint.name, ", ".join(sorted(suspect)))
 
 
 def _load(store: Store, checkpoint: _Checkpoint, node: _Node, engine: Engine) -> None:
-    state, folder = checkpoint.state, node.folder / checkpoint.name
+    state, folder = checkpoint.state, node.folder / checkpoint.folder
     for name, current in (("zero_stage", engine.zero_stage), ("dtype", engine.dtype)):
         if getattr(state, name) != current:
             raise ValueError(

@@ -4,7 +4,9 @@ Each rank copies its part of the state to host memory and writes the copy in a t
 ranks have finished writing, they meet for a moment, and the first one writes a manifest of every
 file's size and checksum: this commits the checkpoint, and only then are old ones removed. A full
 disk, or a store that is down, costs the checkpoint and not the run. Nothing is read back: the page
-cache would answer, and loading verifies every file.
+cache would answer, and loading verifies every file. No two attempts write to the same folder, and
+the manifest is written only where there is none: what a rank that was cut off sends late replaces
+nothing.
 """
 
 import json
@@ -23,15 +25,17 @@ from cavmae.trainer.checkpoint.format import (
     MANIFEST,
     RUN_STATE,
     SUSPECT_MANIFEST,
+    Manifest,
     RunState,
+    attempt_folder,
     checkpoint_name,
-    list_checkpoints,
     list_folders,
     manifest_bytes,
     remove_checkpoint,
     set_aside,
     step_of,
 )
+from cavmae.trainer.checkpoint.load import list_on_two_ranks
 from cavmae.trainer.checkpoint.store import FileDigest, Store
 from cavmae.trainer.config.configs import CheckpointConfig
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank
@@ -64,6 +68,9 @@ class CheckpointSaver:
         state_at: returns the rest of the state at a step; all ranks call it.
         start_step: the step this attempt resumed from; later checkpoints were found damaged. They
             are set aside, and removed once there is an intact one of their step or later.
+        attempt: its number, which no other attempt of the run has.
+        before_commit: called by the first rank before a checkpoint appears; an OSError costs the
+            checkpoint, any other exception ends the run.
 
     Attributes:
         failures: checkpoints that could not be written; the same on all ranks.
@@ -79,8 +86,12 @@ class CheckpointSaver:
         engine: Engine,
         state_at: Callable[[int], RunState],
         start_step: int,
+        attempt: int,
+        before_commit: Callable[[], None],
     ) -> None:
         self._store = store
+        self._attempt = attempt
+        self._before_commit = before_commit
         self._config = config
         self._engine = engine
         self._state_at = state_at
@@ -92,7 +103,8 @@ class CheckpointSaver:
         self._kept: list[str] = []
         self._obsolete: list[str] = []
         self._suspect: list[str] = []
-        on_first_rank(partial(self._clean_up, start_step))
+        complete = list_on_two_ranks(store)
+        on_first_rank(partial(self._clean_up, complete, start_step))
 
     @property
     def is_open(self) -> bool:
@@ -129,6 +141,9 @@ class CheckpointSaver:
 
         Returns:
             Whether it was saved, the same on all ranks. If not, the log has the reason.
+
+        Raises:
+            Exception: `before_commit` raised it.
         """
         assert self._state is not None and self._thread is not None
         if self.is_writing:
@@ -151,10 +166,11 @@ class CheckpointSaver:
 
     def _write(self, name: str, files: dict[str, Any]) -> None:
         """Write this rank's files, in the thread."""
+        folder = attempt_folder(name, self._attempt)
         try:
             self._written = _Written(
                 {
-                    file: self._store.write(f"{name}/{file}", partial(torch.save, content))
+                    file: self._store.write(f"{folder}/{file}", partial(torch.save, content))
                     for file, content in files.items()
                 }
             )
@@ -167,17 +183,21 @@ class CheckpointSaver:
         files = {file: digest for one in ranks for file, digest in one.files.items()}
         run_state = json.dumps(asdict(state)).encode()
         files[RUN_STATE] = FileDigest(len(run_state), zlib.crc32(run_state))
+        manifest = manifest_bytes(Manifest(self._attempt, files))
         try:
-            self._store.put(f"{name}/{RUN_STATE}", run_state)
-            self._store.put(f"{name}/{MANIFEST}", manifest_bytes(files))
+            self._store.put(f"{attempt_folder(name, self._attempt)}/{RUN_STATE}", run_state)
+            self._before_commit()
+            if not self._store.put_new(f"{name}/{MANIFEST}", manifest):
+                # An attempt before this one was cut off, and late; or this one was, and has to end.
+                self._before_commit()
+                self._store.put(f"{name}/{MANIFEST}", manifest)
         except OSError as error:
             return str(error)
         return ""
 
-    def _clean_up(self, start_step: int) -> None:
+    def _clean_up(self, complete: list[str], start_step: int) -> None:
         """Note the intact checkpoints, remove torn ones and set damaged ones aside, on the first
         rank."""
-        complete = list_checkpoints(self._store)
         self._kept = [name for name in complete if step_of(name) <= start_step]
         for name in complete[len(self._kept) :]:
             set_aside(self._store, name)
@@ -204,7 +224,8 @@ class CheckpointSaver:
     def _remove_old(self, name: str, *, saved: bool) -> None:
         """Remove checkpoints that are no longer kept, or the rest of a failed one."""
         if not saved:
-            self._obsolete.append(name)
+            own = attempt_folder(name, self._attempt)
+            self._obsolete.append(own if name in self._suspect else name)
             # A full disk needs its room back at once; a store that is down would hold up the steps.
             if not self._store.is_remote:
                 self._remove_obsolete()
@@ -213,14 +234,25 @@ class CheckpointSaver:
         passed = [old for old in self._suspect if step_of(old) <= step_of(name)]
         self._suspect = [old for old in self._suspect if old not in passed]
         self._obsolete += passed
-        # An earlier one of this step, damaged or not yet removed, has been overwritten.
-        self._obsolete = [old for old in self._obsolete if old != name]
+        if name in self._obsolete:  # an earlier one of this step, damaged or not yet removed
+            self._obsolete.remove(name)
+            self._remove_others(name)
         every = self._config.keep_every
         for old in self._kept[: -self._config.keep_last]:
             if not (every and step_of(old) % every == 0):
                 self._kept.remove(old)
                 self._obsolete.append(old)
         self._remove_obsolete()
+
+    def _remove_others(self, name: str) -> None:
+        """Remove what other attempts have written of a checkpoint; a failure is only logged."""
+        try:
+            self._store.remove_file(f"{name}/{SUSPECT_MANIFEST}")
+            for folder in self._store.folders(name):
+                if f"{name}/{folder}" != attempt_folder(name, self._attempt):
+                    self._store.remove_folder(f"{name}/{folder}")
+        except OSError as error:
+            log.warning("a part of %s could not be removed: %s", self._store.location(name), error)
 
     def _remove_obsolete(self) -> None:
         """Remove what is obsolete; failures are logged and retried after the next checkpoint."""

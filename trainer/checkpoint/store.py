@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cavmae.atomic_write import sync, write_bytes
+from cavmae.atomic_write import sync, write_bytes, write_new
 from cavmae.dataloaders.shards.storage import (
     LocalFolder,
     RemoteFolder,
@@ -127,9 +127,11 @@ class Store:
         """Return a path or URL, for messages."""
         return self._reader.location(name).rstrip("/")
 
-    def folders(self) -> list[str]:
-        """List the names of the folders directly in it, sorted; none where it does not exist."""
-        entries = self._query(lambda: self._files.ls(self._path, detail=True), [])
+    def folders(self, inside: str = "") -> list[str]:
+        """List the names of the folders directly in it, or in one of its folders, sorted; none
+        where that does not exist."""
+        top = f"{self._path}/{inside}".rstrip("/")
+        entries = self._query(lambda: self._files.ls(top, detail=True), [])
         # A link to a folder has the type "other".
         names = [one["name"].rstrip("/") for one in entries if one["type"] != "file"]
         return sorted(name.rpartition("/")[2] for name in names)
@@ -163,6 +165,47 @@ class Store:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)
+        self._sync_folders(name)
+
+    def rewrite(self, name: str, data: bytes) -> None:
+        """Write a small file over the bytes that it has, which needs no room on a full disk. A
+        crash, or a reader at the same time, may meet some of either."""
+        if self.folder is None:
+            self.put(name, data)
+            return
+        with open(self.folder / name, "r+b") as file:
+            file.write(data)
+        sync(self.folder / name)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write a small file atomically and durably where there is none.
+
+        An object store that knows no such condition is asked first whether there is one.
+
+        Returns:
+            Whether it is there with this content. A request whose answer was lost is sent again,
+            and may meet its own file.
+        """
+        try:
+            self._create(name, data)
+        except OSError:
+            if self.size(name) is not None:
+                return self.read(name) == data
+            if self.folder is not None:
+                raise
+            self.put(name, data)
+        return True
+
+    def _create(self, name: str, data: bytes) -> None:
+        """Write a file that does not exist yet; raises OSError where it does, as far as the store
+        can tell."""
+        if self.folder is None:
+            with as_os_errors():
+                self._files.pipe_file(f"{self._path}/{name}", data, mode="create")
+            return
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_new(path, data)
         self._sync_folders(name)
 
     def write(self, name: str, save: Save) -> FileDigest:

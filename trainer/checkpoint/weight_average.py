@@ -1,18 +1,36 @@
 """The mean of a run's weights at the ends of its last epochs, as in the published fine-tuning.
 
-The weights of each of those epochs are kept in the run folder, for a run that resumes; they are on
-the disk before the checkpoint of their step begins.
+The weights of each of those epochs are kept in the run folder, for a run that resumes. They are on
+the disk before a checkpoint of their step or later is committed: what does not fit on a full disk
+waits in the first rank's memory, and no checkpoint can be resumed from that lacks it.
 """
 
+import logging
 import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from cavmae.atomic_write import atomic_write
 from cavmae.trainer.distributed.collectives import on_first_rank
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.model.weights import read_state
+
+log = logging.getLogger(__name__)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a state dict atomically.
+
+    Raises:
+        OSError: it could not be written; torch.save reports a full disk as a RuntimeError.
+    """
+    try:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(weights, file)  # torch writes the name of a path into the file
+    except RuntimeError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 class EpochWeights:
@@ -41,23 +59,36 @@ class EpochWeights:
         epochs = range(first_epoch, last_epoch + 1) if first_epoch else ()
         # An epoch may be shorter than a step.
         self._ends = {max(1, min(steps, round(epoch * steps_per_epoch))): epoch for epoch in epochs}
+        self._waiting: dict[int, dict[str, torch.Tensor]] = {}
 
     def keep(self, engine: Engine, step: int) -> None:
-        """Write the weights if `step` ends an averaged epoch; all ranks call it.
-
-        Raises:
-            OSError: they could not be written.
-        """
+        """Keep the weights if `step` ends an averaged epoch; all ranks call it."""
         if step not in self._ends:
             return
         weights = engine.full_state_dict()
+        if dist.get_rank() != 0:
+            return
+        self._waiting[step] = weights
+        try:
+            self.write_waiting()
+        except OSError as error:
+            log.error(
+                "ALARM: the weights at the end of epoch %d could not be written (%s); training "
+                "continues, and no checkpoint is saved before they are",
+                self._ends[step],
+                error,
+            )
 
-        def write() -> None:
+    def write_waiting(self) -> None:
+        """Write what is kept and not yet on the disk; the first rank calls it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        for step in list(self._waiting):
             self._folder.mkdir(exist_ok=True)
-            with atomic_write(self._path(step)) as temporary, temporary.open("wb") as file:
-                torch.save(weights, file)
-
-        on_first_rank(write)
+            save_weights(self._path(step), self._waiting[step])
+            del self._waiting[step]
 
     def mean(self) -> dict[str, torch.Tensor]:
         """Return the mean in float32 on rank 0, summed in float64; empty on the others, which call

@@ -99,8 +99,9 @@ def end_rank() -> NoReturn:
     """
     dist.destroy_process_group()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(0)
 
 

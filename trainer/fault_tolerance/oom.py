@@ -107,9 +107,14 @@ def oom_guard(
         snapshot = ""
         if device.type == "cuda":
             path = run_dir / "out-of-memory" / f"rank-{ranks.rank}.pickle"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(path))
-            snapshot = f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(path))
+                snapshot = (
+                    f"; {path} has what was allocated, for https://docs.pytorch.org/memory_viz"
+                )
+            except OSError as problem:
+                log.warning("%s could not be written: %s", path, problem)
         log.error("rank %d: %s", ranks.rank, error)
         traceback.clear_frames(error.__traceback__)  # frees the step's tensors
         try:

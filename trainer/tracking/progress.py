@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from rich.progress import BarColumn, TextColumn
@@ -58,7 +59,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            print(text, file=self._stream, flush=True)
+            with suppress(OSError):  # a full disk, or nobody reads any more
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Restore the terminal and leave the last numbers on it."""

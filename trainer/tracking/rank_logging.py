@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,10 +22,26 @@ def log_to_stderr(rank: int) -> None:
 def log_to_file(path: Path) -> None:
     """Append everything that this rank logs to a file, one attempt after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("cavmae")
     for old in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
         logger.removeHandler(old)
         old.close()
     logger.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that may not be writable for a while, which is said once."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._said:
+            with suppress(OSError):  # it may be on the same disk
+                print(
+                    f"{self.baseFilename} could not be written ({sys.exc_info()[1]}); what is "
+                    "logged until it can be is only here",
+                    file=sys.stderr,
+                )
+        self._said = True

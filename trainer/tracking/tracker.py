@@ -81,7 +81,7 @@ class Tracker:
         self.failures = 0
         self._resumes = run_id is not None
         self._on_run = on_run
-        self._connected = self._late = self._lost = False
+        self._connected = self._late = self._lost = self._note_fails = False
         self._lock = threading.Lock()
         self._unsent_path = run_dir / UNSENT
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -118,6 +118,8 @@ class Tracker:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # It logs each error of a database with its traceback, and raises it as well.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         create_store(self.uri)
         self._client = MlflowClient(tracking_uri=self.uri)
         if self.run_id:
@@ -183,6 +185,9 @@ class Tracker:
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """End the MLflow run, after waiting up to a minute for records that are still queued."""
         self._write("")
+        if self._unwritten:
+            lines = self._unwritten.count(b"\n")
+            log.error("ALARM: the last %d lines of %s are lost", lines, self._metrics_path)
         self._metrics_file.close()
         self._send(_Request(lambda: self._system_metrics.finish()))
         self._send(_Request(lambda: self._client.set_terminated(self.run_id, status)))
@@ -315,7 +320,11 @@ class Tracker:
             try:
                 write_json(self._unsent_path, note)
             except OSError as error:
-                log.warning("%s could not be written: %s", self._unsent_path, error)
+                if not self._note_fails:
+                    log.warning("%s could not be written: %s", self._unsent_path, error)
+                self._note_fails = True
+            else:
+                self._note_fails = False
 
     def _count_failure(self, reason: str) -> None:
         with self._lock:

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 
 from cavmae.trainer.checkpoint import load
-from cavmae.trainer.checkpoint.format import CorruptCheckpointError, RunState, verify_file
+from cavmae.trainer.checkpoint.format import (
+    CorruptCheckpointError,
+    Manifest,
+    RunState,
+    list_checkpoints,
+    read_manifest,
+    verify_file,
+)
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.store import Store
@@ -66,6 +73,17 @@ def wrong_on_the_second(*arguments: Any) -> None:
     verify_file(*arguments)
 
 
+def outdated_on_the_first(store: Store) -> list[str]:
+    """List checkpoints as a network file system may show them to rank 0: as they were."""
+    return list_checkpoints(store)[: -1 if dist.get_rank() == 0 else None]
+
+
+def wrong_on_the_first(store: Store, name: str) -> Manifest:
+    if dist.get_rank() == 0:
+        raise CorruptCheckpointError("it is cut short")
+    return read_manifest(store, name)
+
+
 def main() -> None:
     folder, output = Path(json.loads(sys.argv[1])), Path(sys.argv[2])
     dist.init_process_group("gloo")
@@ -76,17 +94,23 @@ def main() -> None:
     ]
 
     store, part = Store(folder / "checkpoints"), Part()
-    writer = CheckpointSaver(
-        store,
-        CheckpointConfig(every_steps=10),
-        cast(Engine, part),
-        lambda step: RunState(step, step, (), "set", 2, 1, "fp32"),
-        start_step=0,
-    )
+
+    def saver(start_step: int) -> CheckpointSaver:
+        return CheckpointSaver(
+            store,
+            CheckpointConfig(every_steps=10),
+            cast(Engine, part),
+            lambda step: RunState(step, step, (), "set", 2, 1, "fp32"),
+            start_step=start_step,
+            attempt=1,
+            before_commit=lambda: None,
+        )
+
+    writer = saver(0)
     saved = []
     for part.step in (10, 20, 30):
         if part.step == 20 and dist.get_rank() == 1:
-            full = folder / "checkpoints/step-000000020" / part.file
+            full = folder / "checkpoints/step-000000020/attempt-1" / part.file
             full.parent.mkdir(parents=True, exist_ok=True)  # the other rank may be ahead
             full.symlink_to("/dev/full")
         writer.begin(part.step)
@@ -96,11 +120,18 @@ def main() -> None:
     loaded = part.step
     with mock.patch.object(load, "verify_file", wrong_on_the_second):
         misread = error_of(lambda: load_newest(store, cast(Engine, part)))
-    on_first_rank(lambda: store.put(f"step-000000030/{part.file}", b"damaged"))
+    with mock.patch.object(load, "list_checkpoints", outdated_on_the_first):
+        load_newest(store, cast(Engine, part))
+        saver(part.step)
+    with mock.patch.object(load, "read_manifest", wrong_on_the_first):
+        load_newest(store, cast(Engine, part))
+    in_spite_of_the_first = part.step
+    on_first_rank(lambda: store.put(f"step-000000030/attempt-1/{part.file}", b"damaged"))
     load_newest(store, cast(Engine, part))
-    found = on_all_ranks(lambda: (errors, saved, loaded, misread, part.step))
+    without = part.step
+    found = on_all_ranks(lambda: (errors, saved, loaded, misread, in_spite_of_the_first, without))
     if dist.get_rank() == 0:
-        names = ("errors", "saved", "loaded", "misread", "without the newest")
+        names = ("errors", "saved", "loaded", "misread", "in spite of the first", "without newest")
         output.write_text(json.dumps(dict(zip(names, zip(*found, strict=True), strict=True))))
     dist.destroy_process_group()
 

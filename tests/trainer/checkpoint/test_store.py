@@ -1,9 +1,11 @@
 """Checkpoints in a folder and at an object store: whole or absent, and never lost from sight."""
 
 import dataclasses
+import errno
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -17,12 +19,15 @@ from cavmae.benchmarks.harness.object_store import ObjectStore, object_store
 from cavmae.trainer.checkpoint import load as load_module
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
+    SUSPECT_MANIFEST,
     CorruptCheckpointError,
     RunState,
+    attempt_folder,
     check_not_left_behind,
     checkpoint_folder,
     checkpoint_name,
     list_checkpoints,
+    read_manifest,
     verify_checkpoint,
     verify_file,
 )
@@ -31,6 +36,7 @@ from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.store import Store, check_writable
 from cavmae.trainer.config.configs import CheckpointConfig, EngineConfig, PretrainConfig
 from cavmae.trainer.distributed.engine import Engine
+from cavmae.trainer.fault_tolerance.lease import Lease, OwnedError
 from cavmae.trainer.run_dir import open_run_dir
 
 WEIGHTS = "state/mp_rank_00_model_states.pt"
@@ -75,6 +81,12 @@ def remove(store: Store, name: str) -> None:
     store.remove_file(name)
 
 
+def place(step: int, file: str, attempt: int = 1) -> str:
+    """Where a file of a checkpoint is."""
+    name = checkpoint_name(step)
+    return f"{name if file == MANIFEST else attempt_folder(name, attempt)}/{file}"
+
+
 # ---------------------------------------------------------------------------------- places
 
 
@@ -94,6 +106,49 @@ def test_a_store_gives_back_what_it_was_given(store: Store) -> None:
     for _ in range(2):
         store.remove_folder("a")
         assert store.folders() == []
+
+
+def test_of_several_that_write_the_same_new_file_one_does(store: Store) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        wrote = list(pool.map(lambda number: store.put_new("a/b", b"%d" % number), range(8)))
+    assert sum(wrote) == 1 and store.read("a/b") == b"%d" % wrote.index(True)
+    assert list(store.files("a")) == ["b"]
+    assert store.put_new("a/b", store.read("a/b")), "a request that was sent again meets its own"
+
+
+@pytest.mark.field
+def test_a_new_file_is_written_once_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.link", link)
+    store = local(tmp_path)
+    assert [store.put_new("a/b", data) for data in (b"1", b"2")] == [True, False]
+    assert store.read("a/b") == b"1" and list(store.files("a")) == ["b"]
+
+
+@pytest.mark.field
+def test_a_new_file_is_written_once_where_a_store_knows_no_conditions(
+    remote: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pipe_file(*_: object, **__: object) -> None:
+        raise NotImplementedError("A header you provided implies functionality")
+
+    monkeypatch.setattr(remote._files, "pipe_file", pipe_file)
+    assert [remote.put_new("a/b", data) for data in (b"1", b"2")] == [True, False]
+    assert remote.read("a/b") == b"1"
+
+
+def test_a_store_has_one_owner(store: Store) -> None:
+    seconds = iter(range(0, 1000, 10))
+    with Lease() as first, Lease(lambda: next(seconds), lambda _: None) as second:
+        assert first.take({"checkpoint.folder": store}) == 1
+        assert second.take({"checkpoint.folder": store}) == 2
+        with pytest.raises(OwnedError, match=r"checkpoint.folder .* was taken over by process"):
+            first.renew()
+    assert list_checkpoints(store) == [] and store.folders() == ["lease"]
 
 
 def test_what_was_half_written_is_not_at_a_store(remote: Store) -> None:
@@ -248,10 +303,16 @@ def state_at(step: int) -> RunState:
 
 
 def writer_of(
-    store: Store, start_step: int = 0, keep_last: int = 2, keep_every: int = 0
+    store: Store,
+    start_step: int = 0,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    attempt: int = 1,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> CheckpointSaver:
     config = CheckpointConfig(every_steps=10, keep_last=keep_last, keep_every=keep_every)
-    return CheckpointSaver(store, config, cast(Engine, OneRank()), state_at, start_step)
+    engine = cast(Engine, OneRank())
+    return CheckpointSaver(store, config, engine, state_at, start_step, attempt, before_commit)
 
 
 def save(writer: CheckpointSaver, *steps: int) -> list[bool]:
@@ -302,7 +363,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     spoil: Callable[[Store, str], None],
 ) -> None:
     save(writer_of(remote), 10, 20)
-    spoil(remote, f"step-000000020/{file}")
+    spoil(remote, place(20, file))
     assert loaded(remote) == 10
     if file != MANIFEST:
         assert f"{remote.location('step-000000020')} is corrupt or incomplete" in caplog.text
@@ -321,17 +382,36 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
 
 def test_a_damaged_one_may_be_written_anew(alone: None, store: Store) -> None:
     save(writer_of(store), 10, 20)
-    damage(store, f"{checkpoint_name(20)}/{MOMENTS}")
+    damage(store, place(20, MOMENTS))
     assert loaded(store) == 10
-    assert save(writer_of(store, start_step=10), 20) == [True]
+    again = writer_of(store, start_step=10, attempt=2)
+    assert save(again, 20) == [True]
     assert loaded(store) == 20
+    assert store.folders(checkpoint_name(20)) == ["attempt-2"], "and the damaged one is gone"
+    assert store.size(f"{checkpoint_name(20)}/{SUSPECT_MANIFEST}") is None
 
 
+def test_a_damaged_one_stays_where_writing_it_anew_fails(alone: None, tmp_path: Path) -> None:
+    store = local(tmp_path)
+    save(writer_of(store), 10, 20)
+    damage(store, place(20, MOMENTS))
+    again = writer_of(store, start_step=10, attempt=2)
+    (tmp_path / "checkpoints" / place(20, WEIGHTS, attempt=2)).mkdir(parents=True)
+    assert save(again, 20) == [False]
+    assert store.folders(checkpoint_name(20)) == ["attempt-1"]
+    assert store.size(f"{checkpoint_name(20)}/{SUSPECT_MANIFEST}")
+
+
+@pytest.mark.parametrize("file", ["run_state.json", MOMENTS])
 def test_one_wrong_read_condemns_no_checkpoint(
-    alone: None, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    alone: None,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
 ) -> None:
     save(writer_of(store), 10, 20)
-    wrong = [f"{checkpoint_name(20)}/{MOMENTS}"]
+    wrong = [place(20, file)]
 
     def verify(store: Store, name: str, *arguments: Any) -> None:
         if name in wrong:
@@ -341,17 +421,61 @@ def test_one_wrong_read_condemns_no_checkpoint(
 
     monkeypatch.setattr(load_module, "verify_file", verify)
     assert loaded(store) == 20
-    assert (
-        f"{MOMENTS} of {store.location(checkpoint_name(20))} was read wrongly once" in caplog.text
-    )
+    assert "was read wrongly once, and rightly when read again" in caplog.text
+    assert file in caplog.text
 
 
 def test_none_whole_is_an_error(alone: None, store: Store) -> None:
     save(writer_of(store), 10, 20)
     for step in (10, 20):
-        damage(store, f"{checkpoint_name(step)}/{MOMENTS}")
+        damage(store, place(step, MOMENTS))
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is intact; restore one"):
         loaded(store)
+
+
+def test_one_of_another_schema_is_not_taken_for_a_damaged_one(alone: None, store: Store) -> None:
+    store.put(place(10, MANIFEST), b'{"schema": 1, "files": {"run_state.json": {}}}')
+    with pytest.raises(ValueError, match=r"has schema 1, this version reads 2; use the version"):
+        loaded(store)
+    assert list_checkpoints(store) == [checkpoint_name(10)]
+
+
+def test_what_an_attempt_that_was_cut_off_sends_late_replaces_nothing(
+    alone: None, store: Store
+) -> None:
+    """Attempt 1 is cut off with a checkpoint half written; attempt 2 saves the same step."""
+    checks = iter([lambda: None, owned_by_another])
+    late = writer_of(store, before_commit=lambda: next(checks)())
+    save(writer_of(store, attempt=2), 20)
+    manifest = store.read(place(20, MANIFEST))
+    with pytest.raises(OwnedError):  # when it commits, at the second look
+        save(late, 20)
+    assert store.folders(checkpoint_name(20)) == ["attempt-1", "attempt-2"]
+    assert store.read(place(20, MANIFEST)) == manifest
+    damage(store, place(20, MOMENTS))
+    assert loaded(store) == 20, "only what the manifest names is read"
+
+
+def owned_by_another() -> None:
+    raise OwnedError("taken over")
+
+
+def test_the_owner_replaces_a_manifest_that_came_late(alone: None, store: Store) -> None:
+    owner = writer_of(store, attempt=2)
+    save(writer_of(store), 20)
+    assert save(owner, 20) == [True]
+    assert read_manifest(store, checkpoint_name(20)).attempt == 2 and loaded(store) == 20
+
+
+def test_what_has_to_come_before_a_checkpoint_may_fail_and_costs_it(
+    alone: None, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "epoch-0001.pt")
+
+    writer = writer_of(store, before_commit=full)
+    assert save(writer, 10) == [False] and list_checkpoints(store) == []
+    assert "ALARM: the checkpoint of step 10 could not be written ([Errno 28] No sp" in caplog.text
 
 
 def test_a_store_that_is_down_costs_a_checkpoint_and_not_the_run(
@@ -445,4 +569,5 @@ def test_what_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
     assert ranks["saved"] == [[True, False, True]] * 2, "the second rank's disk is full at step 20"
     kinds, messages = zip(*ranks["misread"], strict=True)
     assert kinds == ("OSError", "OSError") and "look for errors of a disk" in messages[1]
-    assert ranks["loaded"] == [30, 30] and ranks["without the newest"] == [10, 10]
+    assert ranks["loaded"] == [30, 30] and ranks["without newest"] == [10, 10]
+    assert ranks["in spite of the first"] == [30, 30], "what it does not see, or reads wrongly"

@@ -200,6 +200,23 @@ def test_a_store_that_is_down_hides_no_out_of_memory_error(
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
+def test_a_full_disk_hides_no_out_of_memory_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.cuda.memory._dump_snapshot", full)
+    monkeypatch.setattr("cavmae.trainer.fault_tolerance.oom._report", lambda *_, **__: "0 ran out")
+    config, store = tiny_run(tmp_path, tmp_path / "run"), Store(str(tmp_path / "checkpoints"))
+    with (
+        pytest.raises(OutOfMemory, match=r"^0 ran out$"),
+        oom_guard(config, tmp_path, store, ALONE, torch.device("cuda")),
+    ):
+        raise MemoryError
+    assert "rank-0.pickle could not be written: [Errno 28]" in caplog.text
+
+
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tmp_path / "run")
     with (

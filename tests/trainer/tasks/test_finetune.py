@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from cavmae.trainer.config.configs import (
     ValidationConfig,
 )
 from cavmae.trainer.config.serialize import save_config
+from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.tasks.finetune import FinetuneTask
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
@@ -106,6 +107,45 @@ def test_weights_of_an_epoch_that_a_power_cut_took_are_named(tmp_path: Path, alo
         (tmp_path / "epoch-0002.pt").write_bytes(damage)
         with pytest.raises(ValueError, match=r"end of epoch 2.*remove the checkpoints from step 4"):
             kept.mean()
+
+
+class FixedWeights:
+    """The part of an engine whose weights are kept."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.tensor([self.value])}
+
+
+@pytest.mark.parametrize("full", ["mkdir", "torch.save"])
+def test_weights_of_epochs_wait_in_memory_until_a_full_disk_has_room(
+    tmp_path: Path,
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    full: str,
+) -> None:
+    """torch.save reports a full disk as `unexpected pos 64 vs 0`."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0") if full == "torch.save" else OSError("full")
+
+    kept = EpochWeights(tmp_path / "epochs", first_epoch=1, steps=6, steps_per_epoch=2.0)
+    engine = FixedWeights()
+    with monkeypatch.context() as patch:
+        patch.setattr(full if full == "torch.save" else "pathlib.Path.mkdir", fail)
+        for step in range(1, 6):
+            engine.value = float(step)
+            kept.keep(cast(Engine, engine), step)
+        with pytest.raises(OSError, match=r"full|epoch-0001.pt could not be written: unexpected"):
+            kept.write_waiting()
+    assert caplog.text.count("ALARM: the weights at the end of epoch") == 2
+    engine.value = 6.0
+    kept.keep(cast(Engine, engine), 6)
+    kept.write_waiting()
+    assert kept.mean()["w"].tolist() == [4.0]
 
 
 def test_validation_clips_of_one_class_do_not_end_a_run(alone: None) -> None:

@@ -20,6 +20,11 @@ def run(progress: Progress) -> None:
     progress.close()
 
 
+class FullDisk(io.BytesIO):
+    def write(self, _data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+
 def on_terminal() -> str:
     """What a terminal receives."""
     master, slave = pty.openpty()
@@ -69,6 +74,12 @@ def test_a_terminal_gets_a_bar_that_ends_with_the_last_numbers() -> None:
 def test_the_bar_fits_on_one_line_of_80_columns() -> None:
     lines = [line for line in plain(on_terminal()) if line]
     assert all(len(line) <= 80 and "step" in line for line in lines)
+
+
+def test_a_full_disk_under_the_log_stops_nothing() -> None:
+    stream = io.TextIOWrapper(FullDisk(), line_buffering=True)
+    run(Progress(5, 0, stream=stream))
+    stream.detach()
 
 
 def test_a_bar_gives_the_cursor_back() -> None:

@@ -416,6 +416,19 @@ def test_metrics_that_do_not_fit_on_the_disk_are_written_with_the_next_ones(
     tracker.close()
     assert [one["step"] for one in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
     assert caplog.text.count("ALARM: metrics could not be written") == 1
+    assert "are lost" not in caplog.text
+
+
+def test_metrics_that_never_fit_on_the_disk_are_counted_at_the_end(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(TrackingConfig(), run_dir, PARAMETERS)
+    tracker._metrics_file.close()
+    with open("/dev/full", "ab", buffering=0) as tracker._metrics_file:
+        for step in (1, 2):
+            tracker.log_metrics({"loss": float(step)}, step)
+        tracker.close()
+    assert f"ALARM: the last 2 lines of {run_dir / 'metrics.jsonl'} are lost" in caplog.text
 
 
 def test_a_store_that_refuses_a_new_run_is_an_error_naming_the_field(
