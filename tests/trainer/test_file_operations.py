@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from launch import run_ranks
 from starts import place_store
 from tiny_run import tiny_run
@@ -13,6 +14,7 @@ from cavmae.trainer.config.serialize import save_config
 STEPS, LOGGED = 24, 8
 
 
+@pytest.mark.slow
 def test_between_checkpoints_only_the_first_rank_uses_the_run_folder(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
