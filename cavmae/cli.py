@@ -43,6 +43,7 @@ BENCHMARKS = {
     "tiers": ("benchmarks.data.tiers", "Size, cost and quality of each way to store a clip."),
     "faults": ("benchmarks.faults.faults", "Recovery of a run from each real fault."),
     "soak": ("benchmarks.faults.soak", "One run for an hour with a fault every few minutes."),
+    "control-plane": ("benchmarks.training.control_plane", "What 1,024 ranks do besides training."),
     "overhead": ("benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
     "shuffle": ("benchmarks.data.shuffle_quality", "Order of samples against a perfect shuffle."),
     "storage-faults": (

@@ -25,7 +25,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal, TypeVar
@@ -210,6 +210,21 @@ class ProcessPool:
                 raise RuntimeError(f"worker processes do not start: they die with {cause}")
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """In a job: fail the task with "timeout" if the block takes longer.
+
+    For a part that takes only as long as the task itself makes it take: what it waits for, such as
+    a slow disk, stays outside. The kernel ends the process, even in a loop that never returns to
+    Python.
+    """
+    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *before)
+
+
 def run_in_order(
     job: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int, limits: TaskLimits
 ) -> Generator[Any]:
@@ -281,6 +296,8 @@ class _Worker:
             cause = self.end()
         if cause == "signal SIGXCPU":
             return Failure("cpu_limit", f"over {self._limits.cpu_seconds:g} s of CPU time")
+        if cause == "signal SIGALRM":
+            return Failure("timeout", "over its `time_limit`")
         return Failure("worker_crashed", f"its process died with {cause}")
 
     def end(self) -> str:

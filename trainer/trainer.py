@@ -1,6 +1,7 @@
 """The training loop of every run: micro-batches in, updates, scores and checkpoints out."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ from cavmae.atomic_write import write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.loading.quarantine import Journal, journal_folder
 from cavmae.trainer.checkpoint.format import RunState, list_checkpoints
 from cavmae.trainer.checkpoint.load import load_newest
 from cavmae.trainer.checkpoint.save import CheckpointSaver
@@ -125,6 +127,10 @@ class Trainer:
             steps=config.steps,
             steps_per_epoch=self.steps_per_epoch,
         )
+        journal = Journal(journal_folder(run_dir))
+        suspects = on_all_ranks(
+            lambda: journal.unfinished(train_set, ranks.local_rank, ranks.local_world_size)
+        )
         self.loader = hooks.make_loader(
             config.data,
             ClipShape(config.model.audio_frames, config.model.mel_bins, config.model.image_size),
@@ -134,8 +140,11 @@ class Trainer:
             device=device,
             start_position=state.position if state else 0,
             quarantine=state.quarantine if state else (),
-            journal=run_dir / "journal" / f"rank-{ranks.rank}.txt",
+            journal=journal,
+            suspects=itertools.chain.from_iterable(suspects),
         )
+        journal.remove_left()
+        self.quarantined = set(state.quarantine if state else ())
         self.logger = RunLogger(
             config,
             run_dir,
@@ -402,14 +411,19 @@ class Trainer:
         self.epoch_weights.write_waiting()
 
     def _state_at(self, step: int) -> RunState:
-        """Collect what a checkpoint holds beside weights and optimizer; all ranks call it."""
-        own = [(item.sample_id, item.reason) for item in self.loader.quarantine]
+        """Collect what a checkpoint holds beside weights and optimizer; all ranks call it.
+
+        Ranks exchange the clips that are new since the checkpoint before, next to nothing. All of
+        them, not only the first: in a gather NCCL connects it to every other rank, while rings
+        between all are there already.
+        """
+        own = {(item.sample_id, item.reason) for item in self.loader.quarantine}
+        news = on_all_ranks(lambda: own - self.quarantined)
+        self.quarantined = self.quarantined.union(*news)
         return RunState(
             step=step,
             position=step * self.config.global_batch,
-            quarantine=tuple(
-                sorted({item for items in on_all_ranks(lambda: own) for item in items})
-            ),
+            quarantine=tuple(sorted(self.quarantined)),
             train_set=self.fingerprint,
             world_size=self.ranks.world_size,
             zero_stage=self.config.engine.zero_stage,

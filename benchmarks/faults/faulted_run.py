@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cavmae.benchmarks.faults.outcome import (
+    NOTICED_WITHIN_SECONDS,
     Expected,
     Row,
     largest_difference,
@@ -109,6 +110,7 @@ class FaultedRun:
         tolerance: float = 0.0,
         said: str = "",
         expected: Expected | None = None,
+        noticed_allowed: float = NOTICED_WITHIN_SECONDS,
     ) -> Row:
         """Wait for the end of the run and compare it.
 
@@ -120,6 +122,7 @@ class FaultedRun:
             tolerance: of the losses, relative.
             said: in place of what the run wrote of the fault.
             expected: what the run is compared with; None: the undisturbed run.
+            noticed_allowed: seconds that it may take until the fault is noticed.
 
         Raises:
             RuntimeError: the run failed, or has another number of steps than the other one.
@@ -145,4 +148,5 @@ class FaultedRun:
             tolerance=tolerance,
             compared_with=expected.run,
             said=(said or self._said).replace(f"{self.bench.work}/", ""),
+            noticed_allowed=noticed_allowed,
         )

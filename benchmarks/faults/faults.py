@@ -19,6 +19,7 @@ import tyro
 
 from cavmae.benchmarks.faults import injection as inject
 from cavmae.benchmarks.faults import outages
+from cavmae.benchmarks.faults.data_faults import clip_hangs_reader, journal_torn, log_blocks
 from cavmae.benchmarks.faults.node_faults import node_cut, node_drained, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
 from cavmae.benchmarks.faults.run_folder import misread, two_starts, whole_disk_full
@@ -46,6 +47,9 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "a gradient is NaN: rolled back": inject.nan_rolled_back,
     "a gradient is NaN: update skipped": inject.nan_skipped,
     "a shard is damaged": inject.shard_damaged,
+    "a clip hangs a reader": clip_hangs_reader,
+    "journals are torn": journal_torn,
+    "a log file blocks": log_blocks,
     "the tracking server dies": inject.tracking_server_stopped,
     "2, then 1, then 2 ranks": inject.other_rank_counts,
     "the data are not mounted at a restart, for 60 s": outages.data_missing,

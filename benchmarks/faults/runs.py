@@ -173,9 +173,14 @@ class Bench:
             f"a run that resumes from step {step} at step {step + 1}",
         )
 
-    def without(self, sample_ids: tuple[str, ...]) -> Expected:
-        """Losses and samples of a run with these clips in quarantine from the start."""
-        config = self.config("without some clips")
+    def without(self, sample_ids: tuple[str, ...], **changes: Any) -> Expected:
+        """Losses and samples of a run with these clips in quarantine from the start.
+
+        Args:
+            sample_ids: the clips.
+            changes: of the configuration.
+        """
+        config = self.config(f"without {len(sample_ids)} clips", **changes)
         give_orders(Path(config.run_dir), Orders(quarantine=sample_ids))
         self.plain(config).finish()
         return outcome(config, "a run with the clips in quarantine from the start")

@@ -18,9 +18,9 @@ export RAY_AUTH_MODE=token
 [ -s "$HOME/.ray/auth_token" ] || ray get-auth-token --generate > /dev/null
 
 # Lost nodes and ranks are noticed within seconds.
-export RAY_health_check_initial_delay_ms=1000
-export RAY_health_check_period_ms=1000
-export RAY_health_check_timeout_ms=2000
+export RAY_health_check_initial_delay_ms=%{check_period_ms}
+export RAY_health_check_period_ms=%{check_period_ms}
+export RAY_health_check_timeout_ms=%{check_timeout_ms}
 export RAY_health_check_failure_threshold=3
 export RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S=15
 export RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=600

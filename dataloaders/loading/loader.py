@@ -16,7 +16,6 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,8 +60,9 @@ class TrainLoader:
         device: of the batches; a GPU also decodes the frames.
         start_position: first position of the first step, a multiple of the lanes.
         quarantine: ids, or ids with reasons, of clips that the run found damaged before.
-        journal: this rank's file for the clips being decoded, beside those of the other ranks; if
-            crashed ranks left theirs, those clips are tried first.
+        journal: where to record the clips being decoded.
+        suspects: clips that crashed ranks, of all nodes, were decoding; those at positions of this
+            rank are tried first.
 
     Attributes:
         wait_seconds: total time spent waiting for batches.
@@ -84,7 +84,8 @@ class TrainLoader:
         device: torch.device,
         start_position: int = 0,
         quarantine: Iterable[str | tuple[str, str]] = (),
-        journal: Path | None = None,
+        journal: Journal | None = None,
+        suspects: Iterable[ReadTask] = (),
     ):
         if start_position % shares.lanes:
             raise ValueError(
@@ -98,23 +99,23 @@ class TrainLoader:
         self._quarantine = Quarantine(shards, quarantine, config.max_bad_fraction)
         self._last_position = -1
         self.wait_seconds = 0.0
-        notes = None if journal is None else Journal(journal)
-        if notes is not None:
-            own = set(shares.offsets(rank).tolist())
-            suspects = [
-                task
-                for task in notes.unfinished(shards)
-                if task.position >= start_position
-                and (task.position - start_position) % shares.global_batch in own
-            ]
-            for bad in find_culprits(settings, suspects):
-                self._quarantine.add(bad)
+        own = set(shares.offsets(rank).tolist())
+        tried = [
+            task
+            for task in dict.fromkeys(suspects)
+            if task.position >= start_position
+            and (task.position - start_position) % shares.global_batch in own
+        ]
+        for bad in find_culprits(settings, tried):
+            self._quarantine.add(bad)
+            if journal is not None:
+                journal.keep(bad)
         stream = ClipStream(
             settings,
             shares.largest_micro_batch * (2 if config.augmentation.mixup_prob else 1),
             self._quarantine,
             partial(_planned, plan, config.augmentation, self._quarantine),
-            notes,
+            journal,
         )
         positions = (
             start_position + step * shares.global_batch + some

@@ -24,8 +24,15 @@ from cavmae.dataloaders.loading.augment import (
     spec_augment,
 )
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodedClips, DecodeError
-from cavmae.dataloaders.loading.quarantine import Journal, Quarantine, find_culprits
+from cavmae.dataloaders.loading.quarantine import (
+    CRASH,
+    HANG,
+    Journal,
+    Quarantine,
+    find_culprits,
+)
 from cavmae.dataloaders.loading.reader import (
+    DECODE_SECONDS,
     BadSample,
     ClipReader,
     EncodedClip,
@@ -37,7 +44,7 @@ from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.dataloaders.process_pool import Failure, ProcessPool, made_ahead
 
 MAXIMUM_DEATHS = 5
-"""Reader processes that may die while reading intact clips before the run stops."""
+"""Reader processes that may die, or hang, while reading intact clips before the run stops."""
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +77,7 @@ class ClipStream:
         self._choose = choose
         self._journal = journal
         self._side_stream = None if settings.gpu is None else torch.cuda.Stream(self._device)
-        self._pool = ProcessPool(ClipReader(settings), config.reader_workers)
+        self._pool = ProcessPool(ClipReader(settings, DECODE_SECONDS), config.reader_workers)
         self._deaths = 0
         count = config.video_pipelines
         self._decoders: list[ClipDecoder | None] = [None] * count
@@ -118,7 +125,7 @@ class ClipStream:
             if isinstance(answer, StorageError):
                 raise OSError(answer.detail)
             if isinstance(answer, BadSample):
-                self._quarantine.add(answer)
+                self._exclude(answer)
             if isinstance(answer, EncodedClip) and not self._quarantine.excludes(task):
                 return [answer]
             chosen = self._choose(np.array([task.position]))
@@ -128,6 +135,11 @@ class ClipStream:
             (task,) = replacements
             answer = self._answer(task, self._pool.submit(task))
 
+    def _exclude(self, bad: BadSample) -> None:
+        self._quarantine.add(bad)
+        if self._journal is not None and bad.reason in (HANG, CRASH):
+            self._journal.keep(bad)
+
     def _answer(
         self, task: ReadTask, future: "Future[Any]"
     ) -> EncodedClip | BadSample | StorageError:
@@ -136,7 +148,7 @@ class ClipStream:
             if culprits:
                 return culprits[0]
             self._deaths += 1
-            log.warning("a reader died while reading an intact clip: %s", answer.detail)
+            log.warning("a reader ended while reading an intact clip: %s", answer.detail)
             if self._deaths > MAXIMUM_DEATHS:
                 raise RuntimeError(
                     f"{self._deaths} reader processes died, the last one: {answer.detail}; is "
@@ -195,7 +207,7 @@ class ClipStream:
                     ) from error
                 unexplained = None if culprits else error
                 for bad in culprits:
-                    self._quarantine.add(bad)
+                    self._exclude(bad)
             clips = [intact for clip in clips for intact in self._intact_clip(clip.task, clip)]
             self._decoding[slot] = []
             if clips:

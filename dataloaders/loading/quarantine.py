@@ -1,16 +1,19 @@
 """Finds clips that cannot be decoded, by name and reason, and excludes them from the run.
 
 A decode error of DALI names no sample, and a crash leaves no error at all. So the clips of the
-batch are decoded again one by one in a separate process: immediately after an error, and when the
-run resumes after a crash, from the journal that the rank wrote before it decoded. Before one is
-blamed, that process decodes a clip that was made for this: a decoder, a driver or a GPU that fails
-fails on that one too, and no clip is to blame.
+batch are decoded again in a separate process, in halves of halves: immediately after an error, and
+when the run resumes after a crash, from the journal that the rank wrote before it decoded. Before
+one is blamed, that process decodes a clip that was made for this: a decoder, a driver or a GPU that
+fails fails on that one too, and no clip is to blame.
 """
 
+import hashlib
 import logging
+import os
+import secrets
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from cavmae.dataloaders.constants import WINDOW_SAMPLES
 from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError, error_line
 from cavmae.dataloaders.loading.reader import (
+    DECODE_SECONDS,
     MIXED_IN_DRAWS,
     BadSample,
     ClipReader,
@@ -34,13 +38,15 @@ from cavmae.dataloaders.loading.reader import (
 from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
 from cavmae.dataloaders.media.decode_frame import jpeg_of
 from cavmae.dataloaders.media.encode_video import VideoCodec, encode_jpegs, encode_video
-from cavmae.dataloaders.process_pool import Failure, ProcessPool, TaskLimits
+from cavmae.dataloaders.process_pool import Failure, ProcessPool, time_limit
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 ALWAYS_ALLOWED = 10
 """Bad clips that never stop a run, however few clips were seen."""
 TRIAL_SECONDS = 120.0
-"""A clip that takes longer than this to decode alone is considered to hang its decoder."""
+"""A batch that takes longer than this to decode is considered to hang its decoder."""
+HANG, CRASH = "decoder_hang", "decoder_crash"
+"""Reasons, whether the decoder is DALI's or a reader's."""
 
 INTACT_SIZE = (448, 256)
 """Width and height of the frame that tries a decoder."""
@@ -176,48 +182,65 @@ def _places(shards: ShardSet, sample_ids: Iterable[str]) -> list[tuple[int, int]
 
 
 class Journal:
-    """Records on disk which clips a rank is decoding, in case it crashes.
+    """Records on a disk of the node which clips a rank is decoding, in case it crashes.
 
-    A line per clip: counter of its draws (`ReadTask.draw`), epoch, shard, sample, id.
+    A line per clip: counter of its draws (`ReadTask.draw`), epoch, shard, sample, id. Each attempt
+    of a rank has a file of its own; what crashed attempts left, the ranks of the next attempt on
+    the node read. A node that is gone takes its journals along: a clip that also ended the node
+    crashes another rank before it is found.
+
+    What the readers decode is not recorded. They are processes of their own, whose crashes and
+    hangs end no rank, and packing has decoded each clip under a limit on memory.
 
     Args:
-        path: file of this rank; all files beside it with its suffix are journals of the same run.
+        folder: of the run on this node, see `journal_folder`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._path = folder / f"{secrets.token_hex(8)}.txt"
+        self._left: list[Path] = []
+        self._kept: list[str] = []
+        self._decoding: list[str] = []
         self._failing = False
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, clips: Iterable[EncodedClip]) -> None:
-        """Replace the journal. It survives a crash; a power cut, which no clip causes, need not.
+        """Replace what is being decoded.
 
-        Without it a clip that crashes its rank is not found, so one that cannot be written, as on a
-        full disk, is a warning.
+        It survives a crash; a power cut, which no clip causes, need not. Without it a clip that
+        crashes its rank is not found, so one that cannot be written, as on a full disk, is a
+        warning.
         """
-        lines = (
-            f"{clip.task.draw} {clip.task.epoch} {clip.task.shard} {clip.task.sample} "
-            f"{clip.sample_id}\n"
-            for clip in clips
-        )
-        try:
-            with atomic_write(self.path, durable=False) as temporary:
-                temporary.write_text("".join(lines))
-        except OSError as error:
-            if not self._failing:
-                log.warning("the journal could not be written; training continues: %s", error)
-            self._failing = True
-        else:
-            self._failing = False
+        self._decoding = [_line(clip.task, clip.sample_id) for clip in clips]
+        self._write()
 
-    def unfinished(self, shards: ShardSet) -> list[ReadTask]:
-        """Tasks that crashed ranks were decoding, whichever ranks: a run may resume with fewer.
+    def keep(self, bad: BadSample) -> None:
+        """Keep a clip that was found until the rank ends properly: if it crashes before the next
+        checkpoint, the clip is found at the start, not by another crash or hang."""
+        self._kept.append(_line(bad.task, bad.sample_id))
+        self._write()
 
-        Lines that a power cut tore or filled with zeros are left out, with a warning.
+    def unfinished(self, shards: ShardSet, rank: int, ranks: int) -> list[ReadTask]:
+        """What crashed ranks were decoding on this node, divided among its ranks: each reads its
+        share of the journals, before any of them writes its own.
+
+        Lines that a power cut tore or filled with zeros are left out, with a warning, as are files
+        that cannot be read.
+
+        Args:
+            shards: the set of the run.
+            rank: of this process among those of the node.
+            ranks: of the node.
         """
+        self._left = sorted(self._folder.glob("*.txt"))[rank::ranks]
         tasks = []
-        for path in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
-            for line in path.read_text(errors="replace").splitlines():
+        for path in self._left:
+            try:
+                lines = path.read_text(errors="replace").splitlines()
+            except OSError as error:
+                log.warning("the journal of a crashed rank could not be read: %s", error)
+                continue
+            for line in lines:
                 try:
                     draw, epoch, shard, sample, sample_id = line.split(" ", 4)
                     mixed_in, position = divmod(int(draw), MIXED_IN_DRAWS)
@@ -225,16 +248,53 @@ class Journal:
                 except ValueError:
                     log.warning("%s has a torn line, which is left out: %.80r", path, line)
                     continue
-                in_set = task.shard < len(shards.sizes) and task.sample < shards.sizes[task.shard]
+                in_set = task.shard in range(len(shards.sizes)) and task.sample in range(
+                    shards.sizes[task.shard]
+                )
                 if in_set and shards.sample_id(task.shard, task.sample) == sample_id:
                     tasks.append(task)
                 else:
                     log.warning("%s names %s, which is not in this set", path, sample_id)
         return tasks
 
+    def remove_left(self) -> None:
+        """Remove the journals that `unfinished` has read, after their clips were tried."""
+        for path in self._left:
+            with suppress(OSError):
+                path.unlink()
+
     def clear(self) -> None:
         """Remove the journal: nothing is being decoded."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # other ranks have theirs in the folder
+            self._path.unlink(missing_ok=True)
+            self._folder.rmdir()
+
+    def _write(self) -> None:
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(self._path, durable=False) as temporary:
+                temporary.write_text("".join(self._kept + self._decoding))
+        except OSError as error:
+            if not self._failing:
+                log.warning("the journal could not be written; training continues: %s", error)
+            self._failing = True
+        else:
+            self._failing = False
+
+
+def _line(task: ReadTask, sample_id: str) -> str:
+    return f"{task.draw} {task.epoch} {task.shard} {task.sample} {sample_id}\n"
+
+
+def journal_folder(run_dir: Path) -> Path:
+    """Return the folder of a run's journals on this node: in its temporary folder, since a rename a
+    micro-batch of each rank is no work for storage that a thousand ranks share.
+
+    `tempfile` would choose another one on a full disk, where the next attempt would not look.
+    """
+    name = f"{os.getuid()} {run_dir.resolve()}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"cavmae-journal-{digest}"
 
 
 def intact_clip(settings: ReaderSettings) -> EncodedClip:
@@ -267,63 +327,130 @@ def intact_clip(settings: ReaderSettings) -> EncodedClip:
     )
 
 
-def try_clip(
-    settings: ReaderSettings, task: ReadTask | None
-) -> BadSample | StorageError | DecoderFault | None:
-    """Read and decode one clip like the rank does; returns what is wrong with it, or None.
+class Trial:
+    """Callable that reads and decodes clips as one batch, like the rank does; returns what is wrong
+    with them, or None. It keeps what it has read, and its decoder, for the next batch.
 
     Args:
-        task: the clip; None: an intact one, which only a faulty decoder refuses.
+        settings: of the loader.
+        maximum_batch: of clips.
+        decode_seconds: the process is ended if decoding a batch takes longer.
+        read_seconds: the same for the decoding that a reader does for one clip.
     """
-    clip = intact_clip(settings) if task is None else ClipReader(settings)(task)
-    if not isinstance(clip, EncodedClip):
-        return clip
-    try:
-        decoder = ClipDecoder.of(settings, maximum_batch=1, threads=1)
-        decoder.schedule([clip])
-        decoder.collect()
-    except DecodeError as error:
-        detail = error_line(str(error))
-        if task is None:
-            return DecoderFault(detail)
-        return BadSample(task, clip.sample_id, error.reason, detail)
-    except RuntimeError as error:  # Of a pipeline that cannot be built, as without memory.
-        return DecoderFault(error_line(str(error)))
-    return None
+
+    def __init__(
+        self,
+        settings: ReaderSettings,
+        maximum_batch: int,
+        decode_seconds: float,
+        read_seconds: float,
+    ):
+        self._settings = settings
+        self._maximum_batch = maximum_batch
+        self._decode_seconds = decode_seconds
+        self._reader = ClipReader(settings, read_seconds)
+        self._read: dict[ReadTask, EncodedClip] = {}
+        self._decoder: ClipDecoder | None = None
+
+    def __call__(self, tasks: Sequence[ReadTask]) -> BadSample | StorageError | DecoderFault | None:
+        """Try some clips; none: an intact one, which only a faulty decoder refuses."""
+        for task in tasks:
+            if task not in self._read:
+                clip = self._reader(task)
+                if not isinstance(clip, EncodedClip):
+                    return clip
+                self._read[task] = clip
+        clips = [self._read[task] for task in tasks] or [intact_clip(self._settings)]
+        try:
+            with time_limit(self._decode_seconds):
+                if self._decoder is None:
+                    self._decoder = ClipDecoder.of(self._settings, self._maximum_batch, threads=1)
+                self._decoder.schedule(clips)
+                self._decoder.collect()
+        except DecodeError as error:
+            self._decoder = None
+            detail = error_line(str(error))
+            if not tasks:
+                return DecoderFault(detail)
+            # Which one of several is bad is not known.
+            return BadSample(tasks[0], clips[0].sample_id, error.reason, detail)
+        except RuntimeError as error:  # Of a pipeline that cannot be built, as without memory.
+            return DecoderFault(error_line(str(error)))
+        return None
 
 
-def find_culprits(settings: ReaderSettings, tasks: list[ReadTask]) -> list[BadSample]:
-    """Try clips one by one in a separate process; returns those that cannot be decoded.
+def find_culprits(settings: ReaderSettings, tasks: Sequence[ReadTask]) -> list[BadSample]:
+    """Try clips in a separate process; returns those that cannot be decoded alone, as a crash or a
+    hang of the decoder shows as well.
 
-    A crash or a hang of the decoder counts as well.
+    The first batch is all of them, and one that fails is tried in halves: at most
+    2 log2(clips) + 1 batches for one culprit, and one batch if there is none. Clips that fail only
+    together are no culprits.
 
     Raises:
         DecoderFaultError: the decoder fails on an intact clip as well.
         OSError: a shard cannot be read.
     """
-    culprits: list[BadSample] = []
     if not tasks:
-        return culprits
-    trial = partial(try_clip, settings)
-    with closing(ProcessPool(trial, 1, TaskLimits(TRIAL_SECONDS))) as pool:
-        for task in tasks:
-            finding = pool.submit(task).result()
-            if finding is None:
-                continue
-            if isinstance(finding, StorageError):
-                raise OSError(finding.detail)
-            fault = finding if isinstance(finding, DecoderFault) else pool.submit(None).result()
-            if fault is not None:
-                where = "the CPU" if settings.gpu is None else f"GPU {settings.gpu}"
-                raise DecoderFaultError(
-                    f"DALI fails on {where} with a clip that is intact: {fault.detail}. No clip is "
-                    f"to blame; try `cavmae bench video-check`, free memory, look for errors of "
-                    f"the driver (dmesg), and rerun the same command to resume"
-                )
-            if isinstance(finding, Failure):
-                sample_id = settings.shards.sample_id(task.shard, task.sample)
-                reason = "decoder_hang" if finding.reason == "timeout" else "decoder_crash"
-                finding = BadSample(task, sample_id, reason, finding.detail)
-            assert isinstance(finding, BadSample)
-            culprits.append(finding)
-    return culprits
+        return []
+    trial = Trial(settings, len(tasks), TRIAL_SECONDS, 2 * DECODE_SECONDS)
+    with closing(ProcessPool(trial, 1)) as pool:
+        return list(_culprits(partial(_finding, pool, settings), tasks))
+
+
+def _culprits(
+    finding: Callable[[Sequence[ReadTask]], BadSample | None],
+    tasks: Sequence[ReadTask],
+    *,
+    must_fail: bool = False,
+) -> Iterator[BadSample]:
+    """Yield the culprits among some clips.
+
+    Args:
+        finding: says what is wrong with clips that are tried together.
+        tasks: the clips.
+        must_fail: whether they fail together if any is a culprit, so that only parts are tried.
+    """
+    bad = None
+    if not must_fail or len(tasks) == 1:
+        bad = finding(tasks)
+        if bad is None:
+            return
+        if len(tasks) == 1:
+            yield bad
+            return
+    # Each batch with a clip that hangs takes the whole limit, and all other clips next to nothing.
+    size = 1 if bad is not None and bad.reason == HANG else (len(tasks) + 1) // 2
+    found = False
+    for start in range(0, len(tasks), size):
+        last = start + size >= len(tasks)
+        for culprit in _culprits(
+            finding, tasks[start : start + size], must_fail=last and not found
+        ):
+            found = True
+            yield culprit
+
+
+def _finding(
+    pool: ProcessPool, settings: ReaderSettings, tasks: Sequence[ReadTask]
+) -> BadSample | None:
+    """Try clips as one batch; returns what is wrong with it, where an intact clip decodes."""
+    found = pool.submit(tasks).result()
+    if found is None:
+        return None
+    if isinstance(found, StorageError):
+        raise OSError(found.detail)
+    fault = found if isinstance(found, DecoderFault) else pool.submit(()).result()
+    if fault is not None:
+        where = "the CPU" if settings.gpu is None else f"GPU {settings.gpu}"
+        raise DecoderFaultError(
+            f"DALI fails on {where} with a clip that is intact: {fault.detail}. No clip is to "
+            f"blame; try `cavmae bench video-check`, free memory, look for errors of the driver "
+            f"(dmesg), and rerun the same command to resume"
+        )
+    if isinstance(found, Failure):
+        sample_id = settings.shards.sample_id(tasks[0].shard, tasks[0].sample)
+        reason = HANG if found.reason == "timeout" else CRASH
+        found = BadSample(tasks[0], sample_id, reason, found.detail)
+    assert isinstance(found, BadSample)
+    return found

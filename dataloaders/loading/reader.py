@@ -4,6 +4,9 @@ Runs in worker processes, so it imports neither torch nor DALI. Everything rando
 position in the plan (`sampling.philox`), so it does not depend on which worker reads when. Damaged
 samples are return values, not exceptions; so is a shard that cannot be read after all retries,
 which ends the run.
+
+Only decoding has a time limit. Storage may take minutes without a fault of the clip: its errors
+have retries of their own, and if it never answers, the rank's watchdog ends the rank.
 """
 
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from cavmae.dataloaders.media.decode_frame import (
     jpeg_of,
 )
 from cavmae.dataloaders.media.video_size import nvdec_decodes
+from cavmae.dataloaders.process_pool import time_limit
 from cavmae.dataloaders.sampling.philox import random_words
 from cavmae.dataloaders.shards.format import ShardError
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -34,6 +38,8 @@ SHORTEST_AUDIO_SAMPLES = WINDOW_SAMPLES
 """Shorter audio would give a constant log-mel."""
 LARGEST_SIDE = 1 << 14
 """Pixels; packing writes far less, and decoders allocate whatever a header states."""
+DECODE_SECONDS = 30.0
+"""A reader that decodes a clip for longer hangs: ten frames of 720p H.264 take up to 1.7 s."""
 
 MIXED_IN_DRAWS = 1 << 61
 """Counters of the draws for mixed-in clips start here, beyond every position that a run reaches."""
@@ -130,10 +136,15 @@ class ClipReader:
     """Callable that turns a `ReadTask` into an `EncodedClip`, `BadSample` or `StorageError`.
 
     Pickled without open files.
+
+    Args:
+        settings: of the loader.
+        decode_seconds: the process is ended if decoding the frames of a clip takes longer.
     """
 
-    def __init__(self, settings: ReaderSettings):
+    def __init__(self, settings: ReaderSettings, decode_seconds: float = DECODE_SECONDS):
         self.settings = settings
+        self.decode_seconds = decode_seconds
         self.shards = settings.shards
         self.config = settings.config
         self.augmentation = settings.augmentation
@@ -197,15 +208,17 @@ class ClipReader:
             return tuple(self.shards.member(shard, sample, name) for name in names), None
         if self.shards.tier == "original":
             source = self.shards.member(shard, sample, "source")
-            return placeholder, tuple(
-                decode_original(source, seconds, width, height) for _, _, seconds in frames
-            )
+            with time_limit(self.decode_seconds):
+                return placeholder, tuple(
+                    decode_original(source, seconds, width, height) for _, _, seconds in frames
+                )
         videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
         if self.settings.jpegs:
             return tuple(jpeg_of(video) for video in videos), None
         if self.settings.dali_decodes(height, width):
             return videos, None
-        return placeholder, tuple(decode_frame(video) for video in videos)
+        with time_limit(self.decode_seconds):
+            return placeholder, tuple(decode_frame(video) for video in videos)
 
     def _window(self, draw: int, clip_seconds: float) -> tuple[float, float] | None:
         """Start and length of the window in seconds; None: the clip from its start."""

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from ray.train.v2._internal import constants
 
 from cavmae.cluster.config import RAY_KINDS
 from cavmae.cluster.local import drain
@@ -230,6 +231,28 @@ def test_all_notice_failures_alike() -> None:
         made("slurm.sh"),
     ):
         assert set(re.findall(r"RAY_(?!AUTH)\w+=\d+", text)) == settings
+
+
+@pytest.mark.parametrize(
+    ("nodes", "period"), [(1, 1000), (250, 1000), (500, 2000), (1000, 3000), (4000, 3000)]
+)
+def test_health_checks_are_as_many_as_a_head_can_make(nodes: int, period: int) -> None:
+    text = render("slurm.sh", dataclasses.replace(CONFIG, nodes=nodes))
+    settings = {
+        name: int(value) for name, value in re.findall(r"RAY_health_check_(\w+)=(\d+)", text)
+    }
+    assert settings["period_ms"] == settings["initial_delay_ms"] == period
+    waits = settings["period_ms"] + settings["timeout_ms"]
+    assert waits * settings["failure_threshold"] < 30_000, "a lost node is noticed in half a minute"
+
+
+def test_ray_knows_the_settings_by_their_names() -> None:
+    names = re.findall(r"RAY_(?!AUTH)\w+", made("slurm.sh"))
+    server = (Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server").read_bytes()
+    for name in names:
+        known = vars(constants).values() if "TRAIN" in name else server
+        assert (name if "TRAIN" in name else name.removeprefix("RAY_").encode()) in known, name
+    assert len(names) == 6
 
 
 def test_pods_ask_for_the_token_and_train_on_the_nodes_alone() -> None:

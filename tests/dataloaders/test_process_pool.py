@@ -1,5 +1,6 @@
 """Worker processes: a task that hangs, crashes or raises costs only itself; no process is left."""
 
+import itertools
 import math
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from cavmae.dataloaders.process_pool import (
     ProcessPool,
     TaskLimits,
     run_in_order,
+    time_limit,
 )
 
 LIMITS = TaskLimits(seconds=60)
@@ -216,6 +219,29 @@ def test_cpu_time_is_limited_task_by_task() -> None:
     tasks = [0.6, 0.6, 0.6, 0.6, 3600, 0]
     results = list(run_in_order(be_busy, tasks, workers=1, limits=TaskLimits(60, cpu_seconds=2)))
     assert results == [None] * 4 + [Failure("cpu_limit", "over 2 s of CPU time"), None]
+
+
+def wait_then_hang(seconds: tuple[float, float]) -> str:
+    waits, hangs = seconds
+    time.sleep(waits)
+    with time_limit(0.3):
+        time.sleep(hangs)
+    time.sleep(waits)
+    return "done"
+
+
+def test_only_a_part_of_a_job_has_a_time_limit() -> None:
+    """A loop in C that never returns to Python is ended too."""
+    tasks = [(0.5, 0), (0, 3600), (0, 0)]
+    results = list(run_in_order(wait_then_hang, tasks, workers=1, limits=TaskLimits()))
+    assert results == ["done", Failure("timeout", "over its `time_limit`"), "done"]
+    (failure,) = run_in_order(count_for_ever, [0], workers=1, limits=TaskLimits())
+    assert failure.reason == "timeout"
+
+
+def count_for_ever(start: int) -> None:
+    with time_limit(0.3):
+        deque(itertools.count(start), maxlen=0)
 
 
 def test_memory_is_limited() -> None:

@@ -1,11 +1,13 @@
-"""What ends a training loop whose updates are not finite says why."""
+"""What ends a training loop whose updates are not finite says why; ranks exchange only news."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cavmae.dataloaders.loading.quarantine import QuarantinedSample
 from cavmae.trainer import trainer
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
 from cavmae.trainer.trainer import NonFiniteError, Trainer
@@ -45,3 +47,30 @@ def test_weights_that_are_not_finite_are_the_reason(
 
 def test_finite_weights_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lower optimizer.learning_rate" in stopped(1.0, "", monkeypatch)
+
+
+def test_ranks_exchange_the_clips_that_are_new_since_the_checkpoint_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[set[tuple[str, str]]] = []
+
+    def on_two_ranks(work: Callable[[], set[tuple[str, str]]]) -> list[set[tuple[str, str]]]:
+        sent.append(work())
+        return [sent[-1], {("b", "of the other rank")} if len(sent) == 1 else set()]
+
+    monkeypatch.setattr(trainer, "on_all_ranks", on_two_ranks)
+    known, first, second = (QuarantinedSample(name, "reason") for name in ("known", "c", "a"))
+    found = [known, first]
+    loop = Trainer.__new__(Trainer)  # nothing is built
+    vars(loop).update(
+        config=PretrainConfig(),
+        ranks=SimpleNamespace(world_size=2),
+        fingerprint="",
+        quarantined={("known", "reason")},
+        loader=SimpleNamespace(quarantine=found),
+    )
+    whole = [("b", "of the other rank"), ("c", "reason"), ("known", "reason")]
+    assert list(loop._state_at(10).quarantine) == whole
+    found.append(second)
+    assert list(loop._state_at(20).quarantine) == [("a", "reason"), *whole]
+    assert sent == [{("c", "reason")}, {("a", "reason")}]

@@ -81,8 +81,8 @@ def compile_operators(*, cuda: bool) -> Path:
     Returns:
         The folder that holds the compiled operators.
     """
-    with _extension_lock():
-        if not cuda:
+    if not cuda:
+        with _extension_lock():
             accelerator: Any = get_accelerator()
             accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
     return Path(os.environ["TORCH_EXTENSIONS_DIR"])

@@ -310,6 +310,7 @@ from pathlib import Path
 import torch
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.loading.quarantine import Journal
 from cavmae.dataloaders.sampling.step_shares import StepShares
 def say(line):
     # One write: `print` of an unbuffered process makes two, and two processes mix theirs.
@@ -319,7 +320,7 @@ config = DataConfig(train=sys.argv[1], reader_workers=2, decode_threads=1)
 loader = TrainLoader(
     config, ClipShape(64, 32, 32), seed=0, rank=int(os.environ.get("RANK", 0)),
     shares=StepShares(4, 4, world_size=int(os.environ.get("WORLD_SIZE", 1)), micro_batch=2),
-    device=torch.device("cpu"), journal=Path(sys.argv[2]) / f"{os.environ.get('RANK', 0)}.txt",
+    device=torch.device("cpu"), journal=Journal(Path(sys.argv[2]) / "journal"),
 )
 for batch in itertools.islice(loader, 3):
     say(" ".join(map(str, batch.positions.tolist())))
@@ -338,7 +339,7 @@ def test_a_script_without_a_main_guard_that_fails_before_it_closes_ends_at_once(
     assert done.stdout.splitlines() == ["the script's body runs", "0 1", "2 3", "4 5"]
     assert done.returncode == 1
     assert "something else went wrong" in done.stderr
-    assert not list(tmp_path.glob("*.txt")), "a journal is left, as after a crash"
+    assert not (tmp_path / "journal").exists(), "a journal is left, as after a crash"
 
 
 @pytest.mark.slow

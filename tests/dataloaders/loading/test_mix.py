@@ -109,9 +109,8 @@ def test_a_journal_keeps_which_clips_were_partners(packed_synthetic: Path, tmp_p
     shards = ShardSet(packed_synthetic / "video")
     tasks = [ReadTask(10**12, 3, 1, 2), ReadTask(10**12, 3, 0, 5, mixed_in=True)]
     clips = [reader(shards)(task) for task in tasks]
-    journal = Journal(tmp_path / "rank-0.txt")
-    journal.write(clip for clip in clips if isinstance(clip, EncodedClip))
-    assert journal.unfinished(shards) == tasks
+    Journal(tmp_path).write(clip for clip in clips if isinstance(clip, EncodedClip))
+    assert Journal(tmp_path).unfinished(shards, 0, 1) == tasks
 
 
 # ------------------------------------------------------------------------------------ values

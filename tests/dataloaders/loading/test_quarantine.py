@@ -5,11 +5,12 @@ import importlib
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from batches import take
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
-from cavmae.dataloaders.loading import quarantine, reader
+from cavmae.dataloaders.loading import pipeline, quarantine, reader
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.loader import TrainLoader, ValidationLoader
 from cavmae.dataloaders.loading.quarantine import (
@@ -28,13 +29,16 @@ from cavmae.dataloaders.loading.quarantine import (
     Journal,
     Quarantine,
     find_culprits,
+    journal_folder,
 )
 from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask
 from cavmae.dataloaders.media.encode_video import describe_fragments
+from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.sampling.sample_plan import SamplePlan, any_sample
 from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
+from cavmae.dataloaders.tools.synthetic import generate
 
 SHAPE = ClipShape(audio_frames=64, mel_bins=32, image_size=32)
 CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
@@ -397,12 +401,13 @@ from cavmae.dataloaders.loading import reader
 from cavmae.dataloaders.config import ClipShape, DataConfig
 from cavmae.dataloaders.media.encode_video import describe_fragments
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.dataloaders.loading.quarantine import Journal
 from cavmae.dataloaders.sampling.step_shares import StepShares
 config = DataConfig(train=sys.argv[1], reader_workers=1, decode_threads=1, shuffle_window=4)
 loader = TrainLoader(
     config, ClipShape(64, 32, 32), seed=5, rank=0,
     shares=StepShares(4, 2, world_size=1, micro_batch=4),
-    device=torch.device("cpu"), journal=Path(sys.argv[2]),
+    device=torch.device("cpu"), journal=Journal(Path(sys.argv[2])),
 )
 for batch in itertools.islice(loader, 3):
     pass
@@ -415,9 +420,10 @@ def test_a_crash_leaves_the_names_of_what_was_being_decoded(
 ) -> None:
     whole = ShardSet(packed_synthetic / "video")
     plan = plan_of(whole)
-    journal = tmp_path / "journal" / "rank-0.txt"
-    command = [sys.executable, "-c", ABORTED_RUN, str(packed_synthetic / "video"), str(journal)]
+    folder = tmp_path / "journal"
+    command = [sys.executable, "-c", ABORTED_RUN, str(packed_synthetic / "video"), str(folder)]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGABRT
+    (journal,) = folder.iterdir()
     lines = [line.split() for line in journal.read_text().splitlines()]
     assert len(lines) == BATCH
     for position, epoch, shard, sample, sample_id in lines:
@@ -435,18 +441,19 @@ def test_torn_lines_of_a_journal_are_left_out(
 ) -> None:
     shards = ShardSet([str(packed_synthetic / "video")])
     whole = f"8 0 1 2 {shards.sample_id(1, 2)}\n".encode()
-    journal = Journal(tmp_path / "rank-0.txt")
-    journal.path.write_bytes(b"\0\0\0\0\n" + whole + b"12 0 1\n\xff\xfe 0 0 0 x\n16 0 0")
-    (task,) = journal.unfinished(shards)
+    (tmp_path / "torn.txt").write_bytes(b"\0\0\0\0\n" + whole + b"12 0 1\n\xff\xfe 0 0 0 x\n16 0 0")
+    (tmp_path / "folder.txt").mkdir()
+    (task,) = Journal(tmp_path).unfinished(shards, 0, 1)
     assert (task.shard, task.sample) == (1, 2)
     assert caplog.text.count("has a torn line") == 4
+    assert "the journal of a crashed rank could not be read" in caplog.text
 
 
 def test_a_journal_that_cannot_be_written_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = Journal(tmp_path / "there" / "rank-0.txt")
-    journal.path.parent.rmdir()
+    (tmp_path / "taken").touch()
+    journal = Journal(tmp_path / "taken")
     for _ in range(2):
         journal.write([])
     assert caplog.text.count("the journal could not be written") == 1
@@ -455,84 +462,221 @@ def test_a_journal_that_cannot_be_written_is_a_warning(
 def test_a_proper_end_leaves_no_journal(
     packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
 ) -> None:
-    journal = tmp_path / "journal" / "rank-0.txt"
-    loader = start(packed_synthetic / "video", journal=journal)
-    take(loader, 1)
-    assert journal.exists()
-    loader.close()
-    assert list(journal.parent.iterdir()) == []
+    folder = tmp_path / "journal"
+    loaders = [start(packed_synthetic / "video", journal=Journal(folder)) for _ in range(2)]
+    for loader in loaders:
+        take(loader, 1)
+    assert len(list(folder.iterdir())) == 2, "each rank has a file of its own"
+    loaders[0].close()
+    assert len(list(folder.iterdir())) == 1
+    loaders[1].close()
+    assert not folder.exists()
 
 
-def test_clips_of_a_crashed_rank_are_tried_out_before_the_start(
+def test_the_ranks_of_a_node_share_out_what_crashed_ones_left(
+    packed_synthetic: Path, tmp_path: Path
+) -> None:
+    """Each file is read once, and removed once its clips were tried; not what the others write."""
+    shards = ShardSet(packed_synthetic / "video")
+    tasks = [ReadTask(position, 0, 1, 2) for position in range(5)]
+    for task in tasks:
+        Journal(tmp_path).keep(bad_sample(shards, task))
+    ranks = [Journal(tmp_path) for _ in range(3)]
+    shares = [rank.unfinished(shards, number, 3) for number, rank in enumerate(ranks)]
+    assert sorted(map(len, shares)) == [1, 2, 2]
+    assert sorted(task.position for share in shares for task in share) == [0, 1, 2, 3, 4]
+    ranks[0].keep(bad_sample(shards, tasks[0]))
+    for rank in ranks:
+        rank.remove_left()
+    assert len(list(tmp_path.iterdir())) == 1
+    assert Journal(tmp_path).unfinished(shards, 0, 1) == tasks[:1]
+
+
+def test_runs_share_no_journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run has the same folder by any path, and another one for each user."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "of-the-node"))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    one, link, two = (journal_folder(tmp_path / name) for name in ("one", "link", "two"))
+    assert one == link != two and one.parent == tmp_path / "of-the-node"
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert journal_folder(tmp_path / "one") != one
+
+
+def bad_sample(shards: ShardSet, task: ReadTask, reason: str = "") -> reader.BadSample:
+    return reader.BadSample(task, shards.sample_id(task.shard, task.sample), reason, "")
+
+
+def test_clips_of_crashed_ranks_are_tried_out_before_the_start(
     packed_synthetic: Path, tmp_path: Path, start: Callable[..., TrainLoader]
 ) -> None:
-    """Also by another rank: a run may go on with fewer than it had. Only positions still to come,
-    and only those of the rank's own lanes."""
+    """Only positions still to come, and only those of the rank's own lanes. What is found stays in
+    the rank's journal: if it crashes before it has saved, no clip crashes it again."""
     tier = packed_synthetic / "video"
     whole = ShardSet(tier)
     plan = plan_of(whole)
-    journal = tmp_path / "journal" / "rank-0.txt"
-    journal.parent.mkdir()
-    lines = []
-    damages = {}
-    for position in (2, 5, 8, 9):
-        one = plan.samples(position, 1)[0]
-        damages[one.shard, one.sample] = packed_as("flac", b"x")
-        sample_id = whole.sample_id(one.shard, one.sample)
-        lines.append(f"{position} {one.epoch} {one.shard} {one.sample} {sample_id}\n")
-    (journal.parent / "rank-7.txt").write_text("".join(lines))
+    planned = {position: plan.samples(position, 1)[0] for position in (2, 5, 7, 8, 9)}
+    damages = {
+        (one.shard, one.sample): packed_as("flac", b"x")
+        for position, one in planned.items()
+        if position != 7
+    }
+    suspects = [
+        ReadTask(position, one.epoch, one.shard, one.sample) for position, one in planned.items()
+    ]
     copy = damaged_copy(tier, tmp_path / "copy", damages)
-    loader = start(copy, start_position=4, rank=1, world_size=2, micro_batch=2, journal=journal)
+    journal = Journal(tmp_path / "journal")
+    loader = start(
+        copy,
+        start_position=4,
+        rank=1,
+        world_size=2,
+        micro_batch=2,
+        journal=journal,
+        suspects=suspects,
+    )
     tried = {one.position for one in loader._quarantine.samples}
-    assert tried == {5, 9}  # 2 is past, 8 is of the other rank's lane
+    assert tried == {5, 9}  # 2 is past, 7 is intact, 8 is of the other rank's lane
     assert loader.quarantine == []
     ids = [sample_id for batch in take(loader, 3) for sample_id in batch.sample_ids]
     assert not {whole.sample_id(*place) for place in damages} & set(ids)
+    left = Journal(tmp_path / "journal").unfinished(whole, 0, 1)
+    assert {5, 9} < {task.position for task in left}
 
 
-TRIAL = """
+# ------------------------------------------------------------------------------- the culprits
+
+TASKS = [ReadTask(sample, 0, 0, sample) for sample in range(11)]
+REASONS = ("decoder_crash", "decoder_hang", "audio_undecodable")
+
+
+class Decoder:
+    """Says what is wrong with a batch: the reason of its first bad clip, or one of those that fail
+    only together."""
+
+    def __init__(self, bad: dict[int, str], together: tuple[int, int] = (-1, -1)) -> None:
+        self.bad, self.together = bad, together
+        self.batches: list[list[int]] = []
+
+    def __call__(self, tasks: Sequence[ReadTask]) -> reader.BadSample | None:
+        samples = [task.sample for task in tasks]
+        self.batches.append(samples)
+        reasons = [self.bad[sample] for sample in samples if sample in self.bad]
+        if not reasons and set(self.together) <= set(samples):
+            reasons = ["decoder_crash"]
+        return reader.BadSample(tasks[0], "", reasons[0], "") if reasons else None
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 11])
+def test_halving_finds_what_trying_one_by_one_does(count: int) -> None:
+    rng = random.Random(count)
+    sets = [set(), {0}, {count - 1}, set(range(count))]
+    sets += [set(rng.sample(range(count), rng.randint(0, count))) for _ in range(50)]
+    for chosen in sets:
+        bad = {sample: rng.choice(REASONS) for sample in chosen}
+        together = (rng.randrange(count), rng.randrange(count))
+        decoder = Decoder(bad, together if together[0] != together[1] else (-1, -1))
+        one_by_one = [found for task in TASKS[:count] if (found := decoder([task]))]
+        assert list(quarantine._culprits(decoder, TASKS[:count])) == one_by_one
+
+
+@pytest.mark.parametrize("sample", range(8))
+def test_one_culprit_takes_as_many_batches_as_the_clips_can_be_halved(sample: int) -> None:
+    for reason in REASONS:
+        decoder = Decoder({sample: reason})
+        assert len(list(quarantine._culprits(decoder, TASKS[:8]))) == 1
+        limit = 9 if reason == "decoder_hang" else 7
+        assert len(decoder.batches) <= limit, decoder.batches
+        # Each batch with a clip that hangs takes the whole time limit.
+        hung = [batch for batch in decoder.batches if sample in batch]
+        assert reason != "decoder_hang" or len(hung) == 2
+    decoder = Decoder({})
+    assert list(quarantine._culprits(decoder, TASKS[:8])) == []
+    assert len(decoder.batches) == 1
+
+
+TRIALS = """
 import os, time
-def trial(settings, task):
-    if task is None:
-        return None  # the decoder is sound
-    if task.sample == 1:
-        os.abort()
-    if task.sample == 3:
-        time.sleep(600)
+from pathlib import Path
+from cavmae.dataloaders.loading.quarantine import Trial
+from cavmae.dataloaders.process_pool import time_limit
+FAULTS = {1: lambda: os.abort(), 3: lambda: time.sleep(600)}
+class WatchedTrial(Trial):
+    def __call__(self, tasks):
+        with open(os.environ["TRIALS"], "a") as file:
+            file.write(" ".join(str(task.sample) for task in tasks) + "\\n")
+        with time_limit(2.0):
+            for task in tasks:
+                FAULTS.get(task.sample, int)()
+        return super().__call__(tasks)
 """
 
 
-def test_decoders_that_crash_or_hang_are_found_out_apart_from_the_rank(
-    packed_synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "trial_that_crashes.py").write_text(TRIAL)
+@pytest.fixture
+def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with the samples of each batch that is tried; an intact clip's line is empty. Sample 1
+    crashes the decoder, and sample 3 hangs it."""
+    (tmp_path / "watched_trial.py").write_text(TRIALS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    from trial_that_crashes import trial  # pyright: ignore[reportMissingImports]
+    monkeypatch.setenv("TRIALS", str(tmp_path / "trials"))
+    trials = importlib.import_module("watched_trial")
+    monkeypatch.setattr(quarantine, "Trial", trials.WatchedTrial)
+    return tmp_path / "trials"
 
-    monkeypatch.setattr(quarantine, "try_clip", trial)
-    monkeypatch.setattr(quarantine, "TRIAL_SECONDS", 5.0)
-    shards = ShardSet(packed_synthetic / "video")
-    settings = ReaderSettings(shards, DataConfig(), ClipShape(1024, 128, 224), 0, True, None)
-    tasks = [ReadTask(10 + sample, 0, 0, sample) for sample in range(5)]
-    culprits = find_culprits(settings, tasks)
+
+def settings_of(folder: Path | str) -> ReaderSettings:
+    return ReaderSettings(ShardSet(folder), CONFIG, SHAPE, SEED, True, None)
+
+
+def test_decoders_that_refuse_crash_or_hang_are_found_out_apart_from_the_rank(
+    packed_synthetic: Path, tmp_path: Path, tried: Path
+) -> None:
+    damages = {(0, 6): packed_as("flac", b"x")}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    settings = settings_of(copy)
+    culprits = find_culprits(settings, [ReadTask(10 + sample, 0, 0, sample) for sample in range(8)])
     assert [(one.task.sample, one.reason) for one in culprits] == [
         (1, "decoder_crash"),
         (3, "decoder_hang"),
+        (6, "audio_undecodable"),
     ]
-    assert [one.sample_id for one in culprits] == [shards.sample_id(0, 1), shards.sample_id(0, 3)]
+    assert [one.sample_id for one in culprits] == [
+        settings.shards.sample_id(0, sample) for sample in (1, 3, 6)
+    ]
+
+
+def test_batches_are_decoded_whole_and_then_in_halves(
+    packed_synthetic: Path, tmp_path: Path, tried: Path
+) -> None:
+    damages = {(2, 6): packed_as("flac", b"x")}
+    copy = damaged_copy(packed_synthetic / "video", tmp_path / "copy", damages)
+    tasks = [ReadTask(position, 0, 2, sample) for position, sample in enumerate((0, 2, 4, 5, 6, 7))]
+    assert len(find_culprits(settings_of(copy), tasks)) == 1
+    assert tried.read_text().splitlines() == [
+        "0 2 4 5 6 7",
+        "",
+        "0 2 4",
+        "5 6",
+        "",
+        "5",
+        "6",
+        "",
+        "7",
+    ]
+    tried.unlink()
+    assert find_culprits(settings_of(packed_synthetic / "video"), tasks) == []
+    assert tried.read_text().splitlines() == ["0 2 4 5 6 7"]
 
 
 FAULTY_DECODER = """
 import os
-from cavmae.dataloaders.loading import quarantine
 from cavmae.dataloaders.loading.dali import ClipDecoder, DecodeError
-try_clip = quarantine.try_clip
+from cavmae.dataloaders.loading.quarantine import Trial
+class FaultyTrial(Trial):
+    pass
 def refuse(decoder):
     if os.environ["DECODER"] == "crashes" and os.environ["RANK_PROCESS"] != str(os.getpid()):
         os.abort()
     raise DecodeError("Error in decoders.video: CUDA_ERROR_ILLEGAL_ADDRESS")
-def trial(settings, task):
-    return try_clip(settings, task)
 ClipDecoder.collect = refuse
 """
 
@@ -553,7 +697,7 @@ def test_a_decoder_that_refuses_everything_blames_no_clip(
     monkeypatch.setattr(ClipDecoder, "collect", ClipDecoder.collect)  # so that it is undone
     faulty_decoder = importlib.import_module("faulty_decoder")
     monkeypatch.setattr(ClipDecoder, "collect", faulty_decoder.refuse)
-    monkeypatch.setattr(quarantine, "try_clip", faulty_decoder.trial)
+    monkeypatch.setattr(quarantine, "Trial", faulty_decoder.FaultyTrial)
     loader = start(packed_synthetic / tier)
     with pytest.raises(DecoderFaultError, match=r"fails on the CPU with a clip that is intact: .*"):
         take(loader, 1)
@@ -572,7 +716,53 @@ def test_the_clip_that_tries_a_decoder_is_intact(
     shards.tier, shards.video_codec, shards.audio_codec = tier, codec, audio_codec
     config = DataConfig(frames_per_clip=2)
     settings = ReaderSettings(shards, config, ClipShape(64, 32, 32), 0, True, None)
-    assert quarantine.try_clip(settings, None) is None
+    assert quarantine.Trial(settings, 1, 60.0, 60.0)(()) is None
+
+
+SLOW_READER = """
+import time
+import numpy as np
+from cavmae.dataloaders.loading import reader
+from cavmae.dataloaders.shards.shard_set import ShardSet
+class SlowReader(reader.ClipReader):
+    def _read_frames(self, task, *rest):
+        hang = lambda *_: time.sleep(600)
+        reader.decode_original = hang if task.sample == 1 else lambda *_: PICTURE
+        return super()._read_frames(task, *rest)
+PICTURE = np.zeros((64, 64, 3), np.uint8)
+member = ShardSet.member
+def slow_member(shards, shard, sample, name):
+    time.sleep(1.5 if (sample, name) == (2, "source") else 0)
+    return member(shards, shard, sample, name)
+ShardSet.member = slow_member
+"""
+
+
+def test_a_clip_that_hangs_a_reader_is_found_and_slow_storage_is_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[..., TrainLoader]
+) -> None:
+    """Sample 1 never ends in PyAV; the bytes of sample 2 take longer than decoding may. What hung
+    stays in the journal, so that a rank that is ended meanwhile does not meet it again."""
+    listing = generate(tmp_path / "videos", 8, seed=2, workers=1)
+    pack(PackConfig(str(listing), str(tmp_path / "shards"), tiers="original", workers=1))
+    (tmp_path / "slow_reader.py").write_text(SLOW_READER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ShardSet, "member", ShardSet.member)  # so that it is undone
+    slow_reader = importlib.import_module("slow_reader").SlowReader
+    for module in (quarantine, pipeline):
+        monkeypatch.setattr(module, "ClipReader", slow_reader)
+        monkeypatch.setattr(module, "DECODE_SECONDS", 0.7)
+    shards = ShardSet(tmp_path / "shards/original")
+    position = next(n for n in range(8) if plan_of(shards).samples(n, 1)[0].sample == 1)
+
+    loader = start(shards.folder, journal=Journal(tmp_path / "journal"))
+    ids = [sample_id for batch in take(loader, 2) for sample_id in batch.sample_ids]
+    (found,) = loader.quarantine
+    assert (found.sample_id, found.reason) == (shards.sample_id(0, 1), "decoder_hang")
+    assert found.position == position
+    assert shards.sample_id(0, 2) in ids and len(ids) == 8
+    left = Journal(tmp_path / "journal").unfinished(shards, 0, 1)
+    assert left[0].sample == 1 and left[0].position == position
 
 
 def reader_processes() -> list[int]:
