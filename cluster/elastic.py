@@ -34,9 +34,7 @@ class StoppingScalingPolicy(ElasticScalingPolicy):
         left_out: ids of nodes that are not used.
     """
 
-    def __init__(
-        self, scaling_config: ScalingConfig, run_dir: Path, left_out: list[str]
-    ) -> None:
+    def __init__(self, scaling_config: ScalingConfig, run_dir: Path, left_out: list[str]) -> None:
         super().__init__(scaling_config)
         self._run_dir = run_dir
         self._left_out = left_out
@@ -108,9 +106,7 @@ class ElasticTorchTrainer(TorchTrainer):
         options: passed to TorchTrainer.
     """
 
-    def __init__(
-        self, *arguments: Any, run_dir: Path, left_out: list[str], **options: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, run_dir: Path, left_out: list[str], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._rules = (run_dir, left_out)
 

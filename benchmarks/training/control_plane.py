@@ -29,21 +29,24 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import Limit, PositiveInt
 from cavmae.trainer.checkpoint.format import (
     MANIFEST,
+    Manifest,
+    attempt_folder,
     checkpoint_name,
     manifest_bytes,
     read_manifest,
 )
 from cavmae.trainer.checkpoint.store import FileDigest, Store
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.run_status import read_status, write_status
 
 NODE_RANKS = 8
 CLIPS = 24
-_STEP = checkpoint_name(1)
+_STEP, _ATTEMPT = checkpoint_name(1), 1
 
 
 @dataclass(frozen=True)
 class ControlPlaneConfig(RecordedConfig):
-    """Time journals, quarantine, manifests and status of many ranks.
+    """Time journals, quarantine, manifests, lease and status of many ranks.
 
     Raises:
         ValueError: an option out of its range.
@@ -114,7 +117,8 @@ class Ranks:
     def write_checkpoint(self, rank: int) -> dict[str, FileDigest]:
         """Write this rank's file of a checkpoint, next to nothing."""
         name = f"state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        return {name: self.store.write(f"{_STEP}/{name}", lambda file: file.write(b"0" * 1024))}
+        path = f"{attempt_folder(_STEP, _ATTEMPT)}/{name}"
+        return {name: self.store.write(path, lambda file: file.write(b"0" * 1024))}
 
 
 def _encoded(shards: ShardSet, task: ReadTask) -> EncodedClip:
@@ -133,7 +137,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(config: ControlPlaneConfig, work: Path) -> dict[str, Any]:
-    """Return the times of each part; a lease, or what else ranks come to do, is one more of them.
+    """Return the times of each part.
 
     Args:
         config: how many ranks.
@@ -178,10 +182,14 @@ def measure(config: ControlPlaneConfig, work: Path) -> dict[str, Any]:
     ]
     on_one_rank("news", lambda: set().union(*map(pickle.loads, news)))
     results["news"]["bytes"] = sum(map(len, news))
-    manifest = manifest_bytes({name: digest for one in files for name, digest in one.items()})
+    digests = {name: digest for one in files for name, digest in one.items()}
+    manifest = manifest_bytes(Manifest(_ATTEMPT, digests))
     on_one_rank("manifest_written", lambda: ranks.store.put(f"{_STEP}/{MANIFEST}", manifest))
     on_one_rank("manifest_read", lambda: read_manifest(ranks.store, _STEP))
     run_dir = work / "run"
+    with Lease() as lease:
+        on_one_rank("lease_taken", lambda: lease.take({"run_dir": Store(run_dir)}))
+        on_one_rank("lease_renewed", lease.renew)
     on_one_rank("status_written", lambda: write_status(run_dir, state="running", step=1))
     on_one_rank("status_read", lambda: read_status(run_dir))
     return results

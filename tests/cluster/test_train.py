@@ -27,7 +27,7 @@ from cavmae.cluster.restarts import Failure, RestartPolicy
 from cavmae.cluster.train import TrainingError, started_again, train_on_ray, with_absolute_paths
 from cavmae.cluster.worker import FailureReport, RankError, RanksFailed, failure_of, reports
 from cavmae.dataloaders.loading.quarantine import DataFaultError
-from cavmae.dataloaders.sampling.sample_plan import check_ranks
+from cavmae.dataloaders.sampling.step_shares import check_ranks
 from cavmae.trainer.checkpoint.format import MANIFEST
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig, TrackingConfig
 from cavmae.trainer.config.parse import parse

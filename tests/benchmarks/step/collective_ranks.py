@@ -62,7 +62,7 @@ def new_engine(zero_stage: Any, device: torch.device) -> Engine:
 
 def step(engine: Engine, device: torch.device) -> None:
     """Run all collectives of a step."""
-    own = gather_ranks(torch.ones(1, WIDTH, device=device))
+    own = gather_ranks(torch.ones(1, WIDTH, device=device), rows=1)
     engine.backward(engine(own).square().mean())
     engine.update(1e-3)
     reduce_step({"loss": torch.zeros(1)}, (False, False), 1.0, device)

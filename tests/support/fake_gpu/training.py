@@ -24,6 +24,7 @@ from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import RunConfig, TrackingConfig
 from cavmae.trainer.config.resolve import resolve
 from cavmae.trainer.distributed.env import Ranks
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.run_dir import OpenRun
 from cavmae.trainer.run_status import StatusWriter
 from cavmae.trainer.tasks.labels import LabelSet
@@ -92,7 +93,9 @@ def train(config: RunConfig, world_size: int) -> FakeTraining:
         train_set: Any = SimpleNamespace(fingerprint="", samples=10**6, tier="frames")
         status = StatusWriter(Path(folder), 0)
         store = Store(folder)
-        opened = OpenRun(config, Path(folder), ranks, DEVICE, store, train_set, status)
+        opened = OpenRun(
+            config, Path(folder), ranks, DEVICE, store, train_set, status, Lease(), attempt=1
+        )
         trainer = Trainer(opened, lambda: "", hooks)
         steps.trace = trace
         try:
