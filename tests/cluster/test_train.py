@@ -316,7 +316,13 @@ def test_a_rank_does_not_begin_anew_where_nothing_is_mounted(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     config = PretrainConfig(run_dir=str(tmp_path))
-    settings = {"config": config, "make_hooks": None, "has_trained": True, "has_checkpoint": True}
+    settings = {
+        "config": config,
+        "make_hooks": None,
+        "has_trained": True,
+        "has_checkpoint": True,
+        "owner": "",
+    }
     assert worker.train_rank(settings) == DONE
     (tmp_path / missing).unlink()
     with pytest.raises(RankError, match="is its file system mounted") as raised:

@@ -26,6 +26,7 @@ from cavmae.trainer.config.configs import (
     WatchdogConfig,
 )
 from cavmae.trainer.distributed.engine import Update
+from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
 from cavmae.trainer.fault_tolerance.stragglers import RankTimer, StragglerMonitor
 from cavmae.trainer.fault_tolerance.watchdog import Watchdog
@@ -124,7 +125,7 @@ def watched_while_written(
             super()._write(profiler)
 
     patch.setattr(trainer.dist, "barrier", lambda: found.append(("barrier", watchdog.watches)))
-    patch.setattr(trainer, "reduce_step", lambda *_: ({}, [0, 0], [1.0]))
+    patch.setattr(trainer, "reduce_step", lambda *_: ({}, [0, 0, 0], [1.0]))
     engine: Any = SimpleNamespace(
         module=None,
         zero_stage=0,
@@ -153,6 +154,7 @@ def watched_while_written(
         **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
         loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
         stop=StopRequest(None, 60.0),
+        lease=Lease(),
         status=StatusWriter(folder, rank=1),
         timer=RankTimer(CPU),
         stragglers=StragglerMonitor(0, ["host"]),
