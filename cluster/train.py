@@ -41,10 +41,6 @@ _EXTRA_GRACE_SECONDS = 10.0
 """The driver waits this much longer than the ranks' own limit, as they may be starting."""
 
 
-_OWNER = secrets.token_hex(8)
-"""Of this driver: an attempt that it starts takes over at once from one that it started before."""
-
-
 class TrainingError(RuntimeError):
     """The ranks failed more often than allowed, or in a way that Ray does not retry."""
 
@@ -87,8 +83,10 @@ def train_on_ray(config: RayRunConfig, make_hooks: MakeHooks | None = None) -> R
             resolved = dataclasses.replace(resolved, threads_per_rank=threads)
             run_dir = Path(resolved.run_dir)
             withdraw_request(run_dir)  # of an earlier attempt
+            # An attempt that this driver starts takes over at once from one that it started before.
+            owner = os.environ.get(OWNER_VARIABLE) or secrets.token_hex(8)
             with _sigterm_requests_stop(run_dir, config.checkpoint.grace_seconds) as signals:
-                while _should_restart(summary := _fit(resolved, make_hooks)) and not signals:
+                while _should_restart(summary := _fit(resolved, make_hooks, owner)) and not signals:
                     status.change("restarting", reason=summary.stopped)
                     print(
                         f"Stopped at step {summary.step}/{summary.steps} ({summary.stopped}). "
@@ -197,7 +195,7 @@ def with_absolute_paths(config: RayRunConfig, folder: Path | None) -> RayRunConf
     return config
 
 
-def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
+def _fit(config: RayRunConfig, make_hooks: MakeHooks | None, owner: str) -> RunSummary:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import (
         ControllerError,
@@ -221,7 +219,7 @@ def _fit(config: RayRunConfig, make_hooks: MakeHooks | None) -> RunSummary:
         train_loop_config={
             "config": without_cluster(config),
             "make_hooks": make_hooks,
-            "owner": os.environ.get(OWNER_VARIABLE) or _OWNER,
+            "owner": owner,
         },
         torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
         scaling_config=ScalingConfig(
