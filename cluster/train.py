@@ -59,10 +59,6 @@ RETRIED = "CAVMAE_RETRIED"
 """Set to 1 by a launcher that runs a failed command again by itself."""
 
 
-_OWNER = secrets.token_hex(8)
-"""Of this driver: an attempt that it starts takes over at once from one that it started before."""
-
-
 class TrainingError(RuntimeError):
     """The ranks failed more often than allowed."""
 
@@ -236,6 +232,8 @@ class _Driver:
         self._status = status
         self._signals = signals
         self._run_dir = Path(config.run_dir)
+        # An attempt takes over at once from those before it.
+        self._owner = os.environ.get(OWNER_VARIABLE) or secrets.token_hex(8)
 
     def train(self) -> RunSummary:
         """Train to the end or a stop.
@@ -305,7 +303,7 @@ class _Driver:
                 "make_hooks": self._make_hooks,
                 "has_trained": self._policy.has_trained,
                 "has_checkpoint": self._policy.checkpoint >= 0,
-                "owner": os.environ.get(OWNER_VARIABLE) or _OWNER,
+                "owner": self._owner,
             },
             torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
             scaling_config=ScalingConfig(
