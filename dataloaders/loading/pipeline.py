@@ -144,6 +144,9 @@ class ClipStream:
         self, task: ReadTask, future: "Future[Any]"
     ) -> EncodedClip | BadSample | StorageError:
         while isinstance(answer := future.result(), Failure):
+            if self._quarantine.excludes(task):  # found since the reader began
+                sample_id = self._settings.shards.sample_id(task.shard, task.sample)
+                return BadSample(task, sample_id, answer.reason, answer.detail)
             culprits = find_culprits(self._settings, [task])
             if culprits:
                 return culprits[0]
