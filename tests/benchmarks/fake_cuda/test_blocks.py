@@ -30,6 +30,7 @@ BUDGET: dict[tuple[str, Recompute], tuple[float, float]] = {
 forward and backward."""
 ATTENTION = {"modality": 1, "joint": 3, "last": 1}
 """Calls of fused attention in a forward pass: one for each segment."""
+LONG = (pytest.mark.slow, pytest.mark.long)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,16 @@ def gpu() -> Iterator[FakeCuda]:
         yield device
 
 
-@pytest.mark.parametrize("recompute", get_args(Recompute))
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "recompute"),
+    [
+        # Each form, and each way to recompute, at each commit; the other pairs before a release.
+        pytest.param(form, how, marks=marks)
+        for form in FORMS
+        for how in get_args(Recompute)
+        for marks in [() if form == "modality" or how == "selective" else LONG]
+    ],
+)
 def test_a_block_compiles_whole_to_known_products_within_its_budget_of_bytes(
     gpu: FakeCuda, form: str, recompute: Recompute
 ) -> None:

@@ -2,6 +2,7 @@
 `cavmae.benchmarks.fake_cuda`. Functions here are called in such a process."""
 
 import dataclasses
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def join_ranks(ranks: Ranks) -> None:
     from cavmae.trainer.distributed.process_group import quiet_deepspeed  # isort: skip
     import deepspeed
 
+    gc.freeze()  # as `start_process_group` does
     if dist.is_initialized():
         dist.destroy_process_group()
         deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
