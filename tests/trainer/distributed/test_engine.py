@@ -176,3 +176,12 @@ BF16 = [{"zero_stage": stage, "dtype": "bf16"} for stage in STAGES]
 def test_every_stage_trains_in_bf16_within_half_a_percent_of_fp32(one_rank, tmp_path) -> None:
     for result in run_ranks(STEPS, 2, BF16, tmp_path):
         assert largest_relative(losses(result), losses(one_rank[0])) < 5e-3, result["case"]
+
+
+def test_ranks_with_a_gpu_lock_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be in a home that all nodes share."""
+    from cavmae.trainer.distributed.process_group import compile_operators
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    compile_operators(cuda=True)
+    assert not (tmp_path / "extensions").exists()
