@@ -144,7 +144,7 @@ def open_run_dir(
         OSError: the folder or the store can't be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (run_dir, *(run_dir / name for name in ("epoch-weights", "journal", "lease"))):
+    for folder in (run_dir, *(run_dir / name for name in ("epoch-weights", "lease"))):
         remove_leftovers(folder, older_than_seconds=3600)  # another process may be writing
     saved, run_file = run_dir / "config.json", run_dir / "run.json"
     record = read_json(run_file) if run_file.exists() else {}
