@@ -112,13 +112,16 @@ class RestartPolicy:
         self.left_out: set[str] = set()
         self._not_finite = ""
         self._node, self._node_failures = "", 0
-        self._forget()
+        self._in_a_row = self._failures = self._same_failures = 0
+        self._same = ("", -1)
+        self._outage_began: float | None = None
 
     def progressed(self, checkpoint: int) -> None:
         """Note a checkpoint: earlier failures no longer count."""
         self.checkpoint = checkpoint
-        self.has_trained = True
-        self._forget()
+        self._in_a_row = self._failures = self._same_failures = 0
+        self._same = ("", -1)
+        self._outage_began = None
 
     def after(
         self, failure: Failure, now: float, can_do_without: Callable[[set[str]], bool]
@@ -202,12 +205,6 @@ class RestartPolicy:
             return f"{remark} and is used again, as too few are left without it"
         self.left_out.add(node)
         return f"{remark} and is left out"
-
-    def _forget(self) -> None:
-        """Forget failures from before the newest checkpoint."""
-        self._in_a_row = self._failures = self._same_failures = 0
-        self._same = ("", -1)
-        self._outage_began: float | None = None
 
 
 def check_run_folder(run_dir: Path) -> None:

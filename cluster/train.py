@@ -253,6 +253,7 @@ class _Driver:
                 moves = outcome.stopped.startswith((MORE_FIT, NODE_PREEMPTED))
                 if not moves or self._signals:
                     return outcome
+                self._policy.has_trained = True
                 self._policy.progressed(outcome.step)
                 self._status.change("restarting", reason=outcome.stopped)
                 _say(

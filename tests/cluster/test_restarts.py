@@ -34,8 +34,11 @@ def ended(answer: Restart | End) -> End:
 
 
 @pytest.mark.parametrize("kind", ["missing", "refused"])
-def test_what_a_person_starts_ends_at_once_with_the_error_alone(kind: Kind) -> None:
-    answer = after(policy(), replace(MISSING, kind=kind))
+@pytest.mark.parametrize("checkpoint", [-1, 10])
+def test_what_a_person_starts_or_resumes_ends_at_once_with_the_error_alone(
+    kind: Kind, checkpoint: int
+) -> None:
+    answer = after(policy(), replace(MISSING, kind=kind, checkpoint=checkpoint))
     assert answer == End("/data/index.json", by_user=True)
 
 
