@@ -119,13 +119,17 @@ def test_a_process_of_this_machine_that_has_ended_is_followed_at_once(
 ) -> None:
     """Its number alone says nothing: in a container that was started again it is the same."""
     clock = Clock()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
+    program = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    ended = subprocess.Popen(program, stdin=subprocess.PIPE)
+    assert ended.stdin
+    before = {"pid": ended.pid, "pid_started": lease_module._started(ended.pid)}
+    ended.stdin.close()
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     if end == "reaped":
         ended.wait()
     with clock.lease() as first, clock.lease() as second:
         first.take(places)
-        change(tmp_path, **({"pid_started": 1} if end.startswith("its") else {"pid": ended.pid}))
+        change(tmp_path, **({"pid_started": 1} if end.startswith("its") else before))
         assert second.take(places) == 2 and clock.now == 0
     ended.wait()
 
