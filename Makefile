@@ -8,9 +8,10 @@ demo: .venv/installed
 demo-full: .venv/installed
 	$(BIN)/cavmae demo-full
 
-# Each process of the fast tests has a core: more threads would spin while they wait for each other.
+# Each process of the tests has a core: more threads would spin while they wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m "slow and not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 test-long: .venv/installed
