@@ -82,6 +82,7 @@ SUITE = (
     Benchmark("predict", Turn(120), Turn(120)),
     Benchmark("scaling", Turn(15), Turn(15)),
     Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
+    Benchmark("control-plane", Turn(60), Turn(60)),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),
 )
 """The most informative first."""

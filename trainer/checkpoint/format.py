@@ -137,7 +137,7 @@ def read_manifest(store: Store, name: str) -> Manifest:
     if manifest is None:
         raise ValueError(
             f"checkpoint {store.location(name)} has schema {schema}, this version reads {SCHEMA}; "
-            "use the version of cavmae that wrote it"
+            "use the version that wrote it"
         )
     found = store.files(attempt_folder(name, manifest.attempt))
     for file, expected in manifest.files.items():
