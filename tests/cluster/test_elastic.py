@@ -194,6 +194,7 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
     assert found == pytest.approx(losses(tmp_path / "straight/run"), rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_node_that_fails_three_times_in_a_row_is_left_out(
     packed_synthetic: Path, tmp_path: Path, nodes: Nodes
@@ -235,6 +236,7 @@ def test_a_node_that_fails_three_times_in_a_row_is_left_out(
         start.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ranks_start_together_or_wait_together(
     packed_synthetic: Path, tmp_path: Path, lasting_nodes: Nodes

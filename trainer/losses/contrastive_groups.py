@@ -9,6 +9,7 @@ ranks and micro-batches. Where the groups lie decides what has to be exchanged:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -48,6 +49,7 @@ class _Places:
     row: np.ndarray
 
 
+@lru_cache(2)  # layout, span and exchanges of a run ask for the same
 def _places(shares: StepShares) -> _Places:
     found = _Places(*(np.empty(shares.global_batch, dtype=np.int64) for _ in range(3)))
     for rank in range(shares.world_size):

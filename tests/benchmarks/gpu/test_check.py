@@ -34,6 +34,7 @@ def tiny_golden(tmp_path: Path) -> Path:
     return tmp_path / "golden"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_bare_checkout_runs_where_only_torch_triton_and_numpy_are_installed(
     tmp_path: Path, tiny_golden: Path

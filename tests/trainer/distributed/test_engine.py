@@ -47,8 +47,8 @@ TWO_RANKS = [
     # Every other position of each rank: a group is in one micro-batch of both.
     {**GROUPS_OF_8, "zero_stage": 1, "micro_batch": 4, "lanes": 2},
 ]
-THREE_RANKS = [  # of 5, 5 and 6 samples
-    *({"zero_stage": stage} for stage in STAGES),
+THREE_RANKS = [  # of 5, 5 and 6 samples; which rank has how many is the same in all stages
+    *({"zero_stage": stage} for stage in (1, 3)),
     {"zero_stage": 1, "group": 4},
     *({**GROUPS_OF_8, "zero_stage": stage, "micro_batch": 2} for stage in (1, 3)),
 ]
@@ -139,7 +139,7 @@ def test_groups_lie_where_the_layout_says(one_rank, two_ranks, three_ranks) -> N
     assert two_ranks[4]["layout"] == "local"
     assert {result["layout"] for result in two_ranks[9:-1]} == {"cached"}
     assert two_ranks[-1]["layout"] == "gathered"
-    assert [one["layout"] for one in three_ranks] == [*["gathered"] * 5, "cached", "cached"]
+    assert [one["layout"] for one in three_ranks] == [*["gathered"] * 3, "cached", "cached"]
 
 
 POISONED = [
