@@ -2,7 +2,6 @@
 `cavmae.benchmarks.fake_cuda`. Functions here are called in such a process."""
 
 import dataclasses
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -123,7 +122,6 @@ def join_ranks(ranks: Ranks) -> None:
     from cavmae.trainer.distributed.process_group import quiet_deepspeed  # isort: skip
     import deepspeed
 
-    gc.freeze()  # as `start_process_group` does
     if dist.is_initialized():
         dist.destroy_process_group()
         deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
