@@ -18,8 +18,8 @@ STEPS, LOGGED = 24, 8
 def test_between_checkpoints_only_the_first_rank_uses_the_run_folder(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
-    """It looks for a stop request once a second, writes its status every ten, and has a file for
-    what MLflow lacks."""
+    """It looks for a stop request once a second, writes status and lease every ten, and has a file
+    for what MLflow lacks. At the start the last rank lists the checkpoints as well."""
     config = tiny_run(
         packed_synthetic,
         tmp_path / "run",
@@ -42,6 +42,7 @@ def test_between_checkpoints_only_the_first_rank_uses_the_run_folder(
     steps = range(2, STEPS)
     assert [one for one in second if one[0] in steps] == []
     names = {name.partition(".")[0] for step, _, name in first if step in steps}
-    assert names <= {"/stop", "/status", "/mlflow_unsent"}
+    assert names <= {"/stop", "/status", "/mlflow_unsent", "/lease", "/lease/attempt-1"}
     start = [name for step, _, name in second if step == 0]
-    assert set(start) <= {"", "/logs", "/logs/rank-1.log"}, "of no other rank, however many"
+    own = {"", "/logs", "/logs/rank-1.log", "/checkpoints"}
+    assert set(start) <= own, "of no other rank, however many"
