@@ -443,9 +443,11 @@ def _finding(
     fault = found if isinstance(found, DecoderFault) else pool.submit(()).result()
     if fault is not None:
         where = "the CPU" if settings.gpu is None else f"GPU {settings.gpu}"
+        # The other one is of a pipeline that was not built, with whatever clips.
+        tried = "" if fault is found else " with a clip that is intact"
         raise DecoderFaultError(
-            f"DALI fails on {where} with a clip that is intact: {fault.detail}. No clip is to "
-            f"blame; try `cavmae bench video-check`, free memory, look for errors of the driver "
+            f"DALI fails on {where}{tried}: {fault.detail}. No clip is to blame; try `cavmae bench "
+            f"video-check`, free memory, look for errors of the driver "
             f"(dmesg), and rerun the same command to resume"
         )
     if isinstance(found, Failure):
