@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> int:
     seconds = float(arguments[0])
     deadline = time.monotonic() + seconds
     for driver in drivers():
-        os.kill(driver, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(driver, signal.SIGTERM)
     if ranks():
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the pod is ended"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *reason]
