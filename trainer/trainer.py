@@ -192,17 +192,23 @@ class Trainer:
         """
         began = time.monotonic()
         self.status.running(self.step, self.resumed_from)
-        try:
-            stopped = self._loop()
-            weights = {} if stopped else self._final_weights()
-        except TakenOverError:  # MLflow's run is the other start's as well
-            raise
-        except BaseException:
-            self.logger.close("FAILED")
-            raise
-        finally:
-            self.loader.close()
-        seconds = time.monotonic() - began
+        with closing(self.watchdog):
+            try:
+                stopped = self._loop()
+                with self.watchdog.pause():
+                    weights = {} if stopped else self._final_weights()
+            except TakenOverError:  # MLflow's run is the other start's as well
+                raise
+            except BaseException:
+                self.logger.close("FAILED")
+                raise
+            finally:
+                self.loader.close()
+            with self.watchdog.pause():
+                return self._finish(stopped, weights, time.monotonic() - began)
+
+    def _finish(self, stopped: str, weights: dict[str, torch.Tensor], seconds: float) -> RunSummary:
+        """Write the results, and end the records of the run."""
         samples = (self.step - self.start_step) * self.config.global_batch
         summary = RunSummary(
             run_dir=str(self.run_dir),
@@ -256,7 +262,7 @@ class Trainer:
         waited = self.loader.wait_seconds
         if self.step >= config.steps:  # killed after its last checkpoint, before its scores
             self.validator.score(self.engine.module, self.step)
-        with self.stop, closing(self.profiler), closing(self.watchdog):
+        with self.stop, closing(self.profiler):
             while self.step < config.steps:
                 rate = learning_rate(
                     config.schedule,

@@ -143,7 +143,7 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
 def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
-    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3)
+    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3, max_pause_seconds=60)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
@@ -286,7 +286,7 @@ def test_a_rank_that_cannot_save_in_time_ends_and_the_run_goes_on_from_before(
     config = tiny_run(packed_synthetic, tmp_path / "run", checkpoint=checkpoint)
     start = Start(config, 1, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)
-    for step in range(11, 20):
+    for step in range(11, 21):
         blocked = tmp_path / f"run/checkpoints/step-{step:09d}/attempt-1/state"
         blocked.mkdir(parents=True)
         os.mkfifo(blocked / "mp_rank_00_model_states.pt")
