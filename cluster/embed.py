@@ -18,6 +18,7 @@ from cavmae.cluster.connection import absolute_path, connected, report_shortage
 from cavmae.cluster.restarts import BY_USER
 from cavmae.trainer.embeddings.embed import (
     EmbedConfig,
+    embed_listed,
     embed_set,
     in_this_process,
     tell,
@@ -35,9 +36,9 @@ MAX_SHARDS_PER_PART = 16
 
 @dataclass(frozen=True)
 class RayEmbedConfig(EmbedConfig):
-    """Write the audio and video embeddings of every clip of a packed set.
+    """Write the audio and video embeddings of every clip of a packed set, or of files.
 
-    Rerun the same command to resume after an interruption.
+    Rerun the same command to resume the embedding of a set after an interruption.
 
     Raises:
         ValueError: a field is out of range.
@@ -57,6 +58,10 @@ class RayEmbedConfig(EmbedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.workers and self.of_files:
+            raise ValueError(
+                "workers is set, which is of packed sets; pack the files, or omit workers"
+            )
         if self.workers:
             self.cluster()
         elif self.address or self.gpus_per_worker:
@@ -115,8 +120,10 @@ def _on_ray(
         from cavmae.cluster.worker import RankError
 
         report_shortage(cluster)
-        names = ("run_dir", "shards", "out")
-        paths = {name: absolute_path(name, getattr(config, name), folder) for name in names}
+        paths: dict[str, Any] = {
+            name: absolute_path(name, getattr(config, name), folder) for name in ("run_dir", "out")
+        }
+        paths["inputs"] = (absolute_path("shards", config.shards, folder),)
         size = max(
             1, min(MAX_SHARDS_PER_PART, len(numbers) // (PARTS_PER_WORKER * cluster.workers))
         )
@@ -152,6 +159,9 @@ def _on_ray(
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     config = tyro.cli(RayEmbedConfig, prog="cavmae embed", args=arguments)
+    if config.of_files:
+        embed_listed(config)
+        return 0
     executor = partial(_on_ray, config) if config.workers else in_this_process
     tell(config, embed_set(config, executor))
     return 0

@@ -198,7 +198,7 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
     """Return the retrieval scores of the model before its first step, named as `train` does."""
     import torch
 
-    from cavmae.trainer.evaluation.inference import embed
+    from cavmae.trainer.evaluation.clip_outputs import embed
     from cavmae.trainer.evaluation.trained_run import open_trained_run
     from cavmae.trainer.metrics.retrieval import retrieval_scores
 

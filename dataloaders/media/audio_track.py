@@ -233,15 +233,16 @@ def _samples(frames: list[av.AudioFrame], channels: int) -> np.ndarray:
 
 
 def resample(native: np.ndarray, hz: int) -> np.ndarray:
-    """Resample `(samples,)` int16 at `hz` to 16 kHz, with ffmpeg's anti-aliasing filter."""
+    """Resample `(samples,)` int16 or float32 at `hz` to 16 kHz, with ffmpeg's anti-aliasing filter."""
     if hz == AUDIO_HZ or len(native) == 0:
         return np.ascontiguousarray(native)
     samples = round(len(native) * AUDIO_HZ / hz)
+    kind = "s16" if native.dtype == np.int16 else "flt"
     frame = av.AudioFrame.from_ndarray(
-        np.ascontiguousarray(native)[np.newaxis], format="s16", layout="mono"
+        np.ascontiguousarray(native)[np.newaxis], format=kind, layout="mono"
     )
     frame.sample_rate = hz
-    resampler = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_HZ)
+    resampler = av.AudioResampler(format=kind, layout="mono", rate=AUDIO_HZ)
     parts = [part.to_ndarray()[0] for piece in (frame, None) for part in resampler.resample(piece)]
     converted = np.concatenate(parts)[:samples]
     return np.pad(converted, (0, samples - len(converted)))

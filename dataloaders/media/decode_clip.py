@@ -21,9 +21,9 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import av
 import av.container
@@ -32,7 +32,13 @@ import numpy as np
 from av.error import FFmpegError
 
 from cavmae.dataloaders.media.audio_track import AudioTrack
-from cavmae.dataloaders.media.errors import ClipError, DecodeSettings, Reason, error_text
+from cavmae.dataloaders.media.errors import (
+    ClipError,
+    DecodeSettings,
+    Reason,
+    Streams,
+    error_text,
+)
 from cavmae.dataloaders.media.timeline import (
     Timeline,
     flush_packet,
@@ -66,9 +72,10 @@ class DecodedClip:
     """Audio and frames of one clip; all times in seconds from the start of the clip."""
 
     audio: np.ndarray
-    """(samples,) int16, 16 kHz mono."""
+    """(samples,) int16, 16 kHz mono; no samples where there is no sound."""
     frames: list[np.ndarray]
-    """Each `(height * 3 / 2, width)` uint8: planes of 4:2:0, BT.601, limited range."""
+    """Each `(height * 3 / 2, width)` uint8: planes of 4:2:0, BT.601, limited range; empty, and all
+    else about the video 0 or empty, where there is none."""
     frame_indexes: list[int]
     """Which frames of the clip those are; all, unless only some were needed."""
     times_seconds: list[float]
@@ -92,8 +99,8 @@ class DecodedClip:
 class _Window:
     """What reading a part of a file gave."""
 
-    frames: VideoTrack
-    audio: AudioTrack
+    frames: VideoTrack | None
+    audio: AudioTrack | None
     errors: list[str]
     """Errors of the container."""
     cut_off: bool
@@ -129,8 +136,9 @@ def decode_clip(
         return clip
     # A long clip: its times are known now, and only the pixels that are needed are kept.
     chosen = choose(clip.times_seconds, clip.video_seconds, clip.frames_per_second)
-    frames = _read_window(*span, wanted=set(chosen)).frames.frames
-    return replace(clip, frames=list(frames.values()), frame_indexes=list(frames))
+    again = _read_window(*span, wanted=set(chosen)).frames
+    assert again is not None
+    return replace(clip, frames=list(again.frames.values()), frame_indexes=list(again.frames))
 
 
 def _read_window(
@@ -144,39 +152,6 @@ def _read_window(
         window = _read(url, start, end, settings, seek=False, **frames)
     assert window is not None
     return window
-
-
-def decode_audio_file(
-    path: str, seconds: float, settings: DecodeSettings
-) -> tuple[np.ndarray, dict[str, float], str]:
-    """Decode the first `seconds` of a file's audio.
-
-    Returns:
-        `(samples,)` int16 at 16 kHz; `timing` and `content` as in `DecodedClip`.
-
-    Raises:
-        ClipError: the file is unusable.
-        OSError: the file exists but cannot be accessed.
-    """
-    with _open(_url(path, None), f"{AUDIO_CONTAINERS},{CONTAINERS}") as container:
-        audio = next(iter(container.streams.audio), None)
-        if audio is None or audio.codec_context is None:
-            raise ClipError("no_audio", "no audio stream that can be decoded")
-        zero = float((audio.start_time or 0) * (audio.time_base or 0))
-        audio_track = AudioTrack(audio, zero, seconds, settings)
-        timeline = Timeline(container, [audio])
-        for packet in timeline.packets():
-            audio_track.decode(packet)
-            if audio_track.done:
-                break
-        audio_track.decode(flush_packet(audio))
-    audio_track.finish()
-    errors = [*audio_track.errors, *timeline.errors]
-    if audio_track.samples == 0 or len(audio_track.errors) > audio_track.frames:
-        raise ClipError("decode_error", f"no audio decodes; {errors[0] if errors else ''}")
-    audio = _checked_audio(audio_track, settings)
-    content = hashlib.sha256(audio_track.first_channel()).hexdigest()
-    return audio, dict(audio_track.faults), content
 
 
 def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> np.ndarray:
@@ -196,8 +171,10 @@ def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> n
     errors: list[str] = []
     for seek in (True, False) if seconds > PREROLL_SECONDS else (False,):
         with _open(io.BytesIO(video)) as container:
-            stream, audio = _choose_streams(container)
-            zero = _origin_seconds(stream, audio) + seconds
+            stream, audio = _choose_streams(container, "both")
+            assert stream is not None
+            assert audio is not None
+            zero = _origin_seconds([stream, audio]) + seconds
             track = VideoTrack(stream, zero, ONE_FRAME_SECONDS, DecodeSettings())
             track.size = size
             if seek and not _sought(container, stream, zero):
@@ -216,21 +193,25 @@ def decode_shown_frame(video: bytes, seconds: float, size: tuple[int, int]) -> n
     raise ClipError("decode_error", f"no frame at {seconds:g} s; {errors[0] if errors else ''}")
 
 
-def media_seconds(path: str, part: tuple[int, int] | None = None) -> float:
-    """Measure the seconds from time zero to the last packet's end, ignoring the header.
+def stream_seconds(
+    path: str, part: tuple[int, int] | None = None, streams: Streams = "both"
+) -> dict[Literal["video", "audio"], float]:
+    """Measure the seconds from time zero to the last packet's end of each stream that would be
+    decoded, ignoring the header.
 
     Raises:
-        ClipError: the file has no audio or video, or cannot be opened.
+        ClipError: the file lacks what `streams` asks for, or cannot be opened.
     """
-    with _open(_url(path, part)) as container:
-        video, audio = _choose_streams(container)
-        origin = _origin_seconds(video, audio)
-        end = 0.0
-        for packet in Timeline(container, [video, audio]).packets():
+    with _open(_url(path, part), _formats(streams)) as container:
+        chosen = [one for one in _choose_streams(container, streams) if one is not None]
+        origin = _origin_seconds(chosen)
+        ends = {one.index: 0.0 for one in chosen}
+        for packet in Timeline(container, chosen).packets():
             if packet.pts is not None and packet.time_base is not None:
                 last = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                end = max(end, last - origin)
-    return end
+                index = packet.stream.index
+                ends[index] = max(ends[index], last - origin)
+        return {one.type: ends[one.index] for one in chosen}
 
 
 def _url(path: str, part: tuple[int, int] | None) -> str:
@@ -257,41 +238,51 @@ def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.Inpu
         raise ClipError("open_failed", error_text(error)) from error
 
 
+def _formats(streams: Streams) -> str:
+    return f"{AUDIO_CONTAINERS},{CONTAINERS}" if streams in ("any", "audio") else CONTAINERS
+
+
 def _choose_streams(
-    container: av.container.InputContainer,
-) -> tuple[av.VideoStream, av.AudioStream]:
+    container: av.container.InputContainer, streams: Streams
+) -> tuple[av.VideoStream | None, av.AudioStream | None]:
+    """Choose the video and the audio that are decoded; None: none is."""
     cover = av.stream.Disposition.attached_pic
     default = av.stream.Disposition.default
     videos = [stream for stream in container.streams.video if not stream.disposition & cover]
     audios = list(container.streams.audio)
     if not videos and not audios:
         raise ClipError("open_failed", f"a {container.format.name} file without audio or video")
-    if not videos:
+    if not videos and streams in ("both", "video"):
         raise ClipError("no_video", "no video stream (cover art is not one)")
-    if not audios:
+    if not audios and streams in ("both", "audio"):
         raise ClipError("no_audio", "no audio stream")
-    video = next((stream for stream in videos if stream.disposition & default), videos[0])
-    audio = next((stream for stream in audios if stream.disposition & default), audios[0])
-    for stream in (video, audio):
+    video = next((one for one in videos if one.disposition & default), next(iter(videos), None))
+    audio = next((one for one in audios if one.disposition & default), next(iter(audios), None))
+    chosen = (None if streams == "audio" else video, None if streams == "video" else audio)
+    for stream in chosen:
+        if stream is None:
+            continue
         if stream.codec_context is None:
             raise ClipError("decode_error", f"no decoder for {stream.type} stream {stream.index}")
         stream.codec_context.thread_count = 1  # Clips are decoded in parallel already.
         stream.codec_context.options = {"max_pixels": str(MAXIMUM_SOURCE_PIXELS)}
-    return video, audio
+    return chosen
 
 
-def _origin_seconds(video: av.VideoStream, audio: av.AudioStream) -> float:
+def _origin_seconds(streams: Sequence[av.VideoStream | av.AudioStream]) -> float:
     starts = [
         float(stream.start_time * stream.time_base)
-        for stream in (video, audio)
+        for stream in streams
         if stream.start_time is not None and stream.time_base is not None
     ]
     return min(starts, default=0.0)
 
 
-def _sought(container: av.container.InputContainer, video: av.VideoStream, zero: float) -> bool:
+def _sought(
+    container: av.container.InputContainer, stream: av.VideoStream | av.AudioStream, zero: float
+) -> bool:
     """Seek to some time before `zero`; returns False where that cannot be relied on."""
-    if time_starts_anew(container, video):
+    if time_starts_anew(container, stream):
         return False
     try:
         container.seek(int((zero - PREROLL_SECONDS) * 1_000_000))
@@ -304,46 +295,59 @@ def _read(
     url: str, start: float, end: float, settings: DecodeSettings, *, seek: bool, **frames_kept: Any
 ) -> _Window | None:
     """Decode the window; returns None if seeking fails or skips a part of it."""
-    with _open(url) as container:
-        video, audio = _choose_streams(container)
-        zero = _origin_seconds(video, audio) + start
+    with _open(url, _formats(settings.streams)) as container:
+        video, audio = _choose_streams(container, settings.streams)
+        chosen = [stream for stream in (video, audio) if stream is not None]
+        zero = _origin_seconds(chosen) + start
         length = end - start
-        frames = VideoTrack(video, zero, length, settings, **frames_kept)
-        audio_track = AudioTrack(audio, zero, length, settings)
-        if seek and not _sought(container, video, zero):
+        frames = video and VideoTrack(video, zero, length, settings, **frames_kept)
+        audio_track = audio and AudioTrack(audio, zero, length, settings)
+        tracks = {
+            track_of.index: track
+            for track_of, track in ((video, frames), (audio, audio_track))
+            if track_of is not None and track is not None
+        }
+        if seek and not _sought(container, chosen[0], zero):
             return None
-        timeline = Timeline(container, [video, audio])
-        passed = {video.index: 0.0, audio.index: 0.0}
+        timeline = Timeline(container, chosen)
+        passed = dict.fromkeys(tracks, 0.0)
         for packet in timeline.packets():
-            track = frames if packet.stream is video else audio_track
+            track = tracks[packet.stream.index]
             if not track.done:
                 track.decode(packet)
             else:  # By durations: a stream whose stamps are wrong is done by its samples.
                 passed[packet.stream.index] += packet_seconds(packet, packet.duration)
                 if passed[packet.stream.index] > INTERLEAVING_SECONDS:
                     break  # The other stream has passed the window, too.
-            if seek and frames.begins_late:
+            if seek and frames and frames.begins_late:
                 return None
-            if frames.done and audio_track.done:
+            if all(one.done for one in tracks.values()):
                 break
-        for track, stream in ((frames, video), (audio_track, audio)):
+        for stream in chosen:
+            track = tracks[stream.index]
             if not track.done:
                 track.decode(flush_packet(stream))
             track.finish()
-        if seek and (
-            frames.begins_late
-            or audio_track.begins_late
-            or "stamps_disagree" in audio_track.faults
-            or not (frames.times and audio_track.samples)
-        ):
+        if seek and not _found_all(frames, audio_track):
             return None
         counts = {
             "time_started_anew": _within(timeline.joins, zero, length),
             "odd_stamps": _within(timeline.odd_stamps, zero, length),
-            "frames_moved": frames.moved,
+            "frames_moved": frames.moved if frames else 0,
         }
-        cut_off = _is_cut_off(container, frames, start, length)
+        cut_off = frames is not None and _is_cut_off(container, frames, start, length)
         return _Window(frames, audio_track, timeline.errors, cut_off, counts)
+
+
+def _found_all(frames: VideoTrack | None, audio_track: AudioTrack | None) -> bool:
+    """Whether a window that was sought has all that reading the file through would give."""
+    if frames is not None and (frames.begins_late or not frames.times):
+        return False
+    return audio_track is None or not (
+        audio_track.begins_late
+        or "stamps_disagree" in audio_track.faults
+        or audio_track.samples == 0
+    )
 
 
 def _within(times: list[float], zero: float, length: float) -> int:
@@ -377,49 +381,66 @@ def _checked_clip(
     window: _Window, start: float, end: float, settings: DecodeSettings
 ) -> DecodedClip:
     frames, audio_track = window.frames, window.audio
-    errors = [*frames.errors, *window.errors, *audio_track.errors]
+    frame_errors = frames.errors if frames else []
+    audio_errors = audio_track.errors if audio_track else []
+    errors = [*frame_errors, *window.errors, *audio_errors]
     reason: Reason = "decode_error"
     detail = f"{len(errors)} errors, the first: {errors[0]}" if errors else ""
     if not errors and window.cut_off:
         reason, detail = "short_read", "the file ends before its header says"
         errors = [detail]
-    if not frames.times or audio_track.samples == 0:
-        missing = "video frame" if not frames.times else "audio"
-        if errors:
-            raise ClipError(reason, f"no {missing} decodes; {detail}")
-        if start > 0:
-            raise ClipError("window_outside", f"the file has no {missing} from {start:g} s on")
-        raise ClipError(
-            "no_video" if not frames.times else "no_audio", f"the stream has no {missing}"
+    if settings.streams == "any" and frames and audio_track and not errors:
+        if not frames.times:  # ended before the window, or begins after it
+            frames = None
+        elif audio_track.samples < settings.min_seconds * audio_track.hz:
+            audio_track = None
+    missing = [
+        name
+        for name, absent in (
+            ("video frame", frames is not None and not frames.times),
+            ("audio", audio_track is not None and audio_track.samples == 0),
         )
-    video_seconds = _video_seconds(frames, end - start)
-    audio_seconds = audio_track.samples / audio_track.hz
-    if not (audio_track.errors or window.errors or window.cut_off):
-        _check_length(audio_seconds, settings)  # Not for what failed: the sound itself is short.
+        if absent
+    ]
+    if missing:
+        if errors:
+            raise ClipError(reason, f"no {missing[0]} decodes; {detail}")
+        if start > 0:
+            raise ClipError("window_outside", f"the file has no {missing[0]} from {start:g} s on")
+        raise ClipError(
+            "no_audio" if missing == ["audio"] else "no_video", f"the stream has no {missing[0]}"
+        )
+    decoded = {}
+    if frames:
+        decoded["video"] = _video_seconds(frames, end - start)
+    if audio_track:
+        decoded["audio"] = audio_track.samples / audio_track.hz
+        if not (audio_errors or window.errors or window.cut_off):
+            _check_length(decoded["audio"], settings)  # Not for what failed: the sound is short.
     if errors:
-        if len(frames.errors) > frames.decoded or len(audio_track.errors) > audio_track.frames:
+        if (frames and len(frame_errors) > frames.decoded) or (
+            audio_track and len(audio_errors) > audio_track.frames
+        ):
             raise ClipError(reason, f"most of it does not decode; {detail}")
-        if min(video_seconds, audio_seconds) < settings.min_seconds:
-            raise ClipError(
-                reason,
-                f"only {video_seconds:.2f} s of video and {audio_seconds:.2f} s of audio decode; "
-                f"{detail}",
-            )
-    audio = _checked_audio(audio_track, settings)
-    assert frames.size is not None
-    rate = min(frames.rate, settings.video_fps) if settings.video_fps > 0 else frames.rate
+        if min(decoded.values()) < settings.min_seconds:
+            lengths = " and ".join(f"{length:.2f} s of {what}" for what, length in decoded.items())
+            raise ClipError(reason, f"only {lengths} decode; {detail}")
+    audio = _checked_audio(audio_track, settings) if audio_track else np.zeros(0, np.int16)
+    rate = frames.rate if frames else 0.0
+    width, height = (frames.size if frames else None) or (0, 0)
     return DecodedClip(
         audio=audio,
-        frames=list(frames.frames.values()),
-        frame_indexes=list(frames.frames),
-        times_seconds=frames.times,
-        video_seconds=video_seconds,
-        frames_per_second=rate,
-        width=frames.size[0],
-        height=frames.size[1],
-        video_codec=frames.codec,
+        frames=list(frames.frames.values()) if frames else [],
+        frame_indexes=list(frames.frames) if frames else [],
+        times_seconds=frames.times if frames else [],
+        video_seconds=decoded.get("video", 0.0),
+        frames_per_second=min(rate, settings.video_fps) if settings.video_fps > 0 else rate,
+        width=width,
+        height=height,
+        video_codec=frames.codec if frames else "",
         decode_errors=len(errors),
-        timing=audio_track.faults | {cause: n for cause, n in window.counts.items() if n},
+        timing=(audio_track.faults if audio_track else {})
+        | {cause: n for cause, n in window.counts.items() if n},
         content=_content(frames, audio_track),
     )
 
@@ -433,10 +454,10 @@ def _checked_audio(audio_track: AudioTrack, settings: DecodeSettings) -> np.ndar
     return audio
 
 
-def _content(frames: VideoTrack, audio_track: AudioTrack) -> str:
+def _content(frames: VideoTrack | None, audio_track: AudioTrack | None) -> str:
     """SHA-256 of audio and frames before anything that settings determine."""
-    content = frames.content.copy()
-    content.update(audio_track.first_channel())
+    content = frames.content.copy() if frames else hashlib.sha256()
+    content.update(audio_track.first_channel() if audio_track else b"")
     return content.hexdigest()
 
 

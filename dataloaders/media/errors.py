@@ -37,15 +37,21 @@ class ClipError(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
+Streams = Literal["both", "any", "audio", "video"]
+"""What of a file is decoded: sound and picture, and nothing without either; what there is of them;
+or one of them alone, and nothing of the other."""
+
+
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Decoding settings; the fields are those of `PackConfig`."""
+    """Decoding settings; all fields but `streams` are those of `PackConfig`."""
 
     short_side: int = 256
     video_fps: float = 0.0
     min_seconds: float = 0.5
     keep_silent: bool = False
     audio_channel: Literal["mix", "first"] = "mix"
+    streams: Streams = "both"
 
 
 def within(packet: av.Packet, zero: float, length: float) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
 from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
-from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip, media_seconds
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip, stream_seconds
 from cavmae.dataloaders.media.encode_video import (
     VideoCodec,
     describe_fragments,
@@ -141,7 +141,7 @@ def clip_length(clip: ListedClip) -> float | None:
     if clip.end_seconds is not None or clip.frames is not None:
         return None
     try:
-        return media_seconds(clip.path, clip.part)
+        return max(stream_seconds(clip.path, clip.part).values())
     except ClipError:
         return None
 

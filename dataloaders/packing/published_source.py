@@ -3,6 +3,7 @@
 JPEGs are packed as they are, without re-encoding.
 """
 
+import dataclasses
 import hashlib
 import io
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
-from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_audio_file
+from cavmae.dataloaders.media.decode_clip import DecodedClip, decode_clip
 from cavmae.dataloaders.media.encode_video import JPEG_QUALITY
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
 
@@ -40,7 +41,8 @@ def read_published(
     Raises:
         ClipError: the clip cannot be used.
     """
-    audio, timing, content = decode_audio_file(wav, seconds, settings)
+    sound = decode_clip(wav, 0.0, seconds, dataclasses.replace(settings, streams="audio"))
+    timing = dict(sound.timing)
     jpegs: list[bytes] = []
     sizes = set()
     for number in range(FRAMES_PER_CLIP):
@@ -59,9 +61,9 @@ def read_published(
             "frame_sizes", f"its ten JPEGs have the sizes {sorted(sizes)}; scale them to one"
         )
     width, height = sizes.pop()
-    length = len(audio) / AUDIO_HZ
+    length = len(sound.audio) / AUDIO_HZ
     clip = DecodedClip(
-        audio=audio,
+        audio=sound.audio,
         frames=[],
         frame_indexes=[],
         times_seconds=[(i + 0.5) / FRAMES_PER_CLIP * length for i in range(FRAMES_PER_CLIP)],
@@ -72,7 +74,7 @@ def read_published(
         video_codec="jpeg",
         decode_errors=0,
         timing=timing,
-        content=hashlib.sha256(b"".join([content.encode(), *jpegs])).hexdigest(),
+        content=hashlib.sha256(b"".join([sound.content.encode(), *jpegs])).hexdigest(),
     )
     return clip, jpegs
 

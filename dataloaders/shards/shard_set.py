@@ -41,6 +41,11 @@ CACHED_INDEXES = 384
 about 320 at once."""
 
 
+def looks_packed(folder: Path) -> bool:
+    """Whether a folder is a packed tier, or has one in it."""
+    return any((folder / name / "index.json").is_file() for name in (".", *TIERS))
+
+
 def read_index(storage: Storage) -> dict[str, Any]:
     """Read and check the `index.json` of one tier.
 

@@ -1,6 +1,6 @@
-"""`cavmae embed RUN SHARDS OUT`: embeddings of a packed set, as Parquet files.
+"""`cavmae embed RUN INPUT... --out OUT`: embeddings of a packed set, or of files.
 
-One file for each shard, written atomically: a killed command resumes at the shards without one, in
+Of a packed set one Parquet file for each shard, written atomically: a killed command resumes at the shards without one, in
 any number of processes. Batches end with their shard, so no file depends on another.
 """
 
@@ -18,7 +18,7 @@ import tyro
 
 from cavmae.atomic_write import write_json
 from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
-from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.dataloaders.shards.shard_set import ShardSet, looks_packed
 from cavmae.dataloaders.shards.storage import real_place
 from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
 from cavmae.trainer.embeddings.parquet_store import (
@@ -30,36 +30,72 @@ from cavmae.trainer.embeddings.parquet_store import (
     file_name,
     write_file,
 )
-from cavmae.trainer.evaluation.inference import embedding, output_batches, whole_clips
+from cavmae.trainer.evaluation.clip_outputs import embedding, output_batches, whole_clips
 from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, provenance
+from cavmae.trainer.inference.embed import embed_files
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
 @dataclass(frozen=True)
 class EmbedConfig(CheckedFields):
-    """Embed the sound and the frames of every clip of a packed set with a trained run.
+    """Embed the sound and the frames of every clip of a packed set, or of files.
 
-    Rerun the same command to resume after an interruption.
+    Rerun the same command to resume the embedding of a set after an interruption.
 
     Raises:
         ValueError: a field out of its range.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a trained run."""
-    shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
-    """One tier of packed shards; a folder or a URL."""
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """Folder for the files; new, empty, or of an interrupted run of the same command."""
+    """Folder of a trained run. For files also a folder that was exported, the name of a model on
+    the Hub, or a file of published weights."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT")]
+    """One tier of packed shards, a folder or a URL. Or files: paths and URLs of videos, sounds and
+    pictures; folders of them; `-`: one in each line of standard input."""
+    out: str
+    """Of a packed set: folder for one file for each shard; new, empty, or of an interrupted run of
+    the same command. Of files: a .parquet file."""
+    windows: bool = False
+    """A row for each window of a file, instead of the mean."""
     frames: Literal[1, 10] = 1
-    """Frames of each clip: the middle one, or also each of the ten by itself."""
+    """Frames of each clip of a packed set: the middle one, or also each of the ten by itself."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of stored embeddings; they are computed in float32."""
     batch: PositiveInt = 64
-    """Clips that are embedded together."""
+    """Clips, or windows of files, that are embedded together."""
     max_bad_fraction: Fraction = 0.01
-    """Share of the clips that a process has read in a row that may be unreadable before it stops
-    with a table of them; the first ten never stop it."""
+    """Share of a packed set's clips that a process has read in a row that may be unreadable before
+    it stops with a table of them; the first ten never stop it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.inputs:
+            raise ValueError("no input is given; give a packed set, or files")
+        if self.of_files and not self.out.endswith(".parquet"):
+            raise ValueError(
+                f"out is {self.out}, and {self.inputs[0]} is no packed set, which would have an "
+                "index.json; give one, or for files a name that ends in .parquet"
+            )
+        if self.of_files and self.frames > 1:
+            raise ValueError(f"frames is {self.frames}, which is of packed sets; omit it for files")
+        if self.windows and not self.of_files:
+            raise ValueError("windows is set, which is of files; omit it for a packed set")
+
+    @property
+    def of_files(self) -> bool:
+        """Whether the inputs are files, not a packed set."""
+        if len(self.inputs) > 1 or self.inputs[0] == "-":
+            return True
+        (one,) = self.inputs
+        if "://" in one:  # a folder's name has no ending
+            return bool(Path(one).suffix)
+        return not (Path(one).is_dir() and looks_packed(Path(one)))
+
+    @property
+    def shards(self) -> str:
+        """The packed set."""
+        (one,) = self.inputs
+        return one
 
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
@@ -203,6 +239,21 @@ def write_files(
         loader.close()
 
 
+def embed_listed(config: EmbedConfig) -> None:
+    """Embed files, and print a summary; raises as `embed_files` does."""
+    out = Path(config.out)
+    made = embed_files(
+        config.run_dir,
+        config.inputs,
+        out,
+        windows=config.windows,
+        dtype=config.dtype,
+        batch=config.batch,
+    )
+    skipped = f"; {len(made.skipped)} skipped" if made.skipped else ""
+    print(f"{out}: {made.files} files, {made.rows} rows{skipped}")
+
+
 def tell(config: EmbedConfig, description: dict[str, Any]) -> None:
     """Print a summary."""
     skipped = len(description["skipped"])
@@ -212,9 +263,3 @@ def tell(config: EmbedConfig, description: dict[str, Any]) -> None:
         + (f"; {skipped} skipped, {DESCRIPTION} has the reasons" if skipped else "")
     )
 
-
-def main(arguments: list[str]) -> int:
-    """Run the command in one process; returns its exit code."""
-    config = tyro.cli(EmbedConfig, prog="cavmae embed", args=arguments)
-    tell(config, embed_set(config, in_this_process))
-    return 0

@@ -27,7 +27,7 @@ from cavmae.atomic_write import atomic_write, read_json, remove_leftovers
 from cavmae.dataloaders.packing.output_folder import locked
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.serialize import load_config, save_config
-from cavmae.trainer.evaluation.inference import OutputBatch, middle_frame
+from cavmae.trainer.evaluation.clip_outputs import OutputBatch, middle_frame
 
 SCHEMA = 1
 ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from rich.table import Table
 
@@ -18,11 +17,11 @@ from cavmae.atomic_write import read_json, write_json
 from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
-from cavmae.field_checks import CheckedFields, Limit, PositiveInt
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
-from cavmae.trainer.embeddings.query import embed_query, read_query
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders
+from cavmae.trainer.inference.load import of_run
 
 FOUND_BY = {"video": "sound", "sound": "picture"}
 """What is found, and the part of the query that it is found by."""
@@ -54,8 +53,6 @@ class SearchConfig(CheckedFields):
     exact up to a million clips, hnsw above."""
     run: str = ""
     """Folder of the run that made the embeddings; empty: where it was at that time."""
-    seconds: Annotated[float, Limit(lambda x: x >= 0, "seconds above 0, or 0")] = 0.0
-    """Of a query file, from its start; 0: as long as the model hears."""
     out: str = ""
     """Also write the result: .json, or a sheet of the clips found as .html or .png."""
 
@@ -145,9 +142,9 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
             f"{config.embeddings} ({embeddings.origin.weights_sha256[:12]}); give that run by --run"
         )
-    query = read_query(config.query, config.seconds, run.config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return embed_query(run.model(device), run.config, query)
+    found = of_run(run).embed(config.query)
+    sides = {"audio_embedding": found.audio, "video_embedding": found.video}
+    return {column: vector.numpy() for column, vector in sides.items() if vector is not None}
 
 
 def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -> None:

@@ -20,7 +20,7 @@ from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import FinetuneConfig
-from cavmae.trainer.evaluation.inference import ClipOutputs, clip_outputs, whole_clips
+from cavmae.trainer.evaluation.clip_outputs import ClipOutputs, clip_outputs, whole_clips
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import (
     TrainedClassifier,

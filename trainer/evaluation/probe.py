@@ -16,7 +16,7 @@ from rich.table import Table
 from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
-from cavmae.trainer.evaluation.inference import ClipOutputs, embed
+from cavmae.trainer.evaluation.clip_outputs import ClipOutputs, embed
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
 from cavmae.trainer.losses.classification import classification_loss

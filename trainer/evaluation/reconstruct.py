@@ -21,7 +21,7 @@ from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
-from cavmae.trainer.evaluation.inference import whole_clips
+from cavmae.trainer.evaluation.clip_outputs import whole_clips
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
@@ -34,6 +34,7 @@ ERRORS = (
 )
 
 
+Direction = Literal["joint", "audio-to-video", "video-to-audio"]
 _Ratio = Annotated[float | None, Limit(lambda x: 0 <= x <= 1, "0 to 1")]
 
 
@@ -42,7 +43,7 @@ class ReconstructConfig(CheckedFields):
     """Reconstruct unseen clips with a trained run: figures, sound, errors beside baselines.
 
     Raises:
-        ValueError: a field out of its range, or ratios where the direction gives them.
+        ValueError: a field out of its range.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
@@ -51,7 +52,7 @@ class ReconstructConfig(CheckedFields):
     """One tier of packed shards that the run was not trained on; a folder or a URL."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for figures, sounds and `reconstructions.json`; new or empty."""
-    direction: Literal["joint", "audio-to-video", "video-to-audio"] = "joint"
+    direction: Direction = "joint"
     """`joint`: patches of both are removed. The others remove all of one modality and nothing of
     the other."""
     audio_ratio: _Ratio = None
@@ -64,16 +65,6 @@ class ReconstructConfig(CheckedFields):
     """Of masks, and of the phases that the sound begins with."""
     sound_iterations: PositiveInt = 100
     """Griffin-Lim iterations of each sound."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("audio_ratio", "video_ratio"):
-            ratio = getattr(self, name)
-            if ratio is not None and self.direction != "joint":
-                raise ValueError(
-                    f"{name} is {ratio} and direction {self.direction}, which removes all of one "
-                    f"modality; omit {name}, or use direction joint"
-                )
 
 
 def run_with_decoder(run_dir: str) -> TrainedRun:
@@ -92,16 +83,29 @@ def run_with_decoder(run_dir: str) -> TrainedRun:
     return run
 
 
-def removed_ratios(config: ReconstructConfig, run: PretrainConfig) -> tuple[float, float]:
+def removed_ratios(
+    direction: Direction,
+    audio_ratio: float | None,
+    video_ratio: float | None,
+    run: PretrainConfig,
+) -> tuple[float, float]:
     """Return the shares of audio and of image patches to remove.
 
     Raises:
-        ValueError: nothing would be kept, or nothing removed.
+        ValueError: nothing would be kept, or nothing removed, or a ratio where the direction gives
+            it.
     """
-    if config.direction != "joint":
-        return (0.0, 1.0) if config.direction == "audio-to-video" else (1.0, 0.0)
-    audio = run.mask.audio_ratio if config.audio_ratio is None else config.audio_ratio
-    video = run.mask.video_ratio if config.video_ratio is None else config.video_ratio
+    given = {"audio_ratio": audio_ratio, "video_ratio": video_ratio}
+    for name, ratio in given.items():
+        if ratio is not None and direction != "joint":
+            raise ValueError(
+                f"{name} is {ratio} and direction {direction}, which removes all of one modality; "
+                f"omit {name}, or use direction joint"
+            )
+    if direction != "joint":
+        return (0.0, 1.0) if direction == "audio-to-video" else (1.0, 0.0)
+    audio = run.mask.audio_ratio if audio_ratio is None else audio_ratio
+    video = run.mask.video_ratio if video_ratio is None else video_ratio
     tokens = run.model.audio_tokens, run.model.video_tokens
     kept = kept_count(tokens[0], audio) + kept_count(tokens[1], video)
     if kept in (0, sum(tokens)):
@@ -193,7 +197,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     out = Path(config.out)
     trained = run_with_decoder(config.run_dir)
     run = trained.config
-    ratios = removed_ratios(config, run)
+    ratios = removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out is {out}, which is not empty; give a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -225,6 +229,140 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     return report
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """A clip with masked patches, and what the model makes of them.
+
+    Attributes:
+        log_mel: (1, audio_frames, mel_bins) normalised.
+        frame: (1, 3, size, size) normalised.
+        audio_mask, video_mask: which patches were kept, and which removed.
+        predicted_audio, predicted_video: (1, tokens, 256) and (1, tokens, 768), of all patches.
+        present_frames: of the spectrogram; what follows is padding.
+        run: whose model it is.
+    """
+
+    log_mel: torch.Tensor
+    frame: torch.Tensor
+    audio_mask: MaskIds
+    video_mask: MaskIds
+    predicted_audio: torch.Tensor
+    predicted_video: torch.Tensor
+    present_frames: int
+    run: PretrainConfig
+
+    @property
+    def spectrogram(self) -> torch.Tensor:
+        """(1, 1, mel_bins, audio_frames) normalised."""
+        return self.log_mel.transpose(1, 2)[:, None]
+
+    @property
+    def filled_spectrogram(self) -> torch.Tensor:
+        """`spectrogram` with the removed patches as predicted."""
+        return masked_and_reconstructed(
+            self.spectrogram, self.audio_mask, self.predicted_audio, self.run.loss.norm_pix
+        )[1]
+
+    @property
+    def filled_frame(self) -> torch.Tensor:
+        """`frame` with the removed patches as predicted."""
+        return masked_and_reconstructed(
+            self.frame, self.video_mask, self.predicted_video, self.run.loss.norm_pix
+        )[1]
+
+    def errors(self) -> dict[str, dict[str, float] | None]:
+        """Compute `errors_of_removed` of `audio` and of `video`."""
+        norm_pix = self.run.loss.norm_pix
+        return {
+            "audio": errors_of_removed(
+                self.spectrogram,
+                self.audio_mask,
+                self.predicted_audio,
+                norm_pix=norm_pix,
+                std=torch.tensor([self.run.data.log_mel_std]),
+                present_columns=self.present_frames,
+            ),
+            "video": errors_of_removed(
+                self.frame,
+                self.video_mask,
+                self.predicted_video,
+                norm_pix=norm_pix,
+                std=torch.tensor(IMAGE_STD),
+                present_columns=self.run.model.image_size,
+            ),
+        }
+
+    def save(
+        self, folder: str | Path, name: str = "reconstruction", *, iterations: int = 100, seed: int = 0
+    ) -> None:
+        """Write NAME.png, and the sounds NAME-original.wav and NAME-reconstructed.wav.
+
+        Args:
+            folder: is made if it is not there.
+            name: of the files, and in the figure.
+            iterations: of Griffin-Lim.
+            seed: of the phases that the sounds begin with.
+
+        Raises:
+            OSError: a file can't be written.
+        """
+        out, data = Path(folder), self.run.data
+        out.mkdir(parents=True, exist_ok=True)
+        plot_reconstructions(
+            out / f"{name}.png",
+            self.log_mel,
+            self.frame,
+            self.audio_mask,
+            self.video_mask,
+            self.predicted_audio,
+            self.predicted_video,
+            norm_pix=self.run.loss.norm_pix,
+            names=[name],
+        )
+        sounds = {"original": self.spectrogram, "reconstructed": self.filled_spectrogram}
+        for kind, sound in sounds.items():
+            waveform = waveform_from_log_mel(
+                sound[0, 0, :, : self.present_frames].T * data.log_mel_std + data.log_mel_mean,
+                iterations=iterations,
+                seed=seed,
+            )
+            pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
+            write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
+
+
+def reconstruct_clip(
+    model: CAVMAE,
+    log_mel: torch.Tensor,
+    frame: torch.Tensor,
+    masks: tuple[MaskIds, MaskIds],
+    run: PretrainConfig,
+    *,
+    samples: int,
+) -> Reconstruction:
+    """Predict the patches of a clip; the result is on the CPU.
+
+    Args:
+        model: set to evaluate.
+        log_mel: (1, audio_frames, mel_bins) normalised, on the model's device.
+        frame: (1, 3, size, size) normalised, likewise.
+        masks: of audio and of video, from `removal_masks`.
+        run: of the model.
+        samples: of the sound at 16 kHz; the rest is padding.
+    """
+    audio, video = model.predict_patches(log_mel, frame, *masks)
+    audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
+    return Reconstruction(
+        log_mel.float().cpu(),
+        frame.float().cpu(),
+        audio_mask,
+        video_mask,
+        audio.float().cpu(),
+        video.float().cpu(),
+        min(run.model.audio_frames, (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1),
+        run,
+    )
+
+
 def _reconstruct_clip(
     model: CAVMAE,
     batch: AudioVideoBatch,
@@ -233,50 +371,22 @@ def _reconstruct_clip(
     ratios: tuple[float, float],
 ) -> dict[str, Any]:
     """Write figure and sounds of the one clip of `batch`; returns its part of the report."""
-    out, sample_id = Path(config.out), batch.sample_ids[0]
+    sample_id = batch.sample_ids[0]
     name = f"clip-{sample_id.replace('/', '-')}"
-    frame = batch.frames[:, 0]
-    masks = removal_masks(run, batch.positions, ratios, config.seed)
-    predicted = [values.cpu() for values in model.predict_patches(batch.log_mel, frame, *masks)]
-    log_mel, frame = batch.log_mel.cpu(), frame.cpu()
-    audio_mask, video_mask = (MaskIds(*(ids.cpu() for ids in mask)) for mask in masks)
-    norm_pix = run.loss.norm_pix
-    shown = (log_mel, frame, audio_mask, video_mask, *predicted)
-    plot_reconstructions(out / f"{name}.png", *shown, norm_pix=norm_pix, names=[sample_id])
-
-    spectrogram = log_mel.transpose(1, 2)[:, None]  # (1, 1, mel_bins, audio_frames)
-    _, inpainted = masked_and_reconstructed(spectrogram, audio_mask, predicted[0], norm_pix)
-    samples = round(batch.audio_seconds[0, 1].item() * AUDIO_HZ)
-    present = min(run.model.audio_frames, (samples - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
-    sounds = {"original": spectrogram, "reconstructed": inpainted}
-    for kind, sound in sounds.items():
-        waveform = waveform_from_log_mel(
-            sound[0, 0, :, :present].T * run.data.log_mel_std + run.data.log_mel_mean,
-            iterations=config.sound_iterations,
-            seed=config.seed,
-        )
-        pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-        write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
+    made = reconstruct_clip(
+        model,
+        batch.log_mel,
+        batch.frames[:, 0],
+        removal_masks(run, batch.positions, ratios, config.seed),
+        run,
+        samples=round(batch.audio_seconds[0, 1].item() * AUDIO_HZ),
+    )
+    made.save(config.out, name, iterations=config.sound_iterations, seed=config.seed)
     return {
         "sample_id": sample_id,
         "files": f"{name}*",
         "direction": config.direction,
-        "audio": errors_of_removed(
-            spectrogram,
-            audio_mask,
-            predicted[0],
-            norm_pix=norm_pix,
-            std=torch.tensor([run.data.log_mel_std]),
-            present_columns=present,
-        ),
-        "video": errors_of_removed(
-            frame,
-            video_mask,
-            predicted[1],
-            norm_pix=norm_pix,
-            std=torch.tensor(IMAGE_STD),
-            present_columns=run.model.image_size,
-        ),
+        **made.errors(),
     }
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from cavmae.console import plain_console
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
-from cavmae.trainer.evaluation.inference import embed
+from cavmae.trainer.evaluation.clip_outputs import embed
 from cavmae.trainer.evaluation.leakage import check_leakage
 from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
 from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores

@@ -117,20 +117,24 @@ def d_prime(auc: float) -> float:
     return math.sqrt(2) * float(torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)))
 
 
+def probabilities(logits: torch.Tensor, loss: Literal["bce", "cross_entropy"]) -> torch.Tensor:
+    """Convert logits (..., classes) to probabilities: sigmoids of a model trained with `bce`, a
+    softmax of one trained with `cross_entropy`."""
+    logits = logits.float()
+    return logits.sigmoid() if loss == "bce" else logits.softmax(dim=-1)
+
+
 def mean_over_frames(logits: torch.Tensor, loss: Literal["bce", "cross_entropy"]) -> torch.Tensor:
     """Average the probabilities of clips that were classified with each of several frames.
 
     Args:
         logits: (frames, clips, classes).
-        loss: what the classifier was trained with: `bce` averages sigmoids, `cross_entropy`
-            softmaxes, as published.
+        loss: what the classifier was trained with, as of `probabilities`.
 
     Returns:
         (clips, classes) float32.
     """
-    logits = logits.float()
-    probabilities = logits.sigmoid() if loss == "bce" else logits.softmax(dim=-1)
-    return probabilities.mean(dim=0)
+    return probabilities(logits, loss).mean(dim=0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Files are read with `weights_only=True`, so that a checkpoint cannot run code. A
 fit is an error, never a silently random layer.
 """
 
+import dataclasses
 import math
 import pickle
 import struct
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import VIDEO_ONLY, CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.encoder import PATCH
 
 State = Mapping[str, torch.Tensor]
 
@@ -153,6 +155,46 @@ def adapt_mae(
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
     _check_shapes(file, {name: (sources[name], tensor) for name, tensor in adapted.items()}, model)
     return state | adapted
+
+
+def sizes_of(state: State, source: str) -> ModelConfig:
+    """Return the sizes that the tensors of CAV-MAE weights tell, with 128 mel bins and the heads of
+    the published models: 12 at width 768, 16 above, one for each 64 channels below.
+
+    Raises:
+        ValueError: tensors are missing; `source` is named.
+    """
+    try:
+        width = state["patch_embed_a.proj.weight"].shape[0]
+        audio = state["pos_embed_a"].shape[1]
+    except KeyError as error:
+        raise ValueError(
+            f"{source} has no {error.args[0]}, so it holds no CAV-MAE weights; {_first_keys(state)}"
+        ) from error
+    published = ModelConfig()
+    sizes = dataclasses.replace(
+        published,
+        audio_frames=audio * PATCH // (published.mel_bins // PATCH),
+        width=width,
+        heads=16 if width > published.width else max(1, width // 64),
+        modality_depth=_depth(state, "blocks_a"),
+        joint_depth=_depth(state, "blocks_u"),
+    )
+    if "pos_embed_v" in state:
+        side = math.isqrt(state["pos_embed_v"].shape[1]) * PATCH
+        sizes = dataclasses.replace(sizes, image_size=side)
+    if "decoder_pos_embed_a" in state:
+        sizes = dataclasses.replace(
+            sizes,
+            decoder_width=state["decoder_pos_embed_a"].shape[2],
+            decoder_depth=_depth(state, "decoder_blocks"),
+        )
+    return sizes
+
+
+def _depth(state: State, blocks: str) -> int:
+    """Count the blocks of an encoder or decoder."""
+    return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
 def published_state(model: CAVMAE | CAVMAEClassifier) -> dict[str, torch.Tensor]:

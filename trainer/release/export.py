@@ -19,11 +19,12 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.evaluation.trained_run import TrainedClassifier, open_trained
+from cavmae.trainer.evaluation.trained_run import AnyRun, TrainedClassifier, open_trained
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.weights import (
+    State,
     load_classifier_weights,
     load_published,
     published_state,
@@ -86,8 +87,8 @@ def open_source(config: ExportConfig) -> tuple[Model, ModelSpec, str]:
     if path.is_file():
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        model = _model_of_file(path, config.model)
-        spec = _spec_of(model, config.log_mel_mean, config.log_mel_std)
+        model = model_of_state(read_state(path), config.model, str(path))
+        spec = spec_of(model, config.log_mel_mean, config.log_mel_std)
         return model, spec, provenance_of_file(path, sha256, TrainedOn.beside(path))
     run = open_trained(path)
     default = ExportConfig(config.source, config.out)
@@ -96,12 +97,8 @@ def open_source(config: ExportConfig) -> tuple[Model, ModelSpec, str]:
             raise ValueError(
                 f"{name} is set and {path} is a run, whose config.json has it; do not set it"
             )
-    model, data = run.model(torch.device("cpu")), run.config.data
-    spec = _spec_of(model, data.log_mel_mean, data.log_mel_std)
-    if isinstance(run, TrainedClassifier):
-        mode, labels = run.config.classifier.mode, run.labels.names
-        spec = dataclasses.replace(spec, mode=mode, labels=labels)
-    return model, spec, provenance_of_run(run)
+    model = run.model(torch.device("cpu"))
+    return model, spec_of_run(run, model), provenance_of_run(run)
 
 
 def export(config: ExportConfig) -> None:
@@ -148,7 +145,19 @@ def export(config: ExportConfig) -> None:
     print(f"{out / 'README.md'}: the card; choose a licence before you publish the weights")
 
 
-def _spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
+def spec_of_run(run: AnyRun, model: Model) -> ModelSpec:
+    """Build the spec of a run's model."""
+    data = run.config.data
+    spec = spec_of(model, data.log_mel_mean, data.log_mel_std)
+    if isinstance(run, TrainedClassifier):
+        trained = run.config.classifier
+        spec = dataclasses.replace(
+            spec, mode=trained.mode, labels=run.labels.names, loss=trained.loss
+        )
+    return spec
+
+
+def spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
     """Build the spec of a model without labels, with the preprocessing of the loader."""
     classifier = isinstance(model, CAVMAEClassifier)
     video = model.has_video if classifier else True
@@ -157,6 +166,7 @@ def _spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec
         mode=("multimodal" if video else "audioonly") if classifier else "",
         classes=model.classes if classifier else 0,
         labels=(),
+        loss="bce",
         video=video,
         preprocessing=Preprocessing(
             audio_hz=log_mel.AUDIO_HZ,
@@ -173,15 +183,19 @@ def _spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec
     )
 
 
-def _model_of_file(path: Path, sizes: ModelConfig) -> Model:
-    state = read_state(path)
+def model_of_state(state: State, sizes: ModelConfig, source: str) -> Model:
+    """Build the model of a state dict: a classifier if it has one.
+
+    Raises:
+        ValueError: the weights don't fit; `source` is named.
+    """
     head = state.get("mlp_head.1.weight")
     if head is None:
         model = CAVMAE(sizes)
-        load_published(model, state, str(path))
+        load_published(model, state, source)
     else:
         model = CAVMAEClassifier(sizes, len(head), video="patch_embed_v.proj.weight" in state)
-        load_classifier_weights(model, state, str(path))
+        load_classifier_weights(model, state, source)
     return model.eval()
 
 

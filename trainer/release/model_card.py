@@ -23,43 +23,18 @@ if TYPE_CHECKING:  # those who load a model don't need it
 UNKNOWN_TRAINING = "## Training\n\nUnknown: these weights were saved without their run.\n"
 
 _SNIPPET = """\
-import numpy as np
-import torch
-from PIL import Image
+import cavmae
 
-from cavmae.dataloaders.loading.augment import center_crop
-from cavmae.dataloaders.media.log_mel import log_mel
-from cavmae.trainer.release.hub import {class_name}
-
-model = {class_name}.from_pretrained(".")  # this folder, or a repository of the Hub
-sizes, preprocessing = model.spec.model, model.spec.preprocessing
-
-waveform = torch.zeros(2 * preprocessing.audio_hz)  # yours: mono, -1 to 1
-spectrogram = log_mel([waveform], sizes.mel_bins, sizes.audio_frames, torch.device("cpu"))
-spectrogram = (spectrogram - preprocessing.log_mel_mean) / preprocessing.log_mel_std
-
-image = Image.new("RGB", (340, 256))  # yours
-(width, height), side = image.size, sizes.image_size
-top, left, bottom, right = center_crop(height, width, side)
-box = (left * width, top * height, right * width, bottom * height)
-image = image.resize((side, side), Image.Resampling.BILINEAR, box)
-pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-mean = torch.tensor(preprocessing.image_mean)[:, None, None]
-std = torch.tensor(preprocessing.image_std)[:, None, None]
-frame = (pixels - mean) / std
-
-with torch.no_grad():
-    {use}
+model = cavmae.load(".")  # this folder, or the name of its repository on the Hub
+{use}
 """
-_USES = {
-    "": (
-        "audio_embedding = model.embed_audio(spectrogram)  # (1, width)\n"
-        "    video_embedding = model.embed_video(frame)  # (1, width)"
-    ),
-    "multimodal": 'logits = model(spectrogram, frame, "multimodal").logits  # (1, classes)',
-    "videoonly": 'logits = model(None, frame, "videoonly").logits  # (1, classes)',
-    "audioonly": 'logits = model(spectrogram, None, "audioonly").logits  # (1, classes)',
-}
+_EMBED = """\
+found = model.embed("clip.mp4")  # yours: a path or URL of a video, a sound or a picture
+print(found.audio, found.video)  # (width,) each
+print(model.similarity("clip.mp4", "clip.mp4"))  # cosine of the sound and the picture"""
+_CLASSIFY = """\
+found = model.classify("clip.mp4")  # yours: a path or URL of a video, a sound or a picture
+print(found.top(5))  # names and probabilities"""
 _TASKS = {
     "": "feature-extraction",
     "multimodal": "video-classification",
@@ -127,8 +102,7 @@ def model_card(spec: ModelSpec, provenance: str = UNKNOWN_TRAINING) -> ModelCard
         pipeline_tag=_TASKS[spec.mode],
         tags=["audio", "audio-visual", "cav-mae", "self-supervised-learning", "video"],
     )
-    class_name = "HubCAVMAEClassifier" if spec.classes else "HubCAVMAE"
-    snippet = _SNIPPET.format(class_name=class_name, use=_USES[spec.mode])
+    snippet = _SNIPPET.format(use=_CLASSIFY if spec.classes else _EMBED)
     sizes, preprocessing = spec.model, spec.preprocessing
     limits = _LIMITS.format(
         seconds=sizes.audio_frames * preprocessing.hop_samples / preprocessing.audio_hz,

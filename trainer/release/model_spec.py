@@ -50,6 +50,9 @@ class ModelSpec:
     """Outputs of a classifier; 0 for a pretraining model."""
     labels: tuple[str, ...]
     """Display name of each class; empty where unknown."""
+    loss: Literal["bce", "cross_entropy"]
+    """What a classifier was trained with: its probabilities are sigmoids of the logits, or their
+    softmax. Where that is unknown, and for a pretraining model, `bce`."""
     video: bool
     """Whether a classifier has the parameters that only video frames use."""
     preprocessing: Preprocessing

@@ -16,7 +16,7 @@ from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunConfig
 from cavmae.trainer.distributed.env import Ranks
 from cavmae.trainer.evaluation.classify import _logits
-from cavmae.trainer.evaluation.inference import embedding, output_batches
+from cavmae.trainer.evaluation.clip_outputs import embedding, output_batches
 from cavmae.trainer.evaluation.reconstruct import ReconstructConfig, _reconstruct_clip
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier

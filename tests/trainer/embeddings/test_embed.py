@@ -24,7 +24,7 @@ from cavmae.trainer.embeddings.embed import (
     write_files,
 )
 from cavmae.trainer.embeddings.parquet_store import ORIGIN, Origin, claimed
-from cavmae.trainer.evaluation.inference import embed
+from cavmae.trainer.evaluation.clip_outputs import embed
 from cavmae.trainer.evaluation.trained_run import open_trained_run
 
 CPU = torch.device("cpu")

@@ -112,7 +112,7 @@ def test_a_reconstruction_knows_of_what_was_removed_no_more_than_mean_and_varian
     model = CAVMAE(run.model)
     log_mel, frame = torch.randn(2, 192, 32), torch.randn(2, 3, 32, 32)
     config = ReconstructConfig("run", "shards", "out", direction=direction)  # pyright: ignore[reportArgumentType]
-    masks = removal_masks(run, torch.arange(2), removed_ratios(config, run), seed=0)
+    masks = removal_masks(run, torch.arange(2), removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run), seed=0)
     from_sound = direction == "audio-to-video"
     other, mask = (frame, masks[1]) if from_sound else (log_mel.transpose(1, 2)[:, None], masks[0])
 
@@ -136,7 +136,7 @@ def test_the_mask_of_a_clip_is_that_of_its_place_and_keeps_the_share_asked_for(
 ) -> None:
     run = tiny_run.tiny_run(tmp_path, tmp_path / "run")
     config = ReconstructConfig("run", "shards", "out", audio_ratio=0.5, video_ratio=1.0)
-    ratios = removed_ratios(config, run)
+    ratios = removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run)
     audio, video = removal_masks(run, torch.arange(5), ratios, seed=3)
     assert (audio.keep.shape, audio.removed.shape) == ((5, 12), (5, 12))
     assert (video.keep.shape, video.removed.shape) == ((5, 0), (5, 4))
@@ -276,4 +276,4 @@ def test_ratios_that_leave_nothing_to_see_or_to_make_are_refused(
     run = tiny_run.tiny_run(tmp_path, tmp_path / "run")
     config = ReconstructConfig("run", "shards", "out", audio_ratio=ratio, video_ratio=ratio)
     with pytest.raises(ValueError, match=f"which {happens} of 28; change one of them"):
-        removed_ratios(config, run)
+        removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run)

@@ -14,7 +14,7 @@ from tiny_run import save_untrained, save_untrained_classifier
 from cavmae import cli
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.classify import ClassifyConfig, classified
-from cavmae.trainer.evaluation.inference import embed
+from cavmae.trainer.evaluation.clip_outputs import embed
 from cavmae.trainer.evaluation.retrieve import RetrieveConfig, first_of_each_class
 from cavmae.trainer.evaluation.trained_run import open_trained_classifier, open_trained_run
 
