@@ -1,5 +1,6 @@
 """Contrastive audio-visual masked autoencoder pretraining, from raw video to a trained model."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,4 @@ def __getattr__(name: str) -> Any:
     """Import `load` when it is used: it needs torch, and most commands begin without."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cavmae.trainer.inference.load import load
-
-    return load
+    return importlib.import_module("cavmae.trainer.inference.load").load

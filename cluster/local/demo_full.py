@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> int:
     demo.judge("reconstruct", score, baseline, good)
 
     out, clips = folder / "embeddings", ShardSet(unseen).samples
-    words = ["embed", str(run), unseen, str(out)]
+    words = ["embed", str(run), unseen, f"--out={out}"]
     demo.run("embed", words, weights=pretrained, out=out, resumes=True)
     description = read_json(out / "embeddings.json")
     count = description["rows"] + len(description["skipped"])

@@ -233,7 +233,8 @@ def _samples(frames: list[av.AudioFrame], channels: int) -> np.ndarray:
 
 
 def resample(native: np.ndarray, hz: int) -> np.ndarray:
-    """Resample `(samples,)` int16 or float32 at `hz` to 16 kHz, with ffmpeg's anti-aliasing filter."""
+    """Resample `(samples,)` int16 or float32 at `hz` to 16 kHz, with ffmpeg's anti-aliasing
+    filter."""
     if hz == AUDIO_HZ or len(native) == 0:
         return np.ascontiguousarray(native)
     samples = round(len(native) * AUDIO_HZ / hz)

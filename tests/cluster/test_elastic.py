@@ -19,6 +19,7 @@ from ray.train import ScalingConfig
 from starts import Start, place_store
 from tiny_run import losses, tiny_run
 
+from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.cluster import elastic
 from cavmae.cluster.config import ClusterConfig
 from cavmae.trainer.config.configs import CheckpointConfig, PretrainConfig
@@ -126,14 +127,15 @@ def wait_until(happened: Callable[[], Any], text: Callable[[], str]) -> Any:
 def start_on(
     nodes: Nodes, config: PretrainConfig, tmp_path: Path, *words: str
 ) -> "subprocess.Popen[bytes]":
-    """`cavmae train` of two ranks; what it says is in `log`."""
+    """`cavmae train` of two ranks that follow orders; what it says is in `log`."""
     save_config(config, tmp_path / "config.json")
     place_store(tmp_path)
     with (tmp_path / "log").open("w") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "cavmae.cluster.train", str(tmp_path / "config.json")),
-                *("--workers=2", f"--address={nodes.address}", *words),
+                *(sys.executable, "-m", "cavmae.benchmarks.faults.observed_rank", "train"),
+                *(str(tmp_path / "config.json"), "--workers=2"),
+                *(f"--address={nodes.address}", *words),
             ],
             cwd=ROOT,
             env=os.environ | LOOPBACK | {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"},
@@ -154,6 +156,8 @@ def test_a_lost_node_shrinks_the_run_a_new_one_grows_it_and_a_drained_one_is_lef
         checkpoint=CheckpointConfig(every_steps=10),
     )
     _, second = nodes.order("add"), nodes.order("add")
+    # Few steps while nodes come and go: each is trained again on one rank.
+    give_orders(tmp_path / "run", Orders(pause_seconds=0.3))
     start = start_on(nodes, config, tmp_path, "--min-workers=1", "--resize-every-seconds=2")
     text = (tmp_path / "log").read_text
 

@@ -21,8 +21,10 @@ def test_ray_writes_the_same_values_also_where_a_process_dies(
     save_untrained(packed_synthetic, tmp_path / "run")
     words = [str(tmp_path / "run"), str(packed_synthetic / "frames")]
     local, on_ray = tmp_path / "local", tmp_path / "ray"
-    assert cli.main(["embed", *words, str(local), "--batch=5"]) == 0
-    command = module_command("cavmae", "embed", *words, str(on_ray), "--batch=5", "--workers=2")
+    assert cli.main(["embed", *words, f"--out={local}", "--batch=5"]) == 0
+    command = module_command(
+        "cavmae", "embed", *words, f"--out={on_ray}", "--batch=5", "--workers=2"
+    )
     start = Start([(command, {})], tmp_path / "log")
     try:
         start.wait_for(lambda: start.named("ray::Embedder"), "a process that embeds")[0].kill()
@@ -45,7 +47,7 @@ def test_an_error_of_the_user_is_one_line_from_ray_too(
     packed_synthetic: Path, tmp_path: Path
 ) -> None:
     save_untrained(packed_synthetic, tmp_path / "run")
-    words = (str(tmp_path / "run"), str(packed_synthetic / "frames"), str(tmp_path / "out"))
+    words = (str(tmp_path / "run"), str(packed_synthetic / "frames"), f"--out={tmp_path}/out")
     copy = (tmp_path / "run" / "weights.pt").read_bytes()
     (tmp_path / "run" / "weights.pt").write_bytes(copy[:1000])
     start = Start(
@@ -62,6 +64,6 @@ def test_an_error_of_the_user_is_one_line_from_ray_too(
 
 def test_fields_of_a_cluster_want_workers() -> None:
     with pytest.raises(ValueError, match="workers is 0, which embeds in this process, and addre"):
-        RayEmbedConfig("run", "shards", "out", address="auto")
+        RayEmbedConfig("run", ("s3://bucket/shards",), "out", address="auto")
     with pytest.raises(ValueError, match="gpus_per_worker is 2; a rank drives one GPU"):
-        RayEmbedConfig("run", "shards", "out", workers=2, gpus_per_worker=2)
+        RayEmbedConfig("run", ("s3://bucket/shards",), "out", workers=2, gpus_per_worker=2)

@@ -8,7 +8,8 @@ from tiny_run import MODEL
 
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.release.model_spec import ModelSpec, Preprocessing
+from cavmae.trainer.release.export import preprocessing
+from cavmae.trainer.release.model_spec import ModelSpec
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -18,18 +19,8 @@ PRETRAINING = ModelSpec(
     classes=0,
     labels=(),
     video=True,
-    preprocessing=Preprocessing(
-        audio_hz=16000,
-        window_samples=400,
-        hop_samples=160,
-        fft_samples=512,
-        preemphasis=0.97,
-        lowest_hz=20.0,
-        log_mel_mean=-4.5,
-        log_mel_std=3.5,
-        image_mean=(0.4, 0.5, 0.6),
-        image_std=(0.2, 0.25, 0.3),
-    ),
+    preprocessing=preprocessing(log_mel_mean=-4.5, log_mel_std=3.5),
+    loss="bce",
 )
 CLASSIFIER = replace(PRETRAINING, mode="multimodal", classes=5, labels=tuple("abcde"))
 SOUND_CLASSIFIER = replace(CLASSIFIER, mode="audioonly", video=False)

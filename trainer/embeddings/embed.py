@@ -1,7 +1,8 @@
 """`cavmae embed RUN INPUT... --out OUT`: embeddings of a packed set, or of files.
 
-Of a packed set one Parquet file for each shard, written atomically: a killed command resumes at the shards without one, in
-any number of processes. Batches end with their shard, so no file depends on another.
+Of a packed set one Parquet file for each shard, written atomically: a killed command resumes at the
+shards without one, in any number of processes. Batches end with their shard, so no file depends on
+another.
 """
 
 import dataclasses
@@ -84,9 +85,9 @@ class EmbedConfig(CheckedFields):
     @property
     def of_files(self) -> bool:
         """Whether the inputs are files, not a packed set."""
-        if len(self.inputs) > 1 or self.inputs[0] == "-":
+        one = self.inputs[0]
+        if len(self.inputs) > 1 or one == "-":
             return True
-        (one,) = self.inputs
         if "://" in one:  # a folder's name has no ending
             return bool(Path(one).suffix)
         return not (Path(one).is_dir() and looks_packed(Path(one)))
@@ -94,8 +95,7 @@ class EmbedConfig(CheckedFields):
     @property
     def shards(self) -> str:
         """The packed set."""
-        (one,) = self.inputs
-        return one
+        return self.inputs[0]
 
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
@@ -262,4 +262,3 @@ def tell(config: EmbedConfig, description: dict[str, Any]) -> None:
         f"{description['bytes'] / 1e6:.1f} MB"
         + (f"; {skipped} skipped, {DESCRIPTION} has the reasons" if skipped else "")
     )
-

@@ -20,8 +20,8 @@ from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
-from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.clip_outputs import whole_clips
+from cavmae.trainer.evaluation.griffin_lim import waveform_from_log_mel
 from cavmae.trainer.evaluation.trained_run import TrainedRun, open_trained_run
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.masking import random_masks
@@ -293,7 +293,12 @@ class Reconstruction:
         }
 
     def save(
-        self, folder: str | Path, name: str = "reconstruction", *, iterations: int = 100, seed: int = 0
+        self,
+        folder: str | Path,
+        name: str = "reconstruction",
+        *,
+        iterations: int = 100,
+        seed: int = 0,
     ) -> None:
         """Write NAME.png, and the sounds NAME-original.wav and NAME-reconstructed.wav.
 

@@ -55,7 +55,8 @@ def embed_files(
     """
     model = load(source, batch=batch)
     skipped, names = Skipped(), list[str]()
-    vector = pa.list_(pa.from_numpy_dtype(dtype), model.config.model.width)
+    # Of any length: pyarrow can't read lists of a fixed one back where some are null.
+    vector = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema(
         {
             "path": pa.string(),

@@ -25,7 +25,8 @@ def listed_files(inputs: Iterable[str]) -> Iterator[str]:
             found = sorted(
                 path
                 for path in Path(word).rglob("*")
-                if path.is_file() and not any(p.startswith(".") for p in path.relative_to(word).parts)
+                if path.is_file()
+                and not any(p.startswith(".") for p in path.relative_to(word).parts)
             )
             if not found:
                 raise ValueError(f"{word} is a folder without files; give one that has some")

@@ -14,13 +14,16 @@ from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunCon
 from cavmae.trainer.config.serialize import load_config
 from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained
 from cavmae.trainer.inference.model import Model
+from cavmae.trainer.model.cavmae import CAVMAE
+from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.weights import read_state, sizes_of
-from cavmae.trainer.release.export import model_of_state, spec_of, spec_of_run
+from cavmae.trainer.release.export import model_of_state, preprocessing, spec_of, spec_of_run
 from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier
 from cavmae.trainer.release.model_spec import ModelSpec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Network = CAVMAE | CAVMAEClassifier
 
 
 def load(
@@ -82,9 +85,7 @@ def of_run(
     return Model(_placed(network, device, dtype), spec, run.config, batch)
 
 
-def _placed(
-    network: torch.nn.Module, device: str | torch.device | None, dtype: Dtype
-) -> torch.nn.Module:
+def _placed(network: Network, device: str | torch.device | None, dtype: Dtype) -> Network:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return network.to(found, getattr(torch, dtype)).eval()
@@ -98,7 +99,7 @@ def _open_file(
     labels: Sequence[str],
     loss: Literal["bce", "cross_entropy"],
     data: DataConfig,
-) -> tuple[torch.nn.Module, ModelSpec, RunConfig]:
+) -> tuple[Network, ModelSpec, RunConfig]:
     state = read_state(path)
     network = model_of_state(state, sizes or sizes_of(state, str(path)), str(path))
     spec = spec_of(network, data.log_mel_mean, data.log_mel_std)
@@ -108,7 +109,7 @@ def _open_file(
     return network, spec, _config_of(spec)
 
 
-def _open_exported(source: str, revision: str | None) -> tuple[torch.nn.Module, ModelSpec, RunConfig]:
+def _open_exported(source: str, revision: str | None) -> tuple[Network, ModelSpec, RunConfig]:
     """Open a folder that was exported, or the repository of that name on the Hub."""
     folder = Path(source)
     if folder.is_dir():
@@ -128,8 +129,19 @@ def _open_exported(source: str, revision: str | None) -> tuple[torch.nn.Module, 
 
 
 def _config_of(spec: ModelSpec) -> RunConfig:
-    """Return a run with the sizes and the preprocessing of a model without one."""
+    """Return a run with the sizes and the preprocessing of a model without one.
+
+    Raises:
+        ValueError: an input that is prepared in another way than here.
+    """
     kind = FinetuneConfig if spec.classes else PretrainConfig
     used = spec.preprocessing
     data = DataConfig(log_mel_mean=used.log_mel_mean, log_mel_std=used.log_mel_std)
+    ours = preprocessing(used.log_mel_mean, used.log_mel_std)
+    for name, value in dataclasses.asdict(ours).items():
+        if getattr(used, name) != value:
+            raise ValueError(
+                f"preprocessing.{name} of the model is {getattr(used, name)}, and {value} here; "
+                "prepare its input as its config.json says, for its `network`"
+            )
     return kind(model=spec.model, data=data)

@@ -41,9 +41,9 @@ class Tokens:
     Attributes:
         values: (windows, tokens, width) float32, after the last norm; their mean over tokens is the
             embedding.
-        places: (windows, tokens, 4) float64. Of audio: start and end in seconds of the medium, row
-            of the spectrogram's lowest and highest mel bin (the upper one excluded). Of video: left,
-            top, right and bottom of the patch, as fractions of the picture's width and height.
+        places: (windows, tokens, 4) float64. Of audio: start and end in seconds of the medium,
+            first mel bin and the one after the last. Of video: left, top, right and bottom of the
+            patch, as fractions of the picture's width and height.
     """
 
     values: torch.Tensor
@@ -264,7 +264,9 @@ class Model:
             pairs = zip(sides, kinds, strict=True)
             vectors = [[getattr(one, kind) for one in side] for side, kind in pairs]
             if all(vector is not None for side in vectors for vector in side):
-                units = [torch.nn.functional.normalize(torch.stack(side), dim=1) for side in vectors]
+                units = [
+                    torch.nn.functional.normalize(torch.stack(side), dim=1) for side in vectors
+                ]
                 return units[0] @ units[1].T
         wanted = f"{between[0]} in a and {between[1]} in b" if between else "in common"
         raise ValueError(
@@ -328,7 +330,10 @@ class Model:
             logits = torch.stack([values for _, values in rows])
             scores = probabilities(logits, self.spec.loss)
             seconds = _seconds([one for one, _ in rows])
-            yield number, Classification(labels, scores if windows else scores.mean(0), logits, seconds)
+            yield (
+                number,
+                Classification(labels, scores if windows else scores.mean(0), logits, seconds),
+            )
 
     @torch.no_grad()
     def reconstruct(
@@ -451,9 +456,7 @@ class Model:
                 f"an embedding is not finite in {self._dtype}; load the model with dtype float32, "
                 "or look at its weights"
             )
-        audio, video = (
-            one if one is None or windows else one.mean(0) for one in vectors
-        )
+        audio, video = (one if one is None or windows else one.mean(0) for one in vectors)
         if not tokens:
             return Embedding(audio, video, sounds, pictures)
         sizes = [row.picture for row, _ in seen]

@@ -168,18 +168,23 @@ def spec_of(model: Model, log_mel_mean: float, log_mel_std: float) -> ModelSpec:
         labels=(),
         loss="bce",
         video=video,
-        preprocessing=Preprocessing(
-            audio_hz=log_mel.AUDIO_HZ,
-            window_samples=log_mel.WINDOW_SAMPLES,
-            hop_samples=log_mel.HOP_SAMPLES,
-            fft_samples=log_mel.FFT_SAMPLES,
-            preemphasis=log_mel.PREEMPHASIS,
-            lowest_hz=log_mel.LOWEST_HZ,
-            log_mel_mean=log_mel_mean,
-            log_mel_std=log_mel_std,
-            image_mean=IMAGE_MEAN,
-            image_std=IMAGE_STD,
-        ),
+        preprocessing=preprocessing(log_mel_mean, log_mel_std),
+    )
+
+
+def preprocessing(log_mel_mean: float, log_mel_std: float) -> Preprocessing:
+    """Describe what the loader does to audio and images."""
+    return Preprocessing(
+        audio_hz=log_mel.AUDIO_HZ,
+        window_samples=log_mel.WINDOW_SAMPLES,
+        hop_samples=log_mel.HOP_SAMPLES,
+        fft_samples=log_mel.FFT_SAMPLES,
+        preemphasis=log_mel.PREEMPHASIS,
+        lowest_hz=log_mel.LOWEST_HZ,
+        log_mel_mean=log_mel_mean,
+        log_mel_std=log_mel_std,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
     )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 from PIL import Image
-from tiny_models import PRETRAINING, random_pretraining_model
 
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.loading.augment import center_crop, resize_and_crop
@@ -18,7 +17,6 @@ from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, jpeg_of
 from cavmae.dataloaders.media.encode_video import VideoCodec, describe_fragments, encode_video
 from cavmae.dataloaders.media.video_track import rgb_pixels
-from cavmae.trainer.release.hub import hub_model
 
 SOUND = encode_audio(np.zeros(1600, dtype=np.int16), "flac")
 

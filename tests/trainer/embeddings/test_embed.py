@@ -47,12 +47,12 @@ def embedded(run_dir: Path, packed_synthetic: Path) -> Path:
 
 
 def command(run_dir: Path, shards: Path, out: Path, *words: str) -> int:
-    return cli.main(["embed", str(run_dir), str(shards / "frames"), str(out), *words])
+    return cli.main(["embed", str(run_dir), str(shards / "frames"), f"--out={out}", *words])
 
 
 def begun(run_dir: Path, shards: Path, out: Path) -> tuple[EmbedConfig, Origin]:
     """What the command works with; its fields as those of `embedded`."""
-    config = EmbedConfig(str(run_dir), str(shards / "frames"), str(out), frames=10, batch=5)
+    config = EmbedConfig(str(run_dir), (str(shards / "frames"),), str(out), frames=10, batch=5)
     run = open_trained_run(run_dir)
     return config, origin_of(run, ShardSet(config.shards), config)
 

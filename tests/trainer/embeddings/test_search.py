@@ -18,7 +18,6 @@ from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.embeddings import search as search_module
 from cavmae.trainer.embeddings.faiss_index import build_graph, nearest, nearest_by_graph
-from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
 from cavmae.trainer.embeddings.search import SearchConfig, search
 
 

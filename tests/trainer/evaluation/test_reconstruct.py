@@ -112,7 +112,12 @@ def test_a_reconstruction_knows_of_what_was_removed_no_more_than_mean_and_varian
     model = CAVMAE(run.model)
     log_mel, frame = torch.randn(2, 192, 32), torch.randn(2, 3, 32, 32)
     config = ReconstructConfig("run", "shards", "out", direction=direction)  # pyright: ignore[reportArgumentType]
-    masks = removal_masks(run, torch.arange(2), removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run), seed=0)
+    masks = removal_masks(
+        run,
+        torch.arange(2),
+        removed_ratios(config.direction, config.audio_ratio, config.video_ratio, run),
+        seed=0,
+    )
     from_sound = direction == "audio-to-video"
     other, mask = (frame, masks[1]) if from_sound else (log_mel.transpose(1, 2)[:, None], masks[0])
 

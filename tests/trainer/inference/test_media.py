@@ -4,6 +4,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.stream
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,7 +77,7 @@ def test_a_sound_of_any_format_is_heard(
     tmp_path: Path, container: str, codec: str, hz: int
 ) -> None:
     save_sound(tmp_path / "sound", container, codec, hz)
-    first, *rest = windows_of(str(tmp_path / "sound"), 1.5)
+    first, *_ = windows_of(str(tmp_path / "sound"), 1.5)
     assert first.audio is not None and first.frame is None
     assert len(first.audio) == 1.5 * HZ
     assert np.abs(first.audio).max() == pytest.approx(0.3, rel=0.15)
@@ -181,6 +182,7 @@ def test_channels_are_mixed_wherever_they_are() -> None:
     left, right = tone(1.0, HZ), np.zeros(HZ, np.float32)
     for array in (np.stack([left, right]), np.stack([left, right], axis=1)):
         (window,) = windows_of((array, HZ), 10.0)
+        assert window.audio is not None
         np.testing.assert_allclose(window.audio, left / 2, atol=1e-6)
 
 
@@ -202,7 +204,7 @@ def test_an_array_that_is_no_sound_is_refused(medium: tuple[np.ndarray, int], me
         list(windows_of(medium, 10.0))
 
 
-def save_video(path: Path, seconds: float, sound: bool) -> None:
+def save_video(path: Path, seconds: float, sound: bool, sound_seconds: float = 0.0) -> None:
     """Frames whose grey is ten times their second, with a tone or without sound."""
     with av.open(path, "w", format="mp4") as output:
         track = output.add_stream("mpeg4", rate=10)
@@ -214,7 +216,7 @@ def save_video(path: Path, seconds: float, sound: bool) -> None:
         output.mux(track.encode(None))
         if heard:
             frame = av.AudioFrame.from_ndarray(
-                tone(seconds, HZ, "int16")[None], format="s16", layout="mono"
+                tone(sound_seconds or seconds, HZ, "int16")[None], format="s16", layout="mono"
             )
             frame.sample_rate, frame.pts = HZ, 0
             queue = av.AudioFifo()
@@ -237,6 +239,36 @@ def test_each_window_of_a_video_has_its_own_frame(tmp_path: Path, sound: bool) -
     middles = [one.frame.mean() for one in found if one.frame is not None]
     assert middles == pytest.approx([11, 31, 41], abs=3)  # the sixth of ten: at 0.55 of a window
     assert all((one.audio is not None) == sound for one in found)
+
+
+def test_a_video_whose_sound_ends_early_has_windows_without(tmp_path: Path) -> None:
+    save_video(tmp_path / "clip.mp4", 6.0, sound=True, sound_seconds=2.1)
+    found = windows(tmp_path / "clip.mp4", 2.0)
+    assert [one.audio is not None for one in found] == [True, False, False]
+    assert all(one.frame is not None for one in found)
+
+
+def test_the_cover_of_a_song_is_no_picture(tmp_path: Path) -> None:
+    with av.open(tmp_path / "song.mp3", "w", format="mp3") as output:
+        track = output.add_stream("libmp3lame", rate=HZ, layout="mono")
+        picture = output.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        red = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 200, np.uint8), format="rgb24")
+        output.mux(picture.encode(red))
+        output.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(
+            tone(2.0, HZ, "int16")[None], format="s16", layout="mono"
+        )
+        frame.sample_rate = HZ
+        queue = av.AudioFifo()
+        for part in av.AudioResampler(track.format, "mono", HZ).resample(frame):
+            queue.write(part)
+        while part := queue.read(576, partial=True):
+            output.mux(track.encode(part))
+        output.mux(track.encode(None))
+    (window,) = windows(tmp_path / "song.mp3", 10.0)
+    assert window.audio is not None and window.frame is None
 
 
 def test_a_url_is_read_as_a_file_is(tmp_path: Path) -> None:

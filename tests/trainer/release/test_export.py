@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from starts import Start
 from tiny_models import (
-    CLASSIFIER,
-    PRETRAINING,
-    SOUND_CLASSIFIER,
     random_classifier,
     random_pretraining_model,
 )
@@ -41,8 +37,7 @@ from cavmae.trainer.release.graphs import (
     parts_of,
     random_inputs,
 )
-from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier, hub_model
-from cavmae.trainer.release.model_spec import ModelSpec
+from cavmae.trainer.release.hub import HubCAVMAE, HubCAVMAEClassifier
 from cavmae.trainer.tasks.labels import LabelSet
 
 SIZES = [
