@@ -5,7 +5,8 @@ step's own shapes. How often each is called, and in which shapes, is counted, no
 """
 
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,16 @@ def measure_ceilings(setting: StepSetting) -> dict[str, Any]:
         "attention": _attention(work, dtype, device),
         "operations": _operations(work, dtype, device) | {"adam": _adam_rate(device)},
         "call_seconds": calls / _CALLS,
+    }
+
+
+def median_ceilings(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Take the median of each number of several measurements of the same setting."""
+    return {
+        name: median_ceilings([one[name] for one in found])
+        if isinstance(value, dict)
+        else statistics.median(one[name] for one in found)
+        for name, value in found[0].items()
     }
 
 
