@@ -6,8 +6,10 @@ step's own shapes. How often each is called, and in which shapes, is counted, no
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from cavmae.trainer.cost_model.step_work import micro_batch_work
 _SHAPES, _REPEATS = 4, 5
 """Measured for each layout of a product, and times each is timed."""
 _CALLS = 200
+_CACHE_BYTES = 1 << 28
+"""More than any cache of a CPU or a GPU holds."""
 _ADAM_ELEMENTS = 1 << 24
 
 
@@ -118,7 +122,11 @@ def _most(work: Iterable[Kernel], count: int) -> list[Kernel]:
 
 
 def _rate(products: list[Kernel], dtype: torch.dtype, device: torch.device) -> float:
-    """Return the operations a second of the shapes of a layout that have most of them."""
+    """Return the operations a second of the shapes of a layout that have most of them.
+
+    Each product has other factors than the one before, as in a step: one with the same weights
+    would find them in the cache.
+    """
 
     def factor(rows: int, columns: int, order: str) -> torch.Tensor:
         if order == "n":
@@ -128,10 +136,19 @@ def _rate(products: list[Kernel], dtype: torch.dtype, device: torch.device) -> f
     flops = seconds = 0.0
     for one in _most(products, _SHAPES):
         _, rows, columns, inner = one.shape
-        a, b = factor(rows, inner, one.layout[0]), factor(inner, columns, one.layout[1])
+        bytes_each = (rows + columns) * inner * dtype.itemsize
+        factors = [
+            (factor(rows, inner, one.layout[0]), factor(inner, columns, one.layout[1]))
+            for _ in range(math.ceil(_CACHE_BYTES / bytes_each))
+        ]
         flops += one.flops
-        seconds += median_seconds(lambda a=a, b=b: a @ b, device, _REPEATS)
+        seconds += median_seconds(partial(_product, cycle(factors)), device, _REPEATS)
     return flops / seconds
+
+
+def _product(factors: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    a, b = next(factors)
+    torch.matmul(a, b)
 
 
 def _attention(
@@ -193,7 +210,7 @@ def _adam_rate(device: torch.device) -> dict[str, float]:
     return {
         "bytes_per_second": ADAM_BYTES
         * _ADAM_ELEMENTS
-        / median_seconds(adam.step, device, _REPEATS)
+        / median_seconds(adam.step, device, 3 * _REPEATS)
     }
 
 
