@@ -29,7 +29,7 @@ _SHAPES, _REPEATS = 4, 5
 _CALLS = 200
 _CACHE_BYTES = 1 << 28
 """More than any cache of a CPU or a GPU holds."""
-_ADAM_ELEMENTS = 1 << 24
+_ADAM_ELEMENTS = 1 << 26
 
 
 def step_config(setting: StepSetting) -> PretrainConfig:
@@ -74,7 +74,7 @@ def measure_ceilings(setting: StepSetting) -> dict[str, Any]:
         "bytes_per_second": largest["bytes_per_second"],
         "layouts": {name: {"flops_per_second": rate} for name, rate in layouts.items()},
         "attention": _attention(work, dtype, device),
-        "operations": _operations(work, dtype, device) | {"adam": _adam_rate(device)},
+        "operations": _operations(work, dtype, device) | {"adam": _adam_rate(setting.config.width, device)},
         "call_seconds": calls / _CALLS,
     }
 
@@ -202,16 +202,19 @@ def _operations(
     return found
 
 
-def _adam_rate(device: torch.device) -> dict[str, float]:
-    """Return the bytes a second of an update in one pass over weights and moments."""
-    weight = torch.nn.Parameter(torch.randn(_ADAM_ELEMENTS, device=device))
-    weight.grad = torch.randn_like(weight)
-    adam = torch.optim.Adam([weight], fused=True)
-    return {
-        "bytes_per_second": ADAM_BYTES
-        * _ADAM_ELEMENTS
-        / median_seconds(adam.step, device, 3 * _REPEATS)
-    }
+def _adam_rate(width: int, device: torch.device) -> dict[str, float]:
+    """Return the bytes a second of an update in one pass over weights and moments, of weights as
+    large as those of an MLP, which are most of a model's."""
+    size = 4 * width * width
+    weights = [
+        torch.nn.Parameter(torch.randn(size, device=device))
+        for _ in range(math.ceil(_ADAM_ELEMENTS / size))
+    ]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adam = torch.optim.Adam(weights, fused=True)
+    seconds = median_seconds(adam.step, device, 3 * _REPEATS)
+    return {"bytes_per_second": ADAM_BYTES * size * len(weights) / seconds}
 
 
 _PASSES = {
