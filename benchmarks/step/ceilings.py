@@ -5,8 +5,11 @@ step's own shapes. How often each is called, and in which shapes, is counted, no
 """
 
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -24,7 +27,9 @@ from cavmae.trainer.cost_model.step_work import micro_batch_work
 _SHAPES, _REPEATS = 4, 5
 """Measured for each layout of a product, and times each is timed."""
 _CALLS = 200
-_ADAM_ELEMENTS = 1 << 24
+_CACHE_BYTES = 1 << 28
+"""More than any cache of a CPU or a GPU holds."""
+_ADAM_ELEMENTS = 1 << 26
 
 
 def step_config(setting: StepSetting) -> PretrainConfig:
@@ -69,8 +74,18 @@ def measure_ceilings(setting: StepSetting) -> dict[str, Any]:
         "bytes_per_second": largest["bytes_per_second"],
         "layouts": {name: {"flops_per_second": rate} for name, rate in layouts.items()},
         "attention": _attention(work, dtype, device),
-        "operations": _operations(work, dtype, device) | {"adam": _adam_rate(device)},
+        "operations": _operations(work, dtype, device) | {"adam": _adam_rate(setting.config.width, device)},
         "call_seconds": calls / _CALLS,
+    }
+
+
+def median_ceilings(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Take the median of each number of several measurements of the same setting."""
+    return {
+        name: median_ceilings([one[name] for one in found])
+        if isinstance(value, dict)
+        else statistics.median(one[name] for one in found)
+        for name, value in found[0].items()
     }
 
 
@@ -107,7 +122,11 @@ def _most(work: Iterable[Kernel], count: int) -> list[Kernel]:
 
 
 def _rate(products: list[Kernel], dtype: torch.dtype, device: torch.device) -> float:
-    """Return the operations a second of the shapes of a layout that have most of them."""
+    """Return the operations a second of the shapes of a layout that have most of them.
+
+    Each product has other factors than the one before, as in a step: one with the same weights
+    would find them in the cache.
+    """
 
     def factor(rows: int, columns: int, order: str) -> torch.Tensor:
         if order == "n":
@@ -117,10 +136,19 @@ def _rate(products: list[Kernel], dtype: torch.dtype, device: torch.device) -> f
     flops = seconds = 0.0
     for one in _most(products, _SHAPES):
         _, rows, columns, inner = one.shape
-        a, b = factor(rows, inner, one.layout[0]), factor(inner, columns, one.layout[1])
+        bytes_each = (rows + columns) * inner * dtype.itemsize
+        factors = [
+            (factor(rows, inner, one.layout[0]), factor(inner, columns, one.layout[1]))
+            for _ in range(math.ceil(_CACHE_BYTES / bytes_each))
+        ]
         flops += one.flops
-        seconds += median_seconds(lambda a=a, b=b: a @ b, device, _REPEATS)
+        seconds += median_seconds(partial(_product, cycle(factors)), device, _REPEATS)
     return flops / seconds
+
+
+def _product(factors: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    a, b = next(factors)
+    torch.matmul(a, b)
 
 
 def _attention(
@@ -174,16 +202,19 @@ def _operations(
     return found
 
 
-def _adam_rate(device: torch.device) -> dict[str, float]:
-    """Return the bytes a second of an update in one pass over weights and moments."""
-    weight = torch.nn.Parameter(torch.randn(_ADAM_ELEMENTS, device=device))
-    weight.grad = torch.randn_like(weight)
-    adam = torch.optim.Adam([weight], fused=True)
-    return {
-        "bytes_per_second": ADAM_BYTES
-        * _ADAM_ELEMENTS
-        / median_seconds(adam.step, device, _REPEATS)
-    }
+def _adam_rate(width: int, device: torch.device) -> dict[str, float]:
+    """Return the bytes a second of an update in one pass over weights and moments, of weights as
+    large as those of an MLP, which are most of a model's."""
+    size = 4 * width * width
+    weights = [
+        torch.nn.Parameter(torch.randn(size, device=device))
+        for _ in range(math.ceil(_ADAM_ELEMENTS / size))
+    ]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adam = torch.optim.Adam(weights, fused=True)
+    seconds = median_seconds(adam.step, device, 3 * _REPEATS)
+    return {"bytes_per_second": ADAM_BYTES * size * len(weights) / seconds}
 
 
 _PASSES = {
