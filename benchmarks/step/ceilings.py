@@ -74,7 +74,8 @@ def measure_ceilings(setting: StepSetting) -> dict[str, Any]:
         "bytes_per_second": largest["bytes_per_second"],
         "layouts": {name: {"flops_per_second": rate} for name, rate in layouts.items()},
         "attention": _attention(work, dtype, device),
-        "operations": _operations(work, dtype, device) | {"adam": _adam_rate(setting.config.width, device)},
+        "operations": _operations(work, dtype, device)
+        | {"adam": _adam_rate(setting.config.width, device)},
         "call_seconds": calls / _CALLS,
     }
 

@@ -17,7 +17,7 @@ from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, IMAGE_STD, WINDOW_SAMPLES
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.field_checks import CheckedFields, Limit, PositiveInt
+from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.evaluation.clip_outputs import whole_clips
@@ -35,7 +35,6 @@ ERRORS = (
 
 
 Direction = Literal["joint", "audio-to-video", "video-to-audio"]
-_Ratio = Annotated[float | None, Limit(lambda x: 0 <= x <= 1, "0 to 1")]
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class ReconstructConfig(CheckedFields):
     direction: Direction = "joint"
     """`joint`: patches of both are removed. The others remove all of one modality and nothing of
     the other."""
-    audio_ratio: _Ratio = None
+    audio_ratio: float | None = None
     """Share of audio patches removed, with `joint`; None: that of the run."""
-    video_ratio: _Ratio = None
+    video_ratio: float | None = None
     """Share of image patches removed, with `joint`; None: that of the run."""
     clips: PositiveInt = 8
     """The first ones in packing order."""
@@ -92,11 +91,13 @@ def removed_ratios(
     """Return the shares of audio and of image patches to remove.
 
     Raises:
-        ValueError: nothing would be kept, or nothing removed, or a ratio where the direction gives
-            it.
+        ValueError: nothing would be kept, or nothing removed; a ratio outside of 0 to 1, or where
+            the direction gives it.
     """
     given = {"audio_ratio": audio_ratio, "video_ratio": video_ratio}
     for name, ratio in given.items():
+        if ratio is not None and not 0 <= ratio <= 1:
+            raise ValueError(f"{name} is {ratio}; use 0 to 1")
         if ratio is not None and direction != "joint":
             raise ValueError(
                 f"{name} is {ratio} and direction {direction}, which removes all of one modality; "

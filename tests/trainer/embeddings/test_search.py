@@ -208,7 +208,7 @@ def test_what_can_not_be_a_query_is_one_line(
     assert "can't be used (open_failed" in error_of(capsys, folder, str(tmp_path / "text"))
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:200])
-    assert "can't be used as a picture" in error_of(capsys, folder, str(broken))
+    assert "can't be used: image file is truncated" in error_of(capsys, folder, str(broken))
     silent = tmp_path / "silent.wav"
     silent.write_bytes(encode_audio(np.zeros(16000, np.int16), "wav"))
     assert "silent_audio" in error_of(capsys, folder, str(silent))

@@ -261,17 +261,20 @@ def test_a_folder_that_holds_something_is_not_written_to(
     [
         ({"clips": 0}, "clips is 0; use 1 or more"),
         ({"sound_iterations": 0}, "sound_iterations is 0; use 1 or more"),
-        ({"audio_ratio": 1.5}, "audio_ratio is 1.5; use 0 to 1"),
-        (
-            {"direction": "video-to-audio", "video_ratio": 0.5},
-            "video_ratio is 0.5 and direction video-to-audio, which removes all of one modality; "
-            "omit video_ratio, or use direction joint",
-        ),
     ],
 )
 def test_a_field_out_of_its_range_is_named(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ReconstructConfig("run", "shards", "out", **fields)
+
+
+def test_a_ratio_that_is_none_or_that_the_direction_gives_is_refused(tmp_path: Path) -> None:
+    run = tiny_run.tiny_run(tmp_path, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"audio_ratio is 1\.5; use 0 to 1"):
+        removed_ratios("joint", 1.5, None, run)
+    message = r"video_ratio is 0\.5 and direction video-to-audio, .* omit video_ratio, or use"
+    with pytest.raises(ValueError, match=message):
+        removed_ratios("video-to-audio", None, 0.5, run)
 
 
 @pytest.mark.parametrize(("ratio", "happens"), [(1.0, "keeps no patch"), (0.0, "removes none")])
