@@ -102,10 +102,8 @@ def windows_of(
             try:
                 yield from _windows_of_file(path, window_seconds, frame_choice)
             except ClipError as error:
-                raise ValueError(
-                    f"{name} can't be used ({error}); give a sound, such as WAV, FLAC, MP3, M4A or "
-                    "Opus, a picture, such as JPEG, PNG or AVIF, or a video"
-                ) from error
+                advice = "; give a sound, a picture or a video" * (error.reason == "open_failed")
+                raise ValueError(f"{name} can't be used ({error}){advice}") from error
             except ValueError as error:
                 raise ValueError(f"{name} can't be used: {error}") from error
 
