@@ -142,7 +142,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
             f"{config.embeddings} ({embeddings.origin.weights_sha256[:12]}); give that run by --run"
         )
-    found = of_run(run).embed(config.query)
+    found = of_run(run).embed(config.query, windows=False)
     sides = {"audio_embedding": found.audio, "video_embedding": found.video}
     return {column: vector.numpy() for column, vector in sides.items() if vector is not None}
 

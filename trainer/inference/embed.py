@@ -45,7 +45,8 @@ def embed_files(
         source: as of `cavmae.load`.
         inputs: as of `listed_files`.
         out: the Parquet file.
-        windows: a row for each window instead of their mean.
+        windows: a row for each window instead of their mean; always so of a model that was trained
+            on `data.window_seconds`.
         dtype: of stored values, `float32` or `float16`.
         batch: windows that are computed together.
 
@@ -78,7 +79,7 @@ def embed_files(
         rows: list[dict[str, Any]] = []
         for number, found in model.embed_each(
             media(),
-            windows=windows,
+            windows=windows or None,
             failed=lambda number, error: skipped.add(names[number], error),
         ):
             files += 1

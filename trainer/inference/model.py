@@ -150,14 +150,19 @@ class Model:
 
     @overload
     def embed(
-        self, media: Medium, *, windows: bool = ..., tokens: bool = ..., window_seconds: float = ...
+        self,
+        media: Medium,
+        *,
+        windows: bool | None = ...,
+        tokens: bool = ...,
+        window_seconds: float = ...,
     ) -> Embedding: ...
     @overload
     def embed(
         self,
         media: list[Medium],
         *,
-        windows: bool = ...,
+        windows: bool | None = ...,
         tokens: bool = ...,
         window_seconds: float = ...,
     ) -> list[Embedding]: ...
@@ -165,7 +170,7 @@ class Model:
         self,
         media: Medium | list[Medium],
         *,
-        windows: bool = False,
+        windows: bool | None = None,
         tokens: bool = False,
         window_seconds: float = 0.0,
     ) -> Embedding | list[Embedding]:
@@ -174,8 +179,9 @@ class Model:
         Args:
             media: a path or URL of a sound, a picture or a video; `(samples, rate)`, a waveform
                 and its samples per second; a PIL picture; or a list of these.
-            windows: return each window's embedding; otherwise their mean. A medium longer than the
-                model hears is cut into windows; a shorter one is padded, as the loader does.
+            windows: return each window's embedding instead of their mean; None: of a model that was
+                trained on `data.window_seconds`. A medium longer than the model hears is cut into
+                windows; a shorter one is padded, as the loader does.
             tokens: return the tokens of all patches as well.
             window_seconds: length of the windows; 0: `Model.window_seconds`.
 
@@ -197,7 +203,7 @@ class Model:
         self,
         media: Iterable[Medium],
         *,
-        windows: bool = False,
+        windows: bool | None = None,
         tokens: bool = False,
         window_seconds: float = 0.0,
         failed: Failed | None = None,
@@ -213,6 +219,9 @@ class Model:
                 f"this model was fine-tuned in mode {self.spec.mode}, which leaves the encoder of "
                 "the other modality untrained; load a model of both"
             )
+
+        if windows is None:
+            windows = self.config.data.window_seconds > 0
 
         def compute(batch: Sequence[Window]) -> list[_Row]:
             heard = [one for one in batch if one.audio is not None]
@@ -382,7 +391,8 @@ class Model:
     ) -> list[Embedding]:
         many = side if isinstance(side, list) else [side]
         return [
-            one if isinstance(one, Embedding) else self.embed(cast(Medium, one)) for one in many
+            one if isinstance(one, Embedding) else self.embed(cast(Medium, one), windows=False)
+            for one in many
         ]
 
     def _windows(self, medium: Medium, window_seconds: float) -> Iterator[Window]:

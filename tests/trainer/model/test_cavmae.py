@@ -212,7 +212,7 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("how", [pytest.param("none", marks=pytest.mark.long), "selective", "full"])
 def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(
     how: Recompute, request: pytest.FixtureRequest
 ) -> None:
