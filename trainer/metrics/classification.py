@@ -99,19 +99,13 @@ def classification_scores(
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         precision = [float(average_precision_score(t, s)) if t.any() else None for t, s in columns]
         auc = [float(roc_auc_score(t, s)) if 0 < t.mean() < 1 else None for t, s in columns]
-    value = [
-        _mean("average precision", precision),
-        _mean("AUC", auc),
-        float(correct.double().mean()),
-    ]
-    mean_precision, mean_auc, accuracy = _estimates(
-        value, scores, targets, correct, resamples, seed
-    )
+    means = [_mean("average precision", precision), _mean("AUC", auc), fmean(correct.tolist())]
+    mean_ap, mean_auc, accuracy = _estimates(means, scores, targets, correct, resamples, seed)
     return ClassificationScores(
         clips=len(scores),
         average_precision=tuple(precision),
         auc=tuple(auc),
-        mean_average_precision=mean_precision,
+        mean_average_precision=mean_ap,
         mean_auc=mean_auc,
         d_prime=Estimate(*(d_prime(end) for end in asdict(mean_auc).values())),
         accuracy=accuracy,
