@@ -23,7 +23,7 @@ def adapt_positions(
     """Replace the position tables of a state whose grid of patches is not the model's.
 
     A fixed table is computed anew, so that a patch keeps its place from the start of the sound and
-    its row of frequencies; a trained one is interpolated. Each is said in a log line.
+    its row; a trained one is interpolated. Each is said in a log line.
 
     Args:
         state: CAV-MAE weights, without prefixes. Tables of another width are left to the check of
@@ -69,17 +69,12 @@ def grid_of(table: torch.Tensor) -> Grid | None:
     if table.ndim != 3 or not table.numel() or table.shape[2] % 4:
         return None
     tokens, width = table.shape[1:]
-    distances = {
-        (rows, tokens // rows): (position_table(width, (rows, tokens // rows)) - table)
-        .square()
-        .mean()
-        .item()
-        for rows in range(1, tokens + 1)
-        if tokens % rows == 0
-    }
-    nearest = min(distances, key=distances.__getitem__)
+    grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    distance, nearest = min(
+        ((position_table(width, grid) - table).square().mean().item(), grid) for grid in grids
+    )
     # A table unlike all fixed ones is 0.5 away from each, which is their mean square, or farther.
-    return nearest if distances[nearest] < 0.25 else None
+    return nearest if distance < 0.25 else None
 
 
 def _assumed_grid(table: str, positions: int, own_rows: int, audio: bool) -> Grid:
