@@ -290,7 +290,8 @@ class PretrainConfig(RunConfig):
     run_dir: str = "runs/pretrain"
     """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
-    """ImageNet MAE or published CAV-MAE checkpoint to initialize from; empty: random."""
+    """ImageNet MAE or published CAV-MAE checkpoint to initialize from, of any audio length, image
+    size and number of mel bins; empty: random."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     pictures: PositiveInt = 4
@@ -340,6 +341,6 @@ class FinetuneConfig(RunConfig):
     run_dir: str = "runs/finetune"
     """Folder of the run: configuration, checkpoints, labels, weights. An existing run resumes."""
     initial_weights: str = ""
-    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to initialize from; empty:
-    random."""
+    """Weights of a pretraining run, or a published CAV-MAE checkpoint, to initialize from, of any
+    audio length, image size and number of mel bins; empty: random."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)

@@ -48,8 +48,8 @@ def load(
         dtype: of the weights and of the computation; results are float32.
         batch: windows that are computed together.
         revision: of a repository on the Hub: a branch, a tag or a commit.
-        sizes: of a weights file; None: those that its tensors tell, with 128 mel bins, and the
-            published number of heads for their width.
+        sizes: of a weights file; None: those that its tensors tell, and the published number of
+            heads for their width.
         labels: display names of a weights file's classes, in order.
         loss: that a weights file's classifier was trained with; see `Classification.scores`.
         log_mel_mean, log_mel_std: of the data that a weights file was trained on.

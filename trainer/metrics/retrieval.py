@@ -122,6 +122,9 @@ def similarity_scores(similarity: torch.Tensor) -> RetrievalScores:
 
 def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
     """Score from how many candidates beat and equal (itself included) each positive."""
+    # Not at the top: it takes a second, which the start of a run and `cavmae.load` need not wait.
+    from scipy.stats import binom
+
     queries = len(better)
     # Places 0, 1, ... listed over all queries: +1 where a run of equal scores starts, -1 behind it.
     steps = torch.zeros(queries + 1, dtype=torch.int64)
@@ -136,7 +139,7 @@ def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
         low, high = wilson_interval(value, queries)
         # With ties `value * queries` need not be whole; rounding down never flatters.
         hits = math.floor(value * queries + 1e-9)
-        return Recall(value, low, high, chance, binomial_tail(hits, queries, chance))
+        return Recall(value, low, high, chance, float(binom.sf(hits - 1, queries, chance)))
 
     # The median of an even count is the mean of its two middle values.
     middle = torch.tensor([(total + 1) // 2, total // 2 + 1])
@@ -152,24 +155,11 @@ def _scores(better: torch.Tensor, equal: torch.Tensor) -> RetrievalScores:
 
 
 def wilson_interval(share: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Compute the interval of a share (Wilson 1927); 95% by default."""
+    """Compute the interval of a share (Wilson 1927); 95% by default.
+
+    SciPy's `proportion_ci` takes a whole number of hits, which a recall with ties need not be.
+    """
     center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
-
-
-def binomial_tail(hits: int, trials: int, chance: float) -> float:
-    """Compute the exact probability of at least `hits` successes in `trials` at `chance` each."""
-    if hits <= 0 or chance >= 1:
-        return 1.0
-    logs = [
-        math.lgamma(trials + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(trials - k + 1)
-        + k * math.log(chance)
-        + (trials - k) * math.log1p(-chance)
-        for k in range(hits, trials + 1)
-    ]
-    # Terms far below the largest vanish in float64; summing from the small end keeps digits.
-    return min(1.0, math.fsum(sorted(math.exp(log) for log in logs)))

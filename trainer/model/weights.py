@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from cavmae.trainer.model.adapt_positions import adapt_positions, grid_of
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import VIDEO_ONLY, CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
@@ -36,22 +37,31 @@ CLASSIFIER_FIX = (
 )
 
 
-def load_initial_weights(model: CAVMAE, path: str | Path) -> None:
-    """Load a checkpoint of either kind into `model`, in place.
+def load_initial_weights(model: CAVMAE | CAVMAEClassifier, path: str | Path) -> None:
+    """Start `model` from a checkpoint, in place: the `initial_weights` of a run.
+
+    Position tables of another audio length, image size or number of mel bins become the model's
+    (`adapt_positions`). Only a start adapts: whatever reads the weights of a trained model
+    (resuming, evaluation, export, `cavmae.load`, `from_pretrained`) loads them with
+    `load_published` or `load_classifier_weights`, where another size is an error, because an
+    adapted model was never trained and would answer all the same.
 
     Args:
-        path: a published CAV-MAE state dict (with or without `module.` prefixes), our own
-            `weights.pt`, or an ImageNet MAE checkpoint with its decoder.
+        model: of pretraining or fine-tuning.
+        path: a CAV-MAE state dict, published (with or without `module.` prefixes) or our own
+            `weights.pt`; or for pretraining an ImageNet MAE checkpoint with its decoder.
 
     Raises:
         ValueError: a file that is neither, or whose tensors do not fit the model.
         FileNotFoundError: no such file.
     """
-    state = read_state(path)
-    if "patch_embed_a.proj.weight" in state:
-        load_published(model, state, str(path))
+    state, source = read_state(path), str(path)
+    if isinstance(model, CAVMAEClassifier):
+        load_classifier_weights(model, adapt_positions(state, model, source), source)
+    elif "patch_embed_a.proj.weight" in state:
+        load_published(model, adapt_positions(state, model, source), source)
     elif "patch_embed.proj.weight" in state:
-        model.load_state_dict(adapt_mae(state, model, str(path)))
+        model.load_state_dict(adapt_mae(state, model, source))
     else:
         raise ValueError(
             f"{path} holds neither CAV-MAE weights (patch_embed_a.proj.weight) nor ImageNet MAE "
@@ -64,7 +74,7 @@ def load_published(
 ) -> None:
     """Load a published CAV-MAE pretraining checkpoint into `model`, in place.
 
-    Position tables are loaded as they are: the published ones are the fixed sine-cosine tables.
+    Position tables are loaded as they are, and must be of the model's sizes.
 
     Args:
         path_or_state: file, or state dict with or without `module.` prefixes.
@@ -87,7 +97,7 @@ def load_classifier_weights(
     """Load a pretraining or a fine-tuned CAV-MAE checkpoint into `model`, in place.
 
     The decoder of a pretraining checkpoint is skipped, and for an audio-only `model` everything
-    that only video uses. All other tensors must fit.
+    that only video uses. All other tensors must fit, position tables too.
 
     Args:
         path_or_state: file or state dict, ours (`weights.pt`) or published, with or without
@@ -132,9 +142,9 @@ def adapt_mae(
     """Convert weights of an ImageNet MAE (He et al. 2022) for both modalities, as published.
 
     Both modality encoders start from the first blocks and the joint encoder from the last ones;
-    the audio patch projection is the sum over the image channels. Parameters without a counterpart
-    in MAE keep their value in `model`: modality vectors, audio positions, the norms of single
-    streams.
+    the audio patch projection is the sum over the image channels; image positions are adapted to
+    the model's image size. Parameters without a counterpart in MAE keep their value in `model`:
+    modality vectors, audio positions, the norms of single streams.
 
     Args:
         source_state: checkpoint with the MAE decoder, with or without `module.` prefixes.
@@ -153,28 +163,33 @@ def adapt_mae(
     expected = [*dict.fromkeys(sources.values()), "cls_token"]
     _check_keys(file, source, expected, PRETRAINING_FIX, optional="cls_token")
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
+    adapted = adapt_positions(adapted, model, file)
     _check_shapes(file, {name: (sources[name], tensor) for name, tensor in adapted.items()}, model)
     return state | adapted
 
 
 def sizes_of(state: State, source: str) -> ModelConfig:
-    """Return the sizes that the tensors of CAV-MAE weights tell, with 128 mel bins and the heads of
-    the published models: 12 at width 768, 16 above, one for each 64 channels below.
+    """Return the sizes that the tensors of CAV-MAE weights tell, with the heads of the published
+    models: 12 at width 768, 16 above, one for each 64 channels below; and with 128 mel bins where
+    the position table does not tell them.
 
     Raises:
         ValueError: tensors are missing; `source` is named.
     """
     try:
         width = state["patch_embed_a.proj.weight"].shape[0]
-        audio = state["pos_embed_a"].shape[1]
+        positions = state["pos_embed_a"]
     except KeyError as error:
         raise ValueError(
             f"{source} has no {error.args[0]}, so it holds no CAV-MAE weights; {_first_keys(state)}"
         ) from error
     published = ModelConfig()
+    rows = published.audio_grid[0]
+    rows, columns = grid_of(positions) or (rows, positions.shape[1] // rows)
     sizes = dataclasses.replace(
         published,
-        audio_frames=audio * PATCH // (published.mel_bins // PATCH),
+        audio_frames=columns * PATCH,
+        mel_bins=rows * PATCH,
         width=width,
         heads=16 if width > published.width else max(1, width // 64),
         modality_depth=_depth(state, "blocks_a"),

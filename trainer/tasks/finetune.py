@@ -19,7 +19,7 @@ from cavmae.trainer.losses.classification import (
 )
 from cavmae.trainer.metrics.classification import classification_scores
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.model.weights import load_classifier_weights
+from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.tasks.build_model import classifier
 from cavmae.trainer.tasks.labels import LabelSet
 from cavmae.trainer.tasks.task import Validation
@@ -54,7 +54,7 @@ class FinetuneTask:
         config = self._config
         model = classifier(config, len(self._labels))
         if config.initial_weights:
-            load_classifier_weights(model, config.initial_weights)
+            load_initial_weights(model, config.initial_weights)
         encoders, head = model.parameter_groups()
         groups = [ParamGroup(encoders, 1.0), ParamGroup(head, config.classifier.head_lr_mult)]
         return model, [group for group in groups if group.parameters]

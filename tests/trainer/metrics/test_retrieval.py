@@ -8,12 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cavmae.trainer.metrics.retrieval import (
-    binomial_tail,
-    retrieval_scores,
-    similarity_scores,
-    wilson_interval,
-)
+from cavmae.trainer.metrics import retrieval
+from cavmae.trainer.metrics.retrieval import retrieval_scores, similarity_scores, wilson_interval
 
 
 def embeddings(clips: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,18 +96,26 @@ def test_unrelated_embeddings_are_within_chance() -> None:
         assert scores.r10.p_value > 0.01
 
 
-@pytest.mark.parametrize("hits, trials, chance", [(1, 5, 0.2), (3, 10, 0.25), (10, 10, 0.5)])
-def test_p_value_is_the_exact_binomial_tail(hits: int, trials: int, chance: float) -> None:
-    expected = sum(
-        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k)
-        for k in range(hits, trials + 1)
-    )
-    assert binomial_tail(hits, trials, chance) == pytest.approx(expected, rel=1e-12)
+@pytest.mark.parametrize("hits, clips", [(0, 5), (1, 5), (3, 20), (10, 10)])
+def test_p_values_are_exact_binomial_tails(hits: int, clips: int) -> None:
+    similarity = 1 - torch.eye(clips)
+    similarity[:hits] = torch.eye(clips)[:hits]
+    scores = similarity_scores(similarity)
+    for k, recall in ((1, scores.r1), (5, scores.r5)):
+        chance = min(k, clips) / clips
+        expected = sum(
+            math.comb(clips, n) * chance**n * (1 - chance) ** (clips - n)
+            for n in range(round(recall.value * clips), clips + 1)
+        )
+        assert recall.p_value == pytest.approx(expected, rel=1e-12)
 
 
-def test_p_value_of_many_clips_neither_overflows_nor_vanishes() -> None:
-    assert 0 < binomial_tail(100, 20_000, 1 / 20_000) < 1e-100
-    assert binomial_tail(1, 20_000, 1 / 20_000) == pytest.approx(1 - math.exp(-1), rel=1e-4)
+@pytest.mark.parametrize("hits, digits", [(1, -math.log10(1 - math.exp(-1))), (100, 158.5)])
+def test_p_values_of_many_clips_neither_overflow_nor_vanish(hits: int, digits: float) -> None:
+    better = torch.full((20_000,), 19_999)
+    better[:hits] = 0
+    recall = retrieval._scores(better, torch.ones_like(better)).r1
+    assert -math.log10(recall.p_value) == pytest.approx(digits, abs=0.01)
 
 
 def test_interval_is_wilsons() -> None:

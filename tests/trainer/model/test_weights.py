@@ -11,6 +11,7 @@ from unsafe_pickle import save_malicious
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.pos_embed import position_table
 from cavmae.trainer.model.weights import (
     adapt_mae,
     load_classifier_weights,
@@ -171,9 +172,13 @@ def test_mae_checkpoint_with_more_blocks_than_the_model_is_refused() -> None:
         adapt_mae(deeper, random_model(3))
 
 
-def test_mae_checkpoint_of_another_image_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pos_embed has shape \(1, 9, 16\).*model\.image_size"):
-        adapt_mae(mae_state(replace(SIZES, image_size=48)), random_model(3))
+def test_mae_checkpoint_of_another_image_size_gets_the_positions_of_the_models() -> None:
+    source = mae_state(replace(SIZES, image_size=48))
+    class_token = torch.zeros(1, 1, 16)
+    source["pos_embed"] = torch.cat([class_token, position_table(16, (3, 3))], dim=1)
+    state = adapt_mae(source, random_model(3))
+    assert torch.equal(state["pos_embed_v"], position_table(16, (2, 2)))
+    assert state["decoder_pos_embed_v"].shape == (1, 4, 8)
 
 
 def test_unknown_checkpoint_is_refused_with_its_keys(tmp_path: Path) -> None:
