@@ -3,7 +3,7 @@
 `origin.json` says what the values come from, so that a restart can't mix two models or two sets;
 `embeddings.json` is written last: a folder that has it is complete, and it accounts for every clip.
 A file's metadata repeats its origin and names the clips of its shard that were skipped. Rows are in
-packing order, vectors are not normalised.
+packing order, vectors are not normalised; what a set lacks, or a run was not trained on, is null.
 """
 
 import dataclasses
@@ -25,13 +25,15 @@ import torch
 
 from cavmae.atomic_write import atomic_write, read_json, remove_leftovers
 from cavmae.dataloaders.packing.output_folder import locked
+from cavmae.dataloaders.shards.format import clip_seconds
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.evaluation.clip_outputs import OutputBatch, middle_frame
 
 SCHEMA = 1
 ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"
-VECTORS = ("audio_embedding", "video_embedding")
+VECTORS = {"audio": "audio_embedding", "video": "video_embedding"}
+"""Column of each modality."""
 ROWS_TOGETHER = 1024
 """Rows that are written, and read, at a time."""
 
@@ -96,7 +98,8 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
 
 def as_table(batch: OutputBatch, shards: ShardSet, origin: Origin) -> pa.Table:
     """Describe clips of a set and their embeddings, a row each."""
-    clips, frames = batch.clips, batch.values["frames"]
+    clips, audio, frames = batch.clips, batch.values.get("audio"), batch.values.get("frames")
+    shown = clips.frame_seconds
     places = [shards.at(position) for position in clips.positions.tolist()]
     described = [shards.description(*place) for place in places]
     sources = [one["source"] for one in described]
@@ -107,14 +110,21 @@ def as_table(batch: OutputBatch, shards: ShardSet, origin: Origin) -> pa.Table:
         "source_path": [source["path"] for source in sources],
         "source_start_seconds": [source["start_seconds"] for source in sources],
         "source_end_seconds": [source["end_seconds"] for source in sources],
-        "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
-        "frame_seconds": _lists(clips.frame_seconds.numpy()),
-        "audio_embedding": _lists(batch.values["audio"].numpy()),
-        "video_embedding": _lists(middle_frame(frames).contiguous().numpy()),
+        "seconds": [clip_seconds(one) for one in described],
+        "frame_seconds": None if shown is None else _lists(shown.numpy()),
+        "audio_embedding": None if audio is None else _lists(audio.numpy()),
+        "video_embedding": None
+        if frames is None
+        else _lists(middle_frame(frames).contiguous().numpy()),
     }
     if origin.frames > 1:
-        columns["frame_embeddings"] = _lists(frames.numpy())
-    return pa.table(columns, schema=_arrow_schema(origin))
+        columns["frame_embeddings"] = None if frames is None else _lists(frames.numpy())
+    schema = _arrow_schema(origin)
+    arrays = [
+        pa.nulls(len(places), schema.field(name).type) if values is None else values
+        for name, values in columns.items()
+    ]
+    return pa.table(dict(zip(columns, arrays, strict=True)), schema=schema)
 
 
 def write_file(
@@ -198,6 +208,7 @@ class EmbeddingSet:
         origin: what the values come from.
         description: `embeddings.json`.
         rows: clips that have embeddings.
+        vectors: columns of the embeddings that they have.
 
     Raises:
         ValueError: no complete folder of embeddings, or one without clips.
@@ -221,6 +232,8 @@ class EmbeddingSet:
         self._names = [file["name"] for file in self.description["files"]]
         self._ends = list(accumulate(file["rows"] for file in self.description["files"]))
         self.rows = self._ends[-1]
+        has = self.description.get("modality", "both")
+        self.vectors = [column for one, column in VECTORS.items() if has in ("both", one)]
         if not self.rows:
             raise ValueError(
                 f"embeddings is {folder}, which has no clip: all {self.description['clips']} were "
@@ -275,12 +288,12 @@ class EmbeddingSet:
         name = f"{sample_id.rpartition('/')[0]}.parquet"
         if name in self._names:
             with self._opened(self._names.index(name)) as file:
-                table = file.read(columns=["sample_id", *VECTORS])
+                table = file.read(columns=["sample_id", *self.vectors])
             row = pc.index(table["sample_id"], sample_id).as_py()
             if row >= 0:
                 return {
                     column: _matrix(table[column][row : row + 1], self.origin.width)[0]
-                    for column in VECTORS
+                    for column in self.vectors
                 }
         raise ValueError(
             f"query is {sample_id!r}, which is no file, and no clip that {self.folder} has "
