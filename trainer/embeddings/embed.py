@@ -213,7 +213,7 @@ def write_files(
     numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
     places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
     data = dataclasses.replace(run.config.data, max_bad_fraction=config.max_bad_fraction)
-    device = model.norm.weight.device
+    device, modality = model.norm.weight.device, embedded_modality(run, shards)
     loader = whole_clips(
         dataclasses.replace(run.config, data=data),
         config.shards,
@@ -221,7 +221,7 @@ def write_files(
         batch=config.batch,
         frames=config.frames,
         parts=places,
-        modality=embedded_modality(run, shards),
+        modality=modality,
     )
     try:
         batches = output_batches(embedding(model), loader, device, origin.torch_dtype)
@@ -229,7 +229,7 @@ def write_files(
         for number, here in zip(numbers, places, strict=True):
             tables = []
             while batch is not None and int(batch.clips.positions[0]) in here:
-                tables.append(as_table(batch, shards, origin))
+                tables.append(as_table(batch, shards, origin, modality))
                 batch = next(batches, None)
             skipped = [
                 (clip.sample_id, clip.reason, clip.detail)
@@ -237,7 +237,7 @@ def write_files(
                 if clip.position in here
             ]
             assert sum(map(len, tables)) + len(skipped) == shards.sizes[number]
-            write_file(out / file_name(shards, number), tables, origin, skipped)
+            write_file(out / file_name(shards, number), tables, origin, modality, skipped)
             yield number
     finally:
         loader.close()
