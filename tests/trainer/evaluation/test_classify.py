@@ -127,7 +127,7 @@ def test_a_run_of_one_modality_is_asked_for_that_alone(
     assert "can be scored in audioonly" in capsys.readouterr().err
     shards = str(val_shards / "frames")
     assert cli.main(["evaluate", "retrieve", str(tmp_path / "run"), shards]) == 1
-    assert "trains the encoder of one modality" in capsys.readouterr().err
+    assert "trained on audio alone" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- trust
