@@ -103,7 +103,7 @@ def list_clips(videos: Path, out: Path, modality: Modalities = "both", split: st
     if videos.is_dir() and is_speech_commands(videos):
         sounds = speech_commands(videos)
     elif videos.is_dir():
-        _list_folder(videos, out, found, media)
+        _list_folder(videos, out, found, media, modality)
     elif videos.suffix.lower() == ".tar" and videos.is_file():
         _list_tar(videos, videos.name, found, media)
     elif videos.suffix.lower() == ".json" and videos.is_file():
@@ -210,9 +210,11 @@ def _list_json(path: Path, found: ClipList, modality: Modalities) -> None:
         )
 
 
-def _list_folder(folder: Path, out: Path, found: ClipList, media: frozenset[str]) -> None:
+def _list_folder(
+    folder: Path, out: Path, found: ClipList, media: frozenset[str], modality: Modalities
+) -> None:
     skipped_folder = out.resolve()
-    sources = []
+    sources, pictures = [], []
     for parent, folders, names in os.walk(folder, onerror=_raise):
         for name in sorted(folders):
             path = Path(parent, name)
@@ -231,13 +233,17 @@ def _list_folder(folder: Path, out: Path, found: ClipList, media: frozenset[str]
                 found.leave_out("hidden files and folders", str(path))
             elif path.suffix.lower() == ".json":
                 found.leave_out("JSON files (labels of a folder come from a CSV file)", str(path))
+            elif modality == "video" and path.suffix.lower() in PICTURES:
+                pictures.append(path.relative_to(folder).as_posix())
             elif path.suffix.lower() in SIDECAR_SUFFIXES:
                 found.leave_out("files of text, subtitles or pictures", str(path))
             elif path.is_file() or path.is_symlink():
                 sources.append(path.relative_to(folder).as_posix())
             else:
                 found.leave_out("pipes, sockets and devices", str(path))
-    for source in sorted(sources):
+    for source in pictures if sources else ():  # such as thumbnails
+        found.leave_out("files of text, subtitles or pictures", source)
+    for source in sorted(sources or pictures):
         if source.lower().endswith(".tar"):
             _list_tar(folder / source, source, found, media)
         else:

@@ -77,7 +77,7 @@ class PackConfig(CheckedFields):
     """Folder for the shards: new, empty, or from an earlier run of the same command."""
     modality: Modalities = "both"
     """What is packed: sound and pictures, of clips that have both; or one of them alone, of clips
-    that may have nothing else."""
+    that may have nothing else: sounds, silent films, or a folder of JPEG, PNG and WebP pictures."""
     split: str = ""
     """Parts to pack of published sounds, separated by commas: of ESC-50 folds, such as 1,2,3,4; of
     Speech Commands training, validation, testing; empty: all."""

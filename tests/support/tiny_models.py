@@ -17,6 +17,7 @@ PRETRAINING = ModelSpec(
     mode="",
     classes=0,
     labels=(),
+    loss="bce",
     video=True,
     preprocessing=Preprocessing(
         audio_hz=16000,

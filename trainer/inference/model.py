@@ -1,7 +1,7 @@
 """`Model`: one call from files, arrays and pictures to embeddings, classes and reconstructions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar, cast, overload
 
@@ -208,13 +208,9 @@ class Model:
             failed: is called with the number and the error of a medium that can't be used, instead
                 of an error.
         """
-        if self.spec.mode in ("audioonly", "videoonly"):
-            raise ValueError(
-                f"this model was fine-tuned in mode {self.spec.mode}, which leaves the encoder of "
-                "the other modality untrained; load a model of both"
-            )
 
-        def compute(batch: Sequence[Window]) -> list[_Row]:
+        def compute(windows: Sequence[Window]) -> list[_Row]:
+            batch = [self._embeddable(one) for one in windows]
             heard = [one for one in batch if one.audio is not None]
             seen = [one for one in batch if one.frame is not None]
             audio = self.network.audio_tokens(self._spectrograms(heard)) if heard else ()
@@ -231,7 +227,9 @@ class Model:
                 for one in batch
             ]
 
-        for number, rows in self._by_medium(media, window_seconds, compute, failed):
+        for number, rows in self._by_medium(
+            media, window_seconds, compute, failed, check=self._embeddable
+        ):
             yield number, self._embedding(rows, windows, tokens)
 
     def similarity(
@@ -465,6 +463,22 @@ class Model:
             _tokens([one for _, one in heard], self._audio_places(sounds)) if heard else None,
             _tokens([one for _, one in seen], self._video_places(sizes)) if seen else None,
         )
+
+    def _embeddable(self, window: Window) -> Window:
+        """Return what a window has of what the model was trained on.
+
+        Raises:
+            ValueError: nothing.
+        """
+        trained = self.config.data.modalities
+        if self.spec.mode in ("audioonly", "videoonly"):
+            trained = (self.spec.mode.removesuffix("only"),)
+        audio = window.audio if "audio" in trained else None
+        frame = window.frame if "video" in trained else None
+        if audio is None and frame is None:
+            what = "sound" if "audio" in trained else "picture"
+            raise ValueError(f"has no {what}, and this model was trained on {trained[0]} alone")
+        return replace(window, audio=audio, frame=frame)
 
     def _mode(self, window: Window) -> Mode:
         """Return how a window is classified: by what it has, of what the model takes."""

@@ -17,11 +17,12 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.media import decode_clip
 from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
+from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.dataloaders.shards.format import parse_index
 from cavmae.dataloaders.shards.shard_set import ShardSet
-from cavmae.dataloaders.tools.inspect import draw, survey
+from cavmae.dataloaders.tools.inspect import draw, frame_pixels, survey
 from cavmae.dataloaders.tools.verify import VerifyConfig, verify
 
 WriteVideo = Callable[..., Path]
@@ -214,6 +215,48 @@ def test_a_video_without_a_stream_is_no_clip_of_both_but_one_of_the_other(
             PackConfig(str(tmp_path / "videos"), str(tmp_path / "both"), workers=1),
             Console(quiet=True),
         )
+
+
+@pytest.mark.field
+def test_a_folder_of_pictures_is_a_set_of_pictures_alone(tmp_path: Path) -> None:
+    """Of any mode and name; a truncated one is skipped: libavcodec would pack a green area."""
+    colours = np.random.default_rng(0).integers(0, 255, (3, 4, 3))
+    picture = Image.fromarray(np.kron(colours, np.ones((20, 20, 1))).astype(np.uint8))
+    folder = tmp_path / "pictures"
+    (folder / "a").mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(folder / "a" / "turned.jpg", quality=95, exif=turned)
+    picture.save(folder / "misnamed.jpg", "PNG")
+    picture.save(folder / "series_%02d.jpg", quality=95)
+    picture.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    whole = (folder / "series_%02d.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    out = packed(folder, tmp_path / "out", modality="video", tiers="frames,video")
+    (line,) = map(json.loads, (out / "report.jsonl").read_text().splitlines())
+    assert (line["source"], line["reason"]) == ("cut.jpg", "decode_error")
+    for tier in ("frames", "video"):
+        shards = ShardSet(out / tier)
+        for position, one in enumerate(described(out / tier)):
+            assert one["video"]["times_seconds"] == [0.0]
+            shown = frame_pixels(shards, *shards.at(position), 0)
+            expected = np.asarray(picture)
+            if one["source"]["path"] == "a/turned.jpg":
+                expected = np.rot90(expected, -1)
+            top, left = (
+                (a - b) // 2 for a, b in zip(expected.shape[:2], shown.shape, strict=False)
+            )
+            expected = expected[top : top + shown.shape[0], left : left + shown.shape[1]]
+            assert np.abs(shown.astype(float) - expected).mean() < 12, one["source"]
+
+
+def test_pictures_beside_videos_are_no_clips(write_video: WriteVideo, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "clip.mkv")
+    Image.new("RGB", (64, 48)).save(tmp_path / "videos" / "clip.jpg")
+    found = list_clips(tmp_path / "videos", tmp_path / "out", "video")
+    assert [clip.source for clip in found.clips] == ["clip.mkv"]
+    assert found.remarks() == ["not used: 1 files of text, subtitles or pictures, such as clip.jpg"]
 
 
 def test_packing_one_modality_decodes_nothing_of_the_other(
