@@ -235,7 +235,7 @@ class _Packer:
         self._check_tiers()
         if config.segment:
             self.clips = self._segments()
-        self.others = OtherSets(config.not_in) if config.not_in else None
+        self.others = OtherSets(config.not_in, config.modality) if config.not_in else None
         if self.others:
             sources = [clip.source for clip in self.clips]
             if not config.allow_same_ids:

@@ -72,7 +72,7 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
     embeddings = EmbeddingSet(config.embeddings)
     if len(embeddings.vectors) < len(VECTORS):
         raise ValueError(
-            f"embeddings is {config.embeddings}, which has {' '.join(embeddings.vectors)} alone, and "
+            f"embeddings is {config.embeddings}, which has {embeddings.vectors[0]} alone, and "
             "videos are found by sound, sounds by a picture; give embeddings of both"
         )
     query = query_embeddings(config, embeddings)

@@ -304,6 +304,21 @@ def test_segments_are_as_long_as_the_modality_that_is_packed(
     assert counts == {"audio": 3, "video": 1}
 
 
+def test_sets_of_other_modalities_can_not_be_compared(tmp_path: Path) -> None:
+    write_sound(tmp_path / "sounds" / "a.wav", 1.0, 16000)
+    train = packed(tmp_path / "sounds", tmp_path / "train", modality="audio")
+    for modality, message in (("audio", "has the audio and frames of"), ("video", "too$")):
+        config = PackConfig(
+            str(tmp_path / "sounds"),
+            str(tmp_path / modality),
+            modality,  # pyright: ignore[reportArgumentType]
+            not_in=(str(train),),
+            workers=1,
+        )
+        with pytest.raises(ValueError, match=message):
+            pack(config, Console(quiet=True))
+
+
 # --------------------------------------------------------------------------- lists of other packers
 
 
