@@ -55,7 +55,8 @@ def embed_files(
     """
     model = load(source, batch=batch)
     skipped, names = Skipped(), list[str]()
-    vector = pa.list_(pa.from_numpy_dtype(dtype), model.config.model.width)
+    # No lists of a fixed size: pyarrow can't read those that are null (apache/arrow#35692).
+    vector = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema(
         {
             "path": pa.string(),
