@@ -25,7 +25,7 @@ from cavmae.trainer.embeddings.embed import (
     write_files,
 )
 from cavmae.trainer.embeddings.parquet_store import Origin
-from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 PARTS_PER_WORKER = 4
@@ -103,7 +103,7 @@ class Embedder:
 
     @cached_property
     def _opened(self) -> tuple[AnyRun, AudioVideoEncoder]:
-        run = open_trained_encoders(self._config.run_dir)
+        run = open_trained(self._config.run_dir)
         return run, run.model(torch.device(self._device))
 
 

@@ -7,12 +7,13 @@ import torch
 
 @dataclass
 class AudioVideoBatch:
-    """The clips of one micro-batch and their origin."""
+    """The clips of one micro-batch and their origin; None for what a run of one modality does not
+    read."""
 
-    log_mel: torch.Tensor
+    log_mel: torch.Tensor | None
     """`(batch, audio_frames, mel_bins)` float32, `(log-mel - mean) / std`; padding was zero before
     normalisation."""
-    frames: torch.Tensor
+    frames: torch.Tensor | None
     """`(batch, frames_per_clip, 3, image_size, image_size)` float32 RGB, normalised with
     ImageNet's mean and std."""
     positions: torch.Tensor
@@ -23,9 +24,9 @@ class AudioVideoBatch:
     """Shard and key of each clip, such as `000003/000003017`."""
     labels: tuple[tuple[str, ...], ...]
     """Labels of each clip, as packed."""
-    frame_seconds: torch.Tensor
+    frame_seconds: torch.Tensor | None
     """`(batch, frames_per_clip)` float32 in CPU memory: presentation time of each frame."""
-    audio_seconds: torch.Tensor
+    audio_seconds: torch.Tensor | None
     """`(batch, 2)` float32 in CPU memory: start and length of the audio window."""
     mixup_lambda: torch.Tensor
     """`(batch,)` float32 in CPU memory: weight of the clip itself, against the clip mixed into its
@@ -33,12 +34,17 @@ class AudioVideoBatch:
     mixed_labels: tuple[tuple[str, ...], ...]
     """Labels of the clip mixed into each; empty without mixup."""
 
+    @property
+    def frame(self) -> torch.Tensor | None:
+        """`(batch, 3, image_size, image_size)`: the first frame of each clip."""
+        return None if self.frames is None else self.frames[:, 0]
+
     def to(self, device: torch.device) -> "AudioVideoBatch":
         """Copy log-mel, frames and positions to `device`; everything else stays in CPU memory."""
         return replace(
             self,
-            log_mel=to_device(self.log_mel, device),
-            frames=to_device(self.frames, device),
+            log_mel=None if self.log_mel is None else to_device(self.log_mel, device),
+            frames=None if self.frames is None else to_device(self.frames, device),
             positions=to_device(self.positions, device),
         )
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cavmae.dataloaders.constants import HOP_SAMPLES, WINDOW_SAMPLES
+from cavmae.dataloaders.constants import HOP_SAMPLES, WINDOW_SAMPLES, Modalities
 from cavmae.field_checks import (
     CheckedFields,
     Fraction,
@@ -97,6 +97,9 @@ class DataConfig(CheckedFields, section="data"):
     writes; the length of an epoch stays the same."""
     validation: str = ""
     """Folder or URL of packed validation shards; empty: no validation."""
+    modality: Modalities = "both"
+    """What is read and decoded of a clip, and what the model computes: sound and pictures, or one
+    of them alone. In fine-tuning `classifier.mode` decides."""
     cache_folder: str = "~/.cache/cavmae/shards"
     """Cache of remote shards on each node, shared by its ranks."""
     cache_gigabytes: NonNegativeFloat = 100.0
@@ -154,6 +157,11 @@ class DataConfig(CheckedFields, section="data"):
         if "," in self.train and os.path.isdir(self.train):
             return [self.train]
         return [folder.strip() for folder in self.train.split(",") if folder.strip()]
+
+    @property
+    def modalities(self) -> tuple[Literal["audio", "video"], ...]:
+        """What is read, one by one."""
+        return ("audio", "video") if self.modality == "both" else (self.modality,)
 
     def threads(self, *, gpu: bool) -> int:
         """Threads of each decode pipeline."""

@@ -71,15 +71,18 @@ def fixed_attention(
 def attention_shapes(config: RunConfig) -> list[Shape]:
     """Return the shapes of a run's blocks."""
     model = config.model
-    tokens = [model.audio_tokens, model.video_tokens]
+    of = {"audio": model.audio_tokens, "video": model.video_tokens}
+    tokens = [of[modality] for modality in config.data.modalities]
     kept = tokens
     if isinstance(config, PretrainConfig):
-        ratios = (config.mask.audio_ratio, config.mask.video_ratio)
+        ratio_of = {"audio": config.mask.audio_ratio, "video": config.mask.video_ratio}
+        ratios = [ratio_of[modality] for modality in config.data.modalities]
         kept = [kept_count(count, ratio) for count, ratio in zip(tokens, ratios, strict=True)]
     width = model.width // model.heads
+    both = [sum(kept)] if len(kept) > 1 else []
     shapes = [
         *(Shape(model.modality_depth, model.heads, width, [count]) for count in kept),
-        Shape(model.joint_depth, model.heads, width, [*kept, sum(kept)]),
+        Shape(model.joint_depth, model.heads, width, [*kept, *both]),
     ]
     if isinstance(config, PretrainConfig):
         decoder = model.decoder_width // model.decoder_heads

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from cavmae.atomic_write import read_json, remove_leftovers, write_json
+from cavmae.dataloaders.loading.reader import check_set
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.attention_choice import fixed_attention
 from cavmae.trainer.checkpoint.format import (
@@ -89,6 +90,9 @@ def open_run(
         raise ValueError("data.train is empty; give the folder of a packed tier, e.g. shards/video")
     config = with_real_places(config)
     train_set = ShardSet(config.data.train_folders, config.data.cache)
+    check_set(train_set, config.data)
+    if config.data.validation:  # now, not at the first validation
+        check_set(ShardSet(config.data.validation, config.data.cache), config.data)
     store = Store(checkpoint_folder(config))
     device = start_process_group(ranks)
     resolved = resolve(

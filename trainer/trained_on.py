@@ -16,6 +16,7 @@ import numpy as np
 
 from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.config import CacheSettings
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import RunConfig
 
@@ -27,11 +28,12 @@ _WEIGHTS = ("weights.pt", "published.pth")
 @dataclass(frozen=True)
 class TrainedSet:
     """A packed set. Attributes: name, the last two parts of its path; clips; fingerprint, of its
-    shards."""
+    shards; modality, what it has."""
 
     name: str
     clips: int
     fingerprint: str
+    modality: Modalities = "both"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TrainedOn:
         content = {folder: one.content() for folder, one in sets.items()}
         return cls(
             tuple(
-                TrainedSet(set_name(folder), one.samples, one.fingerprint)
+                TrainedSet(set_name(folder), one.samples, one.fingerprint, one.modality)
                 for folder, one in sets.items()
             ),
             tuple(set_name(folder) for folder, hashes in content.items() if hashes is None),
@@ -106,13 +108,19 @@ class TrainedOn:
         with atomic_write(folder / FILE) as temporary, temporary.open("wb") as file:
             np.savez(file, sets=np.array(text), content=self.content)
 
-    @property
-    def leakage(self) -> str:
-        """The `leakage` of a result that shares no known clip with the training."""
-        if not self.unknown:
+    def leakage(self, modality: Modalities) -> str:
+        """The `leakage` of a result that shares no known clip with the training.
+
+        Args:
+            modality: of the set that was scored. The content of a clip is that of all that was
+                packed of it, so clips of a set with anything else are not known to be others.
+        """
+        other = [one.name for one in self.sets if one.modality != modality]
+        unknown = [*self.unknown, *other]
+        if not unknown:
             return "none"
-        known = "; none in trained_on" if self.sets else ""
-        return f"unknown of {', '.join(self.unknown)}{known}"
+        known = "; none in trained_on" if len(other) < len(self.sets) else ""
+        return f"unknown of {', '.join(unknown)}{known}"
 
 
 def training_of(config: RunConfig) -> TrainedOn:

@@ -39,7 +39,7 @@ MODULES = {
     "decoder_pred_v": "decoder",
 }
 FUNCTIONS: tuple[tuple[ModuleType, Callable[..., Any], str], ...] = (
-    (pretrain, pretrain.random_masks, "mask"),
+    (pretrain, pretrain.masks_of, "mask"),
     (cavmae, cavmae.restore_tokens, "decoder"),
     (cavmae, cavmae.gather_tokens, "decoder"),
     (cavmae, cavmae.masked_reconstruction_loss, "losses"),

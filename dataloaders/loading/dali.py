@@ -56,10 +56,10 @@ class DecodedClips:
     """One decoded batch."""
 
     waveforms: list[np.ndarray]
-    """`(samples,)` int16 each, as long as the clip's audio."""
+    """`(samples,)` int16 each, as long as the clip's audio; one 0 each if sound is not read."""
     frames: Any
     """`(batch, frames_per_clip, 3, image_size, image_size)` float32, ImageNet-normalised: a numpy
-    array, or a torch tensor on the GPU."""
+    array, or a torch tensor on the GPU; None if pictures are not read."""
 
 
 class ClipDecoder:
@@ -70,7 +70,7 @@ class ClipDecoder:
         image_size: height and width of the decoded frames.
         maximum_batch: maximum number of clips in a batch.
         threads: decode that many frames at a time.
-        config: frames of every clip, and how a GPU decodes JPEGs.
+        config: what is read, frames of every clip, and how a GPU decodes JPEGs.
         gpu: index of the GPU that decodes the frames and keeps them; None: the CPU does. Audio is
             always decoded on the CPU.
     """
@@ -86,12 +86,13 @@ class ClipDecoder:
     ):
         self.jpegs = jpegs
         self.gpu = gpu
-        self._frames_per_clip = config.frames_per_clip
-        graph: Any = partial(_image_graph, config=config) if jpegs else _video_graph
-        self._pipeline: Pipeline = graph(
-            on_gpu=gpu is not None,
-            image_size=image_size,
-            batch_size=maximum_batch * config.frames_per_clip,
+        self._hears, self._sees = "audio" in config.modalities, "video" in config.modalities
+        self._rows_per_clip = config.frames_per_clip if self._sees else 1
+        pictures: Any = partial(_image_graph, config=config) if jpegs else _video_graph
+        on_gpu = gpu is not None
+        graph: Any = partial(pictures, on_gpu=on_gpu, image_size=image_size)
+        self._pipeline: Pipeline = (graph if self._sees else _audio_graph)(
+            batch_size=maximum_batch * self._rows_per_clip,
             num_threads=threads,
             device_id=gpu,
             prefetch_queue_depth=1,
@@ -107,10 +108,18 @@ class ClipDecoder:
     def schedule(self, clips: Sequence[EncodedClip]) -> None:
         """Start decoding a batch without waiting for it."""
         feed = self._pipeline.feed_input
-        frames = [(clip, number) for clip in clips for number in range(self._frames_per_clip)]
+        frames = [(clip, number) for clip in clips for number in range(self._rows_per_clip)]
         # A row of the pipeline is a frame; a clip's audio goes with its first one.
-        feed("has_audio", [np.bool_(number == 0) for _, number in frames])
-        feed("audio", [_bytes(clip.audio) if number == 0 else _NOTHING for clip, number in frames])
+        has_audio = [self._hears and number == 0 for _, number in frames]
+        feed("has_audio", [np.bool_(has) for has in has_audio])
+        audio = [_bytes(clip.audio) for clip, _ in frames]
+        feed("audio", [one if has else _NOTHING for one, has in zip(audio, has_audio, strict=True)])
+        if self._sees:
+            self._feed_frames(frames)
+        self._pipeline.schedule_run()
+
+    def _feed_frames(self, frames: Sequence[tuple[EncodedClip, int]]) -> None:
+        feed = self._pipeline.feed_input
         if not self.jpegs:
             pixels = [clip.pixels[number] if clip.pixels else None for clip, number in frames]
             feed("has_pixels", [np.bool_(one is not None) for one in pixels])
@@ -119,7 +128,6 @@ class ClipDecoder:
         feed("crop_start", [np.array(clip.crop[:2], dtype=np.float32) for clip, _ in frames])
         feed("crop_end", [np.array(clip.crop[2:], dtype=np.float32) for clip, _ in frames])
         feed("flipped", [np.array(clip.flipped, dtype=np.int32) for clip, _ in frames])
-        self._pipeline.schedule_run()
 
     def collect(self) -> DecodedClips:
         """Wait for the scheduled batch.
@@ -128,13 +136,14 @@ class ClipDecoder:
             DecodeError: the batch cannot be decoded.
         """
         try:
-            waveforms, frames = self._pipeline.outputs()
+            waveforms, *frames = self._pipeline.outputs()
         except RuntimeError as error:
             raise DecodeError(str(error)) from error
         # A later batch overwrites DALI's memory.
-        firsts = range(0, len(waveforms), self._frames_per_clip)
+        firsts = range(0, len(waveforms), self._rows_per_clip)
         return DecodedClips(
-            [np.array(waveforms.at(row)).reshape(-1) for row in firsts], self._copied(frames)
+            [np.array(waveforms.at(row)).reshape(-1) for row in firsts],
+            self._copied(*frames) if frames else None,
         )
 
     def _copied(self, frames: Any) -> Any:
@@ -148,7 +157,7 @@ class ClipDecoder:
             device = torch.device("cuda", self.gpu)
             copy = torch.empty(dense.shape(), dtype=torch.float32, device=device)
             feed_ndarray(dense, copy, cuda_stream=torch.cuda.current_stream(device))
-        return copy.reshape(-1, self._frames_per_clip, *copy.shape[-3:])
+        return copy.reshape(-1, self._rows_per_clip, *copy.shape[-3:])
 
 
 def _bytes(data: bytes) -> np.ndarray:
@@ -193,6 +202,11 @@ def _to_input(image: Any, image_size: int, layout: str) -> Any:
         mean=[255 * mean for mean in IMAGE_MEAN],
         std=[255 * std for std in IMAGE_STD],
     )
+
+
+@pipeline_def(enable_conditionals=True)
+def _audio_graph():
+    return _waveform()
 
 
 @pipeline_def(enable_conditionals=True)

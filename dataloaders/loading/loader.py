@@ -32,7 +32,7 @@ from cavmae.dataloaders.loading.quarantine import (
     QuarantinedSample,
     find_culprits,
 )
-from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask, check_frame_choice
+from cavmae.dataloaders.loading.reader import ReaderSettings, ReadTask, check_set
 from cavmae.dataloaders.sampling.mixture import MixturePlan, training_plan
 from cavmae.dataloaders.sampling.sample_plan import (
     PlannedSample,
@@ -323,7 +323,7 @@ def _settings(
 ) -> ReaderSettings:
     """Open a set, and check that it was packed for this configuration."""
     shards = ShardSet(folders, config.cache)
-    check_frame_choice(shards, config.frame_choice)
+    check_set(shards, config)
     gpu = None
     if device.type == "cuda":  # Made explicit: each thread has its own current GPU.
         gpu = torch.cuda.current_device() if device.index is None else device.index
@@ -332,10 +332,9 @@ def _settings(
 
 def _on_current_stream(batch: AudioVideoBatch) -> AudioVideoBatch:
     """Tell the allocator that the consumer's stream uses memory of the loader's stream."""
-    if batch.log_mel.is_cuda:
-        stream = torch.cuda.current_stream(batch.log_mel.device)
-        batch.log_mel.record_stream(stream)
-        batch.frames.record_stream(stream)
+    for tensor in (batch.log_mel, batch.frames):
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
     return batch
 
 

@@ -226,30 +226,17 @@ class ClipStream:
     def _batch(self, clips: list[EncodedClip], decoded: DecodedClips) -> AudioVideoBatch:
         own = [clip for clip in clips if not clip.task.mixed_in]
         mixed_labels = {clip.task.position: clip.labels for clip in clips[len(own) :]}
-        settings = self._settings
-        shape, augmentation, seed = settings.shape, settings.augmentation, settings.seed
+        augmentation, seed = self._settings.augmentation, self._settings.seed
         weights = torch.tensor(
             [mixup_lambda(augmentation, seed, clip.task.position) for clip in own]
         )
+        # Row of the clip that each clip which is mixed in belongs to.
+        row_of = {clip.task.position: row for row, clip in enumerate(own)}
+        rows = [row_of[clip.task.position] for clip in clips[len(own) :]]
+        hears, sees = "audio" in self._config.modalities, "video" in self._config.modalities
         with self._on_side_stream():
-            waveforms, frames = self._mixed(clips, decoded, weights)
-            spectrogram = log_mel(waveforms, shape.mel_bins, shape.audio_frames, self._device)
-            changes = [
-                spec_augment(
-                    augmentation, shape.audio_frames, shape.mel_bins, seed, clip.task.position
-                )
-                for clip in own
-                if augmentation.changes_log_mel
-            ]
-            for row, change in enumerate(changes):
-                spectrogram[row, slice(*change.frames)] = 0
-                spectrogram[row, :, slice(*change.bins)] = 0
-            spectrogram -= self._config.log_mel_mean
-            spectrogram /= self._config.log_mel_std
-            for row, change in enumerate(changes):
-                if change.noise is not None:
-                    noise = torch.from_numpy(change.noise).to(self._device)
-                    spectrogram[row] = (spectrogram[row] + noise).roll(change.shift, 0)
+            spectrogram = self._log_mel(clips, decoded, rows, weights) if hears else None
+            frames = self._frames(decoded, rows, weights) if sees else None
         if self._side_stream is not None:
             self._side_stream.synchronize()
         return AudioVideoBatch(
@@ -259,31 +246,57 @@ class ClipStream:
             epochs=torch.tensor([clip.task.epoch for clip in own]),
             sample_ids=tuple(clip.sample_id for clip in own),
             labels=tuple(clip.labels for clip in own),
-            frame_seconds=torch.tensor([clip.frame_seconds for clip in own]),
-            audio_seconds=torch.tensor([clip.audio_seconds for clip in own]),
+            frame_seconds=torch.tensor([one.frame_seconds for one in own]) if sees else None,
+            audio_seconds=torch.tensor([one.audio_seconds for one in own]) if hears else None,
             mixup_lambda=weights,
             mixed_labels=tuple(mixed_labels.get(clip.task.position, ()) for clip in own),
         )
 
-    def _mixed(
-        self, clips: list[EncodedClip], decoded: DecodedClips, weights: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Waveforms and frames of the batch, with the last clips mixed into their positions'."""
-        count = len(weights)
+    def _log_mel(
+        self,
+        clips: list[EncodedClip],
+        decoded: DecodedClips,
+        rows: list[int],
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Normalised log-mel of the batch, with the last clips mixed into those at `rows`."""
+        settings, count = self._settings, len(weights)
+        shape, augmentation, seed = settings.shape, settings.augmentation, settings.seed
         waveforms = [
             self._windowed(clip, waveform)
             for clip, waveform in zip(clips, decoded.waveforms, strict=True)
         ]
-        frames = torch.as_tensor(decoded.frames)
-        if len(clips) > count:
-            row_of = {clip.task.position: row for row, clip in enumerate(clips[:count])}
-            rows = [row_of[clip.task.position] for clip in clips[count:]]
+        if rows:
             waveforms = [waveform.astype(np.float32) / 32768 for waveform in waveforms]
             for row, second in zip(rows, waveforms[count:], strict=True):
                 waveforms[row] = mixed_waveform(waveforms[row], second, weights[row].item())
+        heard = [torch.from_numpy(waveform) for waveform in waveforms[:count]]
+        spectrogram = log_mel(heard, shape.mel_bins, shape.audio_frames, self._device)
+        changes = [
+            spec_augment(augmentation, shape.audio_frames, shape.mel_bins, seed, clip.task.position)
+            for clip in clips[:count]
+            if augmentation.changes_log_mel
+        ]
+        for row, change in enumerate(changes):
+            spectrogram[row, slice(*change.frames)] = 0
+            spectrogram[row, :, slice(*change.bins)] = 0
+        spectrogram -= self._config.log_mel_mean
+        spectrogram /= self._config.log_mel_std
+        for row, change in enumerate(changes):
+            if change.noise is not None:
+                noise = torch.from_numpy(change.noise).to(self._device)
+                spectrogram[row] = (spectrogram[row] + noise).roll(change.shift, 0)
+        return spectrogram
+
+    def _frames(
+        self, decoded: DecodedClips, rows: list[int], weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Frames of the batch, with the last clips mixed into those at `rows`."""
+        frames, count = torch.as_tensor(decoded.frames), len(weights)
+        if rows:
             weight = weights[rows].to(frames.device)[:, None, None, None, None]
             frames[rows] = weight * frames[rows] + (1 - weight) * frames[count:]
-        return [torch.from_numpy(waveform) for waveform in waveforms[:count]], frames[:count]
+        return frames[:count]
 
     def _windowed(self, clip: EncodedClip, waveform: np.ndarray) -> np.ndarray:
         """The part of the waveform in the clip's window."""

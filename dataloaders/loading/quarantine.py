@@ -301,8 +301,15 @@ def intact_clip(settings: ReaderSettings) -> EncodedClip:
     """Make a clip in the codecs of a set: one gray frame, and a moment of sound."""
     shards, (width, height) = settings.shards, INTACT_SIZE
     planes = np.full((height * 3 // 2, width), 128, dtype=np.uint8)
-    frame, pixels = b"\0", None
-    if shards.tier == "frames":
+    frame, pixels, sound = b"\0", None, b""
+    if "audio" in settings.config.modalities:
+        sound = encode_audio(
+            np.arange(WINDOW_SAMPLES, dtype=np.int16), cast(AudioCodec, shards.audio_codec)
+        )
+    count = settings.config.frames_per_clip if "video" in settings.config.modalities else 0
+    if not count:
+        frame = b""
+    elif shards.tier == "frames":
         (frame,) = encode_jpegs([planes])
     elif shards.tier == "video" and settings.dali_decodes(height, width):
         codec = cast(VideoCodec, shards.video_codec)
@@ -310,14 +317,11 @@ def intact_clip(settings: ReaderSettings) -> EncodedClip:
         frame = jpeg_of(frame) if settings.jpegs else frame
     else:
         pixels = (np.full((height, width, 3), 128, dtype=np.uint8),)
-    count = settings.config.frames_per_clip
     return EncodedClip(
         task=ReadTask(0, 0, 0, 0),
         sample_id="intact",
         labels=(),
-        audio=encode_audio(
-            np.arange(WINDOW_SAMPLES, dtype=np.int16), cast(AudioCodec, shards.audio_codec)
-        ),
+        audio=sound,
         frames=(frame,) * count,
         pixels=pixels and pixels * count,
         crop=center_crop(height, width, settings.shape.image_size),

@@ -41,6 +41,8 @@ LARGEST_SIDE = 1 << 14
 DECODE_SECONDS = 30.0
 """A reader that decodes a clip for longer hangs: ten frames of 720p H.264 take up to 1.7 s."""
 
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+"""The crop of frames that are not read."""
 MIXED_IN_DRAWS = 1 << 61
 """Counters of the draws for mixed-in clips start here, beyond every position that a run reaches."""
 
@@ -102,9 +104,10 @@ class EncodedClip:
     sample_id: str
     labels: tuple[str, ...]
     audio: bytes
-    """FLAC or WAV."""
+    """FLAC or WAV; empty if sound is not read."""
     frames: tuple[bytes, ...]
-    """JPEGs or one-frame videos; one zero byte each where `pixels` are given."""
+    """JPEGs or one-frame videos; one zero byte each where `pixels` are given; none if pictures are
+    not read."""
     pixels: tuple[np.ndarray, ...] | None
     """`(height, width, 3)` uint8 each, if DALI has no decoder for the video."""
     crop: Box
@@ -163,31 +166,45 @@ class ClipReader:
 
     def _read(self, task: ReadTask, sample_id: str) -> EncodedClip | BadSample:
         description = self.shards.description(task.shard, task.sample)
+        hears, sees = "audio" in self.config.modalities, "video" in self.config.modalities
+        height = width = 0
+        frames, whole = [], None
         try:
             labels = tuple(str(label) for label in description["labels"])
-            audio_samples = int(description["audio"]["samples"])
-            height = int(description["video"]["height"])
-            width = int(description["video"]["width"])
-            window = self._window(task.draw, audio_samples / AUDIO_HZ)
-            frames = self._choose_frames(task.draw, description, window)
-            whole = description["video"].get("cropped_from")
-            _check_sizes(width, height, whole)
+            if hears:
+                audio_samples = int(description["audio"]["samples"])
+                clip_seconds = audio_samples / AUDIO_HZ
+            else:
+                audio_samples, clip_seconds = 0, float(description["video"]["seconds"])
+            window = self._window(task.draw, clip_seconds)
+            if sees:
+                height = int(description["video"]["height"])
+                width = int(description["video"]["width"])
+                frames = self._choose_frames(task.draw, description, window)
+                whole = description["video"].get("cropped_from")
+                _check_sizes(width, height, whole)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return BadSample(task, sample_id, "bad_schema", f"{type(error).__name__}: {error}")
-        if audio_samples < SHORTEST_AUDIO_SAMPLES:
+        if hears and audio_samples < SHORTEST_AUDIO_SAMPLES:
             return BadSample(task, sample_id, "audio_too_short", f"{audio_samples} samples")
-        encoded, pixels = self._read_frames(task, frames, height, width)
+        encoded, pixels, crop = (), None, WHOLE
         augmentation, seed = self.augmentation, self.settings.seed
-        center = stored_center_crop(height, width, self.settings.shape.image_size, whole)
-        start, length = window or (0.0, audio_samples / AUDIO_HZ)
+        if sees:
+            encoded, pixels = self._read_frames(task, frames, height, width)
+            center = stored_center_crop(height, width, self.settings.shape.image_size, whole)
+            crop = random_crop(height, width, center, augmentation, seed, task.draw)
+        start, length = window or (0.0, clip_seconds)
+        audio = b""
+        if hears:
+            audio = self.shards.member(task.shard, task.sample, self.shards.audio_codec)
         return EncodedClip(
             task,
             sample_id,
             labels,
-            self.shards.member(task.shard, task.sample, self.shards.audio_codec),
+            audio,
             encoded,
             pixels,
-            random_crop(height, width, center, augmentation, seed, task.draw),
+            crop,
             is_flipped(augmentation, seed, task.draw),
             tuple(seconds for _, _, seconds in frames),
             (start, min(length, self.settings.shape.audio_samples / AUDIO_HZ)),
@@ -274,6 +291,19 @@ def _check_sizes(width: int, height: int, whole: dict[str, int] | None) -> None:
     for part, start, side in parts:
         if not (start >= 0 < part <= side - start and side <= LARGEST_SIDE):
             raise ValueError(f"a video of {width} x {height} pixels, cropped from {whole}")
+
+
+def check_set(shards: ShardSet, config: DataConfig) -> None:
+    """Refuse a set that lacks what is to be read, or that was packed with another frame choice.
+
+    Raises:
+        ValueError: names the set and the fix.
+    """
+    has = shards.modality
+    of_run = f"set data.modality to {has} (in fine-tuning classifier.mode to {has}only)"
+    shards.check_has(config.modality, of_run)
+    if "video" in config.modalities:
+        check_frame_choice(shards, config.frame_choice)
 
 
 def check_frame_choice(shards: ShardSet, frame_choice: str) -> None:

@@ -30,6 +30,7 @@ import av.container
 import av.stream
 import numpy as np
 from av.error import FFmpegError
+from PIL import Image
 
 from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import (
@@ -65,6 +66,9 @@ AUDIO_CONTAINERS = (
     "truehd,tta,voc,w64,wav,wv,xwma"
 )
 """Formats that are opened. Playlists (HLS, concat) are not: they name other files and hosts."""
+PICTURES = "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+"""Pictures, as videos of one frame, where sound is not asked for."""
+PICTURE_NAMES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -230,6 +234,8 @@ def _url(path: str, part: tuple[int, int] | None) -> str:
 
 
 def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.InputContainer:
+    if isinstance(url, str) and url.lower().endswith(PICTURE_NAMES):
+        url = _intact_picture(url.removeprefix("file:"))
     # Files alone: neither the content nor the name can make libavformat fetch a URL.
     options = {"format_whitelist": formats, "protocol_whitelist": "file,subfile"}
     try:
@@ -238,8 +244,23 @@ def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.Inpu
         raise ClipError("open_failed", error_text(error)) from error
 
 
+def _intact_picture(path: str) -> io.BytesIO:
+    """Read a picture, which by its name would be one of a numbered series (image2), and of whose
+    missing end libavcodec makes a green area without an error."""
+    with open(path, "rb") as file:
+        data = io.BytesIO(file.read())
+    try:
+        with Image.open(data) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ClipError("decode_error", str(error)) from error
+    data.seek(0)
+    return data
+
+
 def _formats(streams: Streams) -> str:
-    return f"{AUDIO_CONTAINERS},{CONTAINERS}" if streams in ("any", "audio") else CONTAINERS
+    beside = {"any": AUDIO_CONTAINERS, "audio": AUDIO_CONTAINERS, "video": PICTURES, "both": ""}
+    return f"{beside[streams]},{CONTAINERS}".strip(",")
 
 
 def _choose_streams(

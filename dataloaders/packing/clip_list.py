@@ -1,4 +1,5 @@
-"""Lists the clips to pack: of a folder of videos or tars, a tar, a CSV file, or published JSON.
+"""Lists the clips to pack: of a folder of videos or tars, a tar, a CSV file, published JSON, or a
+published set of sounds.
 
 The order of this list is the order of the shards, and a clip's position in it is its key, so the
 list depends only on names: folders are sorted by path, CSV files keep their order.
@@ -13,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cavmae.dataloaders.packing.tar_source import VIDEOS, list_tar
+from cavmae.dataloaders.constants import Modalities
+from cavmae.dataloaders.packing.sound_lists import (
+    ESC50_COLUMNS,
+    ListedSound,
+    esc50,
+    is_speech_commands,
+    of_parts,
+    speech_commands,
+)
+from cavmae.dataloaders.packing.tar_source import SOUNDS, VIDEOS, list_tar
 from cavmae.text_table import TextTable, in_utf8, read_table
 
 TEXT = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".rst", ".xml", ".yaml", ".yml", ".log")
@@ -71,28 +81,56 @@ class ClipList:
         return lines
 
 
-def list_clips(videos: Path, out: Path) -> ClipList:
+def list_clips(videos: Path, out: Path, modality: Modalities = "both", split: str = "") -> ClipList:
     """List the clips of a folder (all its files, sorted; the videos of tars), a tar, a table, or
-    a JSON file in the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`).
+    a JSON file in the published format (`{"data": [{"wav", "video_id", "video_path", "labels"}]}`);
+    or the sounds of ESC-50 or Speech Commands.
+
+    Args:
+        videos: the list.
+        out: folder of shards, which is not listed.
+        modality: what is packed; of sound alone, tars may hold sounds.
+        split: parts of ESC-50 or Speech Commands.
 
     Raises:
         FileNotFoundError: the folder or file does not exist, or has nothing to pack.
-        ValueError: a line or an entry cannot be used (named), or a tar is refused.
+        ValueError: a line or an entry cannot be used (named), a tar is refused, or modality or
+            split does not fit the list.
     """
     found = ClipList()
-    if videos.is_dir():
-        _list_folder(videos, out, found)
+    sounds: list[ListedSound] | None = None
+    media = VIDEOS | SOUNDS if modality == "audio" else VIDEOS
+    if videos.is_dir() and is_speech_commands(videos):
+        sounds = speech_commands(videos)
+    elif videos.is_dir():
+        _list_folder(videos, out, found, media, modality)
     elif videos.suffix.lower() == ".tar" and videos.is_file():
-        _list_tar(videos, videos.name, found)
+        _list_tar(videos, videos.name, found, media)
     elif videos.suffix.lower() == ".json" and videos.is_file():
-        _list_json(videos, found)
+        _list_json(videos, found, modality)
     elif videos.suffix.lower() in VIDEOS and videos.is_file():
         raise ValueError(f"{videos} is one video; give its folder, or a CSV file that lists it")
     elif videos.is_file():
-        _list_table(videos, found)
+        table = read_table(videos)
+        if set(table.columns) >= ESC50_COLUMNS:
+            sounds = esc50(videos, table)
+        else:
+            _list_table(videos, table, found)
     else:
         raise FileNotFoundError(
             f"{videos} does not exist; give a folder of videos or tars, a tar, a CSV or a JSON file"
+        )
+    if sounds is not None:
+        if modality != "audio":
+            raise ValueError(f"{videos} lists sounds; pack them with --modality audio")
+        found.clips = [
+            ListedClip(str(one.path), in_utf8(one.source), labels=(one.label,))
+            for one in of_parts(sounds, split, videos)
+        ]
+    elif split:
+        raise ValueError(
+            f"split is {split!r}, and {videos} has no parts, as ESC-50 (its meta/esc50.csv) and "
+            f"Speech Commands (its folder) have; omit it"
         )
     if not found.clips:
         raise FileNotFoundError("; ".join([f"no videos in {videos}", *found.remarks()]))
@@ -117,8 +155,8 @@ def clip_labels(value: object, location: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(in_utf8(one.strip()) for one in labels if one.strip()))
 
 
-def _list_tar(path: Path, source: str, found: ClipList) -> None:
-    for video, description in list_tar(path, found.not_used):
+def _list_tar(path: Path, source: str, found: ClipList, media: frozenset[str]) -> None:
+    for video, description in list_tar(path, found.not_used, media):
         location = f"{video.name} in {path}"
         window = {
             name: str(value)
@@ -138,7 +176,7 @@ def _list_tar(path: Path, source: str, found: ClipList) -> None:
         )
 
 
-def _list_json(path: Path, found: ClipList) -> None:
+def _list_json(path: Path, found: ClipList, modality: Modalities) -> None:
     """List the clips of a published JSON; relative paths are resolved against its folder."""
     try:
         entries = json.loads(path.read_bytes())["data"]
@@ -167,14 +205,16 @@ def _list_json(path: Path, found: ClipList) -> None:
                 source=video_id,
                 # The format separates labels by commas.
                 labels=clip_labels(labels.split(",") if isinstance(labels, str) else labels, place),
-                frames=str(path.parent / frames),
+                frames=None if modality == "audio" else str(path.parent / frames),
             )
         )
 
 
-def _list_folder(folder: Path, out: Path, found: ClipList) -> None:
+def _list_folder(
+    folder: Path, out: Path, found: ClipList, media: frozenset[str], modality: Modalities
+) -> None:
     skipped_folder = out.resolve()
-    sources = []
+    sources, pictures = [], []
     for parent, folders, names in os.walk(folder, onerror=_raise):
         for name in sorted(folders):
             path = Path(parent, name)
@@ -193,15 +233,19 @@ def _list_folder(folder: Path, out: Path, found: ClipList) -> None:
                 found.leave_out("hidden files and folders", str(path))
             elif path.suffix.lower() == ".json":
                 found.leave_out("JSON files (labels of a folder come from a CSV file)", str(path))
+            elif modality == "video" and path.suffix.lower() in PICTURES:
+                pictures.append(path.relative_to(folder).as_posix())
             elif path.suffix.lower() in SIDECAR_SUFFIXES:
                 found.leave_out("files of text, subtitles or pictures", str(path))
             elif path.is_file() or path.is_symlink():
                 sources.append(path.relative_to(folder).as_posix())
             else:
                 found.leave_out("pipes, sockets and devices", str(path))
-    for source in sorted(sources):
+    for source in pictures if sources else ():  # such as thumbnails
+        found.leave_out("files of text, subtitles or pictures", source)
+    for source in sorted(sources or pictures):
         if source.lower().endswith(".tar"):
-            _list_tar(folder / source, source, found)
+            _list_tar(folder / source, source, found, media)
         else:
             found.clips.append(ListedClip(path=str(folder / source), source=in_utf8(source)))
 
@@ -210,8 +254,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _list_table(path: Path, found: ClipList) -> None:
-    table = read_table(path)
+def _list_table(path: Path, table: TextTable, found: ClipList) -> None:
     _check_header(table)
     for place in table.empty_rows:
         found.leave_out("empty rows", place)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cavmae.atomic_write import read_json
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.packing.output_folder import finished_reports
 from cavmae.dataloaders.shards.format import check_schema
 
@@ -61,13 +62,15 @@ class OtherSets:
 
     Args:
         folders: written by `cavmae pack`.
+        modality: what this set has.
 
     Raises:
         FileNotFoundError: a folder has no reports of finished shards.
-        ValueError: a folder was packed by another version.
+        ValueError: a folder was packed by another version, or has another modality, so that content
+            can't be compared.
     """
 
-    def __init__(self, folders: Iterable[str]):
+    def __init__(self, folders: Iterable[str], modality: Modalities = "both"):
         self.names: dict[str, str] = {}
         self.ids: dict[str, str] = {}
         self.content: dict[str, str] = {}
@@ -86,10 +89,17 @@ class OtherSets:
                     f"{folder} has no finished shards; --not-in takes a folder that "
                     f"`cavmae pack` has written"
                 )
+            note = read_json(Path(folder, "pack.json"))
             try:
-                check_schema(read_json(Path(folder, "pack.json"))["schema"])
+                check_schema(note["schema"])
             except ValueError as error:
                 raise ValueError(f"--not-in {folder}: {error}; pack it again") from error
+            packed = note["options"].get("modality", "both")
+            if packed != modality:
+                raise ValueError(
+                    f"--not-in {folder} was packed with --modality {packed}, and clips are "
+                    f"compared by what was packed of them; pack it with --modality {modality} too"
+                )
 
     def check_ids(self, sources: Iterable[str]) -> None:
         """Refuse a list that shares clips with those sets by YouTube id and start.

@@ -1,4 +1,4 @@
-"""`cavmae pack`: from videos to the shards that training reads.
+"""`cavmae pack`: from videos, or sounds, to the shards that training reads.
 
 Decoding whole videos costs far more than training on clips of them, so it is done once. The packer
 decodes the files of a folder (or of a list) in worker processes that may hang or crash without
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from cavmae.atomic_write import write_text
 from cavmae.console import plain_console
-from cavmae.dataloaders.constants import TIERS
+from cavmae.dataloaders.constants import TIERS, Modalities
 from cavmae.dataloaders.media.audio_codec import AudioCodec
 from cavmae.dataloaders.media.encode_video import VideoCodec
 from cavmae.dataloaders.media.errors import DecodeSettings, Reason
@@ -54,7 +54,7 @@ option, or by another limit."""
 
 @dataclass(frozen=True)
 class PackConfig(CheckedFields):
-    """Pack videos into shards for training.
+    """Pack videos, or sounds, into shards for training.
 
     A clip is the first `clip_seconds` of a file, or the window that a CSV file gives. Clips that
     cannot be used are skipped and listed in OUT/report.jsonl with the reason. Rerun the same
@@ -71,12 +71,20 @@ class PackConfig(CheckedFields):
     path,start,end,labels (only path is required; start and end in seconds; labels separated by
     `;`). Or a tar of
     KEY.mp4 with KEY.json (labels, start, end), or a folder of such tars. Or a JSON file in the
-    published format (wav, video_id, video_path, labels)."""
+    published format (wav, video_id, video_path, labels). Or published sounds: `meta/esc50.csv` of
+    ESC-50, or the folder of Speech Commands."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder for the shards: new, empty, or from an earlier run of the same command."""
-    tiers: str = "frames,video"
+    modality: Modalities = "both"
+    """What is packed: sound and pictures, of clips that have both; or one of them alone, of clips
+    that may have nothing else: sounds, silent films, or a folder of JPEG, PNG and WebP pictures."""
+    split: str = ""
+    """Parts to pack of published sounds, separated by commas: of ESC-50 folds, such as 1,2,3,4; of
+    Speech Commands training, validation, testing; empty: all."""
+    tiers: str = ""
     """Tiers to pack, separated by commas: `frames` (ten JPEGs a clip), `video` (every frame as a
-    key frame), `original` (the unchanged file)."""
+    key frame), `original` (the unchanged file); empty: frames,video, or `audio`, the one tier of
+    sound alone."""
     audio_codec: AudioCodec = "flac"
     """Codec of the audio: flac takes two thirds of the bytes, wav next to no time to decode."""
     video_codec: VideoCodec = "mjpeg"
@@ -134,9 +142,13 @@ class PackConfig(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        allowed = {"both": TIERS[:3], "audio": ("audio",), "video": ("frames", "video")}
         for tier in self.tier_names:
-            if tier not in TIERS:
-                raise ValueError(f"tiers is {self.tiers!r}; use some of {', '.join(TIERS)}")
+            if tier not in allowed[self.modality]:
+                raise ValueError(
+                    f"tiers is {self.tiers!r} and modality {self.modality}; use some of "
+                    f"{', '.join(allowed[self.modality])}"
+                )
         if len(set(self.tier_names)) != len(self.tier_names):
             raise ValueError(f"tiers is {self.tiers!r}, which names one twice")
         if self.segment and "original" in self.tier_names:
@@ -151,11 +163,14 @@ class PackConfig(CheckedFields):
 
     @property
     def tier_names(self) -> tuple[str, ...]:
-        return tuple(tier.strip() for tier in self.tiers.split(","))
+        tiers = self.tiers or ("audio" if self.modality == "audio" else "frames,video")
+        return tuple(tier.strip() for tier in tiers.split(","))
 
     def decode_settings(self) -> DecodeSettings:
         names = [field.name for field in fields(DecodeSettings) if field.name != "streams"]
-        return DecodeSettings(**{name: getattr(self, name) for name in names})
+        return DecodeSettings(
+            **{name: getattr(self, name) for name in names}, streams=self.modality
+        )
 
     def limits(self) -> TaskLimits:
         return TaskLimits(
@@ -168,6 +183,7 @@ class PackConfig(CheckedFields):
         """The options that determine the shards' content; the others may change on a resume."""
         others = (
             "videos",
+            "split",
             "out",
             "workers",
             "ray",
@@ -180,7 +196,8 @@ class PackConfig(CheckedFields):
             "allow_same_ids",
             "retry",
         )
-        return {name: value for name, value in asdict(self).items() if name not in others}
+        options = asdict(self) | {"tiers": ",".join(self.tier_names)}
+        return {name: value for name, value in options.items() if name not in others}
 
 
 Executor = Callable[..., Generator[Any]]
@@ -211,14 +228,14 @@ class _Packer:
         self.out = Path(config.out)
         self.workers = config.workers or len(os.sched_getaffinity(0))
         self.execute = partial(executor, workers=self.workers, limits=config.limits())
-        listed = list_clips(Path(config.videos), self.out)
+        listed = list_clips(Path(config.videos), self.out, config.modality, config.split)
         for line in listed.remarks():
             console.print(line)
         self.clips = listed.clips
         self._check_tiers()
         if config.segment:
             self.clips = self._segments()
-        self.others = OtherSets(config.not_in) if config.not_in else None
+        self.others = OtherSets(config.not_in, config.modality) if config.not_in else None
         if self.others:
             sources = [clip.source for clip in self.clips]
             if not config.allow_same_ids:
@@ -283,7 +300,7 @@ class _Packer:
         )
 
     def _check_tiers(self) -> None:
-        tiers = self.config.tiers
+        tiers = ",".join(self.config.tier_names)
         if self.config.tier_names != ("frames",) and any(clip.frames for clip in self.clips):
             raise ValueError(
                 f"tiers is {tiers!r}, but {self.config.videos} lists audio files with ten frames "
@@ -299,7 +316,7 @@ class _Packer:
     def _segments(self) -> list[ListedClip]:
         """Cut clips without a given end into consecutive ones, by the lengths of their files."""
         self.console.print(f"Reading the lengths of {len(self.clips)} files")
-        lengths = self.execute(clip_length, self.clips)
+        lengths = self.execute(partial(clip_length, streams=self.config.modality), self.clips)
         cut = []
         for clip, length in zip(self.clips, lengths, strict=True):
             if not isinstance(length, float):  # It stays listed, and is skipped with a reason.
@@ -410,6 +427,7 @@ class _Packer:
             write_index(
                 out / tier,
                 tier=tier,
+                modality=config.modality,
                 audio_codec=config.audio_codec,
                 video_codec=config.video_codec if tier == "video" else None,
                 short_side=config.short_side,

@@ -19,7 +19,12 @@ from cavmae.dataloaders.media.encode_video import (
     encode_jpegs,
     encode_video,
 )
-from cavmae.dataloaders.media.errors import MAXIMUM_CLIP_BYTES, ClipError, DecodeSettings
+from cavmae.dataloaders.media.errors import (
+    MAXIMUM_CLIP_BYTES,
+    ClipError,
+    DecodeSettings,
+    Streams,
+)
 from cavmae.dataloaders.media.video_size import crop_start, stored_size
 from cavmae.dataloaders.packing.clip_list import ListedClip
 from cavmae.dataloaders.packing.published_source import read_published
@@ -54,7 +59,7 @@ class PackedClip:
     """Bytes by tier and extension."""
     seconds: float
     codec: str
-    """Codec of the source's video."""
+    """Codec of the source's video; empty where only the sound is packed."""
     content: str
     """SHA-256 of what was decoded; see `DecodedClip.content`."""
     timing: dict[str, float]
@@ -95,11 +100,15 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
     except ClipError as error:
         return SkippedClip(error.reason, error.detail)
     times, rate = decoded.times_seconds, decoded.frames_per_second
-    if jpegs is None:
+    if jpegs is not None:
+        chosen = list(range(FRAMES_PER_CLIP))
+    elif times:
         chosen = ten_frames(times, decoded.video_seconds, rate, task.frame_choice)
     else:
-        chosen = list(range(FRAMES_PER_CLIP))
-    audio = {task.audio_codec: encode_audio(decoded.audio, task.audio_codec)}
+        chosen = []
+    audio = {}
+    if len(decoded.audio):
+        audio[task.audio_codec] = encode_audio(decoded.audio, task.audio_codec)
     description = describe(task, key, decoded, chosen)
     members, cropped = {}, 0.0
     for tier in task.tiers:
@@ -117,11 +126,13 @@ def pack_clip(task: ClipTask) -> PackedClip | SkippedClip:
             }
         elif tier == "original":
             media = {"source": source}
+        elif tier == "audio":
+            media = {}
         else:
             files = jpegs or _encoded_once(decoded, chosen)
             media = {f"{number}.jpg": data for number, data in enumerate(files)}
         members[tier] = _members(described, {**audio, **media})
-    seconds = len(decoded.audio) / AUDIO_HZ
+    seconds = len(decoded.audio) / AUDIO_HZ or decoded.video_seconds
     return PackedClip(
         key, members, seconds, decoded.video_codec, decoded.content, decoded.timing, cropped
     )
@@ -136,12 +147,12 @@ def _encoded_once(decoded: DecodedClip, chosen: list[int]) -> list[bytes]:
     return [jpegs[index] for index in chosen]
 
 
-def clip_length(clip: ListedClip) -> float | None:
+def clip_length(clip: ListedClip, streams: Streams) -> float | None:
     """Length in seconds of the file of a clip without an end; None if it is unknown."""
     if clip.end_seconds is not None or clip.frames is not None:
         return None
     try:
-        return max(stream_seconds(clip.path, clip.part).values())
+        return max(stream_seconds(clip.path, clip.part, streams).values())
     except ClipError:
         return None
 
@@ -169,7 +180,7 @@ def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) 
     """Build the sample's JSON without the checksums, which differ between tiers."""
     clip = task.clip
     times = [round(time, 6) for time in decoded.times_seconds]
-    description = {
+    description: dict[str, Any] = {
         "schema": SCHEMA,
         "key": key,
         "source": {
@@ -178,17 +189,19 @@ def describe(task: ClipTask, key: str, decoded: DecodedClip, chosen: list[int]) 
             "end_seconds": clip.end_seconds,
         },
         "labels": list(clip.labels),
-        "audio": {"hz": AUDIO_HZ, "samples": len(decoded.audio)},
-        "video": {
+    }
+    if len(decoded.audio):
+        description["audio"] = {"hz": AUDIO_HZ, "samples": len(decoded.audio)}
+    if times:
+        description["video"] = {
             "frames": len(times),
             "width": decoded.width,
             "height": decoded.height,
             "codec": task.video_codec if "video" in task.tiers else None,
             "seconds": round(decoded.video_seconds, 6),
             "times_seconds": times,
-        },
-        "ten_frames": [{"index": index, "seconds": times[index]} for index in chosen],
-    }
+        }
+        description["ten_frames"] = [{"index": index, "seconds": times[index]} for index in chosen]
     if decoded.decode_errors:
         description["decode_errors"] = decoded.decode_errors
     if decoded.timing:

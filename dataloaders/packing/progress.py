@@ -25,7 +25,7 @@ class PackSummary:
     duplicates: int
     """Number of packed clips with the audio and frames of an earlier one."""
     seconds: float
-    """Total audio."""
+    """Total audio; of pictures alone, total video."""
     bytes: dict[str, int]
     """Bytes of the tars by tier."""
     resumed_shards: int
@@ -76,7 +76,7 @@ def summary_table(summary: PackSummary, out: str) -> Table:
     """Format a summary."""
     table = Table(title=f"Packed into {out}", show_header=False)
     table.add_row("clips packed", str(summary.clips))
-    table.add_row("audio", f"{summary.seconds:.0f} s")
+    table.add_row("length", f"{summary.seconds:.0f} s")
     for tier, size in summary.bytes.items():
         each = size / summary.clips / 1000
         table.add_row(f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip")

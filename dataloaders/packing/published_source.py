@@ -8,6 +8,7 @@ import hashlib
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cavmae.dataloaders.constants import AUDIO_HZ, FRAMES_PER_CLIP
@@ -22,7 +23,7 @@ JPEG_FORMATS = ("JPEG", "MPO")
 def read_published(
     wav: str, frames: str, video_id: str, seconds: float, settings: DecodeSettings
 ) -> tuple[DecodedClip, list[bytes]]:
-    """Read the audio and the JPEGs of one clip.
+    """Read the audio and the JPEGs of one clip, or of pictures alone the JPEGs.
 
     The times of its frames are unknown: each gets the middle of its tenth of the clip. For a JPEG
     that is missing the one before stands in, as in the original loader; `timing` counts them. A
@@ -32,7 +33,7 @@ def read_published(
         wav: audio file.
         frames: folder with `frame_{0-9}/VIDEO_ID.jpg`.
         video_id: name of the JPEGs.
-        seconds: longer audio is cut.
+        seconds: longer audio is cut; the length of a clip of pictures alone.
         settings: as for videos; the frames keep their size.
 
     Returns:
@@ -41,8 +42,10 @@ def read_published(
     Raises:
         ClipError: the clip cannot be used.
     """
-    sound = decode_clip(wav, 0.0, seconds, dataclasses.replace(settings, streams="audio"))
-    timing = dict(sound.timing)
+    sound = None
+    if settings.streams != "video":
+        sound = decode_clip(wav, 0.0, seconds, dataclasses.replace(settings, streams="audio"))
+    timing = dict(sound.timing) if sound else {}
     jpegs: list[bytes] = []
     sizes = set()
     for number in range(FRAMES_PER_CLIP):
@@ -61,9 +64,10 @@ def read_published(
             "frame_sizes", f"its ten JPEGs have the sizes {sorted(sizes)}; scale them to one"
         )
     width, height = sizes.pop()
-    length = len(sound.audio) / AUDIO_HZ
+    length = len(sound.audio) / AUDIO_HZ if sound else seconds
+    heard = sound.content.encode() if sound else b""
     clip = DecodedClip(
-        audio=sound.audio,
+        audio=sound.audio if sound else np.zeros(0, np.int16),
         frames=[],
         frame_indexes=[],
         times_seconds=[(i + 0.5) / FRAMES_PER_CLIP * length for i in range(FRAMES_PER_CLIP)],
@@ -74,7 +78,7 @@ def read_published(
         video_codec="jpeg",
         decode_errors=0,
         timing=timing,
-        content=hashlib.sha256(b"".join([sound.content.encode(), *jpegs])).hexdigest(),
+        content=hashlib.sha256(b"".join([heard, *jpegs])).hexdigest(),
     )
     return clip, jpegs
 

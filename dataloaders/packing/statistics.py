@@ -48,7 +48,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         for clip in report["packed"]:
             clips += 1
             classes.update(clip["labels"])
-            codecs[clip["codec"]] += 1
+            codecs.update([clip["codec"]] if clip["codec"] else [])
             timing.update(clip["timing"].keys())
             cropped.append(clip["cropped"])
             unlabelled += not clip["labels"]
@@ -70,7 +70,7 @@ def write_statistics(out: Path, tiers: tuple[str, ...], others: OtherSets | None
         "clips_without_label": unlabelled,
         "duplicates": len(duplicates),
         "clips_in_not_in": shared,
-        "log_mel": _log_mel_statistics(shards),
+        "log_mel": None if shards.modality == "video" else _log_mel_statistics(shards),
         "weights": None
         if unlabelled
         else "weights.npy of each tier: sum over a clip's labels of 1000 / (count + 0.01)",

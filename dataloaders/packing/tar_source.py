@@ -1,4 +1,5 @@
-"""Lists videos inside WebDataset tars of other packers: `KEY.mp4` with an optional `KEY.json`.
+"""Lists videos, or sounds, inside WebDataset tars of other packers: `KEY.mp4` with an optional
+`KEY.json`.
 
 Nothing is extracted: a video is decoded inside the tar, by offset and size. A tar with names that
 lead out of it (absolute, `..`) is refused; links and devices are ignored, and members that are
@@ -13,18 +14,20 @@ from typing import Any
 _COMMON = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv")
 VIDEOS = frozenset({*_COMMON, ".3gp", ".flv", ".m2ts", ".mts", ".ogv", ".source"})
 """`.source` is from the `original` tier, which can be packed again."""
+SOUNDS = frozenset({".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav"})
 LARGEST_JSON = 1 << 20
 """Bytes; a larger file cannot be the description of a clip."""
 
 
 def list_tar(
-    path: Path, not_used: dict[str, list[str]]
+    path: Path, not_used: dict[str, list[str]], media: frozenset[str]
 ) -> list[tuple[tarfile.TarInfo, dict[str, Any]]]:
     """List the videos of a tar in order, from its headers and JSON members.
 
     Args:
         path: the tar.
         not_used: gets the names of members that give nothing, by what they are.
+        media: endings of the members that are listed.
 
     Returns:
         Each video, with the content of the JSON that has the same key; empty if there is none.
@@ -49,7 +52,7 @@ def list_tar(
                     continue
                 if not member.isfile():
                     leave_out("links and devices in tars", member.name)
-                elif name.suffix.lower() in VIDEOS:
+                elif name.suffix.lower() in media:
                     if member.name in videos:
                         leave_out("videos in tars with a later one of the same name", member.name)
                     videos[member.name] = member

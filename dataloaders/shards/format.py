@@ -2,7 +2,8 @@
 sample.
 
 Everything read from them is checked here, whoever wrote it. `SCHEMA` changes with any key of a file
-that packing writes, and sets of another schema are refused.
+that packing writes, and sets of another schema are refused. What a set of one modality lacks, its
+files do not mention; its `index.json` names the one (`modality`), which no other has.
 """
 
 import json
@@ -10,11 +11,11 @@ import shlex
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP, TIERS
+from cavmae.dataloaders.constants import AUDIO_CODECS, FRAMES_PER_CLIP, TIERS, Modalities
 
 SCHEMA = 5
 
@@ -59,7 +60,7 @@ class MemberIndex(NamedTuple):
     size: np.ndarray
 
 
-def member_names(tier: str, audio_codec: str) -> tuple[str, ...]:
+def member_names(tier: str, audio_codec: str, modality: Modalities = "both") -> tuple[str, ...]:
     """Extensions of a sample's members, in the order of the tar.
 
     The extension of the audio is its codec. `source` is the original file, in any format.
@@ -68,8 +69,10 @@ def member_names(tier: str, audio_codec: str) -> tuple[str, ...]:
         "frames": tuple(f"{number}.jpg" for number in range(FRAMES_PER_CLIP)),
         "video": ("mp4",),
         "original": ("source",),
+        "audio": (),
     }
-    return ("json", audio_codec, *frames[tier])
+    sound = () if modality == "video" else (audio_codec,)
+    return ("json", *sound, *frames[tier])
 
 
 def parse_index(data: bytes, location: str) -> dict[str, Any]:
@@ -86,12 +89,16 @@ def parse_index(data: bytes, location: str) -> dict[str, Any]:
     try:
         index = json.loads(data)
         check_schema(index["schema"])
-        if index["tier"] not in TIERS:
-            raise ValueError(f"its tier is {index['tier']!r}, not one of {', '.join(TIERS)}")
+        tier = index["tier"]
+        if tier not in TIERS:
+            raise ValueError(f"its tier is {tier!r}, not one of {', '.join(TIERS)}")
         if index["audio_codec"] not in AUDIO_CODECS:
             raise ValueError(
                 f"its audio_codec is {index['audio_codec']!r}, not one of {', '.join(AUDIO_CODECS)}"
             )
+        modality = index.get("modality", "both")
+        if modality not in get_args(Modalities) or (modality == "audio") != (tier == "audio"):
+            raise ValueError(f"its tier is {tier} and its modality {modality!r}")
         kinds = {
             "frame_choice": str,
             "video_codec": str | None,
@@ -101,6 +108,7 @@ def parse_index(data: bytes, location: str) -> dict[str, Any]:
         wrong = [name for name, kind in kinds.items() if not isinstance(index[name], kind)]
         if wrong:
             raise ValueError(f"its {wrong[0]} is {index[wrong[0]]!r}")
+        index["modality"] = modality
         index["shards"] = [_entry(**entry) for entry in index["shards"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
@@ -114,6 +122,7 @@ def _pack_command(index: Any) -> str:
     """The command that packs a set again with the options that its index states."""
     stated = index if isinstance(index, dict) else {}
     options = {
+        "--modality": stated.get("modality"),
         "--tiers": stated.get("tier"),
         "--audio-codec": stated.get("audio_codec"),
         "--video-codec": stated.get("video_codec"),
@@ -183,6 +192,13 @@ def description_bytes(description: dict[str, Any], crc32: dict[str, int]) -> byt
     text = json.dumps(description, separators=(",", ":"))[:-1]
     sums = {"json": zlib.crc32(text.encode()), **crc32}
     return f"{text}{_CRC32_KEY}{json.dumps(sums, separators=(',', ':'))}}}".encode()
+
+
+def clip_seconds(description: dict[str, Any]) -> float:
+    """Length of a clip by its JSON: of its sound, or of pictures alone."""
+    if "audio" in description:
+        return description["audio"]["samples"] / description["audio"]["hz"]
+    return description["video"]["seconds"]
 
 
 def parse_description(data: bytes) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cavmae.dataloaders.config import CacheSettings
-from cavmae.dataloaders.constants import TIERS
+from cavmae.dataloaders.constants import TIERS, Modalities
 from cavmae.dataloaders.shards.format import (
     CONTENT_FILE,
     MemberIndex,
@@ -89,7 +89,7 @@ class ShardSet:
 
     Attributes:
         folder: folders or URLs of the sets, for messages.
-        tier, audio_codec, video_codec, frame_choice: of all sets, as packed.
+        tier, modality, audio_codec, video_codec, frame_choice: of all sets, as packed.
         members: extensions of every sample's members (see `member_names`).
         storages: storage of each set.
         content_sha256: digest of each set's `content.npy`.
@@ -122,10 +122,11 @@ class ShardSet:
         if not all(index["shards"] for index in indexes):
             raise ValueError(f"{self.folder}: a set without shards")
         self.tier: str = self._common("tier", indexes)
+        self.modality: Modalities = self._common("modality", indexes)
         self.audio_codec: str = self._common("audio_codec", indexes)
         self.video_codec: str | None = self._common("video_codec", indexes)
         self.frame_choice: str = self._common("frame_choice", indexes)
-        self.members = member_names(self.tier, self.audio_codec)
+        self.members = member_names(self.tier, self.audio_codec, self.modality)
         self.content_sha256 = tuple(index["content_sha256"] for index in indexes)
         self.set_shards = tuple(len(index["shards"]) for index in indexes)
         self.set_of = [number for number, index in enumerate(indexes) for _ in index["shards"]]
@@ -146,6 +147,24 @@ class ShardSet:
                 f"{' and '.join(map(str, values))}; pack them with the same {name}"
             )
         return values[0]
+
+    def check_has(self, modality: Modalities, otherwise: str = "") -> None:
+        """Check that the set has what is to be read of it.
+
+        Args:
+            modality: what is.
+            otherwise: what to do but give another set, such as a field to change.
+
+        Raises:
+            ValueError: it does not; names the set, what it lacks and the fix.
+        """
+        if self.modality in ("both", modality):
+            return
+        lacks = "pictures" if self.modality == "audio" else "sound"
+        raise ValueError(
+            f"{self.folder} has no {lacks}: it was packed with --modality {self.modality}; give a "
+            f"set with {lacks}{otherwise and f', or {otherwise}'}"
+        )
 
     def _start_reading(self) -> None:
         self._index = lru_cache(CACHED_INDEXES)(self._read_index)

@@ -22,7 +22,7 @@ from cavmae.atomic_write import (
     write_json,
     write_text,
 )
-from cavmae.dataloaders.constants import AUDIO_HZ
+from cavmae.dataloaders.constants import AUDIO_HZ, Modalities
 from cavmae.dataloaders.shards.format import CONTENT_FILE, SCHEMA, ShardEntry
 
 
@@ -114,6 +114,7 @@ def write_index(
     skipped: int,
     content: Iterable[str],
     shards: Iterable[ShardEntry],
+    modality: Modalities = "both",
 ) -> None:
     """Write `content.npy`, and the `index.json` that marks a tier as complete.
 
@@ -128,6 +129,7 @@ def write_index(
     index = {
         "schema": SCHEMA,
         "tier": tier,
+        **({} if modality == "both" else {"modality": modality}),
         "audio_codec": audio_codec,
         "video_codec": video_codec,
         "short_side": short_side,

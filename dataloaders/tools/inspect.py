@@ -22,6 +22,7 @@ from cavmae.console import plain_console
 from cavmae.dataloaders.constants import MIDDLE_FRAME
 from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.dataloaders.sampling.philox import random_permutation
+from cavmae.dataloaders.shards.format import clip_seconds
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
 from cavmae.field_checks import CheckedFields, PositiveInt
@@ -94,14 +95,20 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     table.add_row("bytes", f"{size / 1e9:.2f} GB, {size / shards.samples / 1e3:.0f} kB a clip")
     if len(found) < shards.samples:
         table.add_row("sampled", f"{len(found)} clips")
-    seconds = np.array([one["audio"]["samples"] / one["audio"]["hz"] for one in found])
-    table.add_row("audio", f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
-    frames = np.array([one["video"]["frames"] for one in found])
-    table.add_row("frames", _spread(frames))
-    table.add_row("codec", f"{shards.video_codec or 'JPEG'}, {shards.audio_codec} audio")
-    sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
-    table.add_row("frame sizes", _most_common(sizes, 5))
-    tables = [table, _histogram(seconds)]
+    kind = "video" if shards.modality == "video" else "audio"
+    seconds = np.array([clip_seconds(one) for one in found])
+    table.add_row(kind, f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
+    codecs = []
+    if shards.modality != "audio":
+        frames = np.array([one["video"]["frames"] for one in found])
+        table.add_row("frames", _spread(frames))
+        sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
+        table.add_row("frame sizes", _most_common(sizes, 5))
+        codecs.append(shards.video_codec or "JPEG")
+    if shards.modality != "video":
+        codecs.append(f"{shards.audio_codec} audio")
+    table.add_row("codec", ", ".join(codecs))
+    tables = [table, _histogram(seconds, kind)]
     labels = Counter(label for one in found for label in one["labels"])
     tables += _counts("label", f"{len(labels)} labels", labels)
     return tables + _counts("reason", "not packed", _skipped(shards))
@@ -124,9 +131,9 @@ def _most_common(counts: Counter[str], count: int) -> str:
     return shown + (f", {len(counts) - count} more" if len(counts) > count else "")
 
 
-def _histogram(seconds: np.ndarray) -> Table:
+def _histogram(seconds: np.ndarray, kind: str) -> Table:
     counts, edges = np.histogram(seconds, HISTOGRAM_ROWS)
-    table = Table("seconds", "clips", "", title="length of the audio")
+    table = Table("seconds", "clips", "", title=f"length of the {kind}")
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         table.add_row(f"{low:.1f} to {high:.1f}", str(count), "#" * round(40 * count / max(counts)))
     return table
@@ -152,15 +159,15 @@ class Card:
 
     Attributes:
         sample_id, labels, facts: caption.
-        frame: `(height, width, 3)` uint8.
-        log_mel: `(frames, bins)` float32, not normalised.
+        frame: `(height, width, 3)` uint8; None: the set has no pictures.
+        log_mel: `(frames, bins)` float32, not normalised; None: it has no sound.
     """
 
     sample_id: str
     labels: tuple[str, ...]
     facts: str
-    frame: np.ndarray
-    log_mel: np.ndarray
+    frame: np.ndarray | None
+    log_mel: np.ndarray | None
 
 
 def draw(shards: ShardSet, count: int, seed: int) -> list[Card]:
@@ -184,22 +191,24 @@ def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
     from cavmae.dataloaders.media.log_mel import log_mel
 
     described = shards.description(shard, sample)
-    frame = described["ten_frames"][MIDDLE_FRAME]
     sample_id = shards.sample_id(shard, sample)
-    audio = shards.member(shard, sample, shards.audio_codec)
+    source = described["source"]
+    facts = f"{source['path']} from {source['start_seconds']:g} s"
+    spectrogram = pixels = None
     try:
-        waveform = torch.from_numpy(decode_audio(audio))
-        pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
+        if "audio" in described:
+            audio = shards.member(shard, sample, shards.audio_codec)
+            waveform = torch.from_numpy(decode_audio(audio))
+            heard = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))
+            spectrogram = heard[0].numpy()
+            facts += f", {clip_seconds(described):.1f} s of audio"
+        if "video" in described:
+            pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
+            shown = described["ten_frames"][MIDDLE_FRAME]["seconds"]
+            facts += f", {described['video']['frames']} frames, the one at {shown:.2f} s"
     except (FFmpegError, FrameError, OSError) as error:
         raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
-    spectrogram = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))[0]
-    source = described["source"]
-    facts = (
-        f"{source['path']} from {source['start_seconds']:g} s, "
-        f"{described['audio']['samples'] / described['audio']['hz']:.1f} s of audio, "
-        f"{described['video']['frames']} frames, the one at {frame['seconds']:.2f} s"
-    )
-    return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram.numpy())
+    return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram)
 
 
 def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.ndarray:
@@ -239,8 +248,8 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
     rows = "".join(
-        f"<figure><img src='data:image/jpeg;base64,{_jpeg(card.frame)}' alt='frame'>"
-        f"<img src='data:image/jpeg;base64,{_jpeg(card.log_mel.T[::-1])}' alt='log-mel'>"
+        f"<figure>{_image(card.frame, 'frame')}"
+        f"{_image(None if card.log_mel is None else card.log_mel.T[::-1], 'log-mel')}"
         f"<figcaption><b>{html.escape(card.sample_id)}</b> "
         f"{html.escape(', '.join(card.labels) or 'no label')}<br>{html.escape(card.facts)}"
         f"</figcaption></figure>"
@@ -257,6 +266,12 @@ def _write_page(path: Path, title: str, cards: list[Card]) -> None:
     )
 
 
+def _image(pixels: np.ndarray | None, alt: str) -> str:
+    if pixels is None:
+        return ""
+    return f"<img src='data:image/jpeg;base64,{_jpeg(pixels)}' alt='{alt}'>"
+
+
 def _write_image(path: Path, title: str, cards: list[Card]) -> None:
     from matplotlib.figure import Figure
 
@@ -269,13 +284,15 @@ def _write_image(path: Path, title: str, cards: list[Card]) -> None:
     for number, card in enumerate(cards):
         row, column = divmod(number, columns)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
-        above.imshow(card.frame)
+        if card.frame is not None:
+            above.imshow(card.frame)
         above.set_title(
             f"{card.sample_id}\n{', '.join(card.labels) or 'no label'}",
             fontsize=8,
             parse_math=False,
         )
-        below.imshow(card.log_mel.T, origin="lower", aspect="auto")
+        if card.log_mel is not None:
+            below.imshow(card.log_mel.T, origin="lower", aspect="auto")
     figure.suptitle(title, parse_math=False)
     figure.savefig(path, format="png", dpi=80)
 

@@ -99,7 +99,7 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
             results.append(ShardResult(tier, "index.json", found, 0, (problem,)))
         if problem := _content_problem(folder):
             results.append(ShardResult(tier, CONTENT_FILE, found, 0, (problem,)))
-        members = member_names(tier, index["audio_codec"])
+        members = member_names(tier, index["audio_codec"], index["modality"])
         checks += [_Check(folder, tier, members, one, config.decode) for one in index["shards"]]
     checked = run_in_order(check_shard, checks, workers=config.workers, limits=SHARD_LIMITS)
     for check, result in zip(checks, checked, strict=True):
@@ -237,8 +237,6 @@ def _check_sample(check: _Check, key: str, data: dict[str, bytes]) -> list[str]:
 def description_problem(description: Any, key: str, members: Iterable[str]) -> str | None:
     """The first rule that a sample's JSON violates, or None."""
     try:
-        audio, video = description["audio"], description["video"]
-        times, ten = video["times_seconds"], description["ten_frames"]
         source = description["source"]
         rules = {
             f"schema is {SCHEMA}": description["schema"] == SCHEMA,
@@ -249,24 +247,37 @@ def description_problem(description: Any, key: str, members: Iterable[str]) -> s
             or source["end_seconds"] > source["start_seconds"],
             "labels are strings": isinstance(description["labels"], list)
             and all(isinstance(label, str) for label in description["labels"]),
-            f"audio.hz is {AUDIO_HZ}": audio["hz"] == AUDIO_HZ,
-            "audio.samples is above 0": audio["samples"] > 0,
-            "video.width and height are even, where they are no JPEGs'": "0.jpg" in members
-            or video["width"] % 2 == video["height"] % 2 == 0,
-            "video.cropped_from holds the picture": _holds(video.get("cropped_from"), video),
-            "video.frames is the number of times": video["frames"] == len(times) > 0,
-            "times_seconds ascend from 0": times[0] >= 0
-            and all(before < after for before, after in pairwise(times)),
-            f"there are {FRAMES_PER_CLIP} ten_frames": len(ten) == FRAMES_PER_CLIP,
-            "ten_frames have the times of their indexes": all(
-                0 <= one["index"] < len(times) and one["seconds"] == times[one["index"]]
-                for one in ten
-            ),
             "every member has a crc32": set(description["crc32"]) == set(members),
         }
+        if set(members) & set(AUDIO_CODECS):
+            audio = description["audio"]
+            rules |= {
+                f"audio.hz is {AUDIO_HZ}": audio["hz"] == AUDIO_HZ,
+                "audio.samples is above 0": audio["samples"] > 0,
+            }
+        if set(members) & {"0.jpg", "mp4", "source"}:
+            rules |= _picture_rules(description, members)
     except (KeyError, TypeError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
     return next((f"not true that {rule}" for rule, holds in rules.items() if not holds), None)
+
+
+def _picture_rules(description: Any, members: Iterable[str]) -> dict[str, bool]:
+    """Whether what a sample's JSON says of its pictures keeps the rules, by rule."""
+    video, ten = description["video"], description["ten_frames"]
+    times = video["times_seconds"]
+    return {
+        "video.width and height are even, where they are no JPEGs'": "0.jpg" in members
+        or video["width"] % 2 == video["height"] % 2 == 0,
+        "video.cropped_from holds the picture": _holds(video.get("cropped_from"), video),
+        "video.frames is the number of times": video["frames"] == len(times) > 0,
+        "times_seconds ascend from 0": times[0] >= 0
+        and all(before < after for before, after in pairwise(times)),
+        f"there are {FRAMES_PER_CLIP} ten_frames": len(ten) == FRAMES_PER_CLIP,
+        "ten_frames have the times of their indexes": all(
+            0 <= one["index"] < len(times) and one["seconds"] == times[one["index"]] for one in ten
+        ),
+    }
 
 
 def _holds(whole: dict[str, int] | None, part: dict[str, int]) -> bool:
@@ -292,8 +303,8 @@ def _fragment_problems(description: dict[str, Any], video: bytes) -> list[str]:
 
 def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> list[str]:
     problems = []
-    video = description["video"]
-    size = (video["width"], video["height"])
+    video = description.get("video", {})
+    size = (video.get("width"), video.get("height"))
     for extension, content in data.items():
         if extension == "json":
             continue

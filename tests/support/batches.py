@@ -12,6 +12,12 @@ def take(loader: TrainLoader, batches: int) -> list[AudioVideoBatch]:
     return list(itertools.islice(loader, batches))
 
 
+def given(tensor: torch.Tensor | None) -> torch.Tensor:
+    """What a batch of both modalities has."""
+    assert tensor is not None
+    return tensor
+
+
 def assert_equal(ours: list[AudioVideoBatch], theirs: list[AudioVideoBatch]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):

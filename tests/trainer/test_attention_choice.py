@@ -19,7 +19,7 @@ from cavmae.trainer.attention_choice import (
 from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_folder, checkpoint_name
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
-from cavmae.trainer.config.recipes import audioset_base, vggsound
+from cavmae.trainer.config.recipes import audioset_20k_audio, audioset_base, vggsound
 
 GPU = torch.device("cuda", 0)
 BF16 = dataclasses.replace(audioset_base(), engine=EngineConfig(dtype="bf16"))
@@ -33,6 +33,7 @@ def test_the_shapes_are_those_of_the_published_model() -> None:
         Shape(8, 16, 32, [708]),
     ]
     assert attention_shapes(vggsound())[-1].lengths == [512, 196, 708]
+    assert [shape.lengths for shape in attention_shapes(audioset_20k_audio())] == [[512], [512]]
 
 
 def test_the_fastest_over_all_blocks_is_taken_and_what_fails_is_left_out(

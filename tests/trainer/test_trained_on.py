@@ -26,7 +26,7 @@ def test_the_file_has_each_clip_once_in_order(val_shards: Path, tmp_path: Path) 
     ]
     content = shards.content()
     assert content is not None and (read.content == np.unique(content)).all()
-    assert read.unknown == () and read.leakage == "none"
+    assert read.unknown == () and read.leakage("both") == "none"
     assert (tmp_path / "trained_on.npz").stat().st_size < 2500
 
 
@@ -52,7 +52,7 @@ def test_weights_from_elsewhere_are_unknown(val_shards: Path, tmp_path: Path) ->
         ("gone/weights.pt", "gone/weights.pt"),
     ):
         training = TrainedOn.beside(tmp_path / place)
-        assert training.unknown == (name,) and training.leakage == f"unknown of {name}"
+        assert training.unknown == (name,) and training.leakage("both") == f"unknown of {name}"
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", b"text"])

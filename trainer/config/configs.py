@@ -4,10 +4,11 @@ Imports nothing heavy: `--help` answers at once, and `threads_per_rank` can be s
 imported.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.constants import Modalities
 from cavmae.field_checks import (
     CheckedFields,
     Fraction,
@@ -20,6 +21,9 @@ from cavmae.field_checks import (
     at_least,
 )
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
+
+_OF_MODE: dict[str, Modalities] = {"multimodal": "both", "audioonly": "audio", "videoonly": "video"}
+"""What a classifier of each mode reads."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,7 @@ class RunConfig(CheckedFields):
         *("model", "seed", "global_batch", "lanes", "initial_weights", "average_from_epoch"),
         *("data.frame_choice", "data.log_mel_mean", "data.log_mel_std", "data.shuffle_window"),
         *("data.mixture", "data.sampling", "data.window_seconds", "data.augmentation"),
+        "data.modality",
     )
 
     run_dir: str = "runs/run"
@@ -305,6 +310,12 @@ class PretrainConfig(RunConfig):
                 f"loss.contrastive_group is {group}, which does not divide "
                 f"global_batch {self.global_batch}"
             )
+        if self.loss.contrastive_weight > 0 and self.data.modality != "both":
+            raise ValueError(
+                f"data.modality is {self.data.modality} and loss.contrastive_weight "
+                f"{self.loss.contrastive_weight}, which needs pairs of sound and picture; set "
+                "loss.contrastive_weight to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -317,7 +328,7 @@ class ClassifierConfig(CheckedFields, section="classifier"):
     allow_empty_classes: bool = False
     """Train even if the training set has no clip of some classes of the label file."""
     mode: Literal["multimodal", "audioonly", "videoonly"] = "multimodal"
-    """Input modalities: audio and video, or one of them."""
+    """Input modalities: audio and video, or one of them, and then nothing is read of the other."""
     loss: Literal["bce", "cross_entropy"] = "bce"
     """`bce` for clips of several labels (AudioSet), `cross_entropy` for clips of one (VGGSound)."""
     label_smoothing: Annotated[float, Limit(lambda x: 0 <= x < 1, "0 (none) up to below 1")] = 0.1
@@ -344,3 +355,14 @@ class FinetuneConfig(RunConfig):
     """Weights of a pretraining run, or a published CAV-MAE checkpoint, to initialize from, of any
     audio length, image size and number of mel bins; empty: random."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mode = self.classifier.mode
+        modality = _OF_MODE[mode]
+        if self.data.modality not in ("both", modality):
+            raise ValueError(
+                f"data.modality is {self.data.modality} and classifier.mode {mode}, which decides "
+                f"what is read; set data.modality to {modality}"
+            )
+        object.__setattr__(self, "data", replace(self.data, modality=modality))

@@ -171,7 +171,8 @@ def _trace(config: RunConfig, samples: int) -> _Trace:
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(trace.add_gradient)
         for tensor in (batch.log_mel, batch.frame):
-            trace.ignore(tensor)
+            if tensor is not None:
+                trace.ignore(tensor)
         with trace:
             batch.loss().backward()
     return trace

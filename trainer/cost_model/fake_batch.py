@@ -14,7 +14,7 @@ from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig, RunCon
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
-from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.model.masking import masks_of
 from cavmae.trainer.tasks.build_model import build_model
 
 
@@ -25,14 +25,16 @@ class FakeBatch:
     Attributes:
         config: of the run.
         model: with weights of `engine.dtype`.
-        log_mel: (samples, audio_frames, mel_bins) float32.
-        frame: (samples, 3, image_size, image_size) float32.
+        samples: of the micro-batch.
+        log_mel: (samples, audio_frames, mel_bins) float32; None: the run does not read it.
+        frame: (samples, 3, image_size, image_size) float32; None likewise.
     """
 
     config: RunConfig
     model: CAVMAE | CAVMAEClassifier
-    log_mel: torch.Tensor
-    frame: torch.Tensor
+    samples: int
+    log_mel: torch.Tensor | None
+    frame: torch.Tensor | None
 
     def loss(self) -> torch.Tensor:
         """Compute a loss that keeps what the run's own loss keeps."""
@@ -43,7 +45,8 @@ class FakeBatch:
         assert isinstance(config, PretrainConfig)
         reconstruct = config.loss.reconstruction_weight > 0
         contrast = config.loss.contrastive_weight > 0
-        masks = random_masks(config.model, config.mask, torch.arange(len(self.log_mel)), seed=0)
+        modalities, positions = config.data.modalities, torch.arange(self.samples)
+        masks = masks_of(modalities, config.model, config.mask, positions, seed=0)
         output = self.model(
             self.log_mel,
             self.frame,
@@ -54,7 +57,7 @@ class FakeBatch:
         )
         loss = torch.zeros(())
         if reconstruct:
-            loss = loss + output.reconstruction_audio + output.reconstruction_video
+            loss = sum(output.reconstructions.values(), loss)
         if contrast:
             loss = loss + (output.audio_embedding * output.video_embedding).sum()
         return loss
@@ -79,6 +82,9 @@ def fake_batch(config: RunConfig, samples: int) -> Iterator[FakeBatch]:
             owner, _, leaf = name.rpartition(".")
             weight = nn.Parameter(torch.empty(one.shape, dtype=dtype), one.requires_grad)
             setattr(model.get_submodule(owner), leaf, weight)
-        log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
-        frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
-        yield FakeBatch(config, model, log_mel, frame)
+        log_mel = frame = None
+        if "audio" in config.data.modalities:
+            log_mel = torch.empty(samples, shape.audio_frames, shape.mel_bins)
+        if "video" in config.data.modalities:
+            frame = torch.empty(samples, 3, shape.image_size, shape.image_size)
+        yield FakeBatch(config, model, samples, log_mel, frame)

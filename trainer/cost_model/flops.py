@@ -4,8 +4,10 @@ A multiply-add counts as two. Attention recomputed in the backward pass is not c
 test compares the formulas with torch's own counter.
 """
 
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 
+from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.config import ModelConfig
 
 _PIXELS_AUDIO, _PIXELS_VIDEO = 256, 768  # values of a 16 x 16 patch
@@ -46,6 +48,7 @@ def forward_flops(
     video_ratio: float = 0.75,
     *,
     reconstruct: bool = True,
+    modalities: Collection[Modality] = ("audio", "video"),
 ) -> PartFlops:
     """Count the operations of one pretraining forward pass of one sample.
 
@@ -56,16 +59,19 @@ def forward_flops(
         config: sizes of the model.
         audio_ratio, video_ratio: shares of patches removed.
         reconstruct: whether the joint stream and the decoder run.
+        modalities: that the model is given; one alone is reconstructed from its own stream.
     """
-    audio = int(config.audio_tokens * (1 - audio_ratio))
-    video = int(config.video_tokens * (1 - video_ratio))
-    removed_audio, removed_video = config.audio_tokens - audio, config.video_tokens - video
+    audio_tokens = config.audio_tokens if "audio" in modalities else 0
+    video_tokens = config.video_tokens if "video" in modalities else 0
+    audio, video = int(audio_tokens * (1 - audio_ratio)), int(video_tokens * (1 - video_ratio))
+    removed_audio, removed_video = audio_tokens - audio, video_tokens - video
     width, decoder_width = config.width, config.decoder_width
     joint = _block(audio, width) + _block(video, width)
     decoder = 0
     if reconstruct:
-        joint += config.joint_depth * _block(audio + video, width)
-        tokens = config.audio_tokens + config.video_tokens
+        if len(modalities) > 1:
+            joint += config.joint_depth * _block(audio + video, width)
+        tokens = audio_tokens + video_tokens
         predicted = removed_audio * _PIXELS_AUDIO + removed_video * _PIXELS_VIDEO
         decoder = 2 * (audio + video) * width * decoder_width
         decoder += (config.decoder_depth - 1) * _block(tokens, decoder_width)
@@ -96,11 +102,14 @@ def training_flops(
     video_ratio: float = 0.75,
     *,
     reconstruct: bool = True,
+    modalities: Collection[Modality] = ("audio", "video"),
 ) -> int:
     """Count the operations of forward and backward pass of one sample.
 
     Args:
-        config, audio_ratio, video_ratio, reconstruct: see `forward_flops`.
+        config, audio_ratio, video_ratio, reconstruct, modalities: see `forward_flops`.
     """
-    forward = forward_flops(config, audio_ratio, video_ratio, reconstruct=reconstruct)
+    forward = forward_flops(
+        config, audio_ratio, video_ratio, reconstruct=reconstruct, modalities=modalities
+    )
     return forward.total + backward_flops(forward).total

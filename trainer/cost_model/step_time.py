@@ -168,7 +168,9 @@ def sample_flops(config: PretrainConfig, world_size: int) -> int:
     """Count the operations of the passes of one sample, without the contrastive loss."""
     ratios = (config.mask.audio_ratio, config.mask.video_ratio)
     reconstruct = config.loss.reconstruction_weight > 0
-    flops = training_flops(config.model, *ratios, reconstruct=reconstruct)
+    flops = training_flops(
+        config.model, *ratios, reconstruct=reconstruct, modalities=config.data.modalities
+    )
     if embeds_first(config, world_size):
         flops += forward_flops(config.model, *ratios, reconstruct=False).total
     return flops

@@ -32,14 +32,20 @@ from cavmae.trainer.embeddings.parquet_store import (
     write_file,
 )
 from cavmae.trainer.evaluation.clip_outputs import embedding, output_batches, whole_clips
-from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_encoders, provenance
+from cavmae.trainer.evaluation.trained_run import (
+    AnyRun,
+    embedded_modality,
+    open_trained,
+    provenance,
+)
 from cavmae.trainer.inference.embed import embed_files
 from cavmae.trainer.model.encoder import AudioVideoEncoder
 
 
 @dataclass(frozen=True)
 class EmbedConfig(CheckedFields):
-    """Embed the sound and the frames of every clip of a packed set, or of files.
+    """Embed the sound and the frames of every clip of a packed set, or of files. Of a set or a run
+    of one modality that one is embedded, and the other is not read.
 
     Rerun the same command to resume the embedding of a set after an interruption.
 
@@ -114,8 +120,9 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_trained_encoders(config.run_dir)
+    run = open_trained(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
+    modality = embedded_modality(run, shards)
     out, origin = Path(config.out), origin_of(run, shards, config)
     with claimed(out, origin):
         files = [out / file_name(shards, shard) for shard in range(len(shards.sizes))]
@@ -133,6 +140,7 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
             "run": str(run.folder.absolute()),
             "shards": real_place(config.shards),
             "clips": shards.samples,
+            "modality": modality,
             "rows": sum(rows),
             "skipped": skipped,
             "files": [
@@ -173,7 +181,7 @@ def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
 
 def in_this_process(config: EmbedConfig, origin: Origin, numbers: Sequence[int]) -> Iterator[int]:
     """Execute in one process, on its GPU if it has one."""
-    run = open_trained_encoders(config.run_dir)
+    run = open_trained(config.run_dir)
     model = run.model(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     yield from write_files(run, model, config, origin, numbers)
 
@@ -210,7 +218,7 @@ def write_files(
     numbers = [n for n in numbers if not (out / file_name(shards, n)).exists()]
     places = [range(shards.ends[n] - shards.sizes[n], shards.ends[n]) for n in numbers]
     data = dataclasses.replace(run.config.data, max_bad_fraction=config.max_bad_fraction)
-    device = model.norm.weight.device
+    device, modality = model.norm.weight.device, embedded_modality(run, shards)
     loader = whole_clips(
         dataclasses.replace(run.config, data=data),
         config.shards,
@@ -218,6 +226,7 @@ def write_files(
         batch=config.batch,
         frames=config.frames,
         parts=places,
+        modality=modality,
     )
     try:
         batches = output_batches(embedding(model), loader, device, origin.torch_dtype)
@@ -225,7 +234,7 @@ def write_files(
         for number, here in zip(numbers, places, strict=True):
             tables = []
             while batch is not None and int(batch.clips.positions[0]) in here:
-                tables.append(as_table(batch, shards, origin))
+                tables.append(as_table(batch, shards, origin, modality))
                 batch = next(batches, None)
             skipped = [
                 (clip.sample_id, clip.reason, clip.detail)
@@ -233,7 +242,7 @@ def write_files(
                 if clip.position in here
             ]
             assert sum(map(len, tables)) + len(skipped) == shards.sizes[number]
-            write_file(out / file_name(shards, number), tables, origin, skipped)
+            write_file(out / file_name(shards, number), tables, origin, modality, skipped)
             yield number
     finally:
         loader.close()

@@ -3,7 +3,8 @@
 `origin.json` says what the values come from, so that a restart can't mix two models or two sets;
 `embeddings.json` is written last: a folder that has it is complete, and it accounts for every clip.
 A file's metadata repeats its origin and names the clips of its shard that were skipped. Rows are in
-packing order, vectors are not normalised.
+packing order, vectors are not normalised. What a set lacks, or a run was not trained on, has no
+column: pyarrow writes vectors that are null, but can't read them (apache/arrow#35692).
 """
 
 import dataclasses
@@ -24,14 +25,18 @@ import pyarrow.parquet as pq
 import torch
 
 from cavmae.atomic_write import atomic_write, read_json, remove_leftovers
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.packing.output_folder import locked
+from cavmae.dataloaders.shards.format import clip_seconds
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.serialize import load_config, save_config
 from cavmae.trainer.evaluation.clip_outputs import OutputBatch, middle_frame
 
 SCHEMA = 1
 ORIGIN, DESCRIPTION = "origin.json", "embeddings.json"
-VECTORS = ("audio_embedding", "video_embedding")
+VECTORS = {"audio": "audio_embedding", "video": "video_embedding"}
+"""Column of each modality."""
+_OF_FRAMES = ("frame_seconds", "video_embedding", "frame_embeddings")
 ROWS_TOGETHER = 1024
 """Rows that are written, and read, at a time."""
 
@@ -94,9 +99,11 @@ def claimed(out: Path, origin: Origin) -> Iterator[None]:
         yield
 
 
-def as_table(batch: OutputBatch, shards: ShardSet, origin: Origin) -> pa.Table:
+def as_table(
+    batch: OutputBatch, shards: ShardSet, origin: Origin, modality: Modalities
+) -> pa.Table:
     """Describe clips of a set and their embeddings, a row each."""
-    clips, frames = batch.clips, batch.values["frames"]
+    clips, audio, frames = batch.clips, batch.values.get("audio"), batch.values.get("frames")
     places = [shards.at(position) for position in clips.positions.tolist()]
     described = [shards.description(*place) for place in places]
     sources = [one["source"] for one in described]
@@ -107,18 +114,24 @@ def as_table(batch: OutputBatch, shards: ShardSet, origin: Origin) -> pa.Table:
         "source_path": [source["path"] for source in sources],
         "source_start_seconds": [source["start_seconds"] for source in sources],
         "source_end_seconds": [source["end_seconds"] for source in sources],
-        "seconds": [one["audio"]["samples"] / one["audio"]["hz"] for one in described],
-        "frame_seconds": _lists(clips.frame_seconds.numpy()),
-        "audio_embedding": _lists(batch.values["audio"].numpy()),
-        "video_embedding": _lists(middle_frame(frames).contiguous().numpy()),
+        "seconds": [clip_seconds(one) for one in described],
     }
-    if origin.frames > 1:
-        columns["frame_embeddings"] = _lists(frames.numpy())
-    return pa.table(columns, schema=_arrow_schema(origin))
+    if audio is not None:
+        columns["audio_embedding"] = _lists(audio.numpy())
+    if frames is not None and clips.frame_seconds is not None:
+        columns["frame_seconds"] = _lists(clips.frame_seconds.numpy())
+        columns["video_embedding"] = _lists(middle_frame(frames).contiguous().numpy())
+        if origin.frames > 1:
+            columns["frame_embeddings"] = _lists(frames.numpy())
+    return pa.table(columns, schema=_arrow_schema(origin, modality))
 
 
 def write_file(
-    path: Path, tables: Sequence[pa.Table], origin: Origin, skipped: Sequence[tuple[str, str, str]]
+    path: Path,
+    tables: Sequence[pa.Table],
+    origin: Origin,
+    modality: Modalities,
+    skipped: Sequence[tuple[str, str, str]],
 ) -> None:
     """Write the file of a shard atomically.
 
@@ -126,10 +139,11 @@ def write_file(
         path: of the file.
         tables: its clips, in packing order.
         origin: of the folder.
+        modality: what is embedded.
         skipped: id, reason and detail of each clip of the shard that has no row.
     """
     note = json.dumps({"origin": dataclasses.asdict(origin), "skipped": skipped})
-    table = pa.concat_tables([_arrow_schema(origin).empty_table(), *tables])
+    table = pa.concat_tables([_arrow_schema(origin, modality).empty_table(), *tables])
     strings = ["sample_id", "source_path", "labels.list.element"]
     # Vectors do not get smaller.
     options: dict[str, Any] = {
@@ -149,7 +163,7 @@ def _lists(values: np.ndarray) -> pa.Array:
     return lists
 
 
-def _arrow_schema(origin: Origin) -> pa.Schema:
+def _arrow_schema(origin: Origin, modality: Modalities) -> pa.Schema:
     vector = pa.list_(pa.from_numpy_dtype(origin.dtype), origin.width)
     fields = {
         "position": pa.int64(),
@@ -165,7 +179,8 @@ def _arrow_schema(origin: Origin) -> pa.Schema:
     }
     if origin.frames > 1:
         fields["frame_embeddings"] = pa.list_(vector, origin.frames)
-    return pa.schema(list(fields.items()))
+    absent = {"audio": _OF_FRAMES, "video": (VECTORS["audio"],), "both": ()}[modality]
+    return pa.schema([(name, kind) for name, kind in fields.items() if name not in absent])
 
 
 def file_account(path: Path, origin: Origin) -> tuple[int, list[list[str]]]:
@@ -198,6 +213,8 @@ class EmbeddingSet:
         origin: what the values come from.
         description: `embeddings.json`.
         rows: clips that have embeddings.
+        modality: what was embedded.
+        vectors: columns of it.
 
     Raises:
         ValueError: no complete folder of embeddings, or one without clips.
@@ -221,6 +238,8 @@ class EmbeddingSet:
         self._names = [file["name"] for file in self.description["files"]]
         self._ends = list(accumulate(file["rows"] for file in self.description["files"]))
         self.rows = self._ends[-1]
+        self.modality: Modalities = self.description.get("modality", "both")
+        self.vectors = [column for one, column in VECTORS.items() if self.modality in ("both", one)]
         if not self.rows:
             raise ValueError(
                 f"embeddings is {folder}, which has no clip: all {self.description['clips']} were "
@@ -256,7 +275,8 @@ class EmbeddingSet:
             OSError: a file can't be read.
         """
         found: dict[int, dict[str, Any]] = {}
-        columns = [name for name in _arrow_schema(self.origin).names if "embedding" not in name]
+        names = _arrow_schema(self.origin, self.modality).names
+        columns = [name for name in names if "embedding" not in name]
         for number in sorted({self._file_of(row) for row in rows}):
             first = self._ends[number - 1] if number else 0
             here = [row for row in rows if self._file_of(row) == number]
@@ -275,12 +295,12 @@ class EmbeddingSet:
         name = f"{sample_id.rpartition('/')[0]}.parquet"
         if name in self._names:
             with self._opened(self._names.index(name)) as file:
-                table = file.read(columns=["sample_id", *VECTORS])
+                table = file.read(columns=["sample_id", *self.vectors])
             row = pc.index(table["sample_id"], sample_id).as_py()
             if row >= 0:
                 return {
                     column: _matrix(table[column][row : row + 1], self.origin.width)[0]
-                    for column in VECTORS
+                    for column in self.vectors
                 }
         raise ValueError(
             f"query is {sample_id!r}, which is no file, and no clip that {self.folder} has "

@@ -19,8 +19,8 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
-from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
-from cavmae.trainer.evaluation.trained_run import open_trained_encoders
+from cavmae.trainer.embeddings.parquet_store import VECTORS, EmbeddingSet
+from cavmae.trainer.evaluation.trained_run import open_trained_pair
 from cavmae.trainer.inference.load import of_run
 
 FOUND_BY = {"video": "sound", "sound": "picture"}
@@ -70,6 +70,11 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
         OSError: a file can't be read.
     """
     embeddings = EmbeddingSet(config.embeddings)
+    if len(embeddings.vectors) < len(VECTORS):
+        raise ValueError(
+            f"embeddings is {config.embeddings}, which has {embeddings.vectors[0]} alone, and "
+            "videos are found by sound, sounds by a picture; give embeddings of both"
+        )
     query = query_embeddings(config, embeddings)
     kinds = [
         kind
@@ -136,7 +141,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {folder}, which must embed the query, does not exist; give its folder by --run, "
             "or a sample id as the query"
         )
-    run = open_trained_encoders(folder)
+    run = open_trained_pair(folder)
     if run.weights_sha256 != embeddings.origin.weights_sha256:
         raise ValueError(
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "

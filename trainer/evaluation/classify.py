@@ -5,7 +5,7 @@ ten frames the probabilities of a clip are averaged over them, as published.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from cavmae.atomic_write import atomic_write
 from cavmae.console import plain_console
 from cavmae.dataloaders.batch import AudioVideoBatch
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.config.configs import FinetuneConfig
@@ -32,6 +33,7 @@ from cavmae.trainer.metrics.classification import (
     classification_scores,
     mean_over_frames,
 )
+from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.classifier import STREAMS, CAVMAEClassifier, Mode
 from cavmae.trainer.tasks.labels import LabelSet, label_counts
 from cavmae.trainer.tracking.figures import plot_classes
@@ -58,7 +60,8 @@ class ClassifyConfig(CheckedFields):
     """Of each clip: the middle one, as during training, or the mean over all ten, as published."""
     modes: str = ""
     """Input modes to score, separated by commas: multimodal, missingaudioonly, missingvideoonly,
-    audioonly, videoonly; empty: all that the run was fine-tuned for."""
+    audioonly, videoonly; empty: all that the run was fine-tuned for and the set has. What no mode
+    takes is not read."""
     batch: PositiveInt = 64
     """Clips that are classified together; no score depends on it."""
     resamples: NonNegativeInt = 1000
@@ -91,16 +94,21 @@ class ModeScores:
     by_frame: tuple[ClassificationScores, ...]
 
 
-def modes_to_score(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
-    """Parse the modes of `asked`; empty: all of the run's.
+def modes_to_score(asked: str, run: FinetuneConfig, shards: ShardSet) -> tuple[Mode, ...]:
+    """Parse the modes of `asked`; empty: all of the run's that the set has the input of.
 
     Raises:
-        ValueError: a mode that the run was not fine-tuned for.
+        ValueError: a mode that the run was not fine-tuned for, or that the set lacks the input of.
     """
     trained = run.classifier.mode
     of_run: tuple[Mode, ...] = tuple(STREAMS) if trained == "multimodal" else (trained,)
-    if not asked:
-        return of_run
+    fitting: list[Mode] = [
+        mode for mode in of_run if shards.modality in ("both", modality_of([mode]))
+    ]
+    if not asked and fitting:
+        return tuple(fitting)
+    if not asked or not fitting:
+        shards.check_has(modality_of(of_run), f"a run that takes {shards.modality}")
     modes = [word.strip() for word in asked.split(",")]
     other = [mode for mode in modes if mode not in of_run]
     if other:
@@ -108,7 +116,17 @@ def modes_to_score(asked: str, run: FinetuneConfig) -> tuple[Mode, ...]:
             f"modes has {other[0]!r}; the run was fine-tuned with classifier.mode {trained} and "
             f"can be scored in {', '.join(of_run)}"
         )
-    return tuple(mode for mode in of_run if mode in modes)
+    chosen: tuple[Mode, ...] = tuple(mode for mode in of_run if mode in modes)
+    shards.check_has(modality_of(chosen), f"pass --modes {','.join(fitting)}")
+    return chosen
+
+
+def modality_of(modes: Iterable[Mode]) -> Modalities:
+    """Return what some modes read."""
+    read: set[Modality] = set()
+    for mode in modes:
+        read.update(*STREAMS[mode].values())
+    return "both" if len(read) == 2 else read.pop()
 
 
 def check_no_empty_class(labels: LabelSet, shards: str) -> None:
@@ -145,7 +163,15 @@ def classified(
         return {"targets": targets} | {mode: _logits(model, batch, mode) for mode in modes}
 
     batch, clips, frames = config.batch, config.clips, config.frames
-    loader = whole_clips(run.config, config.shards, device, batch=batch, clips=clips, frames=frames)
+    loader = whole_clips(
+        run.config,
+        config.shards,
+        device,
+        batch=batch,
+        clips=clips,
+        frames=frames,
+        modality=modality_of(modes),
+    )
     return clip_outputs(forward, loader, config.shards, device)
 
 
@@ -185,8 +211,8 @@ def classify(config: ClassifyConfig) -> None:
     """
     run = open_trained_classifier(config.run_dir)
     labels = run.labels
-    modes = modes_to_score(config.modes, run.config)
     shards = ShardSet(config.shards, run.config.data.cache)
+    modes = modes_to_score(config.modes, run.config, shards)
     leakage = check_leakage(run, shards, allow=config.allow_leakage)
     if not config.allow_empty_classes and not config.clips:
         check_no_empty_class(labels, config.shards)
@@ -224,9 +250,10 @@ def classify(config: ClassifyConfig) -> None:
 
 def _logits(model: CAVMAEClassifier, batch: AudioVideoBatch, mode: Mode) -> torch.Tensor:
     """Compute (batch, frames, classes); one frame if the mode sees none."""
-    sees = any("video" in modalities for modalities in STREAMS[mode].values())
-    frames = batch.frames if sees else batch.frames[:, :1]
-    made = [model(batch.log_mel, frame, mode).logits for frame in frames.unbind(1)]
+    frames: Sequence[torch.Tensor | None] = [None]
+    if batch.frames is not None and modality_of([mode]) != "audio":
+        frames = batch.frames.unbind(1)
+    made = [model(batch.log_mel, frame, mode).logits for frame in frames]
     return torch.stack(made, dim=1)
 
 

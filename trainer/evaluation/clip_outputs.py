@@ -12,7 +12,7 @@ import torch
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape
-from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME
+from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME, Modalities
 from cavmae.dataloaders.loading.loader import ValidationLoader
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.model.encoder import AudioVideoEncoder
@@ -60,6 +60,7 @@ def whole_clips(
     clips: int = 0,
     frames: int = 1,
     parts: Sequence[range] | None = None,
+    modality: Modalities = "both",
 ) -> ValidationLoader:
     """Load the clips of a packed tier as a run's model takes them.
 
@@ -71,14 +72,15 @@ def whole_clips(
         clips: the first ones; 0: all.
         frames: of each clip.
         parts: as of the loader.
+        modality: what is read of them.
 
     Raises:
         OSError: no packed shards there.
-        ValueError: a set packed for another choice of frames.
+        ValueError: a set packed for another choice of frames, or without what is read.
     """
     sizes = config.model
     return ValidationLoader(
-        dataclasses.replace(config.data, frames_per_clip=frames),
+        dataclasses.replace(config.data, frames_per_clip=frames, modality=modality),
         ClipShape(sizes.audio_frames, sizes.mel_bins, sizes.image_size),
         folder=shards,
         batch=batch,
@@ -168,19 +170,30 @@ def embedding(model: AudioVideoEncoder) -> Forward:
 
     Returns:
         From a batch to `audio` (clips, width) and `frames` (clips, frames, width), each frame by
-        itself.
+        itself; without what the batch lacks.
     """
 
     def forward(batch: AudioVideoBatch) -> dict[str, torch.Tensor]:
-        # One frame at a time: as much memory, and the same bits, as for clips of one frame.
-        frames = [model.embed_video(frame) for frame in batch.frames.unbind(1)]
-        return {"audio": model.embed_audio(batch.log_mel), "frames": torch.stack(frames, dim=1)}
+        found: dict[str, torch.Tensor] = {}
+        if batch.log_mel is not None:
+            found["audio"] = model.embed_audio(batch.log_mel)
+        if batch.frames is not None:
+            # One frame at a time: as much memory, and the same bits, as for clips of one frame.
+            frames = [model.embed_video(frame) for frame in batch.frames.unbind(1)]
+            found["frames"] = torch.stack(frames, dim=1)
+        return found
 
     return forward
 
 
 def embed(
-    model: AudioVideoEncoder, config: RunConfig, shards: str, *, clips: int, batch: int
+    model: AudioVideoEncoder,
+    config: RunConfig,
+    shards: str,
+    *,
+    clips: int,
+    batch: int,
+    modality: Modalities = "both",
 ) -> ClipOutputs:
     """Embed the sound and one frame of each clip, unmasked, in float32.
 
@@ -190,9 +203,10 @@ def embed(
         shards: a packed tier.
         clips: the first ones; 0: all.
         batch: clips at a time.
+        modality: what is read and embedded.
 
     Returns:
-        `audio` and `video`, each (clips, width), not normalised.
+        `audio` and `video`, each (clips, width), not normalised; or one of them.
 
     Raises:
         ValueError: no clip can be decoded, or an embedding is not finite.
@@ -200,7 +214,9 @@ def embed(
         DataFaultError: too many clips are damaged.
     """
     device = model.norm.weight.device
-    loader = whole_clips(config, shards, device, batch=batch, clips=clips)
+    loader = whole_clips(config, shards, device, batch=batch, clips=clips, modality=modality)
     made = clip_outputs(embedding(model), loader, shards, device)
-    values = {"audio": made.values["audio"], "video": middle_frame(made.values["frames"])}
+    values = dict(made.values)
+    if "frames" in values:
+        values["video"] = middle_frame(values.pop("frames"))
     return dataclasses.replace(made, values=values)

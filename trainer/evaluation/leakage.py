@@ -1,7 +1,8 @@
 """Leakage: whether a model is scored on clips that it was trained on.
 
-Two clips are the same if their sound and frames are, whatever their names, tiers, codecs and sizes.
-Packed sets and runs have a hash of each clip's content, so no shard is read.
+Two clips are the same if their sound and frames are, whatever their names, tiers, codecs and sizes;
+of sets of one modality, if that is, and they can only be compared with sets of the same. Packed
+sets and runs have a hash of each clip's content, so no shard is read.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def check_leakage(run: AnyRun, shards: ShardSet, others: Sequence[str] = (), *, 
             f"such as {', '.join(_source(shards, one) for one in found[:LISTED])}{note}; give a "
             "set without them, or pass --allow-leakage, which the result records"
         )
-    return training.leakage
+    return training.leakage(shards.modality)
 
 
 def trained_on_clips(shards: ShardSet, training: TrainedOn) -> list[int]:

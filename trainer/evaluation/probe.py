@@ -6,7 +6,7 @@ what is above those is what pretraining has learned.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,12 @@ import tyro
 from rich.table import Table
 
 from cavmae.console import plain_console
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
-from cavmae.trainer.evaluation.clip_outputs import ClipOutputs, embed
+from cavmae.trainer.evaluation.clip_outputs import embed
 from cavmae.trainer.evaluation.leakage import check_leakage
-from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
+from cavmae.trainer.evaluation.trained_run import open_trained, write_evaluation
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.metrics.classification import ClassificationScores, classification_scores
 from cavmae.trainer.tasks.labels import LabelSet
@@ -46,8 +47,8 @@ class ProbeConfig(CheckedFields):
     """JSON file of the result; empty: in `evaluation` of the run folder."""
     clips: NonNegativeInt = 0
     """The first ones of each set in packing order; 0: all."""
-    features: Literal["audio", "video", "both"] = "both"
-    """Embedding of the sound, of the frame, or both concatenated."""
+    features: Modalities = "both"
+    """Embedding of the sound, of the frame, or both concatenated; nothing else is read."""
     neighbours: PositiveInt = 20
     """Number of nearest neighbours."""
     weight_decay: NonNegativeFloat = 1e-3
@@ -126,9 +127,16 @@ def probe(config: ProbeConfig) -> None:
         OSError: a file can't be read or written.
         DataFaultError: too many clips are damaged.
     """
-    run = open_trained_encoders(config.run_dir)
+    run = open_trained(config.run_dir)
     cache = run.config.data.cache
-    test_set = ShardSet(config.test, cache)
+    test_set, trained = ShardSet(config.test, cache), run.config.data.modality
+    if trained not in ("both", config.features):
+        raise ValueError(
+            f"features is {config.features}, and run_dir {config.run_dir} was trained on {trained} "
+            f"alone; pass --features {trained}"
+        )
+    for shards in (ShardSet(config.train, cache), test_set):
+        shards.check_has(config.features, f"pass --features {shards.modality}")
     leakage = check_leakage(run, test_set, [config.train], allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {"pretrained": run.model(device), "random weights": run.untrained_model(device)}
@@ -137,14 +145,21 @@ def probe(config: ProbeConfig) -> None:
     skipped: dict[str, tuple[tuple[str, str], ...]] = {}
     for name, model in models.items():
         train, test = (
-            embed(model, run.config, shards, clips=config.clips, batch=config.batch)
-            for shards in (config.train, config.test)
+            embed(
+                model,
+                run.config,
+                folder,
+                clips=config.clips,
+                batch=config.batch,
+                modality=config.features,
+            )
+            for folder in (config.train, config.test)
         )
         classes = tuple(sorted({label for labels in train.labels for label in labels}))
         labels = LabelSet(classes, classes)
         targets = labels.targets(train.labels, train.sample_ids)
         truth = labels.targets(test.labels, test.sample_ids)
-        features = [_features(one, config.features) for one in (train, test)]
+        features = [torch.cat(list(one.values.values()), dim=1) for one in (train, test)]
         guesses = {
             "linear": linear_probe(features[0], targets, features[1], config.weight_decay),
             "neighbours": nearest_neighbours(features[0], targets, features[1], config.neighbours),
@@ -166,11 +181,6 @@ def probe(config: ProbeConfig) -> None:
     out = write_evaluation(run, config, "probe", test_set, result)
     plain_console().print(_table(scores))
     print(f"result: {out}")
-
-
-def _features(embeddings: ClipOutputs, kind: str) -> torch.Tensor:
-    names = ("audio", "video") if kind == "both" else (kind,)
-    return torch.cat([embeddings.values[name] for name in names], dim=1)
 
 
 def _table(scores: dict[str, ClassificationScores]) -> Table:

@@ -17,6 +17,7 @@ from cavmae.atomic_write import write_bytes, write_json
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, IMAGE_STD, WINDOW_SAMPLES
 from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.kernels import MaskIds, kept_count, mask_ids_from_shuffle
 from cavmae.trainer.config.configs import PretrainConfig
@@ -78,6 +79,12 @@ def run_with_decoder(run_dir: str) -> TrainedRun:
         raise ValueError(
             f"run_dir is {run_dir}, whose loss.reconstruction_weight is 0: its decoder was not "
             "trained; give a run that reconstructs"
+        )
+    if run.config.data.modality != "both":
+        raise ValueError(
+            f"run_dir is {run_dir}, trained on {run.config.data.modality} alone, and patches of "
+            "both sound and picture are reconstructed here; give a run of both (figures of one are "
+            "drawn at each validation)"
         )
     return run
 
@@ -203,6 +210,7 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         raise ValueError(f"out is {out}, which is not empty; give a new folder")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model(device)
+    ShardSet(config.shards, run.data.cache).check_has("both")
     loader = whole_clips(run, config.shards, device, batch=1, clips=config.clips)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -379,13 +387,15 @@ def _reconstruct_clip(
     """Write figure and sounds of the one clip of `batch`; returns its part of the report."""
     sample_id = batch.sample_ids[0]
     name = f"clip-{sample_id.replace('/', '-')}"
+    frame, seconds = batch.frame, batch.audio_seconds
+    assert batch.log_mel is not None and frame is not None and seconds is not None
     made = reconstruct_clip(
         model,
         batch.log_mel,
-        batch.frames[:, 0],
+        frame,
         removal_masks(run, batch.positions, ratios, config.seed),
         run,
-        samples=round(batch.audio_seconds[0, 1].item() * AUDIO_HZ),
+        samples=round(seconds[0, 1].item() * AUDIO_HZ),
     )
     made.save(config.out, name, iterations=config.sound_iterations, seed=config.seed)
     return {

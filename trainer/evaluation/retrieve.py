@@ -16,7 +16,7 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.clip_outputs import embed
 from cavmae.trainer.evaluation.leakage import check_leakage
-from cavmae.trainer.evaluation.trained_run import open_trained_encoders, write_evaluation
+from cavmae.trainer.evaluation.trained_run import open_trained_pair, write_evaluation
 from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
 
 
@@ -71,8 +71,9 @@ def retrieve(config: RetrieveConfig) -> None:
         ValueError: the run or the set does not fit, or the set was trained on.
         OSError: a file can't be read or written.
     """
-    run = open_trained_encoders(config.run_dir)
+    run = open_trained_pair(config.run_dir)
     shards = ShardSet(config.shards, run.config.data.cache)
+    shards.check_has("both")
     leakage = check_leakage(run, shards, allow=config.allow_leakage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embeddings = embed(

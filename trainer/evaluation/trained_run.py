@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cavmae.atomic_write import write_json
+from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.serialize import load_run_config
@@ -169,16 +170,29 @@ def open_trained_classifier(run_dir: str | Path) -> TrainedClassifier:
     return run
 
 
-def open_trained_encoders(run_dir: str | Path) -> AnyRun:
+def open_trained_pair(run_dir: str | Path) -> AnyRun:
     """Open a run of any kind that has trained encoders of sound and video; raises as
     `open_trained_run` does."""
     run = open_trained(run_dir)
-    if isinstance(run, TrainedClassifier) and run.config.classifier.mode != "multimodal":
+    if run.config.data.modality != "both":
         raise ValueError(
-            f"run_dir is {run_dir}, fine-tuned with classifier.mode {run.config.classifier.mode}, "
-            "which trains the encoder of one modality; give a run of both"
+            f"run_dir is {run_dir}, trained on {run.config.data.modality} alone, and sound is "
+            "compared with pictures here; give a run of both"
         )
     return run
+
+
+def embedded_modality(run: AnyRun, shards: ShardSet) -> Modalities:
+    """Return what can be embedded of a set: what it has, of what the run was trained on.
+
+    Raises:
+        ValueError: there is nothing.
+    """
+    trained = run.config.data.modality
+    if trained == "both":
+        return shards.modality
+    shards.check_has(trained, f"a run that was not trained on {trained} alone, as {run.folder} was")
+    return trained
 
 
 def open_trained(run_dir: str | Path) -> AnyRun:

@@ -56,7 +56,7 @@ def embed_files(
     """
     model = load(source, batch=batch)
     skipped, names = Skipped(), list[str]()
-    # Of any length: pyarrow can't read lists of a fixed one back where some are null.
+    # No lists of a fixed size: pyarrow can't read those that are null (apache/arrow#35692).
     vector = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema(
         {

@@ -1,7 +1,7 @@
 """`Model`: one call from files, arrays and pictures to embeddings, classes and reconstructions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar, cast, overload
 
@@ -214,11 +214,6 @@ class Model:
             failed: is called with the number and the error of a medium that can't be used, instead
                 of an error.
         """
-        if self.spec.mode in ("audioonly", "videoonly"):
-            raise ValueError(
-                f"this model was fine-tuned in mode {self.spec.mode}, which leaves the encoder of "
-                "the other modality untrained; load a model of both"
-            )
 
         if windows is None:
             windows = self.config.data.window_seconds > 0
@@ -240,7 +235,10 @@ class Model:
                 for one in batch
             ]
 
-        for number, rows in self._by_medium(media, window_seconds, compute, failed):
+        def windows_of_medium(medium: Medium) -> Iterator[Window]:
+            return self._embeddable(medium, self._windows(medium, window_seconds))
+
+        for number, rows in self._by_medium(media, windows_of_medium, compute, failed):
             yield number, self._embedding(rows, windows, tokens)
 
     def similarity(
@@ -335,7 +333,9 @@ class Model:
                 made |= dict(zip(numbers, logits, strict=True))
             return [(one.seconds, made[number]) for number, one in enumerate(batch)]
 
-        for number, rows in self._by_medium(media, 0.0, compute, failed, check=self._mode):
+        for number, rows in self._by_medium(
+            media, self._windows, compute, failed, check=self._mode
+        ):
             logits = torch.stack([values for _, values in rows])
             scores = probabilities(logits, self.spec.loss)
             seconds = _seconds([one for one, _ in rows])
@@ -395,7 +395,7 @@ class Model:
             for one in many
         ]
 
-    def _windows(self, medium: Medium, window_seconds: float) -> Iterator[Window]:
+    def _windows(self, medium: Medium, window_seconds: float = 0.0) -> Iterator[Window]:
         return windows_of(
             medium, window_seconds or self.window_seconds, self.config.data.frame_choice
         )
@@ -403,7 +403,7 @@ class Model:
     def _by_medium(
         self,
         media: Iterable[Medium],
-        window_seconds: float,
+        windows_of_medium: Callable[[Medium], Iterator[Window]],
         compute: Callable[[Sequence[Window]], list[Row]],
         failed: Failed | None,
         check: Callable[[Window], object] = lambda _: None,
@@ -412,7 +412,7 @@ class Model:
 
         Args:
             media: in order.
-            window_seconds: as of `embed`.
+            windows_of_medium: cuts one.
             compute: returns the result of each window of a batch.
             failed: as of `embed_each`.
             check: raises a ValueError for a window that can't be computed.
@@ -432,7 +432,7 @@ class Model:
         for number, medium in enumerate(media):
             made[number] = []
             try:
-                for window in self._windows(medium, window_seconds):
+                for window in windows_of_medium(medium):
                     try:
                         check(window)
                     except ValueError as error:
@@ -478,6 +478,28 @@ class Model:
             _tokens([one for _, one in heard], self._audio_places(sounds)) if heard else None,
             _tokens([one for _, one in seen], self._video_places(sizes)) if seen else None,
         )
+
+    def _embeddable(self, medium: Medium, windows: Iterator[Window]) -> Iterator[Window]:
+        """Yield what windows have of what the model was trained on.
+
+        Raises:
+            ValueError: none has anything.
+        """
+        trained = self.config.data.modalities
+        if self.spec.mode in ("audioonly", "videoonly"):
+            trained = (self.spec.mode.removesuffix("only"),)
+        nothing = True
+        for window in windows:
+            audio = window.audio if "audio" in trained else None
+            frame = window.frame if "video" in trained else None
+            if audio is not None or frame is not None:
+                nothing = False
+                yield replace(window, audio=audio, frame=frame)
+        if nothing:
+            what = "sound" if "audio" in trained else "picture"
+            raise ValueError(
+                f"{name_of(medium)} has no {what}, and this model was trained on {trained[0]} alone"
+            )
 
     def _mode(self, window: Window) -> Mode:
         """Return how a window is classified: by what it has, of what the model takes."""

@@ -4,13 +4,14 @@ The encoders, and a decoder that reconstructs removed patches. Single-device cod
 ranks. Parameter names are those of the published checkpoints.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from cavmae.kernels import MaskIds, gather_tokens, masked_reconstruction_loss, restore_tokens
-from cavmae.trainer.model.blocks import Stream, norm_stream
+from cavmae.trainer.model.blocks import Modality, Stream, norm_stream
 from cavmae.trainer.model.config import ModelConfig
 from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, blocks, positions
 
@@ -26,7 +27,8 @@ class PretrainOutput(NamedTuple):
         reconstruction_audio, reconstruction_video: scalar float32 losses, unweighted.
         predicted_audio: (batch, audio tokens, 256), every patch in original order.
         predicted_video: (batch, video tokens, 768).
-        latent: (batch, kept audio + kept video, width) joint tokens after the final norm.
+        latent: (batch, kept audio + kept video, width) joint tokens after the final norm; of one
+            modality, its tokens after its norm.
         audio_tokens, video_tokens: (batch, kept, width) contrastive streams after their norm.
     """
 
@@ -40,12 +42,22 @@ class PretrainOutput(NamedTuple):
     audio_tokens: torch.Tensor | None = None
     video_tokens: torch.Tensor | None = None
 
+    @property
+    def reconstructions(self) -> dict[Modality, torch.Tensor]:
+        """The reconstruction losses that were computed."""
+        losses: dict[Modality, torch.Tensor | None] = {
+            "audio": self.reconstruction_audio,
+            "video": self.reconstruction_video,
+        }
+        return {name: loss for name, loss in losses.items() if loss is not None}
+
 
 class CAVMAE(AudioVideoEncoder):
     """The pretraining model.
 
     The stream of a single modality passes the last joint block only, which is what the published
-    pretraining does and matters with `joint_depth` above 1.
+    pretraining does and matters with `joint_depth` above 1. A model that is given one modality
+    reconstructs it from this stream, the one that its embedding and its classifier are made of.
 
     Args:
         config: sizes; the defaults are the published base model.
@@ -71,34 +83,46 @@ class CAVMAE(AudioVideoEncoder):
         for token in (self.mask_token, self.decoder_modality_a, self.decoder_modality_v):
             nn.init.normal_(token, std=0.02)
 
-    def freeze_unused(self, *, reconstruct: bool, contrast: bool) -> list[str]:
+    def freeze_unused(
+        self,
+        *,
+        reconstruct: bool,
+        contrast: bool,
+        modalities: Collection[Modality] = ("audio", "video"),
+    ) -> list[str]:
         """Stop gradients of the parameters that the chosen losses never use.
 
         An engine would otherwise fill their missing gradients with zeros, and weight decay would
         change them.
+
+        Args:
+            reconstruct, contrast: the losses.
+            modalities: that the model is given.
 
         Returns:
             The names of the parameters that no chosen loss uses.
         """
         streams: set[Stream] = set()
         if contrast:
-            streams |= {"audio", "video"}
+            streams |= set(modalities)
         if reconstruct:
-            streams |= {"joint"}
+            streams |= {_whole_stream(modalities)}
 
         def is_used(name: str) -> bool:
             if name.startswith(("decoder_", "mask_token")):
-                return reconstruct and norm_stream(name) in (None, "joint")
-            return self._encoder_uses(name, ("audio", "video"), streams)
+                of = {"_a": "audio", "_v": "video"}.get(name.split(".")[0][-2:])
+                read = of is None or of in modalities
+                return reconstruct and read and norm_stream(name) in (None, "joint")
+            return self._encoder_uses(name, modalities, streams)
 
         return self._freeze([name for name, _ in self.named_parameters() if not is_used(name)])
 
     def forward(
         self,
-        log_mel: torch.Tensor,
-        frame: torch.Tensor,
-        audio_mask: MaskIds,
-        video_mask: MaskIds,
+        log_mel: torch.Tensor | None,
+        frame: torch.Tensor | None,
+        audio_mask: MaskIds | None,
+        video_mask: MaskIds | None,
         *,
         reconstruct: bool = True,
         contrast: bool = True,
@@ -106,6 +130,8 @@ class CAVMAE(AudioVideoEncoder):
         predict_all: bool = False,
     ) -> PretrainOutput:
         """Encode the kept patches; pool them for the contrastive loss, reconstruct the others.
+
+        Nothing is computed of a modality that is None, mask included.
 
         Args:
             log_mel: (batch, audio_frames, mel_bins) normalised log-mel.
@@ -117,51 +143,66 @@ class CAVMAE(AudioVideoEncoder):
             predict_all: also return the prediction of every patch.
 
         Raises:
-            ValueError: an input whose size is not the model's.
+            ValueError: an input whose size is not the model's, or none.
         """
-        spectrogram = self._spectrogram(log_mel)  # (batch, 1, mel_bins, audio_frames)
-        frame = self._checked_frame(frame)
-        audio = self._encode_audio(spectrogram, audio_mask.keep)  # (batch, kept audio, width)
-        video = self._encode_video(frame, video_mask.keep)  # (batch, kept video, width)
+        # Audio comes before video, here and in everything below.
+        pixels: dict[Modality, torch.Tensor] = {}
+        masks: dict[Modality, MaskIds] = {}
+        encoded: dict[Modality, torch.Tensor] = {}
+        if log_mel is not None and audio_mask is not None:
+            pixels["audio"] = self._spectrogram(log_mel)  # (batch, 1, mel_bins, audio_frames)
+            masks["audio"] = audio_mask
+            encoded["audio"] = self._encode_audio(pixels["audio"], audio_mask.keep)
+        if frame is not None and video_mask is not None:
+            pixels["video"] = self._checked_frame(frame)
+            masks["video"] = video_mask
+            encoded["video"] = self._encode_video(pixels["video"], video_mask.keep)
+        if not encoded:
+            raise ValueError("log_mel and frame, or their masks, are None; give one with its mask")
 
+        whole = _whole_stream(encoded)
         streams: dict[Stream, torch.Tensor] = {}
         if contrast:
-            streams |= {"audio": audio, "video": video}
+            streams |= encoded
         if reconstruct:
-            streams |= {"joint": torch.cat([audio, video], dim=1)}
+            streams |= {whole: torch.cat(list(encoded.values()), dim=1)}
         streams = self._joint_encoder(streams)
 
+        norms = {"joint": self.norm, "audio": self.norm_a, "video": self.norm_v}
         output = PretrainOutput()
         if contrast:
-            audio_tokens = self.norm_a(streams["audio"])
-            video_tokens = self.norm_v(streams["video"])
+            normed = {modality: norms[modality](streams[modality]) for modality in encoded}
+            pooled = {name: x.mean(dim=1, dtype=torch.float32) for name, x in normed.items()}
             output = output._replace(
-                audio_tokens=audio_tokens,
-                video_tokens=video_tokens,
-                audio_embedding=audio_tokens.mean(dim=1, dtype=torch.float32),
-                video_embedding=video_tokens.mean(dim=1, dtype=torch.float32),
+                audio_tokens=normed.get("audio"),
+                video_tokens=normed.get("video"),
+                audio_embedding=pooled.get("audio"),
+                video_embedding=pooled.get("video"),
             )
         if reconstruct:
-            latent = self.norm(streams["joint"])
-            # Audio patches come before video patches, here and in what is predicted.
-            removed = torch.cat(
-                [audio_mask.removed, video_mask.removed + self.config.audio_tokens], dim=1
-            )
-            decoded = self._decode(latent, audio_mask, video_mask, None if predict_all else removed)
+            latent = norms[whole](streams[whole])
+            removed = self._removed(masks)
+            decoded = self._decode(latent, masks, None if predict_all else removed)
             tokens = gather_tokens(decoded, removed) if predict_all else decoded
-            predicted_audio, predicted_video = self._predict(tokens, audio_mask.removed.shape[1])
+            predicted = self._predict(
+                tokens, {name: mask.removed.shape[1] for name, mask in masks.items()}
+            )
+            losses = {
+                name: masked_reconstruction_loss(
+                    predicted[name], pixels[name], mask.removed, norm_pix
+                )
+                for name, mask in masks.items()
+            }
             output = output._replace(
                 latent=latent,
-                reconstruction_audio=masked_reconstruction_loss(
-                    predicted_audio, spectrogram, audio_mask.removed, norm_pix
-                ),
-                reconstruction_video=masked_reconstruction_loss(
-                    predicted_video, frame, video_mask.removed, norm_pix
-                ),
+                reconstruction_audio=losses.get("audio"),
+                reconstruction_video=losses.get("video"),
             )
             if predict_all:
-                predicted = self._predict(decoded, self.config.audio_tokens)
-                output = output._replace(predicted_audio=predicted[0], predicted_video=predicted[1])
+                every = self._predict(decoded, {name: self._patches(name) for name in masks})
+                output = output._replace(
+                    predicted_audio=every.get("audio"), predicted_video=every.get("video")
+                )
         return output
 
     def predict_patches(
@@ -187,47 +228,68 @@ class CAVMAE(AudioVideoEncoder):
         video = self._encode_video(self._checked_frame(frame), video_mask.keep)
         joint = torch.cat([audio, video], dim=1)  # (batch, kept audio + kept video, width)
         latent = self.norm(self._joint_encoder({"joint": joint})["joint"])
-        tokens = self._decode(latent, audio_mask, video_mask)
-        return self._predict(tokens, self.config.audio_tokens)
+        tokens = self._decode(latent, {"audio": audio_mask, "video": video_mask})
+        counts: dict[Modality, int] = {
+            "audio": self.config.audio_tokens,
+            "video": self.config.video_tokens,
+        }
+        predicted = self._predict(tokens, counts)
+        return predicted["audio"], predicted["video"]
+
+    def _patches(self, modality: Modality) -> int:
+        return self.config.audio_tokens if modality == "audio" else self.config.video_tokens
+
+    def _removed(self, masks: dict[Modality, MaskIds]) -> torch.Tensor:
+        """Return the numbers of the removed patches among those of all masks, (batch, removed)."""
+        parts: list[torch.Tensor] = []
+        before = 0
+        for modality, mask in masks.items():
+            parts.append(mask.removed + before if before else mask.removed)
+            before += self._patches(modality)
+        return torch.cat(parts, dim=1)
 
     def _decode(
         self,
         latent: torch.Tensor,
-        audio_mask: MaskIds,
-        video_mask: MaskIds,
+        masks: dict[Modality, MaskIds],
         query_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Decode joint tokens to decoder tokens of every audio, then video patch, before the last
+        """Decode latent tokens to decoder tokens of every audio, then video patch, before the last
         norm; with `query_ids` (batch, queries) of those patches alone."""
         x = self.decoder_embed(latent)  # (batch, kept, decoder_width)
-        kept_audio, kept = audio_mask.keep.shape[1], x.shape[1]
-        # The index of each patch's token in `x`; `kept` for removed patches.
-        audio, video = audio_mask.restore, video_mask.restore
-        kept_video = kept - kept_audio
-        places = torch.cat(
-            [
-                torch.where(audio < kept_audio, audio, kept),
-                torch.where(video < kept_video, video + kept_audio, kept),
-            ],
-            dim=1,
-        )
-        grids = (self.config.audio_tokens, self.config.video_tokens)
-        modalities = (self.decoder_modality_a, self.decoder_modality_v)
+        # The index of each patch's token in `x`; the number of kept ones for removed patches.
+        places: list[torch.Tensor] = []
+        before = 0
+        for mask in masks.values():
+            kept, patch = mask.keep.shape[1], mask.restore
+            places.append(
+                torch.where(patch < kept, patch + before if before else patch, x.shape[1])
+            )
+            before += kept
+        tables = {"audio": self.decoder_pos_embed_a, "video": self.decoder_pos_embed_v}
+        vectors = {"audio": self.decoder_modality_a, "video": self.decoder_modality_v}
         x = restore_tokens(
             x,
-            places,
+            torch.cat(places, dim=1),
             self.mask_token,
-            torch.cat([self.decoder_pos_embed_a, self.decoder_pos_embed_v], dim=1),
-            torch.cat(
-                [m.expand(-1, count, -1) for m, count in zip(modalities, grids, strict=True)], dim=1
-            ),
+            torch.cat([tables[name] for name in masks], dim=1),
+            torch.cat([vectors[name].expand(-1, self._patches(name), -1) for name in masks], dim=1),
         )  # (batch, all tokens, decoder_width)
         *others, last = self.decoder_blocks
         for block in others:
             x = block(x)
         return last(x, query_ids=query_ids)
 
-    def _predict(self, tokens: torch.Tensor, audio: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict pixels of the first `audio` tokens (audio patches) and of the others (video)."""
-        parts = self.decoder_norm(tokens).split([audio, tokens.shape[1] - audio], dim=1)
-        return self.decoder_pred_a(parts[0]), self.decoder_pred_v(parts[1])
+    def _predict(
+        self, tokens: torch.Tensor, counts: dict[Modality, int]
+    ) -> dict[Modality, torch.Tensor]:
+        """Predict the pixels of tokens, of which so many are each modality's, in that order."""
+        parts = self.decoder_norm(tokens).split(list(counts.values()), dim=1)
+        heads = {"audio": self.decoder_pred_a, "video": self.decoder_pred_v}
+        return {name: heads[name](part) for name, part in zip(counts, parts, strict=True)}
+
+
+def _whole_stream(modalities: Collection[Modality]) -> Stream:
+    """Return the stream that holds all tokens of a model that is given some modalities."""
+    (first, *others) = modalities
+    return "joint" if others else first

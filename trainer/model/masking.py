@@ -1,8 +1,11 @@
-"""Masks of both modalities for a batch."""
+"""Masks of both modalities for a batch, or of one."""
+
+from collections.abc import Collection
 
 import torch
 
 from cavmae.kernels import MaskIds, random_mask
+from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
 
 
@@ -17,7 +20,27 @@ def random_masks(
         positions: (batch,) int64 positions in the sample plan; the ids are on the same device.
         seed: the run's seed.
     """
-    audio = random_mask(
+    return _audio_mask(model, mask, positions, seed), _video_mask(model, mask, positions, seed)
+
+
+def masks_of(
+    modalities: Collection[Modality],
+    model: ModelConfig,
+    mask: MaskConfig,
+    positions: torch.Tensor,
+    *,
+    seed: int,
+) -> tuple[MaskIds | None, MaskIds | None]:
+    """Draw the masks of `random_masks` of some modalities; None for another."""
+    drawn = (model, mask, positions, seed)
+    audio = _audio_mask(*drawn) if "audio" in modalities else None
+    return audio, _video_mask(*drawn) if "video" in modalities else None
+
+
+def _audio_mask(
+    model: ModelConfig, mask: MaskConfig, positions: torch.Tensor, seed: int
+) -> MaskIds:
+    return random_mask(
         positions,
         seed=seed,
         stream="mask_audio",
@@ -25,7 +48,11 @@ def random_masks(
         ratio=mask.audio_ratio,
         mode=mask.audio_mode,
     )
-    video = random_mask(
+
+
+def _video_mask(
+    model: ModelConfig, mask: MaskConfig, positions: torch.Tensor, seed: int
+) -> MaskIds:
+    return random_mask(
         positions, seed=seed, stream="mask_video", grid=model.video_grid, ratio=mask.video_ratio
     )
-    return audio, video

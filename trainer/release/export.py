@@ -19,7 +19,12 @@ from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
 from cavmae.trainer.config.serialize import save_config
-from cavmae.trainer.evaluation.trained_run import AnyRun, TrainedClassifier, open_trained
+from cavmae.trainer.evaluation.trained_run import (
+    AnyRun,
+    TrainedClassifier,
+    TrainedRun,
+    open_trained,
+)
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.classifier import CAVMAEClassifier
 from cavmae.trainer.model.config import ModelConfig
@@ -91,6 +96,13 @@ def open_source(config: ExportConfig) -> tuple[Model, ModelSpec, str]:
         spec = spec_of(model, config.log_mel_mean, config.log_mel_std)
         return model, spec, provenance_of_file(path, sha256, TrainedOn.beside(path))
     run = open_trained(path)
+    modality = run.config.data.modality
+    if isinstance(run, TrainedRun) and modality != "both":
+        raise ValueError(
+            f"{path} was pretrained on {modality} alone, and an exported model has both encoders, "
+            f"of which one would be untrained; fine-tune it with --classifier.mode {modality}only, "
+            "and export that"
+        )
     default = ExportConfig(config.source, config.out)
     for name in ("model", "log_mel_mean", "log_mel_std"):
         if getattr(config, name) != getattr(default, name):

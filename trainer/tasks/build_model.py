@@ -28,6 +28,7 @@ def autoencoder(config: PretrainConfig) -> CAVMAE:
     model.freeze_unused(
         reconstruct=config.loss.reconstruction_weight > 0,
         contrast=config.loss.contrastive_weight > 0,
+        modalities=config.data.modalities,
     )
     return model
 

@@ -69,7 +69,7 @@ class FinetuneTask:
             ValueError: a clip has no label, or one that is not a class.
         """
         settings = self._config.classifier
-        output = engine(batch.log_mel, batch.frames[:, 0], mode=settings.mode)
+        output = engine(batch.log_mel, batch.frame, mode=settings.mode)
         loss = classification_loss(output.logits, self._targets(batch), settings.loss)
         loss = loss * self._shares.weight(len(batch.positions))
         self._losses.append(loss.detach())
@@ -89,7 +89,7 @@ class FinetuneTask:
         """
         parts: list[torch.Tensor] = []
         for batch, counts in in_lockstep(batches, self._device):
-            output = model(batch.log_mel, batch.frames[:, 0], mode=self._config.classifier.mode)
+            output = model(batch.log_mel, batch.frame, mode=self._config.classifier.mode)
             if counts:
                 targets = self._labels.targets(batch.labels, batch.sample_ids).to(self._device)
                 parts.append(torch.stack([output.logits, targets], dim=1))

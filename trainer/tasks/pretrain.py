@@ -21,7 +21,7 @@ from cavmae.trainer.losses.contrastive_groups import (
     step_exchange,
 )
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
-from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.model.masking import masks_of
 from cavmae.trainer.model.weights import load_initial_weights
 from cavmae.trainer.tasks.build_model import autoencoder
 from cavmae.trainer.tasks.pretrain_validation import score
@@ -68,7 +68,9 @@ class PretrainTask:
 
     @property
     def description(self) -> str:
-        return f"contrastive groups of {self.group_size} ({self.layout})"
+        if self._contrast:
+            return f"contrastive groups of {self.group_size} ({self.layout})"
+        return f"masked reconstruction of {' and '.join(self._config.data.modalities)}"
 
     def build_model(self) -> tuple[CAVMAE, list[ParamGroup]]:
         model = autoencoder(self._config)
@@ -87,12 +89,11 @@ class PretrainTask:
         output = self._forward(engine, batch, reconstruct=self._reconstruct)
         loss = self._zero
         if self._reconstruct:
-            assert output.reconstruction_audio is not None
-            assert output.reconstruction_video is not None
-            reconstruction = output.reconstruction_audio + output.reconstruction_video
+            losses = output.reconstructions
+            reconstruction = sum(losses.values(), self._zero)
             loss = loss + weights.reconstruction_weight * weight * reconstruction
-            self._add("loss_reconstruction_audio", output.reconstruction_audio, weight)
-            self._add("loss_reconstruction_video", output.reconstruction_video, weight)
+            for modality, of_modality in losses.items():
+                self._add(f"loss_reconstruction_{modality}", of_modality, weight)
         if self._contrast:
             result = self._contrastive(self._pairs(output, batch.positions))
             loss = loss + weights.contrastive_weight * weight * result.loss
@@ -116,10 +117,12 @@ class PretrainTask:
         self, engine: Engine, batch: AudioVideoBatch, *, reconstruct: bool
     ) -> PretrainOutput:
         config = self._config
-        masks = random_masks(config.model, config.mask, batch.positions, seed=config.seed)
+        masks = masks_of(
+            config.data.modalities, config.model, config.mask, batch.positions, seed=config.seed
+        )
         return engine(
             batch.log_mel,
-            batch.frames[:, 0],
+            batch.frame,
             *masks,
             reconstruct=reconstruct,
             contrast=self._contrast,

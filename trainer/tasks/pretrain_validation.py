@@ -1,4 +1,5 @@
-"""Validation of pretraining: both losses and retrieval, independent of batch size, ranks and order.
+"""Validation of pretraining: both losses and retrieval, independent of batch size, ranks and order;
+of a model of one modality, the reconstruction loss.
 
 Clips are embedded unmasked for retrieval, as the published evaluation does, and masked for the
 losses, each with the mask of its index in the set.
@@ -20,9 +21,12 @@ from cavmae.trainer.losses.contrastive import Pairs, concatenate, local_loss
 from cavmae.trainer.metrics.retrieval import retrieval_scores
 from cavmae.trainer.model.cavmae import PretrainOutput
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.model.masking import masks_of
 from cavmae.trainer.tasks.task import Validation
 from cavmae.trainer.tracking.figures import plot_reconstructions, plot_similarity
+
+SHOWN_CLIPS = 200
+"""Clips of which similarities are plotted."""
 
 
 def full_masks(model: ModelConfig, batch: int, device: torch.device) -> tuple[MaskIds, MaskIds]:
@@ -54,72 +58,95 @@ def score(
         first ones, reconstructions.
 
     Raises:
-        ValueError: there are fewer than two clips in all.
+        ValueError: there are fewer than two clips in all, to retrieve.
     """
     reconstruct = config.loss.reconstruction_weight > 0
+    modalities, paired = config.data.modalities, config.data.modality == "both"
     unmasked: list[Pairs] = []
     masked: list[Pairs] = []
+    # Of each batch the sum over its clips of each loss, and the number of clips.
     reconstruction: list[torch.Tensor] = []
     plot_clips: Callable[[Path], None] | None = None
     for batch, counts in in_lockstep(batches, device):
-        positions, log_mel, frame = batch.positions, batch.log_mel, batch.frames[:, 0]
-        keep_all = full_masks(config.model, len(positions), device)
-        output = model(log_mel, frame, *keep_all, reconstruct=False)
-        if counts:
-            unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
+        positions, log_mel, frame = batch.positions, batch.log_mel, batch.frame
+        if paired:
+            keep_all = full_masks(config.model, len(positions), device)
+            output = model(log_mel, frame, *keep_all, reconstruct=False)
+            if counts:
+                unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
-        masks = random_masks(config.model, config.mask, positions, seed=config.seed)
+        masks = masks_of(modalities, config.model, config.mask, positions, seed=config.seed)
         first = reconstruct and plot_clips is None
         output = model(
             log_mel,
             frame,
             *masks,
             reconstruct=reconstruct,
+            contrast=paired,
             norm_pix=config.loss.norm_pix,
             predict_all=first,
         )
         if not counts:
             continue
-        masked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
+        if paired:
+            masked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
         if reconstruct:
-            parts = torch.stack([output.reconstruction_audio, output.reconstruction_video])
+            parts = torch.stack([*output.reconstructions.values(), torch.ones((), device=device)])
             reconstruction.append(parts.double() * len(positions))
         if first:
             plot_clips = _plot_of_first_clips(config, log_mel, frame, masks, output)
 
-    everyone = _in_order(_gather_pairs(concatenate(unmasked)))
-    metrics = _val_losses(_gather_pairs(concatenate(masked)), config)
-    clips = len(everyone.positions)
-    if clips < 2:
-        raise ValueError(f"data.validation has {clips} clip; retrieval needs 2 or more")
+    metrics = {"loss": 0.0}
     if reconstruct:
         total = torch.stack(reconstruction).sum(0)
         dist.all_reduce(total)
-        audio, video = (total / clips).tolist()
-        metrics |= {"loss_reconstruction_audio": audio, "loss_reconstruction_video": video}
-        metrics["loss"] = config.loss.reconstruction_weight * (audio + video)
-    else:
-        metrics["loss"] = 0.0
-    metrics["loss"] += config.loss.contrastive_weight * metrics["loss_contrastive"]
-
-    retrieval = retrieval_scores(everyone.audio.cpu(), everyone.video.cpu())
-    for direction, scores in retrieval.items():
-        for name, value in scores.as_metrics().items():
-            metrics[f"{direction}_{name}"] = value
-    shown_clips = min(clips, 200)
-    audio = torch.nn.functional.normalize(everyone.audio[:shown_clips], dim=-1)
-    video = torch.nn.functional.normalize(everyone.video[:shown_clips], dim=-1)
-    similarity = (audio @ video.T).cpu()
+        means = (total[:-1] / total[-1]).tolist()
+        named = zip(modalities, means, strict=True)
+        metrics |= {f"loss_reconstruction_{modality}": mean for modality, mean in named}
+        metrics["loss"] = config.loss.reconstruction_weight * sum(means)
+    similarity = None
+    if paired:
+        everyone = _in_order(_gather_pairs(concatenate(unmasked)))
+        metrics |= _val_losses(_gather_pairs(concatenate(masked)), config)
+        metrics["loss"] += config.loss.contrastive_weight * metrics["loss_contrastive"]
+        metrics |= _retrieval(everyone)
+        similarity = _similarity(everyone)
 
     def draw(folder: Path, step: int) -> list[Path]:
-        paths = [folder / f"similarity-step-{step:09d}.png"]
-        plot_similarity(paths[0], similarity)
+        paths = []
+        if similarity is not None:
+            paths.append(folder / f"similarity-step-{step:09d}.png")
+            plot_similarity(paths[-1], similarity)
         if plot_clips is not None:
             paths.append(folder / f"reconstruction-step-{step:09d}.png")
-            plot_clips(paths[1])
+            plot_clips(paths[-1])
         return paths
 
     return Validation({f"val_{name}": value for name, value in metrics.items()}, draw)
+
+
+def _retrieval(everyone: Pairs) -> dict[str, float]:
+    """Score retrieval both ways among all clips.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    clips = len(everyone.positions)
+    if clips < 2:
+        raise ValueError(f"data.validation has {clips} clip; retrieval needs 2 or more")
+    retrieval = retrieval_scores(everyone.audio.cpu(), everyone.video.cpu())
+    return {
+        f"{direction}_{name}": value
+        for direction, scores in retrieval.items()
+        for name, value in scores.as_metrics().items()
+    }
+
+
+def _similarity(everyone: Pairs) -> torch.Tensor:
+    """Compute the cosines of the first clips, on the CPU."""
+    audio = torch.nn.functional.normalize(everyone.audio[:SHOWN_CLIPS], dim=-1)
+    video = torch.nn.functional.normalize(everyone.video[:SHOWN_CLIPS], dim=-1)
+    return (audio @ video.T).cpu()
 
 
 def _gather_pairs(own: Pairs) -> Pairs:
@@ -146,18 +173,19 @@ def _in_order(pairs: Pairs) -> Pairs:
 
 def _plot_of_first_clips(
     config: PretrainConfig,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    masks: tuple[MaskIds, MaskIds],
+    log_mel: torch.Tensor | None,
+    frame: torch.Tensor | None,
+    masks: tuple[MaskIds | None, MaskIds | None],
     output: PretrainOutput,
 ) -> Callable[[Path], None]:
     """Keep the first clips of a batch on the CPU; returns what plots them."""
 
-    def first(x: torch.Tensor | None) -> torch.Tensor:
-        assert x is not None
-        return x[: config.pictures].cpu()
+    def first(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[: config.pictures].cpu()
 
-    audio_mask, video_mask = (MaskIds(*map(first, mask)) for mask in masks)
+    audio_mask, video_mask = (
+        mask and MaskIds(*(ids[: config.pictures].cpu() for ids in mask)) for mask in masks
+    )
     return partial(
         plot_reconstructions,
         log_mel=first(log_mel),

@@ -81,17 +81,18 @@ def masked_and_reconstructed(
 
 def plot_reconstructions(
     path: Path,
-    log_mel: torch.Tensor,
-    frame: torch.Tensor,
-    audio_mask: MaskIds,
-    video_mask: MaskIds,
-    predicted_audio: torch.Tensor,
-    predicted_video: torch.Tensor,
+    log_mel: torch.Tensor | None,
+    frame: torch.Tensor | None,
+    audio_mask: MaskIds | None,
+    video_mask: MaskIds | None,
+    predicted_audio: torch.Tensor | None,
+    predicted_video: torch.Tensor | None,
     *,
     norm_pix: bool,
     names: Sequence[str] = (),
 ) -> None:
-    """Write a PNG with a row a clip: original, masked and reconstructed spectrogram, then frame.
+    """Write a PNG with a row a clip: original, masked and reconstructed spectrogram, then frame;
+    without the one that is None, as are its mask and prediction.
 
     Args:
         path: file to write; its folder is created.
@@ -104,36 +105,38 @@ def plot_reconstructions(
         norm_pix: whether predictions are of normalised patches.
         names: of the clips, written beside the rows.
     """
-    spectrogram = _on_cpu(log_mel).transpose(1, 2)[:, None]  # (batch, 1, mel_bins, audio_frames)
+    # (batch, 1, mel_bins, audio_frames)
+    spectrogram = None if log_mel is None else _on_cpu(log_mel).transpose(1, 2)[:, None]
     shown: list[torch.Tensor] = []
+    titles: list[str] = []
     for original, mask, predicted in (
         (spectrogram, audio_mask, predicted_audio),
-        (_on_cpu(frame), video_mask, predicted_video),
+        (None if frame is None else _on_cpu(frame), video_mask, predicted_video),
     ):
+        if original is None or mask is None or predicted is None:
+            continue
         mask = MaskIds(*(ids.cpu() for ids in mask))
+        titles += ["original", f"masked ({_removed_share(mask):.0%} removed)", "reconstructed"]
         shown += [original]
         shown += masked_and_reconstructed(original, mask, _on_cpu(predicted), norm_pix)
-    titles = (
-        *("original", f"masked ({_removed_share(audio_mask):.0%} removed)", "reconstructed"),
-        *("original", f"masked ({_removed_share(video_mask):.0%})", "reconstructed"),
-    )
 
-    clips = len(frame)
-    figure = Figure(figsize=(18, 1.0 + 1.9 * clips), dpi=100, layout="constrained")
-    axes = figure.subplots(
-        clips, 6, squeeze=False, gridspec_kw={"width_ratios": [2.2, 2.2, 2.2, 1, 1, 1]}
+    clips, heard = len(shown[0]), 0 if spectrogram is None else 3
+    widths = [2.2] * heard + [1.0] * (len(shown) - heard)
+    figure = Figure(
+        figsize=(18 / 9.6 * sum(widths), 1.0 + 1.9 * clips), dpi=100, layout="constrained"
     )
+    axes = figure.subplots(clips, len(shown), squeeze=False, gridspec_kw={"width_ratios": widths})
     for clip, row in enumerate(axes):
-        # One scale for the three, so that a reconstruction that is too loud or too dark shows.
-        low, high = spectrogram[clip].min().item(), spectrogram[clip].max().item()
         for column, axis in enumerate(row):
-            if column < 3:
+            if column < heard:
+                # One scale for the three, so that one that is too loud or too dark shows.
+                low, high = shown[0][clip].min().item(), shown[0][clip].max().item()
                 _show_spectrogram(axis, shown[column][clip, 0], low, high)
             else:
                 _show_frame(axis, shown[column][clip])
             axis.set_title(titles[column] if clip == 0 else "", fontsize=10)
-        row[0].set_ylabel(names[clip] if names else "mel bin", fontsize=8)
-    for axis in axes[-1, :3]:
+        row[0].set_ylabel(names[clip] if names else "mel bin" if heard else "", fontsize=8)
+    for axis in axes[-1, :heard]:
         axis.set_xlabel("seconds", fontsize=8)
     note = "Reconstructed: visible patches are the original's, removed ones are predicted"
     if norm_pix:

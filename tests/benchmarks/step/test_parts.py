@@ -64,7 +64,7 @@ def new_model() -> CAVMAE:
 def timed_step(model: CAVMAE, observer: PartObserver, line: Timeline) -> dict[Label, float]:
     """Seconds by label of a step of the model, without those that took none."""
     line.begin_step(Label("loop"))
-    masks = pretrain.random_masks(MODEL, MaskConfig(), torch.arange(2), seed=0)
+    masks = pretrain.masks_of(("audio", "video"), MODEL, MaskConfig(), torch.arange(2), seed=0)
     output = model(torch.randn(2, 192, 32), torch.randn(2, 3, 32, 32), *masks)
     assert output.audio_embedding is not None and output.video_embedding is not None
     assert output.reconstruction_audio is not None and output.reconstruction_video is not None
@@ -140,7 +140,7 @@ def test_compiled_blocks_are_seen_as_well(
     model(
         torch.randn(2, 192, 32),
         torch.randn(2, 3, 32, 32),
-        *pretrain.random_masks(MODEL, MaskConfig(), torch.arange(2), seed=0),
+        *pretrain.masks_of(("audio", "video"), MODEL, MaskConfig(), torch.arange(2), seed=0),
     )
     # What a block does is inside its graph, so here each look at the clock takes a second, and
     # nothing else of the decoder is observed.

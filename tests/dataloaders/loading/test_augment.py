@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import assert_equal, take
+from batches import assert_equal, given, take
 from PIL import Image
 from pytest import approx
 
@@ -153,15 +153,15 @@ def test_masks_come_before_the_normalisation_and_noise_after_it(
     (noisy,) = take(start(augmentation=replace(masks, noise=True)), 1)
     for row, position in enumerate(plain.positions.tolist()):
         change = spec_augment(replace(masks, noise=True), 208, 32, 11, position)
-        expected = plain.log_mel[row].clone()
+        expected = given(plain.log_mel)[row].clone()
         value = (0 - config.log_mel_mean) / config.log_mel_std
         expected[slice(*change.frames)] = value
         expected[:, slice(*change.bins)] = value
-        torch.testing.assert_close(masked.log_mel[row], expected)
+        torch.testing.assert_close(given(masked.log_mel)[row], expected)
         assert change.noise is not None
         expected = (expected + torch.from_numpy(change.noise)).roll(change.shift, 0)
-        torch.testing.assert_close(noisy.log_mel[row], expected)
-    assert torch.equal(plain.frames, noisy.frames)
+        torch.testing.assert_close(given(noisy.log_mel)[row], expected)
+    assert torch.equal(given(plain.frames), given(noisy.frames))
 
 
 # ------------------------------------------------------------------- the loader as a whole
@@ -177,7 +177,7 @@ def test_an_augmented_batch_depends_on_its_position_alone(
     ids = [one for batch in whole for one in batch.sample_ids]
     again = [place for place, one in enumerate(ids) if ids.index(one) != place]
     assert again, "a clip came twice"
-    spectrograms = torch.cat([batch.log_mel for batch in whole])
+    spectrograms = torch.cat([given(batch.log_mel) for batch in whole])
     first = ids.index(ids[again[0]])
     assert not torch.equal(spectrograms[first], spectrograms[again[0]]), "and was changed anew"
 
@@ -206,28 +206,28 @@ def test_frames_and_sound_come_from_the_same_window(
     }
     starts = set()
     for batch in take(start(tier, window_seconds=1.0, frames_per_clip=4), 3):
-        assert batch.frames.shape == (8, 4, 3, 48, 48)
+        assert given(batch.frames).shape == (8, 4, 3, 48, 48)
         for row, sample_id in enumerate(batch.sample_ids):
-            begin, length = batch.audio_seconds[row].tolist()
-            times = batch.frame_seconds[row].tolist()
+            begin, length = given(batch.audio_seconds)[row].tolist()
+            times = given(batch.frame_seconds)[row].tolist()
             seconds = described[sample_id]["audio"]["samples"] / 16000
             assert length == pytest.approx(1.0) and 0 <= begin <= seconds - 1 + 1e-6
             starts.add(round(begin, 4))
             step = 0.13 if tier == "video" else 0.21  # between frames
             assert times == sorted(times)
             assert begin - step <= times[0] and times[-1] <= begin + length + step
-            quiet = batch.log_mel[row, 98:]
+            quiet = given(batch.log_mel)[row, 98:]
             assert (quiet == quiet[0, 0]).all(), "padding after the second that is heard"
     assert len(starts) > 15, "windows are drawn"
 
 
 def test_each_frame_comes_from_its_own_part_of_the_clip(start: Callable[..., TrainLoader]) -> None:
     for batch in take(start("video", frames_per_clip=4), 2):
-        assert batch.frame_seconds.shape == (8, 4)
-        parts = (batch.frame_seconds / 2.0 * 4 + 1e-6).floor()  # of clips of two seconds
+        assert given(batch.frame_seconds).shape == (8, 4)
+        parts = (given(batch.frame_seconds) / 2.0 * 4 + 1e-6).floor()  # of clips of two seconds
         # What is shown at a moment began up to 1/8 s before it.
         assert ((parts - torch.arange(4)).abs() <= 1).all()
-        assert (batch.frame_seconds.diff(dim=1) >= 0).all()
+        assert (given(batch.frame_seconds).diff(dim=1) >= 0).all()
 
 
 @pytest.mark.parametrize("tier", ["video", "frames"])

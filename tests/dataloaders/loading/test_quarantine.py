@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import take
+from batches import given, take
 
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import Augmentation, ClipShape, DataConfig
@@ -142,7 +142,7 @@ def by_position(
     batches: list[AudioVideoBatch],
 ) -> dict[int, tuple[str, torch.Tensor, torch.Tensor]]:
     return {
-        position: (batch.sample_ids[row], batch.log_mel[row], batch.frames[row])
+        position: (batch.sample_ids[row], given(batch.log_mel)[row], given(batch.frames)[row])
         for batch in batches
         for row, position in enumerate(batch.positions.tolist())
     }

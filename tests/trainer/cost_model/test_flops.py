@@ -8,9 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cavmae.trainer.cost_model.flops import backward_flops, forward_flops, training_flops
+from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
-from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.model.masking import masks_of, random_masks
 
 SHALLOW = ModelConfig(modality_depth=2, decoder_depth=2)
 """The base model's widths and tokens; the other blocks are like these."""
@@ -54,6 +55,21 @@ def test_formulas_agree_with_torchs_counter(config: ModelConfig, reconstruct: bo
     assert backward_flops(formula).total == pytest.approx(backward, rel=0.01)
     trained = training_flops(config, reconstruct=reconstruct)
     assert trained == pytest.approx(forward + backward, rel=0.01)
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_formulas_agree_with_torchs_counter_on_one_modality(modality: Modality) -> None:
+    model = CAVMAE(NARROW)
+    model.freeze_unused(reconstruct=True, contrast=False, modalities=(modality,))
+    masks = masks_of((modality,), NARROW, MaskConfig(), torch.arange(1), seed=0)
+    log_mel = torch.randn(1, NARROW.audio_frames, NARROW.mel_bins) if modality == "audio" else None
+    side = NARROW.image_size
+    frame = torch.randn(1, 3, side, side) if modality == "video" else None
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both_passes:
+        output = model(log_mel, frame, *masks, contrast=False)
+        sum(output.reconstructions.values(), torch.zeros(())).backward()
+    formula = training_flops(NARROW, modalities=(modality,))
+    assert formula == pytest.approx(both_passes.get_total_flops(), rel=0.01)
 
 
 def test_base_model_needs_78_gflop_forward_and_234_to_train() -> None:

@@ -127,7 +127,7 @@ def test_a_run_of_one_modality_is_asked_for_that_alone(
     assert "can be scored in audioonly" in capsys.readouterr().err
     shards = str(val_shards / "frames")
     assert cli.main(["evaluate", "retrieve", str(tmp_path / "run"), shards]) == 1
-    assert "trains the encoder of one modality" in capsys.readouterr().err
+    assert "trained on audio alone" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- trust
@@ -196,7 +196,7 @@ def test_what_a_run_started_from_counts_as_trained_on(
     sets = [ShardSet(str(one / "frames")) for one in (packed_synthetic, val_shards)]
     training = open_trained_classifier(tmp_path / "run").training
     assert [one.fingerprint for one in training.sets] == [one.fingerprint for one in sets]
-    assert training.leakage == "none"
+    assert training.leakage("both") == "none"
     assert cli.main(words(tmp_path / "run", val_shards)) == 1
     assert "8 clips of" in (error := capsys.readouterr().err) and "were trained on" in error
 

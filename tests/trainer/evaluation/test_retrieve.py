@@ -146,7 +146,7 @@ def test_a_set_that_was_trained_on_is_known_from_anywhere_and_when_it_is_gone(
     assert result["train_sets_now"] == {str(train / "frames"): "not the one that was trained on"}
     of_run = ShardSet(str(val_shards / "frames"))
     assert result["trained_on"] == [
-        {"name": "train/frames", "clips": 8, "fingerprint": of_run.fingerprint}
+        {"name": "train/frames", "clips": 8, "fingerprint": of_run.fingerprint, "modality": "both"}
     ]
 
 

@@ -197,8 +197,9 @@ def test_a_model_of_one_modality_says_what_it_lacks(tmp_path: Path) -> None:
     picture = Image.new("RGB", (64, 48))
     with pytest.raises(ValueError, match="a picture of 64 x 48 pixels has no sound, which is all"):
         model.classify(picture)
-    with pytest.raises(ValueError, match="fine-tuned in mode audioonly, which leaves"):
+    with pytest.raises(ValueError, match="has no sound, and this model was trained on audio alone"):
         model.embed(picture)
+    assert model.embed((np.sin(np.arange(16000)), 16000)).video is None
     with pytest.raises(ValueError, match="this model has no decoder"):
         model.reconstruct(picture)
 

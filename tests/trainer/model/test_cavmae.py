@@ -8,10 +8,10 @@ import torch
 
 from cavmae.kernels import mask_ids_from_shuffle
 from cavmae.trainer.config.configs import EngineConfig
-from cavmae.trainer.model.blocks import Block, Recompute
+from cavmae.trainer.model.blocks import Block, Modality, Recompute
 from cavmae.trainer.model.cavmae import CAVMAE, PretrainOutput
 from cavmae.trainer.model.config import MaskConfig, ModelConfig
-from cavmae.trainer.model.masking import random_masks
+from cavmae.trainer.model.masking import masks_of, random_masks
 from cavmae.trainer.tasks.build_model import configure_blocks
 
 SMALL = ModelConfig(
@@ -72,6 +72,55 @@ def test_frozen_parameters_are_exactly_those_without_gradient(
     output = forward(model, reconstruct=reconstruct, contrast=contrast)
     every = {name for name, _ in model.named_parameters()}
     assert used_parameters(model, output) == every - frozen - positions
+
+
+def forward_one(model: CAVMAE, modality: Modality, **options: bool) -> PretrainOutput:
+    """A pass without the other modality."""
+    log_mel, frame = inputs()
+    masks = masks_of((modality,), SMALL, MaskConfig(0.5, 0.25), torch.arange(3), seed=0)
+    given = (log_mel, None) if modality == "audio" else (None, frame)
+    return model(*given, *masks, **options)
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+@pytest.mark.parametrize("joint_depth", [1, 2])
+def test_a_model_of_one_modality_uses_what_is_not_frozen_and_nothing_else(
+    modality: Modality, joint_depth: int
+) -> None:
+    model = CAVMAE(replace(SMALL, joint_depth=joint_depth))
+    frozen = set(model.freeze_unused(reconstruct=True, contrast=False, modalities=(modality,)))
+    ran: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    output = forward_one(model, modality, contrast=False)
+    positions = {name for name, _ in model.named_parameters() if "pos_embed" in name}
+    every = {name for name, _ in model.named_parameters()}
+    assert used_parameters(model, output) == every - frozen - positions
+    other = "_v" if modality == "audio" else "_a"
+    assert not any(name.split(".")[0].endswith(other) for name in ran)
+    assert list(output.reconstructions) == [modality]
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_one_modality_is_reconstructed_from_the_tokens_that_it_is_embedded_by(
+    modality: Modality,
+) -> None:
+    model = small_model()
+    for parameter in model.parameters():  # the norms of the streams begin alike
+        torch.nn.init.normal_(parameter, std=0.1)
+    output = forward_one(model, modality)
+    tokens = output.audio_tokens if modality == "audio" else output.video_tokens
+    assert output.latent is not None and tokens is not None
+    assert torch.equal(output.latent, tokens)
+    of_both = forward(model)
+    for name in ("tokens", "embedding"):
+        one, both = (getattr(made, f"{modality}_{name}") for made in (output, of_both))
+        torch.testing.assert_close(one, both)
+
+
+def test_a_model_that_is_given_nothing_is_told() -> None:
+    with pytest.raises(ValueError, match="log_mel and frame, or their masks, are None"):
+        small_model()(None, None, None, None)
 
 
 def test_losses_that_are_left_out_are_not_computed() -> None:
