@@ -154,7 +154,7 @@ class PackConfig(CheckedFields):
         return tuple(tier.strip() for tier in self.tiers.split(","))
 
     def decode_settings(self) -> DecodeSettings:
-        names = [field.name for field in fields(DecodeSettings)]
+        names = [field.name for field in fields(DecodeSettings) if field.name != "streams"]
         return DecodeSettings(**{name: getattr(self, name) for name in names})
 
     def limits(self) -> TaskLimits:
