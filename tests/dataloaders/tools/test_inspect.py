@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -41,6 +42,18 @@ def test_it_prints_what_the_set_holds_and_writes_a_page(
     jpeg = ShardSet(packed_synthetic / "frames").member(int(shard), sample, "5.jpg")
     truth = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), dtype=np.float64)
     assert np.abs(np.asarray(frame, dtype=np.float64) - truth).mean() < 6
+
+
+def test_what_the_set_holds_is_one_json_document(
+    packed_synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = packed_synthetic / "frames"
+    words = [str(shards), "--json", "--clips=1", f"--out={tmp_path / 'sheet.html'}"]
+    assert inspect.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["clips"], found["shards"], found["sampled"]) == (24, 3, 24)
+    assert sum(found["labels"].values()) == sum(count for *_, count in found["lengths"]) == 24
+    assert found["frame_sizes"] == {"64 x 64": 24}
 
 
 def test_the_draw_depends_on_the_seed_alone(packed_synthetic: Path) -> None:

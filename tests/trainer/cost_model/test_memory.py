@@ -180,7 +180,7 @@ def test_the_command_prints_what_fine_tuning_takes_without_its_clips_and_labels(
     words = ["demo_finetune", "--workers", "2", "--dry-run"]
     assert train.main(words) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"all, at the peak \(\w+\) +│ +1\.\d\d", shown), shown
+    assert re.search(r"all, at the peak \(\w+\)\t1\.\d\d", shown), shown
     assert "rank 0 to 1" in shown and "527 classes" in shown
 
 
