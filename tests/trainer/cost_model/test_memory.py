@@ -11,7 +11,7 @@ import torch
 from launch import run_ranks
 from tiny_run import MODEL
 
-from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+from cavmae.benchmarks.harness.process_memory import reset_peak, resident_bytes
 from cavmae.cluster import train
 from cavmae.dataloaders.config import Augmentation, DataConfig
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
@@ -19,6 +19,7 @@ from cavmae.trainer.config.recipes import demo, demo_finetune
 from cavmae.trainer.cost_model.activations import ActivationTimeline
 from cavmae.trainer.cost_model.comm_volume import TensorSizes
 from cavmae.trainer.cost_model.memory import Sizes, footprint, model_sizes, sizes_at_most
+from cavmae.trainer.cost_model.run_rates import peak_bytes
 
 RANKS = Path(__file__).with_name("memory_ranks.py")
 CASES = [
