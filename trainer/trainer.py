@@ -223,7 +223,7 @@ class Trainer:
             seconds=seconds,
             samples_per_second=samples / max(seconds, 1e-9),
             scores=self.validator.scores,
-            ending=self.rates.apart(),
+            times=self.rates.seconds(self.loader.wait_seconds),
             tracking_uri=self.logger.tracking_uri,
             mlflow_run=self.logger.mlflow_run,
         )

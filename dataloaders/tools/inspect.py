@@ -4,8 +4,6 @@ Prints statistics of a set, and writes a contact sheet of randomly drawn clips: 
 spectrogram that a model gets, with label and key. Works on a folder and on a URL.
 """
 
-import base64
-import html
 import io
 import json
 import sys
@@ -25,6 +23,7 @@ from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
 from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.html_page import element, page, picture
 from cavmae.text_table import in_utf8
 
 LARGEST_SURVEY = 2000
@@ -293,23 +292,18 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
-    rows = "".join(
-        f"<figure><img src='data:image/jpeg;base64,{_jpeg(card.frame)}' alt='frame'>"
-        f"<img src='data:image/jpeg;base64,{_jpeg(card.log_mel.T[::-1])}' alt='log-mel'>"
-        f"<figcaption><b>{html.escape(card.sample_id)}</b> "
-        f"{html.escape(', '.join(card.labels) or 'no label')}<br>{html.escape(card.facts)}"
-        f"</figcaption></figure>"
+    figures = "".join(
+        f"<figure>{_jpeg(card.frame, 'frame')} {_jpeg(card.log_mel.T[::-1], 'log-mel')}"
+        f"<figcaption>{element('b', card.sample_id)} "
+        f"{element('span', ', '.join(card.labels) or 'no label')}<br>{element('span', card.facts)}"
+        "</figcaption></figure>"
         for card in cards
     )
     style = (
-        "body{font:14px sans-serif;margin:2em}figure{display:inline-block;width:640px;margin:8px}"
-        "img{height:200px;margin-right:4px;max-width:420px}figcaption{color:#333}"
+        "<style>figure{width:640px}figure img{height:200px;max-width:420px}"
+        "figcaption{color:#333}</style>"
     )
-    path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n",
-        encoding="utf-8",
-    )
+    path.write_text(page(title, style + element("h1", title) + figures), encoding="utf-8")
 
 
 def _write_image(path: Path, title: str, cards: list[Card]) -> None:
@@ -335,10 +329,10 @@ def _write_image(path: Path, title: str, cards: list[Card]) -> None:
     figure.savefig(path, format="png", dpi=80)
 
 
-def _jpeg(pixels: np.ndarray) -> str:
-    """Encode RGB pixels, or one value per pixel in colours from the lowest to the highest."""
+def _jpeg(pixels: np.ndarray, name: str) -> str:
+    """Embed RGB pixels, or one value per pixel in colours from the lowest to the highest."""
     from matplotlib.image import imsave
 
     encoded = io.BytesIO()
     imsave(encoded, pixels, format="jpeg", pil_kwargs={"quality": 85})
-    return base64.b64encode(encoded.getvalue()).decode()
+    return picture(encoded.getvalue(), name, "jpeg")

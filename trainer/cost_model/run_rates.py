@@ -44,13 +44,14 @@ class RunRates:
         self.begin(0, 0.0)
 
     def begin(self, step: int, waited: float) -> None:
-        """Note that what follows is measured.
+        """Note that the training loop begins.
 
         Args:
             step: optimizer steps done.
             waited: seconds that the loader has been waited for, in all.
         """
-        self._step, self._waited, self._began = step, waited, time.monotonic()
+        self._start, self._waited_before = time.monotonic(), waited
+        self._last = (step, self.seconds(waited))
 
     def span(self, name: str) -> AbstractContextManager[object]:
         """Label a part of a step, and time it if it is no training."""
@@ -63,35 +64,39 @@ class RunRates:
             yield
         self._apart[name] += time.monotonic() - began
 
-    def apart(self) -> dict[str, float]:
-        """Return the seconds of validation and checkpoints since the last call."""
-        found = {f"{name}_seconds": seconds for name, seconds in self._apart.items()}
-        self._apart = dict.fromkeys(_APART, 0.0)
-        return found
+    def seconds(self, waited: float) -> dict[str, float]:
+        """Return the seconds of this attempt so far, and of its parts."""
+        return {
+            "attempt_seconds": time.monotonic() - self._start,
+            "data_wait_seconds": waited - self._waited_before,
+            **{f"{name}_seconds": seconds for name, seconds in self._apart.items()},
+        }
 
     def metrics(self, step: int, waited: float) -> dict[str, float]:
-        """Return the metrics of the time since the last call, or `begin`, and begin anew.
+        """Return the rates of the steps since the last call, or `begin`, and the seconds of this
+        attempt so far.
 
         Args:
             step: optimizer steps done.
             waited: seconds that the loader has been waited for, in all.
         """
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        samples = (step - self._step) * self._config.global_batch
-        apart = self.apart()
-        training = max(seconds - sum(apart.values()), 1e-9)
+        now = self.seconds(waited)
+        step_before, before = self._last
+        self._last = (step, now)
+        samples = (step - step_before) * self._config.global_batch
+        spent = {name: seconds - before[name] for name, seconds in now.items()}
+        seconds = max(spent["attempt_seconds"], 1e-9)
+        training = max(seconds - sum(spent[f"{name}_seconds"] for name in _APART), 1e-9)
         flops_per_second = samples * self._rank_flops / training
-        found = {
-            "interval_seconds": seconds,
+        rates = {
             "samples_per_second": samples / seconds,
-            "data_wait_share": (waited - self._waited) / seconds,
+            "data_wait_share": spent["data_wait_seconds"] / seconds,
             "tokens_per_second": samples * self._tokens / training,
             "tflops_per_rank": flops_per_second / 1e12,
             "peak_memory_bytes": float(peak_bytes(self._device)),
         }
-        self.begin(step, waited)
         mfu = {"mfu": flops_per_second / self._peak} if self._peak else {}
-        return found | apart | mfu
+        return now | rates | mfu
 
 
 def sample_flops(config: RunConfig) -> int:

@@ -32,7 +32,7 @@ def test_it_prints_what_the_set_holds_and_writes_a_page(
     page = out.read_text()
     ids = re.findall(r"<b>(\d+/\d+)</b>", page)
     assert len(ids) == len(set(ids)) == 5
-    pictures = re.findall(r"base64,([^']+)'", page)
+    pictures = re.findall(r"base64,([^\"]+)\"", page)
     assert len(pictures) == 10
     frame = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
     assert frame.size == (64, 64)

@@ -40,8 +40,8 @@ def test_rates_are_of_the_time_without_validation_and_checkpoints(
             now += seconds
     found = rates.metrics(12, waited=4.0)  # two steps in 4 of 10 s
     samples = 2 * config.global_batch
-    assert found["interval_seconds"] == 10.0 and found["samples_per_second"] == samples / 10
-    assert found["data_wait_share"] == 0.1
+    assert found["attempt_seconds"] == 10.0 and found["samples_per_second"] == samples / 10
+    assert found["data_wait_share"] == 0.1 and found["data_wait_seconds"] == 1.0
     assert (found["validation_seconds"], found["checkpoint_seconds"]) == (5.0, 1.0)
     assert found["tokens_per_second"] == samples / 4 * (64 * 8 + 14 * 14)
     flops = training_flops(config.model) * samples / 4 / 4  # seconds, ranks
@@ -50,8 +50,10 @@ def test_rates_are_of_the_time_without_validation_and_checkpoints(
     assert found["peak_memory_bytes"] > 1e8
     now += 1.0
     again = rates.metrics(13, waited=4.0)
-    assert (again["validation_seconds"], again["data_wait_share"]) == (0.0, 0.0)
+    assert (again["validation_seconds"], again["data_wait_share"]) == (5.0, 0.0)
     assert again["samples_per_second"] == config.global_batch
+    assert again["mfu"] == pytest.approx(2 * found["mfu"])  # a step a second, not in two
+    assert rates.seconds(4.0) == {name: again[name] for name in rates.seconds(4.0)}
 
 
 @pytest.mark.field
