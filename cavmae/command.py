@@ -26,7 +26,8 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """
     try:
         code = command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before the command began
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -13,20 +13,21 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate, takewhile, zip_longest
+from shutil import get_terminal_size
 from typing import Annotated, Any, TypeVar
 
 import tyro
-from rich.cells import cell_len, set_cell_size
+from rich.cells import get_character_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 T = TypeVar("T")
 
 _FILE_WIDTH = 160
 """Where no terminal has a width, so that names are not cut or wrapped."""
-_LEAST_PATH, _LEAST_TEXT = 12, 8
-"""Characters to which a column of paths, or of other words, may be narrowed on a terminal."""
+_GAP, _LEAST_PATH, _LEAST_TEXT = 2, 12, 8
+"""Cells of a terminal between columns, and to which one of paths, or of words, may be narrowed."""
 _LINE_SECONDS = 10.0
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _JOINERS = "\u200c\u200d"  # of letters and pictures
@@ -68,14 +69,17 @@ def print_rows(
         paths: columns that are shortened in the middle, not wrapped, where the width is too small.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    lines = [[title]] if title else []
-    lines += [columns] if any(columns) else []
-    console = plain_console(highlight=False)
-    if on_terminal(console):
-        console.print(_fitted(columns, cells, printable(title), paths, console.width))
-    else:
-        for line in (*lines, *cells):
-            print_row(line)
+    title = printable(title)
+    if sys.stdout and sys.stdout.isatty():  # rich says so of pipes too, where FORCE_COLOR is set
+        width = get_terminal_size().columns
+        above = ["", *_wrapped(title, width)] if title else []
+        lines = [*above, *_fitted(columns, cells, paths, width)]
+        print("\n".join(lines), flush=True)
+        return
+    if title:
+        print_row([title])
+    for line in (columns, *cells) if any(columns) else cells:
+        print_row(line)
 
 
 def print_row(cells: Iterable[object]) -> None:
@@ -104,49 +108,71 @@ def printable(value: object) -> str:
 
 def shortened(text: str, width: int) -> str:
     """Cut the middle out of a text that takes more than `width` cells of a terminal."""
-    if cell_len(text) <= width:
+    if _cells(text) <= width:
         return text
-    head = (width - 1) // 2
-    tail = set_cell_size(text[::-1], width - 1 - head)[::-1]
-    return f"{set_cell_size(text, head)}…{tail}"
-
-
-def on_terminal(console: Console) -> bool:
-    """Whether a console writes to a terminal; rich says so of pipes where FORCE_COLOR is set."""
-    return console.file.isatty()
+    head, tail = _first_cells(text, (width - 3) // 2), _first_cells(text[::-1], width // 2 - 1)
+    return f"{head}...{tail[::-1]}"
 
 
 def _fitted(
-    columns: Sequence[str],
-    cells: list[list[str]],
-    title: str,
-    paths: Sequence[str],
-    width: int,
-) -> Table:
-    """Make a table of at most `width` cells; one row below the other if its columns do not fit."""
+    columns: Sequence[str], cells: list[list[str]], paths: Sequence[str], width: int
+) -> list[str]:
+    """Lay out a table in lines of at most `width` cells; a row below the other where its columns do
+    not fit beside each other."""
     lines = [columns, *cells]
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    borders = 3 * len(columns) + 1
-    if sum(min(one, _LEAST_TEXT) for one in widths) + borders > width:
-        table = Table(title=title or None, title_justify="left", show_header=False)
-        for row in cells:
-            for name, cell in zip(columns, row, strict=True):
-                table.add_row(name, cell)
-            table.add_section()
-        return table
-    excess = sum(widths) + borders - width
-    heads = []
-    for place, name in enumerate(columns):
-        if name in paths and excess > 0:
-            kept = max(_LEAST_PATH, widths[place] - excess)
-            excess -= widths[place] - kept
-            for row in cells:
-                row[place] = shortened(row[place], kept)
-        heads.append(Column(name, no_wrap=name in paths, overflow="fold"))
-    table = Table(*heads, title=title or None, title_justify="left", show_header=any(columns))
-    for row in cells:
-        table.add_row(*row)
-    return table
+    widths = [max(map(_cells, column)) for column in zip(*lines, strict=True)]
+    room = width - _GAP * (len(columns) - 1)
+    every = range(len(columns))
+    of_paths = [n for n in every if columns[n] in paths]
+    for least, some in ((_LEAST_PATH, of_paths), (_LEAST_TEXT, every)):
+        while sum(widths) > room and (wide := [n for n in some if widths[n] > least]):
+            widths[max(wide, key=widths.__getitem__)] -= 1
+    if sum(widths) > room:
+        records = [
+            [one] for row in cells for one in (*map(": ".join, zip(columns, row, strict=True)), "")
+        ]
+        return [line for record in records for line in _laid_out(record, [False], [width])]
+    cut = [column in paths for column in columns]
+    table = [line for row in cells for line in _laid_out(row, cut, widths)]
+    rule = (" " * _GAP).join("-" * one for one in widths)
+    return [*_laid_out(columns, cut, widths), rule, *table] if any(columns) else table
+
+
+def _laid_out(row: Sequence[str], cut: Sequence[bool], widths: Sequence[int]) -> list[str]:
+    """Lay out a row in lines; cells that are not cut in their middle take several."""
+    parts = [
+        [shortened(cell, width)] if short else _wrapped(cell, width)
+        for cell, short, width in zip(row, cut, widths, strict=True)
+    ]
+    return [
+        (" " * _GAP)
+        .join(part + " " * (width - _cells(part)) for part, width in zip(line, widths, strict=True))
+        .rstrip()
+        for line in zip_longest(*parts, fillvalue="")
+    ]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Cut a text into lines, between words where that is possible."""
+    lines = []
+    while _cells(text) > width:
+        line = _first_cells(text, width) or text[0]
+        if " " in line.strip() and text[len(line)] != " ":
+            line = line[: line.rindex(" ")]
+        lines.append(line)
+        text = text[len(line) :].lstrip()
+    return [*lines, text]
+
+
+def _first_cells(text: str, width: int) -> str:
+    """Return as much of a text as `width` cells hold."""
+    used = accumulate(map(get_character_cell_size, text))
+    return text[: sum(1 for _ in takewhile(lambda total: total <= width, used))]
+
+
+def _cells(text: str) -> int:
+    """Count the cells of a terminal that a text takes; joined characters count one by one."""
+    return sum(map(get_character_cell_size, text))
 
 
 def _finite(value: Any) -> Any:
@@ -179,7 +205,7 @@ class Bar:
         self._before = self._done = done
         self._began = self._said = time.monotonic()
         self._console = console or plain_console(stderr=True, highlight=False)
-        drawn = on_terminal(self._console) and not self._console.is_dumb_terminal
+        drawn = self._console.file.isatty() and not self._console.is_dumb_terminal
         self._lines = not drawn
         self._drawn = Progress(
             TextColumn(what),
@@ -191,7 +217,8 @@ class Bar:
             console=self._console,
             transient=True,
             disable=not drawn,
-            redirect_stdout=sys.stdout.isatty(),  # what goes into a pipe must not come here
+            redirect_stdout=sys.stdout is not None
+            and sys.stdout.isatty(),  # what goes into a pipe must not come here
         )
         self._task = self._drawn.add_task("", total=total, completed=done, note="")
 
