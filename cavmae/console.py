@@ -58,6 +58,7 @@ def print_rows(
     *,
     title: str = "",
     paths: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> None:
     """Print a table on standard output: on a terminal one that fits its width, elsewhere a line for
     each row with tabs between its cells, after one with the columns.
@@ -67,13 +68,14 @@ def print_rows(
         rows: cells; None is an empty one.
         title: line above the table.
         paths: columns that are shortened in the middle, not wrapped, where the width is too small.
+        whole: columns that are neither, such as names that are copied.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     title = printable(title)
     if sys.stdout and sys.stdout.isatty():  # rich says so of pipes too, where FORCE_COLOR is set
         width = get_terminal_size().columns
         above = ["", *_wrapped(title, width)] if title else []
-        lines = [*above, *_fitted(columns, cells, paths, width)]
+        lines = [*above, *_fitted(columns, cells, paths, whole, width)]
         print("\n".join(lines), flush=True)
         return
     if title:
@@ -115,16 +117,20 @@ def shortened(text: str, width: int) -> str:
 
 
 def _fitted(
-    columns: Sequence[str], cells: list[list[str]], paths: Sequence[str], width: int
+    columns: Sequence[str],
+    cells: list[list[str]],
+    paths: Sequence[str],
+    whole: Sequence[str],
+    width: int,
 ) -> list[str]:
     """Lay out a table in lines of at most `width` cells; a row below the other where its columns do
     not fit beside each other."""
     lines = [columns, *cells]
     widths = [max(map(_cells, column)) for column in zip(*lines, strict=True)]
     room = width - _GAP * (len(columns) - 1)
-    every = range(len(columns))
-    of_paths = [n for n in every if columns[n] in paths]
-    for least, some in ((_LEAST_PATH, of_paths), (_LEAST_TEXT, every)):
+    narrowed = [n for n, name in enumerate(columns) if name not in whole]
+    of_paths = [n for n in narrowed if columns[n] in paths]
+    for least, some in ((_LEAST_PATH, of_paths), (_LEAST_TEXT, narrowed)):
         while sum(widths) > room and (wide := [n for n in some if widths[n] > least]):
             widths[max(wide, key=widths.__getitem__)] -= 1
     if sum(widths) > room:

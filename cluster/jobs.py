@@ -163,7 +163,7 @@ def status(arguments: list[str]) -> int:
         names = ("name", "state", "step", "run_dir_or_command")
         print_json([dict(zip(names, row, strict=True)) for row in rows])
     else:
-        print_rows(columns, rows, paths=columns[3:])
+        print_rows(columns, rows, paths=columns[3:], whole=columns[:1])
     return 0
 
 

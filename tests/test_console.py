@@ -98,7 +98,7 @@ def test_a_table_fits_the_terminal_and_shortens_paths_in_the_middle(
     width: int, terminal: Callable[[int], Terminal]
 ) -> None:
     screen = terminal(width)
-    print_rows(COLUMNS, ROWS, paths=("source",))
+    print_rows(COLUMNS, ROWS, paths=("source",), whole=("labels",))
     lines = without_style(screen)
     assert max(map(cell_len, lines)) <= width
     (row,) = (line for line in lines if "0.912" in line)  # one line, not three

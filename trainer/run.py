@@ -58,7 +58,7 @@ def run(
         with oom_guard(config, opened.run_dir, store, ranks, device):
             hooks = make_hooks(config) if make_hooks else Hooks()
             summary = Trainer(opened, notice, hooks).train()
-    if ranks.rank == 0:
+    if ranks.rank == 0 and not summary.stopped:  # who stops it may not wait
         from cavmae.trainer.tracking.run_report import report_or_warn
 
         report_or_warn(opened.run_dir)

@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> int:
     if config.json:
         print_json(found)
     else:
-        print_rows(_COLUMNS, _rows(found), paths=("source",))
+        print_rows(_COLUMNS, _rows(found), paths=("source",), whole=("sample id",))
     if config.out:
         write_result(config, found)
         print(f"result: {config.out}", file=sys.stderr)
