@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from cavmae.atomic_write import atomic_write, read_json
-from cavmae.console import JsonOption, print_json, print_rows
+from cavmae.console import JsonOption, counted, print_json, print_rows
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
@@ -161,7 +161,7 @@ def score_modes(
         resamples: of the bootstrap; 0: no intervals.
     """
     scores: dict[Mode, ModeScores] = {}
-    for mode, of_clips in logits.items():
+    for mode, of_clips in counted(logits.items(), "scoring", len(logits), "modes"):
         frames = of_clips.transpose(0, 1)  # (frames, clips, classes)
         # One frame is scored as during training: a softmax over classes would change the order of
         # clips within a class.
