@@ -72,7 +72,7 @@ def print_rows(
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     title = printable(title)
-    if sys.stdout and sys.stdout.isatty():  # rich says so of pipes too, where FORCE_COLOR is set
+    if sys.stdout and sys.stdout.isatty():
         width = get_terminal_size().columns
         above = ["", *_wrapped(title, width)] if title else []
         lines = [*above, *_fitted(columns, cells, paths, whole, width)]
@@ -192,6 +192,11 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------------------------- progress
 
 
+def can_draw(console: Console) -> bool:
+    """Return whether bars can be drawn. Rich takes a pipe for a terminal where FORCE_COLOR is set."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
 class Bar:
     """How much of something long is done, on standard error: a bar with the time left on a
     terminal, elsewhere a line every 10 s. A context.
@@ -211,7 +216,7 @@ class Bar:
         self._before = self._done = done
         self._began = self._said = time.monotonic()
         self._console = console or plain_console(stderr=True, highlight=False)
-        drawn = self._console.file.isatty() and not self._console.is_dumb_terminal
+        drawn = can_draw(self._console)
         self._lines = not drawn
         self._drawn = Progress(
             TextColumn(what),

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from cavmae.console import clock, plain_console
+from cavmae.console import can_draw, clock, plain_console
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
         self._start_seconds = time.monotonic()
         self._bar: Bar | None = None
         console = plain_console(file=self._stream)
-        if console.is_terminal:
+        if can_draw(console):
             self._bar = Bar(
                 BarColumn(bar_width=None),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),

@@ -53,7 +53,11 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_log_file_gets_a_plain_line_for_every_update() -> None:
+@pytest.mark.parametrize("colour", ["", "1"])
+def test_a_log_file_gets_a_plain_line_for_every_update(
+    colour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", colour)  # as machines of continuous integration do
     stream = io.StringIO()
     run(Progress(total_steps=5, start_step=0, stream=stream))
     assert stream.getvalue().splitlines()[1::2] == [
