@@ -193,7 +193,7 @@ def _finite(value: Any) -> Any:
 
 
 def can_draw(console: Console) -> bool:
-    """Return whether bars can be drawn. Rich takes a pipe for a terminal where FORCE_COLOR is set."""
+    """Return whether bars can be drawn; rich takes a pipe for a terminal if FORCE_COLOR is set."""
     return console.file.isatty() and not console.is_dumb_terminal
 
 
