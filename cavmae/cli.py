@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": ("trainer.finetune", "Fine-tune a pretrained model on labelled shards."),
     "reconstruct": ("trainer.evaluation.reconstruct", "What a model reconstructs of clips."),
     "curve": ("trainer.evaluation.curve", "Plot a run's metrics over those of a published log."),
+    "report": ("trainer.tracking.run_report", "One page on a run: curves, scores, faults."),
     "export": ("trainer.release.export", "Export a trained model: Hub, graphs."),
     "embed": ("cluster.embed", "Embeddings of a packed set or of files, as Parquet."),
     "classify": ("trainer.inference.classify", "Classes of files, by a fine-tuned model."),

@@ -1,9 +1,12 @@
 """Exit codes of all commands: an error that the user can fix is one line, not a traceback."""
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
+
+_STDOUT = 1
 
 
 class UserMistake(ValueError):
@@ -18,14 +21,21 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         arguments: those words.
 
     Returns:
-        The command's own code, 1 after an error that was reported, 130 after an interrupt.
+        The command's own code, 1 after an error that was reported, 130 after an interrupt, 141
+        where the reader of standard output, such as `head`, has left (as after SIGPIPE).
     """
     try:
-        return command(arguments)
+        code = command(arguments)
+        if sys.stdout is not None:  # it was closed before the command began
+            sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is still to be flushed
+            return 141
         # Of a system's own error (no such file, disk full) and of one that our code raised, the
         # message alone tells the user what to fix; one from inside a library is a bug to report.
         user_error = isinstance(error, OSError) or raised_by_us(error)
@@ -33,6 +43,13 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _reader_left() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more."""
+    pipe = select.poll()
+    pipe.register(_STDOUT, 0)
+    return any(found & select.POLLERR for _, found in pipe.poll(0))
 
 
 def raised_by_us(error: Exception) -> bool:

@@ -3,11 +3,9 @@
 import dataclasses
 import math
 
-from rich.table import Table
-
 from cavmae.cluster.config import RayPretrainConfig, RayRunConfig
 from cavmae.cluster.placement import Placement, placement
-from cavmae.console import plain_console
+from cavmae.console import print_rows
 from cavmae.dataloaders.sampling.step_shares import StepShares
 from cavmae.trainer.config.resolve import native_dtype, resolve, step_shares
 from cavmae.trainer.cost_model.comm_volume import (
@@ -73,28 +71,29 @@ def dry_run(config: RayRunConfig, *, ask_cluster: bool = True) -> int:
         config = dataclasses.replace(config, micro_batch=micro_batch)
     sizes, shares = model_sizes(config), step_shares(config, cluster.workers)
     needed = footprint(config, sizes, cluster.workers, gpu=gpu)
-    table = Table("of each rank", "GB", title=f"{cluster.workers} ranks, {config.engine.dtype}")
-    for name, value in dataclasses.asdict(needed).items():
-        table.add_row(_MEMORY.get(name, name), f"{value / 1e9:.2f}")
-    table.add_row(f"all, at the peak ({needed.peak_part})", f"{needed.total / 1e9:.2f}")
+    rows = [
+        (_MEMORY.get(name, name), f"{value / 1e9:.2f}")
+        for name, value in dataclasses.asdict(needed).items()
+    ]
+    rows.append((f"all, at the peak ({needed.peak_part})", f"{needed.total / 1e9:.2f}"))
     where = placement(cluster, ask_cluster=ask_cluster)
     lines = _where(where)
     if isinstance(config, RayPretrainConfig):
         found = collectives(config, sizes.tensors, cluster.workers)
         for name, value in sent_by_purpose(found, cluster.workers).items():
-            table.add_row(f"sent in a step: {name}", f"{value / 1e9:.3f}")
+            rows.append((f"sent in a step: {name}", f"{value / 1e9:.3f}"))
         lines.append(_how_fast(config, sizes.tensors, where))
     else:
         lines.append(f"computed for {ASSUMED_CLASSES} classes; its speed: cavmae bench predict")
-    console = plain_console(soft_wrap=True, highlight=False)
-    console.print(table)
-    console.print(
+    title = f"{cluster.workers} ranks, {config.engine.dtype}"
+    print_rows(("of each rank", "GB"), rows, title=title)
+    print(
         f"{sizes.trainable / 1e6:.1f} M trainable parameters, ZeRO {config.engine.zero_stage}; a "
         f"rank takes {config.micro_batch} samples at once, "
         f"{shares.accumulation} times a step; {config.lanes} lanes{_idle(shares)}"
     )
     for line in lines:
-        console.print(line)
+        print(line)
     if limit and needed.total > limit:
         raise ValueError(
             f"a rank takes {needed.total / 1e9:.1f} GB and memory_gb_per_worker is "

@@ -83,8 +83,8 @@ class Embedder:
     def __init__(self, config: EmbedConfig, origin: Origin, device: str) -> None:
         self._config, self._origin, self._device = config, origin, device
 
-    def embed(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Write the files of some shards; return their numbers.
+    def embed(self, numbers: Sequence[int]) -> int:
+        """Write the files of some shards; return how many clips that were.
 
         Raises:
             RankError: an error that the user has to fix.
@@ -92,14 +92,12 @@ class Embedder:
         from cavmae.cluster.worker import RankError, kind_of
 
         try:
-            for _ in write_files(*self._opened, self._config, self._origin, numbers):
-                pass
+            return sum(write_files(*self._opened, self._config, self._origin, numbers))
         except Exception as error:
             kind = kind_of(error)
             if kind in BY_USER:
                 raise RankError(kind, type(error).__name__, str(error)) from error
             raise
-        return numbers
 
     @cached_property
     def _opened(self) -> tuple[AnyRun, AudioVideoEncoder]:
@@ -135,15 +133,14 @@ def _on_ray(
             max_task_retries=cluster.max_failures,
         )(Embedder)
         device = "cuda" if cluster.gpus_per_worker else "cpu"
-        pool = ActorPool(
+        pool: Any = ActorPool(
             [
                 remote.remote(dataclasses.replace(config, **paths), origin, device)
                 for _ in range(min(cluster.workers, len(parts)))
             ]
         )
         try:
-            for done in pool.map_unordered(lambda one, part: one.embed.remote(part), parts):
-                yield from done
+            yield from pool.map_unordered(lambda one, part: one.embed.remote(part), parts)
         except RayTaskError as error:
             if not isinstance(error.cause, RankError):
                 raise

@@ -23,13 +23,12 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import tyro
-from rich.table import Table
 
 from cavmae.cluster.connection import ANSWER_SECONDS, passed_on, source_tree
 from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
-from cavmae.console import plain_console
+from cavmae.console import JsonOption, print_json, print_rows
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import code_files, git_commit
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _FOLLOW_SECONDS = 1.0
+_STOPS = "stops"
+"""Metadata of a job that does nothing but ask another one to stop."""
 
 
 # ------------------------------------------------------------------------------------ submit
@@ -130,7 +131,7 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
 
 
 @dataclass(frozen=True)
-class StatusConfig:
+class StatusConfig(JsonOption):
     """Show the state of jobs and runs.
 
     Raises:
@@ -146,23 +147,46 @@ class StatusConfig:
 def status(arguments: list[str]) -> int:
     """`cavmae status [JOB|RUN_FOLDER]`."""
     config = tyro.cli(StatusConfig, prog="cavmae status", args=arguments)
-    table = Table("job or run", "state", "step", "run folder")
     if config.name and Path(config.name).is_dir():
         folder = Path(config.name)
-        state, step = run_state(folder)
-        table.add_row(folder.name, state, step, str(folder))
+        rows = [(folder.name, *run_state(folder), str(folder))]
     else:
         client = _client(config.address, config.name)
         jobs = [_job(client, config.name)] if config.name else client.list_jobs()
-        for job in sorted(jobs, key=lambda job: job.start_time or 0):
-            if job.submission_id is None or "run_dir" not in (job.metadata or {}):
-                continue
-            assert job.metadata is not None
-            log = client.get_job_logs(job.submission_id)
-            state, step = job_state(str(job.status.value), log)
-            table.add_row(job.submission_id, state, step, job.metadata["run_dir"])
-    plain_console(highlight=False).print(table)
+        rows = [
+            _row(client, job)
+            for job in sorted(jobs, key=lambda job: job.start_time or 0)
+            if job.submission_id is not None and _STOPS not in (job.metadata or {})
+        ]
+    columns = ("job or run", "state", "step", "run folder or command")
+    if config.json:
+        names = ("name", "state", "step", "run_dir_or_command")
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+    else:
+        print_rows(columns, rows, paths=columns[3:], whole=columns[:1])
     return 0
+
+
+def _row(client: "JobSubmissionClient", job: Any) -> tuple[str, str, str, str]:
+    """Return name, state, step and run folder of a job; of one by plain `ray job submit`, Ray's
+    state and its command, unless the run folder that the command names is seen here."""
+    name, ray_status = job.submission_id, str(job.status.value)
+    if run_dir := (job.metadata or {}).get("run_dir"):
+        return name, *job_state(ray_status, client.get_job_logs(name)), run_dir
+    folder = _folder_in(job.entrypoint)
+    if folder and (status := read_status(folder)) is not None:
+        return name, status.describe(), status.progress(), str(folder)
+    return name, f"{ray_status.lower()}, says Ray", "", job.entrypoint
+
+
+def _folder_in(command: str) -> Path | None:
+    """Return the run folder that a command names by an absolute path; None where it names none."""
+    found = re.search(r"--run[-_]dir[= ](.+)", command)
+    try:
+        folder = Path(shlex.split(found[1])[0]) if found else None
+    except ValueError:  # a quote that is not closed
+        return None
+    return folder if folder and folder.is_absolute() else None
 
 
 def run_state(folder: Path) -> tuple[str, str]:
@@ -313,6 +337,7 @@ def stop(arguments: list[str]) -> int:
             request = client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "cavmae", "stop", str(_run_dir(job))]),
                 runtime_env=runtime_env,
+                metadata={_STOPS: config.name},
             )
         _wait_for_end(client, config, request)
     state, step = job_state("STOPPED", client.get_job_logs(config.name))

@@ -45,6 +45,7 @@ from cavmae.trainer.fault_tolerance.preemption import (
 from cavmae.trainer.run import MakeHooks
 from cavmae.trainer.run_status import LauncherStatus, RunStatus, read_status
 from cavmae.trainer.run_summary import RunSummary
+from cavmae.trainer.tracking.code_snapshot import started_by
 from cavmae.trainer.tracking.sqlite_uri import sqlite_file, sqlite_uri
 
 _PATH_FIELDS = (
@@ -305,6 +306,7 @@ class _Driver:
                 "has_trained": self._policy.has_trained,
                 "has_checkpoint": self._policy.checkpoint >= 0,
                 "owner": self._owner,
+                "command": started_by(),
             },
             torch_config=TorchConfig(timeout_s=cluster.collective_timeout_seconds),
             scaling_config=ScalingConfig(

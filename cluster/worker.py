@@ -24,6 +24,7 @@ from cavmae.trainer.fault_tolerance.lease import OWNER_VARIABLE
 from cavmae.trainer.run import run
 from cavmae.trainer.run_status import write_status
 from cavmae.trainer.run_summary import RunSummary
+from cavmae.trainer.tracking.code_snapshot import COMMAND_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +67,14 @@ def train_rank(settings: dict[str, Any]) -> RunSummary:
 
     Args:
         settings: `config`, the run with absolute paths; `make_hooks` (see `run`); `owner`, which
-            all attempts of a driver share; `has_trained`, whether the run has a folder; and
-            `has_checkpoint`.
+            all attempts of a driver share; `command`, which started it; `has_trained`, whether the
+            run has a folder; and `has_checkpoint`.
 
     Raises:
         RankError: training failed.
     """
     config: RunConfig = settings["config"]
-    os.environ[OWNER_VARIABLE] = settings["owner"]
+    os.environ |= {OWNER_VARIABLE: settings["owner"], COMMAND_VARIABLE: settings["command"]}
     try:
         if os.environ["RANK"] == "0":
             _check_mounts(config, settings)

@@ -57,7 +57,12 @@ def run(
             check_machines(config, ranks, store)
         with oom_guard(config, opened.run_dir, store, ranks, device):
             hooks = make_hooks(config) if make_hooks else Hooks()
-            return Trainer(opened, notice, hooks).train()
+            summary = Trainer(opened, notice, hooks).train()
+    if ranks.rank == 0 and not summary.stopped:  # who stops it may not wait
+        from cavmae.trainer.tracking.run_report import report_or_warn
+
+        report_or_warn(opened.run_dir)
+    return summary
 
 
 def run_as_rank(config: RunConfig, make_hooks: MakeHooks | None = None) -> NoReturn:

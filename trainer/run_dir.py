@@ -34,7 +34,8 @@ from cavmae.trainer.distributed.process_group import start_process_group
 from cavmae.trainer.fault_tolerance.host_memory import rank_memory
 from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.run_status import StatusWriter
-from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
+from cavmae.trainer.tracking.code_snapshot import git_commit, save_code, started_by
+from cavmae.trainer.tracking.hardware import hardware
 from cavmae.trainer.tracking.rank_logging import log_to_file
 from cavmae.trainer.trained_on import training_of
 
@@ -180,12 +181,14 @@ def open_run_dir(
     if before:
         check_same_run(before, config)
     save_config(config, saved)
-    commits = [*record.get("git_commits", []), git_commit()]
-    code = [*record.get("code", []), save_code(run_dir)]
-    write_json(
-        run_file,
-        record | {"git_commits": commits, "code": code, "checkpoint_folder": folder},
-    )
+    attempt = {
+        "git_commits": git_commit(),
+        "code": save_code(run_dir),
+        "commands": started_by(),
+        "hardware": {"ranks": world_size, "of the first": hardware(device)},
+    }
+    attempts = {name: [*record.get(name, []), value] for name, value in attempt.items()}
+    write_json(run_file, record | attempts | {"checkpoint_folder": folder})
     return config
 
 

@@ -18,6 +18,7 @@ class RunSummary:
         seconds: wall time of this attempt's training loop.
         samples_per_second: over this attempt's training loop, everything included.
         scores: metrics of the last validation by name; empty without validation clips.
+        times: seconds of this attempt by part, as the metrics of its steps have them.
         tracking_uri, mlflow_run: where MLflow has the run; empty on ranks above 0.
     """
 
@@ -30,5 +31,6 @@ class RunSummary:
     seconds: float
     samples_per_second: float
     scores: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
     tracking_uri: str = ""
     mlflow_run: str = ""

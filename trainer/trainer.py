@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from cavmae.trainer.checkpoint.save import CheckpointSaver
 from cavmae.trainer.checkpoint.weight_average import EpochWeights, save_weights
 from cavmae.trainer.config.configs import FinetuneConfig, PretrainConfig
 from cavmae.trainer.config.resolve import step_shares
+from cavmae.trainer.cost_model.run_rates import RunRates, Span
 from cavmae.trainer.distributed.collectives import on_all_ranks, on_first_rank, reduce_step
 from cavmae.trainer.distributed.engine import Engine, Update
 from cavmae.trainer.fault_tolerance.lease import TakenOverError
@@ -66,7 +67,7 @@ class Hooks:
 
     make_loader: Callable[..., Loader] = TrainLoader
     wrap_task: Callable[[Task], Task] = lambda task: task
-    span: Callable[[str], AbstractContextManager[object]] = record_function
+    span: Span = record_function
 
 
 class Trainer:
@@ -90,7 +91,9 @@ class Trainer:
         config, ranks, device = opened.config, opened.ranks, opened.device
         run_dir, train_set = opened.run_dir, opened.train_set
         self.config, self.ranks, self.device, self.run_dir = config, ranks, device, run_dir
-        self.span, self.status, self.lease = hooks.span, opened.status, opened.lease
+        self.status, self.lease = opened.status, opened.lease
+        self.rates = RunRates(config, ranks.world_size, device, hooks.span)
+        self.span = self.rates.span
         torch.manual_seed(config.seed)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -220,6 +223,7 @@ class Trainer:
             seconds=seconds,
             samples_per_second=samples / max(seconds, 1e-9),
             scores=self.validator.scores,
+            times=self.rates.seconds(self.loader.wait_seconds),
             tracking_uri=self.logger.tracking_uri,
             mlflow_run=self.logger.mlflow_run,
         )
@@ -258,8 +262,7 @@ class Trainer:
         """
         config = self.config
         batches = iter(self.loader)
-        logged_at, logged_step = time.monotonic(), self.step
-        waited = self.loader.wait_seconds
+        self.rates.begin(self.step, self.loader.wait_seconds)
         if self.step >= config.steps:  # killed after its last checkpoint, before its scores
             self.validator.score(self.engine.module, self.step)
         with self.stop, closing(self.profiler):
@@ -289,7 +292,8 @@ class Trainer:
                     self.stop.start_grace_period()
                     self.status.change("stopping", reason=self.stop.reason)
                 if self.saver.is_open and not writers:
-                    with self.watchdog.pause():  # publishing, and deleting older ones
+                    # Publishing, and deleting older ones.
+                    with self.watchdog.pause(), self.span("checkpoint"):
                         committed = self.saver.commit()
                     if not committed:
                         every = config.checkpoint.every_steps
@@ -297,21 +301,19 @@ class Trainer:
                 if not update.applied:
                     self._check_skipped(means["loss"], sample_ids)
                 if log_now:
-                    now = time.monotonic()
-                    seconds, steps = max(now - logged_at, 1e-9), step - logged_step
+                    rates = self.rates.metrics(step, self.loader.wait_seconds)
+                    step_seconds = config.global_batch / rates["samples_per_second"]
                     self.logger.log_step(
                         step,
                         means
                         | {
                             "learning_rate": rate,
                             "skipped_updates": float(self.skipped),
-                            "samples_per_second": steps * config.global_batch / seconds,
                             "checkpoint_failures": float(self.saver.failures),
-                            "data_wait_share": (self.loader.wait_seconds - waited) / seconds,
                         }
-                        | self.stragglers.update(busy_seconds, seconds / steps),
+                        | rates
+                        | self.stragglers.update(busy_seconds, step_seconds),
                     )
-                    logged_at, logged_step, waited = now, step, self.loader.wait_seconds
                 self.epoch_weights.keep(self.engine, step)
                 self._validate_and_save(stops=bool(stops), last=last)
                 self._end_profiled_step()
@@ -394,7 +396,7 @@ class Trainer:
             with self.watchdog.pause(), self.span("checkpoint"):
                 self.saver.begin(step)
         if last or stops:
-            with self.watchdog.pause():
+            with self.watchdog.pause(), self.span("checkpoint"):
                 if not self.saver.commit():
                     raise OSError(
                         f"the checkpoint of step {step}, the last of this attempt, could not be "

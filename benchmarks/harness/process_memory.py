@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from cavmae.trainer.cost_model.run_rates import status_bytes
+
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 """Written to that file, the peak begins anew from what is resident now (proc(5))."""
@@ -14,7 +15,7 @@ _RESET_PEAK = "5"
 
 def resident_bytes() -> int:
     """Return the resident memory of this process."""
-    return _status("VmRSS")
+    return status_bytes("VmRSS")
 
 
 def reset_peak() -> None:
@@ -24,14 +25,6 @@ def reset_peak() -> None:
         OSError: the system does not allow it.
     """
     _CLEAR.write_text(_RESET_PEAK)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the peak: of tensors on a GPU; on a CPU of the process, program and libraries
-    included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
 
 
 def gpu_peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -48,8 +41,3 @@ def no_memory_left(error: RuntimeError) -> bool:
     """Return whether a GPU had no memory left, for torch's allocator or for a library's own."""
     failed = ("out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in failed)
-
-
-def _status(name: str) -> int:
-    line = next(one for one in _STATUS.read_text().splitlines() if one.startswith(f"{name}:"))
-    return 1024 * int(line.split()[1])

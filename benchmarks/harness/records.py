@@ -5,7 +5,6 @@ A number without its hardware, versions and spread cannot be compared with the n
 
 import datetime
 import json
-import os
 import platform
 import re
 import statistics
@@ -20,6 +19,7 @@ import torch
 from cavmae.atomic_write import write_text
 from cavmae.field_checks import CheckedFields
 from cavmae.trainer.tracking.code_snapshot import git_commit
+from cavmae.trainer.tracking.hardware import hardware
 
 RESULTS = "benchmarks/results"
 RECORD_SCHEMA = 2
@@ -77,37 +77,6 @@ def bar(
         assert below is not None
         text, met = f"below {below:g}", value is not None and value < below
     return {"value": value, "bar": text, "met": met if judged and value is not None else None}
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Return processor, memory and, for a CUDA device, GPU and driver side."""
-    found: dict[str, Any] = {
-        "device": device.type,
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": gpu.name,
-            "gpu_memory_bytes": gpu.total_memory,
-            "gpu_capability": f"{gpu.major}.{gpu.minor}",
-            "gpu_count": torch.cuda.device_count(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    return found
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

@@ -5,16 +5,15 @@ mistaken for a change: a regression is slower than the threshold with its whole 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cavmae.benchmarks.harness.measurements import Measurement, measurements
 from cavmae.benchmarks.harness.records import Record, read_record
+from cavmae.console import JsonOption, print_json, print_rows
 from cavmae.field_checks import CheckedFields, NonNegativeFloat
 from cavmae.trainer.tracking.tracker import flatten
 
@@ -65,7 +64,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class CompareConfig(CheckedFields):
+class CompareConfig(CheckedFields, JsonOption):
     """Print what became slower from one record to another; exit code 1 for a regression."""
 
     before: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A.json")]
@@ -88,9 +87,14 @@ def main(arguments: list[str]) -> int:
             f"{config.before} and {config.after} did not measure the same: {'; '.join(refused)}; "
             "--allow-different compares them anyway"
         )
+    old, new = measurements(before), measurements(after)
+    if config.json:
+        found = changes(old, new)
+        rows = [asdict(one) | {"verdict": one.verdict(config.threshold)} for one in found]
+        print_json({"different": [*refused, *noted], "changes": rows})
+        return int(any(row["verdict"] == "slower" for row in rows))
     for line in (*refused, *noted):
         print(f"different {line}")
-    old, new = measurements(before), measurements(after)
     if not old or not new:
         bare = before if not old else after
         print(f"{bare.path.name}: `{bare.suite}` records no times and no rates: nothing to compare")
@@ -103,7 +107,7 @@ def main(arguments: list[str]) -> int:
         )
     moved = [one for one in found if one.before.values != one.after.values]
     if moved:
-        Console(width=160).print(_table(moved, config.threshold))
+        print_rows(_COLUMNS, _rows(moved, config.threshold))
     if len(moved) < len(found):
         print(f"{len(found) - len(moved)} more are the same to the last digit")
     for record, names in ((before, old.keys() - new.keys()), (after, new.keys() - old.keys())):
@@ -185,13 +189,15 @@ def _resampled_medians(measured: Measurement, rng: np.random.Generator) -> np.nd
     return np.median(drawn, axis=1)
 
 
-def _table(found: list[Change], threshold: float) -> Table:
-    table = Table("time or rate", "before", "after", "as long", "95% interval", "values", "")
+_COLUMNS = ("time or rate", "before", "after", "as long", "95% interval", "values", "verdict")
+
+
+def _rows(found: list[Change], threshold: float) -> Iterator[tuple[str, ...]]:
     for one in found:
         interval = "too few values"
         if one.low is not None and one.high is not None:
             interval = f"{one.low:.2f} to {one.high:.2f}"
-        table.add_row(
+        yield (
             one.name,
             _shown(one.before),
             _shown(one.after),
@@ -200,7 +206,6 @@ def _table(found: list[Change], threshold: float) -> Table:
             f"{len(one.before.values)}, {len(one.after.values)}",
             one.verdict(threshold),
         )
-    return table
 
 
 def _shown(measured: Measurement) -> str:

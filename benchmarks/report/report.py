@@ -17,6 +17,7 @@ from cavmae.atomic_write import write_bytes, write_text
 from cavmae.benchmarks.harness.records import RESULTS, Record, read_record
 from cavmae.benchmarks.report.parts import Grid, Picture, Section, gigabytes
 from cavmae.benchmarks.report.sections import section
+from cavmae.html_page import page
 from cavmae.trainer.tracking.tracker import flatten
 
 ORDER = (
@@ -24,25 +25,6 @@ ORDER = (
     *("scaling", "overhead", "faults", "soak"),
 )
 """The order of the sections; other kinds come after them."""
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>cavmae benchmarks</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; }}
-table {{ border-collapse: collapse; margin: 1em 0; font-size: 14px; }}
-th, td {{ border: 1px solid #ccc; padding: 0.25em 0.6em; text-align: left; vertical-align: top; }}
-th {{ background: #f2f2f2; }}
-img {{ max-width: 100%; }}
-h2 {{ border-top: 2px solid #444; padding-top: 0.6em; margin-top: 2em; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,7 @@ def write_report(results: Path, out: Path) -> list[Path]:
     sections = _sections(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     body = _markdown(sections, refused, _embedded)
-    write_text(out, _PAGE.format(body=MarkdownIt("js-default").render(body)))
+    write_text(out, page("cavmae benchmarks", MarkdownIt("js-default").render(body)))
     text = out.with_suffix(".md")
     write_text(text, _markdown(sections, refused, lambda one: _beside(one, out)))
     return [out, text]

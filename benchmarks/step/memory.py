@@ -8,8 +8,9 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+from cavmae.benchmarks.harness.process_memory import reset_peak, resident_bytes
 from cavmae.benchmarks.step.training_step import StepSetting, TrainingStep
+from cavmae.trainer.cost_model.run_rates import peak_bytes
 
 STEPS = 2
 """The first one makes the optimizer's state, so the second one holds everything."""

@@ -15,14 +15,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cavmae.benchmarks.harness.durations import budget_seconds
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.synthetic_shards import synthetic_shards
 from cavmae.benchmarks.harness.work_folder import work_folder
 from cavmae.benchmarks.training.autotune_trial import Fields, Trial, run_trial, with_fields, words
+from cavmae.console import print_rows
 from cavmae.trainer.config.configs import PretrainConfig
 from cavmae.trainer.config.parse import parse
 from cavmae.trainer.config.resolve import native_dtype
@@ -74,7 +73,7 @@ def main(arguments: list[str]) -> int:
     with work_folder("autotune") as work:
         search = Search(config, options.ranks, work, budget)
         search.run()
-    Console(width=120).print(_table(search.trials))
+    print_rows(("fields", "clips", "samples/s", "memory, GB", "took, s"), _rows(search.trials))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = {
         "fields": search.best,
@@ -280,14 +279,14 @@ def _result(trial: Trial) -> str:
     return trial.problem or f"{trial.samples_per_second:.4g} samples/s"
 
 
-def _table(trials: list[Trial]) -> Table:
-    table = Table("fields", "clips", "samples/s", "memory, GB", "took, s")
-    for trial in trials:
-        table.add_row(
+def _rows(trials: list[Trial]) -> list[tuple[str, ...]]:
+    return [
+        (
             words(trial.fields),
             "loader" if trial.real_data else "on the device",
             _result(trial).removesuffix(" samples/s"),
             f"{trial.peak_memory_bytes / 1e9:.2f}" if trial.peak_memory_bytes else "",
             f"{trial.seconds:.0f}",
         )
-    return table
+        for trial in trials
+    ]

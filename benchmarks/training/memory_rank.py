@@ -36,9 +36,10 @@ def measure(config: PretrainConfig) -> dict[str, object]:
     limit_threads(config.threads_per_rank, ranks)
     import torch.distributed as dist
 
-    from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+    from cavmae.benchmarks.harness.process_memory import reset_peak, resident_bytes
     from cavmae.benchmarks.harness.synthetic_batches import SyntheticBatches
     from cavmae.dataloaders.config import ClipShape
+    from cavmae.trainer.cost_model.run_rates import peak_bytes
     from cavmae.trainer.distributed.engine import Engine
     from cavmae.trainer.distributed.process_group import start_process_group
     from cavmae.trainer.tasks.build_model import configure_blocks

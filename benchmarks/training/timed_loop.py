@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 
 from cavmae.benchmarks.harness.power import Energy, power_meter
-from cavmae.benchmarks.harness.process_memory import peak_bytes
 from cavmae.benchmarks.harness.timeline import Label, Timeline
 from cavmae.benchmarks.step.parts import REST, PartObserver, observe_collectives
 from cavmae.benchmarks.training.timed_plan import TimedPlan
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.loading.loader import TrainLoader
+from cavmae.trainer.cost_model.run_rates import peak_bytes
 from cavmae.trainer.distributed.engine import Engine
 from cavmae.trainer.tasks.task import Loader, Task
 from cavmae.trainer.trainer import Hooks

@@ -4,37 +4,38 @@ import csv
 import io
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from cavmae.atomic_write import read_json, write_text
+from cavmae.console import print_json, print_rows
 from cavmae.trainer.tracking.metrics_file import read_metrics
 from cavmae.trainer.tracking.tracker import log_files
 
 _OMITTED_SUFFIXES = ("_low", "_high", "_chance", "_p_value")
 
 
-def compare(folder: Path, states: dict[str, str], console: Console) -> None:
-    """Write `comparison.csv`, `comparison.png` and an MLflow run `comparison` beside the runs.
+def compare(folder: Path, states: dict[str, str], *, as_json: bool) -> None:
+    """Print a table of the runs; write `comparison.csv`, `comparison.png` and an MLflow run
+    `comparison` beside the runs.
 
     Args:
         folder: folder of the run folders.
         states: state of each run, by name.
-        console: console for the table.
+        as_json: print it as JSON.
     """
     runs = {name: _metrics(folder / name) for name in states}
     finals = {name: _final(folder / name, records) for name, records in runs.items()}
     columns = sorted({column for final in finals.values() for column in final})
-    table = Table("run", "state", *columns)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["run", "state", *columns])
+    rows = []
     for name, state in states.items():
         values = [finals[name].get(column) for column in columns]
-        shown = ["" if value is None else f"{value:.4g}" for value in values]
-        table.add_row(name, state, *shown)
+        rows.append((name, state, *("" if value is None else f"{value:.4g}" for value in values)))
         writer.writerow([name, state, *("" if value is None else value for value in values)])
-    console.print(table)
+    if as_json:
+        print_json([{"run": name, "state": states[name], **finals[name]} for name in states])
+    else:
+        print_rows(("run", "state", *columns), rows)
     files = [folder / "comparison.csv", folder / "comparison.png"]
     write_text(files[0], text.getvalue())
     _plot(runs, finals, files[1])

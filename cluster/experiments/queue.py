@@ -22,14 +22,14 @@ from cavmae.cluster.connection import connected
 from cavmae.cluster.experiments.comparison import compare
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Experiment, Need, State, read_experiments
-from cavmae.console import plain_console
+from cavmae.console import JsonOption
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
 _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class QueueConfig:
+class QueueConfig(JsonOption):
     """Run the experiments of a file, and compare them. Fields after these apply to every run:
     `--data.train SHARDS`, `--workers 8`.
 
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
                 driver.request_stop()
             for driver in drivers:
                 driver.wait()
-    compare(folder, {one.name: one.state for one in experiments}, plain_console())
+    compare(folder, {one.name: one.state for one in experiments}, as_json=config.json)
     return 0 if all(one.state == "finished" for one in experiments) else 1
 
 

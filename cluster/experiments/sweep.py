@@ -25,7 +25,7 @@ from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.cluster.experiments.yaml_file import words_of
-from cavmae.console import plain_console
+from cavmae.console import JsonOption
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 from cavmae.trainer.tracking.metrics_file import read_metrics
 
@@ -33,7 +33,7 @@ _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(JsonOption):
     """Search the space of a file with Ray Tune (ASHA). Fields after these apply to every trial:
     `--data.train SHARDS`, `--workers 8`.
 
@@ -81,11 +81,12 @@ def main(arguments: list[str]) -> int:
         value = (result.metrics or {}).get(sweep.metric)
         if value is not None:
             measured.append((value, name))
-    compare(folder, states, plain_console())
+    compare(folder, states, as_json=config.json)
     if measured:
         value, name = (max if sweep.mode == "max" else min)(measured, key=lambda pair: pair[0])
         words = words_of(results[name].config or {})
-        print(f"best {sweep.metric}: {value:.4g}, {name}: {' '.join(words)}")
+        said = f"best {sweep.metric}: {value:.4g}, {name}: {' '.join(words)}"
+        print(said, file=sys.stderr)
     if signals:
         return START_AGAIN_EXIT_CODE
     return 1 if "failed" in states.values() else 0

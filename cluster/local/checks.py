@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.cuda.nccl
@@ -22,6 +22,7 @@ from rich.text import Text
 
 import cavmae
 from cavmae.trainer.config.resolve import native_dtype
+from cavmae.trainer.cost_model.gpus import find_gpu
 
 State = Literal["ok", "warning", "problem"]
 STATES = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -71,8 +72,7 @@ def gpu() -> Finding:
     """Check that torch sees a CUDA device."""
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        named = ", ".join(f"{card.name} ({card.total_memory / 1e9:.0f} GB)" for card in cards)
-        return Finding("GPU", "ok", named)
+        return Finding("GPU", "ok", ", ".join(map(_described, cards)))
     found = f"torch {torch.__version__} (built for {torch.version.cuda or 'CPU'}) finds no GPU"
     install = "install a CUDA build of torch (docs/start/install.md); expose the GPU to a container"
     if _NVIDIA_DRIVER.exists():
@@ -80,6 +80,13 @@ def gpu() -> Finding:
         return Finding("GPU", "problem", found, f"for this driver, {install}")
     advice = f"none needed for a small model on the CPU; else install a driver, then {install}"
     return Finding("GPU", "warning", found, advice)
+
+
+def _described(card: Any) -> str:
+    """Describe a GPU; a known one with the rate that the MFU of runs is relative to."""
+    known = find_gpu(card.name)
+    rate = f", {known.bf16 / 1e12:g} TFLOP/s in bf16 by its data sheet" if known else ""
+    return f"{card.name} ({card.total_memory / 1e9:.0f} GB{rate})"
 
 
 def driver() -> Finding:

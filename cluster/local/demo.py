@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.config import RAY_KINDS, RayRunConfig
 from cavmae.cluster.train import train_on_ray
-from cavmae.console import plain_console
+from cavmae.console import plain_console, print_rows
 from cavmae.dataloaders.packing.pack import PackConfig, pack
 from cavmae.dataloaders.tools.synthetic import generate
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt, at_least
@@ -216,7 +213,8 @@ def untrained_scores(demo: Demo) -> dict[str, float]:
 def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> int:
     """Print scores, what they mean and where the results are; returns the exit code."""
     config, console = demo.config, demo.console
-    console.print(scores_table(scores, untrained, config.unseen_clips))
+    title = f"Retrieval among {config.unseen_clips} unseen clips"
+    print_rows(_COLUMNS, score_rows(scores, untrained), title=title)
     console.print(_LIMITATIONS, highlight=False)
     # The program's full path: the environment of `make demo` is not on the user's PATH.
     mlflow = Path(sys.executable).parent / "mlflow"
@@ -252,19 +250,18 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     return 0
 
 
-def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: int) -> Table:
-    """Return a table of retrieval both ways, beside chance and the model before training."""
-    title = f"\nRetrieval among {clips} unseen clips"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in ("trained", "95% CI", "chance", "x chance", "p", "untrained"):
-        table.add_column(column, justify="right", no_wrap=True)
+_COLUMNS = ("", "", "trained", "95% CI", "chance", "x chance", "p", "untrained")
+
+
+def score_rows(scores: dict[str, float], untrained: dict[str, float]) -> Iterator[tuple[str, ...]]:
+    """Yield rows of retrieval both ways, beside chance and the model before training."""
     for direction in DIRECTIONS:
-        table.add_row(Text(direction.replace("_", " "), style="bold"))
+        name = direction.replace("_", " ")
         for k in (1, 5, 10):
             key = f"val_{direction}_r{k}"
             value, chance, p = (scores[key + part] for part in ("", "_chance", "_p_value"))
-            table.add_row(
+            yield (
+                name,
                 f"R@{k}",
                 f"{value:.1%}",
                 f"{100 * scores[f'{key}_low']:.0f} to {scores[f'{key}_high']:.0%}",
@@ -275,6 +272,5 @@ def scores_table(scores: dict[str, float], untrained: dict[str, float], clips: i
             )
         key = f"val_{direction}_median_rank"
         chance = scores[f"val_{direction}_chance_median_rank"]
-        values = [f"{scores[key]:g}", "", f"{chance:g}", "", "", f"{untrained[key]:g}"]
-        table.add_row("median rank", *values)
-    return table
+        values = (f"{scores[key]:g}", "", f"{chance:g}", "", "", f"{untrained[key]:g}")
+        yield name, "median rank", *values

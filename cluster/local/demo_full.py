@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
-from cavmae.console import plain_console
+from cavmae.console import plain_console, print_rows
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SEARCHES = 8
@@ -234,13 +232,13 @@ def _search(demo: Demo, unseen: str) -> None:
 
 def _show(demo: Demo) -> int:
     """Print and write the table; returns the exit code."""
-    table = Table(box=box.SIMPLE_HEAD, title="\nEach step and what it must beat")
-    for column in ("step", "score", "must beat", ""):
-        table.add_column(column)
-    for line in demo.lines:
-        *texts, good = line.values()
-        table.add_row(*texts, "yes" if good else "NO")
-    demo.console.print(table)
+    rows = [
+        (line["step"], line["score"], line["baseline"], "yes" if line["good"] else "NO")
+        for line in demo.lines
+    ]
+    print_rows(
+        ("step", "score", "must beat", "beats"), rows, title="Each step and what it must beat"
+    )
     for name, value in demo.seconds.items():
         demo.console.print(f"{name}: {value:.0f} s")
     result = {"lines": demo.lines, "seconds": demo.seconds}

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 import cavmae
 from cavmae.cluster.local import checks
 from cavmae.cluster.local.checks import STATES, Finding, judge, show
-from cavmae.console import plain_console
+from cavmae.console import JsonOption, plain_console, print_json
 from cavmae.dataloaders.config import ClipShape, DataConfig
 
 _RUN_BYTES = 20e9
@@ -31,7 +31,7 @@ _COMPILE_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(JsonOption):
     """Check versions, GPU, limits, disk, compiler, tracking store and shards of this machine.
 
     The exit code is 1 if a problem prevents training.
@@ -187,8 +187,12 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns 1 if there is a problem."""
-    findings = examine(tyro.cli(DoctorConfig, prog="cavmae doctor", args=arguments))
-    show(findings, plain_console(highlight=False))
+    config = tyro.cli(DoctorConfig, prog="cavmae doctor", args=arguments)
+    findings = examine(config)
     counts = {state: sum(one.state == state for one in findings) for state in STATES}
-    print(", ".join(f"{state}: {count}" for state, count in counts.items()))
+    if config.json:
+        print_json([asdict(one) for one in findings])
+    else:
+        show(findings, plain_console(highlight=False))
+        print(", ".join(f"{state}: {count}" for state, count in counts.items()))
     return 1 if counts["problem"] else 0

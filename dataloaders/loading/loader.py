@@ -229,6 +229,11 @@ class ValidationLoader:
         self.close()
 
     @property
+    def clips(self) -> int:
+        """Clips of this rank's part, excluded ones among them."""
+        return sum(map(len, self._parts))
+
+    @property
     def quarantine(self) -> list[QuarantinedSample]:
         """Excluded clips of this rank's part."""
         return self._quarantine.samples

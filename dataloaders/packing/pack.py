@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from cavmae.atomic_write import write_text
-from cavmae.console import plain_console
+from cavmae.console import Bar, JsonOption, plain_console, print_json, print_rows
 from cavmae.dataloaders.constants import TIERS, Modalities
 from cavmae.dataloaders.media.audio_codec import AudioCodec
 from cavmae.dataloaders.media.encode_video import VideoCodec
@@ -40,8 +40,8 @@ from cavmae.dataloaders.packing.pack_clip import (
     clip_length,
     pack_clip,
 )
-from cavmae.dataloaders.packing.progress import PackProgress, PackSummary, summary_table
 from cavmae.dataloaders.packing.statistics import crop_statistics, write_statistics
+from cavmae.dataloaders.packing.summary import PackSummary, summary_rows
 from cavmae.dataloaders.process_pool import Failure, FailureReason, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.format import ShardEntry
 from cavmae.dataloaders.shards.writer import ShardWriter, write_index
@@ -53,7 +53,7 @@ option, or by another limit."""
 
 
 @dataclass(frozen=True)
-class PackConfig(CheckedFields):
+class PackConfig(CheckedFields, JsonOption):
     """Pack videos, or sounds, into shards for training.
 
     A clip is the first `clip_seconds` of a file, or the window that a CSV file gives. Clips that
@@ -185,6 +185,7 @@ class PackConfig(CheckedFields):
             "videos",
             "split",
             "out",
+            "json",
             "workers",
             "ray",
             "ray_address",
@@ -243,6 +244,7 @@ class _Packer:
             if same := self.others.same_names(sources):
                 self.console.print(f"warning: {same}", markup=False)
         self.known = KnownContent()
+        self.skipped_now = 0
 
     def run(self) -> PackSummary:
         config, out, tiers, clips = self.config, self.out, self.config.tier_names, self.clips
@@ -265,11 +267,11 @@ class _Packer:
                     f"Packing {total} clips in {len(pending)} shards, {self.workers} processes"
                 )
                 with (
-                    PackProgress(self.console, total) as progress,
+                    Bar("packing", total, "clips", console=self.console) as bar,
                     closing(self.execute(pack_clip, map(self._task, numbers))) as results,
                 ):
                     for shard in pending:
-                        reports[shard] = self._pack_shard(shard, results, progress)
+                        reports[shard] = self._pack_shard(shard, results, bar)
             return self._complete([reports[shard] or {} for shard in shards], len(pending))
 
     def _try_again(self, reports: dict[int, dict[str, Any] | None]) -> None:
@@ -353,7 +355,7 @@ class _Packer:
         self,
         shard: int,
         results: Iterator[PackedClip | SkippedClip | Failure],
-        progress: PackProgress,
+        bar: Bar,
     ) -> dict[str, Any]:
         """Write one shard of every tier from the next results; returns its report."""
         tiers = self.config.tier_names
@@ -373,7 +375,8 @@ class _Packer:
                 else:
                     line |= {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
                     skipped.append(line | {"reason": result.reason, "detail": result.detail})
-                progress.count(packed=isinstance(result, PackedClip))
+                self.skipped_now += not isinstance(result, PackedClip)
+                bar.count(note=f"{self.skipped_now} skipped")
             entries = {tier: writer.finish() for tier, writer in writers.items()}
         except BaseException:
             for writer in writers.values():
@@ -479,7 +482,10 @@ def main(argv: list[str] | None = None, on_ray: Callable[[str], Executor] | None
     except KeyboardInterrupt:
         errors.print("stopped; rerun the same command to resume")
         return 130
-    plain_console().print(summary_table(summary, config.out))
+    if config.json:
+        print_json(asdict(summary))
+    else:
+        print_rows(("", ""), summary_rows(summary), title=f"Packed into {config.out}")
     if summary.skipped:
-        plain_console().print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")
+        errors.print(f"Skipped clips are listed in {Path(config.out) / 'report.jsonl'}")
     return 0

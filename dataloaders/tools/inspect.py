@@ -4,28 +4,27 @@ Prints statistics of a set, and writes a contact sheet of randomly drawn clips: 
 spectrogram that a model gets, with label and key. Works on a folder and on a URL.
 """
 
-import base64
-import html
 import io
 import json
+import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from cavmae.atomic_write import atomic_write
-from cavmae.console import plain_console
-from cavmae.dataloaders.constants import MIDDLE_FRAME
+from cavmae.console import JsonOption, print_json, print_rows
+from cavmae.dataloaders.constants import MIDDLE_FRAME, Modalities
 from cavmae.dataloaders.packing.statistics import read_statistics
 from cavmae.dataloaders.sampling.philox import random_permutation
 from cavmae.dataloaders.shards.format import clip_seconds
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.shards.storage import LocalFolder
 from cavmae.field_checks import CheckedFields, PositiveInt
+from cavmae.html_page import element, page, picture
 from cavmae.text_table import in_utf8
 
 LARGEST_SURVEY = 2000
@@ -36,7 +35,7 @@ AUDIO_FRAMES, MEL_BINS = 1024, 128
 
 
 @dataclass(frozen=True)
-class InspectConfig(CheckedFields):
+class InspectConfig(CheckedFields, JsonOption):
     """Print statistics of packed shards and write a contact sheet of clips.
 
     Raises:
@@ -62,11 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     config = tyro.cli(InspectConfig, prog="cavmae inspect", args=argv)
     shards = ShardSet(config.shards)
-    for table in survey(shards, config.seed):
-        plain_console().print(table)
+    found = survey(shards, config.seed)
     cards = draw(shards, config.clips, config.seed)
     write_sheet(Path(config.out), config.shards, cards)
-    plain_console().print(f"{len(cards)} clips: {config.out}")
+    if config.json:
+        print_json(asdict(found))
+    else:
+        show(found)
+    print(f"{len(cards)} clips: {config.out}", file=sys.stderr)
     return 0
 
 
@@ -79,8 +81,43 @@ def _drawn(shards: ShardSet, count: int, seed: int) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------------------------- numbers
 
 
-def survey(shards: ShardSet, seed: int) -> list[Table]:
-    """Make tables of a set's statistics.
+@dataclass(frozen=True)
+class Survey:
+    """What a set holds.
+
+    Attributes:
+        folder, tier, clips, shards, bytes: of the set.
+        sampled: clips that the rest is of.
+        modality: what its clips have.
+        hours: of the whole set's sound, or pictures where it has none, from the sampled ones.
+        seconds, frames: least, median and largest of a clip; None: it has no pictures.
+        video_codec, audio_codec: of all clips; empty: there is none.
+        frame_sizes: clips by width and height, the most common first.
+        lengths: from, to and clips of each bar of a histogram of the seconds.
+        labels: clips by label, the most common first.
+        not_packed: clips by reason.
+    """
+
+    folder: str
+    tier: str
+    modality: Modalities
+    clips: int
+    shards: int
+    bytes: int
+    sampled: int
+    hours: float
+    seconds: tuple[float, float, float]
+    frames: tuple[float, float, float] | None
+    video_codec: str
+    audio_codec: str
+    frame_sizes: dict[str, int]
+    lengths: list[tuple[float, float, int]]
+    labels: dict[str, int]
+    not_packed: dict[str, int]
+
+
+def survey(shards: ShardSet, seed: int) -> Survey:
+    """Collect a set's statistics.
 
     Raises:
         OSError: a shard cannot be read.
@@ -88,55 +125,73 @@ def survey(shards: ShardSet, seed: int) -> list[Table]:
     """
     places = _drawn(shards, LARGEST_SURVEY, seed)
     found = [shards.description(*place) for place in places]
-    table = Table(title=shards.folder, show_header=False)
-    table.add_row("tier", shards.tier)
-    table.add_row("clips", f"{shards.samples} in {len(shards.sizes)} shards")
-    size = sum(file.bytes for file in shards.files)
-    table.add_row("bytes", f"{size / 1e9:.2f} GB, {size / shards.samples / 1e3:.0f} kB a clip")
-    if len(found) < shards.samples:
-        table.add_row("sampled", f"{len(found)} clips")
-    kind = "video" if shards.modality == "video" else "audio"
     seconds = np.array([clip_seconds(one) for one in found])
-    table.add_row(kind, f"{seconds.mean() * shards.samples / 3600:.1f} h, {_spread(seconds)}")
-    codecs = []
-    if shards.modality != "audio":
-        frames = np.array([one["video"]["frames"] for one in found])
-        table.add_row("frames", _spread(frames))
-        sizes = Counter(f"{one['video']['width']} x {one['video']['height']}" for one in found)
-        table.add_row("frame sizes", _most_common(sizes, 5))
-        codecs.append(shards.video_codec or "JPEG")
-    if shards.modality != "video":
-        codecs.append(f"{shards.audio_codec} audio")
-    table.add_row("codec", ", ".join(codecs))
-    tables = [table, _histogram(seconds, kind)]
-    labels = Counter(label for one in found for label in one["labels"])
-    tables += _counts("label", f"{len(labels)} labels", labels)
-    return tables + _counts("reason", "not packed", _skipped(shards))
-
-
-def _counts(column: str, title: str, counts: Counter[str]) -> list[Table]:
-    """A table of the most common values, if there are any."""
-    table = Table(column, "clips", title=title)
-    for value, count in counts.most_common(ROWS_SHOWN):
-        table.add_row(value, str(count))
-    return [table] if counts else []
-
-
-def _spread(values: np.ndarray) -> str:
-    return f"{values.min():g} to {values.max():g}, median {np.median(values):g}"
-
-
-def _most_common(counts: Counter[str], count: int) -> str:
-    shown = ", ".join(f"{name} ({number})" for name, number in counts.most_common(count))
-    return shown + (f", {len(counts) - count} more" if len(counts) > count else "")
-
-
-def _histogram(seconds: np.ndarray, kind: str) -> Table:
     counts, edges = np.histogram(seconds, HISTOGRAM_ROWS)
-    table = Table("seconds", "clips", "", title=f"length of the {kind}")
-    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-        table.add_row(f"{low:.1f} to {high:.1f}", str(count), "#" * round(40 * count / max(counts)))
-    return table
+    bounds = edges.tolist()
+    pictures = [one["video"] for one in found if "video" in one]
+    sizes = Counter(f"{one['width']} x {one['height']}" for one in pictures)
+    return Survey(
+        folder=shards.folder,
+        tier=shards.tier,
+        modality=shards.modality,
+        clips=shards.samples,
+        shards=len(shards.sizes),
+        bytes=sum(file.bytes for file in shards.files),
+        sampled=len(found),
+        hours=float(seconds.mean()) * shards.samples / 3600,
+        seconds=_spread(seconds),
+        frames=_spread(np.array([one["frames"] for one in pictures])) if pictures else None,
+        video_codec=(shards.video_codec or "JPEG") if pictures else "",
+        audio_codec="" if shards.modality == "video" else shards.audio_codec,
+        frame_sizes=dict(sizes.most_common()),
+        lengths=list(zip(bounds[:-1], bounds[1:], counts.tolist(), strict=True)),
+        labels=dict(Counter(label for one in found for label in one["labels"]).most_common()),
+        not_packed=dict(_skipped(shards).most_common()),
+    )
+
+
+def show(found: Survey) -> None:
+    """Print a survey as tables."""
+    size = f"{found.bytes / 1e9:.2f} GB, {found.bytes / found.clips / 1e3:.0f} kB a clip"
+    kind = "video" if found.modality == "video" else "audio"
+    sound = f"{found.audio_codec} audio" if found.audio_codec else ""
+    rows = [
+        ("tier", found.tier),
+        ("clips", f"{found.clips} in {found.shards} shards"),
+        ("bytes", size),
+        ("sampled", f"{found.sampled} clips"),
+        (kind, f"{found.hours:.1f} h, {_range(found.seconds)}"),
+        ("codec", ", ".join(filter(None, (found.video_codec, sound)))),
+    ]
+    if found.frames:
+        rows.append(("frames", _range(found.frames)))
+        rows.append(("frame sizes", _most_common(found.frame_sizes, 5)))
+    print_rows(("", ""), rows, title=found.folder)
+    most = max(count for _, _, count in found.lengths)
+    bars = [
+        (f"{low:.1f} to {high:.1f}", count, "#" * round(40 * count / most))
+        for low, high, count in found.lengths
+    ]
+    print_rows(("seconds", "clips", ""), bars, title=f"length of the {kind}")
+    for column, title, counts in (
+        ("label", f"{len(found.labels)} labels", found.labels),
+        ("reason", "not packed", found.not_packed),
+    ):
+        if counts:
+            print_rows((column, "clips"), list(counts.items())[:ROWS_SHOWN], title=title)
+
+
+def _spread(values: np.ndarray) -> tuple[float, float, float]:
+    return float(values.min()), float(np.median(values)), float(values.max())
+
+
+def _range(spread: tuple[float, float, float]) -> str:
+    return f"{spread[0]:g} to {spread[2]:g}, median {spread[1]:g}"
+
+
+def _most_common(counts: dict[str, int], count: int) -> str:
+    shown = ", ".join(f"{name} ({number})" for name, number in list(counts.items())[:count])
+    return shown + (f", {len(counts) - count} more" if len(counts) > count else "")
 
 
 def _skipped(shards: ShardSet) -> Counter[str]:
@@ -247,29 +302,19 @@ def write_sheet(path: Path, title: str, cards: list[Card]) -> None:
 
 
 def _write_page(path: Path, title: str, cards: list[Card]) -> None:
-    rows = "".join(
-        f"<figure>{_image(card.frame, 'frame')}"
-        f"{_image(None if card.log_mel is None else card.log_mel.T[::-1], 'log-mel')}"
-        f"<figcaption><b>{html.escape(card.sample_id)}</b> "
-        f"{html.escape(', '.join(card.labels) or 'no label')}<br>{html.escape(card.facts)}"
-        f"</figcaption></figure>"
+    figures = "".join(
+        f"<figure>{_jpeg(card.frame, 'frame')} "
+        f"{_jpeg(None if card.log_mel is None else card.log_mel.T[::-1], 'log-mel')}"
+        f"<figcaption>{element('b', card.sample_id)} "
+        f"{element('span', ', '.join(card.labels) or 'no label')}<br>{element('span', card.facts)}"
+        "</figcaption></figure>"
         for card in cards
     )
     style = (
-        "body{font:14px sans-serif;margin:2em}figure{display:inline-block;width:640px;margin:8px}"
-        "img{height:200px;margin-right:4px;max-width:420px}figcaption{color:#333}"
+        "<style>figure{width:640px}figure img{height:200px;max-width:420px}"
+        "figcaption{color:#333}</style>"
     )
-    path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{style}</style><h1>{html.escape(title)}</h1>{rows}\n",
-        encoding="utf-8",
-    )
-
-
-def _image(pixels: np.ndarray | None, alt: str) -> str:
-    if pixels is None:
-        return ""
-    return f"<img src='data:image/jpeg;base64,{_jpeg(pixels)}' alt='{alt}'>"
+    path.write_text(page(title, style + element("h1", title) + figures), encoding="utf-8")
 
 
 def _write_image(path: Path, title: str, cards: list[Card]) -> None:
@@ -297,10 +342,13 @@ def _write_image(path: Path, title: str, cards: list[Card]) -> None:
     figure.savefig(path, format="png", dpi=80)
 
 
-def _jpeg(pixels: np.ndarray) -> str:
-    """Encode RGB pixels, or one value per pixel in colours from the lowest to the highest."""
+def _jpeg(pixels: np.ndarray | None, name: str) -> str:
+    """Embed RGB pixels, or one value per pixel in colours from the lowest to the highest; nothing
+    where a set has none."""
+    if pixels is None:
+        return ""
     from matplotlib.image import imsave
 
     encoded = io.BytesIO()
     imsave(encoded, pixels, format="jpeg", pil_kwargs={"quality": 85})
-    return base64.b64encode(encoded.getvalue()).decode()
+    return picture(encoded.getvalue(), name, "jpeg")

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +22,8 @@ import av
 import tyro
 from av.error import FFmpegError
 from PIL import Image
-from rich.table import Table
 
-from cavmae.console import plain_console
+from cavmae.console import JsonOption, counted, print_json, print_rows
 from cavmae.dataloaders.constants import AUDIO_CODECS, AUDIO_HZ, FRAMES_PER_CLIP, TIERS
 from cavmae.dataloaders.media.audio_codec import decode_audio
 from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
@@ -50,7 +49,7 @@ LISTED_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
-class VerifyConfig(CheckedFields):
+class VerifyConfig(CheckedFields, JsonOption):
     """Check packed shards: sizes, checksums, index, descriptions."""
 
     shards: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SHARDS")]
@@ -102,7 +101,11 @@ def verify(config: VerifyConfig) -> list[ShardResult]:
         members = member_names(tier, index["audio_codec"], index["modality"])
         checks += [_Check(folder, tier, members, one, config.decode) for one in index["shards"]]
     checked = run_in_order(check_shard, checks, workers=config.workers, limits=SHARD_LIMITS)
-    for check, result in zip(checks, checked, strict=True):
+    clips = sum(check.entry.samples for check in checks)
+    pairs = zip(checks, checked, strict=True)
+    for check, result in counted(
+        pairs, "checking", clips, "clips", lambda pair: pair[0].entry.samples
+    ):
         if isinstance(result, Failure):  # A decoder crashed on damaged data.
             problems = (f"{result.reason}: {result.detail}",)
             result = ShardResult(check.tier, check.entry.name, 0, 0, problems)
@@ -333,12 +336,24 @@ def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> lis
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 if there are problems."""
-    results = verify(tyro.cli(VerifyConfig, prog="cavmae verify", args=argv))
-    table = Table("tier", "shard", "samples", "MB", "problems")
-    for result in results:
-        row = (result.tier, result.name, str(result.samples), f"{result.bytes / 1e6:.1f}")
-        table.add_row(*row, str(len(result.problems)) if result.problems else "none")
-    plain_console().print(table)
+    config = tyro.cli(VerifyConfig, prog="cavmae verify", args=argv)
+    results = verify(config)
+    if config.json:
+        print_json([asdict(result) for result in results])
+    else:
+        print_rows(
+            ("tier", "shard", "samples", "MB", "problems"),
+            [
+                (
+                    one.tier,
+                    one.name,
+                    one.samples,
+                    f"{one.bytes / 1e6:.1f}",
+                    len(one.problems) or "none",
+                )
+                for one in results
+            ],
+        )
     problems = [
         f"{result.tier}/{result.name}: {problem}"
         for result in results

@@ -1,6 +1,7 @@
 """What is shown of a job, and what is refused before it becomes one (the real thing is in
 tests/trainer/test_launchers.py)."""
 
+import json
 import shlex
 import socket
 import time
@@ -96,6 +97,48 @@ def test_a_driver_in_a_job_repeats_each_state_as_a_line(
     with status_relay.StatusRelay(tmp_path):
         write_status(tmp_path, state="running")
     assert not capsys.readouterr().out, "the output of a driver at a terminal is for people"
+
+
+def job(
+    name: str, ray_status: str, entrypoint: str, start: int, **metadata: str
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=name,
+        status=SimpleNamespace(value=ray_status),
+        entrypoint=entrypoint,
+        start_time=start,
+        metadata=metadata or None,
+    )
+
+
+@pytest.mark.field
+def test_jobs_of_a_plain_submission_are_listed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray lists drivers without a submission as well; the job that stops another one is no run."""
+    seen = tmp_path / "seen here"
+    write_status(seen, state="finished", step=40, steps=40)
+    train = "python -m cavmae.cluster.train demo"
+    jobs_of_ray = [
+        job("raysubmit_2", "FAILED", f"{train} --run-dir '{seen}'", 3),
+        job("raysubmit_1", "RUNNING", f"{train} --run-dir=/not/here --steps 5", 2),
+        job("run-1", "RUNNING", f"{train} --run-dir /r", 1, run_dir="/r", commit="c"),
+        job("raysubmit_0", "SUCCEEDED", "python -m cavmae stop /r", 4, stops="run-1"),
+        SimpleNamespace(submission_id=None, start_time=5, metadata={}),
+    ]
+    client = SimpleNamespace(list_jobs=lambda: jobs_of_ray, get_job_logs=lambda _: log_of(RUN))
+    monkeypatch.setattr(jobs, "_client", lambda *_: client)
+    assert status([]) == 0
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["run-1", "running", "20/40", "/r"],
+        ["raysubmit_1", "running, says Ray", "", f"{train} --run-dir=/not/here --steps 5"],
+        ["raysubmit_2", "finished", "40/40", str(seen)],
+    ]
+    assert status(["--json"]) == 0
+    first, *_ = json.loads(capsys.readouterr().out)
+    assert first == {
+        "name": "run-1", "state": "running", "step": "20/40", "run_dir_or_command": "/r",
+    }  # fmt: skip
 
 
 @pytest.mark.field

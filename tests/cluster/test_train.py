@@ -322,6 +322,7 @@ def test_a_rank_does_not_begin_anew_where_nothing_is_mounted(
         "has_trained": True,
         "has_checkpoint": True,
         "owner": "",
+        "command": "cavmae train demo",
     }
     assert worker.train_rank(settings) == DONE
     (tmp_path / missing).unlink()

@@ -18,7 +18,6 @@ PRETRAINING = ModelSpec(
     mode="",
     classes=0,
     labels=(),
-    loss="bce",
     video=True,
     preprocessing=preprocessing(log_mel_mean=-4.5, log_mel_std=3.5),
     loss="bce",

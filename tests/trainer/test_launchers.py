@@ -168,7 +168,7 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
 
     again = cavmae(*submit, **ray_head)
     assert again.returncode == 1 and f"job {name} already trains in run_dir" in again.stderr
-    running = rf"{name} .* running, last step .* \d+/100000 "
+    running = rf"{name}\trunning, last step .*\t\d+/100000\t"
     while not re.search(running, listed := cavmae("status", **ray_head).stdout):
         assert time.monotonic() < deadline, listed  # a status is at most some seconds old
     assert "samples/s" in cavmae("logs", name, **ray_head).stdout
@@ -192,4 +192,4 @@ def test_a_job_is_submitted_watched_stopped_and_gone_on_with_by_ray_job_submit(
     assert losses(run_dir)[:STEPS] == by_hand
     assert len(losses(run_dir)) == step + 2
     shown = cavmae("status", str(run_dir))
-    assert f"finished │ {step + 2}/{step + 2}" in shown.stdout, shown
+    assert f"finished\t{step + 2}/{step + 2}" in shown.stdout, shown

@@ -60,6 +60,8 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert len(run["git_commits"]) == 2, "both starts are on record, in one MLflow run"
+    assert len(run["commands"]) == len(run["hardware"]) == 2
+    assert "attempts</td><td>2<" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_killed_run_goes_on_from_an_object_store(

@@ -198,6 +198,9 @@ class TrackingConfig(CheckedFields, section="tracking"):
     """MLflow experiment name."""
     every_steps: PositiveInt = 10
     """Optimizer steps between log lines and logged metrics."""
+    peak_tflops: Annotated[float, at_least(0, "the data sheet's")] = 0.0
+    """Matrix rate of a rank's device, in TFLOP/s, that MFU is relative to, such as one that `cavmae
+    bench step` measured; 0: that of the GPU's data sheet, and no MFU where it is unknown."""
 
 
 @dataclass(frozen=True)

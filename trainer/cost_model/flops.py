@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import astuple, dataclass
 
 from cavmae.trainer.model.blocks import Modality
+from cavmae.trainer.model.classifier import STREAMS, Mode
 from cavmae.trainer.model.config import ModelConfig
 
 _PIXELS_AUDIO, _PIXELS_VIDEO = 256, 768  # values of a 16 x 16 patch
@@ -113,3 +114,24 @@ def training_flops(
         config, audio_ratio, video_ratio, reconstruct=reconstruct, modalities=modalities
     )
     return forward.total + backward_flops(forward).total
+
+
+def classification_flops(config: ModelConfig, mode: Mode, *, encoders: bool = True) -> int:
+    """Count the operations of forward and backward pass of one sample of fine-tuning.
+
+    All patches are kept. The classifier's own layer is left out: 0.001 of the base model.
+
+    Args:
+        config: sizes of the model.
+        mode: which modalities are read.
+        encoders: whether they are trained, not the classifier alone.
+    """
+    streams, width = STREAMS[mode], config.width
+    tokens = {"audio": config.audio_tokens, "video": config.video_tokens}
+    values = {"audio": _PIXELS_AUDIO, "video": _PIXELS_VIDEO}
+    read = {modality for held in streams.values() for modality in held}
+    embed = sum(2 * width * tokens[one] * values[one] for one in read)
+    blocks = sum(config.modality_depth * _block(tokens[one], width) for one in read)
+    for held in streams.values():
+        blocks += config.joint_depth * _block(sum(tokens[one] for one in held), width)
+    return 2 * embed + 3 * blocks if encoders else embed + blocks

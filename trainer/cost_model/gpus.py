@@ -99,9 +99,13 @@ the 3.4 us a kernel of 2.9 us takes within a graph, in the same article."""
 def find_gpu(name: str) -> Gpu | None:
     """Return a GPU by its driver's name, or by a part such as `H200`; None where it is unknown.
 
-    CPUs are not here: the number of multiply units of a core can't be read.
+    CPUs are not here: the number of multiply units of a core can't be read. Nor are parts of a GPU
+    (MIG), whose names begin as that of the whole.
     """
-    by_driver = (one for one in GPUS if name.startswith(one.name))
+    if " MIG " in name:
+        return None
+    # Whole words: an L40 is no L4.
+    by_driver = (one for one in GPUS if f"{name} ".startswith(f"{one.name} "))
     exact = (one for one in GPUS if one.name == f"NVIDIA {name}")
     begins = (one for one in GPUS if name and one.name.startswith(f"NVIDIA {name}"))
     return next((one for found in (by_driver, exact, begins) for one in found), None)

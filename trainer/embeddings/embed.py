@@ -8,7 +8,6 @@ another.
 import dataclasses
 import hashlib
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import tyro
 
 from cavmae.atomic_write import write_json
-from cavmae.dataloaders.packing.progress import PLAIN_PROGRESS_SECONDS
+from cavmae.console import Bar
 from cavmae.dataloaders.shards.shard_set import ShardSet, looks_packed
 from cavmae.dataloaders.shards.storage import real_place
 from cavmae.field_checks import CheckedFields, Fraction, PositiveInt
@@ -105,7 +104,7 @@ class EmbedConfig(CheckedFields):
 
 
 Executor = Callable[[EmbedConfig, Origin, Sequence[int]], Iterator[int]]
-"""Writes the files of some shards, anywhere; yields the number of each that is written."""
+"""Writes the files of some shards, anywhere; yields how many more clips are done."""
 
 
 def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
             file_account(files[shard], origin)  # fail now, not when all others are written
         if missing:
             (out / DESCRIPTION).unlink(missing_ok=True)
-        _write_missing(config, origin, executor, missing, len(files))
+            _write_missing(config, origin, executor, missing, shards)
         accounts = [file_account(file, origin) for file in files]
         rows = [count for count, _ in accounts]
         skipped = [clip for _, clips in accounts for clip in clips]
@@ -154,17 +153,20 @@ def embed_set(config: EmbedConfig, executor: Executor) -> dict[str, Any]:
 
 
 def _write_missing(
-    config: EmbedConfig, origin: Origin, executor: Executor, missing: Sequence[int], files: int
+    config: EmbedConfig,
+    origin: Origin,
+    executor: Executor,
+    missing: Sequence[int],
+    shards: ShardSet,
 ) -> None:
-    """Have the missing files written, and report progress now and then."""
-    done, reported = files - len(missing), time.monotonic()
-    if done:
-        print(f"resuming: {done} of {files} files are complete", file=sys.stderr)
-    for _ in executor(config, origin, missing) if missing else ():
-        done += 1
-        if time.monotonic() - reported > PLAIN_PROGRESS_SECONDS:
-            reported = time.monotonic()
-            print(f"{done} of {files} files", file=sys.stderr, flush=True)
+    """Have the missing files written, and show how far that is."""
+    files = len(shards.sizes)
+    if len(missing) < files:
+        print(f"resuming: {files - len(missing)} of {files} files are complete", file=sys.stderr)
+    done = shards.samples - sum(shards.sizes[shard] for shard in missing)
+    with Bar("embedding", shards.samples, "clips", done=done) as bar:
+        for clips in executor(config, origin, missing):
+            bar.count(clips)
 
 
 def origin_of(run: AnyRun, shards: ShardSet, config: EmbedConfig) -> Origin:
@@ -193,8 +195,8 @@ def write_files(
     origin: Origin,
     numbers: Sequence[int],
 ) -> Generator[int]:
-    """Embed some shards and write the files that are missing; yields the number of each that is
-    written.
+    """Embed some shards and write the files that are missing; yields how many more clips are done,
+    unreadable ones when the file of their shard is written.
 
     Args:
         run: whose model it is.
@@ -235,6 +237,7 @@ def write_files(
             tables = []
             while batch is not None and int(batch.clips.positions[0]) in here:
                 tables.append(as_table(batch, shards, origin, modality))
+                yield len(tables[-1])
                 batch = next(batches, None)
             skipped = [
                 (clip.sample_id, clip.reason, clip.detail)
@@ -243,7 +246,7 @@ def write_files(
             ]
             assert sum(map(len, tables)) + len(skipped) == shards.sizes[number]
             write_file(out / file_name(shards, number), tables, origin, modality, skipped)
-            yield number
+            yield len(skipped)
     finally:
         loader.close()
 

@@ -11,10 +11,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from rich.table import Table
 
 from cavmae.atomic_write import read_json, write_json
-from cavmae.console import plain_console
+from cavmae.console import JsonOption, counted, print_json, print_rows
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.dataloaders.tools.inspect import card_of, write_sheet
 from cavmae.field_checks import CheckedFields, PositiveInt
@@ -33,7 +32,7 @@ COLUMNS = {"video": "video_embedding", "sound": "audio_embedding", "picture": "v
 
 
 @dataclass(frozen=True)
-class SearchConfig(CheckedFields):
+class SearchConfig(CheckedFields, JsonOption):
     """Rank the clips of EMBEDDINGS for a query: videos by its sound, sounds by its picture.
 
     Raises:
@@ -114,7 +113,10 @@ def _ranked(config: SearchConfig, embeddings: EmbeddingSet, kind: str, query: np
     if not record.exists():
         print(f"building {graph} of {embeddings.rows} clips, once", file=sys.stderr, flush=True)
         queries = embeddings.unit_vectors(COLUMNS[FOUND_BY[kind]])
-        build_graph(embeddings.unit_vectors(column), embeddings.origin.width, graph, queries)
+        vectors = counted(
+            embeddings.unit_vectors(column), "indexing", embeddings.rows, "clips", len
+        )
+        build_graph(vectors, embeddings.origin.width, graph, queries)
     recall = read_json(record)["recall_at_10"]
     if recall < LEAST_RECALL:
         print(
@@ -181,13 +183,14 @@ def write_result(config: SearchConfig, found: dict[str, list[dict[str, Any]]]) -
     write_sheet(out, f"found by {config.query}", cards)
 
 
-def _table(kind: str, clips: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{kind} found by the query's {FOUND_BY[kind]}")
-    for name in ("rank", "score", "sample id", "source", "start", "seconds", "labels"):
-        table.add_column(name, overflow="fold", no_wrap=name == "sample id")
-    for clip in clips:
-        table.add_row(
-            str(clip["rank"]),
+_COLUMNS = ("found", "rank", "score", "sample id", "source", "start", "seconds", "labels")
+
+
+def _rows(found: dict[str, list[dict[str, Any]]]) -> list[tuple[object, ...]]:
+    return [
+        (
+            kind,
+            clip["rank"],
             f"{clip['score']:.3f}",
             clip["sample_id"],
             clip["source_path"],
@@ -195,16 +198,20 @@ def _table(kind: str, clips: list[dict[str, Any]]) -> Table:
             f"{clip['seconds']:.1f}",
             ", ".join(clip["labels"]),
         )
-    return table
+        for kind, clips in found.items()
+        for clip in clips
+    ]
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     config = tyro.cli(SearchConfig, prog="cavmae search", args=arguments)
     found = search(config)
-    for kind, clips in found.items():
-        plain_console().print(_table(kind, clips))
+    if config.json:
+        print_json(found)
+    else:
+        print_rows(_COLUMNS, _rows(found), paths=("source",), whole=("sample id",))
     if config.out:
         write_result(config, found)
-        print(f"result: {config.out}")
+        print(f"result: {config.out}", file=sys.stderr)
     return 0

@@ -5,6 +5,7 @@ ten frames the probabilities of a clip are averaged over them, as published.
 """
 
 import csv
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.table import Column, Table
 
-from cavmae.atomic_write import atomic_write
-from cavmae.console import plain_console
+from cavmae.atomic_write import atomic_write, read_json
+from cavmae.console import JsonOption, counted, print_json, print_rows
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -40,7 +40,7 @@ from cavmae.trainer.tracking.figures import plot_classes
 
 
 @dataclass(frozen=True)
-class ClassifyConfig(CheckedFields):
+class ClassifyConfig(CheckedFields, JsonOption):
     """Classify the clips of a packed set with a fine-tuned run, and score that.
 
     Raises:
@@ -187,7 +187,7 @@ def score_modes(
         resamples: of the bootstrap; 0: no intervals.
     """
     scores: dict[Mode, ModeScores] = {}
-    for mode, of_clips in logits.items():
+    for mode, of_clips in counted(logits.items(), "scoring", len(logits), "modes"):
         frames = of_clips.transpose(0, 1)  # (frames, clips, classes)
         # One frame is scored as during training: a softmax over classes would change the order of
         # clips within a class.
@@ -241,11 +241,16 @@ def classify(config: ClassifyConfig) -> None:
         clips_of_class,
         first.average_precision,
     )
-    plain_console().print(_table(scores))
+    if config.json:
+        print_json(read_json(out))
+    else:
+        print_rows(("mode", "frames", "mAP", "AUC", "d'", "accuracy"), _rows(scores))
     skipped = first.classes_without_average_precision
     if skipped:
-        print(f"skipped in the means: {len(skipped)} of {len(labels)} classes, without a clip")
-    print(f"result: {out}, classes: {out.with_suffix('.csv')}, {out.with_suffix('.png')}")
+        said = f"skipped in the means: {len(skipped)} of {len(labels)} classes, without a clip"
+        print(said, file=sys.stderr)
+    files = f"{out}, classes: {out.with_suffix('.csv')}, {out.with_suffix('.png')}"
+    print(f"result: {files}", file=sys.stderr)
 
 
 def _logits(model: CAVMAEClassifier, batch: AudioVideoBatch, mode: Mode) -> torch.Tensor:
@@ -283,19 +288,18 @@ def _write_classes(
                 writer.writerow([mode, number, *row])
 
 
-def _table(scores: dict[Mode, ModeScores]) -> Table:
-    table = Table(Column("mode", no_wrap=True), "frames", "mAP", "AUC", "d'", "accuracy")
-    for mode, one in scores.items():
-        of_mode = one.scores
-        table.add_row(
+def _rows(scores: dict[Mode, ModeScores]) -> list[tuple[object, ...]]:
+    return [
+        (
             mode,
-            str(one.frames),
-            of_mode.mean_average_precision.describe(),
-            of_mode.mean_auc.describe(),
-            of_mode.d_prime.describe(".2f"),
-            of_mode.accuracy.describe(),
+            one.frames,
+            one.scores.mean_average_precision.describe(),
+            one.scores.mean_auc.describe(),
+            one.scores.d_prime.describe(".2f"),
+            one.scores.accuracy.describe(),
         )
-    return table
+        for mode, one in scores.items()
+    ]
 
 
 def main(arguments: list[str]) -> int:

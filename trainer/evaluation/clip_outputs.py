@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cavmae.console import counted
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.config import ClipShape
 from cavmae.dataloaders.constants import FRAMES_PER_CLIP, MIDDLE_FRAME, Modalities
@@ -144,7 +145,12 @@ def clip_outputs(
         DataFaultError: too many clips are damaged.
     """
     try:
-        parts = list(output_batches(forward, loader, device))
+        batches = output_batches(forward, loader, device)
+        parts = list(
+            counted(
+                batches, "evaluating", loader.clips, "clips", lambda one: len(one.clips.sample_ids)
+            )
+        )
     finally:
         loader.close()
     if not parts:

@@ -5,15 +5,16 @@ predict those of another. The same is done with the features of the same model w
 what is above those is what pretraining has learned.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import tyro
-from rich.table import Table
 
-from cavmae.console import plain_console
+from cavmae.atomic_write import read_json
+from cavmae.console import JsonOption, print_json, print_rows
 from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -30,7 +31,7 @@ _PROBE_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
-class ProbeConfig(CheckedFields):
+class ProbeConfig(CheckedFields, JsonOption):
     """Classify the clips of TEST from frozen features, with the labels of TRAIN.
 
     Raises:
@@ -179,16 +180,22 @@ def probe(config: ProbeConfig) -> None:
         },
     }
     out = write_evaluation(run, config, "probe", test_set, result)
-    plain_console().print(_table(scores))
-    print(f"result: {out}")
+    if config.json:
+        print_json(read_json(out))
+    else:
+        print_rows(("features, classifier", "accuracy", "mAP", "AUC", "clips"), _rows(scores))
+    print(f"result: {out}", file=sys.stderr)
 
 
-def _table(scores: dict[str, ClassificationScores]) -> Table:
-    table = Table("features, classifier", "accuracy", "mAP", "AUC", "clips")
-    for name, one in scores.items():
-        values = (one.accuracy, one.mean_average_precision, one.mean_auc)
-        table.add_row(name, *(value.describe() for value in values), str(one.clips))
-    return table
+def _rows(scores: dict[str, ClassificationScores]) -> list[tuple[object, ...]]:
+    return [
+        (
+            name,
+            *(v.describe() for v in (one.accuracy, one.mean_average_precision, one.mean_auc)),
+            one.clips,
+        )
+        for name, one in scores.items()
+    ]
 
 
 def main(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from cavmae.atomic_write import write_bytes, write_json
+from cavmae.console import counted
 from cavmae.dataloaders.batch import AudioVideoBatch
 from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, IMAGE_STD, WINDOW_SAMPLES
 from cavmae.dataloaders.media.audio_codec import encode_audio
@@ -215,7 +216,8 @@ def reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         clips = [
-            _reconstruct_clip(model, batch.to(device), config, run, ratios) for batch in loader
+            _reconstruct_clip(model, batch.to(device), config, run, ratios)
+            for batch in counted(loader, "reconstructing", loader.clips, "clips")
         ]
     finally:
         loader.close()

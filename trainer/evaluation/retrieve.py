@@ -4,14 +4,15 @@ Clips are embedded whole: no clip sees another one, no padding is compared, and 
 depend on how clips were put into batches.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import tyro
-from rich.table import Table
 
-from cavmae.console import plain_console
+from cavmae.atomic_write import read_json
+from cavmae.console import JsonOption, print_json, print_rows
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.field_checks import CheckedFields, NonNegativeInt, PositiveInt
 from cavmae.trainer.evaluation.clip_outputs import embed
@@ -21,7 +22,7 @@ from cavmae.trainer.metrics.retrieval import RetrievalScores, retrieval_scores
 
 
 @dataclass(frozen=True)
-class RetrieveConfig(CheckedFields):
+class RetrieveConfig(CheckedFields, JsonOption):
     """Rank the clips of a packed set for each other, sound to video and video to sound.
 
     Raises:
@@ -92,21 +93,27 @@ def retrieve(config: RetrieveConfig) -> None:
         **{direction: one.as_metrics() for direction, one in scores.items()},
     }
     out = write_evaluation(run, config, "retrieve", shards, result)
-    plain_console().print(_table(scores))
-    print(f"result: {out}")
+    if config.json:
+        print_json(read_json(out))
+    else:
+        print_rows(_COLUMNS, _rows(scores))
+    print(f"result: {out}", file=sys.stderr)
 
 
-def _table(scores: dict[str, RetrievalScores]) -> Table:
-    table = Table("direction", "R@1", "R@5", "R@10", "median rank", "chance: R@1", "median rank")
-    for direction, one in scores.items():
-        table.add_row(
+_COLUMNS = ("direction", "R@1", "R@5", "R@10", "median rank", "chance: R@1", "chance: median rank")
+
+
+def _rows(scores: dict[str, RetrievalScores]) -> list[tuple[str, ...]]:
+    return [
+        (
             direction.replace("_", " "),
             *(recall.describe() for recall in (one.r1, one.r5, one.r10)),
             f"{one.median_rank:g}",
             f"{one.r1.chance:.2%}",
             f"{one.chance_median_rank:g}",
         )
-    return table
+        for direction, one in scores.items()
+    ]
 
 
 def main(arguments: list[str]) -> int:

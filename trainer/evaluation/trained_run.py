@@ -22,7 +22,7 @@ from cavmae.trainer.tasks.labels import LabelSet, read_labels
 from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
 from cavmae.trainer.trained_on import TrainedOn
 
-_NOT_IN_NAME = ("run_dir", "shards", "test", "out", "batch", "allow_leakage")
+_NOT_IN_NAME = ("run_dir", "shards", "test", "out", "batch", "allow_leakage", "json")
 """Options that no score depends on, or that a result's name has already."""
 SAME_SET, OTHER_SET = "the one that was trained on", "not the one that was trained on"
 

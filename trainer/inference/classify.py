@@ -10,13 +10,14 @@ from typing import Annotated
 import tyro
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import JsonOption, print_json, print_row
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.inference.inputs import Skipped, listed_files
 from cavmae.trainer.inference.load import load
 
 
 @dataclass(frozen=True)
-class ClassifyFilesConfig(CheckedFields):
+class ClassifyFilesConfig(CheckedFields, JsonOption):
     """Print the classes with the highest scores of sounds, pictures and videos.
 
     Raises:
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
     model = load(config.model, batch=config.batch)
     names: list[str] = []
     rows: list[list[str]] = []
+    best: list[dict[str, object]] = []
     skipped = Skipped()
 
     def media() -> Iterator[str]:
@@ -62,8 +64,12 @@ def main(arguments: list[str]) -> int:
     ):
         labels = found.labels
         for label, score in found.top(config.top):
-            print(f"{names[number]}\t{score:.4f}\t{label}", flush=True)
+            best.append({"path": names[number], "score": score, "label": label})
+            if not config.json:
+                print_row((names[number], f"{score:.4f}", label))
         rows.append([names[number], *(f"{score:.6g}" for score in found.scores.tolist())])
+    if config.json:
+        print_json(best)
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(config.out)) as temporary, temporary.open("w", newline="") as file:

@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import counted
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
@@ -142,7 +143,8 @@ def export(config: ExportConfig) -> None:
             torch.save(published_state(model), file)
         print(f"{out / 'published.pth'}: {len(hub.state_dict())} tensors")
     writers = [_GRAPH_WRITERS[name] for name in config.format if name in _GRAPH_WRITERS]
-    for part in parts if writers else ():
+    graphs = parts if writers else ()
+    for part in counted(graphs, "exporting", len(graphs), "graphs"):
         graph = graph_of(model, part)
         for save, ending in writers:
             path = out / f"{part}.{ending}"

@@ -4,12 +4,16 @@ import gzip
 import hashlib
 import io
 import os
+import shlex
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 from cavmae.atomic_write import write_bytes
 
+COMMAND_VARIABLE = "CAVMAE_COMMAND"
+"""Environment variable by which a launcher tells its ranks the command that it was started by."""
 _PARTS = ("trainer", "kernels", "dataloaders", "cluster")
 
 
@@ -40,6 +44,18 @@ def code_files() -> dict[str, Path]:
         for path in (root / part).rglob("*.py"):
             files[f"cavmae/{path.relative_to(root)}"] = path
     return files
+
+
+def started_by() -> str:
+    """Return the command that started this process, or the launcher of its ranks."""
+    if told := os.environ.get(COMMAND_VARIABLE):
+        return told
+    module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "").removesuffix(
+        ".__main__"
+    )
+    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    return shlex.join([*program, *words])
 
 
 def git_commit() -> str | None:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from cavmae.console import plain_console
+from cavmae.console import can_draw, clock, plain_console
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
         self._start_seconds = time.monotonic()
         self._bar: Bar | None = None
         console = plain_console(file=self._stream)
-        if console.is_terminal:
+        if can_draw(console):
             self._bar = Bar(
                 BarColumn(bar_width=None),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -74,10 +74,3 @@ class Progress:
             return "-:--:--"
         seconds_per_step = (time.monotonic() - self._start_seconds) / done
         return clock((self._total_steps - step) * seconds_per_step)
-
-
-def clock(seconds: float) -> str:
-    """Format hours, minutes and seconds, such as `1:02:03`; days are 24 more hours."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}"

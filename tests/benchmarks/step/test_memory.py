@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from cavmae.benchmarks.harness.process_memory import peak_bytes, reset_peak, resident_bytes
+from cavmae.benchmarks.harness.process_memory import reset_peak, resident_bytes
 from cavmae.benchmarks.step.memory import step_peak_bytes
 from cavmae.benchmarks.step.training_step import SIZES, StepSetting
+from cavmae.trainer.cost_model.run_rates import peak_bytes
 from cavmae.trainer.model.cavmae import CAVMAE
 
 MEBIBYTE = 2**20

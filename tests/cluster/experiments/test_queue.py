@@ -15,6 +15,7 @@ import yaml
 from launch import MUTED, ROOT
 from tiny_run import losses, tiny_run
 
+from cavmae.cluster.experiments.comparison import compare
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue import _ended, next_step
 from cavmae.cluster.experiments.queue_file import Experiment, Need, read_experiments
@@ -27,6 +28,26 @@ ABLATIONS = ROOT / "cluster/experiments/paper_ablations.yaml"
 
 def run(name: str, gpus: int, priority: int = 0, state: Any = "waiting") -> Experiment:
     return Experiment(name, priority, [], Need(gpus, gpus), state)
+
+
+def test_runs_are_compared_in_rows_or_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    lines = '{"step": 4, "loss": "nan"}\n{"step": 8, "loss": 0.25}\n'
+    (tmp_path / "a/metrics.jsonl").write_text(lines)
+    (tmp_path / "a/summary.json").write_text('{"scores": {"val_loss": NaN, "val_r1_low": 0.1}}')
+    states = {"a": "finished", "b": "failed"}
+    compare(tmp_path, states, as_json=False)
+    assert capsys.readouterr().out == (
+        "run\tstate\tloss\tstep\tval_loss\na\tfinished\t0.25\t8\tnan\nb\tfailed\t\t\t\n"
+    )
+    compare(tmp_path, states, as_json=True)
+    assert json.loads(capsys.readouterr().out) == [
+        {"run": "a", "state": "finished", "step": 8, "loss": 0.25, "val_loss": None},
+        {"run": "b", "state": "failed"},
+    ]
+    assert (tmp_path / "comparison.png").exists()
 
 
 def names(experiments: list[Experiment]) -> list[str]:

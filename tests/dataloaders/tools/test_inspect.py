@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_it_prints_what_the_set_holds_and_writes_a_page(
     page = out.read_text()
     ids = re.findall(r"<b>(\d+/\d+)</b>", page)
     assert len(ids) == len(set(ids)) == 5
-    pictures = re.findall(r"base64,([^']+)'", page)
+    pictures = re.findall(r"base64,([^\"]+)\"", page)
     assert len(pictures) == 10
     frame = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
     assert frame.size == (64, 64)
@@ -41,6 +42,18 @@ def test_it_prints_what_the_set_holds_and_writes_a_page(
     jpeg = ShardSet(packed_synthetic / "frames").member(int(shard), sample, "5.jpg")
     truth = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), dtype=np.float64)
     assert np.abs(np.asarray(frame, dtype=np.float64) - truth).mean() < 6
+
+
+def test_what_the_set_holds_is_one_json_document(
+    packed_synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = packed_synthetic / "frames"
+    words = [str(shards), "--json", "--clips=1", f"--out={tmp_path / 'sheet.html'}"]
+    assert inspect.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["clips"], found["shards"], found["sampled"]) == (24, 3, 24)
+    assert sum(found["labels"].values()) == sum(count for *_, count in found["lengths"]) == 24
+    assert found["frame_sizes"] == {"64 x 64": 24}
 
 
 def test_the_draw_depends_on_the_seed_alone(packed_synthetic: Path) -> None:

@@ -36,6 +36,14 @@ def test_whole_shards_pass(packed_synthetic: Path, capsys: pytest.CaptureFixture
     assert shown.out.count("none") == 6
 
 
+def test_the_result_is_one_json_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "000000.idx").unlink()
+    assert main([str(folder), "--json"]) == 1
+    first, second, _ = json.loads(capsys.readouterr().out)
+    assert "No such file" in first["problems"][0] and not second["problems"]
+    assert (second["name"], second["samples"]) == ("000001.tar", 8)
+
+
 def test_one_changed_byte_of_a_member_is_found_and_named(folder: Path) -> None:
     path = folder / "000001.tar"
     data = bytearray(path.read_bytes())

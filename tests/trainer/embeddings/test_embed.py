@@ -123,7 +123,8 @@ def test_a_start_that_was_cut_short_ends_with_the_same_bytes(
     finished = open_trained_run(run_dir)
     with claimed(out, origin):
         written = write_files(finished, finished.model(CPU), config, origin, [0, 2])
-        assert next(written) == 0
+        while not (out / FILES[0]).exists():
+            next(written)
         written.close()
     (out / f"{FILES[1]}.0123.partial").write_bytes(b"half of it")
     kept = (out / FILES[0]).stat().st_mtime_ns

@@ -195,6 +195,23 @@ def test_the_result_is_written_as_json_or_as_a_sheet(
     assert Image.open(tmp_path / "found.png").format == "PNG"
 
 
+def test_in_a_pipe_a_clip_is_a_line_and_json_is_all_of_it(
+    embeddings: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["search", str(embeddings), "000001/000000009", "--top=3"]
+    assert cli.main(words) == 0
+    header, *lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert len(lines) == 6 and {len(line) for line in lines} == {len(header)}
+    assert cli.main([*words, "--json", f"--out={tmp_path / 'found.json'}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    clips = [(kind, clip) for kind in ("video", "sound") for clip in found[kind]]
+    for line, (kind, clip) in zip(lines, clips, strict=True):
+        shown = dict(zip(header, line, strict=True))
+        assert (shown["found"], shown["source"]) == (kind, clip["source_path"])
+        assert shown["sample id"] == clip["sample_id"]
+        assert float(shown["score"]) == pytest.approx(clip["score"], abs=5e-4)
+
+
 def test_what_can_not_be_a_query_is_one_line(
     embeddings: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_set_that_was_trained_on_is_known_from_anywhere_and_when_it_is_gone(
 
     def refused(folder: Path, shards: str) -> str:
         monkeypatch.chdir(folder)
+        capsys.readouterr()  # where results before this one are
         assert cli.main(["evaluate", "retrieve", str(run_dir), shards]) == 1
         error = capsys.readouterr().err
         assert f"8 clips of {shards} were trained on" in error and error.count("\n") == 1

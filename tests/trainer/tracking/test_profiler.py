@@ -25,6 +25,7 @@ from cavmae.trainer.config.configs import (
     ValidationConfig,
     WatchdogConfig,
 )
+from cavmae.trainer.cost_model.run_rates import RunRates
 from cavmae.trainer.distributed.engine import Update
 from cavmae.trainer.fault_tolerance.lease import Lease
 from cavmae.trainer.fault_tolerance.preemption import StopRequest
@@ -151,6 +152,7 @@ def watched_while_written(
         {"step": 0, "skipped": 0, "skipped_in_a_row": 0, "retry_save_at": -1},
         shares=StepShares(1, 1, 1, 1),
         **{"device": CPU, "steps_per_epoch": 1.0, "span": record_function, "engine": engine},
+        rates=RunRates(PretrainConfig(), 1, CPU, record_function),
         **dict.fromkeys(("task", "saver", "logger", "epoch_weights", "validator"), nothing),
         loader=Batches([SimpleNamespace(to=lambda _: SimpleNamespace(sample_ids=()))] * 10),
         stop=StopRequest(None, 60.0),

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cavmae.trainer.tracking.progress import Progress, clock
+from cavmae.trainer.tracking.progress import Progress
 
 STEPS = ((1, 2.5), (2, 2.25), (3, 2.0), (4, 1.75), (5, 1.5))
 
@@ -53,7 +53,11 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_log_file_gets_a_plain_line_for_every_update() -> None:
+@pytest.mark.parametrize("colour", ["", "1"])
+def test_a_log_file_gets_a_plain_line_for_every_update(
+    colour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", colour)  # as machines of continuous integration do
     stream = io.StringIO()
     run(Progress(total_steps=5, start_step=0, stream=stream))
     assert stream.getvalue().splitlines()[1::2] == [
@@ -100,10 +104,3 @@ def test_no_time_left_is_said_before_a_step_is_done() -> None:
     stream = io.StringIO()
     Progress(10, 5, stream=stream).update(5, 1.0, 1.0, 0.0)
     assert stream.getvalue().endswith("-:--:-- left\n")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
-)
-def test_clock_writes_hours_minutes_and_seconds(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
