@@ -18,7 +18,7 @@ class PackSummary:
     duplicates: int
     """Number of packed clips with the audio and frames of an earlier one."""
     seconds: float
-    """Total audio."""
+    """Total audio; of pictures alone, total video."""
     bytes: dict[str, int]
     """Bytes of the tars by tier."""
     resumed_shards: int
@@ -27,7 +27,7 @@ class PackSummary:
 
 def summary_rows(summary: PackSummary) -> list[tuple[str, str]]:
     """Format a summary as names and values."""
-    rows = [("clips packed", str(summary.clips)), ("audio", f"{summary.seconds:.0f} s")]
+    rows = [("clips packed", str(summary.clips)), ("length", f"{summary.seconds:.0f} s")]
     for tier, size in summary.bytes.items():
         each = size / summary.clips / 1000
         rows.append((f"tier {tier}", f"{size / 1e6:.1f} MB, {each:.0f} kB a clip"))
