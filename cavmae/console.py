@@ -228,8 +228,8 @@ class Bar:
             console=self._console,
             transient=True,
             disable=not drawn,
-            redirect_stdout=sys.stdout is not None
-            and sys.stdout.isatty(),  # what goes into a pipe must not come here
+            # What goes into a pipe must not come here.
+            redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),
         )
         self._task = self._drawn.add_task("", total=total, completed=done, note="")
 

@@ -116,7 +116,7 @@ def test_a_trial_that_falls_behind_is_stopped_early_and_a_finished_sweep_is_not_
             timeout=400,
         )
         assert done.returncode == 0, done.stderr[-5000:]
-        return done.stdout
+        return done.stderr
 
     assert "trial-00000: --optimizer.learning-rate=0.001\n" in sweep()
     rows = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))

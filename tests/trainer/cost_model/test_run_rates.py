@@ -18,7 +18,7 @@ from cavmae.trainer.model.classifier import CAVMAEClassifier, Mode
 CPU = torch.device("cpu")
 CLASSES = 2
 NARROW = ModelConfig(
-    audio_frames=256, mel_bins=64, image_size=64, width=96, heads=4, modality_depth=2, joint_depth=2
+    audio_frames=256, mel_bins=64, image_size=64, width=96, heads=4, modality_depth=3, joint_depth=2
 )
 
 

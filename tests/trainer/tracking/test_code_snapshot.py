@@ -6,11 +6,17 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cavmae.trainer.tracking import code_snapshot
-from cavmae.trainer.tracking.code_snapshot import git_commit, save_code
+from cavmae.trainer.tracking.code_snapshot import (
+    COMMAND_VARIABLE,
+    git_commit,
+    save_code,
+    started_by,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -54,3 +60,22 @@ def test_git_commit_tells_clean_changed_and_untracked_copies_apart(tmp_path: Pat
     assert re.fullmatch(r"[0-9a-f]{40}\n", commit_of_copy())
     copy.write_text(copy.read_text() + "\n")
     assert re.fullmatch(r"[0-9a-f]{40}-dirty\n", commit_of_copy())
+
+
+@pytest.mark.parametrize(
+    ("module", "told", "expected"),
+    [
+        ("", "", "cavmae pretrain demo --run-dir 'a b'"),
+        ("cavmae.__main__", "", "python -m cavmae pretrain demo --run-dir 'a b'"),
+        ("", "cavmae train demo", "cavmae train demo"),  # by the driver of a rank on Ray
+    ],
+)
+def test_the_command_is_that_of_the_person_who_started_the_run(
+    module: str, told: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["/venv/bin/cavmae", "--local_rank=1", "pretrain", "demo", "--run-dir", "a b"]
+    monkeypatch.setattr(sys, "argv", words)
+    spec = SimpleNamespace(name=module) if module else None
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    monkeypatch.setenv(COMMAND_VARIABLE, told)
+    assert started_by() == expected
