@@ -107,7 +107,7 @@ FORBIDDEN = [
         "trainer/evaluation/bad.py",
         "from cavmae.trainer.run import run",
         "cavmae.trainer.run",
-        "Evaluation, embeddings and release never import the trainer",
+        "Evaluation, inference, embeddings and release never import the trainer",
     ),
     (
         "trainer/config/bad.py",

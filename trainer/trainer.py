@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 import torch
@@ -265,7 +265,8 @@ class Trainer:
         self.rates.begin(self.step, self.loader.wait_seconds)
         if self.step >= config.steps:  # killed after its last checkpoint, before its scores
             self.validator.score(self.engine.module, self.step)
-        with self.stop, closing(self.profiler):
+        with self.stop, ExitStack() as end:
+            end.callback(self._close_profiler)
             while self.step < config.steps:
                 rate = learning_rate(
                     config.schedule,
@@ -403,6 +404,10 @@ class Trainer:
                         "written (the log has the reason); free some space and rerun the same "
                         "command: the run resumes from the checkpoint before"
                     )
+
+    def _close_profiler(self) -> None:
+        with self.watchdog.pause():  # a trace that the end cuts off is written
+            self.profiler.close()
 
     def _end_profiled_step(self) -> None:
         if not self.profiler.ends:

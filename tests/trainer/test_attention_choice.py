@@ -62,6 +62,7 @@ def test_a_resume_keeps_the_attention_that_was_chosen(
 ) -> None:
     chosen: list[AttentionBackend] = ["sdpa-cudnn", "sdpa-flash"]
     monkeypatch.setattr(run_dir, "fixed_attention", lambda config, device: chosen.pop(0))
+    monkeypatch.setattr(run_dir, "hardware", lambda device: {})  # of a GPU that is not here
     config = PretrainConfig(str(tmp_path / "run"), engine=EngineConfig(dtype="bf16"))
     store = Store(checkpoint_folder(config))
     for _ in range(2):
