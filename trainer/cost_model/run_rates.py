@@ -38,7 +38,8 @@ class RunRates:
     ) -> None:
         self._config, self._device, self._label = config, device, label
         self._rank_flops = sample_flops(config) / world_size
-        self._tokens = config.model.audio_tokens + config.model.video_tokens
+        tokens = {"audio": config.model.audio_tokens, "video": config.model.video_tokens}
+        self._tokens = sum(tokens[modality] for modality in config.data.modalities)
         self._peak = peak_flops_per_second(config, device)
         self._apart = dict.fromkeys(_APART, 0.0)
         self.begin(0, 0.0)
@@ -106,7 +107,12 @@ def sample_flops(config: RunConfig) -> int:
         return classification_flops(config.model, settings.mode, encoders=settings.train_encoders)
     assert isinstance(config, PretrainConfig)
     ratios = (config.mask.audio_ratio, config.mask.video_ratio)
-    return training_flops(config.model, *ratios, reconstruct=config.loss.reconstruction_weight > 0)
+    return training_flops(
+        config.model,
+        *ratios,
+        reconstruct=config.loss.reconstruction_weight > 0,
+        modalities=config.data.modalities,
+    )
 
 
 def peak_flops_per_second(config: RunConfig, device: torch.device) -> float:
