@@ -4,6 +4,7 @@ All checks run, whatever fails; nothing is changed, except that DeepSpeed's oper
 the first run would do.
 """
 
+import dataclasses
 import os
 import re
 import sys
@@ -167,6 +168,7 @@ def shard_access(folder: str, data: DataConfig) -> Finding:
     gpu = 0 if torch.cuda.is_available() else None
     try:
         shards = ShardSet(folder, data.cache)
+        data = dataclasses.replace(data, modality=shards.modality)
         settings = ReaderSettings(shards, data, ClipShape(1024, 128, 224), 0, False, gpu)
         bad = find_culprits(settings, [ReadTask(0, 0, 0, 0)])
     except (OSError, ValueError, ImportError) as error:

@@ -21,6 +21,7 @@ from cavmae.cluster.local.doctor import (
     tracking_store,
 )
 from cavmae.dataloaders.config import DataConfig
+from cavmae.dataloaders.packing.pack import PackConfig, pack
 
 
 def test_a_machine_that_runs_the_tests_can_train(
@@ -108,6 +109,12 @@ def test_a_tracking_server_that_is_gone_is_a_problem(
 def test_the_first_clip_of_a_set_is_read_and_decoded(packed_synthetic: Path, tier: str) -> None:
     found = shard_access(str(packed_synthetic / tier), DataConfig())
     assert found.state == "ok" and "24 clips; the first one was read and decoded" in found.found
+
+
+def test_a_set_of_sound_alone_is_read_and_decoded(packed_synthetic: Path, tmp_path: Path) -> None:
+    videos = str(packed_synthetic.parent / "videos" / "clips.csv")
+    pack(PackConfig(videos, str(tmp_path / "set"), "audio", workers=1))
+    assert shard_access(str(tmp_path / "set" / "audio"), DataConfig()).state == "ok"
 
 
 def test_a_damaged_clip_and_a_missing_set_are_problems(
