@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from cavmae.atomic_write import atomic_write
 from cavmae.trainer.inference.inputs import Skipped, listed_files
 from cavmae.trainer.inference.load import load
-from cavmae.trainer.inference.model import Embedding
+from cavmae.trainer.inference.results import Embedding
 
 ROWS_TOGETHER = 1024
 """Rows that are written at a time."""
