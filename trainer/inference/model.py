@@ -152,7 +152,6 @@ class Model:
             failed: is called with the number and the error of a medium that can't be used, instead
                 of an error.
         """
-
         if windows is None:
             windows = self.config.data.window_seconds > 0
 
@@ -173,10 +172,7 @@ class Model:
                 for one in batch
             ]
 
-        def windows_of_medium(medium: Medium) -> Iterator[Window]:
-            return self._embeddable(medium, self._windows(medium, window_seconds))
-
-        for number, rows in self._by_medium(media, windows_of_medium, compute, failed):
+        for number, rows in self._by_medium(media, window_seconds, compute, failed):
             yield number, self._embedding(rows, windows, tokens)
 
     def similarity(
@@ -271,9 +267,7 @@ class Model:
                 made |= dict(zip(numbers, logits, strict=True))
             return [(one.seconds, made[number]) for number, one in enumerate(batch)]
 
-        for number, rows in self._by_medium(
-            media, self._windows, compute, failed, check=self._mode
-        ):
+        for number, rows in self._by_medium(media, 0.0, compute, failed):
             logits = torch.stack([values for _, values in rows])
             scores = probabilities(logits, self.spec.loss)
             seconds = _seconds([one for one, _ in rows])
@@ -333,27 +327,43 @@ class Model:
             for one in many
         ]
 
-    def _windows(self, medium: Medium, window_seconds: float = 0.0) -> Iterator[Window]:
-        return windows_of(
-            medium, window_seconds or self.window_seconds, self.config.data.frame_choice
-        )
+    def _windows(self, medium: Medium, window_seconds: float) -> Iterator[Window]:
+        """Yield the windows of a medium, with what they have of what the model was trained on.
+
+        Raises:
+            ValueError: none has anything; or as of `windows_of`.
+        """
+        trained = self.config.data.modalities
+        if self.spec.mode in ("audioonly", "videoonly"):
+            trained = (self.spec.mode.removesuffix("only"),)
+        length = window_seconds or self.window_seconds
+        nothing = True
+        for window in windows_of(medium, length, self.config.data.frame_choice):
+            audio = window.audio if "audio" in trained else None
+            frame = window.frame if "video" in trained else None
+            if audio is not None or frame is not None:
+                nothing = False
+                yield replace(window, audio=audio, frame=frame)
+        if nothing:
+            what = "sound" if "audio" in trained else "picture"
+            raise ValueError(
+                f"{name_of(medium)} has no {what}, and this model was trained on {trained[0]} alone"
+            )
 
     def _by_medium(
         self,
         media: Iterable[Medium],
-        windows_of_medium: Callable[[Medium], Iterator[Window]],
+        window_seconds: float,
         compute: Callable[[Sequence[Window]], list[Row]],
         failed: Failed | None,
-        check: Callable[[Window], object] = lambda _: None,
     ) -> Iterator[tuple[int, list[Row]]]:
         """Compute windows of one or more media at a time.
 
         Args:
             media: in order.
-            windows_of_medium: cuts one.
+            window_seconds: as of `embed`.
             compute: returns the result of each window of a batch.
             failed: as of `embed_each`.
-            check: raises a ValueError for a window that can't be computed.
 
         Yields:
             The number of a medium and the results of its windows, in order.
@@ -370,11 +380,7 @@ class Model:
         for number, medium in enumerate(media):
             made[number] = []
             try:
-                for window in windows_of_medium(medium):
-                    try:
-                        check(window)
-                    except ValueError as error:
-                        raise ValueError(f"{name_of(medium)} {error}") from error
+                for window in self._windows(medium, window_seconds):
                     batch.append((number, window))
                     if len(batch) == self._batch:
                         flush()
@@ -417,39 +423,13 @@ class Model:
             _tokens([one for _, one in seen], self._video_places(sizes)) if seen else None,
         )
 
-    def _embeddable(self, medium: Medium, windows: Iterator[Window]) -> Iterator[Window]:
-        """Yield what windows have of what the model was trained on.
-
-        Raises:
-            ValueError: none has anything.
-        """
-        trained = self.config.data.modalities
-        if self.spec.mode in ("audioonly", "videoonly"):
-            trained = (self.spec.mode.removesuffix("only"),)
-        nothing = True
-        for window in windows:
-            audio = window.audio if "audio" in trained else None
-            frame = window.frame if "video" in trained else None
-            if audio is not None or frame is not None:
-                nothing = False
-                yield replace(window, audio=audio, frame=frame)
-        if nothing:
-            what = "sound" if "audio" in trained else "picture"
-            raise ValueError(
-                f"{name_of(medium)} has no {what}, and this model was trained on {trained[0]} alone"
-            )
-
     def _mode(self, window: Window) -> Mode:
-        """Return how a window is classified: by what it has, of what the model takes."""
-        has = {"audio": window.audio is not None, "video": window.frame is not None}
-        if self.spec.mode == "multimodal":
-            if all(has.values()):
-                return "multimodal"
-            return "missingaudioonly" if has["audio"] else "missingvideoonly"
-        kind, what = ("audio", "sound") if self.spec.mode == "audioonly" else ("video", "picture")
-        if not has[kind]:
-            raise ValueError(f"has no {what}, which is all that this model takes")
-        return "audioonly" if kind == "audio" else "videoonly"
+        """Return how a window is classified: by what it has."""
+        if self.spec.mode in ("audioonly", "videoonly"):
+            return self.spec.mode
+        if window.audio is None:
+            return "missingvideoonly"
+        return "missingaudioonly" if window.frame is None else "multimodal"
 
     @property
     def _device(self) -> torch.device:

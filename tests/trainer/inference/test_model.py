@@ -77,6 +77,8 @@ def test_a_file_has_the_embeddings_of_its_packed_clip(
     packed = embed(model.network, model.config, str(packed_synthetic / tier), clips=10, batch=4)
     found = model.embed(str(video))
     assert cosine(found.video, packed.values["video"][9]) > 0.99
+    others = torch.tensor([cosine(found.video, one) for one in packed.values["video"]])
+    assert others.argmax() == 9 and others[:9].max() < 0.99, "the model tells clips apart"
     torch.testing.assert_close(found.audio, packed.values["audio"][9], rtol=1e-5, atol=1e-5)
 
 
@@ -190,12 +192,14 @@ def test_classes_have_names_and_probabilities(classifier: Path, video: Path) -> 
     assert model.embed(str(video)).audio is not None
 
 
-def test_a_model_of_one_modality_says_what_it_lacks(tmp_path: Path) -> None:
+def test_a_model_of_one_modality_says_what_it_lacks(video: Path, tmp_path: Path) -> None:
     hub_model(random_classifier(video=False), SOUND_CLASSIFIER).save_pretrained(tmp_path)
     model = cavmae.load(tmp_path)
-    assert model.classify((0.1 * np.ones(16000) * [1, -1][0] + np.sin(np.arange(16000)), 16000))
+    sound = (np.sin(np.arange(16000)).astype(np.float32), 16000)
+    by_sound, by_video = model.classify([sound, str(video)])  # of the video its sound alone
+    assert by_sound.scores.shape == by_video.scores.shape
     picture = Image.new("RGB", (64, 48))
-    with pytest.raises(ValueError, match="a picture of 64 x 48 pixels has no sound, which is all"):
+    with pytest.raises(ValueError, match="a picture of 64 x 48 pixels has no sound, and this"):
         model.classify(picture)
     with pytest.raises(ValueError, match="has no sound, and this model was trained on audio alone"):
         model.embed(picture)
