@@ -145,7 +145,7 @@ def test_a_full_disk_at_the_end_is_an_error_that_says_what_to_do(
 def test_a_rank_that_is_stopped_ends_the_others_with_their_stacks(
     packed_synthetic: Path, straight: Path, tmp_path: Path
 ) -> None:
-    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3, max_pause_seconds=60)
+    watchdog = WatchdogConfig(hang_ratio=20, min_seconds=3, max_pause_seconds=30)
     config = tiny_run(packed_synthetic, tmp_path / "run", watchdog=watchdog)
     start = Start(config, 2, tmp_path)
     start.wait_for(tmp_path / "run/checkpoints/step-000000010" / MANIFEST)

@@ -115,6 +115,7 @@ def test_without_zero_each_rank_updates_all_weights() -> None:
     assert shared["bytes"] == alone["bytes"] / 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_record_of_two_ranks_has_both_sources_and_all_parts(tmp_path: Path) -> None:
     assert main([*SMALL, "--ranks", "2", "--out", str(tmp_path)]) == 0
