@@ -2,7 +2,6 @@
 
 import csv
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from cavmae.atomic_write import atomic_write
-from cavmae.console import JsonOption, print_json, print_row
+from cavmae.console import JsonOption, counted, print_json, print_row
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.inference.inputs import Skipped, listed_files
 from cavmae.trainer.inference.load import load
@@ -48,19 +47,15 @@ def main(arguments: list[str]) -> int:
     if not config.files:
         raise ValueError("no file is given; give paths, folders, URLs, or - for a list")
     model = load(config.model, batch=config.batch)
-    names: list[str] = []
+    names = list(listed_files(config.files))
     rows: list[list[str]] = []
     best: list[dict[str, object]] = []
     skipped = Skipped()
 
-    def media() -> Iterator[str]:
-        for name in listed_files(config.files):
-            names.append(name)
-            yield name
-
     labels: tuple[str, ...] = ()
     for number, found in model.classify_each(
-        media(), failed=lambda number, error: skipped.add(names[number], error)
+        counted(names, "classifying", len(names), "files"),
+        failed=lambda number, error: skipped.add(names[number], error),
     ):
         labels = found.labels
         for label, score in found.top(config.top):

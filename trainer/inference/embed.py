@@ -1,7 +1,7 @@
 """Embeddings of files without packing, as one Parquet file; `cavmae embed` with files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cavmae.atomic_write import atomic_write
+from cavmae.console import counted
 from cavmae.trainer.inference.inputs import Skipped, listed_files
 from cavmae.trainer.inference.load import load
 from cavmae.trainer.inference.results import Embedding
@@ -55,7 +56,7 @@ def embed_files(
         OSError: `out` can't be written.
     """
     model = load(source, batch=batch)
-    skipped, names = Skipped(), list[str]()
+    skipped, names = Skipped(), list(listed_files(inputs))
     # No lists of a fixed size: pyarrow can't read those that are null (apache/arrow#35692).
     vector = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema(
@@ -68,17 +69,12 @@ def embed_files(
         }
     )
 
-    def media() -> Iterator[str]:
-        for name in listed_files(inputs):
-            names.append(name)
-            yield name
-
     files = written = 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         rows: list[dict[str, Any]] = []
         for number, found in model.embed_each(
-            media(),
+            counted(names, "embedding", len(names), "files"),
             windows=windows or None,
             failed=lambda number, error: skipped.add(names[number], error),
         ):
