@@ -30,7 +30,7 @@ import av.container
 import av.stream
 import numpy as np
 from av.error import FFmpegError
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cavmae.dataloaders.media.audio_track import AudioTrack
 from cavmae.dataloaders.media.errors import (
@@ -234,7 +234,7 @@ def _url(path: str, part: tuple[int, int] | None) -> str:
 
 
 def _open(url: str | io.BytesIO, formats: str = CONTAINERS) -> av.container.InputContainer:
-    if isinstance(url, str) and url.lower().endswith(PICTURE_NAMES):
+    if PICTURES in formats and isinstance(url, str) and url.lower().endswith(PICTURE_NAMES):
         url = _intact_picture(url.removeprefix("file:"))
     # Files alone: neither the content nor the name can make libavformat fetch a URL.
     options = {"format_whitelist": formats, "protocol_whitelist": "file,subfile"}
@@ -252,6 +252,8 @@ def _intact_picture(path: str) -> io.BytesIO:
     try:
         with Image.open(data) as picture:
             picture.load()
+    except UnidentifiedImageError:  # a video, whatever its name
+        pass
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ClipError("decode_error", str(error)) from error
     data.seek(0)

@@ -121,7 +121,10 @@ def _local_file(name: str) -> Iterator[str]:
     if "://" not in name:
         yield name
         return
-    filesystem, path = fsspec.url_to_fs(name)
+    try:
+        filesystem, path = fsspec.url_to_fs(name)
+    except (ImportError, ValueError) as error:  # a package or a protocol that is not there
+        raise ValueError(f"{name} can't be read: {error}") from error
     with tempfile.TemporaryDirectory(prefix="cavmae-") as folder:
         local = Path(folder, "file")
         filesystem.get_file(path, str(local))

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar, cast, overload
 
-import numpy as np
 import torch
 
+from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
-from cavmae.dataloaders.loading.reader import SHORTEST_AUDIO_SAMPLES, EncodedClip, ReadTask
-from cavmae.dataloaders.media.audio_codec import encode_audio
+from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.evaluation.reconstruct import (
@@ -448,13 +447,12 @@ class Model:
 
     @cached_property
     def _decoder(self) -> ClipDecoder:
-        return ClipDecoder(False, self.config.model.image_size, self._batch, threads=2, gpu=None)
+        seen = DataConfig(modality="video")
+        return ClipDecoder(False, self.config.model.image_size, self._batch, 2, None, seen)
 
     def _frames(self, windows: Sequence[Window]) -> torch.Tensor:
-        """Compute (windows, 3, size, size), normalised, by the loader's graph, which needs a sound
-        as well."""
+        """Compute (windows, 3, size, size), normalised, by the loader's graph."""
         size = self.config.model.image_size
-        sound = encode_audio(np.zeros(SHORTEST_AUDIO_SAMPLES, np.int16), "wav")
         clips = []
         for number, one in enumerate(windows):
             assert one.frame is not None
@@ -464,7 +462,7 @@ class Model:
                     task=ReadTask(number, 0, 0, number),
                     sample_id="",
                     labels=(),
-                    audio=sound,
+                    audio=b"",
                     frames=(b"\0",),
                     pixels=(one.frame,),
                     crop=center_crop(height, width, size),

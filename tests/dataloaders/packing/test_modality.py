@@ -17,6 +17,7 @@ from cavmae.command import exit_code
 from cavmae.dataloaders.constants import Modalities
 from cavmae.dataloaders.media import decode_clip
 from cavmae.dataloaders.media.audio_codec import decode_audio, encode_audio
+from cavmae.dataloaders.media.errors import DecodeSettings, Streams
 from cavmae.dataloaders.packing.clip_list import list_clips
 from cavmae.dataloaders.packing.pack import PackConfig, main, pack
 from cavmae.dataloaders.packing.statistics import read_statistics
@@ -361,3 +362,12 @@ def test_an_index_whose_tier_and_modality_disagree_is_refused(tmp_path: Path) ->
     for wrong in ({"modality": "video"}, {"modality": "sound"}, {"tier": "frames"}):
         with pytest.raises(ValueError, match=r"its tier is .* and its modality"):
             parse_index(json.dumps(index | wrong).encode(), "index.json")
+
+
+@pytest.mark.parametrize("streams", ["both", "video", "any"])
+def test_a_video_is_told_by_its_content_whatever_its_name(
+    write_video: WriteVideo, tmp_path: Path, streams: Streams
+) -> None:
+    path = write_video(tmp_path / "video.mp4").rename(tmp_path / "video.jpg")
+    clip = decode_clip.decode_clip(str(path), 0.0, 10.0, DecodeSettings(streams=streams))
+    assert len(clip.frames) > 1

@@ -292,3 +292,9 @@ def test_a_picture_is_seen_as_its_camera_noted(tmp_path: Path) -> None:
     turned[0x0112] = 6  # a quarter turn clockwise
     Image.fromarray(pixels).save(tmp_path / "picture", "PNG", exif=turned)
     np.testing.assert_array_equal(frame_of(tmp_path / "picture"), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/clip.mp4", "gs://bucket/clip.mp4"])
+def test_a_url_of_a_kind_that_can_not_be_read_is_named(url: str) -> None:
+    with pytest.raises(ValueError, match=f"{url} can't be read: "):
+        list(windows_of(url, 1.0))
