@@ -248,6 +248,17 @@ def test_a_video_whose_sound_ends_early_has_windows_without(tmp_path: Path) -> N
     assert all(one.frame is not None for one in found)
 
 
+def test_a_video_that_is_silent_throughout_is_refused_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        globals(), "tone", lambda seconds, hz, _: np.zeros(round(seconds * hz), "int16")
+    )
+    save_video(tmp_path / "clip.mp4", 5.0, sound=True)
+    with pytest.raises(ValueError, match=r"clip\.mp4 can't be used \(silent_audio"):
+        windows(tmp_path / "clip.mp4", 2.0)
+
+
 def test_the_cover_of_a_song_is_no_picture(tmp_path: Path) -> None:
     with av.open(tmp_path / "song.mp3", "w", format="mp3") as output:
         track = output.add_stream("libmp3lame", rate=HZ, layout="mono")

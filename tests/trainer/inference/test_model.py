@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,6 +27,8 @@ from cavmae import cli
 from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.evaluation.clip_outputs import embed
+from cavmae.trainer.inference import model as model_module
+from cavmae.trainer.inference.media import Medium, Window
 from cavmae.trainer.inference.model import Model
 from cavmae.trainer.release.hub import hub_model
 from cavmae.trainer.release.model_spec import ModelSpec
@@ -132,6 +136,29 @@ def test_no_medium_changes_another(model: Model, video: Path, tmp_path: Path) ->
     torch.testing.assert_close(together[0].audio, together[3].audio)
 
 
+def test_a_medium_that_fails_late_takes_its_windows_with_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows of it are in a batch of three when it fails."""
+    cut = model_module.windows_of
+
+    def fails(medium: Medium, *how: Any) -> Iterator[Window]:
+        yield from cut(medium, *how)
+        if medium is late:
+            raise ValueError("it is silent")
+
+    monkeypatch.setattr(model_module, "windows_of", fails)
+    late, good = (
+        (np.sin(np.arange(round(16000 * seconds)) / 9), 16000)
+        for seconds in (1.9 * model.window_seconds, 1.0)
+    )
+    failed: list[tuple[int, str]] = []
+    each = model.embed_each([late, good], failed=lambda n, error: failed.append((n, str(error))))
+    ((number, found),) = each
+    assert number == 1 and failed == [(0, "it is silent")]
+    torch.testing.assert_close(found.audio, model.embed(good).audio)
+
+
 def test_tokens_average_to_the_embedding_and_have_places(model: Model, video: Path) -> None:
     found = model.embed(str(video), windows=True, tokens=True)
     for vectors, tokens, count in (
@@ -190,6 +217,10 @@ def test_classes_have_names_and_probabilities(classifier: Path, video: Path) -> 
     assert windows > 1 and alone.scores.shape == (windows, len(alone.labels))
     torch.testing.assert_close(model.classify(sound).scores, alone.scores.mean(0))
     assert model.embed(str(video)).audio is not None
+    weights = classifier / "weights.pt"
+    for loss, total in (("cross_entropy", 1.0), ("bce", found.logits.sigmoid().sum().item())):
+        one = cavmae.load(weights, sizes=MODEL, loss=loss)  # type: ignore[arg-type]
+        assert one.classify(str(video)).scores.sum().item() == pytest.approx(total)
 
 
 def test_a_model_of_one_modality_says_what_it_lacks(video: Path, tmp_path: Path) -> None:
