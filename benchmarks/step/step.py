@@ -98,19 +98,18 @@ def main(arguments: list[str]) -> int:
             settings = {
                 name: StepSetting(name, sizes, batch, precision, device, choices) for name in models
             }
-            # Before the steps and after them: other work on the machine disturbs one of the three.
-            ours = settings.get("cavmae")
-            found = [measure_ceilings(ours)] if ours else []
             result = compare(
-                settings, config.repeats, config.warm_up, rates=rates, cpu_memory=config.memory
+                settings,
+                config.repeats,
+                config.warm_up,
+                rates=rates,
+                cpu_memory=config.memory,
+                with_ceilings=True,
             )
-            found += [measure_ceilings(ours) for _ in range(2)] if ours else []
             result |= memory_ratio(result)
             # A single batch size has the key of older records, so that they can be compared.
             key = precision if len(config.batch) == 1 else f"{precision} batch {batch}"
             results[key] = {"precision": precision, "batch": batch, **result}
-            if found:
-                results[key]["ceilings"] = median_ceilings(found)
     batch = config.batch[0] if len(config.batch) == 1 else config.batch
     configuration = asdict(config) | {"batch": batch, "sizes": asdict(sizes)}
     show(write_record(config.out, "step", device, configuration, results))
@@ -124,6 +123,7 @@ def compare(
     *,
     rates: dict[str, Any] | None = None,
     cpu_memory: bool = False,
+    with_ceilings: bool = False,
 ) -> dict[str, Any]:
     """Time steps in turn.
 
@@ -133,12 +133,14 @@ def compare(
         warm_up: steps before those.
         rates: of the machine, from `measure_rates`; None: shares of them are not computed.
         cpu_memory: measure peak memory on a CPU too, in a process for each step.
+        with_ceilings: measure what the machine reaches in the kernels of `cavmae` after each round
+            of steps: a machine that changes its speed changes that of both.
 
     Returns:
         Per name its timing, samples per second, TFLOP/s of the arithmetic that the losses need
         and its `utilization`, peak memory, energy, last loss and `parts` (timings of forward pass,
         backward pass and update), or why it was skipped; of two steps, `speedup`: how many times
-        as long the first one takes, with its spread.
+        as long the first one takes, with its spread; `ceilings`, the median of each.
     """
     device = next(iter(settings.values())).device
     steps: dict[str, TrainingStep] = {}
@@ -167,7 +169,11 @@ def compare(
     timelines = {name: Timeline(device, Label("before")) for name in steps}
     for name, step in steps.items():
         step.timeline = timelines[name]
-    seconds, losses = timed_in_turn(steps, repeats, device)
+    ours = settings["cavmae"] if with_ceilings and "cavmae" in steps else None
+    found: list[dict[str, Any]] = []
+    seconds, losses = timed_in_turn(
+        steps, repeats, device, lambda: found.append(measure_ceilings(ours)) if ours else None
+    )
     parts = {name: part_seconds(timelines[name], repeats) for name in steps}
     energies = {name: _energy(step, repeats, device) for name, step in steps.items()}
     steps.clear()  # so that there is room for those of other processes
@@ -189,6 +195,8 @@ def compare(
     if len(seconds) == 2:
         pairs = zip(*seconds.values(), strict=True)
         results["speedup"] = spread([slow / fast for slow, fast in pairs])
+    if found:
+        results["ceilings"] = median_ceilings(found)
     return results
 
 

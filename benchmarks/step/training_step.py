@@ -4,7 +4,7 @@ Inputs are random and fixed; new masks are drawn in every step, as in training.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -225,9 +225,18 @@ def timed(step: TrainingStep, device: torch.device) -> tuple[float, float]:
 
 
 def timed_in_turn(
-    steps: Mapping[str, TrainingStep], repeats: int, device: torch.device
+    steps: Mapping[str, TrainingStep],
+    repeats: int,
+    device: torch.device,
+    after_round: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Time steps in turn; the first one changes, so that neither of two always follows the other.
+
+    Args:
+        steps: by name.
+        repeats: rounds.
+        device: of the steps.
+        after_round: called after each round, for what must see the machine as the steps do.
 
     Returns:
         Seconds of each repeat and the last loss, by name.
@@ -238,4 +247,5 @@ def timed_in_turn(
         for name in list(steps)[:: 1 if repeat % 2 else -1]:
             elapsed, losses[name] = timed(steps[name], device)
             seconds[name].append(elapsed)
+        after_round()
     return seconds, losses
