@@ -117,12 +117,18 @@ def journal_torn(bench: Bench, name: str) -> Row:
     run.wait_for_checkpoint(2 * INTERVAL)
     run.attempt.kill()
     run.fault_is_now()
-    journals = list(journal_folder(run.run_dir).iterdir())
-    for path in journals:
-        path.write_bytes(bytes(64) + b"\n" + path.read_bytes()[:-10])
+    torn = tear_journals(run.run_dir)
     run.launch()
     run.wait_until_noticed(run.resume)
-    return run.row(said=f"resumed by hand, with {len(journals)} torn journals")
+    return run.row(said=f"resumed by hand, with {torn} torn journals")
+
+
+def tear_journals(run_dir: Path) -> int:
+    """Tear the journals of a run that has ended, as a power cut does; returns how many."""
+    journals = list(journal_folder(run_dir).iterdir())
+    for path in journals:
+        path.write_bytes(bytes(64) + b"\n" + path.read_bytes()[:-10])
+    return len(journals)
 
 
 def log_blocks(bench: Bench, name: str) -> Row:

@@ -22,7 +22,12 @@ from cavmae.benchmarks.faults import outages
 from cavmae.benchmarks.faults.data_faults import clip_hangs_reader, journal_torn, log_blocks
 from cavmae.benchmarks.faults.node_faults import node_cut, node_drained, node_killed
 from cavmae.benchmarks.faults.outcome import Failed, Row, Skipped
-from cavmae.benchmarks.faults.run_folder import misread, two_starts, whole_disk_full
+from cavmae.benchmarks.faults.run_folder import (
+    misread,
+    stop_request_torn,
+    two_starts,
+    whole_disk_full,
+)
 from cavmae.benchmarks.faults.runs import INTERVAL, Bench
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
 from cavmae.benchmarks.harness.work_folder import work_folder
@@ -44,6 +49,7 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "the disk is full": inject.disk_full,
     "the whole disk is full": whole_disk_full,
     "the run is started twice": two_starts,
+    "a stop request is torn": stop_request_torn,
     "a gradient is NaN: rolled back": inject.nan_rolled_back,
     "a gradient is NaN: update skipped": inject.nan_skipped,
     "a shard is damaged": inject.shard_damaged,
@@ -51,7 +57,8 @@ FAULTS: dict[str, Callable[[Bench, str], Row | Skipped]] = {
     "journals are torn": journal_torn,
     "a log file blocks": log_blocks,
     "the tracking server dies": inject.tracking_server_stopped,
-    "2, then 1, then 2 ranks": inject.other_rank_counts,
+    "2, then 1, then 2 ranks": partial(inject.other_rank_counts, 2, 1),
+    "4, then 3, then 4 ranks": partial(inject.other_rank_counts, 4, 3),
     "the data are not mounted at a restart, for 60 s": outages.data_missing,
     "the tracking server is away at a restart": outages.tracking_server_missing,
     "the store answers 403, then 503, for two minutes": outages.store_refuses,

@@ -9,13 +9,14 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cavmae.atomic_write import read_json
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.observed_rank import order_nan
 from cavmae.benchmarks.faults.outcome import Row
-from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step, resumed_step
+from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import Start, answers, free_port, module_command
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import (
@@ -247,17 +248,21 @@ def tracking_server(folder: Path, port: int) -> Start:
     return Start([(command, {})], folder / "server.log")
 
 
-def other_rank_counts(bench: Bench, name: str) -> Row:
-    """Train on 2, then 1, then 2 ranks, each from the other's checkpoint."""
+def other_rank_counts(ranks: int, left_ranks: int, bench: Bench, name: str) -> Row:
+    """Train on some ranks, then on fewer, then on as many again, each from the other's checkpoint;
+    compared with a run on as many ranks all the time."""
     half = bench.steps // (2 * INTERVAL) * INTERVAL
     left = half - INTERVAL
     config = bench.config(name)
-    run = FaultedRun(bench, dataclasses.replace(config, steps=left), bench.plain)
+    launch = partial(bench.plain, ranks=ranks)
+    run = FaultedRun(bench, dataclasses.replace(config, steps=left), launch)
     run.attempt.finish()
     run.fault_is_now()
-    bench.plain(dataclasses.replace(config, steps=half), 1).finish()
+    bench.plain(dataclasses.replace(config, steps=half), left_ranks).finish()
     run.config = config
     run.launch()
     run.attempt.finish()
-    said = f"resumed with 1 and again with 2 ranks, from step {resumed_step(run.run_dir)}"
-    return run.row(before=left, resumed=left, tolerance=1e-5, said=said)
+    back = resumed_step(run.run_dir)
+    said = f"resumed with {left_ranks} and again with {ranks} ranks, from step {back}"
+    expected = None if ranks == RANKS else bench.on_ranks(ranks)
+    return run.row(before=left, resumed=left, tolerance=1e-5, said=said, expected=expected)

@@ -116,15 +116,17 @@ def _life(samples: list[Usage]) -> Life:
 
 @contextmanager
 def usage_samples(
-    processes: Callable[[], dict[str, list[psutil.Process]]], every_seconds: float
-) -> Iterator[list[Usage]]:
-    """Sample the use of processes in a thread; yields the list that grows.
+    processes: Callable[[], dict[str, list[psutil.Process]]],
+    every_seconds: float,
+    samples: list[Usage],
+) -> Iterator[None]:
+    """Sample the use of processes in a thread.
 
     Args:
         processes: returns those that exist now, by kind.
         every_seconds: between two samples.
+        samples: what is found is added to.
     """
-    samples: list[Usage] = []
     closed = threading.Event()
 
     def watch() -> None:
@@ -137,7 +139,7 @@ def usage_samples(
     thread = threading.Thread(target=watch, name="usage", daemon=True)
     thread.start()
     try:
-        yield samples
+        yield
     finally:
         closed.set()
         thread.join()

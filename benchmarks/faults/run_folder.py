@@ -15,10 +15,18 @@ from cavmae.benchmarks.faults.observed_rank import (
     trained_samples,
 )
 from cavmae.benchmarks.faults.outcome import Row, Skipped
-from cavmae.benchmarks.faults.runs import CLIPS, GLOBAL_BATCH, INTERVAL, Bench, resumed_step
+from cavmae.benchmarks.faults.runs import (
+    CLIPS,
+    GLOBAL_BATCH,
+    INTERVAL,
+    Bench,
+    last_step,
+    resumed_step,
+)
 from cavmae.benchmarks.harness.processes import Start
 from cavmae.trainer.checkpoint.format import step_of
 from cavmae.trainer.config.configs import TrackingConfig
+from cavmae.trainer.fault_tolerance.preemption import STOP_FILE
 
 DISK_BYTES = 24 << 20
 """Of the small disk: room for the checkpoints and weights of a tiny run, and not for much more."""
@@ -37,11 +45,11 @@ def two_starts(bench: Bench, name: str) -> Row:
     run.wait_for_checkpoint(INTERVAL)
     run.fault_is_now()
     second = bench.plain(run.config)
-    run.wait_until_noticed(lambda: _refusal(second))
+    run.wait_until_noticed(lambda: refusal(second))
     return run.row(resumes=False)
 
 
-def _refusal(start: Start) -> str:
+def refusal(start: Start) -> str:
     """Return the last words of a start that all ranks have ended with an error."""
     failed = all(process.poll() not in (None, 0) for process in start.processes)
     return start.text().strip().rpartition("\n")[2] if failed else ""
@@ -127,3 +135,21 @@ def misread(bench: Bench, name: str) -> Row:
     if pending.exists() or resumed_step(run.run_dir) != newest:
         raise RuntimeError(f"resumed from {resumed_step(run.run_dir)} instead of {newest}")
     return run.row()
+
+
+def stop_request_torn(bench: Bench, name: str) -> Row:
+    """Write half of a stop request, as a full disk leaves it, and run the same command again."""
+    run = FaultedRun(bench, bench.config(name), bench.on_ray)
+    run.wait_for_checkpoint(2 * INTERVAL)
+    run.fault_is_now()
+    tear_stop_request(run.run_dir)
+    run.wait_until_noticed(run.stop)
+    run.attempt.finish()
+    before = last_step(run.run_dir)
+    run.launch()
+    return run.row(before=before)
+
+
+def tear_stop_request(run_dir: Path) -> None:
+    """Write the first half of a stop request."""
+    (run_dir / STOP_FILE).write_text('{"reason": "mainten')

@@ -173,6 +173,12 @@ class Bench:
             f"a run that resumes from step {step} at step {step + 1}",
         )
 
+    def on_ranks(self, ranks: int) -> Expected:
+        """Losses and samples of a run on another number of ranks."""
+        config = self.config(f"{ranks} ranks")
+        self.plain(config, ranks).finish()
+        return outcome(config, f"a run on {ranks} ranks")
+
     def without(self, sample_ids: tuple[str, ...], **changes: Any) -> Expected:
         """Losses and samples of a run with these clips in quarantine from the start.
 

@@ -1,7 +1,7 @@
-"""`cavmae bench soak`: one run for an hour, with a fault every few minutes, watched for leaks.
+"""`cavmae bench soak`: one run for an hour, with fault after fault, watched for leaks.
 
-Faults come in a random, seeded order, each by process id, file or gradient. At the end the run is
-preempted, resumes to a last step and finishes; an undisturbed run of as many steps has the samples
+Faults come in a random, seeded order, each a while after the run has recovered from the one before.
+A soak that was ended itself goes on with the same `--work-dir`. At the end the run is preempted, resumes to a last step and finishes; an undisturbed run of as many steps has the samples
 and losses that it must have. Driver, controller and ranks must leak neither memory nor file handles
 (`leak_check.py`).
 
@@ -14,16 +14,18 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
+from cavmae.atomic_write import read_json, write_json
 from cavmae.benchmarks.faults.leak_check import FLAT_MEANS, Life, Usage, lives, usage_samples
 from cavmae.benchmarks.faults.observed_rank import Orders, give_orders
 from cavmae.benchmarks.faults.outcome import largest_difference, outcome
-from cavmae.benchmarks.faults.runs import INTERVAL, Bench
+from cavmae.benchmarks.faults.runs import INTERVAL, Bench, last_step
 from cavmae.benchmarks.faults.soak_faults import Endured, SoakedRun, drawn, endure
 from cavmae.benchmarks.harness.plots import plot_beside
 from cavmae.benchmarks.harness.records import RecordedConfig, write_record
@@ -39,7 +41,7 @@ _UNDISTURBED_SECONDS = 4 * 3600.0
 
 @dataclass(frozen=True)
 class SoakConfig(RecordedConfig):
-    """Train for long with a fault every few minutes, and look for leaks.
+    """Train for long through fault after fault, and look for leaks.
 
     Raises:
         ValueError: an option out of its range.
@@ -47,8 +49,8 @@ class SoakConfig(RecordedConfig):
 
     minutes: PositiveFloat = 60.0
     """Minutes of faults."""
-    fault_every_seconds: PositiveFloat = 180.0
-    """Seconds from one fault to the next."""
+    between_seconds: PositiveFloat = 60.0
+    """Seconds of training from a recovery to the next fault."""
     seed: int = 0
     """Of the order of faults."""
     zero_stage: Literal[1, 2] = 1
@@ -58,7 +60,8 @@ class SoakConfig(RecordedConfig):
     look_every_seconds: PositiveFloat = 5.0
     """Seconds between two samples of memory and handles."""
     work_dir: str = ""
-    """Folder of the runs, which is kept; empty: a temporary one."""
+    """Folder of the runs, which is kept, and in which a soak that was ended goes on; empty: a
+    temporary one."""
 
 
 def main(arguments: list[str]) -> int:
@@ -82,36 +85,83 @@ def _soak(options: SoakConfig, work: Path) -> tuple[dict[str, Any], list[Usage],
     strict = dataclasses.replace(config.engine, max_skipped_updates=1)
     config = dataclasses.replace(config, engine=strict)
     give_orders(Path(config.run_dir), Orders(pause_seconds=options.pause_seconds))
-    run = SoakedRun(bench, config)
-    faults: list[Endured] = []
-    samples: list[Usage] = []
+    progress = Progress(work / "progress.json", options)
     found: dict[str, Any] = {}
     problem = ""
     try:
-        with usage_samples(run.processes, options.look_every_seconds) as samples:
-            finished = _live(options, run, faults)
+        before = last_step(Path(config.run_dir))
+        run = SoakedRun(bench, config)
+        with usage_samples(run.processes, options.look_every_seconds, progress.samples):
+            run.wait_for_step(before + 1)
+            run.wait_for_checkpoints(2)
+            finished = _live(options, run, progress)
         bench.end_all()
         found = _compared(bench, finished)
     except RuntimeError as error:  # the record has the faults before it
         problem = f"{error}\n"
     finally:
         bench.end_all()
+    faults, samples = progress.faults, progress.samples
     return results(faults, lives(samples), found, problem), samples, faults
 
 
-def _live(options: SoakConfig, run: SoakedRun, faults: list[Endured]) -> PretrainConfig:
+class Progress:
+    """What a soak has done, in a file from which it goes on if it is ended itself.
+
+    Args:
+        path: of the file.
+        options: of the soak.
+
+    Attributes:
+        seconds: of training through faults.
+        faults, samples: so far.
+
+    Raises:
+        ValueError: the file is of a soak with other options.
+    """
+
+    def __init__(self, path: Path, options: SoakConfig) -> None:
+        self._path = path
+        self._options = {
+            name: getattr(options, name) for name in ("seed", "zero_stage", "pause_seconds")
+        }
+        found = read_json(path) if path.exists() else {}
+        if found and found["options"] != self._options:
+            raise ValueError(
+                f"{path.parent} holds a soak of {found['options']}, and this one is of "
+                f"{self._options}; give another --work-dir"
+            )
+        self.seconds: float = found.get("seconds", 0.0)
+        self.faults = [Endured(**one) for one in found.get("faults", [])]
+        self.samples = [Usage(**one) for one in found.get("samples", [])]
+
+    def write(self) -> None:
+        write_json(
+            self._path,
+            {
+                "options": self._options,
+                "seconds": self.seconds,
+                "faults": [dataclasses.asdict(one) for one in self.faults],
+                "samples": [dataclasses.asdict(one) for one in list(self.samples)],
+            },
+        )
+
+
+def _live(options: SoakConfig, run: SoakedRun, progress: Progress) -> PretrainConfig:
     """Do the faults and let the run finish; returns it with the steps that it ended with."""
-    run.wait_for_checkpoint(2 * INTERVAL)
-    rng, began = random.Random(options.seed), time.monotonic()
-    count = int(options.minutes * 60 / options.fault_every_seconds)
-    for number, fault in enumerate(drawn(rng, count)):
-        due = began + (number + 1) * options.fault_every_seconds
-        time.sleep(max(0.0, due - time.monotonic()))
-        print(f"{number + 1} of {count}: {fault} ...", file=sys.stderr, flush=True)
-        faults.append(endure(run, fault, rng))
-        again, lost = faults[-1].again_seconds, faults[-1].steps_lost
+    began = time.monotonic() - progress.seconds
+    for fault in islice(drawn(random.Random(options.seed)), len(progress.faults), None):
+        time.sleep(options.between_seconds)
+        if time.monotonic() - began > options.minutes * 60:
+            break
+        number = len(progress.faults)
+        print(f"{number + 1}: {fault} ...", file=sys.stderr, flush=True)
+        endured = endure(run, fault, random.Random(f"{options.seed}, fault {number}"))
+        again, lost = endured.again_seconds, endured.steps_lost
         print(f"    recovered in {again:.1f} s, {lost} steps lost", file=sys.stderr, flush=True)
-    time.sleep(max(0.0, began + options.minutes * 60 - time.monotonic()))
+        progress.faults.append(endured)
+        progress.seconds = time.monotonic() - began
+        progress.write()
     run.config = dataclasses.replace(run.config, steps=run.preempt() + INTERVAL)
     run.launch()
     run.attempt.finish()

@@ -1,17 +1,19 @@
 """The faults of a soak: each is done to a training run, again and again, and must be survived.
 
-All but the two that training continues through end the ranks or the whole attempt; if the driver is
+All but three that training continues through end the ranks or the whole attempt; if the driver is
 gone, the same command is run again, as a scheduler or a user does.
 """
 
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from cavmae.benchmarks.faults.data_faults import tear_journals
 from cavmae.benchmarks.faults.faulted_run import FaultedRun
 from cavmae.benchmarks.faults.injection import (
     cut_short,
@@ -19,8 +21,10 @@ from cavmae.benchmarks.faults.injection import (
     file_of_second_rank,
     flip_a_bit,
 )
-from cavmae.benchmarks.faults.observed_rank import order_nan
+from cavmae.benchmarks.faults.observed_rank import order_misread, order_nan
+from cavmae.benchmarks.faults.outages import AWAY_SECONDS
 from cavmae.benchmarks.faults.outcome import step_records
+from cavmae.benchmarks.faults.run_folder import refusal, tear_stop_request
 from cavmae.benchmarks.faults.runs import INTERVAL, RANKS, Bench, last_step, resumed_step
 from cavmae.benchmarks.harness.processes import PATIENCE_SECONDS, descendants, words_of
 from cavmae.trainer.checkpoint.format import list_checkpoints, step_of
@@ -38,7 +42,14 @@ class SoakedRun(FaultedRun):
     """
 
     def __init__(self, bench: Bench, config: PretrainConfig) -> None:
+        if (away := _away(config)).exists():  # an earlier soak was ended meanwhile
+            away.rename(config.data.train)
         super().__init__(bench, config, bench.on_ray)
+
+    def wait_for_checkpoints(self, count: int) -> None:
+        """Wait until there are so many."""
+        store = Store(self.run_dir / "checkpoints")
+        self.attempt.wait_for(lambda: len(list_checkpoints(store)) >= count, f"{count} checkpoints")
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Return the processes that live as long as the run does, by kind."""
@@ -117,6 +128,46 @@ def _reader_killed(run: SoakedRun, rng: random.Random) -> str:
     return "another reader was started"
 
 
+def _journals_torn(run: SoakedRun, rng: random.Random) -> str:
+    run.attempt.kill()
+    tear_journals(run.run_dir)
+    run.launch()
+    return run.wait_until_noticed(run.resume)
+
+
+def _misread(run: SoakedRun, rng: random.Random) -> str:
+    run.attempt.kill()
+    order_misread(run.run_dir, rng.randrange(RANKS))
+    run.launch()
+    return run.wait_until_noticed(run.resume)
+
+
+def _stop_request_torn(run: SoakedRun, rng: random.Random) -> str:
+    tear_stop_request(run.run_dir)
+    said = run.wait_until_noticed(run.stop)
+    run.attempt.finish()
+    run.launch()
+    return said
+
+
+def _started_twice(run: SoakedRun, rng: random.Random) -> str:
+    second = run.bench.on_ray(run.config)
+    return run.wait_until_noticed(lambda: refusal(second))
+
+
+def _data_missing(run: SoakedRun, rng: random.Random) -> str:
+    away = Path(run.config.data.train).rename(_away(run.config))
+    run.one_rank(rng).kill()
+    said = run.wait_until_noticed(run.failure)
+    time.sleep(AWAY_SECONDS)
+    away.rename(run.config.data.train)
+    return said
+
+
+def _away(config: PretrainConfig) -> Path:
+    return Path(config.data.train).with_name("away")
+
+
 def _readers(rank: psutil.Process) -> list[psutil.Process]:
     return [one for one in descendants(rank) if "process_pool" in words_of(one)]
 
@@ -130,8 +181,15 @@ FAULTS: dict[str, Callable[[SoakedRun, random.Random], str]] = {
     "a gradient is NaN: rolled back": _nan_rolled_back,
     "the disk is full": _disk_full,
     "a reader is killed": _reader_killed,
+    "journals are torn": _journals_torn,
+    "one rank reads a checkpoint wrongly": _misread,
+    "a stop request is torn": _stop_request_torn,
+    "the run is started twice": _started_twice,
+    "the data are missing at a restart, for 60 s": _data_missing,
 }
-TRAINING_CONTINUES = {"the disk is full", "a reader is killed"}
+"""Those of `cavmae bench faults` that leave the samples and losses of one run as they are, need no
+other machine, disk or server, and take less than three minutes."""
+TRAINING_CONTINUES = {"the disk is full", "a reader is killed", "the run is started twice"}
 LOSES_A_CHECKPOINT = {"the newest checkpoint is damaged"}
 
 
@@ -188,9 +246,7 @@ def endure(run: SoakedRun, fault: str, rng: random.Random) -> Endured:
     return Endured(fault, run.fault_seconds, run.before, newest, resumed, again, said)
 
 
-def drawn(rng: random.Random, count: int) -> list[str]:
-    """Draw faults in a random order; none comes again before all others have come."""
-    order: list[str] = []
-    while len(order) < count:
-        order += rng.sample(list(FAULTS), len(FAULTS))
-    return order[:count]
+def drawn(rng: random.Random) -> Iterator[str]:
+    """Draw faults in a random order, without end; none comes again before all others have come."""
+    while True:
+        yield from rng.sample(list(FAULTS), len(FAULTS))

@@ -24,7 +24,8 @@ START_AGAIN_EXIT_CODE = 75
 """Exit code of a process that stops before the run is finished: EX_TEMPFAIL of sysexits.h."""
 SIGTERM = "SIGTERM"
 """Reason of a stop that a launcher asks for, to start the run again later."""
-_REQUEST = "stop.json"
+STOP_FILE = "stop.json"
+"""In the run folder: a request to save and stop."""
 _POLL_SECONDS = 1.0
 
 
@@ -40,12 +41,12 @@ def request_stop(run_dir: Path, reason: str, *, outranked: bool = False) -> None
         OSError: the folder can't be written.
     """
     if not (outranked and requested_stop(run_dir)):
-        write_json(run_dir / _REQUEST, {"reason": reason, "id": secrets.token_hex(8)})
+        write_json(run_dir / STOP_FILE, {"reason": reason, "id": secrets.token_hex(8)})
 
 
 def withdraw_request(run_dir: Path) -> None:
     """Remove a stop request that an earlier attempt left behind."""
-    (run_dir / _REQUEST).unlink(missing_ok=True)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 def requested_stop(run_dir: Path) -> str:
@@ -61,12 +62,12 @@ def _read(run_dir: Path) -> tuple[str, str]:
     """Return reason and id of the request; a file that is empty, torn or made by hand, as by
     `touch`, is one without an id."""
     try:
-        request = read_json(run_dir / _REQUEST)
+        request = read_json(run_dir / STOP_FILE)
         return str(request["reason"]), str(request.get("id", ""))
     except FileNotFoundError:
         return "", ""
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _REQUEST, ""
+        return STOP_FILE, ""
 
 
 class StopRequest:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -67,10 +69,25 @@ def test_a_number_that_a_later_process_has_again_is_another_life() -> None:
 
 
 def test_all_faults_come_before_one_comes_again() -> None:
-    order = drawn(random.Random(3), 20)
-    assert len(order) == 20
-    assert sorted(order[: len(FAULTS)]) == sorted(FAULTS) == sorted(order[len(FAULTS) : 16])
-    assert order == drawn(random.Random(3), 20) != drawn(random.Random(4), 20)
+    def first(seed: int, count: int = 2 * len(FAULTS)) -> list[str]:
+        return list(islice(drawn(random.Random(seed)), count))
+
+    order = first(3)
+    assert sorted(order[: len(FAULTS)]) == sorted(FAULTS) == sorted(order[len(FAULTS) :])
+    assert order == first(3) != first(4)
+
+
+def test_a_soak_goes_on_from_what_it_has_written(tmp_path: Path) -> None:
+    path, options = tmp_path / "progress.json", soak.SoakConfig(minutes=1, seed=3)
+    ended = soak.Progress(path, options)
+    ended.faults.append(FAULT)
+    ended.samples.extend(life([500e6] * 3))
+    ended.seconds = 33.0
+    ended.write()
+    again = soak.Progress(path, dataclasses.replace(options, minutes=60))
+    assert (again.faults, again.samples, again.seconds) == ([FAULT], ended.samples, 33.0)
+    with pytest.raises(ValueError, match=r"holds a soak of .*'seed': 3.*give another --work-dir"):
+        soak.Progress(path, dataclasses.replace(options, seed=4))
 
 
 def test_going_back_further_than_the_newest_whole_checkpoint_is_seen() -> None:
