@@ -1,8 +1,9 @@
 """`cavmae bench soak`: one run for an hour, with fault after fault, watched for leaks.
 
 Faults come in a random, seeded order, each a while after the run has recovered from the one before.
-A soak that was ended itself goes on with the same `--work-dir`. At the end the run is preempted, resumes to a last step and finishes; an undisturbed run of as many steps has the samples
-and losses that it must have. Driver, controller and ranks must leak neither memory nor file handles
+A soak that was ended itself goes on with the same `--work-dir`. At the end the run is preempted,
+resumes to a last step and finishes; an undisturbed run of as many steps has the samples and losses
+that it must have. Driver, controller and ranks must leak neither memory nor file handles
 (`leak_check.py`).
 
 Steps have a pause, so that an hour has about as many of them as a short undisturbed run.
