@@ -139,7 +139,7 @@ def misread(bench: Bench, name: str) -> Row:
 
 def stop_request_torn(bench: Bench, name: str) -> Row:
     """Write half of a stop request, as a full disk leaves it, and run the same command again."""
-    run = FaultedRun(bench, bench.config(name), bench.on_ray)
+    run = FaultedRun(bench, bench.config(name), bench.plain)
     run.wait_for_checkpoint(2 * INTERVAL)
     run.fault_is_now()
     tear_stop_request(run.run_dir)

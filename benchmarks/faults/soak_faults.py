@@ -71,6 +71,10 @@ class SoakedRun(FaultedRun):
     def preempt(self) -> int:
         """Preempt the driver, whose ranks save a checkpoint and stop; returns the last step."""
         self.attempt.processes[0].send_signal(signal.SIGTERM)
+        return self.wait_until_stopped()
+
+    def wait_until_stopped(self) -> int:
+        """Wait until the driver has stopped, to be started again; returns the last step."""
         code = self.attempt.processes[0].wait(PATIENCE_SECONDS)
         if code != START_AGAIN_EXIT_CODE:
             raise RuntimeError(f"the driver exited with {code}:\n{self.attempt.text()[-4000:]}")
@@ -144,8 +148,8 @@ def _misread(run: SoakedRun, rng: random.Random) -> str:
 
 def _stop_request_torn(run: SoakedRun, rng: random.Random) -> str:
     tear_stop_request(run.run_dir)
+    run.wait_until_stopped()
     said = run.wait_until_noticed(run.stop)
-    run.attempt.finish()
     run.launch()
     return said
 
