@@ -28,8 +28,8 @@ from cavmae.trainer.checkpoint.format import step_of
 from cavmae.trainer.config.configs import TrackingConfig
 from cavmae.trainer.fault_tolerance.preemption import STOP_FILE
 
-DISK_BYTES = 24 << 20
-"""Of the small disk: room for the checkpoints and weights of a tiny run, and not for much more."""
+DISK_BYTES = 64 << 20
+"""Of the small disk: room for the checkpoints of a tiny run and the weights of all its epochs."""
 STEPS_ON_A_FULL_DISK = INTERVAL
 _PAUSE_SECONDS = 0.2
 """In each step: a tiny run would end before the full disk is noticed."""
