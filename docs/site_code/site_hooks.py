@@ -26,6 +26,8 @@ TOP_PAGES = {
 _TARGET = re.compile(r"(?<=\]\()(?!https?:|#)([^)#]+)")
 """Target of a Markdown link to a file of the repository, without the anchor."""
 
+_OPTION = re.compile(r"(?<=[\s>])--[a-z][\w.-]*")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages and files that are not in `docs`."""
@@ -48,6 +50,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by:
         return markdown
     return _rewritten(markdown, Path(config.docs_dir, page.file.src_uri).parent)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep options whole: a browser would begin a line between the hyphens and the name."""
+    return _OPTION.sub(r'<span class="option">\g<0></span>', html)
 
 
 def _rewritten(markdown: str, folder: Path) -> str:
