@@ -25,7 +25,6 @@ from urllib.request import urlopen
 import tyro
 
 from cavmae.cluster.connection import ANSWER_SECONDS, passed_on, source_tree
-from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
 from cavmae.console import JsonOption, print_json, print_rows
@@ -53,6 +52,8 @@ def submit(arguments: list[str]) -> int:
             f"{arguments[0]} is relative to this folder; give a path that the cluster's head has"
         )
     if config.cluster.dry_run:
+        from cavmae.cluster.dry_run import dry_run  # needs torch
+
         return dry_run(config, ask_cluster=False)  # a job server does not tell its nodes
     client = _client(config.cluster.address)
     for job in client.list_jobs():

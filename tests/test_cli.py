@@ -58,13 +58,15 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == f"cavmae {__version__}\n"
 
 
-def test_help_imports_no_heavy_library() -> None:
+def test_help_and_the_state_of_jobs_import_no_heavy_library() -> None:
     code = (
         "import sys; from cavmae import cli; cli.main(['--help']);"
-        "print(sorted({'torch', 'numpy', 'ray', 'mlflow', 'deepspeed', 'tyro'} & set(sys.modules)))"
+        "heavy = {'torch', 'ray', 'mlflow', 'deepspeed'};"
+        "print(sorted({'numpy', 'tyro', *heavy} & set(sys.modules)));"
+        "import cavmae.cluster.jobs; print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    assert result.stdout.splitlines()[-2:] == ["[]", "[]"], result.stderr
 
 
 @pytest.fixture

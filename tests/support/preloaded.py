@@ -8,6 +8,7 @@ for name in (
     "torch._inductor.compile_fx",
     "cavmae.trainer.trainer",
     "cavmae.trainer.fault_tolerance.oom",
+    "matplotlib.figure",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.system_metrics.system_metrics_monitor",
 ):

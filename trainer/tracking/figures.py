@@ -3,16 +3,19 @@ embedding shows in a figure long before it shows in a number."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from cavmae.atomic_write import atomic_write
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.kernels import MaskIds
 from cavmae.trainer.metrics.retrieval import similarity_scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PATCH = 16
 FRAME_SECONDS = 0.01  # hop of the log-mel
@@ -122,9 +125,7 @@ def plot_reconstructions(
 
     clips, heard = len(shown[0]), 0 if spectrogram is None else 3
     widths = [2.2] * heard + [1.0] * (len(shown) - heard)
-    figure = Figure(
-        figsize=(18 / 9.6 * sum(widths), 1.0 + 1.9 * clips), dpi=100, layout="constrained"
-    )
+    figure = _figure(18 / 9.6 * sum(widths), 1.0 + 1.9 * clips)
     axes = figure.subplots(clips, len(shown), squeeze=False, gridspec_kw={"width_ratios": widths})
     for clip, row in enumerate(axes):
         for column, axis in enumerate(row):
@@ -163,7 +164,7 @@ def plot_similarity(path: Path, similarity: torch.Tensor) -> None:
     """
     matrix = _on_cpu(similarity)
 
-    figure = Figure(figsize=(7, 6), dpi=100, layout="constrained")
+    figure = _figure(7, 6)
     axis = figure.subplots()
     image = axis.imshow(matrix.numpy(), interpolation="nearest", cmap="viridis")
     last = len(matrix) - 0.5
@@ -201,7 +202,7 @@ def plot_classes(
     ]
     scored.sort()
     places = range(1, len(scored) + 1)
-    figure = Figure(figsize=(9, 7), dpi=100, layout="constrained")
+    figure = _figure(9, 7)
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     above.bar(places, [value for value, _, _ in scored], width=1.0)
     above.set(ylim=(0, 1), ylabel="average precision")
@@ -228,7 +229,7 @@ def plot_classes(
     save_figure(figure, path)
 
 
-def _show_spectrogram(axis: Axes, mel: torch.Tensor, low: float, high: float) -> None:
+def _show_spectrogram(axis: "Axes", mel: torch.Tensor, low: float, high: float) -> None:
     """Draw a spectrogram, (mel_bins, audio_frames)."""
     bins, frames = mel.shape
     axis.set_facecolor(REMOVED_GRAY)  # shows where values are NaN
@@ -245,7 +246,7 @@ def _show_spectrogram(axis: Axes, mel: torch.Tensor, low: float, high: float) ->
     axis.tick_params(labelsize=7)
 
 
-def _show_frame(axis: Axes, frame: torch.Tensor) -> None:
+def _show_frame(axis: "Axes", frame: torch.Tensor) -> None:
     """Draw a normalised frame, (3, height, width)."""
     colours = frame.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN  # (height, width, 3)
     shown = np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
@@ -261,7 +262,14 @@ def _on_cpu(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().cpu()
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def _figure(width: float, height: float) -> "Figure":
+    """Make a figure of so many inches. Its library is imported by the ranks that draw alone."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG, atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
