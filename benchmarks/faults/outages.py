@@ -98,8 +98,8 @@ def terminated(bench: Bench, name: str) -> Row:
     are left: there must be none, and the checkpoint before must be whole."""
     run = FaultedRun(bench, bench.config(name), bench.plain)
     run.wait_for_checkpoint(2 * INTERVAL)
-    before = last_step(run.run_dir)
-    for step in range(before + 1, bench.steps):
+    writable = last_step(run.run_dir)
+    for step in range(writable + 1, bench.steps):
         os.mkfifo(file_of_second_rank(run.config, step))  # a write to it never ends
     run.fault_is_now()
     for process in run.attempt.processes:
@@ -109,9 +109,9 @@ def terminated(bench: Bench, name: str) -> Row:
     codes = [process.wait(max(0.0, ends - time.time())) for process in run.attempt.processes]
     if set(codes) != {START_AGAIN_EXIT_CODE}:
         raise RuntimeError(f"the ranks exited with {codes}:\n{run.attempt.text()[-4000:]}")
-    before = last_step(run.run_dir)
+    stopped = last_step(run.run_dir)
     run.launch()
-    return run.row(before=before)
+    return run.row(before=stopped, while_writing=stopped - writable)
 
 
 def _kill_a_rank(run: FaultedRun, take_away: Callable[[], object] = lambda: None) -> None:
