@@ -40,6 +40,13 @@ def test_the_site_has_the_pages_made_from_the_code(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_option_stays_whole_at_the_end_of_a_line(site: Path) -> None:
+    page = (site / "reference/commands/index.html").read_text()
+    assert '<span class="option">--clips-per-shard</span> INT' in page
+    assert ".option {" in (site / "site.css").read_text()
+
+
+@pytest.mark.slow
 def test_a_file_that_a_page_links_to_is_in_the_site(site: Path) -> None:
     assert (site / "repository" / "Dockerfile").read_bytes() == (ROOT / "Dockerfile").read_bytes()
     assert (
