@@ -29,6 +29,8 @@ _OWN_CLUSTER_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # without it, whoever reaches a Ray port can run any code
     # Named after other systems; on Linux too, 0 makes Ray listen on loopback alone.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # It would start a Python process for each core, which fits no actor with a runtime environment.
+    "RAY_prestart_worker_first_driver": "0",
     # A cluster that lives as long as the run gets no preemption notices.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }

@@ -160,6 +160,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"not compared: {part} ({reason})")
 
 
+@pytest.fixture(autouse=True)
+def forked_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a pool are forks, which have what they import."""
+    import pool_forks
+
+    pool_forks.server()
+    monkeypatch.setattr("cavmae.dataloaders.process_pool.subprocess", pool_forks.PoolSubprocess)
+
+
 @pytest.fixture(scope="session")
 def packed_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 synthetic clips (64 px, 2 s, 8 fps) in both tiers, 3 shards of 8: the OUT folder. VP9, so

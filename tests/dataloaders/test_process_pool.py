@@ -28,6 +28,11 @@ from cavmae.dataloaders.process_pool import (
 LIMITS = TaskLimits(seconds=60)
 
 
+@pytest.fixture(autouse=True)
+def forked_pools() -> None:
+    """Here processes are started as they are for users."""
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., ProcessPool]]:
     """Start a pool that ends with the test."""
