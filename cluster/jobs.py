@@ -29,6 +29,7 @@ from cavmae.cluster.dry_run import dry_run
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
 from cavmae.console import JsonOption, print_json, print_rows
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import code_files, git_commit
@@ -131,7 +132,7 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
 
 
 @dataclass(frozen=True)
-class StatusConfig(JsonOption):
+class StatusConfig(CheckedFields, JsonOption):
     """Show the state of jobs and runs.
 
     Raises:
@@ -251,7 +252,7 @@ def _run_dir(job: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class LogsConfig:
+class LogsConfig(CheckedFields):
     """Print the log of a run: of a job's driver, or of one rank.
 
     Raises:
@@ -306,7 +307,7 @@ def _rank_log(run_dir: Path, rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class StopConfig:
+class StopConfig(CheckedFields):
     """Have a run save a checkpoint and stop. Rerun the command that started it to resume.
 
     Raises:
