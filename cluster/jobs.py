@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
+from ipaddress import ip_address
 from pathlib import Path
+from socket import getaddrinfo
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import tyro
@@ -114,6 +117,7 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
             f"{source} is {address}, and jobs go to the head's job server: give http://HOST:8265 "
             "(HOST:6379 and auto are for `cavmae train`)"
         )
+    _check_token_stays_inside(source, address)
     try:
         with suppress(HTTPError):  # Ray's client would wait for an answer without end
             urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS).close()
@@ -126,6 +130,28 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
         raise ValueError(
             f"{no_folder}address {address}: no job server answers ({error})"
         ) from error
+
+
+def _check_token_stays_inside(source: str, address: str) -> None:
+    """Refuse to send the cluster's token unencrypted beyond networks that are private.
+
+    Raises:
+        ValueError: the job server is there; names the fix.
+    """
+    where = urlsplit(address)
+    if os.environ.get("RAY_AUTH_MODE") != "token" or where.scheme == "https":
+        return
+    try:
+        hosts = {found[4][0] for found in getaddrinfo(where.hostname, where.port)}
+    except (OSError, ValueError):  # nothing is sent to it
+        return
+    public = sorted(host for host in hosts if ip_address(str(host).partition("%")[0]).is_global)
+    if public:
+        raise ValueError(
+            f"{source} is {address}, a public address ({public[0]}), and http:// would show the "
+            "cluster's token to every network on the way; give https://, or forward the port "
+            "(`kubectl port-forward`, `ssh -L`) and give http://127.0.0.1:8265"
+        )
 
 
 # ------------------------------------------------------------------------------------ status
