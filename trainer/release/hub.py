@@ -53,8 +53,8 @@ class _HubFolder(ModelHubMixin):
         if not folder.is_dir():
             folder = Path(hf_hub_download(model_id, "config.json", **fetching)).parent
             revision = folder.name
-            # By its commit: a branch may have moved since.
-            hf_hub_download(model_id, "model.safetensors", **fetching | {"revision": revision})
+            fetching["revision"] = revision  # a branch may have moved since
+            hf_hub_download(model_id, "model.safetensors", **fetching)
         weights = folder / "model.safetensors"
         model = cls(load_config(folder / "config.json", ModelSpec))
         model.revision = revision
