@@ -1,6 +1,9 @@
 # Ranks and Ray nodes run this image: `docker build -t REGISTRY/cavmae .`, then
 # `cavmae cluster-files DEPLOY --image REGISTRY/cavmae ...`.
-FROM python:3.12-slim-bookworm
+# A tag, since a digest would keep the system's packages as they were, with what has been found in
+# them since; for images that never change: `--build-arg BASE=python:3.12-slim-bookworm@sha256:...`.
+ARG BASE=python:3.12-slim-bookworm
+FROM ${BASE}
 
 # g++: DeepSpeed and Triton compile. wget: Kubernetes' probes of Ray. rsync, ssh: `ray up`.
 RUN apt-get update \
@@ -18,7 +21,8 @@ COPY . .
 RUN pip install --constraint constraints.txt '.[s3]'
 
 # Not root: what videos make a decoder do is done as a user without rights.
-RUN useradd --create-home --uid 1000 ray
-USER ray
+# A number, which Kubernetes can tell from root's.
+RUN useradd --create-home --uid 1000 --user-group ray
+USER 1000:1000
 WORKDIR /home/ray
 CMD ["cavmae", "--help"]

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cavmae.credentials import redacted
+
 TEMPORARY_SUFFIX = ".partial"
 _KEPT_NAME_BYTES = 200
 """Of a file's name in that of its temporary file; file systems allow 255 in all."""
@@ -139,13 +141,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, document: object) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically, without the credentials of URLs: errors and command lines that
+    are kept in files quote them.
 
     Raises:
         ValueError: a float that is not finite.
         OSError: the file could not be written.
     """
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_text(path, redacted(json.dumps(document, indent=2, allow_nan=False)) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

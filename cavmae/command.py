@@ -5,6 +5,9 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
+
+from cavmae.credentials import redacted
 
 _STDOUT = 1
 
@@ -14,7 +17,8 @@ class UserMistake(ValueError):
 
 
 def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; with CAVMAE_DEBUG=1 every error has its traceback.
+    """Run a command; with CAVMAE_DEBUG=1 every error has its traceback. No URL in what is printed
+    of an error has a credential.
 
     Args:
         command: takes the words after its name and returns an exit code.
@@ -24,6 +28,7 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         The command's own code, 1 after an error that was reported, 130 after an interrupt, 141
         where the reader of standard output, such as `head`, has left (as after SIGPIPE).
     """
+    sys.excepthook = _print_traceback
     try:
         code = command(arguments)
         if sys.stdout is not None:  # it was closed before the command began
@@ -41,8 +46,14 @@ def exit_code(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         user_error = isinstance(error, OSError) or raised_by_us(error)
         if os.environ.get("CAVMAE_DEBUG") == "1" or not user_error:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return 1
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def _reader_left() -> bool:

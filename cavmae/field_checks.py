@@ -1,4 +1,5 @@
-"""Limits of configuration fields, declared with a field's type, checked when the dataclass is made.
+"""Checks of configuration fields when the dataclass is made: limits, declared with a field's type,
+and credentials.
 
     @dataclass(frozen=True)
     class LossConfig(CheckedFields, section="loss"):
@@ -12,6 +13,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
+
+from cavmae.credentials import check_no_credential
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ Fraction = Annotated[float, Limit(lambda value: 0 <= value <= 1, "a fraction fro
 
 
 class CheckedFields:
-    """Base of a dataclass whose numeric fields are held to the `Limit` in their annotations.
+    """Base of a dataclass whose numeric fields are held to the `Limit` in their annotations, and
+    whose texts may not have a credential in a URL.
 
     A subclass names its section of the configuration, such as `class LossConfig(CheckedFields,
     section="loss")`, so that messages name fields as a command line does. A field that is None is
     not checked.
 
     Raises:
-        ValueError: a field is outside its limits.
+        ValueError: a field is outside its limits, or has a credential in it.
     """
 
     _prefix: ClassVar[str] = ""
@@ -64,6 +68,9 @@ class CheckedFields:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    check_no_credential(f"{self._prefix}{field.name}", text)
             for limit in getattr(field.type, "__metadata__", ()):
                 if not isinstance(limit, Limit) or value is None:
                     continue

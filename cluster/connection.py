@@ -2,15 +2,17 @@
 
 import logging
 import os
+import secrets
 import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import cavmae
+from cavmae.atomic_write import temporary_path
 from cavmae.cluster.config import ClusterConfig
 
 # Ray reads these when it is imported or started.
@@ -115,6 +117,8 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     check_address(cluster)
+    if not address and os.environ["RAY_AUTH_MODE"] == "token":
+        make_token(Path.home() / ".ray" / "auth_token")
     import ray
 
     ray.init(
@@ -130,6 +134,23 @@ def connected(cluster: ClusterConfig, threads: int) -> Iterator[Path | None]:
         yield None if in_job else Path.cwd()
     finally:
         ray.shutdown()
+
+
+def make_token(path: Path) -> None:
+    """Make the token of a cluster's owner where there is none; Ray would let everyone read it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
+        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):  # another start has just made it
+            os.link(temporary, path)
+        temporary.unlink()
+    path.chmod(0o600)
 
 
 def absolute_path(name: str, path: str, folder: Path | None) -> str:

@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
+from ipaddress import ip_address
 from pathlib import Path
+from socket import getaddrinfo
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import tyro
@@ -28,6 +31,7 @@ from cavmae.cluster.connection import ANSWER_SECONDS, passed_on, source_tree
 from cavmae.cluster.status_relay import VARIABLE
 from cavmae.cluster.train import checked_job
 from cavmae.console import JsonOption, print_json, print_rows
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.fault_tolerance.preemption import request_stop, requested_stop
 from cavmae.trainer.run_status import last_line, read_status
 from cavmae.trainer.tracking.code_snapshot import code_files, git_commit
@@ -114,6 +118,7 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
             f"{source} is {address}, and jobs go to the head's job server: give http://HOST:8265 "
             "(HOST:6379 and auto are for `cavmae train`)"
         )
+    _check_token_stays_inside(source, address)
     try:
         with suppress(HTTPError):  # Ray's client would wait for an answer without end
             urlopen(f"{address.rstrip('/')}/api/version", timeout=ANSWER_SECONDS).close()
@@ -128,11 +133,33 @@ def _client(address: str, name: str = "") -> "JobSubmissionClient":
         ) from error
 
 
+def _check_token_stays_inside(source: str, address: str) -> None:
+    """Refuse to send the cluster's token unencrypted beyond networks that are private.
+
+    Raises:
+        ValueError: the job server is there; names the fix.
+    """
+    where = urlsplit(address)
+    if os.environ.get("RAY_AUTH_MODE") != "token" or where.scheme == "https":
+        return
+    try:
+        hosts = {found[4][0] for found in getaddrinfo(where.hostname, where.port)}
+    except (OSError, ValueError):  # nothing is sent to it
+        return
+    public = sorted(host for host in hosts if ip_address(str(host).partition("%")[0]).is_global)
+    if public:
+        raise ValueError(
+            f"{source} is {address}, a public address ({public[0]}), and http:// would show the "
+            "cluster's token to every network on the way; give https://, or forward the port "
+            "(`kubectl port-forward`, `ssh -L`) and give http://127.0.0.1:8265"
+        )
+
+
 # ------------------------------------------------------------------------------------ status
 
 
 @dataclass(frozen=True)
-class StatusConfig(JsonOption):
+class StatusConfig(CheckedFields, JsonOption):
     """Show the state of jobs and runs.
 
     Raises:
@@ -252,7 +279,7 @@ def _run_dir(job: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class LogsConfig:
+class LogsConfig(CheckedFields):
     """Print the log of a run: of a job's driver, or of one rank.
 
     Raises:
@@ -307,7 +334,7 @@ def _rank_log(run_dir: Path, rank: int) -> str:
 
 
 @dataclass(frozen=True)
-class StopConfig:
+class StopConfig(CheckedFields):
     """Have a run save a checkpoint and stop. Rerun the command that started it to resume.
 
     Raises:

@@ -3,7 +3,8 @@
 `templates/` holds them, and this fills in one description of the cluster, so that ranks, GPUs and
 memory agree in all of them. Every Ray node requires the cluster's token, nothing listens beyond the
 cluster's network, the head trains nothing, and no file holds a secret: KubeRay creates the token,
-the other launchers read it from `~/.ray/auth_token`.
+the other launchers read it from `~/.ray/auth_token`. Pods keep to Kubernetes' "restricted"
+standard.
 """
 
 import json
@@ -23,7 +24,7 @@ from cavmae.console import plain_console
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.config.parse import parse
 
-FILES = ("ray-cluster.yaml", "ray-job.yaml", "ray-aws.yaml", "slurm.sh")
+FILES = ("ray-cluster.yaml", "ray-job.yaml", "network-policy.yaml", "ray-aws.yaml", "slurm.sh")
 _TEMPLATES = Path(__file__).with_name("templates")
 _GRACE_SECONDS = 100
 """All of them give a run two minutes to save."""
@@ -44,7 +45,8 @@ class ClusterFilesConfig(CheckedFields):
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Where to write ray-cluster.yaml, ray-job.yaml, ray-aws.yaml and slurm.sh."""
+    """Where to write ray-cluster.yaml, ray-job.yaml, network-policy.yaml, ray-aws.yaml and
+    slurm.sh."""
     run: str
     """What to train, as after `cavmae train`: a recipe and its fields, paths absolute or URLs."""
     image: str
@@ -59,6 +61,9 @@ class ClusterFilesConfig(CheckedFields):
     """CPU cores of a node, shared by ranks, readers and decoders."""
     memory_gb_per_node: PositiveInt = 256
     """Memory in GB that the job requests on each node."""
+    disk_gb_per_node: PositiveInt = 200
+    """Disk in GB of each node that a pod may fill: the cache of remote shards
+    (`data.cache_gigabytes`), copies of checkpoints while a run resumes, and Ray's logs."""
     volume_claim: str = ""
     """PersistentVolumeClaim that all pods mount at /shared, for run folder and data. Empty: none;
     data and run folder are on other storage."""
@@ -118,7 +123,13 @@ def main(arguments: list[str]) -> int:
     config = tyro.cli(ClusterFilesConfig, prog="cavmae cluster-files", args=arguments)
     from cavmae.cluster.train import checked_job  # `--help` does without torch
 
-    checked_job(config.words[2:], "--run")
+    job = checked_job(config.words[2:], "--run")
+    if "://" in job.data.train and config.disk_gb_per_node <= job.data.cache_gigabytes:
+        raise ValueError(
+            f"disk_gb_per_node is {config.disk_gb_per_node} and data.cache_gigabytes "
+            f"{job.data.cache_gigabytes:g}, which does not fit beside logs; raise the former or "
+            "set the latter in --run"
+        )
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:

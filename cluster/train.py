@@ -29,6 +29,7 @@ from cavmae.cluster.connection import (
 from cavmae.cluster.restarts import End, Failure, RestartPolicy, check_run_folder
 from cavmae.cluster.status_relay import StatusRelay
 from cavmae.command import exit_code
+from cavmae.credentials import redacted
 from cavmae.dataloaders.sampling.step_shares import check_ranks
 from cavmae.dataloaders.shards.shard_set import ShardSet
 from cavmae.trainer.checkpoint.format import checkpoint_folder, list_checkpoints, step_of
@@ -432,7 +433,7 @@ class _Driver:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(redacted(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from cavmae.dataloaders.constants import IMAGE_STD, WINDOW_SAMPLES
 from cavmae.dataloaders.loading.dali import ClipDecoder, error_line
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.media.decode_frame import decode_frame, jpeg_of
+from cavmae.dataloaders.media.decode_frame import decode_frame
 from cavmae.dataloaders.media.encode_video import VideoCodec, encode_jpegs, encode_video
+from cavmae.dataloaders.media.headers import payload_of
 from cavmae.dataloaders.media.video_size import LONG_SIDES, SMALLEST, stored_size
 from cavmae.field_checks import Seconds
 
@@ -155,8 +156,8 @@ def _frames(codec: str, width: int, height: int) -> Frames:
                 shown = np.array(image)
         else:
             frame = encode_video([planes], (width, height), codec, 25.0)  # pyright: ignore[reportArgumentType]
-            shown = decode_frame(frame)
-        encoded.append(jpeg_of(frame) if codec == "mjpeg" else frame)
+            shown = decode_frame(frame, width, height)
+        encoded.append(payload_of(frame) if codec == "mjpeg" else frame)
         pixels.append(shown)
     return Frames(encoded, pixels)
 

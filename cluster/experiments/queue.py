@@ -23,13 +23,14 @@ from cavmae.cluster.experiments.comparison import compare
 from cavmae.cluster.experiments.driver import Driver
 from cavmae.cluster.experiments.queue_file import Experiment, Need, State, read_experiments
 from cavmae.console import JsonOption
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 
 _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class QueueConfig(JsonOption):
+class QueueConfig(CheckedFields, JsonOption):
     """Run the experiments of a file, and compare them. Fields after these apply to every run:
     `--data.train SHARDS`, `--workers 8`.
 

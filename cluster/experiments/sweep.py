@@ -26,6 +26,7 @@ from cavmae.cluster.experiments.queue_file import Need
 from cavmae.cluster.experiments.sweep_file import Sweep, Varied, keep_or_compare, read_sweep
 from cavmae.cluster.experiments.yaml_file import words_of
 from cavmae.console import JsonOption
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.fault_tolerance.preemption import START_AGAIN_EXIT_CODE
 from cavmae.trainer.tracking.metrics_file import read_metrics
 
@@ -33,7 +34,7 @@ _POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class SweepConfig(JsonOption):
+class SweepConfig(CheckedFields, JsonOption):
     """Search the space of a file with Ray Tune (ASHA). Fields after these apply to every trial:
     `--data.train SHARDS`, `--workers 8`.
 

@@ -23,6 +23,7 @@ from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local.demo import DemoConfig
 from cavmae.console import plain_console, print_rows
 from cavmae.dataloaders.shards.shard_set import ShardSet
+from cavmae.field_checks import CheckedFields
 
 SEARCHES = 8
 """Sounds that are looked up. By chance a sound finds its video among ten of 200 once in 20 times:
@@ -31,7 +32,7 @@ LARGEST_DEVIATION = 1e-4
 
 
 @dataclass(frozen=True)
-class DemoFullConfig:
+class DemoFullConfig(CheckedFields):
     """Pretrain as `cavmae demo` does, then fine-tune, classify, retrieve, probe, reconstruct,
     embed, search and export, and compare each with chance. About 20 minutes on two CPU cores."""
 

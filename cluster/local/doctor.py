@@ -25,6 +25,7 @@ from cavmae.cluster.local import checks
 from cavmae.cluster.local.checks import STATES, Finding, judge, show
 from cavmae.console import JsonOption, plain_console, print_json
 from cavmae.dataloaders.config import ClipShape, DataConfig
+from cavmae.field_checks import CheckedFields
 
 _RUN_BYTES = 20e9
 """Size of a run's folder: three checkpoints of the base model with optimizer state are 7 GB."""
@@ -32,7 +33,7 @@ _COMPILE_SECONDS = 600
 
 
 @dataclass(frozen=True)
-class DoctorConfig(JsonOption):
+class DoctorConfig(CheckedFields, JsonOption):
     """Check versions, GPU, limits, disk, compiler, tracking store and shards of this machine.
 
     The exit code is 1 if a problem prevents training.

@@ -15,7 +15,7 @@ set -euo pipefail
 
 # A Ray port without a token runs anyone's code. Made once, in the home that all nodes share.
 export RAY_AUTH_MODE=token
-[ -s "$HOME/.ray/auth_token" ] || ray get-auth-token --generate > /dev/null
+[ -s "$HOME/.ray/auth_token" ] || (umask 077; ray get-auth-token --generate > /dev/null)
 
 # Lost nodes and ranks are noticed within seconds.
 export RAY_health_check_initial_delay_ms=%{check_period_ms}

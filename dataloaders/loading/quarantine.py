@@ -36,8 +36,8 @@ from cavmae.dataloaders.loading.reader import (
     StorageError,
 )
 from cavmae.dataloaders.media.audio_codec import AudioCodec, encode_audio
-from cavmae.dataloaders.media.decode_frame import jpeg_of
 from cavmae.dataloaders.media.encode_video import VideoCodec, encode_jpegs, encode_video
+from cavmae.dataloaders.media.headers import payload_of
 from cavmae.dataloaders.process_pool import Failure, ProcessPool, time_limit
 from cavmae.dataloaders.shards.shard_set import ShardSet
 
@@ -314,7 +314,7 @@ def intact_clip(settings: ReaderSettings) -> EncodedClip:
     elif shards.tier == "video" and settings.dali_decodes(height, width):
         codec = cast(VideoCodec, shards.video_codec)
         frame = encode_video([planes], INTACT_SIZE, codec, frames_per_second=25.0)
-        frame = jpeg_of(frame) if settings.jpegs else frame
+        frame = payload_of(frame) if settings.jpegs else frame
     else:
         pixels = (np.full((height, width, 3), 128, dtype=np.uint8),)
     return EncodedClip(

@@ -22,11 +22,19 @@ from cavmae.dataloaders.loading.augment import (
     random_crop,
     stored_center_crop,
 )
+from cavmae.dataloaders.media.decode_clip import MAXIMUM_SOURCE_PIXELS
 from cavmae.dataloaders.media.decode_frame import (
     FrameError,
     decode_frame,
     decode_original,
-    jpeg_of,
+)
+from cavmae.dataloaders.media.errors import MAXIMUM_CLIP_BYTES
+from cavmae.dataloaders.media.headers import (
+    HeaderError,
+    check_audio,
+    check_frame,
+    check_jpeg,
+    payload_of,
 )
 from cavmae.dataloaders.media.video_size import nvdec_decodes
 from cavmae.dataloaders.process_pool import time_limit
@@ -36,8 +44,6 @@ from cavmae.dataloaders.shards.shard_set import ShardSet
 
 SHORTEST_AUDIO_SAMPLES = WINDOW_SAMPLES
 """Shorter audio would give a constant log-mel."""
-LARGEST_SIDE = 1 << 14
-"""Pixels; packing writes far less, and decoders allocate whatever a header states."""
 DECODE_SECONDS = 30.0
 """A reader that decodes a clip for longer hangs: ten frames of 720p H.264 take up to 1.7 s."""
 
@@ -161,6 +167,8 @@ class ClipReader:
                 return BadSample(task, sample_id, error.reason, error.detail)
             except FrameError as error:
                 return BadSample(task, sample_id, "video_unreadable", str(error))
+            except HeaderError as error:
+                return BadSample(task, sample_id, "wrong_header", str(error))
         except OSError as error:
             return StorageError(f"{error}; check the storage and rerun the same command to resume")
 
@@ -174,6 +182,8 @@ class ClipReader:
             if hears:
                 audio_samples = int(description["audio"]["samples"])
                 clip_seconds = audio_samples / AUDIO_HZ
+                if 2 * audio_samples > MAXIMUM_CLIP_BYTES:
+                    raise ValueError(f"{audio_samples} samples of audio")
             else:
                 audio_samples, clip_seconds = 0, float(description["video"]["seconds"])
             window = self._window(task.draw, clip_seconds)
@@ -197,6 +207,7 @@ class ClipReader:
         audio = b""
         if hears:
             audio = self.shards.member(task.shard, task.sample, self.shards.audio_codec)
+            check_audio(audio, self.shards.audio_codec, audio_samples)
         return EncodedClip(
             task,
             sample_id,
@@ -222,7 +233,10 @@ class ClipReader:
         placeholder = (b"\0",) * len(frames)
         if self.shards.tier == "frames":
             names = [f"{chosen}.jpg" for chosen, _, _ in frames]
-            return tuple(self.shards.member(shard, sample, name) for name in names), None
+            jpegs = tuple(self.shards.member(shard, sample, name) for name in names)
+            for jpeg in jpegs:
+                check_jpeg(jpeg, width, height)
+            return jpegs, None
         if self.shards.tier == "original":
             source = self.shards.member(shard, sample, "source")
             with time_limit(self.decode_seconds):
@@ -230,12 +244,17 @@ class ClipReader:
                     decode_original(source, seconds, width, height) for _, _, seconds in frames
                 )
         videos = tuple(self.shards.frame(shard, sample, index) for _, index, _ in frames)
+        for video in videos:
+            check_frame(video, str(self.shards.video_codec), width, height)
         if self.settings.jpegs:
-            return tuple(jpeg_of(video) for video in videos), None
+            jpegs = tuple(payload_of(video) for video in videos)
+            for jpeg in jpegs:
+                check_jpeg(jpeg, width, height)
+            return jpegs, None
         if self.settings.dali_decodes(height, width):
             return videos, None
         with time_limit(self.decode_seconds):
-            return placeholder, tuple(decode_frame(video) for video in videos)
+            return placeholder, tuple(decode_frame(video, width, height) for video in videos)
 
     def _window(self, draw: int, clip_seconds: float) -> tuple[float, float] | None:
         """Start and length of the window in seconds; None: the clip from its start."""
@@ -289,8 +308,10 @@ def _check_sizes(width: int, height: int, whole: dict[str, int] | None) -> None:
     if whole is not None:
         parts = [(width, whole["left"], whole["width"]), (height, whole["top"], whole["height"])]
     for part, start, side in parts:
-        if not (start >= 0 < part <= side - start and side <= LARGEST_SIDE):
+        if not start >= 0 < part <= side - start:
             raise ValueError(f"a video of {width} x {height} pixels, cropped from {whole}")
+    if parts[0][2] * parts[1][2] > MAXIMUM_SOURCE_PIXELS:
+        raise ValueError(f"a video of {parts[0][2]} x {parts[1][2]} pixels")
 
 
 def check_set(shards: ShardSet, config: DataConfig) -> None:

@@ -31,6 +31,9 @@ class AudioTrack:
         stream: the stream whose packets `decode` is given.
         zero: start of the window on the stream's timeline, seconds.
         length: seconds; may be infinite.
+
+    Raises:
+        ClipError: the header states more audio than is kept.
     """
 
     def __init__(
@@ -62,6 +65,15 @@ class AudioTrack:
         self._decoded_samples = self._kept_bytes = 0
         self._anchors: list[float] = []
         self._placed = np.zeros((0, 1), np.int16)
+        # STREAMINFO counts the samples; the length that others state may be a guess.
+        if stream.container.format.name == "flac" and stream.duration and stream.time_base:
+            stated = min(float(stream.duration * stream.time_base), length)
+            if 2 * stated * self.hz > MAXIMUM_CLIP_BYTES:
+                raise ClipError(
+                    "too_large",
+                    f"its header states {stated / 3600:.1f} h of audio, over {MAXIMUM_CLIP_BYTES} "
+                    "bytes",
+                )
 
     def decode(self, packet: av.Packet) -> None:
         """Decode a packet of the stream; failures are added to `errors`.

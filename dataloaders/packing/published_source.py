@@ -94,5 +94,5 @@ def _read_jpeg(path: Path) -> tuple[bytes, tuple[int, int]]:
                 image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
                 data = buffer.getvalue()
             return data, image.size
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise ClipError("decode_error", f"{path}: {error}") from error

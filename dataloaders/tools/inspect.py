@@ -243,6 +243,7 @@ def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
 
     from cavmae.dataloaders.media.audio_codec import decode_audio
     from cavmae.dataloaders.media.decode_frame import FrameError
+    from cavmae.dataloaders.media.headers import HeaderError, check_audio
     from cavmae.dataloaders.media.log_mel import log_mel
 
     described = shards.description(shard, sample)
@@ -253,6 +254,7 @@ def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
     try:
         if "audio" in described:
             audio = shards.member(shard, sample, shards.audio_codec)
+            check_audio(audio, shards.audio_codec, described["audio"]["samples"])
             waveform = torch.from_numpy(decode_audio(audio))
             heard = log_mel([waveform], MEL_BINS, AUDIO_FRAMES, torch.device("cpu"))
             spectrogram = heard[0].numpy()
@@ -261,7 +263,7 @@ def card_of(shards: ShardSet, shard: int, sample: int) -> Card:
             pixels = frame_pixels(shards, shard, sample, MIDDLE_FRAME)
             shown = described["ten_frames"][MIDDLE_FRAME]["seconds"]
             facts += f", {described['video']['frames']} frames, the one at {shown:.2f} s"
-    except (FFmpegError, FrameError, OSError) as error:
+    except (FFmpegError, FrameError, HeaderError, OSError) as error:
         raise ValueError(f"{sample_id} of {shards.folder} does not decode: {error}") from error
     return Card(sample_id, tuple(described["labels"]), facts, pixels, spectrogram)
 
@@ -273,20 +275,23 @@ def frame_pixels(shards: ShardSet, shard: int, sample: int, number: int) -> np.n
         OSError: the shard cannot be read.
         ShardError: the clip is damaged.
         FrameError: the frame does not decode.
+        HeaderError: the frame states another size than the sample's JSON.
     """
     from PIL import Image
 
     from cavmae.dataloaders.media.decode_frame import decode_frame, decode_original
+    from cavmae.dataloaders.media.headers import check_jpeg
 
     described = shards.description(shard, sample)
-    frame = described["ten_frames"][number]
+    frame, video = described["ten_frames"][number], described["video"]
+    size = video["width"], video["height"]
     if shards.tier == "video":
-        return decode_frame(shards.frame(shard, sample, frame["index"]))
+        return decode_frame(shards.frame(shard, sample, frame["index"]), *size)
     if shards.tier == "original":
-        video = described["video"]
         source = shards.member(shard, sample, "source")
-        return decode_original(source, frame["seconds"], video["width"], video["height"])
+        return decode_original(source, frame["seconds"], *size)
     jpeg = shards.member(shard, sample, f"{number}.jpg")
+    check_jpeg(jpeg, *size)
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 

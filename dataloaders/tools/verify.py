@@ -26,8 +26,9 @@ from PIL import Image
 from cavmae.console import JsonOption, counted, print_json, print_rows
 from cavmae.dataloaders.constants import AUDIO_CODECS, AUDIO_HZ, FRAMES_PER_CLIP, TIERS
 from cavmae.dataloaders.media.audio_codec import decode_audio
-from cavmae.dataloaders.media.decode_frame import FrameError, decode_original
+from cavmae.dataloaders.media.decode_frame import FrameError, decode_original, limit_pixels
 from cavmae.dataloaders.media.encode_video import describe_fragments
+from cavmae.dataloaders.media.headers import HeaderError, check_audio, check_jpeg
 from cavmae.dataloaders.process_pool import Failure, TaskLimits, run_in_order
 from cavmae.dataloaders.shards.format import (
     CONTENT_FILE,
@@ -313,20 +314,23 @@ def _decode_problems(description: dict[str, Any], data: dict[str, bytes]) -> lis
             continue
         try:
             if extension in AUDIO_CODECS:
-                found: Any = len(decode_audio(content))
                 expected: Any = description["audio"]["samples"]
+                check_audio(content, extension, expected)
+                found: Any = len(decode_audio(content))
             elif extension == "source":  # The last frame needs most of the file.
                 last = max(frame["seconds"] for frame in description["ten_frames"])
                 found, expected = decode_original(content, last, *size).shape[1::-1], size
             elif extension == "mp4":
                 expected = [size] * video["frames"]
                 with av.open(io.BytesIO(content), "r") as container:
+                    limit_pixels(container.streams.video[0], *size)
                     found = [(frame.width, frame.height) for frame in container.decode(video=0)]
             else:  # By libjpeg, as in the loader; libavformat finds two pictures in one of a phone.
+                check_jpeg(content, *size)
                 with Image.open(io.BytesIO(content)) as image:
                     image.load()
                     found, expected = image.size, size
-        except (FFmpegError, FrameError, OSError) as error:
+        except (FFmpegError, FrameError, HeaderError, OSError) as error:
             problems.append(f"{extension} does not decode: {error}")
             continue
         if found != expected:

@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,17 @@ def test_the_variable_says_which_cluster_auto_is(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_ADDRESS", "h:6379")
     assert address_of(ClusterConfig()) == address_of(ClusterConfig(address="auto")) == "h:6379"
     assert address_of(ClusterConfig(address="g:6379")) == "g:6379"
+
+
+@pytest.mark.parametrize("before", [None, "a token that Ray made"])
+def test_the_token_of_a_cluster_is_for_its_owner_alone(before: str | None, tmp_path: Path) -> None:
+    path = tmp_path / ".ray/auth_token"
+    if before:
+        path.parent.mkdir()
+        path.write_text(before)
+        path.chmod(0o644)
+    connection.make_token(path)
+    token = path.read_text()
+    connection.make_token(path)
+    assert path.read_text() == token and (len(token) == 64 if before is None else token == before)
+    assert path.stat().st_mode & 0o777 == 0o600 and list(path.parent.iterdir()) == [path]

@@ -275,12 +275,12 @@ def convert_checkpoint(folder: Path, target: Path) -> None:
     """Write a checkpoint that any rank count can load; one process calls it.
 
     Raises:
-        RuntimeError: DeepSpeed's converter failed; its output is in the message.
+        RuntimeError: DeepSpeed's converter failed, or a file holds something else than data.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     command = [
-        *(sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"),
+        *(sys.executable, "-m", "cavmae.trainer.distributed.state_files"),
         *("--input_folder", str(folder / "state"), "--output_folder", str(target / "universal")),
         *("--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"),
     ]
@@ -289,5 +289,5 @@ def convert_checkpoint(folder: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         raise RuntimeError(
             f"the checkpoint {folder} could not be converted to this rank count: "
-            f"{done.stderr.strip()[-2000:]}"
+            f"{done.stderr.strip().splitlines()[-1]}"
         )

@@ -20,6 +20,7 @@ from torch import nn
 
 from cavmae.trainer.config.configs import EngineConfig, OptimizerConfig
 from cavmae.trainer.distributed.process_group import quiet_deepspeed
+from cavmae.trainer.distributed.state_files import state_read_as_data
 
 # isort: split
 # After process_group.py, which sets the environment that DeepSpeed is imported in.
@@ -251,10 +252,13 @@ class Engine:
         Args:
             folder: holds the files of all ranks.
             converted: whether `folder` was converted for any rank count (`convert_checkpoint`).
+
+        Raises:
+            ValueError: a file holds something else than data; nothing in it was run.
         """
         if converted:
             self._engine._config.load_universal_checkpoint = True
-        with quiet_deepspeed():
+        with quiet_deepspeed(), state_read_as_data():
             self._engine.load_checkpoint(str(folder), tag="universal" if converted else "state")
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from cavmae.field_checks import CheckedFields
 from cavmae.text_table import read_table, read_text
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.config.serialize import load_run_config
@@ -38,7 +39,7 @@ _PANELS_A_ROW = 3
 
 
 @dataclass(frozen=True)
-class CurveConfig:
+class CurveConfig(CheckedFields):
     """Plot the metrics of a run, finished or not, over those of a published log."""
 
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]

@@ -20,12 +20,14 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cavmae.credentials import redacted
 from cavmae.dataloaders.constants import AUDIO_HZ, MIDDLE_FRAME
 from cavmae.dataloaders.media.audio_track import MAXIMUM_HZ, MINIMUM_HZ, resample
 from cavmae.dataloaders.media.decode_clip import SILENT_PEAK, decode_clip, stream_seconds
 from cavmae.dataloaders.media.errors import ClipError, DecodeSettings
 from cavmae.dataloaders.media.video_track import rgb_pixels
 from cavmae.dataloaders.packing.pack_clip import FrameChoice, ten_frames
+from cavmae.dataloaders.shards.storage import as_os_errors
 
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -58,12 +60,12 @@ class Window:
 
 
 def name_of(medium: Medium) -> str:
-    """Describe a medium for people."""
+    """Describe a medium for people, a URL without its signature."""
     if isinstance(medium, Image.Image):
         return f"a picture of {medium.width} x {medium.height} pixels"
     if isinstance(medium, tuple):
         return f"a waveform of shape {np.shape(medium[0])}"
-    return os.fspath(medium)
+    return redacted(os.fspath(medium))
 
 
 def windows_of(
@@ -103,9 +105,9 @@ def windows_of(
                 yield from _windows_of_file(path, window_seconds, frame_choice)
             except ClipError as error:
                 advice = "; give a sound, a picture or a video" * (error.reason == "open_failed")
-                raise ValueError(f"{name} can't be used ({error}){advice}") from error
+                raise ValueError(f"{name_of(name)} can't be used ({error}){advice}") from error
             except ValueError as error:
-                raise ValueError(f"{name} can't be used: {error}") from error
+                raise ValueError(f"{name_of(name)} can't be used: {error}") from error
 
 
 def window_starts(seconds: float, window_seconds: float) -> list[float]:
@@ -124,10 +126,15 @@ def _local_file(name: str) -> Iterator[str]:
     try:
         filesystem, path = fsspec.url_to_fs(name)
     except (ImportError, ValueError) as error:  # a package or a protocol that is not there
-        raise ValueError(f"{name} can't be read: {error}") from error
+        raise ValueError(f"{name_of(name)} can't be read: {error}") from error
     with tempfile.TemporaryDirectory(prefix="cavmae-") as folder:
         local = Path(folder, "file")
-        filesystem.get_file(path, str(local))
+        try:
+            with as_os_errors():
+                filesystem.get_file(path, str(local))
+        except OSError as error:  # it quotes the URL: not shown as a cause
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(redacted(f"{name} can't be read: {error}")) from None
         yield str(local)
 
 

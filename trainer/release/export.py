@@ -19,6 +19,7 @@ from cavmae.console import counted
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
 from cavmae.dataloaders.media import log_mel
+from cavmae.field_checks import CheckedFields
 from cavmae.trainer.config.serialize import save_config
 from cavmae.trainer.evaluation.trained_run import (
     AnyRun,
@@ -57,7 +58,7 @@ _GRAPH_WRITERS = {"torch": (save_torch, "pt2"), "onnx": (save_onnx, "onnx")}
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(CheckedFields):
     """Export a trained model: to the Hugging Face Hub, as graphs, or for the published code."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

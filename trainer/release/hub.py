@@ -25,10 +25,16 @@ class _HubFolder(ModelHubMixin):
     """Saving and loading of both models.
 
     `from_pretrained` takes a folder or the name of a repository, and the arguments of
-    `huggingface_hub.hf_hub_download`, such as `revision`. The model is on the CPU, in eval mode.
+    `huggingface_hub.hf_hub_download`, such as `revision`: a branch, a tag or a commit. The model is
+    on the CPU, in eval mode.
+
+    Attributes:
+        spec: sizes and preprocessing.
+        revision: the commit of the repository that the model is from; empty: a folder, or none.
     """
 
     spec: ModelSpec
+    revision = ""
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, torch.nn.Module)
@@ -43,13 +49,15 @@ class _HubFolder(ModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **fetching: Any) -> Self:
-        config, weights = (
-            Path(model_id) / name
-            if Path(model_id).is_dir()
-            else hf_hub_download(model_id, name, **fetching)
-            for name in ("config.json", "model.safetensors")
-        )
-        model = cls(load_config(config, ModelSpec))
+        folder, revision = Path(model_id), ""
+        if not folder.is_dir():
+            folder = Path(hf_hub_download(model_id, "config.json", **fetching)).parent
+            revision = folder.name
+            fetching["revision"] = revision  # a branch may have moved since
+            hf_hub_download(model_id, "model.safetensors", **fetching)
+        weights = folder / "model.safetensors"
+        model = cls(load_config(folder / "config.json", ModelSpec))
+        model.revision = revision
         assert isinstance(model, CAVMAE | CAVMAEClassifier)
         if isinstance(model, CAVMAE):
             load_published(model, weights)

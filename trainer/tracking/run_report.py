@@ -6,7 +6,6 @@ time, also while the run trains or after it has failed. It is one file and loads
 
 import dataclasses
 import logging
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import tyro
 
 from cavmae.atomic_write import read_json, write_text
 from cavmae.console import clock
+from cavmae.credentials import redacted
+from cavmae.field_checks import CheckedFields
 from cavmae.html_page import element, grid, page, picture
 from cavmae.trainer.config.configs import RunConfig
 from cavmae.trainer.config.recipes import RECIPES
@@ -33,7 +34,6 @@ FILE = "report.html"
 CLIPS_LISTED = 50
 RECORDS_READ = 5000
 """Of the metrics of steps: a tenth of a second."""
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _CURVES = {
     "loss": ("loss", "val_loss"),
     "parts of the loss": (
@@ -57,7 +57,7 @@ Records = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(CheckedFields):
     """Write one page on a run, finished or not: command, configuration, data, curves, pictures,
     scores, hardware, time by part, faults.
 
@@ -119,7 +119,7 @@ def write_report(run_dir: Path, out: Path) -> None:
     body = [element("h1", name), element("p", f"{state}. Written {written}.")]
     for title, parts in sections.items():
         body += [element("h2", title), *(parts or [element("p", "Nothing on record.")])]
-    write_text(out, page(f"{name}: a run of cavmae", _PASSWORD.sub("***", "\n".join(body))))
+    write_text(out, page(f"{name}: a run of cavmae", redacted("\n".join(body))))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -44,6 +44,9 @@ SHAPE = ClipShape(audio_frames=64, mel_bins=32, image_size=32)
 CONFIG = DataConfig(reader_workers=1, decode_threads=1, shuffle_window=4)
 SEED, BATCH, LANES = 5, 4, 2
 
+HEADER_BYTES = {"flac": 42, ".jpg": 200}
+"""Up to the end of STREAMINFO, and beyond the frame header."""
+
 Damage = Callable[[dict[str, bytes]], None]
 
 
@@ -61,12 +64,15 @@ def bits_flipped(extension: str) -> Damage:
 
 
 def packed_as(extension: str, data: bytes | None = None) -> Damage:
-    """Bytes that were packed as they are, with the right checksum: only a decoder can tell.
-    Without `data`, a video whose frames hold no picture."""
+    """Bytes that were packed as they are, with the right checksum: in place of a video, or of a
+    sound or a JPEG behind its header, where only a decoder can tell. Without `data`, a video whose
+    frames hold no picture behind their headers."""
 
     def damage(members: dict[str, bytes]) -> None:
         description = json.loads(members["json"])
         damaged = _without_pictures(members[extension]) if data is None else data
+        if extension != "mp4":
+            damaged = members[extension][: HEADER_BYTES[extension[-4:]]] + damaged
         members[extension] = damaged
         if extension == "mp4":
             frames = description["video"]["frames"]
@@ -89,7 +95,7 @@ def _without_pictures(video: bytes) -> bytes:
     start = video.find(b"mdat")
     while start >= 0:
         end = start - 4 + int.from_bytes(video[start - 4 : start], "big")
-        damaged[start + 4 : end] = b"\xff" * (end - start - 4)
+        damaged[start + 13 : end] = b"\xff" * (end - start - 13)
         start = video.find(b"mdat", end)
     return bytes(damaged)
 
@@ -169,11 +175,49 @@ DAMAGES = {
     "flac_bits": (bits_flipped("flac"), "crc_mismatch"),
     "mp4_bits": (bits_flipped("mp4"), "crc_mismatch"),
     "flac_garbage": (packed_as("flac", b"not a flac file" * 100), "audio_undecodable"),
-    "mp4_garbage": (packed_as("mp4", b"not a video" * 100), "video_undecodable"),
+    "mp4_garbage": (packed_as("mp4", b"not a video" * 100), "wrong_header"),
     "mp4_without_pictures": (packed_as("mp4"), "video_undecodable"),
     "no_sound": (described_as(audio={"hz": 16000, "samples": 3}), "audio_too_short"),
     "no_video_fields": (described_as(video=None), "bad_schema"),
 }
+
+
+def _stating(extension: str, at: int, stated: bytes) -> Damage:
+    """A member, whole and with the right checksum, whose header states something else."""
+
+    def damage(members: dict[str, bytes]) -> None:
+        data, description = bytearray(members[extension]), json.loads(members["json"])
+        start = data.index(b"\xff\xc0") + at if extension.endswith("jpg") else at
+        data[start : start + len(stated)] = stated
+        description["crc32"][extension] = zlib.crc32(data)
+        members |= {extension: bytes(data), "json": json.dumps(description).encode()}
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("tier", "damage", "reason", "detail"),
+    [
+        ("frames", _stating("5.jpg", 5, b"\x3e\x80\x3e\x80"), "wrong_header", "16000 x 16000"),
+        ("video", _stating("flac", 21, b"\xf0\x14\x99\x70\0"), "wrong_header", "its flac is not"),
+        ("video", described_as(audio={"samples": 1 << 40}), "bad_schema", "1099511627776 samples"),
+        (
+            "frames",
+            described_as(video={"width": 16000, "height": 16000, "seconds": 3}),
+            "bad_schema",
+            "a video of 16000 x 16000 pixels",
+        ),
+    ],
+)
+def test_a_reader_hands_no_bomb_to_a_decoder(
+    tier: str, damage: Damage, reason: str, detail: str, packed_synthetic: Path, tmp_path: Path
+) -> None:
+    copy = damaged_copy(packed_synthetic / tier, tmp_path / "copy", {(0, 0): damage})
+    settings = ReaderSettings(ShardSet(copy), CONFIG, SHAPE, SEED, training=False, gpu=None)
+    read = reader.ClipReader(settings)
+    found, intact = read(ReadTask(0, 0, 0, 0)), read(ReadTask(1, 0, 0, 1))
+    assert isinstance(found, reader.BadSample) and isinstance(intact, reader.EncodedClip)
+    assert found.reason == reason and detail in found.detail
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -291,7 +335,7 @@ def test_more_bad_clips_than_allowed_stop_the_run_with_a_table(
     assert "11 clips of" in str(stopped.value)
     assert "data.max_bad_fraction = 0.01" in str(stopped.value)
     assert "crc_mismatch" in str(stopped.value)
-    assert "video_undecodable" in str(stopped.value)
+    assert "wrong_header" in str(stopped.value)
     tolerant = start(copy, config={"max_bad_fraction": 1.0})
     take(tolerant, 6)
     assert len(tolerant.quarantine) == 11

@@ -14,8 +14,9 @@ from cavmae.dataloaders.loading.augment import center_crop, resize_and_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.audio_codec import encode_audio
-from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame, jpeg_of
+from cavmae.dataloaders.media.decode_frame import FrameError, decode_frame
 from cavmae.dataloaders.media.encode_video import VideoCodec, describe_fragments, encode_video
+from cavmae.dataloaders.media.headers import HeaderError, payload_of
 from cavmae.dataloaders.media.video_track import rgb_pixels
 
 SOUND = encode_audio(np.zeros(1600, dtype=np.int16), "flac")
@@ -144,7 +145,7 @@ def test_any_frame_of_a_packed_video_is_a_file_of_its_own(codec: VideoCodec) -> 
         whole = [rgb_pixels(frame, VideoReformatter()) for frame in container.decode(video=0)]
     assert len(whole) == len(levels) == len(describe_fragments(video)["bytes"]) - 1
     for index in (0, 5, len(levels) - 1):
-        pixels = decode_frame(frame_of(video, index))
+        pixels = decode_frame(frame_of(video, index), 90, 64)
         assert abs(pixels.mean() - levels[index]) < 3
         assert np.array_equal(pixels, whole[index])
         assert pixels.flags.c_contiguous, "DALI takes no rows with gaps between them"
@@ -164,14 +165,14 @@ def test_dali_sees_the_same_in_one_frame_as_in_the_whole_video() -> None:
 def test_what_holds_no_jpeg_is_an_error() -> None:
     video = gray_video("mjpeg", [30])
     for damaged in (b"", b"no video", video[:-1], video[: describe_fragments(video)["bytes"][0]]):
-        with pytest.raises(FrameError, match="the file holds no frame"):
-            jpeg_of(damaged)
+        with pytest.raises(HeaderError, match="the file holds no frame"):
+            payload_of(damaged)
 
 
 def test_a_damaged_frame_is_an_error() -> None:
     frame = frame_of(gray_video("vp9", [30, 90, 150]), 0)
     with pytest.raises(FrameError, match="the frame cannot be decoded"):
-        decode_frame(frame[: len(frame) // 3])
+        decode_frame(frame[: len(frame) // 3], 90, 64)
 
 
 def test_what_is_no_packed_video_has_no_fragments() -> None:

@@ -305,7 +305,8 @@ def test_audiosets_and_vggsounds_own_lists_name_no_files(text: str, tmp_path: Pa
 @pytest.mark.field
 def test_jpegs_of_any_size_and_kind_pack_decode_and_verify(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    kinds = {"odd": "JPEG", "phone": "MPO", "print": "JPEG", "gray": "JPEG", "mixed": "JPEG"}
+    kinds = dict.fromkeys(["odd", "phone", "print", "gray", "mixed", "bomb"], "JPEG")
+    kinds["phone"] = "MPO"
     for name, kind in kinds.items():
         frames = [
             Image.fromarray(np.full((93, 121 + (n if name == "mixed" else 0), 3), 9 * n, np.uint8))
@@ -317,6 +318,10 @@ def test_jpegs_of_any_size_and_kind_pack_decode_and_verify(tmp_path: Path) -> No
             more = {"save_all": True, "append_images": [frame]} if kind == "MPO" else {}
             mode = {"print": "CMYK", "gray": "L"}.get(name, "RGB")
             frame.convert(mode).save(tmp_path / f"frame_{number}/{name}.jpg", kind, **more)
+    bomb = bytearray((tmp_path / "frame_9/bomb.jpg").read_bytes())
+    size = bomb.index(b"\xff\xc0") + 5
+    bomb[size : size + 4] = b"\x3e\x80" * 2  # 16,000 x 16,000 pixels
+    (tmp_path / "frame_9/bomb.jpg").write_bytes(bomb)
     entries = [
         {"wav": f"{name}.wav", "video_id": name, "video_path": ".", "labels": None}
         for name in kinds
@@ -324,7 +329,7 @@ def test_jpegs_of_any_size_and_kind_pack_decode_and_verify(tmp_path: Path) -> No
     (tmp_path / "list.json").write_text(json.dumps({"data": entries}))
     out = tmp_path / "set"
     pack(PackConfig(str(tmp_path / "list.json"), str(out), tiers="frames"), Console(quiet=True))
-    assert skipped(out) == [("mixed", "frame_sizes")]
+    assert skipped(out) == [("mixed", "frame_sizes"), ("bomb", "decode_error")]
     assert not [one for one in verify(VerifyConfig(str(out), decode=True)) if one.problems]
     tier, shape = str(out / "frames"), ClipShape(audio_frames=98, mel_bins=128, image_size=32)
     one_rank: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}

@@ -242,7 +242,7 @@ def test_the_video_tier_is_cropped_and_says_what_is_lost(
     assert (stored["width"], stored["height"], stored["cropped_from"]) == (448, 256, cut)
     assert (whole["width"], whole["height"], "cropped_from" in whole) == (484, 256, False)
     assert "cropped_from" not in video.description(0, 1)["video"]
-    shown = decode_frame(video.frame(0, 0, 0)).astype(float)
+    shown = decode_frame(video.frame(0, 0, 0), 448, 256).astype(float)
     with Image.open(io.BytesIO(frames.member(0, 0, "0.jpg"))) as image:
         expected = np.asarray(image)[:, 18 : 18 + 448]
     assert np.abs(shown - expected).mean() < 6 < np.abs(shown[:, 2:] - expected[:, :-2]).mean()

@@ -1,5 +1,7 @@
 """What a model is given: every sound, picture and video that people have, in windows."""
 
+import io
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import av.stream
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from cavmae.dataloaders.media.audio_codec import encode_audio
 from cavmae.trainer.inference.media import Window, window_starts, windows_of
 
 pytestmark = pytest.mark.field
@@ -309,3 +313,30 @@ def test_a_picture_is_seen_as_its_camera_noted(tmp_path: Path) -> None:
 def test_a_url_of_a_kind_that_can_not_be_read_is_named(url: str) -> None:
     with pytest.raises(ValueError, match=f"{url} can't be read: "):
         list(windows_of(url, 1.0))
+
+
+def test_a_medium_whose_header_states_gigabytes_is_refused_by_its_header(tmp_path: Path) -> None:
+    """Public reports: Pillow 5610 (text of a PNG), 9475, and pictures by their size alone."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    jpeg = bytearray(file.getvalue())
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 16_000, 16_000)
+    (tmp_path / "bomb.jpg").write_bytes(jpeg[:691])
+    assert "can't be used: Image size (256000000 pixels)" in error_of(tmp_path / "bomb.jpg")
+    text = PngInfo()
+    text.add_text("comment", "x" * (8 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=text)
+    assert "can't be used: Decompressed data too large" in error_of(tmp_path / "bomb.png")
+    flac = bytearray(encode_audio(np.arange(HZ, dtype=np.int16), "flac"))
+    flac[18:26] = (HZ << 44 | 15 << 36 | 12 * 3600 * HZ).to_bytes(8, "big")
+    (tmp_path / "bomb.flac").write_bytes(flac)
+    assert "can't be used (too_large: its header states 12.0 h" in error_of(tmp_path / "bomb.flac")
+
+
+def test_a_sound_from_a_pipe_that_states_no_length_is_heard(tmp_path: Path) -> None:
+    wav = bytearray(encode_audio(np.arange(2 * HZ, dtype=np.int16), "wav"))
+    wav[4:8] = wav[40:44] = b"\xff" * 4
+    (tmp_path / "pipe.wav").write_bytes(wav)
+    (window,) = windows_of(str(tmp_path / "pipe.wav"), 10.0)
+    assert window.audio is not None and len(window.audio) == 2 * HZ

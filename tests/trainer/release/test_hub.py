@@ -64,14 +64,15 @@ def test_a_loaded_model_can_be_saved_again(pretrained: Path, tmp_path: Path) -> 
 
 
 def test_a_repository_of_the_hub_is_loaded_from_its_cache(pretrained: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "cache" / "models--somebody--model"
-    shutil.copytree(pretrained, repository / "snapshots" / "0123")
+    repository, commit = tmp_path / "cache" / "models--somebody--model", "0123456789" * 4
+    shutil.copytree(pretrained, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
+    (repository / "refs" / "main").write_text(commit)
     loaded = HubCAVMAE.from_pretrained(
         "somebody/model", cache_dir=tmp_path / "cache", local_files_only=True
     )
     assert_equal_states(loaded.state_dict(), random_pretraining_model().state_dict())
+    assert loaded.revision == commit and HubCAVMAE.from_pretrained(pretrained).revision == ""
 
 
 def test_the_card_of_a_model_without_its_run_says_that_its_training_is_unknown(
