@@ -1,0 +1,1 @@
+"""`cavmae explore`: a page on loopback to look at a trained model and listen to it."""
