@@ -51,6 +51,7 @@ def test_a_click_on_the_brightest_place_of_a_map_finds_the_patch_of_that_value(
 ) -> None:
     side: Side = getattr(scene, kind)
     plain = np.asarray(side.painted(torch.zeros(len(side.tokens)))).astype(int)
+    area = 0
     for token in side.used.nonzero().flatten().tolist():
         values = torch.zeros(len(side.tokens))
         values[token] = 1.0
@@ -61,6 +62,8 @@ def test_a_click_on_the_brightest_place_of_a_map_finds_the_patch_of_that_value(
         for y, x in ((rows.min(), columns.min()), (rows.max(), columns.max())):  # both corners
             found = side.around((x + 0.5) / width, (y + 0.5) / height)
             assert found.nonzero().flatten().tolist() == [token]
+        area += changed.sum()
+    assert area == (64 * 64 if kind == "video" else plain[:, :, 0].size * 7 / 12), "no gaps"
 
 
 def test_the_map_of_a_wide_picture_covers_the_square_that_the_model_saw(scene: Scene) -> None:
