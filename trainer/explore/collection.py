@@ -1,7 +1,6 @@
 """The clips of the page: their embeddings in memory, their media where shards are at hand."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -142,17 +141,12 @@ class Collection:
         vectors = {column: values[row] for column, values in self.vectors.items()}
         return Subject(clip["sample_id"], "\n".join(facts), window, vectors, row)
 
-    @cached_property
-    def labels(self) -> list[str]:
-        """The first label of each clip; empty: it has none."""
-        return [(labels or [""])[0] for labels in self.table["labels"].to_pylist()]
-
 
 def spectrogram(waveform: np.ndarray) -> np.ndarray:
     """Draw the log-mel of (samples,) float32 at 16 kHz: (mel bins, frames, 3) uint8, low below."""
     frames = max(1, (len(waveform) - WINDOW_SAMPLES) // HOP_SAMPLES + 1)
     heard = log_mel([torch.from_numpy(waveform)], MEL_BINS, frames, torch.device("cpu"))
     values = heard[0].numpy().T[::-1]  # (mel bins, frames)
-    lowest, highest = values.min(), values.max()
+    lowest, highest = np.percentile(values, (2, 100))  # digital silence is far below all else
     scaled = (values - lowest) / max(highest - lowest, 1e-6)
-    return (matplotlib.colormaps["magma"](scaled)[..., :3] * 255).astype(np.uint8)
+    return (matplotlib.colormaps["magma"](scaled.clip(0, 1))[..., :3] * 255).astype(np.uint8)

@@ -5,9 +5,12 @@ The page is served while embeddings are read, or computed; it says how far that 
 
 import importlib.util
 import os
+import secrets
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cavmae.field_checks import CheckedFields, NonNegativeInt
+from cavmae.trainer.explore.server import STARTING, listening_socket, serving
 
 if TYPE_CHECKING:
     from cavmae.dataloaders.shards.shard_set import ShardSet
     from cavmae.trainer.embeddings.parquet_store import EmbeddingSet
     from cavmae.trainer.explore.page import Page
 
-PACKAGES = {"gradio": "gradio", "openTSNE": "openTSNE"}
+PACKAGES = ("gradio", "openTSNE")
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,24 @@ def main(arguments: list[str]) -> int:
     """Run the command until it is interrupted; returns its exit code."""
     config = tyro.cli(ExploreConfig, prog="cavmae explore", args=arguments)
     check_installed()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes what was uploaded
     with tempfile.TemporaryDirectory(prefix="cavmae-explore-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads, and of what is shown
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        from cavmae.trainer.explore.application import application
-        from cavmae.trainer.explore.page import Page
-        from cavmae.trainer.explore.server import serving
+        with listening_socket(config.port) as listening, suppress(KeyboardInterrupt):
+            token = secrets.token_urlsafe(32)
+            host, port = listening.getsockname()
+            print(f"open http://{host}:{port}/?token={token}", flush=True)
+            with serving(STARTING, listening, token):
+                from cavmae.trainer.explore.application import application  # takes seconds
+                from cavmae.trainer.explore.page import Page
 
-        page = Page()
-        with serving(application(page), config.port) as address:
-            print(f"open {address}", flush=True)
-            fill(page, config)
-            print(f"{page.status}; Ctrl-C ends it", flush=True)
-            threading.Event().wait()
+                page = Page()
+                app = application(page)
+            with serving(app, listening, token):
+                fill(page, config)
+                print(f"{page.status}; Ctrl-C ends it", flush=True)
+                threading.Event().wait()
     return 0
 
 

@@ -25,8 +25,15 @@ if TYPE_CHECKING:  # the page is there before torch is imported
     from cavmae.trainer.inference.model import Model
 
 CSS = """
-footer { display: none !important; }
-.caption-label { white-space: normal !important; max-width: 100% !important; }
+.clip img { width: 100%; height: 100%; object-fit: contain; }
+.map img { width: 100%; max-width: 720px; cursor: crosshair; }
+.found .grid-wrap { max-height: none; }
+.found .grid-container { padding-top: 2em;
+    grid-template-columns: repeat(auto-fill, minmax(7.5em, 1fr)); }
+.found .thumbnail-item { display: flex; flex-direction: column; aspect-ratio: auto; }
+.found .thumbnail-item img { height: 110px; }
+.found .caption-label { position: static; max-width: none; border-radius: 0;
+    white-space: pre-line; overflow-wrap: anywhere; }
 """
 
 
@@ -90,9 +97,15 @@ class ClipView:
         self._row = gr.State(None)
         with gr.Row():
             with gr.Column(min_width=160):
-                self._frame = gr.Image(label="Picture", interactive=False, height=240)
+                self._frame = gr.Image(
+                    label="Picture",
+                    interactive=False,
+                    height=240,
+                    buttons=["fullscreen"],
+                    elem_classes="clip",
+                )
             with gr.Column(min_width=240):
-                self._sound = gr.Audio(label="Sound", interactive=False)
+                self._sound = gr.Audio(label="Sound", interactive=False, buttons=[])
                 self._facts = gr.Textbox(label="Clip", lines=3, interactive=False)
                 if page:
                     button = gr.Button("Look at this clip")

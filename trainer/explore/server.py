@@ -6,17 +6,15 @@ origin. So a request needs the token, and must be for the address and, if a page
 """
 
 import hmac
-import secrets
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = "127.0.0.1"
@@ -86,31 +84,38 @@ class Guard:
         return hmac.compare_digest(text.encode(), self._token.encode())
 
 
-@contextmanager
-def serving(app: ASGIApp, port: int) -> Iterator[str]:
-    """Serve an application in a thread; yields the address to open, with the token.
+STARTING = HTMLResponse(
+    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="1">'
+    "<title>cavmae explore</title><p>starting ..."
+)
+"""A page that asks again each second, until another one is served in its place."""
 
-    Args:
-        app: answers requests that `Guard` lets through.
-        port: on loopback; 0: a free one.
+
+def listening_socket(port: int) -> socket.socket:
+    """Listen on a port of loopback; 0: a free one.
 
     Raises:
-        OSError: the port is taken.
+        OSError: it is taken.
     """
     try:
-        listening = socket.create_server((LOOPBACK, port))
+        return socket.create_server((LOOPBACK, port))
     except OSError as error:
         raise OSError(
             f"port {port} can't be used ({error.strerror}); give another --port"
         ) from error
-    port, token = listening.getsockname()[1], secrets.token_urlsafe(32)
-    settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(Guard(app, token, port), **settings))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+
+
+@contextmanager
+def serving(app: ASGIApp, listening: socket.socket, token: str) -> Iterator[None]:
+    """Serve an application in a thread, to requests that `Guard` lets through. Requests that come
+    before, or between two applications, wait."""
+    guard = Guard(app, token, listening.getsockname()[1])
+    server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1))
+    # The server closes what it is given.
+    thread = threading.Thread(target=server.run, args=([listening.dup()],), daemon=True)
     thread.start()
     try:
-        yield f"http://{LOOPBACK}:{port}/?token={token}"
+        yield
     finally:
         server.should_exit = True
         thread.join()
-        listening.close()

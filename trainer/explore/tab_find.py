@@ -30,7 +30,15 @@ def build(page: Page, tab: gr.Tab) -> None:
             with gr.Column(min_width=320):
                 rows.append(gr.State([]))
                 galleries.append(
-                    gr.Gallery(label=name, columns=4, height="auto", allow_preview=False)
+                    gr.Gallery(
+                        label=name,
+                        columns=4,
+                        height="auto",
+                        object_fit="contain",
+                        allow_preview=False,
+                        buttons=[],
+                        elem_classes="found",
+                    )
                 )
     view = ClipView(page)
 
@@ -69,4 +77,4 @@ def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, 
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])
-    return picture, shown(" · ".join([f"{score:.3f}", subject.name, *([labels] if labels else [])]))
+    return picture, shown(f"{score:.3f}\n{subject.name}\n{labels}")

@@ -22,16 +22,17 @@ from cavmae.trainer.explore.projection import projection
 
 PIXELS = 720
 """Height and width of the map."""
-GROUPS = 19
-"""Labels, or sources, that have a colour of their own; the others share one."""
-OTHERS, OTHERS_COLOUR = "others", (190, 190, 190)
+_TAB20 = matplotlib.colormaps["tab20"](np.arange(20))[[*range(0, 20, 2), *range(1, 20, 2)], :3]
+COLOURS = (np.vstack([np.delete(_TAB20, (7, 17), 0), (0.8, 0.8, 0.8)]) * 255).astype(np.uint8)
+"""Of the most common labels, or sources, and grey for all others, (groups + 1, 3)."""
+GROUPS = len(COLOURS) - 1
 DRAWN_SHARE = 0.02
 """Of the map's pixels, which points may cover at most before they are drawn smaller."""
 SMALLEST, LARGEST = 1, 5
 """Radius of a point in pixels."""
 ZOOM, PAN = 2.0, 0.5
 MODALITIES = {"Sounds": "audio_embedding", "Pictures": "video_embedding"}
-ColourBy = Literal["label", "source", "folder"]
+ColourBy = Literal["Label", "Source", "Folder"]
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,14 @@ class Region:
 
 
 def grouped(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Number the most common names: (points,) int, of the others the number of groups; and the
-    names of the groups with their counts, the others last if there are any."""
+    """Number the most common names, as `COLOURS`: (points,) int; and title each number that there
+    is with its name and count, in order."""
     common = Counter(names).most_common(GROUPS)
     numbers = {name: number for number, (name, _) in enumerate(common)}
-    found = np.array([numbers.get(name, len(common)) for name in names])
+    found = np.array([numbers.get(name, GROUPS) for name in names])
     titles = [f"{name or 'no label'} ({count})" for name, count in common]
-    others = int((found == len(common)).sum())
-    return found, titles + [f"{OTHERS} ({others})"] * (others > 0)
-
-
-def colours_of(groups: int) -> np.ndarray:
-    """Return (groups + 1, 3) uint8; the last is that of the others."""
-    table = matplotlib.colormaps["tab20"](np.arange(20))[[*range(0, 20, 2), *range(1, 20, 2)], :3]
-    return np.vstack([(table[:groups] * 255).astype(np.uint8), OTHERS_COLOUR])
+    others = int((found == GROUPS).sum())
+    return found, titles + [f"others ({others})"] * (others > 0)
 
 
 def draw(places: np.ndarray, colours: np.ndarray, region: Region, chosen: int | None) -> np.ndarray:
@@ -126,12 +121,12 @@ def build(page: Page, tab: gr.Tab) -> None:
     region, chosen = gr.State(Region()), gr.State(None)
     with gr.Row():
         modality = gr.Radio([*MODALITIES], value="Sounds", label="Embeddings of")
-        by = gr.Radio([*get_args(ColourBy)], value="label", label="Colours by")
-    picture = gr.Image(label="Map", interactive=False, height=PIXELS, elem_classes="map")
+        by = gr.Radio([*get_args(ColourBy)], value="Label", label="Colours by")
+    picture = gr.Image(label="Map", interactive=False, buttons=["fullscreen"], elem_classes="map")
     with gr.Row():
         buttons = {name: gr.Button(name, min_width=80, size="sm") for name in MOVES}
         centre = gr.Button("Clip at the centre", min_width=160, size="sm")
-    legend = gr.HighlightedText(label="Colours", interactive=False)
+    legend = gr.HighlightedText(label="Colours", show_inline_category=False, buttons=[])
     view = ClipView(page)
 
     trees: dict[str, KDTree] = {}
@@ -157,16 +152,12 @@ def build(page: Page, tab: gr.Tab) -> None:
     ) -> tuple[np.ndarray, gr.HighlightedText]:
         places = tree_of(modality, progress).data
         numbers, titles = grouped(_names(page, by))
-        colours = colours_of(len(titles))
-        shown_titles = [shown(title) for title in titles]
-        hexadecimal = ["#" + bytes(colour).hex() for colour in colours]
-        return (
-            draw(places, colours[numbers], region, row),
-            gr.HighlightedText(
-                [(title, title) for title in shown_titles],
-                color_map=dict(zip(shown_titles, hexadecimal, strict=False)),
-            ),
-        )
+        titles = [shown(title) for title in titles]
+        colours = {
+            title: f"#{bytes(colour).hex()}" for title, colour in zip(titles, COLOURS, strict=False)
+        }
+        legend = gr.HighlightedText([(title, title) for title in titles], color_map=colours)
+        return draw(places, COLOURS[numbers], region, row), legend
 
     def choose(modality: str, region: Region, event: gr.SelectData) -> list[Any]:
         return at(modality, region.place(event.index))
@@ -199,7 +190,7 @@ def build(page: Page, tab: gr.Tab) -> None:
 def _names(page: Page, by: ColourBy) -> list[str]:
     """Return what each clip is coloured by."""
     collection = page.collection
-    if by == "label":
-        return collection.labels
+    if by == "Label":
+        return [(labels or [""])[0] for labels in collection.table["labels"].to_pylist()]
     sources = collection.table["source_path"].to_pylist()
-    return sources if by == "source" else [str(Path(one).parent) for one in sources]
+    return sources if by == "Source" else [str(Path(one).parent) for one in sources]

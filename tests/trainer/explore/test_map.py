@@ -9,7 +9,7 @@ pytest.importorskip("gradio", reason="needs the extra explore")
 
 from cavmae.trainer.explore import projection as projection_module
 from cavmae.trainer.explore.projection import projection
-from cavmae.trainer.explore.tab_map import PIXELS, Region, colours_of, draw, grouped, moved
+from cavmae.trainer.explore.tab_map import COLOURS, PIXELS, Region, draw, grouped, moved
 
 
 def clusters(points: int = 120) -> np.ndarray:
@@ -80,6 +80,5 @@ def test_rare_names_share_a_colour_and_counts_add_up() -> None:
     numbers, titles = grouped(names)
     assert titles[0] == "class 0 (31)" and titles[-1].startswith("others (")
     assert sum(int(title.rpartition("(")[2][:-1]) for title in titles) == len(names)
-    colours = colours_of(len(titles))
-    assert len(np.unique(colours, axis=0)) == len(titles) == numbers.max() + 1
+    assert len(np.unique(COLOURS, axis=0)) == len(titles) == numbers.max() + 1 == len(COLOURS)
     assert grouped(["", "a", "a"])[1] == ["a (2)", "no label (1)"]

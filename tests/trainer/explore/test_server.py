@@ -3,8 +3,8 @@
 import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -13,17 +13,18 @@ pytest.importorskip("gradio", reason="needs the extra explore")
 
 from cavmae.trainer.explore.application import application
 from cavmae.trainer.explore.page import Page
-from cavmae.trainer.explore.server import serving
+from cavmae.trainer.explore.server import STARTING, listening_socket, serving
 
 Answer = tuple[int, dict[str, str], str]
 
 
 class Visitor:
-    """Sends requests to a page whose address it has."""
+    """Sends requests to a server on a port, whose token it has."""
 
-    def __init__(self, address: str) -> None:
-        parts = urlsplit(address)
-        self.port, self.token = parts.port, parts.query.removeprefix("token=")
+    token = "0123456789abcdef"
+
+    def __init__(self, listening: socket.socket) -> None:
+        self.port = listening.getsockname()[1]
         self.cookie = {"Cookie": f"cavmae-{self.port}={self.token}"}
 
     def get(self, path: str, **headers: str) -> Answer:
@@ -37,14 +38,16 @@ class Visitor:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Visitor]:
     """A server of an application that answers `inside`."""
-    with serving(PlainTextResponse("inside"), 0) as address:
-        yield Visitor(address)
+    app = PlainTextResponse("inside")
+    with listening_socket(0) as listening, serving(app, listening, Visitor.token):
+        yield Visitor(listening)
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Visitor]:
-    with serving(application(Page()), 0) as address:
-        yield Visitor(address)
+    app = application(Page())
+    with listening_socket(0) as listening, serving(app, listening, Visitor.token):
+        yield Visitor(listening)
 
 
 def test_the_token_is_left_as_a_cookie_and_not_in_the_address(plain: Visitor) -> None:
@@ -90,11 +93,19 @@ def test_a_page_on_another_port_is_another_origin(plain: Visitor) -> None:
 
 
 def test_a_port_that_is_taken_is_named(plain: Visitor) -> None:
-    with (
-        pytest.raises(OSError, match=f"port {plain.port} can't be used .*--port"),
-        serving(PlainTextResponse(""), plain.port or 0),
-    ):
-        pass
+    with pytest.raises(OSError, match=f"port {plain.port} can't be used .*--port"):
+        listening_socket(plain.port)
+
+
+def test_one_page_is_served_in_the_place_of_another() -> None:
+    with listening_socket(0) as listening:
+        visitor = Visitor(listening)
+        with serving(STARTING, listening, Visitor.token):
+            status, headers, text = visitor.get("/", **visitor.cookie)
+            assert (status, headers["content-type"][:9]) == (200, "text/html")
+            assert 'http-equiv="refresh"' in text
+        with serving(PlainTextResponse("inside"), listening, Visitor.token):
+            assert visitor.get("/", **visitor.cookie)[2] == "inside"
 
 
 def test_the_page_loads_nothing_from_elsewhere(page: Visitor) -> None:
