@@ -1,1 +1,1 @@
-"""`cavmae explore`: a page on loopback to look at a trained model and listen to it."""
+"""A page that shows what a trained run learned; only this folder imports Gradio and openTSNE."""

@@ -1,0 +1,80 @@
+"""*Find*: what goes with the sound and with the picture that are looked at."""
+
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from cavmae.trainer.explore.page import ClipView, Page, shown
+
+TOP = 12
+SIDES = {
+    "audio_embedding": ("video_embedding", "Pictures that go with its sound"),
+    "video_embedding": ("audio_embedding", "Sounds that go with its picture"),
+}
+"""Column of what is looked at; column and name of what is found across modalities."""
+WITHIN = {
+    "audio_embedding": "Sounds like its sound",
+    "video_embedding": "Pictures like its picture",
+}
+ACROSS = "between sound and picture"
+GREY = 225
+
+
+def build(page: Page, tab: gr.Tab) -> None:
+    """Build the tab."""
+    way = gr.Radio([ACROSS, "within each"], value=ACROSS, label="Compare")
+    galleries, rows = [], []
+    with gr.Row():
+        for _, name in SIDES.values():
+            with gr.Column(min_width=320):
+                rows.append(gr.State([]))
+                galleries.append(
+                    gr.Gallery(
+                        label=name,
+                        columns=4,
+                        height="auto",
+                        object_fit="contain",
+                        allow_preview=False,
+                        buttons=[],
+                        elem_classes="found",
+                    )
+                )
+    view = ClipView(page)
+
+    def search(subject: Any, compared: str) -> list[Any]:
+        found: list[Any] = []
+        for column, (other, name) in SIDES.items():
+            if compared != ACROSS:
+                other, name = column, WITHIN[column]
+            ranked = []
+            if subject is not None and column in subject.vectors:
+                ranked = page.collection.nearest(other, subject.vectors[column], TOP)
+            cards = [_card(page, row, score, other) for row, score in ranked]
+            found += [gr.Gallery(cards, label=name), [row for row, _ in ranked]]
+        return found
+
+    outputs = [part for pair in zip(galleries, rows, strict=True) for part in pair]
+    gr.on([page.subject.change, way.change], search, [page.subject, way], outputs)
+
+    def choose(found: list[int], event: gr.SelectData) -> list[Any]:
+        return view.values(page.collection.subject(found[event.index]))
+
+    for gallery, listed in zip(galleries, rows, strict=True):
+        gallery.select(choose, listed, view.outputs)
+
+
+def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, str]:
+    """Draw a clip that was found, with its score, id and labels."""
+    from cavmae.trainer.explore.collection import spectrogram
+
+    subject = page.collection.subject(row)
+    picture = None
+    if subject.window is not None:
+        sound, frame = subject.window.audio, subject.window.frame
+        heard = column == "audio_embedding" and sound is not None
+        picture = spectrogram(sound) if heard else frame
+    if picture is None:
+        picture = np.full((64, 64, 3), GREY, np.uint8)
+    labels = ", ".join(page.collection.clip(row)["labels"])
+    return picture, shown(f"{score:.3f}\n{subject.name}\n{labels}")
