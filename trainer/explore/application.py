@@ -5,10 +5,16 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from cavmae.trainer.explore import tab_find, tab_map
+from cavmae.trainer.explore import tab_fill_in, tab_find, tab_map, tab_mistakes, tab_where
 from cavmae.trainer.explore.page import CSS, Page, build_page
 
-TABS = (("Find", tab_find.build), ("Map", tab_map.build))
+TABS = (
+    ("Find", tab_find.build),
+    ("Where", tab_where.build),
+    ("Fill in", tab_fill_in.build),
+    ("Map", tab_map.build),
+    ("Mistakes", tab_mistakes.build),
+)
 LARGEST_FILE = "2gb"
 FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 """Gradio's own theme asks other hosts for fonts."""

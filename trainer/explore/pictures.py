@@ -21,7 +21,7 @@ UNSEEN_SHARE = 0.3
 
 def frame_picture(frame: torch.Tensor) -> Image.Image:
     """Draw a normalised frame, (3, height, width) float32; NaN is grey."""
-    return _enlarged(Image.fromarray(np.rint(frame_colours(frame) * 255).astype(np.uint8)))
+    return enlarged(Image.fromarray(np.rint(frame_colours(frame) * 255).astype(np.uint8)))
 
 
 def spectrogram_picture(log_mel: torch.Tensor, low: float, high: float) -> Image.Image:
@@ -31,7 +31,7 @@ def spectrogram_picture(log_mel: torch.Tensor, low: float, high: float) -> Image
         log_mel: the values; NaN is grey.
         low, high: values of the darkest and of the brightest colour.
     """
-    return _enlarged(Image.fromarray(_colours("magma", log_mel.numpy()[::-1], low, high)))
+    return enlarged(Image.fromarray(_colours("magma", log_mel.numpy()[::-1], low, high)))
 
 
 def painted(picture: Image.Image, boxes: torch.Tensor, values: torch.Tensor) -> Image.Image:
@@ -48,7 +48,8 @@ def painted(picture: Image.Image, boxes: torch.Tensor, values: torch.Tensor) -> 
     pixels = np.asarray(picture) * UNSEEN_SHARE  # (height, width, 3)
     known = values[~values.isnan()]
     colours = _colours("viridis", values.numpy(), known.min().item(), known.max().item())
-    below = np.asarray(picture) * (1 - HEAT_SHARE)
+    # Grey, so that every colour is a value's.
+    below = np.asarray(picture.convert("L").convert("RGB")) * (1 - HEAT_SHARE)
     for (left, top, right, bottom), colour in zip(_edges(picture, boxes), colours, strict=True):
         box = slice(top, bottom), slice(left, right)
         pixels[box] = below[box] + HEAT_SHARE * colour
@@ -77,6 +78,7 @@ def _colours(name: str, values: np.ndarray, low: float, high: float) -> np.ndarr
     return colours((values - low) / max(high - low, 1e-12), bytes=True)[..., :3]
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Enlarge a picture whose smaller side is below `SMALLEST_SIDE`."""
     times = -(-SMALLEST_SIDE // min(picture.size))
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

@@ -50,7 +50,7 @@ def build(page: Page, tab: gr.Tab) -> None:
             ranked = []
             if subject is not None and column in subject.vectors:
                 ranked = page.collection.nearest(other, subject.vectors[column], TOP)
-            cards = [_card(page, row, score, other) for row, score in ranked]
+            cards = [card(page, row, f"{score:.3f}", other) for row, score in ranked]
             found += [gr.Gallery(cards, label=name), [row for row, _ in ranked]]
         return found
 
@@ -64,8 +64,9 @@ def build(page: Page, tab: gr.Tab) -> None:
         gallery.select(choose, listed, view.outputs)
 
 
-def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, str]:
-    """Draw a clip that was found, with its score, id and labels."""
+def card(page: Page, row: int, heading: str, column: str) -> tuple[np.ndarray, str]:
+    """Draw the frame of a clip, or its sound if that is the column's, over a heading, its id and
+    its labels."""
     from cavmae.trainer.explore.collection import spectrogram
 
     subject = page.collection.subject(row)
@@ -77,4 +78,4 @@ def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, 
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])
-    return picture, shown(f"{score:.3f}\n{subject.name}\n{labels}")
+    return picture, shown(f"{heading}\n{subject.name}\n{labels}")

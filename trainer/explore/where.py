@@ -17,7 +17,7 @@ from PIL import Image
 
 from cavmae.dataloaders.constants import AUDIO_HZ, HOP_SAMPLES, WINDOW_SAMPLES
 from cavmae.dataloaders.media.log_mel import log_mel
-from cavmae.trainer.explore.pictures import outlined, painted, spectrogram_picture
+from cavmae.trainer.explore.pictures import enlarged, outlined, painted, spectrogram_picture
 from cavmae.trainer.inference.media import Window
 from cavmae.trainer.inference.model import Model
 
@@ -81,7 +81,7 @@ class Side:
         return outlined(self.shown, self.boxes[chosen])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Gradio's states are told apart by their hash
 class Scene:
     """A sound and a picture, as a model takes them.
 
@@ -142,7 +142,7 @@ def look(model: Model, heard: Window, seen: Window) -> Scene:
     return Scene(
         Side(spectrogram_picture(values, low, high), of_sound.audio_tokens.values[0], boxes, used),
         Side(
-            Image.fromarray(seen.frame),
+            enlarged(Image.fromarray(seen.frame)),
             tokens,
             of_picture.video_tokens.places[0],
             torch.ones(len(tokens), dtype=torch.bool),

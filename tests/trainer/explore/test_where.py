@@ -63,15 +63,15 @@ def test_a_click_on_the_brightest_place_of_a_map_finds_the_patch_of_that_value(
             found = side.around((x + 0.5) / width, (y + 0.5) / height)
             assert found.nonzero().flatten().tolist() == [token]
         area += changed.sum()
-    assert area == (64 * 64 if kind == "video" else plain[:, :, 0].size * 7 / 12), "no gaps"
+    assert area == (256 * 256 if kind == "video" else plain[:, :, 0].size * 7 / 12), "no gaps"
 
 
 def test_the_map_of_a_wide_picture_covers_the_square_that_the_model_saw(scene: Scene) -> None:
     before = np.asarray(scene.video.shown)
     after = np.asarray(scene.video.painted(torch.arange(len(scene.video.tokens)) * 1.0))
-    assert before.shape == after.shape == (64, 160, 3)
-    unseen = np.ones(160, bool)
-    unseen[48:112] = False
+    assert before.shape == after.shape == (256, 640, 3)
+    unseen = np.ones(640, bool)
+    unseen[192:448] = False
     np.testing.assert_array_equal(after[:, unseen], np.rint(before[:, unseen] * 0.3))
     with pytest.raises(ValueError, match="at 5% from the left and 50% from the top is nothing"):
         scene.video.around(0.05, 0.5)
@@ -133,8 +133,8 @@ def test_a_frame_is_drawn_around_the_patches_that_are_chosen(scene: Scene) -> No
     before = np.asarray(scene.video.shown)
     after = np.asarray(scene.video.outlined(scene.video.around(0.4, 0.25)))
     rows, columns = np.nonzero((before != after).any(axis=2))
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 31, 48, 79)
-    assert (before[4:28, 52:76] == after[4:28, 52:76]).all()
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 127, 192, 319)
+    assert (before[4:124, 196:316] == after[4:124, 196:316]).all()
 
 
 def test_all_tokens_of_both_sides_give_the_score_of_a_search(model: Model, scene: Scene) -> None:
