@@ -80,9 +80,9 @@ def kept_rankings(
         except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
             raise ValueError(f"{path} can't be used ({error}); remove it") from error
     report(0, len(audio))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = rankings(
-        torch.from_numpy(audio),
-        torch.from_numpy(video),
+        *(torch.from_numpy(side).to(device) for side in (audio, video)),
         ranked=lambda clips: report(clips, len(audio)),
     )
     arrays = {name: torch.stack([*asdict(one).values()]).numpy() for name, one in made.items()}

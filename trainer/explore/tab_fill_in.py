@@ -48,7 +48,14 @@ def build(page: Page, tab: gr.Tab) -> None:
     for kind in ("Picture", "Spectrogram"):
         with gr.Row():
             pictures += [
-                gr.Image(label=label, interactive=False, format="png", buttons=[], min_width=200)
+                gr.Image(
+                    label=label,
+                    interactive=False,
+                    format="png",
+                    buttons=[],
+                    min_width=200,
+                    elem_classes="filled",
+                )
                 for label in (kind, "What is kept", "Filled in")
             ]
     with gr.Row():

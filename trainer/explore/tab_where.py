@@ -112,7 +112,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         kept,
     )
     gr.on(
-        [tab.select, page.subject.change, kept.change, whole.click],
+        [page.subject.change, kept.change, whole.click],
         show,
         [page.subject, kept],
         [scene, *outputs],
