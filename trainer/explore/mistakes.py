@@ -6,9 +6,8 @@ needs no classifier; it is a mistake if that clip has none of the labels of the 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ def kept_rankings(
 
     Args:
         audio, video: (clips, width) float32; row i of one belongs to row i of the other.
-        path: the .npz file; its folder is made.
+        path: the .npy file; its folder is made.
         report: is called with clips done and clips in all.
 
     Returns:
@@ -75,27 +74,23 @@ def kept_rankings(
     """
     if path.exists():
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: _kept(file[name], len(audio)) for name in DIRECTIONS}
-        except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
-            raise ValueError(f"{path} can't be used ({error}); remove it") from error
+            kept = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it") from error
+        if kept.shape != (len(DIRECTIONS), len(fields(Ranking)), len(audio)):
+            raise ValueError(f"{path} ranks other clips; remove it")
+        return {name: Ranking(*kept[number]) for number, name in enumerate(DIRECTIONS)}
     report(0, len(audio))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = rankings(
         *(torch.from_numpy(side).to(device) for side in (audio, video)),
         ranked=lambda clips: report(clips, len(audio)),
     )
-    arrays = {name: torch.stack([*asdict(one).values()]).numpy() for name, one in made.items()}
+    kept = [torch.stack([*asdict(made[name]).values()]) for name in DIRECTIONS]
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.save(file, torch.stack(kept).numpy())  # (directions, fields, clips)
     return made
-
-
-def _kept(values: np.ndarray, clips: int) -> Ranking:
-    if values.shape != (3, clips):
-        raise ValueError(f"it is of {values.shape[-1]} clips, not of {clips}")
-    return Ranking(*torch.from_numpy(values))
 
 
 def worst_retrievals(
@@ -166,13 +161,14 @@ def most_confused(
     queries: dict[str, int] = {}
     pairs: dict[tuple[str, str], float] = {}
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for row, first in enumerate(ranking.first.tolist()):
-        ours, theirs = dict.fromkeys(labels[row]), dict.fromkeys(labels[first])
+    firsts: list[int] = ranking.first.tolist()
+    for row, first in enumerate(firsts):
+        ours, theirs = set(labels[row]), set(labels[first])
         if not theirs:
             continue
         for label in ours:
             queries[label] = queries.get(label, 0) + 1
-        if not ours.keys().isdisjoint(theirs):
+        if not ours.isdisjoint(theirs):
             continue
         for pair in [(label, other) for label in ours for other in theirs]:
             pairs[pair] = pairs.get(pair, 0.0) + 1 / len(theirs)

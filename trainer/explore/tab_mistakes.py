@@ -62,8 +62,9 @@ def build(page: Page, tab: gr.Tab) -> None:
                 vectors = page.collection.vectors
                 if len(vectors) < len(SIDES):
                     raise ValueError(f"there is {next(iter(vectors))} alone; mistakes need both")
-                path = page.collection.embeddings.beside("rankings.npz")
-                rankings.update(kept_rankings(*(vectors[one] for one in SIDES), path, report))
+                path = page.collection.embeddings.beside("rankings.npy")
+                audio, video = (vectors[one] for one in SIDES)
+                rankings.update(kept_rankings(audio, video, path, report))
             return rankings[name]
 
     def find(

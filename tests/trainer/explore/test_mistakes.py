@@ -78,20 +78,20 @@ def test_progress_counts_every_sound() -> None:
 
 
 def test_rankings_are_computed_once_and_kept(tmp_path: Path) -> None:
-    sides = np.random.default_rng(0).standard_normal((2, 10, 4)).astype(np.float32)
-    path, reports = tmp_path / "index" / "ranks.npz", []
+    audio, video = np.random.default_rng(0).standard_normal((2, 10, 4)).astype(np.float32)
+    path, reports = tmp_path / "index" / "ranks.npy", []
     made, again = [
-        kept_rankings(*sides, path, lambda *so_far: reports.append(so_far)) for _ in "12"
+        kept_rankings(audio, video, path, lambda *so_far: reports.append(so_far)) for _ in "12"
     ]
     assert reports == [(0, 10), (10, 10)]
     for direction, ranking in made.items():
         for name, values in vars(ranking).items():
             assert torch.equal(values, getattr(again[direction], name))
-    with pytest.raises(ValueError, match="it is of 10 clips, not of 9"):
-        kept_rankings(*sides[:, :9], path, lambda *_: None)
+    with pytest.raises(ValueError, match="ranks other clips; remove it"):
+        kept_rankings(audio[:9], video[:9], path, lambda *_: None)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"ranks\.npz can't be used .*; remove it"):
-        kept_rankings(*sides, path, lambda *_: None)
+    with pytest.raises(ValueError, match=r"ranks\.npy is damaged .*; remove it"):
+        kept_rankings(audio, video, path, lambda *_: None)
 
 
 def test_confused_classes_are_counted_with_their_clips_and_examples() -> None:
@@ -130,6 +130,6 @@ def test_a_clip_that_finds_one_without_labels_is_not_judged() -> None:
 def test_a_ranking_of_other_clips_is_refused() -> None:
     ranking = rankings(*torch.randn(2, 5, 4))["audio_to_video"]
     with pytest.raises(ValueError, match="ranking is of 5 clips, and there are 4 queries"):
-        worst_retrievals(*torch.randn(2, 4, 4), ranking)
+        worst_retrievals(torch.ones(4, 4), torch.ones(4, 4), ranking)
     with pytest.raises(ValueError, match="ranking is of 5 clips, and 2 have labels"):
         most_confused([(), ()], ranking)

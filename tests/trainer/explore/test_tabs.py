@@ -9,8 +9,11 @@ import pytest
 from tiny_run import save_untrained
 
 pytest.importorskip("gradio", reason="needs the extra explore")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-playwright.expect.set_options(timeout=30_000)
+pytest.importorskip("playwright", reason="needs playwright")
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+expect.set_options(timeout=30_000)
 CHROMIUM = shutil.which("chromium")
 
 pytestmark = [
@@ -27,7 +30,7 @@ def address(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from cavmae.dataloaders.packing.pack import PackConfig, pack
     from cavmae.trainer.explore.application import application
     from cavmae.trainer.explore.command import ExploreConfig, fill
-    from cavmae.trainer.explore.page import Page
+    from cavmae.trainer.explore import page as page_module
     from cavmae.trainer.explore.server import listening_socket, serving
 
     folder = tmp_path_factory.mktemp("tabs")
@@ -37,24 +40,22 @@ def address(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) ->
     shards = folder / "shards"
     pack(PackConfig(str(folder / "clips.csv"), str(shards), tiers="frames", workers=1))
     save_untrained(packed_synthetic, folder / "run")
-    page = Page()
+    page = page_module.Page()
     with listening_socket(0) as listening, serving(application(page), listening, "token"):
         fill(page, ExploreConfig(str(folder / "run"), str(shards / "frames")))
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/?token=token"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    with playwright.sync_playwright() as started:
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture(params=[1280, 390], ids=["screen", "phone"])
-def page(
-    request: pytest.FixtureRequest, browser: "playwright.Browser", address: str
-) -> Iterator["playwright.Page"]:
+def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Page]:
     """The page with a clip that is looked at; it asks nobody else, and has no errors."""
     context = browser.new_context(viewport={"width": request.param, "height": 900})
     page = context.new_page()
@@ -67,13 +68,13 @@ def page(
     page.get_by_label("Id of a clip").fill("000000/000000003")
     page.get_by_label("Id of a clip").press("Enter")
     facts = page.get_by_label("Clip", exact=True).first
-    playwright.expect(facts).to_have_value(re.compile("^000000/000000003\n"))
+    expect(facts).to_have_value(re.compile("^000000/000000003\n"))
     yield page
     context.close()
     assert wrong == []
 
 
-def open_tab(page: "playwright.Page", name: str) -> None:
+def open_tab(page: Page, name: str) -> None:
     """Open a tab, which a narrow screen may have in the menu of those that have no room."""
     tab = page.get_by_role("tab", name=name)
     if not tab.is_visible():
@@ -83,12 +84,12 @@ def open_tab(page: "playwright.Page", name: str) -> None:
 
 
 def test_a_click_shows_which_patches_of_the_other_side_go_with_a_place(
-    page: "playwright.Page",
+    page: Page,
 ) -> None:
     open_tab(page, "Where")
     told, pictures = page.get_by_label("Values"), page.locator(".where img")
-    playwright.expect(told).to_have_value(re.compile("sound and picture: cosine"))
-    playwright.expect(pictures).to_have_count(2)
+    expect(told).to_have_value(re.compile("sound and picture: cosine"))
+    expect(pictures).to_have_count(2)
     # Of 3 x 3 patches those that there are: the picture has 2 x 2, the sound 2 x 12.
     for number, (name, patches) in enumerate([("picture", 4), ("sound", 6)]):
         pictures.nth(number).evaluate("picture => picture.decode()")
@@ -96,48 +97,48 @@ def test_a_click_shows_which_patches_of_the_other_side_go_with_a_place(
         assert box is not None
         pictures.nth(number).click(position={"x": box["width"] / 4, "y": box["height"] * 3 / 4})
         found = re.compile(rf"^with {patches} patches of the {name}: .*0\.\d+ to .*0\.\d+")
-        playwright.expect(told).to_have_value(found)
-        playwright.expect(pictures).to_have_count(2)
+        expect(told).to_have_value(found)
+        expect(pictures).to_have_count(2)
     page.get_by_role("button", name="Choose without a mouse").click()
     page.get_by_role("button", name="Choose in the picture").click()
-    playwright.expect(told).to_have_value(re.compile("^with 4 patches of the picture"))
+    expect(told).to_have_value(re.compile("^with 4 patches of the picture"))
 
 
-def test_a_clip_is_filled_in_to_be_seen_and_heard(page: "playwright.Page") -> None:
+def test_a_clip_is_filled_in_to_be_seen_and_heard(page: Page) -> None:
     open_tab(page, "Fill in")
     told = page.get_by_label("Errors of what was filled in")
     page.get_by_label("the picture, from the sound").check()
-    playwright.expect(page.get_by_label("stretches of time")).to_be_disabled()
+    expect(page.get_by_label("stretches of time")).to_be_disabled()
     page.get_by_role("button", name="Fill in").click()
-    playwright.expect(told).to_have_value(re.compile("^video: mean squared error"))
-    playwright.expect(page.locator(".filled img")).to_have_count(6)
-    playwright.expect(page.get_by_role("button", name="Play", exact=True)).to_have_count(3)
+    expect(told).to_have_value(re.compile("^video: mean squared error"))
+    expect(page.locator(".filled img")).to_have_count(6)
+    expect(page.get_by_role("button", name="Play", exact=True)).to_have_count(3)
     page.get_by_label("patches of both").check()
     page.get_by_label("number input for Share of the sound that is removed").fill("0")
     page.get_by_label("number input for Share of the picture that is removed").fill("0")
     page.get_by_role("button", name="Fill in").click()
-    playwright.expect(told).to_have_value(re.compile("which removes none of 28; change one"))
+    expect(told).to_have_value(re.compile("which removes none of 28; change one"))
 
 
 def test_mistakes_are_listed_with_what_was_found_and_labels_are_text(
-    page: "playwright.Page",
+    page: Page,
 ) -> None:
     open_tab(page, "Mistakes")
     page.get_by_role("button", name="Find mistakes").click()
     clips = page.locator(".mistakes .thumbnail-item")
-    playwright.expect(clips.first).to_contain_text("place")
+    expect(clips.first).to_contain_text("place")
     facts = page.get_by_label("Clip", exact=True).filter(visible=True)
     clips.first.click()
-    playwright.expect(facts.nth(2)).to_have_value(re.compile("^000000/"))
+    expect(facts.nth(2)).to_have_value(re.compile("^000000/"))
     before = facts.nth(1).input_value()
     assert before in [facts.nth(1).input_value(), ""] and before != facts.nth(2).input_value()
     confused = page.get_by_role("radio", name=re.compile(" find "))
     assert confused.count() > 0
     hostile = page.get_by_role("radio", name=re.compile("^" + re.escape(HOSTILE[0])))
-    playwright.expect(hostile).to_have_count(1)
+    expect(hostile).to_have_count(1)
     confused.first.check()
-    playwright.expect(clips.first).not_to_contain_text("place")
+    expect(clips.first).not_to_contain_text("place")
     clips.first.click()  # the same number as before: gradio#5748
-    playwright.expect(facts.nth(1)).not_to_have_value(before)
+    expect(facts.nth(1)).not_to_have_value(before)
     page.get_by_label("sounds, by their picture").check()
-    playwright.expect(confused).to_have_count(0)
+    expect(confused).to_have_count(0)
