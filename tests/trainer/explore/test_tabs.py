@@ -28,9 +28,9 @@ HOSTILE = ("<img src=x onerror=alert(1)>", "**bold** [link](http://evil.example)
 def address(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A page on a run and 12 clips, whose labels are markup."""
     from cavmae.dataloaders.packing.pack import PackConfig, pack
+    from cavmae.trainer.explore import page as page_module
     from cavmae.trainer.explore.application import application
     from cavmae.trainer.explore.command import ExploreConfig, fill
-    from cavmae.trainer.explore import page as page_module
     from cavmae.trainer.explore.server import listening_socket, serving
 
     folder = tmp_path_factory.mktemp("tabs")
