@@ -54,6 +54,7 @@ def projection(vectors: np.ndarray, path: Path, report: Callable[[float], object
 
 
 def _computed(vectors: np.ndarray, report: Callable[[float], object]) -> np.ndarray:
+    report(0.0)  # neighbours are found before the first step
     from openTSNE import TSNE
     from sklearn.decomposition import PCA
 

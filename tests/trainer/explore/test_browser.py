@@ -93,7 +93,7 @@ def shown(
     context.on("request", lambda one: requests.append(one.url))
     page = context.new_page()
     # A request that the page's policy forbids is an attempt too.
-    page.expose_function("forbidden", requests.append)
+    page.expose_function("forbidden", lambda url: requests.append(url))
     page.add_init_script(
         "addEventListener('securitypolicyviolation', event => forbidden(event.blockedURI))"
     )
