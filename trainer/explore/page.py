@@ -33,7 +33,7 @@ CSS = """
 .found .thumbnail-item { display: flex; flex-direction: column; aspect-ratio: auto; }
 .found .thumbnail-item img { height: 110px; }
 .found .caption-label { position: static; max-width: none; border-radius: 0;
-    white-space: pre-line; overflow-wrap: anywhere; }
+    white-space: pre-line; overflow-wrap: anywhere; color: var(--body-text-color) !important; }
 """
 
 

@@ -17,8 +17,10 @@ COMPONENTS = 50
 PERPLEXITY = 30
 EARLY_STEPS, STEPS = 250, 500
 REPORT_STEPS = 10
+FEW = 10_000
+"""Points below this take seconds on one core; more cores would wait for each other."""
 FEWEST = 10
-"""Points below this have too few neighbours; they lie at their first two principal components."""
+"""Points below this have too few neighbours: they lie on a circle, as equal ones do."""
 
 
 def projection(vectors: np.ndarray, path: Path, report: Callable[[float], object]) -> np.ndarray:
@@ -52,15 +54,17 @@ def projection(vectors: np.ndarray, path: Path, report: Callable[[float], object
 
 
 def _computed(vectors: np.ndarray, report: Callable[[float], object]) -> np.ndarray:
+    report(0.0)  # neighbours are found before the first step
     from openTSNE import TSNE
     from sklearn.decomposition import PCA
 
+    if np.ptp(vectors, axis=0).max() == 0 or len(vectors) < FEWEST:
+        angle = 2 * np.pi * np.arange(len(vectors)) / len(vectors)
+        return _centred(np.stack([np.cos(angle), np.sin(angle)], axis=1))
     size = min(COMPONENTS, *vectors.shape)
     components = PCA(size, svd_solver="randomized", random_state=0).fit_transform(vectors)
     start = np.zeros((len(vectors), 2))
     start[:, : min(2, size)] = components[:, :2]
-    if len(vectors) < FEWEST:
-        return _centred(start)
     steps = 0
 
     with Bar("projecting", EARLY_STEPS + STEPS, "steps") as bar:
@@ -74,10 +78,10 @@ def _computed(vectors: np.ndarray, report: Callable[[float], object]) -> np.ndar
         noise = np.random.default_rng(0).normal(size=start.shape)  # moves equal clips apart
         made = TSNE(
             perplexity=min(PERPLEXITY, (len(vectors) - 1) / 3),
-            initialization=(start / (start[:, 0].std() or 1.0) + 0.01 * noise) * 1e-4,
+            initialization=(start / start[:, 0].std() + 0.01 * noise) * 1e-4,
             early_exaggeration_iter=EARLY_STEPS,
             n_iter=STEPS,
-            n_jobs=-1,
+            n_jobs=1 if len(vectors) < FEW else -1,
             random_state=0,
             callbacks=count,
             callbacks_every_iters=REPORT_STEPS,
