@@ -31,7 +31,8 @@ PACKAGES = ("gradio", "openTSNE")
 @dataclass(frozen=True)
 class ExploreConfig(CheckedFields):
     """Show what a run learned, in the browser of this machine: find clips by a sound or a picture,
-    see a map of all clips. Embeddings that are not there yet are computed first, and kept.
+    see where they go together and what is filled in, a map of all clips, and mistakes. Embeddings
+    that are not there yet are computed first, and kept.
 
     Raises:
         ValueError: a field is out of its range.
