@@ -186,7 +186,10 @@ def _build_choice(page: Page, status: gr.Textbox) -> None:
             gr.Audio(label="Sound", sources=["microphone"], type="filepath"),
             gr.Image(label="Picture", sources=["webcam"], type="filepath", format="png"),
             gr.Video(
-                label="Clip", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False)
+                label="Clip",
+                sources=["webcam"],
+                include_audio=True,  # otherwise, and to mirror it, Gradio runs ffmpeg
+                webcam_options=gr.WebcamOptions(mirror=False),
             ),
         ]
     with gr.Row():

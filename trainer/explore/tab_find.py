@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from cavmae.console import shortened
 from cavmae.trainer.explore.page import ClipView, Page, shown
 
 TOP = 12
@@ -18,7 +19,8 @@ WITHIN = {
     "video_embedding": "Pictures like its picture",
 }
 ACROSS = "between sound and picture"
-GREY = 225
+GREY, WIDTH = 225, 60
+"""Where there is no media; characters of an id, or of labels."""
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -77,4 +79,5 @@ def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, 
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])
-    return picture, shown(f"{score:.3f}\n{subject.name}\n{labels}")
+    lines = [f"{score:.3f}", *(shortened(shown(one), WIDTH) for one in (subject.name, labels))]
+    return picture, "\n".join(lines)
