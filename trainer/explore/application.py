@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.themes import Default
 
 from cavmae.trainer.explore import tab_find, tab_map
 from cavmae.trainer.explore.page import CSS, Page, build_page
@@ -20,7 +21,7 @@ def application(page: Page) -> FastAPI:
         FastAPI(openapi_url=None),
         build_page(page, TABS),
         path="/",
-        theme=gr.themes.Default(**FONTS),
+        theme=Default(**FONTS),
         css=CSS,
         max_file_size=LARGEST_FILE,
         ssr_mode=False,

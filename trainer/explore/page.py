@@ -159,7 +159,7 @@ def build_page(page: Page, tabs: Sequence[tuple[str, Any]]) -> gr.Blocks:
     """
     with gr.Blocks(title="cavmae explore", analytics_enabled=False) as blocks:
         page.subject = gr.State(None)
-        status = gr.Textbox(page.status, show_label=False, container=False, interactive=False)
+        status = gr.Textbox(page.status, label="State", container=False, interactive=False)
         with gr.Row():
             with gr.Column():
                 _build_choice(page, status)

@@ -73,9 +73,9 @@ def _card(page: Page, row: int, score: float, column: str) -> tuple[np.ndarray, 
     subject = page.collection.subject(row)
     picture = None
     if subject.window is not None:
-        sound, frame = subject.window.audio, subject.window.frame
-        heard = column == "audio_embedding" and sound is not None
-        picture = spectrogram(sound) if heard else frame
+        picture, sound = subject.window.frame, subject.window.audio
+        if column == "audio_embedding" and sound is not None:
+            picture = spectrogram(sound)
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])

@@ -38,9 +38,15 @@ class Visitor:
         self.port = listening.getsockname()[1]
         self.cookie = {"Cookie": f"cavmae-{self.port}={self.token}"}
 
-    def get(self, path: str, body: bytes = b"", **headers: str) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request("POST" if body else "GET", path, body, headers)
+    def get(self, path: str, **headers: str) -> Answer:
+        return self._ask("GET", path, b"", headers)
+
+    def post(self, path: str, body: bytes, **headers: str) -> Answer:
+        return self._ask("POST", path, body, headers)
+
+    def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
         found = {name.lower(): value for name, value in answer.getheaders()}
         return answer.status, found, answer.read().decode(errors="replace")
@@ -166,8 +172,8 @@ def test_a_picture_with_a_script_is_not_shown_as_a_page(page: Visitor) -> None:
         b"Content-Type: image/svg+xml\r\n\r\n<svg onload='alert(1)'/>\r\n--x--\r\n"
     )
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert page.get("/gradio_api/upload", body, **kind)[0] == 401
-    (path,) = json.loads(page.get("/gradio_api/upload", body, **kind, **page.cookie)[2])
+    assert page.post("/gradio_api/upload", body, **kind)[0] == 401
+    (path,) = json.loads(page.post("/gradio_api/upload", body, **kind, **page.cookie)[2])
     status, headers, text = page.get(f"/gradio_api/file={path}", **page.cookie)
     assert status == 200 and "<svg" in text
     assert headers["content-disposition"].startswith("attachment")
