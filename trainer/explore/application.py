@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.themes import Default
 
 from cavmae.trainer.explore import tab_fill_in, tab_find, tab_map, tab_mistakes, tab_where
 from cavmae.trainer.explore.page import CSS, Page, build_page
@@ -26,7 +27,7 @@ def application(page: Page) -> FastAPI:
         FastAPI(openapi_url=None),
         build_page(page, TABS),
         path="/",
-        theme=gr.themes.Default(**FONTS),
+        theme=Default(**FONTS),
         css=CSS,
         max_file_size=LARGEST_FILE,
         ssr_mode=False,

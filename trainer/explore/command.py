@@ -30,9 +30,8 @@ PACKAGES = ("gradio", "openTSNE")
 
 @dataclass(frozen=True)
 class ExploreConfig(CheckedFields):
-    """Show what a run learned, in the browser of this machine: find clips by a sound or a picture,
-    see where they go together and what is filled in, a map of all clips, and mistakes. Embeddings
-    that are not there yet are computed first, and kept.
+    """Show what a run learned on a page for the browser of this machine, with clips of a packed set
+    or files. Embeddings that are not there yet are computed first, and kept.
 
     Raises:
         ValueError: a field is out of its range.

@@ -159,7 +159,7 @@ def build_page(page: Page, tabs: Sequence[tuple[str, Any]]) -> gr.Blocks:
     """
     with gr.Blocks(title="cavmae explore", analytics_enabled=False) as blocks:
         page.subject = gr.State(None)
-        status = gr.Textbox(page.status, show_label=False, container=False, interactive=False)
+        status = gr.Textbox(page.status, label="State", container=False, interactive=False)
         with gr.Row():
             with gr.Column():
                 _build_choice(page, status)
@@ -186,7 +186,10 @@ def _build_choice(page: Page, status: gr.Textbox) -> None:
             gr.Audio(label="Sound", sources=["microphone"], type="filepath"),
             gr.Image(label="Picture", sources=["webcam"], type="filepath", format="png"),
             gr.Video(
-                label="Clip", sources=["webcam"], webcam_options=gr.WebcamOptions(mirror=False)
+                label="Clip",
+                sources=["webcam"],
+                include_audio=True,  # otherwise, and to mirror it, Gradio runs ffmpeg
+                webcam_options=gr.WebcamOptions(mirror=False),
             ),
         ]
     with gr.Row():

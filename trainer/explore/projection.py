@@ -77,7 +77,7 @@ def _computed(vectors: np.ndarray, report: Callable[[float], object]) -> np.ndar
 
         noise = np.random.default_rng(0).normal(size=start.shape)  # moves equal clips apart
         made = TSNE(
-            perplexity=min(PERPLEXITY, (len(vectors) - 1) / 3),
+            perplexity=min(PERPLEXITY, (len(vectors) - 1) // 3),
             initialization=(start / start[:, 0].std() + 0.01 * noise) * 1e-4,
             early_exaggeration_iter=EARLY_STEPS,
             n_iter=STEPS,

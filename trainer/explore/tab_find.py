@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from cavmae.console import shortened
 from cavmae.trainer.explore.page import ClipView, Page, shown
 
 TOP = 12
@@ -18,7 +19,8 @@ WITHIN = {
     "video_embedding": "Pictures like its picture",
 }
 ACROSS = "between sound and picture"
-GREY = 225
+GREY, WIDTH = 225, 60
+"""Where there is no media; characters of an id, or of labels."""
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -72,10 +74,11 @@ def card(page: Page, row: int, heading: str, column: str) -> tuple[np.ndarray, s
     subject = page.collection.subject(row)
     picture = None
     if subject.window is not None:
-        sound, frame = subject.window.audio, subject.window.frame
-        heard = column == "audio_embedding" and sound is not None
-        picture = spectrogram(sound) if heard else frame
+        picture, sound = subject.window.frame, subject.window.audio
+        if column == "audio_embedding" and sound is not None:
+            picture = spectrogram(sound)
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])
-    return picture, shown(f"{heading}\n{subject.name}\n{labels}")
+    lines = [heading, *(shortened(shown(one), WIDTH) for one in (subject.name, labels))]
+    return picture, "\n".join(lines)

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from scipy.spatial import KDTree
 
+from cavmae.console import shortened
 from cavmae.trainer.explore.page import ClipView, Page, shown
 from cavmae.trainer.explore.projection import projection
 
@@ -31,6 +32,7 @@ DRAWN_SHARE = 0.02
 SMALLEST, LARGEST = 1, 5
 """Radius of a point in pixels."""
 ZOOM, PAN = 2.0, 0.5
+TITLE_WIDTH = 60
 MODALITIES = {"Sounds": "audio_embedding", "Pictures": "video_embedding"}
 ColourBy = Literal["Label", "Source", "Folder"]
 
@@ -122,13 +124,16 @@ def build(page: Page, tab: gr.Tab) -> None:
     with gr.Row():
         modality = gr.Radio([*MODALITIES], value="Sounds", label="Embeddings of")
         by = gr.Radio([*get_args(ColourBy)], value="Label", label="Colours by")
-    picture = gr.Image(label="Map", interactive=False, buttons=["fullscreen"], elem_classes="map")
+    picture = gr.Image(
+        label="Map", format="png", interactive=False, buttons=["fullscreen"], elem_classes="map"
+    )
     with gr.Row():
         buttons = {name: gr.Button(name, min_width=80, size="sm") for name in MOVES}
         centre = gr.Button("Clip at the centre", min_width=160, size="sm")
     legend = gr.HighlightedText(label="Colours", show_inline_category=False, buttons=[])
     view = ClipView(page)
 
+    groups = cache(lambda by: grouped(_names(page, by)))
     trees: dict[str, KDTree] = {}
     lock = threading.Lock()
 
@@ -151,8 +156,8 @@ def build(page: Page, tab: gr.Tab) -> None:
         progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio looks for this default
     ) -> tuple[np.ndarray, gr.HighlightedText]:
         places = tree_of(modality, progress).data
-        numbers, titles = grouped(_names(page, by))
-        titles = [shown(title) for title in titles]
+        numbers, titles = groups(by)
+        titles = [shortened(shown(title), TITLE_WIDTH) for title in titles]
         colours = {
             title: f"#{bytes(colour).hex()}" for title, colour in zip(titles, COLOURS, strict=False)
         }

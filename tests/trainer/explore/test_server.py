@@ -4,7 +4,9 @@ import http.client
 import json
 import re
 import socket
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from starlette.responses import PlainTextResponse
@@ -16,6 +18,15 @@ from cavmae.trainer.explore.page import Page
 from cavmae.trainer.explore.server import STARTING, listening_socket, serving
 
 Answer = tuple[int, dict[str, str], str]
+SOUGHT: list[object] = []
+"""Addresses that this process connected to, and names that it looked up."""
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "socket.connect":
+        SOUGHT.append(arguments[1])
+    elif event == "socket.getaddrinfo":
+        SOUGHT.append(arguments[:2])
 
 
 class Visitor:
@@ -28,8 +39,14 @@ class Visitor:
         self.cookie = {"Cookie": f"cavmae-{self.port}={self.token}"}
 
     def get(self, path: str, **headers: str) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request("GET", path, headers=headers)
+        return self._ask("GET", path, b"", headers)
+
+    def post(self, path: str, body: bytes, **headers: str) -> Answer:
+        return self._ask("POST", path, body, headers)
+
+    def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
         answer = connection.getresponse()
         found = {name.lower(): value for name, value in answer.getheaders()}
         return answer.status, found, answer.read().decode(errors="replace")
@@ -45,6 +62,7 @@ def plain() -> Iterator[Visitor]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Visitor]:
+    sys.addaudithook(_note)
     app = application(Page())
     with listening_socket(0) as listening, serving(app, listening, Visitor.token):
         yield Visitor(listening)
@@ -148,10 +166,26 @@ def test_no_file_of_this_machine_is_served(page: Visitor, path: str) -> None:
         assert status in (403, 404) and "root:" not in text and "cavmae" not in text
 
 
+def test_a_picture_with_a_script_is_not_shown_as_a_page(page: Visitor) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.svg"\r\n'
+        b"Content-Type: image/svg+xml\r\n\r\n<svg onload='alert(1)'/>\r\n--x--\r\n"
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert page.post("/gradio_api/upload", body, **kind)[0] == 401
+    (path,) = json.loads(page.post("/gradio_api/upload", body, **kind, **page.cookie)[2])
+    status, headers, text = page.get(f"/gradio_api/file={path}", **page.cookie)
+    assert status == 200 and "<svg" in text
+    assert headers["content-disposition"].startswith("attachment")
+
+
 def test_the_page_fetches_no_url_for_others(page: Visitor) -> None:
     assert page.get("/gradio_api/proxy=https://example.com/", **page.cookie)[0] in (400, 403, 404)
 
 
-def test_the_page_tells_nobody_of_its_use(page: Visitor) -> None:
+def test_the_server_tells_nobody_of_its_use(page: Visitor) -> None:
     config = json.loads(page.get("/config", **page.cookie)[2])
-    assert config["analytics_enabled"] is False
+    assert config["analytics_enabled"] is False and config["run_history"] is False
+    assert ("127.0.0.1", page.port) in SOUGHT  # by this test
+    hosts = {one[0] for one in SOUGHT if isinstance(one, tuple)}
+    assert hosts <= {"127.0.0.1", "localhost", "::1", None}
