@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the page is there before torch is imported
     from cavmae.trainer.inference.model import Model
 
 CSS = """
+@media (max-width: 640px) { .tab-container button { padding: 0 0.5em; font-size: 0.9em; } }
 .clip img { width: 100%; height: 100%; object-fit: contain; }
 .map img { width: 100%; max-width: 720px; cursor: crosshair; }
 .found .grid-wrap { max-height: none; }

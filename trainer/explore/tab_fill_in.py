@@ -32,7 +32,7 @@ GIVEN = (
 
 def build(page: Page, tab: gr.Tab) -> None:
     """Build the tab."""
-    gr.Textbox(NOTE, show_label=False, container=False, interactive=False, lines=2)
+    gr.Textbox(NOTE, label="Note", container=False, interactive=False, lines=2)
     with gr.Row():
         direction = gr.Radio([*DIRECTIONS], value="patches of both", label="Fill in")
         mode = gr.Radio([*MODES], value="single patches", label="Remove of the sound")

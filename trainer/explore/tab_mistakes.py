@@ -26,7 +26,7 @@ NOTE = (
 
 def build(page: Page, tab: gr.Tab) -> None:
     """Build the tab."""
-    gr.Textbox(NOTE, show_label=False, container=False, interactive=False, lines=2)
+    gr.Textbox(NOTE, label="Note", container=False, interactive=False, lines=2)
     with gr.Row():
         direction = gr.Radio([*DIRECTIONS], value=next(iter(DIRECTIONS)), label="Find")
         start = gr.Button("Find mistakes", variant="primary")
@@ -42,10 +42,10 @@ def build(page: Page, tab: gr.Tab) -> None:
     )
     with gr.Row():
         with gr.Column():
-            gr.Textbox("The clip", show_label=False, container=False, interactive=False)
+            gr.Textbox("The clip", label="Left", container=False, interactive=False)
             ours = ClipView(page)
         with gr.Column():
-            gr.Textbox("What it finds first", show_label=False, container=False, interactive=False)
+            gr.Textbox("What it finds first", label="Right", container=False, interactive=False)
             theirs = ClipView(page)
     mistakes, pairs = gr.State([]), gr.State([])
     rankings: dict[str, Ranking] = {}

@@ -26,7 +26,7 @@ SIDES = ("video", "audio")
 
 def build(page: Page, tab: gr.Tab) -> None:
     """Build the tab."""
-    gr.Textbox(NOTE, show_label=False, container=False, interactive=False, lines=3)
+    gr.Textbox(NOTE, label="Note", container=False, interactive=False, lines=3)
     with gr.Row():
         whole = gr.Button("Whole sound and picture")
         size = gr.Radio([*SIZES], value="3 x 3 patches", label="A click chooses")

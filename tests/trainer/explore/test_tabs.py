@@ -74,19 +74,10 @@ def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iter
     assert wrong == []
 
 
-def open_tab(page: Page, name: str) -> None:
-    """Open a tab, which a narrow screen may have in the menu of those that have no room."""
-    tab = page.get_by_role("tab", name=name)
-    if not tab.is_visible():
-        page.locator(".overflow-menu > button").first.click()
-        tab = page.locator(".overflow-dropdown").get_by_text(name)
-    tab.click()
-
-
 def test_a_click_shows_which_patches_of_the_other_side_go_with_a_place(
     page: Page,
 ) -> None:
-    open_tab(page, "Where")
+    page.get_by_role("tab", name="Where").click()
     told, pictures = page.get_by_label("Values"), page.locator(".where img")
     expect(told).to_have_value(re.compile("sound and picture: cosine"))
     expect(pictures).to_have_count(2)
@@ -105,7 +96,7 @@ def test_a_click_shows_which_patches_of_the_other_side_go_with_a_place(
 
 
 def test_a_clip_is_filled_in_to_be_seen_and_heard(page: Page) -> None:
-    open_tab(page, "Fill in")
+    page.get_by_role("tab", name="Fill in").click()
     told = page.get_by_label("Errors of what was filled in")
     page.get_by_label("the picture, from the sound").check()
     expect(page.get_by_label("stretches of time")).to_be_disabled()
@@ -123,7 +114,7 @@ def test_a_clip_is_filled_in_to_be_seen_and_heard(page: Page) -> None:
 def test_mistakes_are_listed_with_what_was_found_and_labels_are_text(
     page: Page,
 ) -> None:
-    open_tab(page, "Mistakes")
+    page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("button", name="Find mistakes").click()
     clips = page.locator(".mistakes .thumbnail-item")
     expect(clips.first).to_contain_text("place")
