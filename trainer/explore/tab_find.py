@@ -80,5 +80,5 @@ def card(page: Page, row: int, heading: str, column: str) -> tuple[np.ndarray, s
     if picture is None:
         picture = np.full((64, 64, 3), GREY, np.uint8)
     labels = ", ".join(page.collection.clip(row)["labels"])
-    lines = [heading, *(shortened(shown(one), WIDTH) for one in (subject.name, labels))]
+    lines = [shortened(shown(one), WIDTH) for one in (heading, subject.name, labels)]
     return picture, "\n".join(lines)
