@@ -117,7 +117,7 @@ def run_of(embeddings: EmbeddingSet, folder: str) -> AnyRun:
     if run.weights_sha256 != embeddings.origin.weights_sha256:
         raise ValueError(
             f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
-            f"{embeddings.folder} ({embeddings.origin.weights_sha256[:12]}); give the folder of that run"
+            f"{embeddings.folder} ({embeddings.origin.weights_sha256[:12]}); give that run's folder"
         )
     return run
 

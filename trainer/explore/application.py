@@ -1,8 +1,9 @@
 """The tabs of the page, as an application."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
+import safehttpx
 from fastapi import FastAPI
 from gradio.themes import Default
 
@@ -19,6 +20,14 @@ TABS = (
 LARGEST_FILE = "2gb"
 FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
 """Gradio's own theme asks other hosts for fonts."""
+
+
+async def _refused(url: str, **_: object) -> NoReturn:
+    raise ValueError(f"{url} is not fetched; give a file")
+
+
+safehttpx.get = safehttpx.async_validate_url = _refused
+"""What Gradio fetches URLs with that a request to the page holds; it asks a public resolver too."""
 
 
 def application(page: Page) -> FastAPI:

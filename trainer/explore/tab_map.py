@@ -18,8 +18,8 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from cavmae.console import shortened
+from cavmae.trainer.embeddings.projection import projection
 from cavmae.trainer.explore.page import ClipView, Page, shown
-from cavmae.trainer.explore.projection import projection
 
 PIXELS = 720
 """Height and width of the map."""

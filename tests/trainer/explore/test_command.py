@@ -83,7 +83,7 @@ def test_what_does_not_belong_together_is_refused(
     save_untrained(packed_synthetic, tmp_path / "other", seed=5)
     weights = tmp_path / "other" / "weights.pt"
     weights.write_bytes(weights.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match=r"run .*other has other weights .* give the folder"):
+    with pytest.raises(ValueError, match=r"run .*other has other weights .* give that run"):
         fill(Page(), ExploreConfig(str(tmp_path / "other"), embeddings=str(kept(run_dir))))
     words = [str(tmp_path / "other"), str(packed_synthetic / "frames")]
     with pytest.raises(ValueError, match="begun with weights_sha256"):

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("gradio", reason="needs the extra explore")
 
-from cavmae.trainer.explore import projection as projection_module
-from cavmae.trainer.explore.projection import projection
+from cavmae.trainer.embeddings import projection as projection_module
+from cavmae.trainer.embeddings.projection import projection
 from cavmae.trainer.explore.tab_map import COLOURS, PIXELS, Region, draw, grouped, moved
 
 

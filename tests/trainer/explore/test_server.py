@@ -180,7 +180,25 @@ def test_a_picture_with_a_script_is_not_shown_as_a_page(page: Visitor) -> None:
 
 
 def test_the_page_fetches_no_url_for_others(page: Visitor) -> None:
-    assert page.get("/gradio_api/proxy=https://example.com/", **page.cookie)[0] in (400, 403, 404)
+    url = "http://elsewhere.invalid/a.png"
+    for route in (f"/gradio_api/proxy={url}", f"/gradio_api/file={url}"):
+        assert page.get(route, **page.cookie)[0] in (400, 403, 404)
+    config = json.loads(page.get("/config", **page.cookie)[2])
+    takes_file = next(
+        one["id"]
+        for one in config["dependencies"]
+        if any(config_of(config, part) == "file" for part in one["inputs"])
+    )
+    given = {"data": [{"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}]}
+    body = json.dumps(given | {"fn_index": takes_file, "session_hash": "x"}).encode()
+    json_type = {"Content-Type": "application/json"}
+    page.post("/gradio_api/queue/join", body, **json_type, **page.cookie)
+    page.post("/gradio_api/run/predict", body, **json_type, **page.cookie)
+    assert [one for one in SOUGHT if "elsewhere" in str(one) or "dns" in str(one)] == []
+
+
+def config_of(config: dict[str, Any], part: int) -> str:
+    return next(one["type"] for one in config["components"] if one["id"] == part)
 
 
 def test_the_server_tells_nobody_of_its_use(page: Visitor) -> None:
