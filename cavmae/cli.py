@@ -23,6 +23,7 @@ COMMANDS = {
     "embed": ("cluster.embed", "Embeddings of a packed set or of files, as Parquet."),
     "classify": ("trainer.inference.classify", "Classes of files, by a fine-tuned model."),
     "search": ("trainer.embeddings.search", "A sound finds videos, a picture finds sounds."),
+    "explore": ("trainer.explore.command", "A page to look at a run: find, map, where, mistakes."),
     "train": ("cluster.train", "Pretrain or fine-tune on Ray, restarted after failures."),
     "submit": ("cluster.jobs:submit", "Start `train` as a job of a Ray cluster."),
     "status": ("cluster.jobs:status", "State of jobs and runs."),

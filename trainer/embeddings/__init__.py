@@ -1,1 +1,1 @@
-"""Embeddings of packed sets as Parquet files, and search in them."""
+"""Embeddings of packed sets as Parquet files, search in them, and their places in a plane."""

@@ -275,15 +275,26 @@ class EmbeddingSet:
             OSError: a file can't be read.
         """
         found: dict[int, dict[str, Any]] = {}
-        names = _arrow_schema(self.origin, self.modality).names
-        columns = [name for name in names if "embedding" not in name]
         for number in sorted({self._file_of(row) for row in rows}):
             first = self._ends[number - 1] if number else 0
             here = [row for row in rows if self._file_of(row) == number]
             with self._opened(number) as file:
-                table = file.read(columns=columns).take([row - first for row in here])
+                table = file.read(columns=self._described).take([row - first for row in here])
             found |= zip(here, table.to_pylist(), strict=True)
         return [found[row] for row in rows]
+
+    def all_clips(self) -> pa.Table:
+        """Read every column but embeddings, a row for each clip; raises as `clips` does."""
+        tables = []
+        for number in range(len(self._names)):
+            with self._opened(number) as file:
+                tables.append(file.read(columns=self._described))
+        return pa.concat_tables(tables)
+
+    @property
+    def _described(self) -> list[str]:
+        names = _arrow_schema(self.origin, self.modality).names
+        return [name for name in names if "embedding" not in name]
 
     def vectors_of(self, sample_id: str) -> dict[str, np.ndarray]:
         """Read the embeddings of a clip: (width,) float32 by column.

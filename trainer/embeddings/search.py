@@ -19,7 +19,7 @@ from cavmae.dataloaders.tools.inspect import card_of, write_sheet
 from cavmae.field_checks import CheckedFields, PositiveInt
 from cavmae.trainer.embeddings.faiss_index import Ranked, build_graph, nearest, nearest_by_graph
 from cavmae.trainer.embeddings.parquet_store import VECTORS, EmbeddingSet
-from cavmae.trainer.evaluation.trained_run import open_trained_pair
+from cavmae.trainer.evaluation.trained_run import AnyRun, open_trained_pair
 from cavmae.trainer.inference.load import of_run
 
 FOUND_BY = {"video": "sound", "sound": "picture"}
@@ -69,11 +69,7 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
         OSError: a file can't be read.
     """
     embeddings = EmbeddingSet(config.embeddings)
-    if len(embeddings.vectors) < len(VECTORS):
-        raise ValueError(
-            f"embeddings is {config.embeddings}, which has {embeddings.vectors[0]} alone, and "
-            "videos are found by sound, sounds by a picture; give embeddings of both"
-        )
+    check_both(embeddings)
     query = query_embeddings(config, embeddings)
     kinds = [
         kind
@@ -95,6 +91,35 @@ def search(config: SearchConfig) -> dict[str, list[dict[str, Any]]]:
             for rank, ((_, score), clip) in enumerate(zip(ranked, clips, strict=True), start=1)
         ]
     return found
+
+
+def check_both(embeddings: EmbeddingSet) -> None:
+    """Check that clips are found by the other modality.
+
+    Raises:
+        ValueError: the embeddings are of one.
+    """
+    if len(embeddings.vectors) < len(VECTORS):
+        raise ValueError(
+            f"embeddings is {embeddings.folder}, which has {embeddings.vectors[0]} alone, and "
+            "videos are found by sound, sounds by a picture; give embeddings of both"
+        )
+
+
+def run_of(embeddings: EmbeddingSet, folder: str) -> AnyRun:
+    """Open the run that made embeddings.
+
+    Raises:
+        ValueError: another run is in the folder, or none.
+        OSError: a file can't be read.
+    """
+    run = open_trained_pair(folder)
+    if run.weights_sha256 != embeddings.origin.weights_sha256:
+        raise ValueError(
+            f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
+            f"{embeddings.folder} ({embeddings.origin.weights_sha256[:12]}); give that run's folder"
+        )
+    return run
 
 
 def _ranked(config: SearchConfig, embeddings: EmbeddingSet, kind: str, query: np.ndarray) -> Ranked:
@@ -143,12 +168,7 @@ def query_embeddings(config: SearchConfig, embeddings: EmbeddingSet) -> dict[str
             f"run {folder}, which must embed the query, does not exist; give its folder by --run, "
             "or a sample id as the query"
         )
-    run = open_trained_pair(folder)
-    if run.weights_sha256 != embeddings.origin.weights_sha256:
-        raise ValueError(
-            f"run {run.folder} has other weights ({run.weights_sha256[:12]}) than those that made "
-            f"{config.embeddings} ({embeddings.origin.weights_sha256[:12]}); give that run by --run"
-        )
+    run = run_of(embeddings, folder)
     found = of_run(run).embed(config.query, windows=False)
     sides = {"audio_embedding": found.audio, "video_embedding": found.video}
     return {column: vector.numpy() for column, vector in sides.items() if vector is not None}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
@@ -322,7 +323,7 @@ class Reconstruction:
         Raises:
             OSError: a file can't be written.
         """
-        out, data = Path(folder), self.run.data
+        out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         plot_reconstructions(
             out / f"{name}.png",
@@ -335,15 +336,31 @@ class Reconstruction:
             norm_pix=self.run.loss.norm_pix,
             names=[name],
         )
-        sounds = {"original": self.spectrogram, "reconstructed": self.filled_spectrogram}
-        for kind, sound in sounds.items():
+        for kind, pcm in self.sounds(iterations=iterations, seed=seed).items():
+            write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
+
+    def sounds(self, *, iterations: int = 100, seed: int = 0) -> dict[str, np.ndarray]:
+        """Make the spectrogram a sound again, as `original`, and the one that is filled in, as
+        `reconstructed`; what a log-mel loses is lost in both.
+
+        Args:
+            iterations: of Griffin-Lim.
+            seed: of the phases that the sounds begin with.
+
+        Returns:
+            (samples,) int16 at 16 kHz each.
+        """
+        data = self.run.data
+        log_mels = {"original": self.spectrogram, "reconstructed": self.filled_spectrogram}
+        made = {}
+        for kind, log_mel in log_mels.items():
             waveform = waveform_from_log_mel(
-                sound[0, 0, :, : self.present_frames].T * data.log_mel_std + data.log_mel_mean,
+                log_mel[0, 0, :, : self.present_frames].T * data.log_mel_std + data.log_mel_mean,
                 iterations=iterations,
                 seed=seed,
             )
-            pcm = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
-            write_bytes(out / f"{name}-{kind}.wav", encode_audio(pcm, "wav"))
+            made[kind] = (waveform.clamp(-1, 1) * 32767).round().short().numpy()
+        return made
 
 
 def reconstruct_clip(
@@ -416,16 +433,23 @@ def _mean(clips: list[dict[str, float] | None]) -> dict[str, float] | None:
     return {name: sum(errors[name] for errors in counted) / len(counted) for name in ERRORS}
 
 
+def errors_in_words(errors: dict[str, dict[str, float] | None]) -> list[str]:
+    """Describe the errors of sound and picture, a line for each that has some."""
+    lines = []
+    for kind, values in errors.items():
+        if values is not None:
+            model, kept_mean, patch_mean = (values[name] for name in ERRORS)
+            lines.append(
+                f"{kind}: mean squared error {model:.4g} (mean of kept patches {kept_mean:.4g}, "
+                f"own mean of each removed patch {patch_mean:.4g})"
+            )
+    return lines
+
+
 def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     config = tyro.cli(ReconstructConfig, prog="cavmae reconstruct", args=arguments)
     report = reconstruct(config)
     print(f"{len(report['clips'])} clips, {config.direction}: {config.out}")
-    for kind, errors in report["mean"].items():
-        if errors is not None:
-            model, kept_mean, patch_mean = (errors[name] for name in ERRORS)
-            print(
-                f"{kind}: mean squared error {model:.4g} (mean of kept patches {kept_mean:.4g}, "
-                f"own mean of each removed patch {patch_mean:.4g})"
-            )
+    print(*errors_in_words(report["mean"]), sep="\n")
     return 0

@@ -13,6 +13,7 @@ from cavmae.dataloaders.loading.augment import center_crop
 from cavmae.dataloaders.loading.dali import ClipDecoder
 from cavmae.dataloaders.loading.reader import EncodedClip, ReadTask
 from cavmae.dataloaders.media.log_mel import log_mel
+from cavmae.kernels import MaskMode
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
 from cavmae.trainer.evaluation.reconstruct import (
     Direction,
@@ -278,20 +279,22 @@ class Model:
     @torch.no_grad()
     def reconstruct(
         self,
-        media: Medium,
+        media: Medium | Window,
         *,
         direction: Direction = "joint",
         audio_ratio: float | None = None,
         video_ratio: float | None = None,
+        audio_mode: MaskMode | None = None,
         seed: int = 0,
     ) -> Reconstruction:
         """Reconstruct masked patches of the first window of a medium with sound and picture.
 
         Args:
-            media: as of `embed`.
+            media: as of `embed`, or a window of one.
             direction: `joint`: patches of both are removed; the others remove all of one modality.
             audio_ratio, video_ratio: shares of patches removed, with `joint`; None: those of the
                 run.
+            audio_mode: structure of the audio mask; None: that of the run.
             seed: of the masks.
 
         Raises:
@@ -302,11 +305,13 @@ class Model:
         network, run = self.network, self.config
         if not isinstance(network, CAVMAE) or not isinstance(run, PretrainConfig):
             raise ValueError("this model has no decoder; load a pretrained one")
+        run = replace(run, mask=replace(run.mask, audio_mode=audio_mode or run.mask.audio_mode))
         ratios = removed_ratios(direction, audio_ratio, video_ratio, run)
-        window = next(self._windows(media, 0.0))
+        window = media if isinstance(media, Window) else next(self._windows(media, 0.0))
         if window.audio is None or window.frame is None:
             lacks = "sound" if window.audio is None else "picture"
-            raise ValueError(f"{name_of(media)} has no {lacks}; give a video with sound")
+            name = "the window" if isinstance(media, Window) else name_of(media)
+            raise ValueError(f"{name} has no {lacks}; give a video with sound")
         position = torch.zeros(1, dtype=torch.long, device=self._device)
         return reconstruct_clip(
             network,

@@ -9,6 +9,7 @@ that are all equal get exactly the recall of chance.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,53 @@ class RetrievalScores:
         return metrics | ranks
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What each query of one direction ranks above, beside and instead of its true partner.
+
+    Attributes:
+        better: (queries,) int64, candidates with a higher score than the true partner.
+        equal: (queries,) int64, candidates with the same score, itself included.
+        first: (queries,) int64, the candidate with the highest score; of equal ones the first.
+    """
+
+    better: torch.Tensor
+    equal: torch.Tensor
+    first: torch.Tensor
+
+    @property
+    def places(self) -> torch.Tensor:
+        """(queries,) float64, place of the true partner, 1 is best; of a tie the mean of its
+        places, so that embeddings that are all equal don't look perfect."""
+        return self.better + (self.equal + 1) / 2
+
+
 def retrieval_scores(
     audio: torch.Tensor, video: torch.Tensor, *, chunk: int = 1024
 ) -> dict[str, RetrievalScores]:
     """Score both directions by cosine similarity.
+
+    Args:
+        audio, video, chunk: as of `rankings`.
+
+    Returns:
+        `audio_to_video` (each audio clip ranks the videos) and `video_to_audio`.
+
+    Raises:
+        ValueError: as of `rankings`.
+    """
+    ranked = rankings(audio, video, chunk=chunk)
+    return {direction: _scores(one.better, one.equal) for direction, one in ranked.items()}
+
+
+def rankings(
+    audio: torch.Tensor,
+    video: torch.Tensor,
+    *,
+    chunk: int = 1024,
+    ranked: Callable[[int], object] | None = None,
+) -> dict[str, Ranking]:
+    """Rank all candidates for all queries by cosine similarity, in both directions.
 
     The similarity matrix is never held whole. Similarities are computed in float64 and rounded to
     float32, so that equal pairs tie whatever the chunk they are computed in.
@@ -70,9 +114,10 @@ def retrieval_scores(
         audio: (clips, width) any float dtype and device; row i belongs to row i of `video`.
         video: (clips, width) on the same device.
         chunk: rows and columns of the part of the similarity matrix held at a time.
+        ranked: is called with the number of sounds that are done, after each chunk of them.
 
     Returns:
-        `audio_to_video` (each audio clip ranks the videos) and `video_to_audio`.
+        `audio_to_video` (each audio clip ranks the videos) and `video_to_audio`, on the CPU.
 
     Raises:
         ValueError: shapes that differ, no clips, or embeddings that are not finite.
@@ -91,7 +136,8 @@ def retrieval_scores(
             )
     audio, video = (F.normalize(x.detach().double(), dim=1) for x in (audio, video))
     truth = (audio * video).sum(dim=1).float()  # (clips,)
-    better, equal = (torch.zeros(2, len(audio), dtype=torch.int64) for _ in range(2))
+    better, equal, first = (torch.zeros(2, len(audio), dtype=torch.int64) for _ in range(3))
+    highest = torch.full((2, len(audio)), -torch.inf)
     for row in range(0, len(audio), chunk):
         rows = slice(row, row + chunk)
         for column in range(0, len(video), chunk):
@@ -99,15 +145,19 @@ def retrieval_scores(
             similarity = (audio[rows] @ video[columns].T).float()  # (audio, video)
             if row == column:
                 similarity.diagonal().copy_(truth[rows])
-            by_audio, by_video = truth[rows, None], truth[None, columns]
-            better[0, rows] += (similarity > by_audio).sum(dim=1).cpu()
-            equal[0, rows] += (similarity == by_audio).sum(dim=1).cpu()
-            better[1, columns] += (similarity > by_video).sum(dim=0).cpu()
-            equal[1, columns] += (similarity == by_video).sum(dim=0).cpu()
-    return {
-        "audio_to_video": _scores(better[0], equal[0]),
-        "video_to_audio": _scores(better[1], equal[1]),
-    }
+            # Each audio clip against these videos, then each of these videos against them.
+            for side, queries, others in ((0, rows, column), (1, columns, row)):
+                of_truth = truth[queries].unsqueeze(1 - side)
+                better[side, queries] += (similarity > of_truth).sum(dim=1 - side).cpu()
+                equal[side, queries] += (similarity == of_truth).sum(dim=1 - side).cpu()
+                here, place = (one.cpu() for one in similarity.max(dim=1 - side))
+                higher = here > highest[side, queries]
+                first[side, queries] = torch.where(higher, place + others, first[side, queries])
+                highest[side, queries] = highest[side, queries].maximum(here)
+        if ranked is not None:
+            ranked(min(row + chunk, len(audio)))
+    directions = ("audio_to_video", "video_to_audio")
+    return {name: Ranking(better[n], equal[n], first[n]) for n, name in enumerate(directions)}
 
 
 def similarity_scores(similarity: torch.Tensor) -> RetrievalScores:

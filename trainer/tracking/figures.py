@@ -248,10 +248,15 @@ def _show_spectrogram(axis: "Axes", mel: torch.Tensor, low: float, high: float) 
 
 def _show_frame(axis: "Axes", frame: torch.Tensor) -> None:
     """Draw a normalised frame, (3, height, width)."""
-    colours = frame.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN  # (height, width, 3)
-    shown = np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
-    axis.imshow(shown, interpolation="nearest")
+    axis.imshow(frame_colours(frame), interpolation="nearest")
     axis.set_axis_off()
+
+
+def frame_colours(frame: torch.Tensor) -> np.ndarray:
+    """Convert a normalised frame, (3, height, width) float32, to (height, width, 3) from 0 to 1;
+    NaN is grey."""
+    colours = frame.permute(1, 2, 0).numpy() * IMAGE_STD + IMAGE_MEAN  # (height, width, 3)
+    return np.nan_to_num(colours, nan=float(REMOVED_GRAY)).clip(0, 1)
 
 
 def _removed_share(mask: MaskIds) -> float:

@@ -1,0 +1,1 @@
+"""A page that shows what a trained run learned; only this folder imports Gradio."""
