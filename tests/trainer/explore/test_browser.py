@@ -161,7 +161,7 @@ def test_a_file_that_is_dropped_is_looked_at_or_named_as_text(
     video = packed_synthetic.parent / "videos" / "000009.mp4"
     page.locator("input[type=file]").first.set_input_files(video)
     clip = page.get_by_label("Clip", exact=True).first
-    playwright.expect(clip).to_have_value(re.compile(r"^000009\.mp4\nshown: 0\.0 to 2\.\d s$"))
+    playwright.expect(clip).to_have_value(re.compile(r"^000009\.mp4\nshown: 0\.0 to [12]\.\d s$"))
     caption = page.locator(".found .caption-label").first
     playwright.expect(caption).to_contain_text("0000")
     assert shown.beyond() == []
