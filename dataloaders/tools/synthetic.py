@@ -175,8 +175,11 @@ def render_frames(
     layers = [*zip(TRAIL_SECONDS, TRAIL_OPACITY, strict=True), (0.0, 1.0)]
     for ago, opacity in layers:
         for number in range(hidden.objects):
-            cover = _cover(hidden.shape, *placing.at(number, time - ago), placing.turn, size)
-            picture += cover * np.float32(opacity) * (colour[:, None, None, None] - picture)
+            x, y, radius = placing.at(number, time - ago)
+            box = _box(x, y, radius, size)
+            cover = _cover(hidden.shape, x, y, radius, placing.turn, size, box)
+            part = picture[:, :, *box]
+            part += cover * np.float32(opacity) * (colour[:, None, None, None] - part)
     picture = np.ascontiguousarray(np.moveaxis(picture, 0, -1))
     noise = random.uniform(0.005, 0.03)
     picture += np.float32(noise) * random.standard_normal(picture.shape, dtype=np.float32)
@@ -239,11 +242,25 @@ class _Placing:
         return x, y, radius
 
 
+def _box(x: np.ndarray, y: np.ndarray, radius: np.ndarray, size: int) -> tuple[slice, slice]:
+    """Rows and columns beyond which an object covers nothing in any frame."""
+    reach = 1.25 * radius + 1 / size  # the farthest corner of a shape is at 1.21 radii
+    low, high = ((size * np.stack([y, x]) + sign * size * reach).astype(int) for sign in (-1, 1))
+    rows, columns = np.clip([low.min(1) - 1, high.max(1) + 1], 0, size).T
+    return slice(*rows), slice(*columns)
+
+
 def _cover(
-    shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, turn: float, size: int
+    shape: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    turn: float,
+    size: int,
+    box: tuple[slice, slice],
 ) -> np.ndarray:
-    """How much of each pixel an object covers: (frames, size, size) float32, 0 to 1."""
-    columns, rows = _grid(size)
+    """How much an object covers of each pixel of a box: (frames, rows, columns) float32, 0 to 1."""
+    columns, rows = (axis[box] for axis in _grid(size))
     inverse = (1 / radius).astype(np.float32)[:, None, None]
     across = (columns - x.astype(np.float32)[:, None, None]) * inverse
     down = (rows - y.astype(np.float32)[:, None, None]) * inverse
