@@ -166,6 +166,8 @@ def test_the_commands_to_go_on_with_exist_and_take_their_arguments(
         raise Parsed(parse(*arguments, **options))
 
     monkeypatch.setattr(tyro, "cli", only_parse)
+    (shards := tmp_path / "shards" / "unseen" / "video").mkdir(parents=True)
+    (shards / "index.json").write_text("{}")  # embed asks whether it is a packed set
     commands = next_commands(tmp_path)
     assert [words[0] for words in commands] == ["explore", "embed", "search"]
     for words in commands:
