@@ -145,11 +145,10 @@ def make_shards(demo: Demo) -> None:
                 start_index=0 if part == "train" else UNSEEN_START_INDEX,
                 shuffled_pairs=config.shuffled_pairs and part == "train",
             )
-    with demo.phase("pack", "into WebDataset shards of key-frame VP9 and FLAC"):
+    with demo.phase("pack", "into WebDataset shards of MJPEG and FLAC"):
         for part in sets:
             listing, out = str(videos / part / "clips.csv"), str(demo.folder / "shards" / part)
-            as_video = PackConfig(listing, out, tiers="video", video_codec="vp9")
-            summary = pack(as_video, demo.console)
+            summary = pack(PackConfig(listing, out, tiers="video"), demo.console)
             if summary.skipped:
                 raise ValueError(f"generated videos cannot be packed: {summary.skipped}")
     write_json(noted, note)
@@ -216,8 +215,9 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
     title = f"Retrieval among {config.unseen_clips} unseen clips"
     print_rows(_COLUMNS, score_rows(scores, untrained), title=title)
     console.print(_LIMITATIONS, highlight=False)
-    # The program's full path: the environment of `make demo` is not on the user's PATH.
-    mlflow = Path(sys.executable).parent / "mlflow"
+    # Full paths: the environment of `make demo` is not on the user's PATH.
+    programs = Path(sys.executable).parent
+    mlflow = shlex.quote(str(programs / "mlflow"))
     store = shlex.quote(sqlite_uri((demo.folder / "mlflow.db").resolve()))
     where = {
         "run folder": demo.run_dir,
@@ -247,7 +247,27 @@ def show(demo: Demo, scores: dict[str, float], untrained: dict[str, float]) -> i
         print(f"error: {error}", file=sys.stderr)
         return 1
     console.print(f"\n{verdict}")
+    if not config.shuffled_pairs:
+        console.print("\nLook at what it learned, then search its clips by a sound:")
+        for words in next_commands(demo.folder.resolve()):
+            line = shlex.join([str(programs / "cavmae"), *words])
+            console.print(line, soft_wrap=True, highlight=False)
     return 0
+
+
+def next_commands(folder: Path) -> list[list[str]]:
+    """Return the arguments of `cavmae` to go on with after a demo in `folder`."""
+    run, shards, embeddings = (
+        f"{folder}/run",
+        f"{folder}/shards/unseen/video",
+        f"{folder}/embeddings",
+    )
+    sound = f"{folder}/videos/unseen/{UNSEEN_START_INDEX}.mp4"
+    return [
+        ["explore", run, shards],
+        ["embed", run, shards, "--out", embeddings],
+        ["search", embeddings, sound, "--for", "video", "--out", f"{folder}/found.html"],
+    ]
 
 
 _COLUMNS = ("", "", "trained", "95% CI", "chance", "x chance", "p", "untrained")

@@ -37,7 +37,7 @@ def demo() -> PretrainConfig:
     """
     return PretrainConfig(
         run_dir="runs/demo",
-        steps=600,
+        steps=400,
         global_batch=128,
         micro_batch=64,
         model=ModelConfig(
@@ -59,7 +59,11 @@ def demo() -> PretrainConfig:
             name="adamw", learning_rate=1e-3, beta1=0.9, beta2=0.98, weight_decay=0.01
         ),
         schedule=ScheduleConfig(name="cosine", warmup_steps=50),
-        engine=EngineConfig(zero_stage=1, clip_grad_norm=1.0),
+        engine=EngineConfig(
+            zero_stage=1,
+            clip_grad_norm=1.0,
+            activation_checkpointing="none",  # its memory is small, its time is what one waits for
+        ),
         checkpoint=CheckpointConfig(every_steps=200),
         validation=ValidationConfig(every_steps=200, clips=200),
         tracking=TrackingConfig(every_steps=20),

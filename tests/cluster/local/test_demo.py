@@ -1,18 +1,23 @@
 """The demo: small but whole, and honest about what it shows."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import tyro
 from launch import ROOT
 
+from cavmae import cli
 from cavmae.atomic_write import read_json, write_json
 from cavmae.cluster.local import demo_full
-from cavmae.cluster.local.demo import DemoConfig, main
+from cavmae.cluster.local.demo import DIRECTIONS, Demo, DemoConfig, main, next_commands, show
 from cavmae.command import exit_code
+from cavmae.console import plain_console
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,17 @@ def test_everything_that_the_demo_names_exists(demo: tuple[Path, str]) -> None:
     assert list((folder / "run/figures").glob("*.png"))
     assert f"sqlite:///{folder / 'mlflow.db'}" in text
     assert (folder / "mlflow.db").exists()
+
+
+@pytest.mark.slow
+def test_the_last_lines_are_commands_on_what_the_demo_has_made(demo: tuple[Path, str]) -> None:
+    folder, text = demo
+    for line in text.splitlines()[-3:]:
+        program, _, *words = shlex.split(line)
+        made = words[: words.index("--out")] if "--out" in words else words
+        for word in (program, *(one for one in made if one.startswith("/"))):
+            # The second command makes the embeddings that the third one reads.
+            assert Path(word).exists() or Path(word) == folder / "embeddings"
 
 
 FULL = ("demo-full", "--finetune-epochs", "2")
@@ -135,6 +151,53 @@ def test_a_full_demo_repeats_what_was_made_of_other_weights(
         *("classifier", "retrieve.json", "probe.json", "reconstructed", "embeddings", "exported")
     ]
     assert started == ["demo", "evaluate", *["search"] * demo_full.SEARCHES]
+
+
+class Parsed(BaseException):
+    """Ends a command once its arguments are understood."""
+
+
+def test_the_commands_to_go_on_with_exist_and_take_their_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = tyro.cli
+
+    def only_parse(*arguments: Any, **options: Any) -> NoReturn:
+        raise Parsed(parse(*arguments, **options))
+
+    monkeypatch.setattr(tyro, "cli", only_parse)
+    (shards := tmp_path / "shards" / "unseen" / "video").mkdir(parents=True)
+    (shards / "index.json").write_text("{}")  # embed asks whether it is a packed set
+    commands = next_commands(tmp_path)
+    assert [words[0] for words in commands] == ["explore", "embed", "search"]
+    for words in commands:
+        with pytest.raises(Parsed):
+            cli.main(words)
+
+
+@pytest.mark.field
+def test_the_commands_to_go_on_with_can_be_pasted_from_a_folder_with_odd_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In their full length: not cut, wrapped, coloured or read as markup by the console."""
+    (folder := tmp_path / "it's [bold] a $HOME demo" / ("long " * 40)).mkdir(parents=True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(folder)
+    recall = {"": 0.9, "_low": 0.8, "_high": 1.0, "_chance": 0.05, "_p_value": 0.0}
+    scores = {
+        f"val_{direction}_{name}": value
+        for direction in DIRECTIONS
+        for name, value in {
+            **{f"r{k}{part}": value for k in (1, 5, 10) for part, value in recall.items()},
+            **{"median_rank": 1.0, "chance_median_rank": 50.5},
+        }.items()
+    }
+    assert show(Demo(DemoConfig(), Path("runs"), plain_console()), scores, scores) == 0
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    program = str(Path(sys.executable).parent / "cavmae")
+    assert [shlex.split(line) for line in lines] == [
+        [program, *words] for words in next_commands(folder / "runs")
+    ]
 
 
 def test_a_folder_of_other_videos_is_refused(

@@ -9,6 +9,7 @@ import pytest
 
 from cavmae.dataloaders.media.decode_clip import decode_clip
 from cavmae.dataloaders.media.errors import DecodeSettings
+from cavmae.dataloaders.tools import synthetic
 from cavmae.dataloaders.tools.synthetic import (
     CLASSES,
     LOWEST_PITCH_HZ,
@@ -81,6 +82,15 @@ def test_all_classes_and_numbers_of_objects_come_about_equally_often() -> None:
         assert 60 < labels.count(name) < 140
     for number in (1, 2, 3):
         assert 560 < [clip.objects for clip in clips].count(number) < 780
+
+
+def test_nothing_is_drawn_outside_the_box_of_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = [(latents(3, index), 3, index) for index in range(60)]
+    drawn = [render_frames(*clip) for clip in clips]
+    monkeypatch.setattr(synthetic, "_box", lambda *_: (slice(None), slice(None)))
+    assert all(
+        np.array_equal(render_frames(*clip), box) for clip, box in zip(clips, drawn, strict=True)
+    )
 
 
 def test_events_cover_the_clip() -> None:
