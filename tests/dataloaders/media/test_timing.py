@@ -41,7 +41,7 @@ CONTAINERS = {
     "nut": ("mpeg4", "aac", 48000),
 }
 """Those that store the time of each packet, with a codec for video and sound and its rate."""
-FAST = {"libvpx": {"deadline": "realtime", "cpu-used": "8"}}
+FAST: dict[str, dict[str, object]] = {"libvpx": {"deadline": "realtime", "cpu-used": "8"}}
 """Options of codecs that take twenty times as long without."""
 
 
