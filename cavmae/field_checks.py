@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from cavmae.credentials import check_no_credential
 
@@ -67,13 +67,13 @@ class CheckedFields:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value: Any = getattr(self, field.name)
-            for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str):
-                    check_no_credential(f"{self._prefix}{field.name}", text)
+            value = getattr(self, field.name)
             for limit in getattr(field.type, "__metadata__", ()):
                 if not isinstance(limit, Limit) or value is None:
                     continue
                 if not (math.isfinite(value) and limit.accepts(value)):
                     name = f"{self._prefix}{field.name}"
                     raise ValueError(f"{name} is {value}; use {limit.use}")
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    check_no_credential(f"{self._prefix}{field.name}", text)
