@@ -49,6 +49,7 @@ BENCHMARKS = {
     "control-plane": ("benchmarks.training.control_plane", "What 1,024 ranks do besides training."),
     "overhead": ("benchmarks.training.overhead", "What Ray and checkpoints add to a step."),
     "shuffle": ("benchmarks.data.shuffle_quality", "Order of samples against a perfect shuffle."),
+    "explore": ("benchmarks.explore.page", "How long the page of `cavmae explore` takes."),
     "storage-faults": (
         "benchmarks.data.storage_faults",
         "Loading under kills, from a failing store.",

@@ -4,6 +4,7 @@ Benchmarks run one after the other, each in a separate process, the most informa
 smallest size that still means something. Skipped ones are named with the reason.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -48,12 +49,14 @@ class Benchmark:
             `train`, `storage-faults` and `soak`: estimated); None: it means nothing on a CPU.
         cuda: with a GPU, with an estimate of the time.
         needs: module without which it does not run.
+        program: likewise.
     """
 
     name: str
     cpu: Turn | None
     cuda: Turn | None
     needs: str = ""
+    program: str = ""
 
 
 _DATA = ("--clips", "8", "--batches", "2", "--workers", "2", "--memory-samples", "2000")
@@ -81,6 +84,7 @@ SUITE = (
     Benchmark("autotune", Turn(200, _AUTOTUNE), Turn(260, ("audioset_base", "--budget", "4m"))),
     Benchmark("predict", Turn(120), Turn(120)),
     Benchmark("scaling", Turn(15), Turn(15)),
+    Benchmark("explore", Turn(60, ("--clips", "20000")), None, "playwright", "chromium"),
     Benchmark("shuffle", Turn(20, ("--shards", "100")), Turn(20, ("--shards", "100"))),
     Benchmark("control-plane", Turn(60), Turn(60)),
     Benchmark("soak", Turn(720, ("--minutes", "5")), Turn(720, ("--minutes", "5"))),
@@ -155,6 +159,8 @@ def why_skipped(benchmark: Benchmark, turn: Turn | None, left_seconds: float) ->
         return "means nothing on this device"
     if benchmark.needs and find_spec(benchmark.needs) is None:
         return f"needs {benchmark.needs}: pip install 'cavmae[dev]'"
+    if benchmark.program and shutil.which(benchmark.program) is None:
+        return f"needs the program {benchmark.program}"
     if turn.seconds > left_seconds:
         return f"takes about {turn.seconds:g} s: {max(0.0, left_seconds):.0f} s are left"
     return ""

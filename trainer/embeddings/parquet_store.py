@@ -123,7 +123,7 @@ def as_table(
         columns["video_embedding"] = _lists(middle_frame(frames).contiguous().numpy())
         if origin.frames > 1:
             columns["frame_embeddings"] = _lists(frames.numpy())
-    return pa.table(columns, schema=_arrow_schema(origin, modality))
+    return pa.table(columns, schema=arrow_schema(origin, modality))
 
 
 def write_file(
@@ -143,7 +143,7 @@ def write_file(
         skipped: id, reason and detail of each clip of the shard that has no row.
     """
     note = json.dumps({"origin": dataclasses.asdict(origin), "skipped": skipped})
-    table = pa.concat_tables([_arrow_schema(origin, modality).empty_table(), *tables])
+    table = pa.concat_tables([arrow_schema(origin, modality).empty_table(), *tables])
     strings = ["sample_id", "source_path", "labels.list.element"]
     # Vectors do not get smaller.
     options: dict[str, Any] = {
@@ -163,7 +163,8 @@ def _lists(values: np.ndarray) -> pa.Array:
     return lists
 
 
-def _arrow_schema(origin: Origin, modality: Modalities) -> pa.Schema:
+def arrow_schema(origin: Origin, modality: Modalities) -> pa.Schema:
+    """Name the columns of a file and their types."""
     vector = pa.list_(pa.from_numpy_dtype(origin.dtype), origin.width)
     fields = {
         "position": pa.int64(),
@@ -293,7 +294,7 @@ class EmbeddingSet:
 
     @property
     def _described(self) -> list[str]:
-        names = _arrow_schema(self.origin, self.modality).names
+        names = arrow_schema(self.origin, self.modality).names
         return [name for name in names if "embedding" not in name]
 
     def vectors_of(self, sample_id: str) -> dict[str, np.ndarray]:

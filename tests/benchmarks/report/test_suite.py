@@ -32,6 +32,8 @@ def test_a_skipped_benchmark_has_a_reason() -> None:
     assert why_skipped(benchmark, benchmark.cuda, 61) == "means nothing on this device"
     absent = Benchmark("shuffle", Turn(1), None, needs="no_such_module")
     assert "needs no_such_module" in why_skipped(absent, absent.cpu, 60)
+    absent = Benchmark("explore", Turn(1), None, program="no-such-program")
+    assert why_skipped(absent, absent.cpu, 60) == "needs the program no-such-program"
 
 
 def test_every_benchmark_is_in_the_suite() -> None:
