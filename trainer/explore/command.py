@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from cavmae.field_checks import CheckedFields, NonNegativeInt
-from cavmae.trainer.explore.server import STARTING, listening_socket, serving
+from cavmae.trainer.explore.server import listening_socket, serving
 
 if TYPE_CHECKING:
     from cavmae.dataloaders.shards.shard_set import ShardSet
@@ -62,16 +62,14 @@ def main(arguments: list[str]) -> int:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads, and of what is shown
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         with listening_socket(config.port) as listening, suppress(KeyboardInterrupt):
-            token = secrets.token_urlsafe(32)
-            host, port = listening.getsockname()
-            print(f"open http://{host}:{port}/?token={token}", flush=True)
-            with serving(STARTING, listening, token):
-                from cavmae.trainer.explore.application import application  # takes seconds
-                from cavmae.trainer.explore.page import Page
+            from cavmae.trainer.explore.application import application  # takes seconds
+            from cavmae.trainer.explore.page import Page
 
-                page = Page()
-                app = application(page)
-            with serving(app, listening, token):
+            page = Page()
+            token = secrets.token_urlsafe(32)
+            with serving(application(page), listening, token):
+                host, port = listening.getsockname()
+                print(f"open http://{host}:{port}/?token={token}", flush=True)
                 fill(page, config)
                 print(f"{page.status}; Ctrl-C ends it", flush=True)
                 threading.Event().wait()

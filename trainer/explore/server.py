@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = "127.0.0.1"
@@ -84,13 +84,6 @@ class Guard:
         return hmac.compare_digest(text.encode(), self._token.encode())
 
 
-STARTING = HTMLResponse(
-    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="1">'
-    "<title>cavmae explore</title><p>starting ..."
-)
-"""A page that asks again each second, until another one is served in its place."""
-
-
 def listening_socket(port: int) -> socket.socket:
     """Listen on a port of loopback; 0: a free one.
 
@@ -107,8 +100,7 @@ def listening_socket(port: int) -> socket.socket:
 
 @contextmanager
 def serving(app: ASGIApp, listening: socket.socket, token: str) -> Iterator[None]:
-    """Serve an application in a thread, to requests that `Guard` lets through. Requests that come
-    before, or between two applications, wait."""
+    """Serve an application in a thread, to requests that `Guard` lets through."""
     guard = Guard(app, token, listening.getsockname()[1])
     server = uvicorn.Server(uvicorn.Config(guard, log_level="warning", timeout_graceful_shutdown=1))
     # The server closes what it is given.

@@ -15,7 +15,7 @@ pytest.importorskip("gradio", reason="needs the extra explore")
 
 from cavmae.trainer.explore.application import application
 from cavmae.trainer.explore.page import Page
-from cavmae.trainer.explore.server import STARTING, listening_socket, serving
+from cavmae.trainer.explore.server import listening_socket, serving
 
 Answer = tuple[int, dict[str, str], str]
 SOUGHT: list[object] = []
@@ -113,17 +113,6 @@ def test_a_page_on_another_port_is_another_origin(plain: Visitor) -> None:
 def test_a_port_that_is_taken_is_named(plain: Visitor) -> None:
     with pytest.raises(OSError, match=f"port {plain.port} can't be used .*--port"):
         listening_socket(plain.port)
-
-
-def test_one_page_is_served_in_the_place_of_another() -> None:
-    with listening_socket(0) as listening:
-        visitor = Visitor(listening)
-        with serving(STARTING, listening, Visitor.token):
-            status, headers, text = visitor.get("/", **visitor.cookie)
-            assert (status, headers["content-type"][:9]) == (200, "text/html")
-            assert 'http-equiv="refresh"' in text
-        with serving(PlainTextResponse("inside"), listening, Visitor.token):
-            assert visitor.get("/", **visitor.cookie)[2] == "inside"
 
 
 def test_the_page_loads_nothing_from_elsewhere(page: Visitor) -> None:
