@@ -62,8 +62,6 @@ class ExplorePageConfig(RecordedConfig):
     """Width of the embeddings."""
     queries: PositiveInt = 10
     """Clips that are looked at, one after the other."""
-    viewport: PositiveInt = 1280
-    """Width of the browser's window in pixels."""
 
 
 def main(arguments: list[str]) -> int:
@@ -157,7 +155,7 @@ def _measure(
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": config.viewport, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(1000 * PATIENCE_SECONDS)
         began = time.monotonic()
         with Start([(command, {})], log) as server:
