@@ -56,7 +56,7 @@ def demo() -> PretrainConfig:
         mask=MaskConfig(audio_ratio=0.5, video_ratio=0.5),
         loss=LossConfig(contrastive_weight=1.0, bidirectional=True),
         optimizer=OptimizerConfig(
-            name="adamw", learning_rate=1e-3, beta1=0.9, beta2=0.98, weight_decay=0.01
+            name="adamw", learning_rate=1.5e-3, beta1=0.9, beta2=0.98, weight_decay=0.01
         ),
         schedule=ScheduleConfig(name="cosine", warmup_steps=50),
         engine=EngineConfig(

@@ -15,10 +15,10 @@ DIRECTIONS = {
     "the sound, from the picture": "video-to-audio",
 }
 MODES = {
-    "single patches": "unstructured",
-    "stretches of time": "time",
-    "bands of pitches": "freq",
-    "stretches and bands": "tf",
+    "random patches": "unstructured",
+    "spans of time": "time",
+    "frequency bands": "freq",
+    "time and frequency": "tf",
 }
 NOTE = (
     "The sounds are made from spectrograms, which do not say all that is heard, so both are "
@@ -35,7 +35,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     gr.Textbox(NOTE, label="Note", container=False, interactive=False, lines=2)
     with gr.Row():
         direction = gr.Radio([*DIRECTIONS], value="patches of both", label="Fill in")
-        mode = gr.Radio([*MODES], value="single patches", label="Remove of the sound")
+        mode = gr.Radio([*MODES], value="random patches", label="Remove from the sound")
     with gr.Row():
         ratios = [
             gr.Slider(0, 1, 0.75, step=0.05, label=f"Share of the {name} that is removed")

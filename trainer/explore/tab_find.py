@@ -19,6 +19,7 @@ WITHIN = {
     "video_embedding": "Pictures like its picture",
 }
 ACROSS = "between sound and picture"
+ITSELF = " (this clip)"
 GREY, WIDTH = 225, 60
 """Where there is no media; characters of an id, or of labels."""
 
@@ -52,7 +53,10 @@ def build(page: Page, tab: gr.Tab) -> None:
             ranked = []
             if subject is not None and column in subject.vectors:
                 ranked = page.collection.nearest(other, subject.vectors[column], TOP)
-            cards = [card(page, row, f"{score:.3f}", other) for row, score in ranked]
+            cards = [
+                card(page, row, f"{score:.3f}{ITSELF * (row == subject.row)}", other)
+                for row, score in ranked
+            ]
             found += [gr.Gallery(cards, label=name), [row for row, _ in ranked]]
         return found
 

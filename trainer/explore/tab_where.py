@@ -41,7 +41,7 @@ def build(page: Page, tab: gr.Tab) -> None:
                 min_width=300,
                 elem_classes="where",
             )
-            for label in ("Picture", "Sound: spectrogram, low pitches below")
+            for label in ("Picture", "Sound: spectrogram, low frequencies at the bottom")
         ]
     told = gr.Textbox(label="Values", interactive=False, lines=2)
     with gr.Accordion("Choose without a mouse", open=False), gr.Row():

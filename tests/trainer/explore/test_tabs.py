@@ -99,7 +99,7 @@ def test_a_clip_is_filled_in_to_be_seen_and_heard(page: Page) -> None:
     page.get_by_role("tab", name="Fill in").click()
     told = page.get_by_label("Errors of what was filled in")
     page.get_by_label("the picture, from the sound").check()
-    expect(page.get_by_label("stretches of time")).to_be_disabled()
+    expect(page.get_by_label("spans of time")).to_be_disabled()
     page.get_by_role("button", name="Fill in").click()
     expect(told).to_have_value(re.compile("^video: mean squared error"))
     expect(page.locator(".filled img")).to_have_count(6)
