@@ -118,9 +118,11 @@ def test_counted_is_what_the_allocator_gave_to_a_classifier(
     dtype: Any, recompute: Any, mode: Any
 ) -> None:
     config = finetuning_of(dtype, recompute, ClassifierConfig(mode=mode))
-    for samples in (8, 64):
-        counted = traced(config).peak(samples, gradients_stay=True)
-        assert counted == pytest.approx(peak_of_a_classifier(config, samples), rel=0.1)
+    few, many = (traced(config).peak(samples, gradients_stay=True) for samples in (8, 64))
+    got_few, got_many = (peak_of_a_classifier(config, samples) for samples in (8, 64))
+    assert many == pytest.approx(got_many, rel=0.1)
+    # Some CPUs' products need workspaces, which don't grow with the clips.
+    assert many - few == pytest.approx(got_many - got_few, rel=0.1)
 
 
 def test_encoders_that_are_not_trained_keep_nothing_for_a_backward_pass() -> None:
