@@ -50,7 +50,7 @@ CONTROL_P_VALUE = 0.001
 @dataclass(frozen=True)
 class DemoConfig(CheckedFields):
     """Generate videos with sound, pack them, pretrain on two Ray workers under DeepSpeed, and score
-    audio-visual retrieval on unseen videos. About ten minutes on two CPU cores.
+    audio-visual retrieval on unseen videos. A few minutes on two CPU cores.
 
     Videos and shards in the folder are reused; an interrupted training is resumed, and the scores
     of a finished one are only shown.
