@@ -7,10 +7,12 @@ Names, labels and errors come from outside. They are shown by components that ta
 Markdown, HTML or a message of Gradio's, which are read as HTML.
 """
 
+import asyncio
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +64,6 @@ class Page:
         has_model = "" if model else "; no model at hand, so no files"
         self.status = f"{len(collection)} clips{has_media}{has_model}"
         self._filled.set()
-
-    @property
-    def filled(self) -> bool:
-        return self._filled.is_set()
 
     @property
     def collection(self) -> "Collection":
@@ -170,13 +168,22 @@ def build_page(page: Page, tabs: Sequence[tuple[str, Any]]) -> gr.Blocks:
         for name, build in tabs:
             with gr.Tab(name) as tab:
                 build(page, tab)
-        timer = gr.Timer(1)
-        timer.tick(
-            lambda: (page.status, gr.Timer(active=not page.filled)),
-            outputs=[status, timer],
-            show_progress="hidden",
+        # It never ends: Gradio would lose an event that is sent while the stream of answers closes,
+        # as it does when nothing is under way (seen in Chromium with 6.31).
+        blocks.load(
+            partial(_status, page), outputs=status, show_progress="hidden", concurrency_limit=None
         )
     return blocks
+
+
+async def _status(page: Page) -> AsyncIterator[Any]:
+    """Say what the command is doing, whenever it changes."""
+    told = ""
+    while True:
+        now = page.status
+        yield gr.skip() if now == told else now
+        told = now
+        await asyncio.sleep(0.5)
 
 
 def _build_choice(page: Page, status: gr.Textbox) -> None:

@@ -50,11 +50,14 @@ def build(page: Page, tab: gr.Tab) -> None:
         for column, (other, name) in SIDES.items():
             if compared != ACROSS:
                 other, name = column, WITHIN[column]
-            ranked = []
+            ranked, own = [], None
             if subject is not None and column in subject.vectors:
-                ranked = page.collection.nearest(other, subject.vectors[column], TOP)
+                ranked, own = (
+                    page.collection.nearest(other, subject.vectors[column], TOP),
+                    subject.row,
+                )
             cards = [
-                card(page, row, f"{score:.3f}{ITSELF * (row == subject.row)}", other)
+                card(page, row, f"{score:.3f}{ITSELF * (row == own)}", other)
                 for row, score in ranked
             ]
             found += [gr.Gallery(cards, label=name), [row for row, _ in ranked]]
