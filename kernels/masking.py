@@ -76,7 +76,7 @@ def random_mask(
     Args:
         positions: (batch,) int64 positions in the sample plan.
         seed: the run's seed.
-        stream: `mask_audio` or `mask_video`.
+        stream: a name in `STREAMS`.
         grid: patches as (rows of frequency or height, columns of time or width).
         ratio: share of patches removed, in [0, 1).
         mode: how patches are removed.

@@ -7,8 +7,8 @@ batch and after any resume. This is the readable reference in torch.
 import torch
 
 # Named streams of one seed. A stream is a half of the key, so that no two streams ever overlap.
-# Numbers from 3 are those of the data loaders, in `cavmae.dataloaders.sampling.philox`.
-STREAMS = {"mask_audio": 1, "mask_video": 2}
+# Numbers 3 to 14 are those of the data loaders, in `cavmae.dataloaders.sampling.philox`.
+STREAMS = {"mask_audio": 1, "mask_video": 2, "decoded_audio": 15, "decoded_video": 16}
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -12,6 +12,7 @@ import torch
 from cavmae.kernels import AttentionBackend, attention, kept_count
 from cavmae.kernels.attention import FLASH_ATTN_IS_INSTALLED
 from cavmae.trainer.config.configs import PretrainConfig, RunConfig
+from cavmae.trainer.model.masking import decoded_count
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +22,14 @@ REPEATS = 5
 
 
 class Shape(NamedTuple):
-    """Attention of some blocks: how many, heads, their width, and tokens of each segment."""
+    """Attention of some blocks: how many, heads, their width, tokens of each segment, and queries
+    where they are others than the tokens."""
 
     blocks: int
     heads: int
     head_width: int
     lengths: list[int]
+    queries: int | None = None
 
 
 Measure = Callable[[AttentionBackend, Shape, torch.dtype, torch.device], float]
@@ -86,7 +89,13 @@ def attention_shapes(config: RunConfig) -> list[Shape]:
     ]
     if isinstance(config, PretrainConfig):
         decoder = model.decoder_width // model.decoder_heads
-        shapes.append(Shape(model.decoder_depth, model.decoder_heads, decoder, [sum(tokens)]))
+        blocks = (model.decoder_depth, model.decoder_heads, decoder)
+        if model.decoder == "cross":
+            removed = [count - left for count, left in zip(tokens, kept, strict=True)]
+            decoded = sum(decoded_count(one, model.decoded_share) for one in removed)
+            shapes.append(Shape(*blocks, [sum(kept)], decoded))
+        else:
+            shapes.append(Shape(*blocks, [sum(tokens)]))
     return shapes
 
 
@@ -94,9 +103,14 @@ def seconds_of_a_block(
     backend: AttentionBackend, shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Time a forward and a backward pass on a GPU, after one that is not counted."""
-    size = (BATCH, shape.heads, sum(shape.lengths), shape.head_width)
-    inputs = [torch.randn(size, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(size, dtype=dtype, device=device)
+    tokens = sum(shape.lengths)
+    queries = shape.queries or tokens
+    upstream, *inputs = (
+        torch.randn(BATCH, shape.heads, count, shape.head_width, dtype=dtype, device=device)
+        for count in (queries, queries, tokens, tokens)
+    )
+    for one in inputs:
+        one.requires_grad_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for repeat in range(REPEATS + 1):
         if repeat == 1:

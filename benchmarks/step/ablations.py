@@ -1,7 +1,8 @@
 """`cavmae bench ablations`: what each choice about the step is worth on this machine.
 
 Our step as runs do it is timed in turn with the same step but for one change, so each ratio is of
-neighbouring steps. The record is the before and after of every optimisation, on any machine.
+neighbouring steps. The record is the before and after of every optimisation, on any machine; and of
+designs that train another model, for their cost alone.
 """
 
 import sys
@@ -28,6 +29,10 @@ CHANGED: dict[str, Choices] = {
     "norms and GELU kept": Choices(recompute="none"),
     "blocks recomputed": Choices(recompute="full"),
 }
+DESIGNS: dict[str, dict[str, Any]] = {
+    "cross-attention decoder": {"decoder": "cross", "decoded_share": 1 / 3},
+}
+"""Other models: what they change of `ModelConfig`."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class AblationsConfig(RecordedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := set(self.only) - CHANGED.keys():
-            raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(CHANGED)}")
+        known = [*CHANGED, *DESIGNS]
+        if unknown := set(self.only) - set(known):
+            raise ValueError(f"only names {', '.join(unknown)}; use some of {', '.join(known)}")
 
 
 def possible(device: torch.device) -> list[str]:
@@ -75,9 +81,14 @@ def main(arguments: list[str]) -> int:
     for precision in config.precision:
         results[precision] = {}
         usual = StepSetting("cavmae", sizes, config.batch, precision, device)
-        for name in config.only or possible(device):
+        for name in config.only or [*possible(device), *DESIGNS]:
             print(f"{precision}, {name} ...", file=sys.stderr, flush=True)
-            settings = {"changed": replace(usual, choices=CHANGED[name]), "as_runs_do": usual}
+            changed = replace(
+                usual,
+                config=replace(sizes, **DESIGNS.get(name, {})),
+                choices=CHANGED.get(name, usual.choices),
+            )
+            settings = {"changed": changed, "as_runs_do": usual}
             found = compare(settings, config.repeats, warm_up=1, cpu_memory=True)
             if "speedup" in found:  # neither was skipped
                 found["ratio"] = found.pop("speedup")

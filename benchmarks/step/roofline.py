@@ -14,6 +14,7 @@ from cavmae.benchmarks.step.parts import part_of
 from cavmae.trainer.cost_model.flops import backward_flops, forward_flops
 from cavmae.trainer.model.cavmae import CAVMAE
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.masking import decoded_count
 
 _ADAM_BYTES = 28
 """Bytes of each weight. In fp32: gradient, weight and two moments read, the last three written. In
@@ -48,11 +49,14 @@ def part_work(
     element = dtype.itemsize
     weights = _weights(config)
     audio, video = int(config.audio_tokens * 0.25), int(config.video_tokens * 0.25)
-    removed_audio, removed_video = config.audio_tokens - audio, config.video_tokens - video
+    decoded_audio, decoded_video = (
+        decoded_count(removed, config.decoded_share)
+        for removed in (config.audio_tokens - audio, config.video_tokens - video)
+    )
     kept = element * (audio + video) * config.width
     pixels = _PIXEL_BYTES * (256 * audio + 768 * video)
-    target = _PIXEL_BYTES * (256 * removed_audio + 768 * removed_video)
-    predicted = element * (256 * removed_audio + 768 * removed_video)
+    target = _PIXEL_BYTES * (256 * decoded_audio + 768 * decoded_video)
+    predicted = element * (256 * decoded_audio + 768 * decoded_video)
     # Bytes of a sample: inputs and outputs.
     passing = {
         "embed": (pixels, kept),

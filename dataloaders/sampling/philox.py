@@ -9,7 +9,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (P
 
 import numpy as np
 
-STREAMS = {  # 1 and 2 are those of the masks, in `cavmae.kernels.philox`
+STREAMS = {  # 1, 2, 15 and 16 are those of the masks, in `cavmae.kernels.philox`
     "frame": 3,
     "crop": 4,
     "noise": 5,

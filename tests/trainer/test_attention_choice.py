@@ -19,7 +19,12 @@ from cavmae.trainer.attention_choice import (
 from cavmae.trainer.checkpoint.format import MANIFEST, checkpoint_folder, checkpoint_name
 from cavmae.trainer.checkpoint.store import Store
 from cavmae.trainer.config.configs import EngineConfig, PretrainConfig
-from cavmae.trainer.config.recipes import audioset_20k_audio, audioset_base, vggsound
+from cavmae.trainer.config.recipes import (
+    audioset_20k_audio,
+    audioset_base,
+    efficient_base,
+    vggsound,
+)
 
 GPU = torch.device("cuda", 0)
 BF16 = dataclasses.replace(audioset_base(), engine=EngineConfig(dtype="bf16"))
@@ -32,6 +37,8 @@ def test_the_shapes_are_those_of_the_published_model() -> None:
         Shape(1, 12, 64, [128, 49, 177]),
         Shape(8, 16, 32, [708]),
     ]
+    efficient = attention_shapes(efficient_base())[-1]
+    assert efficient == Shape(8, 16, 32, [177], queries=177)
     assert attention_shapes(vggsound())[-1].lengths == [512, 196, 708]
     assert [shape.lengths for shape in attention_shapes(audioset_20k_audio())] == [[512], [512]]
 
@@ -73,7 +80,7 @@ def test_a_resume_keeps_the_attention_that_was_chosen(
 
 def test_every_shape_is_timed_on_a_device_that_computes_nothing() -> None:
     seconds = in_fake_cuda(timed)
-    assert len(seconds) == 12 and min(seconds) > 0
+    assert len(seconds) == 15 and min(seconds) > 0
 
 
 def timed() -> list[float]:
@@ -82,5 +89,5 @@ def timed() -> list[float]:
         return [
             seconds_of_a_block(backend, shape, torch.bfloat16, GPU)
             for backend in backends
-            for shape in attention_shapes(BF16)
+            for shape in (*attention_shapes(BF16), Shape(8, 16, 32, [177], queries=531))
         ]

@@ -293,13 +293,16 @@ class PretrainConfig(RunConfig):
         ValueError: a field is out of range, or does not fit another one.
     """
 
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "mask", "loss")
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "new_decoder", "mask", "loss")
 
     run_dir: str = "runs/pretrain"
     """Folder of the run: configuration, checkpoints, pictures, weights. An existing run resumes."""
     initial_weights: str = ""
     """ImageNet MAE or published CAV-MAE checkpoint to initialize from, of any audio length, image
     size and number of mel bins; empty: random."""
+    new_decoder: bool = False
+    """Begin the decoder at random, whatever `initial_weights` holds of one: for checkpoints with a
+    decoder of another kind or size, and for those with the encoder alone."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     pictures: PositiveInt = 4

@@ -16,6 +16,12 @@ Config = TypeVar("Config")
 
 SCHEMA = 2
 """Of a run's config.json: raised when a field is renamed or removed. Version 0.1.0 wrote none."""
+ADDED: dict[str, Any] = {
+    "model.decoder": "self",
+    "model.decoded_share": 1.0,
+    "new_decoder": False,
+}
+"""Fields that came after files of this schema were written, by what was done without them."""
 
 
 def save_config(config: object, path: str | Path) -> None:
@@ -85,6 +91,8 @@ def _build(values: dict[str, Any], kind: type[Config], prefix: str, path: Path) 
     """Build a dataclass; `prefix` is the dotted name of its section, for error messages."""
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # pyright: ignore[reportArgumentType]
+    added = {name: ADDED[prefix + name] for name in fields if prefix + name in ADDED}
+    values = added | values
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise ValueError(

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.classifier import STREAMS, Mode
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.masking import decoded_count
 
 _PIXELS_AUDIO, _PIXELS_VIDEO = 256, 768  # values of a 16 x 16 patch
 
@@ -43,6 +44,12 @@ def _block(tokens: int, width: int, queries: int | None = None) -> int:
     return 6 * tokens * width**2 + 18 * queries * width**2 + 4 * queries * tokens * width
 
 
+def _cross_block(queries: int, tokens: int, width: int) -> int:
+    """Count one block of the cross-attention decoder: query, projection and MLP of the queries, key
+    and value of the tokens, and attention."""
+    return 20 * queries * width**2 + 4 * tokens * width**2 + 4 * queries * tokens * width
+
+
 def forward_flops(
     config: ModelConfig,
     audio_ratio: float = 0.75,
@@ -54,7 +61,8 @@ def forward_flops(
     """Count the operations of one pretraining forward pass of one sample.
 
     Only what the losses need is counted: kept patches embedded, removed patches predicted, which
-    the last block of the decoder gives alone.
+    the last block of the decoder gives alone; of a cross-attention decoder, the share of them that
+    training decodes.
 
     Args:
         config: sizes of the model.
@@ -65,19 +73,24 @@ def forward_flops(
     audio_tokens = config.audio_tokens if "audio" in modalities else 0
     video_tokens = config.video_tokens if "video" in modalities else 0
     audio, video = int(audio_tokens * (1 - audio_ratio)), int(video_tokens * (1 - video_ratio))
-    removed_audio, removed_video = audio_tokens - audio, video_tokens - video
     width, decoder_width = config.width, config.decoder_width
     joint = _block(audio, width) + _block(video, width)
     decoder = 0
     if reconstruct:
         if len(modalities) > 1:
             joint += config.joint_depth * _block(audio + video, width)
-        tokens = audio_tokens + video_tokens
-        predicted = removed_audio * _PIXELS_AUDIO + removed_video * _PIXELS_VIDEO
-        decoder = 2 * (audio + video) * width * decoder_width
-        decoder += (config.decoder_depth - 1) * _block(tokens, decoder_width)
-        decoder += _block(tokens, decoder_width, removed_audio + removed_video)
-        decoder += 2 * decoder_width * predicted
+        decoded_audio, decoded_video = (
+            decoded_count(removed, config.decoded_share)
+            for removed in (audio_tokens - audio, video_tokens - video)
+        )
+        decoded, tokens = decoded_audio + decoded_video, audio_tokens + video_tokens
+        predicted = decoded_audio * _PIXELS_AUDIO + decoded_video * _PIXELS_VIDEO
+        decoder = 2 * (audio + video) * width * decoder_width + 2 * decoder_width * predicted
+        if config.decoder == "cross":
+            decoder += config.decoder_depth * _cross_block(decoded, audio + video, decoder_width)
+        else:
+            decoder += (config.decoder_depth - 1) * _block(tokens, decoder_width)
+            decoder += _block(tokens, decoder_width, decoded)
     return PartFlops(
         embed=2 * width * (audio * _PIXELS_AUDIO + video * _PIXELS_VIDEO),
         encoders=config.modality_depth * (_block(audio, width) + _block(video, width)),

@@ -140,7 +140,8 @@ def removal_masks(
     """
     below_one = [ratio if ratio < 1 else 0.0 for ratio in ratios]
     mask = dataclasses.replace(run.mask, audio_ratio=below_one[0], video_ratio=below_one[1])
-    masks = random_masks(run.model, mask, positions, seed=seed)
+    whole = dataclasses.replace(run.model, decoded_share=1.0)
+    masks = random_masks(whole, mask, positions, seed=seed)
     audio, video = (
         mask_ids_from_shuffle(mask.keep, 1.0) if ratio == 1 else mask
         for mask, ratio in zip(masks, ratios, strict=True)

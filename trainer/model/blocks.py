@@ -19,7 +19,7 @@ from cavmae.trainer.model.branches import mlp_branch, projections
 Modality = Literal["audio", "video"]
 Stream = Literal["joint", "audio", "video"]
 Recompute = Literal["none", "selective", "full"]
-TensorFunction = Callable[[torch.Tensor], torch.Tensor]
+TensorFunction = Callable[..., torch.Tensor]
 _SUFFIX: dict[Stream, str] = {"joint": "", "audio": "_a", "video": "_v"}
 _NORM_STREAM: dict[str, Stream] = {
     norm + suffix: stream
@@ -139,10 +139,10 @@ class Block(nn.Module):
         return self.mlp(x, norm2, lengths if query_ids is None else [x.shape[1]])
 
 
-def recomputed(function: TensorFunction, x: torch.Tensor) -> torch.Tensor:
-    """Return `function(x)`, keeping `x` alone for the backward pass, which recomputes what it
-    needs. The model has no random operations, so no random state is kept."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+def recomputed(function: TensorFunction, *inputs: torch.Tensor) -> torch.Tensor:
+    """Return `function(*inputs)`, keeping these alone for the backward pass, which recomputes what
+    it needs. The model has no random operations, so no random state is kept."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def norm_stream(name: str) -> Stream | None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from cavmae.kernels import MaskIds, gather_tokens, masked_reconstruction_loss, restore_tokens
-from cavmae.trainer.model.blocks import Modality, Stream, norm_stream
+from cavmae.trainer.model.blocks import Block, Modality, Stream, norm_stream
 from cavmae.trainer.model.config import ModelConfig
-from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, blocks, positions
+from cavmae.trainer.model.cross_decoder import CrossBlock
+from cavmae.trainer.model.encoder import PATCH, AudioVideoEncoder, positions
 
 
 class PretrainOutput(NamedTuple):
@@ -74,7 +75,10 @@ class CAVMAE(AudioVideoEncoder):
         self.decoder_modality_v = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_pos_embed_a = positions(decoder_width, config.audio_grid, learnable=learnable)
         self.decoder_pos_embed_v = positions(decoder_width, config.video_grid, learnable=learnable)
-        self.decoder_blocks = blocks(decoder_width, config.decoder_heads, config.decoder_depth)
+        self.decoder_blocks = nn.ModuleList(
+            (Block if config.decoder == "self" else CrossBlock)(decoder_width, config.decoder_heads)
+            for _ in range(config.decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(decoder_width)
         self.decoder_pred_a = nn.Linear(decoder_width, PATCH * PATCH)
         self.decoder_pred_v = nn.Linear(decoder_width, PATCH * PATCH * 3)
@@ -181,9 +185,8 @@ class CAVMAE(AudioVideoEncoder):
             )
         if reconstruct:
             latent = norms[whole](streams[whole])
-            removed = self._removed(masks)
-            decoded = self._decode(latent, masks, None if predict_all else removed)
-            tokens = gather_tokens(decoded, removed) if predict_all else decoded
+            decoded = self._decode(latent, masks, every=predict_all)
+            tokens = gather_tokens(decoded, self._removed(masks)) if predict_all else decoded
             predicted = self._predict(
                 tokens, {name: mask.removed.shape[1] for name, mask in masks.items()}
             )
@@ -211,7 +214,8 @@ class CAVMAE(AudioVideoEncoder):
         """Predict every patch, without losses.
 
         A mask may keep all of a modality or nothing, for which no loss is defined: audio from the
-        frame alone, or the frame from audio.
+        frame alone, or the frame from audio. A cross-attention decoder is asked for kept patches as
+        for removed ones, by the mask token.
 
         Args:
             log_mel: (batch, audio_frames, mel_bins) normalised log-mel.
@@ -228,7 +232,7 @@ class CAVMAE(AudioVideoEncoder):
         video = self._encode_video(self._checked_frame(frame), video_mask.keep)
         joint = torch.cat([audio, video], dim=1)  # (batch, kept audio + kept video, width)
         latent = self.norm(self._joint_encoder({"joint": joint})["joint"])
-        tokens = self._decode(latent, {"audio": audio_mask, "video": video_mask})
+        tokens = self._decode(latent, {"audio": audio_mask, "video": video_mask}, every=True)
         counts: dict[Modality, int] = {
             "audio": self.config.audio_tokens,
             "video": self.config.video_tokens,
@@ -249,14 +253,16 @@ class CAVMAE(AudioVideoEncoder):
         return torch.cat(parts, dim=1)
 
     def _decode(
-        self,
-        latent: torch.Tensor,
-        masks: dict[Modality, MaskIds],
-        query_ids: torch.Tensor | None = None,
+        self, latent: torch.Tensor, masks: dict[Modality, MaskIds], *, every: bool
     ) -> torch.Tensor:
-        """Decode latent tokens to decoder tokens of every audio, then video patch, before the last
-        norm; with `query_ids` (batch, queries) of those patches alone."""
+        """Decode latent tokens to decoder tokens of the removed audio, then video patches, before
+        the last norm; with `every` of all patches in their order."""
         x = self.decoder_embed(latent)  # (batch, kept, decoder_width)
+        if self.config.decoder == "cross":
+            queries = self._queries(masks, every=every)  # (batch, removed or all, decoder_width)
+            for block in self.decoder_blocks:
+                queries = block(queries, x)
+            return queries
         # The index of each patch's token in `x`; the number of kept ones for removed patches.
         places: list[torch.Tensor] = []
         before = 0
@@ -266,8 +272,7 @@ class CAVMAE(AudioVideoEncoder):
                 torch.where(patch < kept, patch + before if before else patch, x.shape[1])
             )
             before += kept
-        tables = {"audio": self.decoder_pos_embed_a, "video": self.decoder_pos_embed_v}
-        vectors = {"audio": self.decoder_modality_a, "video": self.decoder_modality_v}
+        tables, vectors = self._decoder_tables()
         x = restore_tokens(
             x,
             torch.cat(places, dim=1),
@@ -278,7 +283,24 @@ class CAVMAE(AudioVideoEncoder):
         *others, last = self.decoder_blocks
         for block in others:
             x = block(x)
-        return last(x, query_ids=query_ids)
+        return last(x, query_ids=None if every else self._removed(masks))
+
+    def _queries(self, masks: dict[Modality, MaskIds], *, every: bool) -> torch.Tensor:
+        """Return what a cross-attention decoder is asked for, (batch, removed or all patches,
+        decoder_width)."""
+        tables, vectors = self._decoder_tables()
+        parts = []
+        for name, mask in masks.items():
+            ids = self._all_ids(self._patches(name), mask.removed) if every else mask.removed
+            parts.append(tables[name][0][ids] + (self.mask_token + vectors[name]))
+        return torch.cat(parts, dim=1)
+
+    def _decoder_tables(self) -> tuple[dict[Modality, nn.Parameter], dict[Modality, nn.Parameter]]:
+        """Return the decoder's positions and vectors of each modality."""
+        return (
+            {"audio": self.decoder_pos_embed_a, "video": self.decoder_pos_embed_v},
+            {"audio": self.decoder_modality_a, "video": self.decoder_modality_v},
+        )
 
     def _predict(
         self, tokens: torch.Tensor, counts: dict[Modality, int]

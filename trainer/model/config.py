@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cavmae.field_checks import CheckedFields, Limit, PositiveInt
 
+DecodedShare = Annotated[float, Limit(lambda x: 0 < x <= 1, "above 0, up to 1")]
+
 
 @dataclass(frozen=True)
 class ModelConfig(CheckedFields, section="model"):
@@ -35,6 +37,14 @@ class ModelConfig(CheckedFields, section="model"):
     """Transformer blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    decoder: Literal["self", "cross"] = "self"
+    """How the decoder's blocks attend. `self`: kept and removed patches attend to all of each
+    other, as published; `cross`: removed patches attend to the encoders' tokens alone (CrossMAE),
+    which costs much less."""
+    decoded_share: DecodedShare = 1.0
+    """With `cross`, share of each modality's removed patches that training decodes and compares,
+    drawn anew for each sample: rounded to whole patches (a half to the even number), at least 1.
+    Validation and pictures have all of them."""
     learnable_positions: bool = False
     """Train the position embeddings in pretraining; otherwise they are fixed sine-cosine ones."""
 
@@ -59,6 +69,11 @@ class ModelConfig(CheckedFields, section="model"):
                 raise ValueError(
                     f"model.{width} is {channels}; sine-cosine positions need a multiple of 4"
                 )
+        if self.decoder == "self" and self.decoded_share != 1:
+            raise ValueError(
+                f"model.decoded_share is {self.decoded_share} and model.decoder self, which "
+                "decodes every patch; set model.decoder to cross, or model.decoded_share to 1"
+            )
 
     @property
     def audio_grid(self) -> tuple[int, int]:

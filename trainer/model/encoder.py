@@ -23,6 +23,7 @@ from cavmae.trainer.model.blocks import (
     pass_streams,
 )
 from cavmae.trainer.model.config import ModelConfig
+from cavmae.trainer.model.cross_decoder import CrossAttention, CrossBlock
 from cavmae.trainer.model.pos_embed import position_table
 
 PATCH = 16
@@ -102,19 +103,19 @@ class AudioVideoEncoder(nn.Module):
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VERSIONS)
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block | CrossBlock):
                 module.compile(dynamic=False)
 
     def use_attention(self, backend: AttentionBackend | None) -> None:
         """Choose how attention is computed; None: the best backend of the device."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | CrossAttention):
                 module.backend = backend
 
     def recompute_blocks(self, how: Recompute) -> None:
         """Set activation checkpointing of every transformer block; see `Block.set_recomputed`."""
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block | CrossBlock):
                 module.set_recomputed(how)
 
     def embed_audio(self, log_mel: torch.Tensor) -> torch.Tensor:

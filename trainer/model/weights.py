@@ -11,6 +11,7 @@ import pickle
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -37,7 +38,9 @@ CLASSIFIER_FIX = (
 )
 
 
-def load_initial_weights(model: CAVMAE | CAVMAEClassifier, path: str | Path) -> None:
+def load_initial_weights(
+    model: CAVMAE | CAVMAEClassifier, path: str | Path, *, new_decoder: bool = False
+) -> None:
     """Start `model` from a checkpoint, in place: the `initial_weights` of a run.
 
     Position tables of another audio length, image size or number of mel bins become the model's
@@ -49,7 +52,9 @@ def load_initial_weights(model: CAVMAE | CAVMAEClassifier, path: str | Path) -> 
     Args:
         model: of pretraining or fine-tuning.
         path: a CAV-MAE state dict, published (with or without `module.` prefixes) or our own
-            `weights.pt`; or for pretraining an ImageNet MAE checkpoint with its decoder.
+            `weights.pt`; or for pretraining an ImageNet MAE checkpoint.
+        new_decoder: whether the decoder of a pretraining model keeps its values, and that of the
+            file, if any, is skipped.
 
     Raises:
         ValueError: a file that is neither, or whose tensors do not fit the model.
@@ -59,9 +64,12 @@ def load_initial_weights(model: CAVMAE | CAVMAEClassifier, path: str | Path) -> 
     if isinstance(model, CAVMAEClassifier):
         load_classifier_weights(model, adapt_positions(state, model, source), source)
     elif "patch_embed_a.proj.weight" in state:
+        if new_decoder:
+            own = {name: one for name, one in model.state_dict().items() if _is_of_decoder(name)}
+            state = {name: one for name, one in state.items() if not _is_of_decoder(name)} | own
         load_published(model, adapt_positions(state, model, source), source)
     elif "patch_embed.proj.weight" in state:
-        model.load_state_dict(adapt_mae(state, model, source))
+        model.load_state_dict(adapt_mae(state, model, source, new_decoder=new_decoder))
     else:
         raise ValueError(
             f"{path} holds neither CAV-MAE weights (patch_embed_a.proj.weight) nor ImageNet MAE "
@@ -85,6 +93,7 @@ def load_published(
         FileNotFoundError: no such file.
     """
     state, source = _read(path_or_state, source)
+    _check_decoder(source, state, model)
     expected = model.state_dict()
     _check_keys(source, state, expected, PRETRAINING_FIX)
     _check_shapes(source, {name: (name, state[name]) for name in state}, model)
@@ -120,11 +129,11 @@ def load_classifier_weights(
             "Fine-tuning starts from a CAV-MAE checkpoint: pretrain from this one first, or take "
             "the weights.pt of a pretraining run"
         )
-    skipped = ["mask_token"] + ([] if model.has_video else [*VIDEO_ONLY])
+    skipped = [] if model.has_video else [*VIDEO_ONLY]
     state = {
         name: tensor
         for name, tensor in state.items()
-        if not name.startswith("decoder_") and name.split(".")[0] not in skipped
+        if not _is_of_decoder(name) and name.split(".")[0] not in skipped
     }
     expected = model.state_dict()
     head = [name for name in expected if name.startswith("mlp_head.")]
@@ -137,7 +146,11 @@ def load_classifier_weights(
 
 
 def adapt_mae(
-    source_state: State, model: CAVMAE, file: str = "the checkpoint"
+    source_state: State,
+    model: CAVMAE,
+    file: str = "the checkpoint",
+    *,
+    new_decoder: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Convert weights of an ImageNet MAE (He et al. 2022) for both modalities, as published.
 
@@ -147,9 +160,10 @@ def adapt_mae(
     modality vectors, audio positions, the norms of single streams.
 
     Args:
-        source_state: checkpoint with the MAE decoder, with or without `module.` prefixes.
+        source_state: checkpoint, with or without `module.` prefixes.
         model: gives sizes and the values that are kept; it is not changed.
         file: where the checkpoint comes from, for messages.
+        new_decoder: whether the decoder keeps its values too; otherwise the checkpoint has one.
 
     Returns:
         A whole state dict for `model`.
@@ -160,8 +174,14 @@ def adapt_mae(
     source = _without_prefix(source_state, file)
     state = dict(model.state_dict())
     sources = {name: key for name in state if (key := _mae_key(name, model)) is not None}
+    if new_decoder:
+        source = {name: one for name, one in source.items() if not _is_of_decoder(name)}
+        sources = {name: key for name, key in sources.items() if not _is_of_decoder(name)}
+    else:
+        _check_decoder(file, source, model)
     expected = [*dict.fromkeys(sources.values()), "cls_token"]
-    _check_keys(file, source, expected, PRETRAINING_FIX, optional="cls_token")
+    fix = f"{PRETRAINING_FIX}, or set new_decoder, which begins the decoder anew"
+    _check_keys(file, source, expected, fix, optional="cls_token")
     adapted = {name: _adapt(name, source[key]) for name, key in sources.items()}
     adapted = adapt_positions(adapted, model, file)
     _check_shapes(file, {name: (sources[name], tensor) for name, tensor in adapted.items()}, model)
@@ -203,8 +223,20 @@ def sizes_of(state: State, source: str) -> ModelConfig:
             sizes,
             decoder_width=state["decoder_pos_embed_a"].shape[2],
             decoder_depth=_depth(state, "decoder_blocks"),
+            decoder=_decoder_kind(state) or "self",
         )
     return sizes
+
+
+def _decoder_kind(state: State) -> Literal["self", "cross"] | None:
+    """Return the attention of a decoder's blocks; None where there are none."""
+    if not _depth(state, "decoder_blocks"):
+        return None
+    return "cross" if "decoder_blocks.0.cross_attn.q.weight" in state else "self"
+
+
+def _is_of_decoder(name: str) -> bool:
+    return name.startswith(("decoder_", "mask_token"))
 
 
 def _depth(state: State, blocks: str) -> int:
@@ -357,6 +389,17 @@ def _check_classes(source: str, state: State, classes: int) -> None:
             f"{source} has {len(state[name])} classes ({name} {tuple(state[name].shape)}) and the "
             f"model {classes}; build the classifier with classes={len(state[name])} to use its "
             "head, or start from a pretraining checkpoint to train a new one"
+        )
+
+
+def _check_decoder(source: str, state: State, model: CAVMAE) -> None:
+    """Check that a checkpoint's decoder attends as the model's does."""
+    theirs, ours = _decoder_kind(state), model.config.decoder
+    if theirs not in (None, ours):
+        raise ValueError(
+            f"{source} has a decoder of {theirs}-attention and the model one of {ours}-attention "
+            f"(model.decoder); set model.decoder to {theirs}, or start a run from these weights "
+            "with new_decoder, which begins the decoder anew"
         )
 
 

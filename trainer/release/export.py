@@ -130,6 +130,11 @@ def export(config: ExportConfig) -> None:
         check_onnx_installed()
     model, spec, provenance = open_source(config)
     parts = _parts(model, spec, config)
+    if "published" in config.format and isinstance(model, CAVMAE) and spec.model.decoder != "self":
+        raise ValueError(
+            f"format has published and model.decoder is {spec.model.decoder}, which the published "
+            "code has not; export another format"
+        )
     hub = hub_model(model, spec)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "README.md") as temporary:

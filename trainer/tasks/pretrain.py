@@ -75,7 +75,9 @@ class PretrainTask:
     def build_model(self) -> tuple[CAVMAE, list[ParamGroup]]:
         model = autoencoder(self._config)
         if self._config.initial_weights:
-            load_initial_weights(model, self._config.initial_weights)
+            load_initial_weights(
+                model, self._config.initial_weights, new_decoder=self._config.new_decoder
+            )
         return model, []
 
     def begin_step(self, engine: Engine, batches: list[AudioVideoBatch]) -> None:

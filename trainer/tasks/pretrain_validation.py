@@ -2,10 +2,11 @@
 of a model of one modality, the reconstruction loss.
 
 Clips are embedded unmasked for retrieval, as the published evaluation does, and masked for the
-losses, each with the mask of its index in the set.
+losses, each with the mask of its index in the set; every removed patch is decoded.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def score(
     """
     reconstruct = config.loss.reconstruction_weight > 0
     modalities, paired = config.data.modalities, config.data.modality == "both"
+    whole = replace(config.model, decoded_share=1.0)
     unmasked: list[Pairs] = []
     masked: list[Pairs] = []
     # Of each batch the sum over its clips of each loss, and the number of clips.
@@ -75,7 +77,7 @@ def score(
             if counts:
                 unmasked.append(Pairs(output.audio_embedding, output.video_embedding, positions))
 
-        masks = masks_of(modalities, config.model, config.mask, positions, seed=config.seed)
+        masks = masks_of(modalities, whole, config.mask, positions, seed=config.seed)
         first = reconstruct and plot_clips is None
         output = model(
             log_mel,

@@ -2,13 +2,20 @@
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from cavmae.benchmarks.step import step
-from cavmae.benchmarks.step.ablations import CHANGED, AblationsConfig, main, possible
+from cavmae.benchmarks.step.ablations import (
+    CHANGED,
+    DESIGNS,
+    AblationsConfig,
+    main,
+    possible,
+)
 from cavmae.benchmarks.step.training_step import SIZES, Choices, StepSetting, TrainingStep
 
 CPU = torch.device("cpu")
@@ -49,6 +56,22 @@ def test_every_change_trains_like_the_step_that_runs_do(name: str) -> None:
 
 def test_every_change_is_one() -> None:
     assert Choices() not in CHANGED.values()
+    assert all(replace(SIZES["base"], **one) != SIZES["base"] for one in DESIGNS.values())
+
+
+def test_another_design_is_timed_with_its_own_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "step_peak_bytes", lambda setting: 100)
+    words = ["--model", "tiny", "--device", "cpu", "--batch", "2", "--repeats", "1"]
+    only = ["--only", "cross-attention decoder", "--precision", "fp32"]
+    assert main([*words, *only, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("ablations-*.json")
+    found = json.loads(path.read_text())["results"]["fp32"]["cross-attention decoder"]
+    changed, usual = (
+        found[way]["tflops"] / found[way]["samples_per_second"] for way in ("changed", "as_runs_do")
+    )
+    assert changed < 0.9 * usual
 
 
 def test_an_unknown_change_and_no_repeats_are_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 from cavmae import __version__
 from cavmae.atomic_write import write_json
 from cavmae.trainer.config.configs import FinetuneConfig, LossConfig, PretrainConfig, RunConfig
-from cavmae.trainer.config.serialize import load_config, load_run_config, save_config
+from cavmae.trainer.config.serialize import ADDED, load_config, load_run_config, save_config
 from cavmae.trainer.model.config import ModelConfig
 
 
@@ -84,6 +84,20 @@ def test_a_configuration_of_another_schema_is_refused_without_a_run_beside_it(sa
 def test_tuples_literals_and_optional_values_come_back_equal(config: Outer, tmp_path: Path) -> None:
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json", Outer) == config
+
+
+@pytest.mark.parametrize("kind", [PretrainConfig, FinetuneConfig])
+def test_a_run_of_before_a_field_was_added_does_what_it_did(
+    kind: type[RunConfig], tmp_path: Path
+) -> None:
+    save_config(kind(seed=3), tmp_path / "config.json")
+    document = json.loads((tmp_path / "config.json").read_text())
+    for name in ADDED:
+        section, _, field = name.rpartition(".")
+        (document[section] if section else document).pop(field, None)
+    assert len(document["model"]) == len(vars(ModelConfig())) - 2
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert load_run_config(tmp_path / "config.json") == kind(seed=3)
 
 
 def test_an_unknown_field_is_named_in_full(saved: Path) -> None:

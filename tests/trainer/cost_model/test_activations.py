@@ -20,17 +20,18 @@ from cavmae.trainer.config.configs import (
 from cavmae.trainer.cost_model.activations import trace_activations
 from cavmae.trainer.losses.classification import classification_loss
 from cavmae.trainer.model.cavmae import CAVMAE
-from cavmae.trainer.model.config import MaskConfig
+from cavmae.trainer.model.config import MaskConfig, ModelConfig
 from cavmae.trainer.model.masking import random_masks
 from cavmae.trainer.tasks.build_model import ASSUMED_CLASSES, build_model
 
 traced = functools.cache(trace_activations)  # a trace serves every number of samples
 SHAPE = dataclasses.replace(MODEL, width=64, modality_depth=3, decoder_width=64, decoder_depth=2)
+CROSS = dataclasses.replace(SHAPE, decoder="cross", decoded_share=0.5)
 
 
-def config_of(**engine: Any) -> PretrainConfig:
+def config_of(model: ModelConfig = SHAPE, **engine: Any) -> PretrainConfig:
     return PretrainConfig(
-        global_batch=64, micro_batch=16, model=SHAPE, engine=EngineConfig(**engine)
+        global_batch=64, micro_batch=16, model=model, engine=EngineConfig(**engine)
     )
 
 
@@ -47,10 +48,10 @@ def finetuning_of(dtype: Any, recompute: Any, classifier: ClassifierConfig) -> F
 def peak_of_the_allocator(config: PretrainConfig, samples: int) -> int:
     """Most bytes of a real forward and backward pass; gradients stay in the parameters."""
     dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    model = CAVMAE(SHAPE).to(dtype)
+    model = CAVMAE(config.model).to(dtype)
     model.freeze_unused(reconstruct=True, contrast=True)
     model.recompute_blocks(config.engine.activation_checkpointing)
-    masks = random_masks(SHAPE, MaskConfig(), torch.arange(samples), seed=0)
+    masks = random_masks(config.model, MaskConfig(), torch.arange(samples), seed=0)
     log_mel = torch.randn(samples, SHAPE.audio_frames, SHAPE.mel_bins)
     frame = torch.randn(samples, 3, SHAPE.image_size, SHAPE.image_size)
 
@@ -101,6 +102,15 @@ def test_counted_is_what_the_allocator_gave(
     config = config_of(dtype=dtype, activation_checkpointing=activation_checkpointing)
     counted = traced(config).peak(samples, gradients_stay=True)
     assert counted == pytest.approx(peak_of_the_allocator(config, samples), rel=0.1)
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])
+def test_counted_is_what_the_allocator_gave_to_a_cross_attention_decoder(
+    activation_checkpointing: str,
+) -> None:
+    config = config_of(CROSS, dtype="bf16", activation_checkpointing=activation_checkpointing)
+    counted = traced(config).peak(32, gradients_stay=True)
+    assert counted == pytest.approx(peak_of_the_allocator(config, 32), rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ CASES: dict[int, list[dict[str, Any]]] = {
         case(3),
         case(1, bidirectional=True, micro_batch=4),
         case(2, contrastive_weight=0.0),
+        case(3, micro_batch=4, model=MODEL | {"decoder": "cross", "decoded_share": 0.5}),
     ],
     4: [
         *(case(stage, "bf16", micro_batch=2, group=8) for stage in (0, 1, 2)),

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cavmae.trainer.config.recipes import audioset_base, efficient_base
 from cavmae.trainer.cost_model.flops import backward_flops, forward_flops, training_flops
 from cavmae.trainer.model.blocks import Modality
 from cavmae.trainer.model.cavmae import CAVMAE
@@ -19,6 +20,7 @@ NARROW = ModelConfig(
     audio_frames=256, mel_bins=64, image_size=64, width=96, heads=4, modality_depth=2,
     joint_depth=2, decoder_width=64, decoder_heads=4, decoder_depth=1,
 )  # fmt: skip
+CROSS = replace(NARROW, decoder="cross", decoder_depth=2, decoded_share=0.3)
 
 
 def counted(config: ModelConfig, *, reconstruct: bool) -> tuple[int, int]:
@@ -47,7 +49,9 @@ def counted(config: ModelConfig, *, reconstruct: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("reconstruct", [True, False], ids=["both losses", "contrast alone"])
-@pytest.mark.parametrize("config", [SHALLOW, NARROW], ids=["base width", "narrow"])
+@pytest.mark.parametrize(
+    "config", [SHALLOW, NARROW, CROSS], ids=["base width", "narrow", "cross-attention"]
+)
 def test_formulas_agree_with_torchs_counter(config: ModelConfig, reconstruct: bool) -> None:
     forward, backward = counted(config, reconstruct=reconstruct)
     formula = forward_flops(config, reconstruct=reconstruct)
@@ -57,24 +61,32 @@ def test_formulas_agree_with_torchs_counter(config: ModelConfig, reconstruct: bo
     assert trained == pytest.approx(forward + backward, rel=0.01)
 
 
+@pytest.mark.parametrize("config", [NARROW, CROSS], ids=["self", "cross"])
 @pytest.mark.parametrize("modality", ["audio", "video"])
-def test_formulas_agree_with_torchs_counter_on_one_modality(modality: Modality) -> None:
-    model = CAVMAE(NARROW)
+def test_formulas_agree_with_torchs_counter_on_one_modality(
+    modality: Modality, config: ModelConfig
+) -> None:
+    model = CAVMAE(config)
     model.freeze_unused(reconstruct=True, contrast=False, modalities=(modality,))
-    masks = masks_of((modality,), NARROW, MaskConfig(), torch.arange(1), seed=0)
+    masks = masks_of((modality,), config, MaskConfig(), torch.arange(1), seed=0)
     log_mel = torch.randn(1, NARROW.audio_frames, NARROW.mel_bins) if modality == "audio" else None
     side = NARROW.image_size
     frame = torch.randn(1, 3, side, side) if modality == "video" else None
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both_passes:
         output = model(log_mel, frame, *masks, contrast=False)
         sum(output.reconstructions.values(), torch.zeros(())).backward()
-    formula = training_flops(NARROW, modalities=(modality,))
+    formula = training_flops(config, modalities=(modality,))
     assert formula == pytest.approx(both_passes.get_total_flops(), rel=0.01)
 
 
 def test_base_model_needs_78_gflop_forward_and_234_to_train() -> None:
     assert forward_flops(ModelConfig()).total == pytest.approx(78e9, rel=0.02)
     assert training_flops(ModelConfig()) == pytest.approx(234e9, rel=0.02)
+
+
+def test_cross_attention_for_a_third_of_the_removed_patches_needs_0_56_of_the_operations() -> None:
+    published, efficient = audioset_base().model, efficient_base().model
+    assert training_flops(efficient) / training_flops(published) == pytest.approx(0.563, abs=1e-3)
 
 
 def test_pixels_need_no_gradient() -> None:

@@ -1,7 +1,7 @@
 """The kernels of a step, counted without running it."""
 
-import dataclasses
 from collections import Counter
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -28,6 +28,7 @@ from cavmae.trainer.model.config import ModelConfig
 SAMPLES = 8
 TENSORS = TensorSizes(trainable=(1000, 24), frozen=())
 KINDS = ("product", "other")
+SHALLOW = ModelConfig(modality_depth=1, decoder_depth=2)
 
 
 def run(model: ModelConfig = MODEL, **engine: Any) -> PretrainConfig:
@@ -54,8 +55,10 @@ def eager() -> list[Kernel]:
     return micro_batch_work(run(), gpu=True)
 
 
-def test_operations_of_the_base_model_are_those_of_the_formulas() -> None:
-    base = ModelConfig(modality_depth=1, decoder_depth=2)
+@pytest.mark.parametrize(
+    "base", [SHALLOW, replace(SHALLOW, decoder="cross", decoded_share=1 / 3)], ids=["self", "cross"]
+)
+def test_operations_of_the_base_model_are_those_of_the_formulas(base: ModelConfig) -> None:
     found = micro_batch_work(run(base), gpu=True)
     formula = forward_flops(base)
     assert flops(found, "forward") == pytest.approx(SAMPLES * formula.total, rel=2e-3)
@@ -74,10 +77,14 @@ def test_a_block_is_four_products_forward_and_eight_backward(eager: list[Kernel]
         assert calls(own, "forward", "attention") == calls(own, "backward", "attention") == depth
 
 
-@pytest.mark.parametrize("how", get_args(Recompute))
-def test_the_count_is_that_of_a_traced_gpu(how: Recompute) -> None:
-    base = ModelConfig(modality_depth=1, decoder_depth=2)
-    config = dataclasses.replace(run(base, activation_checkpointing=how), micro_batch=64)
+@pytest.mark.parametrize(
+    ("how", "changes"),
+    [*((how, {}) for how in get_args(Recompute)), ("full", {"decoder": "cross"})],
+    ids=[*get_args(Recompute), "full-cross"],
+)
+def test_the_count_is_that_of_a_traced_gpu(how: Recompute, changes: dict[str, Any]) -> None:
+    base = replace(SHALLOW, **changes)
+    config = replace(run(base, activation_checkpointing=how), micro_batch=64)
     counted, trace = micro_batch_work(config, gpu=True), in_fake_cuda(both_passes, config)
     for during in ("forward", "backward"):
         products = trace.of("product", phase=during)
@@ -91,7 +98,7 @@ def test_the_count_is_that_of_a_traced_gpu(how: Recompute) -> None:
 
 def test_bytes_and_operations_are_linear_in_the_batch(eager: list[Kernel]) -> None:
     counts = {
-        samples: micro_batch_work(dataclasses.replace(run(), micro_batch=samples), gpu=True)
+        samples: micro_batch_work(replace(run(), micro_batch=samples), gpu=True)
         for samples in (2, 3)
     }
     found = scaled_work(counts, SAMPLES)
@@ -125,7 +132,7 @@ def test_on_a_gpu_a_function_of_our_kernels_is_one_kernel(eager: list[Kernel]) -
 
 
 def test_groups_that_span_micro_batches_have_a_forward_pass_to_the_embeddings_first() -> None:
-    spanning = dataclasses.replace(run(), micro_batch=SAMPLES // 2)
+    spanning = replace(run(), micro_batch=SAMPLES // 2)
     found = rank_work(spanning, TENSORS, 1)
     assert list(found) == ["embedding", "forward", "backward", "gradients", "update"]
     decoder = {"decoder_embed", "decoder_blocks", "decoder_norm"}

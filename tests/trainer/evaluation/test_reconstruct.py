@@ -151,6 +151,17 @@ def test_the_mask_of_a_clip_is_that_of_its_place_and_keeps_the_share_asked_for(
     assert not torch.equal(other.removed, alone.removed)
 
 
+def test_all_that_is_removed_is_shown_of_a_run_that_decodes_a_share(tmp_path: Path) -> None:
+    run = tiny_run.tiny_run(tmp_path, tmp_path / "run")
+    some = dataclasses.replace(run.model, decoder="cross", decoded_share=0.25)
+    masks = [
+        removal_masks(one, torch.arange(5), (0.5, 0.75), seed=3)
+        for one in (run, dataclasses.replace(run, model=some))
+    ]
+    for expected, found in zip(*masks, strict=True):
+        assert torch.equal(found.removed, expected.removed)
+
+
 def half_mask() -> MaskIds:
     """Of 4 patches in a row: 0 and 2 are kept."""
     return mask_ids_from_shuffle(torch.tensor([[0, 2, 1, 3]]), 0.5)

@@ -25,11 +25,13 @@ SMALL = ModelConfig(
     decoder_depth=1,
     decoder_heads=2,
 )
+CROSS = replace(SMALL, decoder="cross", decoder_depth=2, decoded_share=0.5)
+DECODERS = pytest.mark.parametrize("sizes", [SMALL, CROSS], ids=["self", "cross"])
 
 
-def small_model() -> CAVMAE:
+def small_model(sizes: ModelConfig = SMALL) -> CAVMAE:
     torch.manual_seed(0)
-    return CAVMAE(SMALL)
+    return CAVMAE(sizes)
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,13 +62,14 @@ def used_parameters(model: CAVMAE, output: PretrainOutput) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@DECODERS
 @pytest.mark.parametrize(
     ("reconstruct", "contrast"), [(True, True), (True, False), (False, True)], ids=str
 )
 def test_frozen_parameters_are_exactly_those_without_gradient(
-    reconstruct: bool, contrast: bool
+    reconstruct: bool, contrast: bool, sizes: ModelConfig
 ) -> None:
-    model = small_model()
+    model = small_model(sizes)
     frozen = set(model.freeze_unused(reconstruct=reconstruct, contrast=contrast))
     positions = {name for name, _ in model.named_parameters() if "pos_embed" in name}
     output = forward(model, reconstruct=reconstruct, contrast=contrast)
@@ -77,17 +80,19 @@ def test_frozen_parameters_are_exactly_those_without_gradient(
 def forward_one(model: CAVMAE, modality: Modality, **options: bool) -> PretrainOutput:
     """A pass without the other modality."""
     log_mel, frame = inputs()
-    masks = masks_of((modality,), SMALL, MaskConfig(0.5, 0.25), torch.arange(3), seed=0)
+    masks = masks_of((modality,), model.config, MaskConfig(0.5, 0.25), torch.arange(3), seed=0)
     given = (log_mel, None) if modality == "audio" else (None, frame)
     return model(*given, *masks, **options)
 
 
 @pytest.mark.parametrize("modality", ["audio", "video"])
-@pytest.mark.parametrize("joint_depth", [1, 2])
+@pytest.mark.parametrize(
+    "sizes", [SMALL, replace(SMALL, joint_depth=2), CROSS], ids=["1 joint", "2 joint", "cross"]
+)
 def test_a_model_of_one_modality_uses_what_is_not_frozen_and_nothing_else(
-    modality: Modality, joint_depth: int
+    modality: Modality, sizes: ModelConfig
 ) -> None:
-    model = CAVMAE(replace(SMALL, joint_depth=joint_depth))
+    model = small_model(sizes)
     frozen = set(model.freeze_unused(reconstruct=True, contrast=False, modalities=(modality,)))
     ran: set[str] = set()
     for name, module in model.named_modules():
@@ -184,22 +189,29 @@ def test_single_streams_pass_the_last_joint_block_alone_and_the_joint_one_all() 
     assert not torch.allclose(last_changed["latent"], first_changed["latent"])
 
 
-def test_learnable_positions_get_gradients() -> None:
-    torch.manual_seed(0)
-    model = CAVMAE(replace(SMALL, learnable_positions=True))
+@DECODERS
+def test_learnable_positions_get_gradients(sizes: ModelConfig) -> None:
+    model = small_model(replace(sizes, learnable_positions=True))
     assert {"pos_embed_a", "decoder_pos_embed_v"} <= used_parameters(model, forward(model))
 
 
-def test_the_fields_of_the_engine_reach_every_block() -> None:
-    model = small_model()
-    configure_blocks(model, EngineConfig(attention="sdpa", activation_checkpointing="none"))
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    assert blocks and all(block.attn.backend == "sdpa" for block in blocks)
-    assert all(block.mlp.keep for block in blocks)
-    configure_blocks(untouched := small_model(), EngineConfig())
-    blocks = [module for module in untouched.modules() if isinstance(module, Block)]
-    assert all(block.attn.backend is None for block in blocks)
-    assert not any(block.mlp.keep for block in blocks)
+@DECODERS
+def test_the_fields_of_the_engine_reach_every_block(sizes: ModelConfig) -> None:
+    def found(engine: EngineConfig) -> list[tuple[set[object], set[object], bool]]:
+        """Of each block: how it attends, what its MLP keeps and whether it is compiled."""
+        configure_blocks(model := small_model(sizes), engine)
+        return [
+            (
+                {one.backend for one in block.modules() if hasattr(one, "backend")},
+                {one.keep for one in block.modules() if hasattr(one, "keep")},
+                block._compiled_call_impl is not None,
+            )
+            for block in (*model.blocks_a, *model.blocks_v, *model.blocks_u, *model.decoder_blocks)
+        ]
+
+    chosen = EngineConfig(attention="sdpa", activation_checkpointing="none", compile=True)
+    assert found(chosen) == [({"sdpa"}, {True}, True)] * (3 + sizes.decoder_depth)
+    assert found(EngineConfig()) == [({None}, {False}, False)] * (3 + sizes.decoder_depth)
 
 
 def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
@@ -212,8 +224,9 @@ def test_a_block_that_is_asked_for_some_tokens_gives_those_of_all() -> None:
     torch.testing.assert_close(some, every.gather(1, query_ids[:, :, None].expand(-1, -1, 16)))
 
 
-def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
-    some, every = small_model(), small_model()
+@DECODERS
+def test_losses_and_gradients_are_those_of_predicting_every_patch(sizes: ModelConfig) -> None:
+    some, every = small_model(sizes), small_model(sizes)
     used_parameters(some, forward(some))
     used_parameters(every, forward(every, predict_all=True))
     for (name, one), other in zip(some.named_parameters(), every.parameters(), strict=True):
@@ -222,9 +235,12 @@ def test_losses_and_gradients_are_those_of_predicting_every_patch() -> None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@DECODERS
 @pytest.mark.parametrize("how", ["selective", "full"])
-def test_recomputed_blocks_give_the_same_losses_and_gradients(how: Recompute) -> None:
-    kept, recomputed = small_model(), small_model()
+def test_recomputed_blocks_give_the_same_losses_and_gradients(
+    how: Recompute, sizes: ModelConfig
+) -> None:
+    kept, recomputed = small_model(sizes), small_model(sizes)
     recomputed.recompute_blocks(how)
     assert used_parameters(kept, forward(kept)) == used_parameters(recomputed, forward(recomputed))
     for (name, ours), theirs in zip(recomputed.named_parameters(), kept.parameters(), strict=True):
@@ -232,11 +248,14 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients(how: Recompute) ->
             assert ours.grad is not None and torch.equal(ours.grad, theirs.grad), name
 
 
+@DECODERS
 @pytest.mark.parametrize(("how", "share"), [("selective", 0.85), ("full", 0.7)])
-def test_recomputed_blocks_keep_a_fraction_of_the_activations(how: Recompute, share: float) -> None:
-    kept, recomputed = small_model(), small_model()
+def test_recomputed_blocks_keep_a_fraction_of_the_activations(
+    how: Recompute, share: float, sizes: ModelConfig
+) -> None:
+    kept, recomputed = small_model(sizes), small_model(sizes)
     recomputed.recompute_blocks(how)
-    sizes = []
+    stored = []
     for model in (kept, recomputed):
         held: dict[int, int] = {}
 
@@ -248,9 +267,9 @@ def test_recomputed_blocks_keep_a_fraction_of_the_activations(how: Recompute, sh
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = forward(model)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-        sizes.append(sum(size for place, size in held.items() if place not in weights))
+        stored.append(sum(size for place, size in held.items() if place not in weights))
         del output
-    assert sizes[1] < share * sizes[0], sizes
+    assert stored[1] < share * stored[0], stored
 
 
 @pytest.fixture
@@ -261,13 +280,22 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [pytest.param("none", marks=pytest.mark.long), "selective", "full"])
+@pytest.mark.parametrize(
+    ("how", "sizes"),
+    [
+        pytest.param("none", SMALL, marks=pytest.mark.long),
+        ("selective", SMALL),
+        ("full", SMALL),
+        ("full", CROSS),
+    ],
+    ids=["none", "selective", "full", "full-cross"],
+)
 def test_compiled_blocks_give_the_same_losses_and_gradients_without_a_break(
-    how: Recompute, request: pytest.FixtureRequest
+    how: Recompute, sizes: ModelConfig, request: pytest.FixtureRequest
 ) -> None:
     if how != "selective":
         request.getfixturevalue("without_code")
-    eager, compiled = small_model(), small_model()
+    eager, compiled = small_model(sizes), small_model(sizes)
     compiled.recompute_blocks(how)
     compiled.compile_blocks()
     assert eager.state_dict().keys() == compiled.state_dict().keys()
@@ -311,8 +339,9 @@ def test_scoring_between_steps_does_not_send_blocks_back_to_running_uncompiled()
     assert counters["frames"]["total"] == counters["frames"]["ok"]
 
 
-def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
-    model = small_model()
+@DECODERS
+def test_patches_are_predicted_without_losses_as_they_are_with_them(sizes: ModelConfig) -> None:
+    model = small_model(sizes)
     masks = random_masks(SMALL, MaskConfig(0.5, 0.25), torch.arange(3), seed=0)
     with_losses = forward(model, predict_all=True)
     predicted_audio, predicted_video = model.predict_patches(*inputs(), *masks)
@@ -320,9 +349,12 @@ def test_patches_are_predicted_without_losses_as_they_are_with_them() -> None:
     torch.testing.assert_close(predicted_video, with_losses.predicted_video)
 
 
+@DECODERS
 @pytest.mark.parametrize("absent", ["sound", "frame"])
-def test_a_modality_that_is_removed_whole_does_not_change_a_prediction(absent: str) -> None:
-    model = small_model()
+def test_a_modality_that_is_removed_whole_does_not_change_a_prediction(
+    absent: str, sizes: ModelConfig
+) -> None:
+    model = small_model(sizes)
     log_mel, frame = inputs()
     ratios = (1.0, 0.0) if absent == "sound" else (0.0, 1.0)
     masks = [

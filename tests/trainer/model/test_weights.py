@@ -1,5 +1,6 @@
 """Loading somebody else's weights: both kinds of checkpoint, and what does not fit."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cavmae.trainer.model.weights import (
     load_initial_weights,
     load_published,
     read_state,
+    sizes_of,
 )
 
 SIZES = ModelConfig(
@@ -179,6 +181,71 @@ def test_mae_checkpoint_of_another_image_size_gets_the_positions_of_the_models()
     state = adapt_mae(source, random_model(3))
     assert torch.equal(state["pos_embed_v"], position_table(16, (2, 2)))
     assert state["decoder_pos_embed_v"].shape == (1, 4, 8)
+
+
+CROSS = replace(SIZES, decoder="cross", decoded_share=0.5)
+
+
+def saved(path: Path, state: Mapping[str, object]) -> Path:
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(SIZES, CROSS), (CROSS, SIZES)], ids=["self to cross", "cross to self"]
+)
+def test_a_decoder_of_the_other_kind_is_refused_by_its_name_or_begun_anew(
+    tmp_path: Path, theirs: ModelConfig, ours: ModelConfig
+) -> None:
+    state = random_model(1, theirs).state_dict()
+    path = saved(tmp_path / "w.pth", {f"module.{name}": one for name, one in state.items()})
+    model = random_model(2, ours)
+    own = {name: one.clone() for name, one in model.state_dict().items()}
+    message = (
+        rf"w\.pth has a decoder of {theirs.decoder}-attention and the model one of "
+        rf"{ours.decoder}-attention .*set model\.decoder to {theirs.decoder}, or .* new_decoder"
+    )
+    for load in (load_initial_weights, load_published):
+        with pytest.raises(ValueError, match=message):
+            load(model, path)
+    assert_equal_states(model, own)
+    load_initial_weights(model, path, new_decoder=True)
+    decoder = {n: t for n, t in own.items() if n.startswith("decoder_") or n == "mask_token"}
+    encoders = {n: t for n, t in state.items() if n in own and n not in decoder}
+    assert len(decoder) > 20 and len(encoders) > 90
+    assert_equal_states(model, encoders | decoder)
+
+
+@pytest.mark.field
+@pytest.mark.parametrize("has_decoder", [True, False])
+@pytest.mark.parametrize("sizes", [SIZES, CROSS, replace(SIZES, decoder_width=16, decoder_depth=3)])
+def test_an_mae_starts_the_encoders_of_a_model_that_begins_its_decoder_anew(
+    tmp_path: Path, sizes: ModelConfig, has_decoder: bool
+) -> None:
+    """The published MAE files for fine-tuning have no decoder."""
+    source = mae_state()
+    if not has_decoder:
+        source = {n: t for n, t in source.items() if "decoder" not in n and n != "mask_token"}
+    path, model = saved(tmp_path / "mae.pth", {"model": source}), random_model(3, sizes)
+    own = {name: one.clone() for name, one in model.state_dict().items()}
+    load_initial_weights(model, path, new_decoder=True)
+    state = model.state_dict()
+    changed = {n for n in own if not torch.equal(state[n], own[n])}
+    assert not any(n.startswith("decoder_") or n == "mask_token" for n in changed)
+    assert torch.equal(state["blocks_v.1.mlp.fc1.weight"], source["blocks.1.mlp.fc1.weight"])
+    assert torch.equal(state["norm.bias"], source["norm.bias"])
+
+
+def test_an_mae_decoder_does_not_become_a_cross_attention_one(tmp_path: Path) -> None:
+    path = saved(tmp_path / "mae.pth", {"model": mae_state()})
+    with pytest.raises(ValueError, match=r"mae\.pth has a decoder of self-attention .*new_decoder"):
+        load_initial_weights(random_model(3, CROSS), path)
+
+
+def test_sizes_tell_the_kind_of_decoder() -> None:
+    for sizes in (SIZES, CROSS):
+        state = CAVMAE(replace(sizes, mel_bins=128, decoder_width=16)).state_dict()
+        assert sizes_of(state, "w").decoder == sizes.decoder
 
 
 def test_unknown_checkpoint_is_refused_with_its_keys(tmp_path: Path) -> None:

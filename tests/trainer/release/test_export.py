@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_run import MODEL, save_untrained, tiny_finetuning, tiny_run
 from torch.export import ExportedProgram
 from unsafe_pickle import save_malicious
 
+import cavmae
 from cavmae import cli
 from cavmae.dataloaders.config import DataConfig
 from cavmae.dataloaders.constants import IMAGE_MEAN, IMAGE_STD
@@ -106,6 +108,43 @@ def test_the_hub_folder_holds_the_weights_of_the_run(run_dir: Path, run_out: Pat
     assert found.keys() == expected.keys()
     assert not [name for name in found if not torch.equal(found[name], expected[name])]
     assert HubCAVMAE.from_pretrained(run_out).spec.model == MODEL
+
+
+@pytest.fixture(scope="module")
+def cross_run(packed_synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cross") / "run"
+    sizes = replace(MODEL, decoder="cross", decoded_share=0.5)
+    save_untrained(packed_synthetic, folder, model=sizes)
+    return folder
+
+
+def test_a_cross_attention_decoder_is_exported_and_reconstructs_as_its_run_does(
+    cross_run: Path, packed_synthetic: Path, tmp_path: Path
+) -> None:
+    assert cli.main(["export", str(cross_run), str(tmp_path / "out")]) == 0
+    assert "| decoder | cross |" in (tmp_path / "out/README.md").read_text()
+    clip = packed_synthetic.parent / "videos" / "000009.mp4"
+    sizes = replace(MODEL, decoder="cross")
+    loaded = (
+        cavmae.load(cross_run),
+        cavmae.load(tmp_path / "out"),
+        cavmae.load(cross_run / "weights.pt", sizes=sizes),
+    )
+    made = [one.reconstruct(str(clip)) for one in loaded]
+    tokens, removed = MODEL.audio_tokens, made[0].audio_mask.removed.shape[1]
+    assert made[0].predicted_audio.shape == (1, tokens, 256) and removed == tokens * 3 // 4
+    for one in made[1:]:
+        assert torch.equal(one.predicted_audio, made[0].predicted_audio)
+        assert torch.equal(one.predicted_video, made[0].predicted_video)
+
+
+def test_the_published_code_has_no_cross_attention_decoder(
+    cross_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(cross_run), str(tmp_path / "out"), "--format", "published"]
+    assert cli.main(words) == 1
+    assert "model.decoder is cross, which the published code has not" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_configuration_says_how_the_input_is_made(run_out: Path) -> None:
