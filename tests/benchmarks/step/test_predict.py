@@ -26,7 +26,7 @@ def test_a_prediction_is_a_range_by_passes_parts_and_choices(
 
     def some(*arguments: Any) -> Any:
         found = choices(*arguments)
-        assert {"recompute none", *one_choice} <= set(found)
+        assert {"recompute selective", *one_choice} <= set(found)
         return {name: found[name] for name in one_choice}
 
     monkeypatch.setattr(predict, "_choices", some)
