@@ -169,7 +169,7 @@ def build_page(page: Page, tabs: Sequence[tuple[str, Any]]) -> gr.Blocks:
             with gr.Tab(name) as tab:
                 build(page, tab)
         # It never ends: Gradio would lose an event that is sent while the stream of answers closes,
-        # as it does when nothing is under way (seen in Chromium with 6.31).
+        # as it does when nothing is under way (gradio#13599).
         blocks.load(
             partial(_status, page), outputs=status, show_progress="hidden", concurrency_limit=None
         )

@@ -39,6 +39,14 @@ def test_a_projection_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         projection(clusters(12), path, lambda done: None)
 
 
+@pytest.mark.field  # zeno#361
+@pytest.mark.parametrize("points", [1, 2, 9, 10, 11, 29, 31])
+def test_few_clips_have_places_of_their_own(tmp_path: Path, points: int) -> None:
+    places = projection(clusters(points), tmp_path / "p.npy", lambda done: None)
+    assert len(np.unique(places, axis=0)) == points and np.isfinite(places).all()
+
+
+@pytest.mark.field  # dify#2581
 @pytest.mark.parametrize("points", [1, 2, 9, 40])
 def test_clips_that_are_all_equal_have_places(tmp_path: Path, points: int) -> None:
     places = projection(np.ones((points, 4), np.float32), tmp_path / "p.npy", lambda done: None)
