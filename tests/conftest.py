@@ -8,6 +8,7 @@ machine that has nothing else.
 """
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,12 @@ def forked_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pool_forks.server()
     monkeypatch.setattr("cavmae.dataloaders.process_pool.subprocess", pool_forks.PoolSubprocess)
+
+
+@pytest.fixture
+def started_pools(forked_pools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a pool are started as they are for users."""
+    monkeypatch.setattr("cavmae.dataloaders.process_pool.subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")

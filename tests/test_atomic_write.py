@@ -26,7 +26,7 @@ from cavmae.atomic_write import (
 
 CONTENT = st.binary(max_size=2000)
 ROOT = Path(__file__).parents[1]
-RENAMES_A_FOLDER = {"benchmarks/data/clips.py"}
+RENAMES_A_FOLDER = {"benchmarks/data/clips.py", "benchmarks/faults/soak_faults.py"}
 
 
 @pytest.fixture

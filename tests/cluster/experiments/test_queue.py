@@ -115,7 +115,7 @@ def test_a_queue_that_is_rerun_skips_finished_runs(tmp_path: Path) -> None:
     runs = {"done": {}, "longer": {"fields": {"steps": 40}}, "begun": {}}
     (tmp_path / "file.yaml").write_text(yaml.dump({"recipe": "demo", "runs": runs}))
     for name in ("done", "longer"):
-        write_status(tmp_path / name, state="finished", step=600, steps=600)
+        write_status(tmp_path / name, state="finished", step=400, steps=400)
     experiments = read_experiments(
         tmp_path / "file.yaml", tmp_path, ["--data.train", str(tmp_path)]
     )

@@ -248,7 +248,7 @@ def test_frames_too_small_for_a_gpu_decoder_come_as_pixels(
     [
         {"width": 80, "height": 64, "left": 18, "top": 0},
         {"width": 80, "height": 64, "left": -2, "top": 0},
-        {"width": 1 << 20, "height": 64, "left": 8, "top": 0},
+        {"width": 1 << 22, "height": 64, "left": 8, "top": 0},
         {"width": 0, "height": 0, "left": 0, "top": 0},
         {"width": "80", "height": 64, "left": 8, "top": 0},
         {"width": 80},

@@ -237,6 +237,7 @@ def test_ten_frames_of_a_clip_in_validation_are_the_ten_in_order(
     assert torch.equal(given(batches[1].log_mel), given(batches[0].log_mel))
 
 
+@pytest.mark.usefixtures("started_pools")
 def test_an_unfinished_validation_can_be_begun_again(
     packed_synthetic: Path, validation_loader: Callable[..., ValidationLoader]
 ) -> None:
@@ -266,6 +267,7 @@ def test_what_does_not_fit_is_refused_with_the_field_its_value_and_the_fix(
         start(**fields)
 
 
+@pytest.mark.usefixtures("started_pools")
 def test_a_loader_that_is_closed_or_forgotten_leaves_no_process_and_no_thread(
     start: Callable[..., TrainLoader], packed_synthetic: Path
 ) -> None:

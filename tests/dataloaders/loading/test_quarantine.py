@@ -830,6 +830,7 @@ def reader_processes() -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("started_pools")
 def test_a_reader_that_is_killed_costs_no_clip(
     packed_synthetic: Path, start: Callable[..., TrainLoader]
 ) -> None:
