@@ -100,7 +100,7 @@ def test_flat_gradients_sum_measure_and_clip_as_deepspeed_does(one_rank) -> None
     assert max(losses(theirs, "gradient_norm")) > 1.0, "nothing is clipped"
     for name in ("loss", "gradient_norm"):  # later a rounded norm becomes other bits of bf16
         assert largest_relative(losses(ours, name)[:4], losses(theirs, name)[:4]) < 1e-5, name
-    assert ours["final_norm"] == pytest.approx(theirs["final_norm"], rel=1e-6)
+    assert ours["final_norm"] == pytest.approx(theirs["final_norm"], rel=1e-5)
     saved = theirs["operations"] - ours["operations"]
     parameters, micro_batches = ours["parameters"], 4
     assert saved >= (micro_batches + 2) * parameters, "a cast each, a norm and a product"
