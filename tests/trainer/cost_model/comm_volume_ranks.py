@@ -56,7 +56,8 @@ def _tensors(operand: Any) -> list[torch.Tensor]:
 
 
 def socket_bytes() -> int:
-    """Bytes that the TCP sockets of this process have sent since they were opened."""
+    """Bytes that the TCP sockets of this process have sent since they were opened, each once: what
+    a loaded machine sends again is left out."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -65,7 +66,8 @@ def socket_bytes() -> int:
             with socket.socket(fileno=os.dup(int(name))) as one:
                 if one.type == socket.SOCK_STREAM and one.family != socket.AF_UNIX:
                     answer = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", answer, _BYTES_SENT_AT)[0]
+                    sent, sent_again = struct.unpack_from("QQ", answer, _BYTES_SENT_AT)
+                    total += sent - sent_again
         except FileNotFoundError:  # the folder's own descriptor is closed by now
             continue
     return total
